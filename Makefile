@@ -1,0 +1,63 @@
+# Every target does all set-up itself: a virtual environment, the pinned packages, then the work.
+# Needs only make and Python 3.11 or newer (another interpreter: make PYTHON=python3.12 ...).
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN_STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+TORCH_STAMP := $(VENV)/.installed-torch
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart test test-fast lint format setup clean
+
+help: ## show the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+quickstart: $(RUN_STAMP) ## train a small model with OAPL on this machine and write its report
+	$(BIN)/python -m oapl_jax.train --config configs/quickstart.yaml
+
+test: lint $(TORCH_STAMP) ## lint, types and every test
+	$(BIN)/python -m pytest
+
+test-fast: $(DEV_STAMP) ## the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(DEV_STAMP) ## format, lint and types, changing nothing
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(DEV_STAMP) ## format and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+setup: $(DEV_STAMP) $(TORCH_STAMP) ## install everything and run nothing
+
+clean: ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+	  echo "oapl_jax needs Python 3.11 or newer; '$(PYTHON)' is $$($(PYTHON) --version 2>&1)."; \
+	  echo "Install one and run: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+
+# Installs are long and silent otherwise: say what happens.
+$(RUN_STAMP): requirements.txt | $(BIN)/python
+	@echo "installing requirements.txt into $(VENV) (once; one to three minutes)"
+	$(PIP) install -q -r requirements.txt
+	@touch $@
+
+$(DEV_STAMP): requirements-dev.txt $(RUN_STAMP)
+	@echo "installing requirements-dev.txt into $(VENV)"
+	$(PIP) install -q -r requirements-dev.txt
+	@touch $@
+
+# PyTorch is for comparisons only: where it cannot be installed, those tests skip.
+$(TORCH_STAMP): requirements-torch.txt | $(DEV_STAMP)
+	@echo "installing requirements-torch.txt into $(VENV)"
+	@$(PIP) install -q -r requirements-torch.txt && touch $@ \
+	  || echo "PyTorch could not be installed: the comparisons with it will be skipped"

@@ -1,0 +1,500 @@
+"""The typed configuration of every command: schema, YAML and dotted overrides, error report.
+
+Nothing else parses configuration. A file is read with OmegaConf (which knows that ``1e-6`` is a
+number and resolves ``${...}``), overridden by ``section.key=value`` words from the command line,
+and validated by the frozen pydantic models below. All mistakes are reported at once by
+``ConfigError``; the commands print it and exit with code 2.
+"""
+
+import argparse
+import difflib
+import pathlib
+import sys
+from typing import Annotated, Any, Literal, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+from yaml import YAMLError
+
+EXIT_BAD_CONFIG = 2
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+MeshAxes = Annotated[
+    str,
+    Field(pattern=r"^((data|fsdp|tensor)=(-1|[1-9][0-9]*))(,(data|fsdp|tensor)=(-1|[1-9][0-9]*))*$"),
+]
+"""A mesh as words, e.g. ``fsdp=4`` or ``data=2,tensor=4``; -1 means "all devices that are left"."""
+
+
+class Section(BaseModel):
+    """Base of every config section: frozen, unknown keys refused, defaults validated."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, strict=False
+    )
+
+    def changed_from_default(self) -> set[str]:
+        """Fields that were given another value than their default: a saved config gives them all."""
+        fields = type(self).model_fields
+        return {name for name in self.model_fields_set if getattr(self, name) != fields[name].default}
+
+
+class RunConfig(Section):
+    """What the run is called, how long it lasts, and what it may overwrite."""
+
+    dir: str
+    """Run directory: holds the whole state of the run; the same command again resumes from it."""
+    steps: Count
+    """Learner steps in all."""
+    seed: CountOrZero = 0
+    """Root of every random stream: weights, prompt order, sampling."""
+    allow_config_change: bool = False
+    """Resume in a run directory that was started with another config."""
+
+
+class ModelConfig(Section):
+    """Which policy is trained. Exactly one of ``path``, ``config`` and ``warm_start``."""
+
+    path: str | None = None
+    """Hugging Face model folder, or the name of one on the hub."""
+    config: str | None = None
+    """Hugging Face ``config.json`` of a model that is built with random weights."""
+    warm_start: str | None = None
+    """Config of ``oapl_jax.sft``; its model is the start, made first where it does not exist yet."""
+    tokenizer: str = "model"
+    """``model``: the tokenizer in ``path``; ``characters``: the toy tasks' own; else a folder or hub name."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of matrix products; softmax, norms, losses and reductions are float32 always."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the trained weights and of the optimizer state."""
+    remat: Literal["none", "layer"] = "none"
+    """``layer``: recompute each layer's activations in the backward pass."""
+    scan_layers: bool = True
+    """False: a Python loop over layers, for debugging."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "ModelConfig":
+        given = [name for name in ("path", "config", "warm_start") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give exactly one of path, config, warm_start; got {', '.join(given) or 'none'}")
+        if self.tokenizer == "model" and self.config is not None:
+            raise ValueError("tokenizer: a model built from a bare config has none; name one, or 'characters'")
+        return self
+
+
+class DataConfig(Section):
+    """Where prompts come from. Exactly one of ``task`` and ``path``."""
+
+    task: Literal["chain", "countdown"] | None = None
+    """A built-in toy task; prompts, split and reward come with it."""
+    path: str | None = None
+    """File, folder, or name of a dataset on the hub or in TFDS."""
+    format: Literal["jsonl", "parquet", "datasets", "tfds"] = "jsonl"
+    """How ``path`` is read."""
+    name: str | None = None
+    """Configuration of a ``datasets`` dataset (GSM8K's is ``main``)."""
+    split: str = "train"
+    """Split, for ``datasets`` and ``tfds``."""
+    prompt_column: str = "prompt"
+    """Column of the question."""
+    answer_column: str = "answer"
+    """Column of the gold answer."""
+    template: str = "{prompt}"
+    """What the user message says; ``{prompt}`` is the question."""
+    system: str | None = None
+    """System message of the chat template; null: the template's own default."""
+    max_prompt_tokens: Count = 1024
+    """Limit of a tokenised prompt."""
+    overlong: Literal["drop", "error"] = "drop"
+    """What happens to a prompt over the limit: dropped and counted, or an error."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "DataConfig":
+        if (self.task is None) == (self.path is None):
+            raise ValueError("give exactly one of task and path")
+        if self.task is not None:
+            inert = sorted(self.changed_from_default() - {"task", "max_prompt_tokens", "overlong"})
+            if inert:
+                raise ValueError(f"{', '.join(inert)}: has no effect on the built-in task {self.task!r}; remove it")
+        without = {"jsonl": {"name", "split"}, "parquet": {"name", "split"}, "tfds": {"name"}}.get(self.format, set())
+        inert = sorted(self.changed_from_default() & without)
+        if inert:
+            raise ValueError(f"{', '.join(inert)}: has no effect with format={self.format}; remove it")
+        return self
+
+
+class RewardConfig(Section):
+    """How responses are graded (built-in tasks grade themselves and need none of this)."""
+
+    workers: Count = 2
+    """Grading processes."""
+    timeout: Positive = 5.0
+    """Seconds that one answer may take before its worker is killed and the verdict is invalid."""
+    retries: CountOrZero = 1
+    """How often an invalid verdict is tried again."""
+    gold: Literal["whole", "last_hash"] = "whole"
+    """Where the gold answer stands in its column: all of it, or after the last ``####`` (GSM8K)."""
+
+
+class SamplerConfig(Section):
+    """How rollouts are drawn."""
+
+    group_size: Annotated[int, Field(ge=2)] = 8
+    """G: rollouts per prompt; V* of a single rollout is its reward, so 1 teaches nothing."""
+    max_response_tokens: Count
+    """Limit of a response."""
+    temperature: Positive = 1.0
+    """Temperature of the sampled law; the learner's log-probabilities use the same."""
+    top_k: CountOrZero = 0
+    """Keep the k likeliest tokens; 0: all."""
+    top_p: Fraction = 1.0
+    """Keep the smallest set of likeliest tokens with at least this mass; 1: all."""
+    groups_in_flight: Count = 16
+    """Groups decoded at once: groups_in_flight x group_size rows of KV cache."""
+    decode_steps: Count = 16
+    """Tokens decoded per call to the device."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the sampler's weights and cache."""
+
+
+class ObjectiveConfig(Section):
+    """The loss (paper section 3)."""
+
+    name: Literal["oapl", "grpo"] = "oapl"
+    """oapl: the paper's squared regression; grpo: the paper's baseline, with importance sampling."""
+    beta1: Positive = 1.0
+    """Temperature of V* (Eq. 2)."""
+    beta2: Positive = 1e-3
+    """Weight of the log-ratio (Eq. 3); shrinks with response length: about 0.1 for 6 tokens, 1e-3 for thousands."""
+    drop_equal_reward_groups: bool = False
+    """Leave out groups whose rewards are all equal. Not a no-op in OAPL: they pull to the sampler."""
+
+    @model_validator(mode="after")
+    def _no_inert(self) -> "ObjectiveConfig":
+        inert = {"beta1", "beta2"} & self.changed_from_default() if self.name == "grpo" else set()
+        if inert:
+            raise ValueError(f"{', '.join(sorted(inert))}: has no effect with name={self.name}; remove it")
+        return self
+
+
+class LearnerConfig(Section):
+    """The optimizer (AdamW) and the batch."""
+
+    batch_rollouts: Count = 128
+    """Rollouts per learner step; a multiple of the group size."""
+    micro_batch_rollouts: Count | None = None
+    """Rollouts per forward and backward pass; null: the whole batch. The gradient is the same."""
+    learning_rate: Positive = 1e-6
+    """Peak learning rate."""
+    warmup_steps: CountOrZero = 0
+    """Steps of linear warm-up."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """After the warm-up: constant, or a cosine down to a tenth at the last step."""
+    adam_b1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Decay of Adam's first moment."""
+    adam_b2: Annotated[float, Field(ge=0, lt=1)] = 0.95
+    """Decay of Adam's second moment."""
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    """AdamW's decoupled weight decay."""
+    clip_norm: Positive = 1e-3
+    """Limit of the gradient's global norm."""
+
+
+class WindowConfig(Section):
+    """The time between two weight syncs."""
+
+    sync_every: Count = 50
+    """Learner steps in a window (the paper's L)."""
+    max_groups_ahead: Count | None = None
+    """Groups that the sampler may be ahead of the learner; null: the rest of the window."""
+    deadline: Positive = 1800.0
+    """Seconds that the learner waits for groups before it stops with an explanation."""
+    parity_tolerance: Positive = 1e-3
+    """Largest mean difference in nats a token between a freshly synced sampler and the learner, before step 1."""
+
+
+class MeshConfig(Section):
+    """Device meshes. ``sampler: null`` is colocated (one mesh); else the sampler has devices of its own."""
+
+    trainer: MeshAxes = "fsdp=-1"
+    """Axes of the trainer's mesh."""
+    sampler: MeshAxes | None = None
+    """Axes of the sampler's own mesh, on the devices after the trainer's."""
+
+
+class CheckpointConfig(Section):
+    """When the run is saved."""
+
+    every: Count = 50
+    """Learner steps between checkpoints."""
+    keep: Count = 2
+    """Newest checkpoints that are kept."""
+
+
+class EvaluationConfig(Section):
+    """pass@k on held-out prompts: before, during and after training."""
+
+    path: str | None = None
+    """Held-out prompts, in the format and columns of ``data``; the toy tasks bring their own."""
+    split: str = "test"
+    """Split, for ``datasets`` and ``tfds``."""
+    every: CountOrZero = 50
+    """Learner steps between evaluations in the course of training; 0: none."""
+    prompts: Count = 128
+    """Held-out prompts."""
+    samples: Count = 16
+    """Samples per prompt in the course of training."""
+    final_samples: Count = 64
+    """Samples per prompt before and after."""
+    temperature: Positive = 1.0
+    """Temperature of evaluation samples."""
+    top_p: Fraction = 1.0
+    """Top-p of evaluation samples."""
+
+
+class LoggingConfig(Section):
+    """Where metrics go besides ``metrics.jsonl``."""
+
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    wandb_project: str | None = None
+    """Weights & Biases project; needs ``pip install wandb``."""
+    progress: bool = True
+    """A live progress bar on a terminal; one line a step elsewhere."""
+
+
+class TrainConfig(Section):
+    """``python -m oapl_jax.train``: online OAPL."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: DataConfig
+    sampler: SamplerConfig
+    reward: RewardConfig = RewardConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    learner: LearnerConfig = LearnerConfig()
+    window: WindowConfig = WindowConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "TrainConfig":
+        learner, group_size = self.learner, self.sampler.group_size
+        problems = _micro_batch_problems(learner)
+        if learner.batch_rollouts % group_size:
+            problems.append(
+                f"learner.batch_rollouts={learner.batch_rollouts} is not a multiple of sampler.group_size={group_size};"
+                f" nearest: {max(1, round(learner.batch_rollouts / group_size)) * group_size}"
+            )
+        needed = -(-learner.batch_rollouts // group_size)
+        ahead = self.window.max_groups_ahead
+        if ahead is not None and ahead < needed:
+            problems.append(f"window.max_groups_ahead={ahead} is below the {needed} groups of one learner step")
+        if self.data.task is not None and self.evaluation.path is not None:
+            problems.append(
+                "evaluation.path has no effect on a built-in task, which brings held-out prompts; remove it"
+            )
+        if self.data.format in ("jsonl", "parquet") and "split" in self.evaluation.changed_from_default():
+            problems.append("evaluation.split has no effect on files and built-in tasks; remove it")
+        if self.data.task is not None and self.reward.changed_from_default():
+            inert = ", ".join(f"reward.{name}" for name in sorted(self.reward.changed_from_default()))
+            problems.append(f"{inert}: has no effect on the built-in task {self.data.task!r}, which grades itself")
+        _raise_all(problems)
+        return self
+
+
+class SftDataConfig(Section):
+    """Pairs of prompt and response. Exactly one of ``task`` and ``path``."""
+
+    task: Literal["chain", "countdown"] | None = None
+    """A built-in toy task's demonstrations."""
+    path: str | None = None
+    """JSONL file with a prompt and a response in each row."""
+    prompt_column: str = "prompt"
+    """Column of the prompt."""
+    response_column: str = "response"
+    """Column of the response."""
+    system: str | None = None
+    """System message of the chat template; null: the template's own default."""
+    max_prompt_tokens: Count = 1024
+    """Limit of a tokenised prompt."""
+    max_response_tokens: Count = 1024
+    """Limit of a tokenised response."""
+    overlong: Literal["drop", "error"] = "drop"
+    """What happens to a row over a limit: dropped and counted, or an error."""
+
+    @model_validator(mode="after")
+    def _one_source(self) -> "SftDataConfig":
+        if (self.task is None) == (self.path is None):
+            raise ValueError("give exactly one of task and path")
+        inert = {"prompt_column", "response_column", "system"} & self.changed_from_default()
+        if self.task is not None and inert:
+            raise ValueError(f"{', '.join(sorted(inert))}: has no effect on the built-in task {self.task!r}; remove it")
+        return self
+
+
+class SftConfig(Section):
+    """``python -m oapl_jax.sft``: supervised fine-tuning, the toy models' warm start."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: SftDataConfig
+    learner: LearnerConfig = LearnerConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "SftConfig":
+        _raise_all(_micro_batch_problems(self.learner))
+        return self
+
+
+def _micro_batch_problems(learner: LearnerConfig) -> list[str]:
+    rows, micro = learner.batch_rollouts, learner.micro_batch_rollouts
+    if micro is None or rows % micro == 0:
+        return []
+    nearest = min((size for size in range(1, rows + 1) if rows % size == 0), key=lambda size: abs(size - micro))
+    return [
+        f"learner.micro_batch_rollouts={micro} does not divide learner.batch_rollouts={rows}; nearest that does: {nearest}"
+    ]
+
+
+def _raise_all(problems: list[str]) -> None:
+    """One error of a line per problem, which ``validate`` counts one by one."""
+    if problems:
+        raise ValueError("\n".join(problems))
+
+
+class ConfigError(ValueError):
+    """Every mistake of a configuration, one a line, as a person should read it."""
+
+
+AnyConfig = TypeVar("AnyConfig", bound=Section)
+
+
+def load(schema: type[AnyConfig], path: str | pathlib.Path, overrides: list[str] | None = None) -> AnyConfig:
+    """Reads a YAML file, applies ``section.key=value`` overrides and validates.
+
+    Raises:
+        ConfigError: with every mistake: its dotted path, the value, what is allowed.
+    """
+    overrides = overrides or []
+    problems = [problem for word in overrides if (problem := _override_problem(word))]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    if not pathlib.Path(path).is_file():
+        raise ConfigError(f"config file {str(path)!r} does not exist{_nearest_file(pathlib.Path(path))}")
+    try:
+        read = OmegaConf.load(path)
+        if not OmegaConf.is_dict(read):
+            raise ValueError("it is not a mapping of sections such as 'run:' and 'model:'")
+        merged = OmegaConf.merge(read, OmegaConf.from_dotlist(overrides))
+        raw = OmegaConf.to_container(merged, resolve=True)
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"config file {str(path)!r} cannot be read: {error}") from error
+    return validate(schema, raw, source=str(path))
+
+
+def validate(schema: type[AnyConfig], raw: Any, source: str) -> AnyConfig:
+    """Validates a plain nested dict; ``source`` names it in the error."""
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        lines = [line for details in error.errors() for line in _describe(schema, details).split("\n")]
+        head = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''} in {source}"
+        raise ConfigError("\n  ".join([head, *lines])) from None
+
+
+def save(config: Section, path: pathlib.Path) -> None:
+    """Writes the resolved config as YAML that ``load`` reads back to an equal config; whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(to_yaml(config))
+    temporary.replace(path)
+
+
+def to_yaml(config: Section) -> str:
+    """The resolved config as YAML text."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump()))
+
+
+def from_command_line(schema: type[AnyConfig], module: str, argv: list[str]) -> tuple[AnyConfig, argparse.Namespace]:
+    """Parses ``--config FILE [--dry-run] [section.key=value ...]``; on a mistake prints it and exits with 2."""
+    summary = (schema.__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=summary)
+    parser.add_argument("--config", required=True, help="YAML file, see configs/")
+    parser.add_argument("--dry-run", action="store_true", help="load everything, print config and plan, and exit")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the file")
+    arguments = parser.parse_args(argv)
+    try:
+        return load(schema, arguments.config, arguments.overrides), arguments
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(EXIT_BAD_CONFIG) from None
+
+
+def _override_problem(word: str) -> str | None:
+    key, equals, _ = word.partition("=")
+    if not equals or not all(key.split(".")):
+        return f"override {word!r}: write it as section.key=value"
+    try:
+        OmegaConf.from_dotlist([word])
+    except (YAMLError, OmegaConfBaseException) as error:
+        return f"override {word!r}: its value cannot be read: {' '.join(str(error).split())}"
+    return None
+
+
+def _describe(schema: type[Section], error: ErrorDetails) -> str:
+    """One mistake as one line: dotted path, what is wrong, value, nearest valid name."""
+    location = tuple(str(part) for part in error["loc"])
+    path = ".".join(location) or "config"
+    if error["type"] == "extra_forbidden":
+        return f"{path}: unknown key (value {error['input']!r}){_nearest_key(schema, location)}"
+    if error["type"] == "missing":
+        return f"{path}: is required and missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{path}: {message}" if location else message
+    if error["type"] == "string_pattern_mismatch":
+        message = "should be axes such as 'fsdp=4' or 'data=2,tensor=4' (data, fsdp, tensor; -1: all that are left)"
+    if error["type"] == "literal_error":
+        close = difflib.get_close_matches(str(error["input"]), _quoted(error.get("ctx", {}).get("expected", "")), 1)
+        message += f"; did you mean {close[0]!r}?" if close else ""
+    return f"{path}: {message} (value {error['input']!r})"
+
+
+def _nearest_key(schema: type[Section], location: tuple[str, ...]) -> str:
+    """The valid name nearest to an unknown one: in its section, else the same name in another section."""
+    known = _fields_at(schema, location[:-1])
+    close = difflib.get_close_matches(location[-1], known, 1)
+    if close:
+        return f"; did you mean {'.'.join([*location[:-1], close[0]])!r}?"
+    elsewhere = [f"{s}.{location[-1]}" for s in _fields_at(schema, ()) if location[-1] in _fields_at(schema, (s,))]
+    return f"; did you mean {elsewhere[0]!r}?" if elsewhere else f"; known here: {', '.join(known)}"
+
+
+def _fields_at(schema: type[Section], location: tuple[str, ...]) -> list[str]:
+    for part in location:
+        field = schema.model_fields.get(part)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+            return []
+        schema = field.annotation
+    return list(schema.model_fields)
+
+
+def _quoted(expected: str) -> list[str]:
+    return [part for part in expected.split("'") if part.isidentifier()]
+
+
+def _nearest_file(path: pathlib.Path) -> str:
+    folder = path.parent if path.parent.is_dir() else pathlib.Path("configs")
+    names = [str(p) for p in folder.glob("*.yaml")] if folder.is_dir() else []
+    close = difflib.get_close_matches(str(path), names, 1, cutoff=0.4)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,114 @@
+"""The endless, shuffled stream of (prompt, response) pairs for supervised fine-tuning."""
+
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int
+
+from oapl_jax.config import SftDataConfig
+from oapl_jax.data import rows, tasks
+from oapl_jax.data.order import ShuffledOrder
+
+
+@runtime_checkable
+class PairEncoder(tasks.PromptEncoder, Protocol):
+    """The part of a tokenizer that pairs need."""
+
+    eos_id: int
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text."""
+        ...
+
+
+class Pair(NamedTuple):
+    """One example; the response ends with the stop token."""
+
+    prompt_ids: Int[np.ndarray, "P"]
+    response_ids: Int[np.ndarray, "R"]
+
+
+class PairSource:
+    """The pairs of a file, reshuffled each epoch: position ``p`` lies in epoch ``p // len(source)``."""
+
+    def __init__(self, pairs: Sequence[Pair], num_dropped: int, seed: int) -> None:
+        self._pairs = pairs
+        self.num_dropped = num_dropped
+        """Rows left out because they were longer than a limit."""
+        self._order = ShuffledOrder(len(pairs), seed)
+
+    def __len__(self) -> int:
+        """Pairs in an epoch."""
+        return len(self._pairs)
+
+    def __getitem__(self, position: int) -> Pair:
+        return self._pairs[self._order[position]]
+
+
+class TaskPairSource:
+    """A toy task's demonstrations, which never repeat."""
+
+    num_dropped = 0
+
+    def __init__(self, task: tasks.Task, tokenizer: PairEncoder, data: SftDataConfig, seed: int) -> None:
+        self._task, self._tokenizer, self._data, self._seed = task, tokenizer, data, seed
+        self[0]  # raises here, before the first step, where a limit is too low
+
+    def __len__(self) -> int:
+        """``sys.maxsize``: there is no second epoch."""
+        return sys.maxsize
+
+    def __getitem__(self, position: int) -> Pair:
+        prompt, response = self._task.demonstration(position, self._seed, self._tokenizer)
+        pair = _make_pair(prompt.token_ids, response, self._tokenizer)
+        overlong = _over_limit(pair, self._data)
+        if overlong:
+            raise ValueError(f"{prompt.id}: {overlong}; raise the limit (demonstrations of a task are not dropped)")
+        return pair
+
+
+def load_pairs(data: SftDataConfig, tokenizer: PairEncoder, seed: int) -> PairSource | TaskPairSource:
+    """The pairs, tokenised, as an endless random-access stream shuffled by ``seed``.
+
+    Raises:
+        ValueError: what cannot be read, and where; by ``data.overlong``, a row over a limit; no row within them.
+    """
+    if data.task is not None:
+        return TaskPairSource(tasks.make_task(data.task), tokenizer, data, seed)
+    table = rows.read(str(data.path), "jsonl", (data.prompt_column, data.response_column))
+    pairs, num_dropped = [], 0
+    for number, row in enumerate(table.rows):
+        row_name = f"{table.name}/{number}"
+        prompt = rows.string_cell(row[0], data.prompt_column, row_name)
+        response = rows.string_cell(row[1], data.response_column, row_name)
+        pair = _make_pair(np.asarray(tokenizer.encode_prompt(prompt, data.system), np.int32), response, tokenizer)
+        overlong = _over_limit(pair, data)
+        if not overlong:
+            pairs.append(pair)
+        elif data.overlong == "error":
+            raise ValueError(f"row {row_name}: {overlong}; raise the limit or set data.overlong=drop")
+        else:
+            num_dropped += 1
+    if not pairs:
+        raise ValueError(
+            f"{data.path!r}: all {num_dropped} rows are over data.max_prompt_tokens or max_response_tokens"
+        )
+    return PairSource(pairs, num_dropped, seed)
+
+
+def _make_pair(prompt_ids: Int[np.ndarray, "P"], response: str, tokenizer: PairEncoder) -> Pair:
+    return Pair(prompt_ids, np.asarray([*tokenizer.encode(response), tokenizer.eos_id], np.int32))
+
+
+def _over_limit(pair: Pair, data: SftDataConfig) -> str | None:
+    """What is too long, in words."""
+    if len(pair.prompt_ids) > data.max_prompt_tokens:
+        return f"its prompt has {len(pair.prompt_ids)} tokens, over data.max_prompt_tokens={data.max_prompt_tokens}"
+    if len(pair.response_ids) > data.max_response_tokens:
+        return (
+            f"its response has {len(pair.response_ids)} tokens with the stop token,"
+            f" over data.max_response_tokens={data.max_response_tokens}"
+        )
+    return None

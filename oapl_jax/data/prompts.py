@@ -1,0 +1,131 @@
+"""The endless, shuffled stream of training prompts, and the held-out ones.
+
+A stream is random access: ``source[position]``. Its state is that one integer, so a resumed run goes on
+exactly where it stopped.
+"""
+
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import numpy as np
+
+from oapl_jax.config import DataConfig, TrainConfig
+from oapl_jax.data import rows, tasks
+from oapl_jax.data.order import ShuffledOrder
+from oapl_jax.types import Prompt
+
+
+class PromptSource:
+    """The rows of a dataset, reshuffled each epoch: position ``p`` lies in epoch ``p // len(source)``."""
+
+    def __init__(self, prompts: Sequence[Prompt], num_dropped: int, seed: int) -> None:
+        self.prompts = prompts
+        """The rows in the order of the file."""
+        self.num_dropped = num_dropped
+        """Rows left out because they were longer than the limit."""
+        self._order = ShuffledOrder(len(prompts), seed)
+
+    def __len__(self) -> int:
+        """Prompts in an epoch."""
+        return len(self.prompts)
+
+    def __getitem__(self, position: int) -> Prompt:
+        return self.prompts[self._order[position]]
+
+
+class TaskPromptSource:
+    """A toy task's training prompts, which never repeat."""
+
+    prompts: Sequence[Prompt] = ()
+    num_dropped = 0
+
+    def __init__(self, task: tasks.Task, tokenizer: tasks.PromptEncoder, data: DataConfig, seed: int) -> None:
+        self._task, self._tokenizer, self._limit, self._seed = task, tokenizer, data.max_prompt_tokens, seed
+        self[0]  # raises here, before the first step, where the limit is too low
+
+    def __len__(self) -> int:
+        """``sys.maxsize``: there is no second epoch."""
+        return sys.maxsize
+
+    def __getitem__(self, position: int) -> Prompt:
+        prompt = self._task.prompt(position, "train", self._seed, self._tokenizer)
+        if len(prompt.token_ids) > self._limit:
+            raise ValueError(
+                f"prompt {prompt.id} has {len(prompt.token_ids)} tokens, over data.max_prompt_tokens={self._limit};"
+                f" raise the limit (prompts of a built-in task are not dropped)"
+            )
+        return prompt
+
+
+def load_prompts(data: DataConfig, tokenizer: tasks.PromptEncoder, seed: int) -> PromptSource | TaskPromptSource:
+    """The training prompts, tokenised, as an endless stream shuffled by ``seed``.
+
+    Raises:
+        ValueError: what cannot be read, and where; see ``rows.read``. Also: a template without ``{prompt}``,
+            a cell that is not text, and, by ``data.overlong``, a prompt over the limit.
+    """
+    if data.task is not None:
+        return TaskPromptSource(tasks.make_task(data.task), tokenizer, data, seed)
+    prompts, num_dropped = _read_prompts(data, tokenizer)
+    return PromptSource(prompts, num_dropped, seed)
+
+
+def held_out(config: TrainConfig, tokenizer: tasks.PromptEncoder) -> list[Prompt]:
+    """The first ``evaluation.prompts`` held-out prompts (all, where there are fewer), the same for every seed.
+
+    Raises:
+        ValueError: as ``load_prompts``; and where a file of training prompts has no held-out companion.
+    """
+    data, evaluation = config.data, config.evaluation
+    if data.task is not None:
+        task = tasks.make_task(data.task)
+        return [task.prompt(i, "held_out", config.run.seed, tokenizer) for i in range(evaluation.prompts)]
+    if evaluation.path is None and data.format in ("jsonl", "parquet"):
+        raise ValueError(f"evaluation.path: is missing; name the held-out prompts that go with {data.path!r}")
+    source = data.model_copy(update={"path": evaluation.path or data.path, "split": evaluation.split})
+    return _read_prompts(source, tokenizer)[0][: evaluation.prompts]
+
+
+def _read_prompts(data: DataConfig, tokenizer: tasks.PromptEncoder) -> tuple[list[Prompt], int]:
+    """All prompts within the limit, in the order of the source, and the number of those over it."""
+    if "{prompt}" not in data.template:
+        raise ValueError(f"data.template={data.template!r}: does not contain {{prompt}}, the place of the question")
+    columns = (data.prompt_column, data.answer_column)
+    table = rows.read(str(data.path), data.format, columns, name=data.name, split=data.split)
+    name = _dataset_name(data, table.name)
+    prompts = [_make_prompt(f"{name}/{number}", row, data, tokenizer) for number, row in enumerate(table.rows)]
+    limit = data.max_prompt_tokens
+    kept = [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
+    if data.overlong == "error" and len(kept) < len(prompts):
+        longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
+        first = next(prompt for prompt in prompts if len(prompt.token_ids) > limit)
+        raise ValueError(
+            f"row {first.id}: its prompt has {len(first.token_ids)} tokens, over data.max_prompt_tokens={limit}"
+            f" ({len(prompts) - len(kept)} such rows; the longest, {longest.id}, has {len(longest.token_ids)});"
+            f" raise the limit or set data.overlong=drop"
+        )
+    if not kept:
+        shortest = min(len(prompt.token_ids) for prompt in prompts)
+        raise ValueError(
+            f"{data.path!r}: all {len(prompts)} prompts are over data.max_prompt_tokens={limit};"
+            f" the shortest has {shortest} tokens"
+        )
+    return kept, len(prompts) - len(kept)
+
+
+def _make_prompt(row_name: str, row: tuple[object, ...], data: DataConfig, tokenizer: tasks.PromptEncoder) -> Prompt:
+    question = rows.string_cell(row[0], data.prompt_column, row_name)
+    answer = rows.string_cell(row[1], data.answer_column, row_name)
+    # replace, not format: templates and questions are full of LaTeX braces
+    message = data.template.replace("{prompt}", question)
+    token_ids = np.asarray(tokenizer.encode_prompt(message, data.system), np.int32)
+    return Prompt(id=row_name, token_ids=token_ids, text=message, answer=answer)
+
+
+def _dataset_name(data: DataConfig, table_name: str) -> str:
+    """A file called train.jsonl says little: its folder's name goes before it."""
+    if data.format in ("datasets", "tfds"):
+        return table_name
+    folder = pathlib.Path(str(data.path)).resolve().parent.name
+    return f"{folder}/{table_name}" if table_name in ("train", "test", "validation", "dev") else table_name

@@ -1,0 +1,143 @@
+"""The built-in toy tasks: their distributions, demonstrations and train / held-out split.
+
+Any prompt can be had by its index, alone and in any order, so that resuming needs only a position.
+Their rewards are in ``rewards/toy.py``.
+"""
+
+import abc
+import zlib
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+
+from oapl_jax.types import Prompt
+
+Split = Literal["train", "held_out"]
+
+HELD_OUT_SEED = 99
+"""Every run is evaluated on the same prompts, whatever its own seed."""
+
+# The reference runs split chain by the hash of its character ids; the text itself would hash otherwise.
+_SPLIT_ALPHABET = "_$0123456789+-*="
+
+_STREAMS = {"train": 0, "held_out": 1, "demonstration": 2}
+
+
+@runtime_checkable
+class PromptEncoder(Protocol):
+    """The part of a tokenizer that prompts need."""
+
+    def encode_prompt(self, question: str, system: str | None = None) -> list[int]:
+        """Token ids up to the place where the response begins."""
+        ...
+
+
+class Draw(NamedTuple):
+    """One sample of a task's law."""
+
+    question: str
+    response: str
+    """A demonstration, without the stop token."""
+    split_key: bytes
+    """What decides the split: equal keys are on the same side."""
+
+
+class Task(abc.ABC):
+    """A law of questions and demonstrations. Held-out: the tenth whose key's crc32 is divisible by 10."""
+
+    name: str
+    max_response_tokens: int
+    """Of a full answer with its stop token."""
+
+    @abc.abstractmethod
+    def draw(self, rng: np.random.Generator) -> Draw:
+        """One question with a demonstration, of either split."""
+
+    def prompt(self, index: int, split: Split, seed: int, tokenizer: PromptEncoder) -> Prompt:
+        """Prompt number ``index``; the held-out ones do not depend on ``seed``."""
+        stream_seed = HELD_OUT_SEED if split == "held_out" else seed
+        question = self._draw_at(index, stream_seed, split, is_held_out=split == "held_out").question
+        return _make_prompt(f"{self.name}/{split}/{index}", question, tokenizer)
+
+    def demonstration(self, index: int, seed: int, tokenizer: PromptEncoder) -> tuple[Prompt, str]:
+        """Training prompt number ``index`` of a stream of its own, with a response that has no stop token yet."""
+        draw = self._draw_at(index, seed, "demonstration", is_held_out=False)
+        return _make_prompt(f"{self.name}/demonstration/{index}", draw.question, tokenizer), draw.response
+
+    def _draw_at(self, index: int, seed: int, stream: str, is_held_out: bool) -> Draw:
+        rng = np.random.default_rng((seed, _STREAMS[stream], index))
+        while True:
+            draw = self.draw(rng)
+            if (zlib.crc32(draw.split_key) % 10 == 0) == is_held_out:
+                return draw
+
+
+class Chain(Task):
+    """Arithmetic modulo 10 from left to right, the running values written out: ``7+5*3-8*4+6=`` -> ``26828``.
+
+    Each step of a demonstration is replaced by a random digit with probability ``noise``, and the chain
+    goes on from there: imitation alone leaves room for the reward, which looks at the last value.
+    """
+
+    name = "chain"
+    max_response_tokens = 6
+    num_operands = 6
+
+    def __init__(self, noise: float = 0.35) -> None:
+        self.noise = noise
+
+    def draw(self, rng: np.random.Generator) -> Draw:
+        """One question with a noisy demonstration."""
+        first, *operands = (int(digit) for digit in rng.integers(0, 10, self.num_operands))
+        operators = ["+-*"[k] for k in rng.integers(0, 3, self.num_operands - 1)]
+        question = f"{first}{''.join(f'{o}{b}' for o, b in zip(operators, operands, strict=True))}="
+        value, response = first, ""
+        for operator, operand in zip(operators, operands, strict=True):
+            value = _apply(operator, value, operand) % 10
+            if rng.random() < self.noise:
+                value = int(rng.integers(10))
+            response += str(value)
+        return Draw(question, response, bytes(map(_SPLIT_ALPHABET.index, question)))
+
+
+class Countdown(Task):
+    """Four digits and a target, ``3741:24`` -> ``3*721+425-124``: each step an operator, a digit, a two-digit value.
+
+    Three or four of the digits, once each, left to right; every value in 0..99; many solutions.
+    """
+
+    name = "countdown"
+    max_response_tokens = 14
+    three_digit_share = 0.35
+    """Share of the questions that are made with three of the digits."""
+
+    def draw(self, rng: np.random.Generator) -> Draw:
+        """One solvable question with one of its solutions."""
+        while True:
+            digits = [int(digit) for digit in rng.integers(1, 10, 4)]
+            num_used = 3 if rng.random() < self.three_digit_share else 4
+            first, *rest = (digits[place] for place in rng.permutation(4)[:num_used])
+            value, response = first, str(first)
+            for digit in rest:
+                operator = "+-*"[rng.integers(3)]
+                value = _apply(operator, value, digit)
+                if not 0 <= value <= 99:
+                    break
+                response += f"{operator}{digit}{value:02d}"
+            if 10 <= value <= 99:
+                question = f"{''.join(map(str, digits))}:{value:02d}"
+                return Draw(question, response, f"{sorted(digits)}{value}".encode())
+
+
+def make_task(name: str) -> Task:
+    """The task that ``data.task`` names."""
+    return {"chain": Chain, "countdown": Countdown}[name]()
+
+
+def _apply(operator: str, left: int, right: int) -> int:
+    return {"+": left + right, "-": left - right, "*": left * right}[operator]
+
+
+def _make_prompt(prompt_id: str, question: str, tokenizer: PromptEncoder) -> Prompt:
+    token_ids = np.asarray(tokenizer.encode_prompt(question), np.int32)
+    return Prompt(id=prompt_id, token_ids=token_ids, text=question, answer="")

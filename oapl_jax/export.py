@@ -1,0 +1,149 @@
+"""A checkpoint of a run as a Hugging Face folder, which ``transformers`` and vLLM load.
+
+    python -m oapl_jax.export RUN_DIR [OUT] [--step STEP] [--dtype bfloat16|float32]
+
+Everything passes through host memory, which has to hold the learner's weights: devices that a run is using
+are left alone. Start it where the run was started, because paths in its config may be relative.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+
+from oapl_jax import checkpoint, policy, sft
+from oapl_jax import config as configuration
+from oapl_jax import tokenizer as tokenizers
+from oapl_jax.config import EXIT_BAD_CONFIG, ModelConfig, TrainConfig
+from oapl_jax.learner.state import TrainState, make_optimizer, make_schedule
+from oapl_jax.model import hf, qwen
+from oapl_jax.run_dir import CONFIG_FILE
+
+CHECKPOINTS_FOLDER = "checkpoints"
+LEARNER_WEIGHTS = "0/params/"
+"""How the names of their arrays in a checkpoint begin."""
+
+
+def export(
+    run_dir: pathlib.Path, out: pathlib.Path | None = None, step: int | None = None, dtype: str | None = None
+) -> pathlib.Path:
+    """Writes the learner's weights of a checkpoint, with config, tokenizer and generation config.
+
+    Args:
+        run_dir: of ``oapl_jax.train``.
+        out: the folder to write, replaced where it is a model; default ``RUN_DIR/export-STEP``.
+        step: of the checkpoint; default the newest.
+        dtype: of the weights in the file; default as they were trained.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: there is no run or no such checkpoint, it is damaged or of another model, or ``out`` is something else.
+    """
+    saved = run_dir / CONFIG_FILE
+    if not saved.is_file():
+        raise ValueError(f"{str(run_dir)!r} is no run directory: it has no {CONFIG_FILE}")
+    train = configuration.load(TrainConfig, saved)
+    model = train.model
+    step = _choose(_steps(run_dir), run_dir, step)
+    out = run_dir / f"export-{step}" if out is None else out
+    if out.exists() and not (out / hf.CONFIG_FILE).is_file():
+        raise ValueError(f"{str(out)!r} exists and is no model folder; it would be replaced: choose another")
+    source = _source(model)
+    config = policy.read_config(pathlib.Path(str(model.config))) if source is None else hf.load_config(source)
+    params = _load((run_dir / CHECKPOINTS_FOLDER / str(step)).absolute(), _abstract(config, train))
+    tokenizer = tokenizers.load(model.tokenizer, source)
+    return hf.save_folder(out, config, params, tokenizer, dtype)
+
+
+def _source(model: ModelConfig) -> pathlib.Path | None:
+    """The model folder that the run started from; None where it started from random weights."""
+    if model.warm_start is not None:
+        return pathlib.Path(sft.load_config(model.warm_start).run.dir) / sft.EXPORT_FOLDER
+    return None if model.path is None else hf.resolve(model.path)
+
+
+def _abstract(config: qwen.QwenConfig, train: TrainConfig) -> tuple[TrainState, Any]:
+    """Shapes of what a checkpoint holds, see ``oapl_jax/train.py``: the learner's state, the sampler's weights."""
+    optimizer = make_optimizer(train.learner, make_schedule(train.learner, train.run.steps))
+    params = qwen.abstract(config, param_dtype=train.model.param_dtype)[1]
+    state = jax.eval_shape(lambda params: TrainState(jnp.int32(0), params, optimizer.init(params)), params)
+    return state, qwen.abstract(config, param_dtype=train.sampler.dtype)[1]
+
+
+def _load(folder: pathlib.Path, abstract_tree: tuple[TrainState, Any]) -> Any:
+    """The learner's weights. All arrays are read, one at a time, because their fingerprint is of them all."""
+    host = SingleDeviceSharding(jax.devices("cpu")[0])
+    kept = []
+
+    def arrays() -> Iterator[jax.Array]:
+        for name, leaf in checkpoint.flatten(abstract_tree).items():
+            array = _load_array(folder, name, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host))
+            if name.startswith(LEARNER_WEIGHTS):
+                kept.append(array)
+            yield array
+
+    fingerprint = checkpoint.fingerprint(arrays())
+    saved = ocp.load_checkpointables(str(folder), {"meta": None})["meta"]["fingerprint"]
+    if fingerprint != saved:
+        raise ValueError(f"{folder} is damaged: fingerprint {fingerprint:#010x} is not the saved {saved:#010x}")
+    return jax.tree.unflatten(jax.tree.structure(abstract_tree[0].params), kept)
+
+
+def _load_array(folder: pathlib.Path, name: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+    wanted = f"array {name} of shape {abstract.shape} that this run's config implies"
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    try:
+        with context:
+            array = ocp.load_checkpointables(str(folder), {"arrays": {name: abstract}})["arrays"][name]
+    except Exception as error:  # Orbax raises whatever its storage does
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300]
+        raise ValueError(f"{folder}: cannot load {wanted} ({reason}); it is damaged or of another model") from error
+    if not isinstance(array, jax.Array):
+        raise ValueError(f"{folder}: has no {wanted}; it is of another model")
+    return array
+
+
+def _steps(run_dir: pathlib.Path) -> list[int]:
+    """Steps of whole checkpoints: an unfinished or damaged one has more than digits in its name."""
+    return sorted(int(path.name) for path in (run_dir / CHECKPOINTS_FOLDER).glob("*") if path.name.isdigit())
+
+
+def _choose(steps: list[int], run_dir: pathlib.Path, step: int | None) -> int:
+    if not steps:
+        raise ValueError(f"{str(run_dir)!r} has no checkpoint yet")
+    if step is None:
+        return steps[-1]
+    if step not in steps:
+        raise ValueError(f"{str(run_dir)!r} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+    return step
+
+
+def main(argv: list[str]) -> None:
+    """Command line; exit code 2 where the arguments are wrong."""
+    parser = argparse.ArgumentParser(
+        prog="python -m oapl_jax.export", description="Writes a checkpoint of a run as a Hugging Face folder."
+    )
+    parser.add_argument("run_dir", type=pathlib.Path, metavar="RUN_DIR", help="directory of the run")
+    parser.add_argument("out", type=pathlib.Path, metavar="OUT", nargs="?", help="default: RUN_DIR/export-STEP")
+    parser.add_argument("--step", type=int, help="step of the checkpoint; default: the newest")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the weights; default: as trained")
+    arguments = parser.parse_args(argv)
+    jax.config.update("jax_platforms", "cpu")
+    try:
+        print(export(arguments.run_dir, arguments.out, arguments.step, arguments.dtype))
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_CONFIG) from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

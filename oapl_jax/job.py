@@ -1,0 +1,230 @@
+"""The set-up of an online run: everything that its config names, loaded and checked, and the plan of it."""
+
+import contextlib
+import dataclasses
+import functools
+import threading
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from oapl_jax import policy, sft
+from oapl_jax.config import TrainConfig
+from oapl_jax.data.prompts import PromptSource, TaskPromptSource, held_out, load_prompts
+from oapl_jax.learner import batch as batches
+from oapl_jax.learner.state import TrainState, init_state, make_optimizer, make_schedule
+from oapl_jax.learner.step import make_loss_fn, make_train_step
+from oapl_jax.model import qwen
+from oapl_jax.objectives import grpo, oapl
+from oapl_jax.rewards.grader import Grader, make_grader
+from oapl_jax.rollouts.buffer import GroupBuffer
+from oapl_jax.sampler.engine import Engine
+from oapl_jax.sampler.sampling import SamplingParams
+from oapl_jax.sharding import BATCH_AXES, make_meshes
+from oapl_jax.sync import WeightSync
+from oapl_jax.tokenizer import Tokenizer
+from oapl_jax.types import Prompt, RolloutGroup
+from oapl_jax.worker import GroupMaker
+
+FEWEST_USABLE = 2
+"""Usable rollouts that a group must have: V* of one rollout is its own reward."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a run works with; the state that it changes is not here."""
+
+    config: TrainConfig
+    trainer_mesh: Mesh
+    sampler_mesh: Mesh
+    model_config: qwen.QwenConfig
+    graphdef: Any
+    tokenizer: Tokenizer
+    prompts: PromptSource | TaskPromptSource
+    held_out: list[Prompt]
+    grader: Grader
+    engine: Engine
+    evaluation_engine: Engine
+    sync: WeightSync
+    train_step: Any
+    state_shardings: TrainState
+    sampler_lock: AbstractContextManager
+    """Held while a program runs on the sampler's mesh, where that has several devices (see ``Scheduler``)."""
+    trainer_lock: AbstractContextManager
+    """The same for the trainer's mesh; the same lock where the two meshes are one."""
+
+    @property
+    def groups_per_batch(self) -> int:
+        """N: groups of one learner step."""
+        return self.config.learner.batch_rollouts // self.config.sampler.group_size
+
+    @property
+    def max_tokens(self) -> int:
+        """Limit of a row, prompt and response."""
+        return self.config.data.max_prompt_tokens + self.config.sampler.max_response_tokens
+
+    def make_groups(self) -> GroupMaker:
+        """What grades the sampler's rollouts, with the objective's advantages."""
+        objective = self.config.objective
+        advantages = (
+            grpo.advantages if objective.name == "grpo" else functools.partial(oapl.advantages, beta1=objective.beta1)
+        )
+        value = functools.partial(oapl.optimal_value, beta1=objective.beta1)
+        return GroupMaker(self.tokenizer.decode, self.grader, advantages, value)
+
+    def make_buffer(self) -> GroupBuffer:
+        """An empty buffer that accepts what the objective's options leave in."""
+        drop_equal = self.config.objective.drop_equal_reward_groups
+
+        def is_accepted(group: RolloutGroup) -> bool:
+            return len(group.usable) >= FEWEST_USABLE and not (drop_equal and batches.has_equal_rewards(group))
+
+        return GroupBuffer(is_accepted, self.config.window.max_groups_ahead)
+
+
+def make_job(config: TrainConfig, *, make_warm_start: bool = True) -> tuple[Job, TrainState]:
+    """Loads and checks everything, and returns the job and the state at step 0.
+
+    Args:
+        config: of the run.
+        make_warm_start: make the supervised warm start where it does not exist; False for a plan.
+
+    Raises:
+        ValueError: anything that the config got wrong; the message names it.
+    """
+    trainer_mesh, sampler_mesh = make_meshes(config.mesh)
+    _check_rows(config, trainer_mesh)
+    model, path = _start(config, make_warm_start)
+    loaded = policy.load(model, path, trainer_mesh, config.run.seed)
+    prompts = load_prompts(config.data, loaded.tokenizer, config.run.seed)
+    held_out_prompts = held_out(config, loaded.tokenizer)
+    grader = make_grader(config)
+    grader.check_golds([*prompts.prompts, *held_out_prompts])
+    schedule = make_schedule(config.learner, config.run.steps)
+    optimizer = make_optimizer(config.learner, schedule)
+    abstract_params = jax.eval_shape(lambda params: params, loaded.params)
+    state, shardings = init_state(loaded.params, optimizer, trainer_mesh)
+    train_step = make_train_step(
+        loaded.graphdef,
+        optimizer,
+        schedule,
+        make_loss_fn(config.objective),
+        beta2=config.objective.beta2,
+        temperature=config.sampler.temperature,
+        vocab_size=loaded.tokenizer.vocab_size,
+        num_micro_batches=config.learner.batch_rollouts
+        // (config.learner.micro_batch_rollouts or config.learner.batch_rollouts),
+        mesh=trainer_mesh,
+        shardings=shardings,
+    )
+    engine, evaluation_engine = make_engines(config, loaded.config, loaded.tokenizer, sampler_mesh)
+    sampler_lock = threading.RLock() if sampler_mesh.size > 1 else contextlib.nullcontext()
+    job = Job(
+        config=config,
+        trainer_mesh=trainer_mesh,
+        sampler_mesh=sampler_mesh,
+        model_config=loaded.config,
+        graphdef=loaded.graphdef,
+        tokenizer=loaded.tokenizer,
+        prompts=prompts,
+        held_out=held_out_prompts,
+        grader=grader,
+        engine=engine,
+        evaluation_engine=evaluation_engine,
+        sync=WeightSync(abstract_params, sampler_mesh, config.sampler.dtype),
+        train_step=train_step,
+        state_shardings=shardings,
+        sampler_lock=sampler_lock,
+        trainer_lock=sampler_lock if trainer_mesh is sampler_mesh else contextlib.nullcontext(),
+    )
+    return job, state
+
+
+def make_engines(
+    config: TrainConfig, model_config: qwen.QwenConfig, tokenizer: Tokenizer, mesh: Mesh
+) -> tuple[Engine, Engine]:
+    """The engines of training and of evaluation; one and the same where both sample the same law."""
+    sampler, evaluation = config.sampler, config.evaluation
+    graphdef = qwen.abstract(model_config, param_dtype=sampler.dtype, compute_dtype=sampler.dtype)[0]
+    make = functools.partial(
+        Engine,
+        graphdef,
+        model_config,
+        stop_ids=tokenizer.stop_ids,
+        num_rows=sampler.groups_in_flight * sampler.group_size,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        max_response_tokens=sampler.max_response_tokens,
+        decode_steps=sampler.decode_steps,
+        mesh=mesh,
+        cache_dtype=jnp.dtype(sampler.dtype),
+    )
+    training_law = SamplingParams(tokenizer.vocab_size, sampler.temperature, sampler.top_k, sampler.top_p)
+    evaluation_law = SamplingParams(tokenizer.vocab_size, evaluation.temperature, 0, evaluation.top_p)
+    engine = make(training_law)
+    return engine, engine if evaluation_law == training_law else make(evaluation_law)
+
+
+def describe(job: Job, state: TrainState) -> str:
+    """The plan of a run, for people: sizes, meshes, tokens and bytes."""
+    config, learner = job.config, job.config.learner
+    params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    weights, moments, copy = (
+        _num_bytes(tree) for tree in (state.params, state.opt_state, job.sync.abstract(state.params))
+    )
+    windows = -(-config.run.steps // config.window.sync_every)
+    rows = {
+        "model": f"{job.model_config.model_type}, {params:,} parameters, {job.tokenizer.vocab_size:,} of"
+        f" {job.model_config.vocab_size:,} vocabulary rows in use",
+        "trainer mesh": _describe_mesh(job.trainer_mesh),
+        "sampler mesh": "the trainer's" if job.sampler_mesh is job.trainer_mesh else _describe_mesh(job.sampler_mesh),
+        "run": f"{config.run.steps:,} steps in {windows:,} windows of {config.window.sync_every}",
+        "batch": f"{learner.batch_rollouts} rollouts = {job.groups_per_batch} prompts x G={config.sampler.group_size},"
+        f" at most {learner.batch_rollouts * job.max_tokens:,} tokens a step",
+        "prompts": _describe_prompts(job),
+        "trainer bytes": f"weights {weights:,} + optimizer {moments:,} + gradient {weights:,}, over the mesh",
+        "sampler bytes": f"weights {copy:,} + KV cache {job.engine.cache_bytes:,}, over the mesh; both twice while an"
+        " evaluation runs in the course of training",
+    }
+    return "\n".join(f"{name:>14}  {text}" for name, text in rows.items())
+
+
+def _start(config: TrainConfig, make_warm_start: bool) -> tuple[Any, str | None]:
+    """The model section to load by, and the folder of the weights (None: random ones)."""
+    if config.model.warm_start is None:
+        return config.model, config.model.path
+    warm_start = sft.load_config(config.model.warm_start)
+    if make_warm_start or sft.is_finished(warm_start):
+        return config.model, str(sft.ensure(warm_start))
+    tokenizer = config.model.tokenizer if config.model.tokenizer != "model" else warm_start.model.tokenizer
+    return warm_start.model.model_copy(update={"tokenizer": tokenizer}), warm_start.model.path
+
+
+def _check_rows(config: TrainConfig, mesh: Mesh) -> None:
+    shards = 1
+    for axis in BATCH_AXES:
+        shards *= mesh.shape[axis]
+    rows = config.learner.micro_batch_rollouts or config.learner.batch_rollouts
+    if rows % shards:
+        key = "micro_batch_rollouts" if config.learner.micro_batch_rollouts else "batch_rollouts"
+        raise ValueError(
+            f"learner.{key}={rows} does not divide over the {shards} row shards (data x fsdp) of mesh.trainer="
+            f"{config.mesh.trainer!r}; use a multiple of {shards}"
+        )
+
+
+def _describe_mesh(mesh: Mesh) -> str:
+    axes = " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    return f"{axes} on {mesh.size} {mesh.devices.flat[0].device_kind} device{'s' if mesh.size > 1 else ''}"
+
+
+def _describe_prompts(job: Job) -> str:
+    task, prompts = job.config.data.task, job.prompts
+    size = f"{task} task" if task else f"{len(prompts):,} ({prompts.num_dropped:,} overlong dropped)"
+    return f"{size}; {len(job.held_out):,} held out"
+
+
+def _num_bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -1,0 +1,56 @@
+"""What training changes: parameters and optimizer state."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Array, Int
+
+from oapl_jax.config import LearnerConfig
+from oapl_jax.sharding import TRAINER_RULES, shardings
+
+FINAL_FRACTION = 0.1
+"""Where a cosine schedule ends, as a fraction of the peak."""
+
+
+class TrainState(NamedTuple):
+    """A pytree of arrays; ``params`` is the state half of ``nnx.split(Qwen(...))``."""
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+
+
+def make_schedule(config: LearnerConfig, num_steps: int) -> optax.Schedule:
+    """Learning rate by step: linear warm-up, then constant or cosine."""
+    warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
+    if config.schedule == "constant":
+        after = optax.constant_schedule(config.learning_rate)
+    else:
+        decay_steps = max(1, num_steps - config.warmup_steps - 1)  # from the first of them to the last update
+        after = optax.cosine_decay_schedule(config.learning_rate, decay_steps, alpha=FINAL_FRACTION)
+    # The first update is step 0; a warm-up from exactly 0 would waste it.
+    return optax.join_schedules([lambda step: warmup(step + 1), after], [config.warmup_steps])
+
+
+def make_optimizer(config: LearnerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:
+    """AdamW after a clip of the gradient's global norm (paper Table 1)."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optax.adamw(schedule, b1=config.adam_b1, b2=config.adam_b2, weight_decay=config.weight_decay),
+    )
+
+
+def init_state(params: Any, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[TrainState, TrainState]:
+    """Step 0 with the given parameters (consumed), and the shardings of the state.
+
+    The optimizer state is made in its sharding: moments as their parameters, scalars replicated.
+    """
+
+    def make(params: Any) -> TrainState:
+        return TrainState(jnp.int32(0), params, optimizer.init(params))
+
+    placed = shardings(jax.eval_shape(make, params), mesh, TRAINER_RULES)
+    return jax.jit(make, out_shardings=placed, donate_argnums=0)(params), placed

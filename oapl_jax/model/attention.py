@@ -1,0 +1,46 @@
+"""Grouped-query attention in plain XLA: one function for training rows and for decoding with a cache."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+# Finite, so that a row that may see nothing gives numbers (which nobody reads) and not NaN.
+MASKED = jnp.finfo(jnp.float32).min
+
+
+def attend(
+    query: Float[Array, "B T H C"],
+    key: Float[Array, "B S K C"],
+    value: Float[Array, "B S K C"],
+    mask: Bool[Array, "#B T S"],
+) -> Float[Array, "B T H C"]:
+    """Softmax attention; each group of H/K query heads shares one key/value head.
+
+    Queries are folded to ``[B, T, K, H/K, C]`` instead of repeating keys and values H/K times in memory.
+    Scores and softmax are float32; the result has the query's dtype.
+
+    Args:
+        query: after norm and rope.
+        key: of the row itself (S = T), or a cache.
+        value: like ``key``.
+        mask: True where query t may see slot s.
+    """
+    B, T, H, C = query.shape
+    K = key.shape[2]
+    with jax.named_scope("attention"):
+        # g: the H/K query heads of a kv head.
+        query_BTKgC = query.reshape(B, T, K, H // K, C)
+        scores = jnp.einsum("BTKgC,BSKC->BKgTS", query_BTKgC, key, preferred_element_type=jnp.float32) * C**-0.5
+        weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1)
+        output = jnp.einsum("BKgTS,BSKC->BTKgC", weights.astype(value.dtype), value)
+        return output.reshape(B, T, H, C).astype(query.dtype)
+
+
+def causal_mask(length: int) -> Bool[Array, "1 T T"]:
+    """Training rows are padded on the right, where causality alone hides the padding from every real token."""
+    return jnp.tril(jnp.ones((1, length, length), dtype=bool))
+
+
+def cache_mask(positions: Int[Array, "B T"], cache_length: int) -> Bool[Array, "B T S"]:
+    """Slot s holds the token at position s, so a query at position p sees slots 0..p."""
+    return jnp.arange(cache_length) <= positions[..., None]

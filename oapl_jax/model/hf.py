@@ -1,0 +1,415 @@
+"""Hugging Face model folders, both ways: safetensors <-> sharded, stacked parameters.
+
+Reading makes one stacked parameter at a time: each device's shard is cut out of the files by slices and
+cast, so the host holds the shards of one parameter and never the model. (Orbax's safetensors loader also
+reads ranges, but it returns the tensors of the file one to one, where ours are stacked and transposed,
+and casts after all have arrived: 2.5 times the model's bytes at the peak.) Writing goes tensor by tensor
+from the devices to the file.
+
+``LAYOUT`` is the only place that knows Hugging Face's names and shapes.
+"""
+
+import itertools
+import json
+import math
+import pathlib
+import shutil
+import uuid
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from safetensors import SafetensorError, safe_open
+
+from oapl_jax.model import qwen
+from oapl_jax.sharding import Rules, shardings
+from oapl_jax.tokenizer import Tokenizer
+
+CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+"""Hugging Face's own limit of a weights file."""
+
+HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja"]
+INERT = (".rotary_emb.inv_freq",)
+"""Tensors in old checkpoints that follow from the config and are no weights."""
+
+SAFETENSORS_NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+class TensorLayout(NamedTuple):
+    """Where a parameter's tensors are in a Hugging Face checkpoint, and how their dimensions are arranged."""
+
+    name: str
+    """With ``{layer}`` and ``{expert}`` where there is one tensor for each."""
+    groups: tuple[tuple[int, ...], ...]
+    """Hugging Face's dimensions: each is the product of these dimensions of ours (without layer, expert)."""
+
+    @property
+    def num_stacked(self) -> int:
+        """Leading dimensions of ours that are separate tensors in the file."""
+        return self.name.count("{")
+
+    def hf_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of one tensor in the file, of our shape without the stacked dimensions."""
+        return tuple(math.prod(shape[dim] for dim in group) for group in self.groups)
+
+    def hf_name(self, index: tuple[int, ...]) -> str:
+        """Name of the tensor at an index of the stacked dimensions."""
+        return self.name.format(**dict(zip(("layer", "expert"), index, strict=False)))
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """Our dimensions in the order of the file."""
+        return tuple(itertools.chain.from_iterable(self.groups))
+
+
+_LAYER = "model.layers.{layer}."
+_VECTOR = ((0,),)
+_MATRIX = ((0,), (1,))
+_TRANSPOSED = ((1,), (0,))  # torch's Linear is [out, in], ours [in, out]
+_TO_HEADS = ((1, 2), (0,))  # [D, H, C] <- [H*C, D]
+_FROM_HEADS = ((2,), (0, 1))  # [H, C, D] <- [D, H*C]
+_HEAD_VECTOR = ((0, 1),)  # [H, C] <- [H*C]
+
+LAYOUT: dict[str, TensorLayout] = {
+    "embedding": TensorLayout("model.embed_tokens.weight", _MATRIX),
+    "final_norm": TensorLayout("model.norm.weight", _VECTOR),
+    "lm_head": TensorLayout("lm_head.weight", _TRANSPOSED),
+    "layers/attention_norm": TensorLayout(_LAYER + "input_layernorm.weight", _VECTOR),
+    "layers/attention/query": TensorLayout(_LAYER + "self_attn.q_proj.weight", _TO_HEADS),
+    "layers/attention/key": TensorLayout(_LAYER + "self_attn.k_proj.weight", _TO_HEADS),
+    "layers/attention/value": TensorLayout(_LAYER + "self_attn.v_proj.weight", _TO_HEADS),
+    "layers/attention/query_bias": TensorLayout(_LAYER + "self_attn.q_proj.bias", _HEAD_VECTOR),
+    "layers/attention/key_bias": TensorLayout(_LAYER + "self_attn.k_proj.bias", _HEAD_VECTOR),
+    "layers/attention/value_bias": TensorLayout(_LAYER + "self_attn.v_proj.bias", _HEAD_VECTOR),
+    "layers/attention/query_norm": TensorLayout(_LAYER + "self_attn.q_norm.weight", _VECTOR),
+    "layers/attention/key_norm": TensorLayout(_LAYER + "self_attn.k_norm.weight", _VECTOR),
+    "layers/attention/output": TensorLayout(_LAYER + "self_attn.o_proj.weight", _FROM_HEADS),
+    "layers/mlp_norm": TensorLayout(_LAYER + "post_attention_layernorm.weight", _VECTOR),
+    "layers/mlp/gate": TensorLayout(_LAYER + "mlp.gate_proj.weight", _TRANSPOSED),
+    "layers/mlp/up": TensorLayout(_LAYER + "mlp.up_proj.weight", _TRANSPOSED),
+    "layers/mlp/down": TensorLayout(_LAYER + "mlp.down_proj.weight", _TRANSPOSED),
+}
+"""Our parameter's path -> its tensors in the file."""
+
+EXPERT_LAYOUT: dict[str, TensorLayout] = {
+    **LAYOUT,
+    "layers/mlp/router": TensorLayout(_LAYER + "mlp.gate.weight", _TRANSPOSED),
+    "layers/mlp/gate": TensorLayout(_LAYER + "mlp.experts.{expert}.gate_proj.weight", _TRANSPOSED),
+    "layers/mlp/up": TensorLayout(_LAYER + "mlp.experts.{expert}.up_proj.weight", _TRANSPOSED),
+    "layers/mlp/down": TensorLayout(_LAYER + "mlp.experts.{expert}.down_proj.weight", _TRANSPOSED),
+}
+"""``LAYOUT`` of a mixture of experts."""
+
+
+def load_config(folder: pathlib.Path) -> qwen.QwenConfig:
+    """Reads ``config.json``.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is no JSON, or not of a known model; names the file, the key and the value.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; a model folder has a {CONFIG_FILE}")
+    try:
+        return qwen.QwenConfig.from_hf(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def load_params(
+    source: str | pathlib.Path, mesh: Mesh, rules: Rules, param_dtype: DTypeLike
+) -> tuple[qwen.QwenConfig, Any]:
+    """Loads a checkpoint straight into its shardings and dtype.
+
+    Args:
+        source: a model folder, or the name of one on the Hugging Face hub.
+        mesh: where the parameters go.
+        rules: logical axes -> mesh axes, see ``oapl_jax/sharding.py``.
+        param_dtype: the tensors are cast to it, shard by shard.
+
+    Returns:
+        The architecture, and parameters as ``nnx.split(Qwen(...))[1]`` has them.
+
+    Raises:
+        FileNotFoundError: the folder or a file of it does not exist; names it.
+        ValueError: an unknown model type, a missing tensor, a wrong shape, an unused tensor; names it and
+            the file.
+    """
+    folder = resolve(source)
+    config = load_config(folder)
+    _, params = qwen.abstract(config, param_dtype=param_dtype)
+    placed = shardings(params, mesh, rules)
+    files = _find_tensors(folder)
+    _check_tensors(folder, config, params, files)
+
+    def load(path: tuple[Any, ...], leaf: nnx.Variable, target: nnx.Variable) -> nnx.Variable:
+        layout = _layout(config)[_path_name(path)]
+        return leaf.replace(_load_stacked(folder, files, layout, leaf.shape, leaf.dtype, target.get_value()))
+
+    return config, jax.tree_util.tree_map_with_path(load, params, placed, is_leaf=_is_variable)
+
+
+def resolve(source: str | pathlib.Path) -> pathlib.Path:
+    """The folder itself, or the local copy of a model on the hub (downloaded where needed).
+
+    Raises:
+        FileNotFoundError: neither a folder nor available from the hub.
+    """
+    folder = pathlib.Path(source).expanduser()
+    if folder.is_dir():
+        return folder
+    # A hub name is NAME or OWNER/NAME; all else can only have been meant as a path.
+    if folder.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
+        raise FileNotFoundError(f"model folder {str(source)!r} does not exist")
+    import huggingface_hub  # imports half a second of HTTP stack that local folders need not pay
+
+    try:
+        return pathlib.Path(huggingface_hub.snapshot_download(str(source), allow_patterns=HUB_PATTERNS))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{str(source)!r} is no folder here and cannot be had from the Hugging Face hub: {error}"
+        ) from error
+
+
+def _layout(config: qwen.QwenConfig) -> dict[str, TensorLayout]:
+    return EXPERT_LAYOUT if config.num_experts else LAYOUT
+
+
+def _path_name(path: tuple[Any, ...]) -> str:
+    return "/".join(str(entry.key) for entry in path)
+
+
+def _is_variable(leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Variable)
+
+
+def _find_tensors(folder: pathlib.Path) -> dict[str, str]:
+    """Tensor name -> name of its file, from the index or from the only file."""
+    index = folder / INDEX_FILE
+    if index.is_file():
+        files = json.loads(index.read_text())["weight_map"]
+        for name in sorted(set(files.values())):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder / name} does not exist, but {index} names it; the copy is incomplete")
+        for name in sorted(set(files.values())):
+            absent = {tensor for tensor, file in files.items() if file == name} - set(_names(folder / name))
+            if absent:
+                raise ValueError(f"{folder / name} lacks tensor {min(absent)}, but {index} says that it is there")
+        return files
+    if not (folder / WEIGHTS_FILE).is_file():
+        raise FileNotFoundError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}; only safetensors are read")
+    return dict.fromkeys(_names(folder / WEIGHTS_FILE), WEIGHTS_FILE)
+
+
+def _names(path: pathlib.Path) -> list[str]:
+    try:
+        with safe_open(path, "np") as file:
+            return list(file.keys())
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file: {error}") from error
+
+
+def _check_tensors(folder: pathlib.Path, config: qwen.QwenConfig, params: Any, files: dict[str, str]) -> None:
+    """Names and shapes of every tensor, before anything large is read."""
+    expected = {name: layout.hf_shape(shape) for name, layout, shape, _ in _all_tensors(config, params)}
+    where = folder / (INDEX_FILE if (folder / INDEX_FILE).is_file() else WEIGHTS_FILE)
+    missing = sorted(expected.keys() - files.keys())
+    if missing:
+        raise ValueError(
+            f"{where} lacks tensor {missing[0]} (missing in all: {len(missing)}) that {CONFIG_FILE} implies"
+        )
+    unused = files.keys() - expected.keys()
+    if config.tie_word_embeddings:
+        unused -= {"lm_head.weight"}
+    unused = sorted(name for name in unused if not name.endswith(INERT))
+    if unused:
+        raise ValueError(
+            f"{folder / files[unused[0]]} has tensor {unused[0]} (unused in all: {len(unused)}) that a"
+            f" {config.model_type} with this {CONFIG_FILE} does not use"
+        )
+    for file_name in sorted(set(files.values())):
+        with safe_open(folder / file_name, "np") as file:
+            for name in file.keys():  # noqa: SIM118 - no dict
+                shape = tuple(file.get_slice(name).get_shape()) if name in expected else None
+                if shape is not None and shape != expected[name]:
+                    raise ValueError(
+                        f"{folder / file_name}: tensor {name} has shape {list(shape)}, {CONFIG_FILE} implies"
+                        f" {list(expected[name])}"
+                    )
+
+
+def _all_tensors(
+    config: qwen.QwenConfig, params: Any
+) -> Iterator[tuple[str, TensorLayout, tuple[int, ...], tuple[nnx.Variable, tuple[int, ...]]]]:
+    """Each tensor of the file: name, layout, our shape of it, and (parameter, index of the stacked dimensions)."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_variable)[0]:
+        layout = _layout(config)[_path_name(path)]
+        for index in np.ndindex(*leaf.shape[: layout.num_stacked]):
+            yield layout.hf_name(index), layout, leaf.shape[layout.num_stacked :], (leaf, index)
+
+
+def _load_stacked(
+    folder: pathlib.Path,
+    files: dict[str, str],
+    layout: TensorLayout,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    sharding: jax.sharding.Sharding,
+) -> jax.Array:
+    """One parameter, made from slices of its tensors."""
+    shards: dict[Any, np.ndarray] = {}  # replicas of a shard are read once
+
+    def read(index: Any) -> np.ndarray:
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        if bounds not in shards:
+            shards[bounds] = _read_shard(folder, files, layout, shape, dtype, bounds)
+        return shards[bounds]
+
+    return jax.make_array_from_callback(shape, sharding, read)
+
+
+def _read_shard(
+    folder: pathlib.Path,
+    files: dict[str, str],
+    layout: TensorLayout,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    bounds: tuple[tuple[int, int], ...],
+) -> np.ndarray:
+    """The part of a parameter within ``bounds`` (start and stop of each dimension)."""
+    stacked, inner = bounds[: layout.num_stacked], bounds[layout.num_stacked :]
+    shard = np.empty([stop - start for start, stop in bounds], dtype)
+    slices = tuple(_merged_slice(group, shape[layout.num_stacked :], inner) for group in layout.groups)
+    sizes = [inner[dim][1] - inner[dim][0] for dim in layout.order]
+    for place in np.ndindex(*shard.shape[: layout.num_stacked]):
+        name = layout.hf_name(tuple(start + i for (start, _), i in zip(stacked, place, strict=True)))
+        # Opened anew each time: pages that a map has touched count as ours until it is closed.
+        with safe_open(folder / files[name], "np") as file:
+            block = file.get_slice(name)[slices]
+            shard[place] = block.reshape(sizes).transpose(np.argsort(layout.order))
+    return shard
+
+
+def _merged_slice(group: tuple[int, ...], shape: tuple[int, ...], bounds: tuple[tuple[int, int], ...]) -> slice:
+    """The slice of a dimension in the file that is the product of several of ours; only the first is split."""
+    outer, *rest = group
+    if any(bounds[dim] != (0, shape[dim]) for dim in rest):
+        raise ValueError(f"dimension {rest[0]} of a parameter of shape {shape} cannot be split over a mesh")
+    width = math.prod(shape[dim] for dim in rest)
+    return slice(bounds[outer][0] * width, bounds[outer][1] * width)
+
+
+def save_folder(
+    folder: str | pathlib.Path,
+    config: qwen.QwenConfig,
+    params: Any,
+    tokenizer: Tokenizer | None = None,
+    dtype: DTypeLike | None = None,
+) -> pathlib.Path:
+    """Writes a model folder that ``transformers``, vLLM and ``load_params`` read.
+
+    It is written beside its place and renamed, so that a torn folder never looks whole. A folder that is
+    already there is replaced.
+
+    Args:
+        folder: where.
+        config: the architecture.
+        params: of ``nnx.split(Qwen(...))[1]``, on the devices of this process.
+        tokenizer: saved with the weights.
+        dtype: of the weights in the file; default as they are.
+
+    Returns:
+        The folder.
+    """
+    folder = pathlib.Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
+    partial.mkdir()
+    try:
+        dtype = jnp.dtype(params.embedding.dtype if dtype is None else dtype)
+        _write_weights(partial, config, params, dtype)
+        _write_json(partial / CONFIG_FILE, config.to_hf() | {"torch_dtype": dtype.name})
+        if tokenizer is not None:
+            tokenizer.save(partial)
+        if not (partial / GENERATION_FILE).exists():
+            _write_json(partial / GENERATION_FILE, _generation_config(config, tokenizer))
+        _put_in_place(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _put_in_place(partial: pathlib.Path, folder: pathlib.Path) -> None:
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    replaced = partial.with_suffix(".replaced")
+    folder.rename(replaced)
+    partial.rename(folder)
+    shutil.rmtree(replaced)
+
+
+def _generation_config(config: qwen.QwenConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    stop_ids = config.to_hf()["eos_token_id"] if tokenizer is None else list(tokenizer.stop_ids)
+    values = {"bos_token_id": config.bos_token_id, "eos_token_id": stop_ids}
+    if tokenizer is not None:
+        values["pad_token_id"] = tokenizer.pad_id
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2) + "\n")
+
+
+def _write_weights(folder: pathlib.Path, config: qwen.QwenConfig, params: Any, dtype: np.dtype) -> None:
+    """One file, or several of at most ``SHARD_BYTES`` with an index."""
+    shards: list[list[Any]] = [[]]
+    num_bytes = total = 0
+    for tensor in _all_tensors(config, params):
+        size = math.prod(tensor[2]) * dtype.itemsize
+        if num_bytes and num_bytes + size > SHARD_BYTES:
+            shards.append([])
+            num_bytes = 0
+        shards[-1].append(tensor)
+        num_bytes, total = num_bytes + size, total + size
+    if len(shards) == 1:
+        _write_safetensors(folder / WEIGHTS_FILE, shards[0], dtype)
+        return
+    weight_map = {}
+    for i, shard in enumerate(shards, start=1):
+        file_name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
+        _write_safetensors(folder / file_name, shard, dtype)
+        weight_map |= {name: file_name for name, *_ in shard}
+    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _write_safetensors(path: pathlib.Path, tensors: list[Any], dtype: np.dtype) -> None:
+    """The format by hand, because the library's writer wants all tensors in memory at once.
+
+    8 bytes: length of the header; the header: JSON of dtypes, shapes and offsets; then the data.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, layout, shape, _ in tensors:
+        end = offset + math.prod(shape) * dtype.itemsize
+        kind = SAFETENSORS_NAMES[dtype.name]
+        header[name] = {"dtype": kind, "shape": layout.hf_shape(shape), "data_offsets": [offset, end]}
+        offset = end
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)  # data starts aligned
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little"))
+        file.write(encoded)
+        for _, layout, shape, (leaf, index) in tensors:
+            block = np.asarray(leaf[...][index].astype(dtype)).transpose(layout.order)
+            file.write(np.ascontiguousarray(block).reshape(layout.hf_shape(shape)).tobytes())

@@ -1,0 +1,491 @@
+"""Qwen2, Qwen2.5, Qwen3 and Qwen3-MoE decoders: configuration, modules, KV cache.
+
+Layers are stacked: each parameter of a layer is one array with a leading ``layers`` axis, and the layers
+run as one ``lax.scan``, so that compile time does not grow with depth. Every parameter carries the
+logical names of its dimensions as ``axes``; ``oapl_jax/sharding.py`` maps them to a mesh.
+
+    graphdef, params = nnx.split(Qwen(config, rngs=nnx.Rngs(0)))
+    hidden, _ = nnx.merge(graphdef, params).hidden(tokens, positions)
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from oapl_jax.model import attention
+from oapl_jax.sharding import BATCH_AXES
+
+MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe")
+
+
+@dataclasses.dataclass(frozen=True)
+class QwenConfig:
+    """Architecture of a decoder. Field names are Hugging Face's where it has one."""
+
+    model_type: str
+    """One of ``MODEL_TYPES``; Qwen2.5 says ``qwen2``. Decides qkv bias, qk-norm and the kind of ffn."""
+    vocab_size: int
+    """Rows of the embedding; may exceed the tokenizer's length (padded vocabulary)."""
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rope_theta: float
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    max_position_embeddings: int = 32768
+    initializer_range: float = 0.02
+    bos_token_id: int | None = None
+    eos_token_id: int | tuple[int, ...] | None = None
+    num_experts: int = 0
+    """0: a dense ffn."""
+    num_experts_per_tok: int = 0
+    moe_intermediate_size: int = 0
+    norm_topk_prob: bool = False
+    """The weights of a token's experts are normalised to 1."""
+
+    @property
+    def qkv_bias(self) -> bool:
+        """Query, key and value projections have a bias."""
+        return self.model_type == "qwen2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Queries and keys are RMS-normalised per head."""
+        return self.model_type != "qwen2"
+
+    @property
+    def num_params(self) -> int:
+        """Number of weights; tied embeddings count once."""
+        _, params = abstract(self)
+        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+    @classmethod
+    def from_hf(cls, values: dict[str, Any]) -> "QwenConfig":
+        """Reads the content of a Hugging Face ``config.json``, as written by transformers 4 or 5.
+
+        Raises:
+            ValueError: an unknown model type, a missing key, or a feature that is not implemented; names
+                the key and the value.
+        """
+        model_type = values.get("model_type")
+        if model_type not in MODEL_TYPES:
+            raise ValueError(f"model_type={model_type!r} is unknown; known: {', '.join(MODEL_TYPES)}")
+        _refuse_unimplemented(values)
+        # transformers' own defaults, for keys that older files leave out.
+        default_head_dim = {"qwen2": None, "qwen3": 128, "qwen3_moe": None}[model_type]
+        eos = values.get("eos_token_id")
+        config = {
+            "model_type": model_type,
+            "head_dim": values.get("head_dim") or default_head_dim,
+            "rope_theta": _rope_theta(values),
+            "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
+            "tie_word_embeddings": values.get("tie_word_embeddings", False),
+            "max_position_embeddings": values.get("max_position_embeddings", 32768),
+            "initializer_range": values.get("initializer_range", 0.02),
+            "bos_token_id": values.get("bos_token_id"),
+            "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
+        }
+        required = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
+        required += ["num_attention_heads", "num_key_value_heads"]
+        if model_type == "qwen3_moe":
+            values = {"num_experts": values.get("num_local_experts"), **values}
+            required += ["num_experts", "num_experts_per_tok", "moe_intermediate_size"]
+            config["norm_topk_prob"] = values.get("norm_topk_prob", False)
+        missing = [key for key in required if values.get(key) is None]
+        if missing:
+            raise ValueError(f"model config lacks {', '.join(missing)}; model_type={model_type!r} needs it")
+        config |= {key: values[key] for key in required}
+        config["head_dim"] = config["head_dim"] or config["hidden_size"] // config["num_attention_heads"]
+        if config["num_attention_heads"] % config["num_key_value_heads"]:
+            raise ValueError(
+                f"num_attention_heads={config['num_attention_heads']} is not a multiple of"
+                f" num_key_value_heads={config['num_key_value_heads']}"
+            )
+        return cls(**config)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The content of a ``config.json`` that transformers 4 and 5 read."""
+        values = dataclasses.asdict(self)
+        values["eos_token_id"] = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
+        architecture = {"qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}[self.model_type]
+        values |= {
+            "architectures": [f"{architecture}ForCausalLM"],
+            "hidden_act": "silu",
+            "attention_dropout": 0.0,
+            "rope_scaling": None,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "use_cache": True,
+        }
+        if self.model_type == "qwen3_moe":
+            return values | {"attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []}
+        for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"):
+            del values[key]
+        return values | ({"attention_bias": False} if self.model_type == "qwen3" else {})
+
+
+def _refuse_unimplemented(values: dict[str, Any]) -> None:
+    """Features that would change the numbers and that this file does not compute."""
+    implemented = {
+        "hidden_act": "silu",
+        "use_sliding_window": False,
+        "attention_bias": False,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "use_mrope": False,
+    }
+    for key, value in implemented.items():
+        if values.get(key, value) not in (value, None):
+            raise ValueError(f"{key}={values[key]!r} is not implemented; only {value!r} is")
+    if any(kind != "full_attention" for kind in values.get("layer_types") or []):
+        raise ValueError(f"layer_types={values['layer_types']!r} is not implemented; only 'full_attention' is")
+    for key in ("rope_scaling", "rope_parameters"):
+        scaling = values.get(key) or {}
+        kind = scaling.get("rope_type", scaling.get("type", "default"))
+        if kind != "default":
+            raise ValueError(f"{key}={scaling!r}: rope type {kind!r} is not implemented; only 'default' is")
+
+
+def _rope_theta(values: dict[str, Any]) -> float:
+    """Transformers 4 writes it at the top, 5 inside ``rope_parameters``; both default to 10,000."""
+    for scope in (values.get("rope_parameters") or {}, values, values.get("rope_scaling") or {}):
+        if scope.get("rope_theta") is not None:
+            return float(scope["rope_theta"])
+    return 10_000.0
+
+
+class KVCache(NamedTuple):
+    """Keys (after norm and rope) and values; slot s of row b holds the row's token at position s."""
+
+    k: Float[Array, "L B S K C"]
+    v: Float[Array, "L B S K C"]
+
+
+def make_cache(config: QwenConfig, batch: int, length: int, dtype: DTypeLike = jnp.float32) -> KVCache:
+    """An empty cache for ``batch`` rows of up to ``length`` tokens."""
+    shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
+    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+
+
+class _Init:
+    """Makes the parameters of one model: dtype, random stream and, for stacked layers, the leading axis."""
+
+    def __init__(self, rngs: nnx.Rngs, dtype: DTypeLike, num_layers: int | None = None) -> None:
+        self.rngs, self.dtype = rngs, dtype
+        self.stack = {} if num_layers is None else {"layers": num_layers}
+
+    def normal(self, std: float, **axes: int) -> nnx.Param:
+        """Normal weights; ``axes`` are logical names and sizes, in order."""
+        return self._param(lambda shape: std * jax.random.normal(self.rngs.params(), shape, jnp.float32), axes)
+
+    def ones(self, **axes: int) -> nnx.Param:
+        return self._param(jnp.ones, axes)
+
+    def zeros(self, **axes: int) -> nnx.Param:
+        return self._param(jnp.zeros, axes)
+
+    def _param(self, make: Callable[[tuple[int, ...]], Array], axes: dict[str, int]) -> nnx.Param:
+        axes = self.stack | axes
+        # A metadata key of our own: flax's ``sharding_names`` is applied eagerly and needs a mesh in scope.
+        return nnx.Param(make(tuple(axes.values())).astype(self.dtype), axes=tuple(axes))
+
+
+def rms_norm(x: Float[Array, "..."], scale: Float[Array, " D"], eps: float) -> Float[Array, "..."]:
+    """RMS norm over the last axis: statistics in float32, the result in the dtype of ``x``."""
+    x32 = x.astype(jnp.float32)
+    normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
+    return (normed * scale.astype(jnp.float32)).astype(x.dtype)
+
+
+def rope_tables(positions: Int[Array, "B T"], head_dim: int, theta: float) -> tuple[Array, Array]:
+    """Cosines and sines ``[B, T, 1, C/2]``, float32: bf16 angles are wrong by whole turns at long positions."""
+    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions.astype(jnp.float32)[..., None, None] * frequencies
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x: Float[Array, "B T N C"], rope: tuple[Array, Array]) -> Float[Array, "B T N C"]:
+    """Rotary embedding in the half-split layout of Llama and Qwen; N heads of either kind."""
+    cos, sin = rope
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Projections, norms and rope around ``attention.attend``."""
+
+    def __init__(self, config: QwenConfig, init: _Init) -> None:
+        self.eps = config.rms_norm_eps
+        D, H, K, C = config.hidden_size, config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        std = config.initializer_range
+        self.query = init.normal(std, embed=D, heads=H, head_dim=C)
+        self.key = init.normal(std, embed=D, kv_heads=K, head_dim=C)
+        self.value = init.normal(std, embed=D, kv_heads=K, head_dim=C)
+        self.output = init.normal(_residual_std(config), heads=H, head_dim=C, embed=D)
+        self.query_bias = init.zeros(heads=H, head_dim=C) if config.qkv_bias else None
+        self.key_bias = init.zeros(kv_heads=K, head_dim=C) if config.qkv_bias else None
+        self.value_bias = init.zeros(kv_heads=K, head_dim=C) if config.qkv_bias else None
+        self.query_norm = init.ones(head_dim=C) if config.qk_norm else None
+        self.key_norm = init.ones(head_dim=C) if config.qk_norm else None
+
+    def __call__(self, x: Array, rope: tuple[Array, Array], mask: Array, write: Any) -> tuple[Array, Any]:
+        """``write(key, value)`` stores them and returns the keys, values to attend to and the new cache."""
+        with jax.named_scope("qkv"):
+            query = self._project(x, self.query, self.query_bias)
+            key = self._project(x, self.key, self.key_bias)
+            value = self._project(x, self.value, self.value_bias)
+            if self.query_norm is not None and self.key_norm is not None:
+                query = rms_norm(query, self.query_norm[...], self.eps)
+                key = rms_norm(key, self.key_norm[...], self.eps)
+            query, key = rotate(query, rope), rotate(key, rope)
+        key, value, cache = write(key, value)
+        output = attention.attend(query, key, value, mask)
+        with jax.named_scope("attention_output"):
+            return jnp.einsum("BTHC,HCD->BTD", output, self.output[...].astype(x.dtype)), cache
+
+    def _project(self, x: Array, weight: nnx.Param, bias: nnx.Param | None) -> Array:
+        heads = jnp.einsum("BTD,DNC->BTNC", x, weight[...].astype(x.dtype))
+        return heads if bias is None else heads + bias[...].astype(x.dtype)
+
+
+class Mlp(nnx.Module):
+    """SwiGLU feed-forward network."""
+
+    def __init__(self, config: QwenConfig, init: _Init) -> None:
+        D, F = config.hidden_size, config.intermediate_size
+        self.gate = init.normal(config.initializer_range, embed=D, mlp=F)
+        self.up = init.normal(config.initializer_range, embed=D, mlp=F)
+        self.down = init.normal(_residual_std(config), mlp=F, embed=D)
+
+    def __call__(self, x: Array) -> Array:
+        """``[B, T, D]`` to the same."""
+        with jax.named_scope("mlp"):
+            gate = jnp.einsum("BTD,DF->BTF", x, self.gate[...].astype(x.dtype))
+            up = jnp.einsum("BTD,DF->BTF", x, self.up[...].astype(x.dtype))
+            return jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, self.down[...].astype(x.dtype))
+
+
+class ExpertMlp(nnx.Module):
+    """Mixture of SwiGLU experts: each token goes to its top-k, none is dropped (Qwen3-MoE)."""
+
+    def __init__(self, config: QwenConfig, init: _Init) -> None:
+        self.config = config
+        D, E, F = config.hidden_size, config.num_experts, config.moe_intermediate_size
+        self.router = init.normal(config.initializer_range, embed=D, experts=E)
+        self.gate = init.normal(config.initializer_range, experts=E, embed=D, mlp=F)
+        self.up = init.normal(config.initializer_range, experts=E, embed=D, mlp=F)
+        self.down = init.normal(_residual_std(config), experts=E, mlp=F, embed=D)
+
+    def __call__(self, x: Array) -> Array:
+        """Sorts the (token, expert) pairs by expert, multiplies each expert's run of rows, sorts back."""
+        with jax.named_scope("experts"):
+            rows = x.reshape(-1, x.shape[-1])
+            weights, experts = self._route(rows)
+            k = experts.shape[-1]
+            order = jnp.argsort(experts.ravel(), stable=True)
+            sizes = jnp.bincount(experts.ravel(), length=self.config.num_experts)
+            sorted_rows = rows[order // k]
+            gate = jax.lax.ragged_dot(sorted_rows, self.gate[...].astype(x.dtype), sizes)
+            up = jax.lax.ragged_dot(sorted_rows, self.up[...].astype(x.dtype), sizes)
+            outputs = jax.lax.ragged_dot(jax.nn.silu(gate) * up, self.down[...].astype(x.dtype), sizes)
+            outputs = outputs[jnp.argsort(order)].reshape(*experts.shape, -1)
+            return jnp.einsum("NkD,Nk->ND", outputs, weights.astype(x.dtype)).reshape(x.shape)
+
+    def _route(self, rows: Array) -> tuple[Array, Array]:
+        """Weights (float32) and ids ``[N, k]`` of each row's experts."""
+        scores = jnp.einsum("ND,DE->NE", rows, self.router[...].astype(rows.dtype))
+        probabilities = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
+        weights, experts = jax.lax.top_k(probabilities, self.config.num_experts_per_tok)
+        if self.config.norm_topk_prob:
+            weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+        return weights, experts
+
+
+def _residual_std(config: QwenConfig) -> float:
+    """Matrices that add to the residual stream start smaller, so that its size does not grow with depth."""
+    return config.initializer_range / math.sqrt(2 * config.num_hidden_layers)
+
+
+class Layer(nnx.Module):
+    """One decoder layer; in ``Qwen`` its parameters are stacked, in the scan they are one layer's."""
+
+    def __init__(self, config: QwenConfig, init: _Init) -> None:
+        self.eps = config.rms_norm_eps
+        self.attention_norm = init.ones(embed=config.hidden_size)
+        self.attention = Attention(config, init)
+        self.mlp_norm = init.ones(embed=config.hidden_size)
+        self.mlp = ExpertMlp(config, init) if config.num_experts else Mlp(config, init)
+
+    def __call__(self, x: Array, rope: tuple[Array, Array], mask: Array, write: Any) -> tuple[Array, Any]:
+        """Residual stream ``[B, T, D]`` to the same, and the cache that ``write`` made."""
+        output, cache = self.attention(rms_norm(x, self.attention_norm[...], self.eps), rope, mask, write)
+        x = x + output
+        return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.eps)), cache
+
+
+class Qwen(nnx.Module):
+    """A decoder-only language model.
+
+    The residual stream has ``compute_dtype``, as in transformers; norms, rope, attention's softmax, the
+    router and logits are float32.
+
+    Attributes:
+        embedding: ``[V, D]``.
+        layers: one ``Layer`` whose parameters have a leading ``layers`` axis.
+        final_norm: ``[D]``.
+        lm_head: ``[D, V]``; None where the embedding is tied.
+    """
+
+    def __init__(
+        self,
+        config: QwenConfig,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: DTypeLike = jnp.float32,
+        compute_dtype: DTypeLike = jnp.float32,
+        remat: bool = False,
+        scan_layers: bool = True,
+        mesh: Mesh | None = None,
+    ) -> None:
+        """Random weights: normal with ``initializer_range``, norms 1, biases 0.
+
+        Args:
+            config: the architecture.
+            rngs: has the stream ``params``.
+            param_dtype: of the weights.
+            compute_dtype: of matrix products and of the residual stream.
+            remat: recompute each layer in the backward pass instead of keeping its activations.
+            scan_layers: False runs the layers as a Python loop, for debugging; same numbers.
+            mesh: where given, the residual stream is kept split by rows over its data and fsdp axes;
+                without it XLA may choose to split activations like the weights.
+        """
+        self.config = config
+        self.compute_dtype = jnp.dtype(compute_dtype)
+        self.remat, self.scan_layers, self.mesh = remat, scan_layers, mesh
+        V, D = config.vocab_size, config.hidden_size
+        init = _Init(rngs, param_dtype)
+        self.embedding = init.normal(config.initializer_range, vocab=V, embed=D)
+        self.layers = Layer(config, _Init(rngs, param_dtype, config.num_hidden_layers))
+        self.final_norm = init.ones(embed=D)
+        tied = config.tie_word_embeddings
+        self.lm_head = None if tied else init.normal(config.initializer_range, embed=D, vocab=V)
+
+    def hidden(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: KVCache | None = None
+    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        """States after the final norm.
+
+        Without a cache the rows are complete: token t sees tokens 0..t. With one, the keys and values of
+        this call are written at slots ``positions[b, t]`` (outside 0..S-1: not at all) and token (b, t)
+        sees slots 0..positions[b, t]. Rows may have different lengths: what a right-padded prompt left
+        in slots beyond its end is not visible before the decode steps have overwritten it.
+
+        Args:
+            tokens: ids; T = 1 in a decode step.
+            positions: of each token in its row, from 0.
+            cache: of ``make_cache``, or of the call before.
+
+        Returns:
+            States in the compute dtype, and the new cache (None without one).
+        """
+        with jax.named_scope("embedding"):
+            x = self._constrain(self.embedding[...][tokens].astype(self.compute_dtype))
+        rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        if cache is None:
+            mask = attention.causal_mask(tokens.shape[1])
+        else:
+            mask = attention.cache_mask(positions, cache.k.shape[2])
+        graphdef, stacked = nnx.split(self.layers)
+
+        def run_layer(carry: tuple[Array, KVCache | None], xs: tuple[Any, Array]) -> tuple[Any, None]:
+            x, cache = carry
+            params, index = xs
+            write = _make_write(cache, index, positions)
+            x, cache = nnx.merge(graphdef, params)(x, rope, mask, write)
+            return (self._constrain(x), cache), None
+
+        x, cache = self._run_layers(run_layer, (x, cache), stacked)
+        return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), cache
+
+    def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """Float32 logits of every id, padding ids included."""
+        with jax.named_scope("logits"):
+            weight = self.unembedding().astype(hidden.dtype)
+            return jnp.einsum("...D,DV->...V", hidden, weight, preferred_element_type=jnp.float32)
+
+    def unembedding(self) -> Float[Array, "D V"]:
+        """The output matrix, in its parameter dtype; the transposed embedding where tied."""
+        return self.embedding[...].T if self.lm_head is None else self.lm_head[...]
+
+    def _run_layers(self, run_layer: Any, carry: Any, stacked: Any) -> Any:
+        num_layers = self.config.num_hidden_layers
+        if self.remat:
+            # prevent_cse guards against the compiler undoing remat, which it cannot do across a scan.
+            run_layer = jax.checkpoint(run_layer, prevent_cse=not self.scan_layers)
+        if self.scan_layers:
+            return jax.lax.scan(run_layer, carry, (stacked, jnp.arange(num_layers)))[0]
+        for index in range(num_layers):
+            params = jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
+            carry, _ = run_layer(carry, (params, jnp.asarray(index)))
+        return carry
+
+    def _constrain(self, x: Array) -> Array:
+        if self.mesh is None:
+            return x
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(BATCH_AXES)))
+
+
+def _make_write(cache: KVCache | None, layer: Array, positions: Array) -> Any:
+    """What a layer does with its keys and values: use them as they are, or through the cache.
+
+    The whole cache travels as the scan's carry and is scattered into, which XLA does in place.
+    """
+
+    def through_cache(key: Array, value: Array) -> tuple[Array, Array, KVCache | None]:
+        assert cache is not None
+        rows = jnp.arange(key.shape[0])[:, None]
+        # Negative positions would otherwise count from the end of the cache.
+        drop = {"mode": "drop", "wrap_negative_indices": False}
+        k = cache.k.at[layer, rows, positions].set(key.astype(cache.k.dtype), **drop)
+        v = cache.v.at[layer, rows, positions].set(value.astype(cache.v.dtype), **drop)
+        return k[layer].astype(key.dtype), v[layer].astype(value.dtype), KVCache(k, v)
+
+    return through_cache if cache is not None else lambda key, value: (key, value, None)
+
+
+def abstract(config: QwenConfig, **options: Any) -> tuple[Any, Any]:
+    """``(graphdef, params)`` with shapes in place of arrays: no memory, for shardings and plans.
+
+    Args:
+        config: the architecture.
+        **options: of ``Qwen``.
+    """
+    return nnx.split(nnx.eval_shape(lambda: Qwen(config, rngs=nnx.Rngs(0), **options)))
+
+
+def initialize(config: QwenConfig, key: PRNGKeyArray, shardings: Any, **options: Any) -> Any:
+    """Random parameters, made directly in their shardings; the values do not depend on the mesh.
+
+    Args:
+        config: the architecture.
+        key: of ``jax.random.key``.
+        shardings: of ``sharding.shardings(abstract(config)[1], mesh, rules)``.
+        **options: of ``Qwen``.
+    """
+
+    def make(key: PRNGKeyArray) -> Any:
+        return nnx.split(Qwen(config, rngs=nnx.Rngs(params=key), **options))[1]
+
+    return jax.jit(make, out_shardings=shardings)(key)

@@ -1,0 +1,34 @@
+"""GRPO with token-level importance sampling, the paper's baseline (its section 2)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+STD_FLOOR = 1e-4
+"""Added to the group's standard deviation, so that an all-equal group has advantage 0, not 0/0."""
+
+
+def advantages(rewards: Float[np.ndarray, "G"]) -> Float[np.ndarray, "G"]:
+    """(r_i - mean r) / (std r + 1e-4) within the group, float64."""
+    rewards = np.asarray(rewards, np.float64)
+    return (rewards - rewards.mean()) / (rewards.std() + STD_FLOOR)
+
+
+def sequence_losses(
+    logprobs: Float[Array, "B T"],
+    sampler_logprobs: Float[Array, "B T"],
+    response_mask: Bool[Array, "B T"],
+    advantages: Float[Array, "B"],
+) -> Float[Array, "B"]:
+    """-1/|y| sum_t (pi_old / pi_sampler) * (pi / pi_old) * A of each rollout.
+
+    pi_old is the learner at the start of the step. With one update per batch it equals pi, so the
+    ratio pi / pi_old is 1 in value and PPO's clip can never bind: only its gradient is left, weighted
+    by the untruncated importance ratio (departure 4 in docs/departures.md).
+    """
+    with jax.named_scope("grpo"):
+        old = jax.lax.stop_gradient(logprobs)
+        importance = jnp.exp(jnp.where(response_mask, old - sampler_logprobs, 0.0))
+        gains = jnp.where(response_mask, importance * jnp.exp(logprobs - old), 0.0).sum(axis=-1) * advantages
+        return -gains / jnp.maximum(response_mask.sum(axis=-1), 1)

@@ -1,0 +1,68 @@
+"""The parity gate: a freshly synced sampler and the learner must give tokens the same log-probabilities."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from oapl_jax.job import Job
+from oapl_jax.learner.batch import from_pairs
+from oapl_jax.model.logprob import sequence_logprobs
+from oapl_jax.sampler.scheduler import Request, Scheduler
+from oapl_jax.sharding import batch_sharding
+
+PARITY_STREAM = 2**32 - 2
+"""Stream of the sampling keys, see ``evaluate.EVALUATION_STREAM``."""
+
+
+class ParityError(RuntimeError):
+    """Sampler and learner disagree about the policy."""
+
+
+def check_parity(job: Job, learner_params: Any, sampler_params: Any) -> float:
+    """Samples a batch of rollouts, scores them with the learner, and compares.
+
+    With a truncated law (top-k, top-p) the sampler's log-probabilities are higher by right; the
+    comparison then measures that too, and the tolerance has to allow for it.
+
+    Returns:
+        Mean absolute difference in nats a token.
+
+    Raises:
+        ParityError: it exceeds ``window.parity_tolerance``.
+    """
+    config = job.config
+    scheduler: Scheduler[np.ndarray] = Scheduler(job.engine, job.sampler_lock)
+    prompts = [job.prompts[i] for i in range(min(job.groups_per_batch, config.sampler.groups_in_flight))]
+    requests = [
+        Request(prompt.token_ids, prompt.token_ids, config.sampler.group_size, (config.run.seed, PARITY_STREAM, i))
+        for i, prompt in enumerate(prompts)
+    ]
+    pairs = [(ids, rollout) for ids, rollouts in scheduler.run(sampler_params, requests) for rollout in rollouts]
+    batch = from_pairs(
+        [(ids, rollout.token_ids) for ids, rollout in pairs],
+        num_rows=config.learner.batch_rollouts,
+        max_tokens=job.max_tokens,
+        sampler_logprobs=[rollout.logprobs for _, rollout in pairs],
+    )
+    score = jax.jit(
+        functools.partial(
+            sequence_logprobs, job.graphdef, temperature=config.sampler.temperature, vocab_size=job.tokenizer.vocab_size
+        )
+    )
+    with job.trainer_lock:
+        tokens, mask = jax.device_put((batch.tokens, batch.response_mask), batch_sharding(job.trainer_mesh))
+        logprobs = np.asarray(score(learner_params, tokens, mask)[0])
+    difference = np.abs(logprobs - batch.sampler_logprobs)[batch.response_mask]
+    mean = float(difference.mean())
+    if not mean <= config.window.parity_tolerance:
+        raise ParityError(
+            f"parity gate: with the same weights, sampler and learner differ by {mean:.3g} nats a token on average"
+            f" (largest {difference.max():.3g}, {difference.size} tokens); window.parity_tolerance is"
+            f" {config.window.parity_tolerance:g}. The learner would regress onto that error. Likely causes: a sampler"
+            f" precision below the learner's (sampler.dtype={config.sampler.dtype},"
+            f" model.compute_dtype={config.model.compute_dtype}), or a truncated law (top_k={config.sampler.top_k},"
+            f" top_p={config.sampler.top_p}). Raise the tolerance only if the difference is explained"
+        )
+    return mean

@@ -1,0 +1,76 @@
+"""The policy that a run starts from: architecture, parameters on a mesh, tokenizer."""
+
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from oapl_jax import tokenizer as tokenizers
+from oapl_jax.config import ModelConfig
+from oapl_jax.model import hf, qwen
+from oapl_jax.sharding import TRAINER_RULES, shardings
+from oapl_jax.tokenizer import Tokenizer
+
+
+class Policy(NamedTuple):
+    """What ``load`` returns."""
+
+    config: qwen.QwenConfig
+    graphdef: Any
+    """Structure half of ``nnx.split(Qwen(...))``, with the trainer's precision and remat."""
+    params: Any
+    """State half, sharded over the trainer's mesh."""
+    tokenizer: Tokenizer
+
+
+def load(model: ModelConfig, path: str | None, mesh: Mesh, seed: int) -> Policy:
+    """Loads the weights at ``path``, or makes random ones of ``model.config``.
+
+    Args:
+        model: the config's section.
+        path: Hugging Face folder or hub name; None: ``model.config`` with random weights.
+        mesh: the trainer's.
+        seed: of random weights.
+
+    Raises:
+        ValueError: what cannot be read, and where; a tokenizer larger than the model's vocabulary.
+    """
+    if path is None:
+        config = read_config(pathlib.Path(str(model.config)))
+        placed = shardings(qwen.abstract(config, param_dtype=model.param_dtype)[1], mesh, TRAINER_RULES)
+        params = qwen.initialize(config, jax.random.key(seed), placed, param_dtype=model.param_dtype)
+    else:
+        try:
+            config, params = hf.load_params(path, mesh, TRAINER_RULES, model.param_dtype)
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(f"model.path: {error}") from error
+    tokenizer = tokenizers.load(model.tokenizer, path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"model.tokenizer={model.tokenizer!r} has {tokenizer.vocab_size} ids, the model only {config.vocab_size}"
+        )
+    graphdef = qwen.abstract(
+        config,
+        param_dtype=model.param_dtype,
+        compute_dtype=model.compute_dtype,
+        remat=model.remat == "layer",
+        scan_layers=model.scan_layers,
+        mesh=mesh,
+    )[0]
+    return Policy(config, graphdef, params, tokenizer)
+
+
+def read_config(path: pathlib.Path) -> qwen.QwenConfig:
+    """Reads a Hugging Face ``config.json``.
+
+    Raises:
+        ValueError: there is none, or it is not one of a known model; names the file.
+    """
+    if not path.is_file():
+        raise ValueError(f"model.config: file {str(path)!r} does not exist")
+    try:
+        return qwen.QwenConfig.from_hf(json.loads(path.read_text()))
+    except ValueError as error:
+        raise ValueError(f"model.config: {path}: {error}") from error

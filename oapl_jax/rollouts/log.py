@@ -1,0 +1,146 @@
+"""The rollout log on disk: append-only Parquet files, a folder for each policy version."""
+
+import itertools
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from oapl_jax.rollouts import schema
+from oapl_jax.types import RolloutGroup
+
+
+class RolloutLog:
+    """``rollouts/VERSION/part-NNNNNN.parquet`` under a run directory; one writer."""
+
+    def __init__(self, directory: pathlib.Path):
+        self.directory = directory
+        self._next_part: dict[int, int] = {}
+
+    def append(self, groups: Sequence[RolloutGroup]) -> pathlib.Path:
+        """Writes groups of one policy version as one file that is there whole or not at all.
+
+        When this returns, the groups survive a crash of the process and of the machine.
+        """
+        (version,) = {group.policy_version for group in groups}
+        folder = self._folder(version)
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            _sync_folder(self.directory)
+        part = self._next_part.get(version)
+        if part is None:
+            part = max((_part_number(path) for path in self._parts(version)), default=-1) + 1
+        path = folder / f"part-{part:06d}.parquet"
+        temporary = path.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            pq.write_table(schema.to_table(groups), file, compression="zstd")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        _sync_folder(folder)
+        self._next_part[version] = part + 1
+        return path
+
+    def read(self, version: int) -> list[RolloutGroup]:
+        """All groups of a policy version, by index; empty where there are none.
+
+        Raises:
+            ValueError: for an unreadable file, another schema, or a group that was written twice.
+        """
+        groups = list(itertools.chain.from_iterable(self._read_part(path) for path in self._parts(version)))
+        groups.sort(key=lambda group: group.index)
+        for before, after in itertools.pairwise(groups):
+            if before.index == after.index:
+                raise ValueError(f"{self._folder(version)}: group {after.id} is in the rollout log twice")
+        return groups
+
+    def versions(self) -> list[int]:
+        """Policy versions that have rollouts, ascending."""
+        return sorted(int(path.name) for path in self.directory.glob("[0-9]*"))
+
+    def _folder(self, version: int) -> pathlib.Path:
+        return self.directory / f"{version:06d}"
+
+    def _parts(self, version: int) -> list[pathlib.Path]:
+        return sorted(self._folder(version).glob("part-*.parquet"))
+
+    def _read_part(self, path: pathlib.Path) -> list[RolloutGroup]:
+        try:
+            # A single file: no dataset discovery, which would read the folder's name as a column.
+            table = pq.ParquetFile(path).read()
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(
+                f"{path}: not a readable Parquet file ({error}); move it away to go on without it"
+            ) from error
+        return schema.from_table(table, str(path))
+
+
+class BatchRecord:
+    """``batches.jsonl``: which groups formed the batch of each learner step.
+
+    A resumed run meets the steps that it had recorded before it was killed; their batches must be
+    formed again from the same groups, or the run would not be the one it claims to resume.
+    """
+
+    def __init__(self, path: pathlib.Path, forget_after: int | None = None):
+        """Reads what a former process recorded.
+
+        Args:
+            path: the file; a last line that a crash tore is removed.
+            forget_after: remove later steps, which a changed config will do in another way.
+
+        Raises:
+            ValueError: for a damaged line.
+        """
+        self._path = path
+        self._recorded: dict[int, list[str]] = {}
+        if not path.exists():
+            return
+        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+        rows = {line: _parse(path, number, line) for number, line in enumerate(lines, start=1)}
+        kept = [line for line in lines if forget_after is None or rows[line]["step"] <= forget_after]
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
+        self._recorded = {rows[line]["step"]: rows[line]["groups"] for line in kept}
+
+    def record(self, step: int, version: int, group_ids: list[str]) -> None:
+        """Appends the batch of a step, or checks it against the one recorded before a crash.
+
+        Raises:
+            ValueError: when a replayed step consumes other groups than it did.
+        """
+        if step in self._recorded:
+            if self._recorded[step] != group_ids:
+                raise ValueError(
+                    f"{self._path}: step {step} consumed groups {self._recorded[step]} before the restart and"
+                    f" {group_ids} now; the rollout log or the config was changed in between"
+                )
+            return
+        self._recorded[step] = group_ids
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, "policy_version": version, "groups": group_ids}) + "\n")
+
+
+def _parse(path: pathlib.Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"{path}: line {number} is damaged ({error}); remove it and the lines after it") from error
+
+
+def _part_number(path: pathlib.Path) -> int:
+    return int(path.stem.removeprefix("part-"))
+
+
+def _sync_folder(folder: pathlib.Path) -> None:
+    """Makes a rename durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

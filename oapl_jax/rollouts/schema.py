@@ -1,0 +1,123 @@
+"""The columns of the rollout log, and groups to rows and back (docs/rollout_log.md)."""
+
+import itertools
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow as pa
+
+from oapl_jax.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, RolloutGroup, Verdict
+
+SCHEMA_VERSION = 1
+
+SCHEMA = pa.schema(
+    [
+        pa.field("group_id", pa.string(), nullable=False),
+        pa.field("group_index", pa.int64(), nullable=False),
+        pa.field("policy_version", pa.int64(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("prompt", pa.string(), nullable=False),
+        pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("answer", pa.string(), nullable=False),
+        pa.field("rollout_index", pa.int32(), nullable=False),
+        pa.field("response", pa.string(), nullable=False),
+        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("logprobs", pa.list_(pa.float32()), nullable=False),
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("verdict", pa.string(), nullable=False),
+        pa.field("verdict_detail", pa.string(), nullable=False),
+        pa.field("reward", pa.float64()),
+        pa.field("value", pa.float64()),
+        pa.field("advantage", pa.float64()),
+    ],
+    metadata={"oapl_jax.schema_version": str(SCHEMA_VERSION)},
+)
+"""One row a rollout; reward, value and advantage are null where there is none."""
+
+
+def to_table(groups: Iterable[RolloutGroup]) -> pa.Table:
+    """Rows of the groups, rollouts of a group adjacent and in order."""
+    rows = [_row(group, index, item) for group in groups for index, item in enumerate(group.rollouts)]
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def from_table(table: pa.Table, source: str) -> list[RolloutGroup]:
+    """The inverse of ``to_table``.
+
+    Raises:
+        ValueError: where the table is of another schema, or a group lacks a rollout or has one twice;
+            names ``source``.
+    """
+    found = (table.schema.metadata or {}).get(b"oapl_jax.schema_version", b"none").decode()
+    if found != str(SCHEMA_VERSION) or table.schema.names != SCHEMA.names:
+        raise ValueError(
+            f"{source}: rollout log of schema version {found} with columns {table.schema.names};"
+            f" this program reads version {SCHEMA_VERSION} (docs/rollout_log.md)"
+        )
+    rows = sorted(table.to_pylist(), key=lambda row: (row["group_id"], row["rollout_index"]))
+    grouped = [list(members) for _, members in itertools.groupby(rows, key=lambda row: row["group_id"])]
+    for members in grouped:
+        indices = [row["rollout_index"] for row in members]
+        if indices != list(range(len(members))):
+            raise ValueError(
+                f"{source}: group {members[0]['group_id']} has rollouts {indices}; each must be there once, from 0 on"
+            )
+    return [_group(members) for members in grouped]
+
+
+def _row(group: RolloutGroup, rollout_index: int, item: GradedRollout) -> dict:
+    return {
+        "group_id": group.id,
+        "group_index": group.index,
+        "policy_version": group.policy_version,
+        "prompt_id": group.prompt.id,
+        "prompt": group.prompt.text,
+        "prompt_token_ids": group.prompt.token_ids,
+        "answer": group.prompt.answer,
+        "rollout_index": rollout_index,
+        "response": item.text,
+        "token_ids": item.rollout.token_ids,
+        "logprobs": item.rollout.logprobs,
+        "finish_reason": item.rollout.finish_reason.value,
+        "verdict": item.grade.verdict.value,
+        "verdict_detail": item.grade.detail,
+        "reward": _null_if_nan(item.grade.reward),
+        "value": _null_if_nan(group.value),
+        "advantage": _null_if_nan(item.advantage),
+    }
+
+
+def _group(rows: list[dict]) -> RolloutGroup:
+    first = rows[0]
+    prompt = Prompt(
+        id=first["prompt_id"],
+        token_ids=np.asarray(first["prompt_token_ids"], np.int32),
+        text=first["prompt"],
+        answer=first["answer"],
+    )
+    return RolloutGroup(
+        index=first["group_index"],
+        policy_version=first["policy_version"],
+        prompt=prompt,
+        rollouts=tuple(_graded(row) for row in rows),
+        value=_nan_if_null(first["value"]),
+    )
+
+
+def _graded(row: dict) -> GradedRollout:
+    rollout = Rollout(
+        token_ids=np.asarray(row["token_ids"], np.int32),
+        logprobs=np.asarray(row["logprobs"], np.float32),
+        finish_reason=FinishReason(row["finish_reason"]),
+    )
+    grade = Grade(Verdict(row["verdict"]), _nan_if_null(row["reward"]), row["verdict_detail"])
+    return GradedRollout(rollout, row["response"], grade, _nan_if_null(row["advantage"]))
+
+
+def _null_if_nan(value: float) -> float | None:
+    return None if math.isnan(value) else value
+
+
+def _nan_if_null(value: float | None) -> float:
+    return math.nan if value is None else value

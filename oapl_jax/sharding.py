@@ -1,0 +1,204 @@
+"""Meshes for trainer and sampler, the tables from logical axes to mesh axes, and copies between meshes.
+
+A parameter knows the *meaning* of its dimensions, not where they live: ``model/qwen.py`` labels each
+with logical axes such as ``("layers", "embed", "mlp")``. A role's table says which mesh axis each
+meaning is split over, so one model serves every mesh.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jax.typing import DTypeLike
+
+from oapl_jax.config import MeshConfig
+
+Tree = TypeVar("Tree")
+Rules = Mapping[str, str | None]
+
+AXES = ("data", "fsdp", "context", "tensor")
+"""Mesh axes, slowest interconnect first: ``tensor`` talks in every layer, ``data`` once a step."""
+
+BATCH_AXES = ("data", "fsdp")
+"""Rows of a batch are split over these, on every mesh."""
+
+TRAINER_RULES: Rules = {
+    "layers": None,
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "experts": None,
+    "head_dim": None,
+}
+"""The trainer: ZeRO-3 over ``fsdp``, Megatron over ``tensor``.
+
+Weights, gradients and optimizer state are what fills a trainer, so every matrix is split over its
+``embed`` dimension (each matrix has exactly one) and gathered layer by layer when used; rows of the
+batch are split over the same devices. ``tensor`` splits whole heads and ffn columns, so that
+attention and the ffn need one all-reduce each. ``layers`` is never split: the scan walks over it.
+"""
+
+SAMPLER_RULES: Rules = {**TRAINER_RULES, "embed": None}
+"""The sampler: ``tensor`` only. Decoding reads every weight for each token, so a weight that has to be
+gathered first (``fsdp``) would cost more on the wire than the whole step."""
+
+
+def make_meshes(mesh_config: MeshConfig, devices: Sequence[Any] | None = None) -> tuple[Mesh, Mesh]:
+    """The trainer's and the sampler's mesh; one and the same object when colocated.
+
+    Both carry all four axes of ``AXES``, absent ones with size 1. ``-1`` means all devices that are
+    left; the sampler's devices come after the trainer's. Explicit sizes may leave devices unused.
+
+    Args:
+        mesh_config: axes in words, e.g. ``fsdp=4`` or ``data=2,tensor=-1``.
+        devices: ``jax.Device`` objects that may be used; default ``jax.devices()``.
+
+    Raises:
+        ValueError: the axes do not fit the devices; names the words, the sizes and the device count.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    trainer = _parse_axes("mesh.trainer", mesh_config.trainer)
+    if mesh_config.sampler is None:
+        mesh = _make_mesh("mesh.trainer", mesh_config.trainer, trainer, devices)
+        return mesh, mesh
+    sampler = _parse_axes("mesh.sampler", mesh_config.sampler)
+    if -1 in trainer.values() and -1 in sampler.values():
+        raise ValueError(
+            f"mesh.trainer={mesh_config.trainer!r} and mesh.sampler={mesh_config.sampler!r} both take all that is left"
+            f" of {len(devices)} devices; give one of them explicit sizes"
+        )
+    reserved = 0 if -1 in sampler.values() else math.prod(sampler.values())
+    if reserved >= len(devices):
+        raise ValueError(
+            f"mesh.sampler={mesh_config.sampler!r} takes {reserved} of {len(devices)} devices and leaves none for the"
+            " trainer; shrink it, or set mesh.sampler=null to share one mesh"
+        )
+    trainer_mesh = _make_mesh("mesh.trainer", mesh_config.trainer, trainer, devices[: len(devices) - reserved])
+    remaining = devices[trainer_mesh.size :]
+    return trainer_mesh, _make_mesh("mesh.sampler", mesh_config.sampler, sampler, remaining)
+
+
+def _parse_axes(name: str, words: str) -> dict[str, int]:
+    """``"fsdp=4,tensor=-1"`` -> sizes of all four axes."""
+    pairs = [(axis, int(size)) for axis, size in (word.split("=") for word in words.split(","))]
+    sizes = dict.fromkeys(AXES, 1) | dict(pairs)
+    if len({axis for axis, _ in pairs}) < len(pairs):
+        raise ValueError(f"{name}={words!r} names an axis twice; name each of {', '.join(AXES)} at most once")
+    if list(sizes.values()).count(-1) > 1:
+        raise ValueError(f"{name}={words!r} has -1 more than once; only one axis can take all devices that are left")
+    return sizes
+
+
+def _make_mesh(name: str, words: str, sizes: dict[str, int], devices: Sequence[Any]) -> Mesh:
+    explicit = math.prod(size for size in sizes.values() if size != -1)
+    takes_rest = -1 in sizes.values()
+    if explicit > len(devices) or (takes_rest and len(devices) % explicit):
+        problem = f"do not divide the {len(devices)} devices" if takes_rest else f"exceed the {len(devices)} devices"
+        raise ValueError(
+            f"{name}={words!r}: its explicit sizes multiply to {explicit} and {problem} that it may use; choose sizes"
+            f" whose product {'divides' if takes_rest else 'is at most'} {len(devices)}, or use -1 for one axis"
+        )
+    shape = [len(devices) // explicit if size == -1 else size for size in sizes.values()]
+    used = np.array(devices[: math.prod(shape)], dtype=object).reshape(shape)
+    return Mesh(used, AXES)
+
+
+def shardings(abstract_params: Tree, mesh: Mesh, rules: Rules) -> Tree:
+    """The sharding of each parameter, as a tree of the same structure with ``NamedSharding`` leaves.
+
+    Reads the logical axes that each ``nnx.Variable`` carries as ``axes``. Leaves that are not variables
+    (an optimizer's step count) are replicated, so an abstract optimizer state works as well.
+
+    ``kv_heads`` that the mesh axis does not divide are replicated: grouped-query models have as few as
+    2 kv heads, and a copy of them per device is cheap. Everything else that does not divide is an error.
+
+    Raises:
+        ValueError: a dimension is not divisible by its mesh axis; names the parameter.
+    """
+
+    def one(path: tuple[Any, ...], leaf: Any) -> Any:
+        if not isinstance(leaf, nnx.Variable):
+            return NamedSharding(mesh, P())
+        name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+        spec = [_mesh_axis(name, axis, size, mesh, rules) for axis, size in zip(leaf.axes, leaf.shape, strict=True)]
+        return leaf.replace(NamedSharding(mesh, P(*spec)))
+
+    return jax.tree_util.tree_map_with_path(one, abstract_params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+
+
+def _mesh_axis(name: str, axis: str, size: int, mesh: Mesh, rules: Rules) -> str | None:
+    mesh_axis = rules[axis]
+    if mesh_axis is None or size % mesh.shape[mesh_axis] == 0:
+        return mesh_axis
+    if axis == "kv_heads":
+        return None
+    raise ValueError(
+        f"parameter {name}: its {axis!r} dimension of {size} is not divisible by mesh axis {mesh_axis}="
+        f"{mesh.shape[mesh_axis]}; choose a size of {mesh_axis} that divides {size}"
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows ``[B, ...]`` split over ``BATCH_AXES``; B must be divisible by their product."""
+    return NamedSharding(mesh, P(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A full copy on every device of the mesh."""
+    return NamedSharding(mesh, P())
+
+
+def reshard(tree: Tree, target: Any, dtype: DTypeLike | None = None) -> Tree:
+    """Copies a tree of ``jax.Array`` to other shardings, of the same mesh or of another one.
+
+    The copy never shares a buffer with the input: the train step donates its parameters, and a sampler
+    that aliased them would read freed or changed memory. Bit-exact when ``dtype`` is None.
+
+    Args:
+        tree: arrays, all on the same devices.
+        target: tree of shardings of the same structure, see ``shardings``.
+        dtype: floating leaves are cast to it before they travel, so that a bf16 sync moves half the bytes.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    targets = tuple(structure.flatten_up_to(target))
+    sources = tuple(leaf.sharding for leaf in leaves)
+    dtype = None if dtype is None else jnp.dtype(dtype)
+    if _same_devices(sources, targets):
+        return jax.tree.unflatten(structure, _copy_fn(targets, dtype)(leaves))
+    # Overlapping device sets: device_put may alias the shards that stay where they are, so copy first.
+    is_disjoint = not set.union(*(s.device_set for s in sources)) & set.union(*(t.device_set for t in targets))
+    if dtype is not None or not is_disjoint:
+        leaves = _copy_fn(sources, dtype)(leaves)
+    # Never donate here: on CPU a donated device_put with equal partitioning crashes the process.
+    return jax.tree.unflatten(structure, jax.device_put(leaves, list(targets)))
+
+
+def _same_devices(sources: tuple[Any, ...], targets: tuple[Any, ...]) -> bool:
+    """One jitted program can go from sources to targets: the same devices in the same order."""
+
+    def order(sharding: Any) -> tuple[Any, ...]:
+        if isinstance(sharding, NamedSharding):
+            return tuple(np.asarray(sharding.mesh.devices).flat)
+        return tuple(sharding.device_set) if len(sharding.device_set) == 1 else (sharding,)
+
+    return len({order(sharding) for sharding in (*sources, *targets)}) == 1
+
+
+@functools.lru_cache(maxsize=16)
+def _copy_fn(targets: tuple[Any, ...], dtype: jnp.dtype | None) -> Callable[[list[Any]], list[Any]]:
+    """Jitted copy (and cast); cached, so that a sync every few steps compiles once."""
+
+    def copy(leaves: list[Any]) -> list[Any]:
+        is_cast = [dtype is not None and jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in leaves]
+        return [leaf.astype(dtype) if cast else jnp.copy(leaf) for leaf, cast in zip(leaves, is_cast, strict=True)]
+
+    return jax.jit(copy, out_shardings=list(targets))

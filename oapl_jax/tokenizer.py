@@ -1,0 +1,178 @@
+"""Text to token ids and back: Hugging Face tokenizers and the toy tasks' own characters.
+
+Token ids are the truth: a response is decoded for people and graders and never encoded again.
+"""
+
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Int
+
+CHARS = "_$0123456789+-*=:,"
+"""Alphabet of the toy tasks; the place is the id: 0 pads, 1 stops."""
+
+CHARACTER_FILE = "character_tokenizer.json"
+GENERATION_FILE = "generation_config.json"
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What the rest of the program knows of a tokenizer."""
+
+    vocab_size: int
+    """V: ids below it may be sampled. The embedding has more rows than this; those are padding."""
+    stop_ids: tuple[int, ...]
+    """All ids that end a response, ascending."""
+    eos_id: int
+    """The stop id that a demonstration ends with."""
+    pad_id: int
+
+    def encode_prompt(self, question: str, system: str | None = None) -> list[int]:
+        """Token ids up to the place where the response begins."""
+        ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of plain text; no special tokens are added."""
+        ...
+
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, "R"]) -> str:
+        """Text of token ids, without the special ones."""
+        ...
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes what ``load(folder)`` needs."""
+        ...
+
+
+def load(source: str, folder: str | pathlib.Path | None = None) -> Tokenizer:
+    """The tokenizer that ``model.tokenizer`` names.
+
+    Args:
+        source: ``characters``, ``model`` (the one in ``folder``), a folder, or a name on the Hugging Face hub.
+        folder: the model's folder or hub name, for ``model``.
+
+    Raises:
+        ValueError: where there is no tokenizer at that place.
+    """
+    if source == "characters":
+        return CharacterTokenizer()
+    if source == "model":
+        if folder is None:
+            raise ValueError("model.tokenizer='model': there is no model folder to take it from; name a tokenizer")
+        source = str(folder)
+    saved = pathlib.Path(source) / CHARACTER_FILE
+    if saved.is_file():
+        return CharacterTokenizer.from_file(saved)
+    return HuggingFaceTokenizer(source)
+
+
+class CharacterTokenizer:
+    """One token per character of ``CHARS``, for the toy tasks."""
+
+    def __init__(self) -> None:
+        self.vocab_size = len(CHARS)
+        self.pad_id = CHARS.index("_")
+        self.eos_id = CHARS.index("$")
+        self.stop_ids = (self.eos_id,)
+
+    @classmethod
+    def from_file(cls, path: pathlib.Path) -> "CharacterTokenizer":
+        """Reads what ``save`` wrote; another alphabet would give every id another meaning."""
+        characters = json.loads(path.read_text(encoding="utf-8"))["characters"]
+        if characters != CHARS:
+            raise ValueError(f"{path}: its alphabet is {characters!r}, this program's is {CHARS!r}")
+        return cls()
+
+    def encode_prompt(self, question: str, system: str | None = None) -> list[int]:
+        """Token ids of the question alone.
+
+        Raises:
+            ValueError: on a system message, which has no place here, or on a character outside ``CHARS``.
+        """
+        if system is not None:
+            raise ValueError(f"the character tokenizer has no system message; remove system={system!r}")
+        return self.encode(question)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids.
+
+        Raises:
+            ValueError: naming the first character that is not in ``CHARS``.
+        """
+        for place, character in enumerate(text):
+            if character not in CHARS:
+                raise ValueError(f"character {character!r} at place {place} of {text!r} is not in {CHARS!r}")
+        return [CHARS.index(character) for character in text]
+
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, "R"]) -> str:
+        """Text without stop tokens. A sampled pad shows as ``_``: hiding it would make wrong answers right."""
+        return "".join(CHARS[int(i)] for i in ids if int(i) != self.eos_id)
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes ``character_tokenizer.json``."""
+        (pathlib.Path(folder) / CHARACTER_FILE).write_text(json.dumps({"characters": CHARS}) + "\n")
+
+
+class HuggingFaceTokenizer:
+    """A ``transformers`` tokenizer with its chat template and all stop ids of its model."""
+
+    def __init__(self, source: str) -> None:
+        from transformers import AutoTokenizer  # takes 2.5 s, which the toy tasks need not pay
+
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"tokenizer {source!r}: cannot be loaded: {error}") from error
+        self._generation = _generation_config(source)
+        # len() counts the added tokens, .vocab_size does not; neither counts the embedding's padding.
+        self.vocab_size = len(self._tokenizer)
+        if self._tokenizer.eos_token_id is None:
+            raise ValueError(f"tokenizer {source!r}: has no eos token, so a response could never end")
+        self.eos_id = int(self._tokenizer.eos_token_id)
+        pad = self._tokenizer.pad_token_id
+        self.pad_id = self.eos_id if pad is None else int(pad)
+        declared = self._generation.get("eos_token_id") or []
+        declared = declared if isinstance(declared, list) else [declared]
+        self.stop_ids = tuple(sorted({self.eos_id, *declared}))
+
+    def encode_prompt(self, question: str, system: str | None = None) -> list[int]:
+        """Token ids of the rendered chat up to the assistant's turn; plain text where there is no template.
+
+        Raises:
+            ValueError: on a system message for a tokenizer without a chat template.
+        """
+        if not self._tokenizer.chat_template:
+            if system is not None:
+                raise ValueError(f"this tokenizer has no chat template, so system={system!r} has no place; remove it")
+            return self.encode(question)
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        messages.append({"role": "user", "content": question})
+        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.encode(text)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids. The template writes its own special tokens, so none are added."""
+        return self._tokenizer.encode(text, add_special_tokens=False)
+
+    def decode(self, ids: Sequence[int] | Int[np.ndarray, "R"]) -> str:
+        """Text of the ids, special tokens skipped, spaces as they are."""
+        return self._tokenizer.decode(
+            [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+
+    def save(self, folder: str | pathlib.Path) -> None:
+        """Writes the tokenizer, and the generation config: it alone knows the further stop ids."""
+        self._tokenizer.save_pretrained(folder)
+        if self._generation:
+            (pathlib.Path(folder) / GENERATION_FILE).write_text(json.dumps(self._generation, indent=2) + "\n")
+
+
+def _generation_config(source: str) -> dict[str, Any]:
+    """The model's generation_config.json, or {} where it has none."""
+    from transformers.utils.hub import cached_file
+
+    path = cached_file(source, GENERATION_FILE, _raise_exceptions_for_missing_entries=False)
+    return {} if path is None else json.loads(pathlib.Path(path).read_text(encoding="utf-8"))

@@ -1,0 +1,372 @@
+"""Online OAPL (paper Algorithm 1): sample, grade, train, and every ``sync_every`` steps sync.
+
+    python -m oapl_jax.train --config configs/quickstart.yaml [--dry-run] [section.key=value ...]
+
+A sampler thread fills the buffer of the current window with graded groups of one policy version
+(``worker.py``); this file is the learner's thread, top to bottom. Departures from the paper are in
+docs/departures.md. The same command again resumes; SIGTERM saves and exits with code 42.
+"""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import signal
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from oapl_jax import config as configuration
+from oapl_jax import report, run_dir
+from oapl_jax.checkpoint import Checkpoints
+from oapl_jax.config import EXIT_BAD_CONFIG, TrainConfig
+from oapl_jax.evaluate import evaluate
+from oapl_jax.job import Job, describe, make_job
+from oapl_jax.learner import batch as batches
+from oapl_jax.learner.state import TrainState
+from oapl_jax.metrics import MetricsWriter, Progress, Stopwatch, check_finite
+from oapl_jax.model import hf
+from oapl_jax.parity import check_parity
+from oapl_jax.rollouts.buffer import GroupBuffer
+from oapl_jax.rollouts.log import BatchRecord, RolloutLog
+from oapl_jax.sharding import batch_sharding
+from oapl_jax.types import Metrics
+from oapl_jax.worker import Worker
+
+EXIT_PREEMPTED = 42
+"""Saved, please start me again: what launch/ restarts for free."""
+
+GUARDED = ("learner/loss", "learner/grad_norm")
+SUMMARY_FILE = "summary.json"
+EXPORT_FOLDER = "export"
+
+
+@dataclasses.dataclass
+class Place:
+    """Where a run stands besides its arrays; saved with every checkpoint."""
+
+    step: int = 0
+    policy_version: int = 0
+    window_step: int = 0
+    """Learner step at which the window opened."""
+    window_position: int = 0
+    """Place in the prompt stream of the window's first group."""
+    cursor: int = 0
+    """Index in the window of the first group that was not consumed."""
+    num_dropped: int = 0
+    """Groups dropped at syncs."""
+    num_rollouts: int = 0
+    """Rollouts trained on."""
+    seconds: float = 0.0
+    """Time spent, all restarts together."""
+    before: dict[str, float] = dataclasses.field(default_factory=dict)
+    """pass@k before step 1."""
+
+    def next_window(self, policy_version: int) -> None:
+        """Opens a window here, after the last group that was consumed."""
+        self.policy_version, self.window_step = policy_version, self.step
+        self.window_position, self.cursor = self.window_position + self.cursor, 0
+
+
+class PreemptedError(Exception):
+    """SIGTERM came; the state is saved."""
+
+
+@dataclasses.dataclass
+class Session:
+    """A run in progress: its place and arrays, and everything that the loop reads from and writes to."""
+
+    job: Job
+    place: Place
+    state: TrainState
+    sampler_params: Any
+    """The lagged weights that the sampler holds: version ``place.policy_version``."""
+    checkpoints: Checkpoints
+    log: RolloutLog
+    record: BatchRecord
+    writer: MetricsWriter
+    progress: Progress
+    buffer: GroupBuffer
+    worker: Worker
+    is_preempted: Callable[[], bool]
+    started: float
+    """Time up to which ``place.seconds`` does not count yet."""
+
+
+def run(config: TrainConfig) -> dict[str, Any]:
+    """Trains to the last step and returns the summary.
+
+    Raises:
+        ValueError: the config got something wrong; the message says what.
+        ParityError, NonFiniteError, TimeoutError, RuntimeError: the run cannot go on; it says why.
+        PreemptedError: after SIGTERM, with the state saved.
+    """
+    started = time.perf_counter()
+    run_dir.check_run(config, TrainConfig)
+    job, state = make_job(config)
+    directory = run_dir.open_run(config, TrainConfig)
+    with contextlib.ExitStack() as stack:
+        session = _open_session(stack, job, state, directory, started)
+        if session.sampler_params is None:
+            _begin(session)
+        session.buffer.num_dropped = session.place.num_dropped
+        session.worker.set_weights(session.place.policy_version, session.sampler_params)
+        _open_window(session)
+        session.worker.start()
+        _learn(session)
+        session.worker.stop()
+        after = _evaluate(job, _sampler_copy(session), config.evaluation.final_samples)
+        _count_seconds(session)
+    summary = _summarize(session.place, after)
+    (directory / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+    hf.save_folder(directory / EXPORT_FOLDER, job.model_config, session.state.params, job.tokenizer)
+    report.write_report(directory)
+    return summary
+
+
+def _open_session(
+    stack: contextlib.ExitStack, job: Job, state: TrainState, directory: pathlib.Path, started: float
+) -> Session:
+    """Opens files and threads, and restores the newest checkpoint that can be read, where there is one."""
+    config = job.config
+    progress = stack.enter_context(Progress(config.run.steps, enabled=config.logging.progress))
+    is_preempted = stack.enter_context(_catch_sigterm())
+    stack.callback(job.grader.close)
+    checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep)
+    stack.callback(checkpoints.close)
+    log = RolloutLog(directory / "rollouts")
+
+    place, sampler_params, is_changed = Place(), None, False
+    restored = checkpoints.restore(_abstract(job, state), progress.note)
+    if restored is not None:
+        _, (state, sampler_params), meta = restored
+        place = Place(**{field.name: meta[field.name] for field in dataclasses.fields(Place)})
+        is_changed = meta["config"] != run_dir.identity(config)
+        progress.note(f"resumed at step {place.step}, policy version {place.policy_version}")
+    if is_changed:
+        # Groups of the old config must not meet the new one's: a new window, under a version of its own.
+        with job.sampler_lock:
+            sampler_params, _ = job.sync(state.params)
+        place.next_window(max([place.policy_version, *log.versions()]) + 1)
+
+    record = BatchRecord(directory / "batches.jsonl", forget_after=place.step if is_changed else None)
+    writer = stack.enter_context(
+        MetricsWriter(
+            directory,
+            resume_step=None if restored is None else place.step,
+            tensorboard=config.logging.tensorboard,
+            wandb_project=config.logging.wandb_project,
+            config=config.model_dump(),
+        )
+    )
+    buffer = job.make_buffer()
+    worker = Worker(
+        job.engine,
+        job.prompts,
+        job.make_groups(),
+        buffer,
+        log,
+        group_size=config.sampler.group_size,
+        seed=config.run.seed,
+        device_lock=job.sampler_lock,
+    )
+    stack.callback(worker.stop)
+    return Session(
+        job,
+        place,
+        state,
+        sampler_params,
+        checkpoints,
+        log,
+        record,
+        writer,
+        progress,
+        buffer,
+        worker,
+        is_preempted,
+        started,
+    )
+
+
+def _begin(session: Session) -> None:
+    """Before step 1: sync, the parity gate, pass@k of the start, the first checkpoint."""
+    job, place = session.job, session.place
+    session.sampler_params = _sampler_copy(session)
+    parity = check_parity(job, session.state.params, session.sampler_params)
+    session.progress.note(f"parity gate: sampler and learner differ by {parity:.2g} nats a token")
+    place.before = _evaluate(job, session.sampler_params, job.config.evaluation.final_samples)
+    session.writer.write(0, place.before)
+    _save(session)
+    session.checkpoints.wait()  # before the first group is logged: a checkpoint ties the log to this config
+
+
+def _learn(session: Session) -> None:
+    """The learner's loop: take, train, sync, evaluate, save."""
+    job, place, buffer, config = session.job, session.place, session.buffer, session.job.config
+    timer = Stopwatch()
+    while place.step < config.run.steps:
+        start = time.perf_counter()
+        step = place.step + 1
+        with timer("learner/wait_seconds"):
+            groups = buffer.take(job.groups_per_batch, config.window.deadline, session.is_preempted)
+        if session.is_preempted():
+            if session.checkpoints.latest_step != place.step:
+                _save(session)
+            session.progress.note(f"SIGTERM: saved at step {place.step}; the same command again goes on from here")
+            raise PreemptedError
+        session.record.record(step, place.policy_version, [group.id for group in groups])
+
+        # Train on the batch (paper Eq. 3).
+        batch = batches.from_groups(groups, num_rows=config.learner.batch_rollouts, max_tokens=job.max_tokens)
+        with job.trainer_lock:
+            rows = jax.device_put(batch, batch_sharding(job.trainer_mesh))
+            session.state, device_metrics = job.train_step(session.state, rows)
+            metrics: Metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
+            jax.block_until_ready(session.state)  # on all devices, before the lock is left
+        check_finite(step, metrics, GUARDED)
+        metrics |= batches.describe(groups)
+        metrics |= {"window/version": place.policy_version, "window/lag": step - 1 - place.window_step}
+        metrics["window/ready_groups"] = buffer.num_ready
+        place.step, place.cursor = step, buffer.cursor
+        place.num_rollouts += int(batch.row_mask.sum())
+
+        # Every L steps: sync, and clear the buffer.
+        if step - place.window_step == config.window.sync_every and step < config.run.steps:
+            metrics |= _sync(session)
+        place.num_dropped = metrics["window/dropped_groups"] = buffer.num_dropped
+
+        if config.evaluation.every and step % config.evaluation.every == 0 and step < config.run.steps:
+            with timer("evaluation/seconds"):
+                metrics |= _evaluate(job, _sampler_copy(session), config.evaluation.samples)
+        metrics |= timer.collect() | session.worker.report()
+        metrics["learner/seconds"] = time.perf_counter() - start
+        metrics["learner/tokens_per_second"] = float(batch.response_mask.sum()) / metrics["learner/seconds"]
+        session.writer.write(step, metrics)
+        session.progress.update(step, metrics)
+        if step % config.checkpoint.every == 0 or step == config.run.steps:
+            _save(session)
+
+
+def _sync(session: Session) -> Metrics:
+    """New weights for the sampler, a new version, a new window."""
+    with session.job.sampler_lock:
+        session.sampler_params, metrics = session.job.sync(session.state.params)
+    session.place.next_window(session.place.policy_version + 1)
+    session.worker.set_weights(session.place.policy_version, session.sampler_params)
+    _open_window(session)
+    return metrics
+
+
+def _open_window(session: Session) -> None:
+    """Opens the window at ``place``; groups of its version that a killed run has logged are used again."""
+    place, config = session.place, session.job.config
+    last_step = min(place.window_step + config.window.sync_every, config.run.steps)
+    session.buffer.open_window(
+        place.policy_version,
+        start_position=place.window_position,
+        num_groups=(last_step - place.window_step) * session.job.groups_per_batch,
+        logged=session.log.read(place.policy_version),
+        cursor=place.cursor,
+    )
+
+
+def _save(session: Session) -> None:
+    _count_seconds(session)
+    with session.job.sampler_lock:
+        meta = {**dataclasses.asdict(session.place), "config": run_dir.identity(session.job.config)}
+        session.checkpoints.save(session.place.step, (session.state, session.sampler_params), meta)
+
+
+def _count_seconds(session: Session) -> None:
+    now = time.perf_counter()
+    session.place.seconds, session.started = session.place.seconds + now - session.started, now
+
+
+def _evaluate(job: Job, sampler_params: Any, num_samples: int) -> Metrics:
+    return evaluate(
+        job.evaluation_engine,
+        sampler_params,
+        job.held_out,
+        job.tokenizer.decode,
+        job.grader,
+        num_samples=num_samples,
+        seed=job.config.run.seed,
+        device_lock=job.sampler_lock,
+    ).metrics
+
+
+def _sampler_copy(session: Session) -> Any:
+    with session.job.sampler_lock:
+        return session.job.sync(session.state.params)[0]
+
+
+def _abstract(job: Job, state: TrainState) -> Any:
+    """What a checkpoint holds: the learner's state and the lagged sampler weights."""
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, job.state_shardings)
+    return abstract, job.sync.abstract(state.params)
+
+
+def _summarize(place: Place, after: Metrics) -> dict[str, Any]:
+    def pass_at(metrics: Metrics) -> dict[str, float]:
+        return {name.removeprefix("evaluation/"): value for name, value in metrics.items() if "pass@" in name}
+
+    return {
+        "before": pass_at(place.before),
+        "after": pass_at(after),
+        "steps": place.step,
+        "seconds": round(place.seconds, 1),
+        "rollouts": place.num_rollouts,
+        "policy_versions": place.policy_version + 1,
+        "dropped_groups": place.num_dropped,
+    }
+
+
+@contextlib.contextmanager
+def _catch_sigterm() -> Any:
+    """Yields a function that tells whether SIGTERM came; only the main thread of a process can listen."""
+    received: list[int] = []
+    try:
+        previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    except ValueError:
+        yield lambda: False
+        return
+    try:
+        yield lambda: bool(received)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _table(summary: dict[str, Any], directory: pathlib.Path) -> str:
+    ks = [k for k in summary["after"] if k in summary["before"]]
+    lines = ["", f"{'':>8}" + "".join(f"{k:>9}" for k in ks)]
+    lines += [f"{when:>8}" + "".join(f"{summary[when][k]:9.3f}" for k in ks) for when in ("before", "after")]
+    lines.append(
+        f"\n{summary['steps']} steps, {summary['rollouts']:,} rollouts, {summary['seconds']:.0f} s;"
+        f" curves in {directory / 'report.html'}"
+    )
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    """Command line; exit codes: 0 done, 1 the run failed, 2 the config is wrong, 42 saved after SIGTERM."""
+    config, arguments = configuration.from_command_line(TrainConfig, "oapl_jax.train", argv)
+    try:
+        if arguments.dry_run:
+            job, state = make_job(config, make_warm_start=False)
+            job.grader.close()
+            print(configuration.to_yaml(config))
+            print(describe(job, state))
+            return
+        print(_table(run(config), pathlib.Path(config.run.dir)))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(EXIT_BAD_CONFIG) from None
+    except PreemptedError:
+        raise SystemExit(EXIT_PREEMPTED) from None
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,121 @@
+"""The data that passes between the rooms, and the shape legend.
+
+Shape legend, used in annotations, in suffixes of local names and in einsum strings:
+
+    N prompts            G rollouts per prompt     B rows (sequences)     T tokens of a row
+    V vocabulary         D model width             F ffn width            L layers
+    H query heads        K key/value heads         C head width           S cache length
+    E experts            P tokens of a prompt      R tokens of a response
+
+Alignment, everywhere: ``logprobs[:, t]`` scores ``tokens[:, t]`` given the tokens before it.
+"""
+
+import dataclasses
+import enum
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+
+class Verdict(enum.StrEnum):
+    """What a grader says of a response. ``INVALID``: the grader failed, not the response."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    INVALID = "invalid"
+
+
+class FinishReason(enum.StrEnum):
+    """Why a rollout ended: at a stop token (which is its last token), or cut at the limit."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """One question, tokenised once. Token ids are the truth; ``text`` is for people."""
+
+    id: str
+    """Stable name of the row it came from, e.g. ``gsm8k/train/17`` or ``chain/train/3``."""
+    token_ids: Int[np.ndarray, "P"]
+    text: str
+    answer: str
+    """What the grader compares with: a gold answer, or '' where the prompt alone suffices."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Grade:
+    """A verdict with its reward. The reward of an invalid verdict is NaN and must not be used."""
+
+    verdict: Verdict
+    reward: float
+    detail: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """One sampled response with the log-probabilities of the law it was drawn from."""
+
+    token_ids: Int[np.ndarray, "R"]
+    """Response tokens; the stop token, when one was drawn, is the last of them."""
+    logprobs: Float[np.ndarray, "R"]
+    """Log-probability of each token in nats, float32, after temperature, top-k, top-p and masking."""
+    finish_reason: FinishReason
+
+
+@dataclasses.dataclass(frozen=True)
+class GradedRollout:
+    """A rollout with its text, its grade and, where these are usable, its advantage."""
+
+    rollout: Rollout
+    text: str
+    grade: Grade
+    advantage: float
+    """A* = r - V*(x), float64 (objectives/oapl.py); NaN where the rollout is not usable."""
+
+    @property
+    def is_usable(self) -> bool:
+        """False for an invalid verdict or a log-probability that is not finite: never learned from."""
+        return not np.isnan(self.advantage)
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutGroup:
+    """All rollouts of one prompt by one policy version: the currency between sampling and learning."""
+
+    index: int
+    """Place of the group in its window, 0, 1, ...; the learner takes groups in this order."""
+    policy_version: int
+    prompt: Prompt
+    rollouts: tuple[GradedRollout, ...]
+    value: float
+    """V*(x) of paper Eq. 2 over the usable rollouts, float64; NaN where none is usable."""
+
+    @property
+    def id(self) -> str:
+        """Unique within a run: ``VERSION-INDEX``, zero-padded so that names sort."""
+        return f"{self.policy_version:06d}-{self.index:08d}"
+
+    @property
+    def usable(self) -> tuple[GradedRollout, ...]:
+        """The rollouts that the learner may train on."""
+        return tuple(rollout for rollout in self.rollouts if rollout.is_usable)
+
+
+class TrainBatch(NamedTuple):
+    """Rows of prompt + response, right-padded, as the train step takes them: NumPy on the host, then jax arrays."""
+
+    tokens: Int[Any, "B T"]
+    response_mask: Bool[Any, "B T"]
+    """True at response tokens, the stop token included."""
+    sampler_logprobs: Float[Any, "B T"]
+    """0 outside the response."""
+    advantages: Float[Any, "B"]
+    row_mask: Bool[Any, "B"]
+    """False for rows that only fill the batch."""
+
+
+Metrics = dict[str, Any]
+"""Flat ``area/name`` -> number; every name is described in docs/metrics.md."""

@@ -1,0 +1,223 @@
+"""The sampler's side of a run: prompts -> rollouts -> grades -> rollout log and buffer, in threads.
+
+thread     consumes                      produces                 waits for             is woken by
+sampler    tickets, weights of a version finished rollouts        the window to want    open_window, stop
+grader     finished rollouts             groups in log + buffer   finished rollouts     sampler, stop
+learner    groups in the buffer          weights                  groups of a batch     grader
+"""
+
+import contextlib
+import math
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+from jaxtyping import Float
+
+from oapl_jax.rewards.grader import Grader
+from oapl_jax.rollouts.buffer import GroupBuffer, Ticket
+from oapl_jax.rollouts.log import RolloutLog
+from oapl_jax.sampler.engine import Engine
+from oapl_jax.sampler.scheduler import Request, Scheduler
+from oapl_jax.types import Grade, GradedRollout, Metrics, Prompt, Rollout, RolloutGroup, Verdict
+
+POLL_SECONDS = 0.2
+STOP_DEADLINE = 60.0
+"""Seconds that ``stop`` waits for the chunk and the grades in flight."""
+
+MAX_UNGRADED_GROUPS = 1024
+"""Finished groups that may wait for the grader before the sampler waits too."""
+
+MAX_GRADED_AT_ONCE = 32
+"""Groups that are graded and written together: one file for many, yet one slow answer holds up only these."""
+
+
+@runtime_checkable
+class PromptStream(Protocol):
+    """An endless, seeded stream of prompts with random access."""
+
+    def __getitem__(self, position: int) -> Prompt: ...
+
+
+class GroupMaker(NamedTuple):
+    """What turns rollouts into a graded group: pure but for the grader."""
+
+    decode: Callable[[list[int]], str]
+    grader: Grader
+    advantages: Callable[[Float[np.ndarray, "G"]], Float[np.ndarray, "G"]]
+    """Rewards of a group to advantages (the objective's)."""
+    value: Callable[[Float[np.ndarray, "G"]], float]
+    """Rewards of a group to V*(x)."""
+
+    def __call__(self, items: Sequence[tuple[Ticket, Prompt, list[Rollout]]]) -> list[RolloutGroup]:
+        """Decodes and grades the rollouts of several groups at once."""
+        texts = [[self.decode(rollout.token_ids.tolist()) for rollout in rollouts] for _, _, rollouts in items]
+        flat = [
+            (prompt, text, rollout.finish_reason)
+            for (_, prompt, rollouts), group_texts in zip(items, texts, strict=True)
+            for text, rollout in zip(group_texts, rollouts, strict=True)
+        ]
+        grades = iter(self.grader.grade(flat))
+        return [
+            self._group(ticket, prompt, rollouts, group_texts, [next(grades) for _ in rollouts])
+            for (ticket, prompt, rollouts), group_texts in zip(items, texts, strict=True)
+        ]
+
+    def _group(
+        self, ticket: Ticket, prompt: Prompt, rollouts: list[Rollout], texts: list[str], grades: list[Grade]
+    ) -> RolloutGroup:
+        """V* and advantages over the rollouts whose verdict and log-probabilities can be used."""
+        is_usable = np.array(
+            [
+                grade.verdict is not Verdict.INVALID
+                and math.isfinite(grade.reward)
+                and np.isfinite(rollout.logprobs).all()
+                for grade, rollout in zip(grades, rollouts, strict=True)
+            ]
+        )
+        advantages, value = np.full(len(rollouts), np.nan), math.nan
+        if is_usable.any():
+            rewards = np.array([grade.reward for grade in grades], np.float64)[is_usable]
+            advantages[is_usable], value = self.advantages(rewards), self.value(rewards)
+        graded = map(GradedRollout, rollouts, texts, grades, advantages.tolist())
+        return RolloutGroup(ticket.index, ticket.policy_version, prompt, tuple(graded), value)
+
+
+class Worker:
+    """Fills the buffer for the current policy version until stopped; owns two threads.
+
+    Args:
+        engine: the sampler's programs.
+        prompts: the training prompts.
+        make_groups: decodes and grades.
+        buffer: says what to sample, takes what is finished.
+        log: every finished group is in it before it is in the buffer.
+        group_size: G.
+        seed: root of all draws; group ``i`` of version ``v`` draws from ``(seed, v, i)``.
+        device_lock: see ``Scheduler``.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: PromptStream,
+        make_groups: GroupMaker,
+        buffer: GroupBuffer,
+        log: RolloutLog,
+        *,
+        group_size: int,
+        seed: int,
+        device_lock: AbstractContextManager,
+    ):
+        self._scheduler: Scheduler[tuple[Ticket, Prompt]] = Scheduler(engine, device_lock)
+        self._prompts, self._make_groups, self._buffer, self._log = prompts, make_groups, buffer, log
+        self._group_size, self._seed = group_size, seed
+        self._weights: tuple[int, Any] = (-1, None)
+        self._finished: queue.Queue[tuple[Ticket, Prompt, list[Rollout]]] = queue.Queue(MAX_UNGRADED_GROUPS)
+        self._stopping = threading.Event()
+        self._threads = [
+            threading.Thread(target=self._guard, args=(loop,), name=name, daemon=True)
+            for name, loop in (("sampler", self._sample_loop), ("grader", self._grade_loop))
+        ]
+        self._idle_seconds = 0.0
+        self._last_report = (time.perf_counter(), 0, 0.0)
+
+    def start(self) -> None:
+        """Starts sampling; weights must have been set."""
+        for thread in self._threads:
+            thread.start()
+
+    def set_weights(self, policy_version: int, params: Any) -> None:
+        """Publishes weights, to be taken up at the end of the chunk in flight; call before ``open_window``."""
+        self._weights = (policy_version, params)
+
+    def stop(self) -> None:
+        """Ends both threads at the end of the chunk and of the grades in flight.
+
+        Groups that did not reach the log are dropped; a resumed run samples the same ones again.
+
+        Raises:
+            TimeoutError: a thread does not end.
+        """
+        self._stopping.set()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join(STOP_DEADLINE)
+            if thread.is_alive():
+                raise TimeoutError(f"the {thread.name} thread did not end within {STOP_DEADLINE:g} s")
+
+    def report(self) -> Metrics:
+        """Metrics since the last report."""
+        now, tokens, idle = time.perf_counter(), self._scheduler.num_tokens, self._idle_seconds
+        then, tokens_then, idle_then = self._last_report
+        self._last_report = (now, tokens, idle)
+        return {
+            "sampler/tokens_per_second": (tokens - tokens_then) / max(now - then, 1e-9),
+            "sampler/idle_seconds": idle - idle_then,
+        }
+
+    def _guard(self, loop: Callable[[], None]) -> None:
+        """A thread that dies tells the learner, which would wait for ever otherwise."""
+        try:
+            loop()
+        except BaseException as error:
+            self._buffer.fail(error)
+            self._stopping.set()
+
+    def _sample_loop(self) -> None:
+        version, params = -1, None
+        while not self._stopping.is_set():
+            num_changes = self._buffer.num_changes
+            if self._weights[0] != version:
+                version, params = self._weights
+                self._scheduler.abort()
+            self._admit(version, params)
+            # Rollouts that the window no longer wants rest where they are: a group may yet prove
+            # unusable, and then they go on.
+            if self._scheduler.is_idle or not self._buffer.wants_groups(version):
+                start = time.perf_counter()
+                self._buffer.wait_for_change(num_changes, POLL_SECONDS)
+                self._idle_seconds += time.perf_counter() - start
+                continue
+            for (ticket, prompt), rollouts in self._scheduler.step(params):
+                self._buffer.mark_sampled(ticket)
+                self._hand_over((ticket, prompt, rollouts))
+        self._scheduler.abort()
+
+    def _admit(self, version: int, params: Any) -> None:
+        while self._scheduler.has_room(self._group_size) and (ticket := self._buffer.admit(version)) is not None:
+            prompt = self._prompts[ticket.position]
+            seed = (self._seed, ticket.policy_version, ticket.index)
+            self._scheduler.admit(params, Request((ticket, prompt), prompt.token_ids, self._group_size, seed))
+
+    def _hand_over(self, item: tuple[Ticket, Prompt, list[Rollout]]) -> None:
+        """Queues a group for the grader; a slow grader slows the sampler down."""
+        while not self._stopping.is_set():
+            with contextlib.suppress(queue.Full):
+                self._finished.put(item, timeout=POLL_SECONDS)
+                return
+
+    def _grade_loop(self) -> None:
+        while not self._stopping.is_set():
+            items = self._drain()
+            if not items:
+                continue
+            groups = self._make_groups(items)
+            for version in sorted({group.policy_version for group in groups}):
+                self._log.append([group for group in groups if group.policy_version == version])
+            for group in groups:
+                self._buffer.put(group)
+
+    def _drain(self) -> list[tuple[Ticket, Prompt, list[Rollout]]]:
+        """Finished rollouts that wait, at least one unless the wait is over."""
+        try:
+            items = [self._finished.get(timeout=POLL_SECONDS)]
+        except queue.Empty:
+            return []
+        while not self._finished.empty() and len(items) < MAX_GRADED_AT_ONCE:
+            items.append(self._finished.get_nowait())
+        return items

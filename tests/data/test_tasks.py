@@ -1,0 +1,132 @@
+"""The toy tasks and their rewards, against a plain re-reading of their definitions."""
+
+import re
+import zlib
+
+import numpy as np
+import pytest
+
+from oapl_jax.data import tasks
+from oapl_jax.rewards import toy
+from oapl_jax.tokenizer import CHARS, CharacterTokenizer
+
+CHARACTERS = CharacterTokenizer()
+GRADERS = {"chain": toy.grade_chain, "countdown": toy.grade_countdown}
+
+
+def naive_chain(question: str) -> str:
+    """The running values, by Python's own arithmetic on ever longer parenthesised beginnings."""
+    first, *steps = re.findall(r"[-+*]?\d", question)
+    values, expression = "", first
+    for step in steps:
+        expression = f"({expression}{step})"
+        values += str(eval(expression) % 10)
+    return values
+
+
+@pytest.mark.parametrize("name", ["chain", "countdown"])
+def test_prompts_repeat_and_their_splits_are_disjoint(name):
+    task = tasks.make_task(name)
+    train = [task.prompt(i, "train", 7, CHARACTERS) for i in range(1000)]
+    held_out = [task.prompt(i, "held_out", 7, CHARACTERS) for i in range(1000)]
+    assert not {p.text for p in train} & {p.text for p in held_out}
+    assert task.prompt(517, "train", 7, CHARACTERS).text == train[517].text
+    assert [task.prompt(i, "held_out", 8, CHARACTERS).text for i in range(50)] == [p.text for p in held_out[:50]]
+    assert [task.prompt(i, "train", 8, CHARACTERS).text for i in range(50)] != [p.text for p in train[:50]]
+    assert train[17].id == f"{name}/train/17"
+    assert train[17].token_ids.tolist() == [CHARS.index(c) for c in train[17].text]
+
+
+def test_splits_are_those_of_the_reference_runs():
+    chain, countdown = tasks.make_task("chain"), tasks.make_task("countdown")
+    for split in ("train", "held_out"):
+        for i in range(200):
+            text = chain.prompt(i, split, 0, CHARACTERS).text
+            assert (zlib.crc32(bytes(CHARS.index(c) for c in text)) % 10 == 0) == (split == "held_out")
+            digits, target = countdown.prompt(i, split, 0, CHARACTERS).text.split(":")
+            key = str(sorted(int(d) for d in digits)) + str(int(target))
+            assert (zlib.crc32(key.encode()) % 10 == 0) == (split == "held_out")
+
+
+@pytest.mark.parametrize(("name", "prompt_tokens"), [("chain", 12), ("countdown", 7)])
+def test_demonstrations_fit_and_are_training_prompts(name, prompt_tokens):
+    task = tasks.make_task(name)
+    longest = 0
+    for i in range(500):
+        prompt, response = task.demonstration(i, 3, CHARACTERS)
+        assert len(prompt.token_ids) == prompt_tokens
+        longest = max(longest, len(CHARACTERS.encode(response)) + 1)
+        assert task.demonstration(i, 3, CHARACTERS)[1] == response
+    assert longest == task.max_response_tokens
+
+
+def test_demonstrations_without_noise_are_right():
+    clean_chain = tasks.Chain(noise=0.0)
+    for i in range(500):
+        prompt, response = clean_chain.demonstration(i, 0, CHARACTERS)
+        assert response == naive_chain(prompt.text)
+        assert toy.grade_chain(prompt.text, response)
+        prompt, response = tasks.Countdown().demonstration(i, 0, CHARACTERS)
+        assert toy.grade_countdown(prompt.text, response)
+
+
+def test_noisy_chain_is_right_as_often_as_its_noise_says():
+    task = tasks.make_task("chain")
+    graded = [toy.grade_chain(p.text, r) for p, r in (task.demonstration(i, 1, CHARACTERS) for i in range(4000))]
+    # By simulation of the definition: a replaced digit can be right by luck, and `*0` forgives all that came before.
+    rng = np.random.default_rng(5)
+    expected = np.mean([simulated_chain_is_right(rng) for _ in range(40_000)])
+    assert abs(np.mean(graded) - expected) < 0.03
+
+
+def simulated_chain_is_right(rng: np.random.Generator) -> bool:
+    """One noisy chain beside the true one."""
+    true = noisy = int(rng.integers(10))
+    for _ in range(5):
+        operator, operand = rng.integers(3), int(rng.integers(10))
+        true = (true + operand, true - operand, true * operand)[operator] % 10
+        noisy = (noisy + operand, noisy - operand, noisy * operand)[operator] % 10
+        if rng.random() < 0.35:
+            noisy = int(rng.integers(10))
+    return true == noisy
+
+
+def test_chain_reward_looks_at_the_last_value():
+    question = "7+5*3-8*4+6="
+    assert naive_chain(question) == "26828"
+    for right in ("26828", "8", "999998", "$8"):
+        assert toy.grade_chain(question, right)
+    for wrong in ("", "26827", "26828_", "26828=", "2682"):
+        assert not toy.grade_chain(question, wrong)
+
+
+def test_countdown_reward_checks_every_step():
+    for right in ("3*721+425-124", "3+710+414*114"):
+        question = "3741:24" if right.endswith("24") else "3741:14"
+        assert toy.grade_countdown(question, right)
+    question = "3741:24"
+    wrong = {
+        "empty": "",
+        "digit that is not there": "3*721+425-223",
+        "digit used twice": "3*721+324",
+        "false intermediate": "3*722+426-125",
+        "false but meets the target": "3*721+424",
+        "other target": "3*721+425",
+        "one step": "7-304",
+        "too long": "3*721+425-124+024",
+        "trailing pad": "3*721+425-124_",
+        "one-digit value": "3*721+425-1 4",
+        "fullwidth digits": "\uff13*721+425-124",
+        "starts elsewhere": "9*327-423-122",
+        "unknown operator": "3:721+425-124",
+    }
+    assert [reason for reason, response in wrong.items() if toy.grade_countdown(question, response)] == []
+
+
+def test_countdown_targets_have_two_digits_and_negative_values_never_occur():
+    task = tasks.Countdown()
+    for i in range(500):
+        prompt, response = task.demonstration(i, 2, CHARACTERS)
+        assert re.fullmatch(r"[1-9]{4}:[1-9][0-9]", prompt.text)
+        assert all(0 <= int(value) <= 99 for value in re.findall(r"[-+*]\d(\d\d)", response))
+        assert response[-2:] == prompt.text[-2:]

@@ -1,0 +1,298 @@
+"""The train step against NumPy and an unchunked reference; splits and meshes that must not matter."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import tiny
+from oapl_jax.config import LearnerConfig, MeshConfig, ObjectiveConfig
+from oapl_jax.learner.batch import from_pairs
+from oapl_jax.learner.state import init_state, make_optimizer, make_schedule
+from oapl_jax.learner.step import make_loss_fn, make_train_step, sft_loss_fn
+from oapl_jax.model import qwen
+from oapl_jax.sharding import TRAINER_RULES, batch_sharding, make_meshes, shardings
+
+CONFIG = tiny.config("qwen3_tied")
+BETA2, TEMPERATURE, VOCAB = 0.3, 0.8, 45
+LEARNER = LearnerConfig(learning_rate=1e-4, clip_norm=1e9, weight_decay=0.1)
+OAPL = ObjectiveConfig(beta2=BETA2)
+
+
+@functools.cache
+def make_step(mesh="fsdp=1", learner=LEARNER, loss="oapl", num_micro_batches=1):
+    """The compiled step on a mesh, and a function that makes its state at step 0."""
+    mesh = make_meshes(MeshConfig(trainer=mesh))[0]
+    graphdef, abstract = qwen.abstract(CONFIG, mesh=mesh)
+    schedule = make_schedule(learner, 10)
+    optimizer = make_optimizer(learner, schedule)
+
+    def init():
+        params = jax.device_put(tiny.split(CONFIG)[1], shardings(abstract, mesh, TRAINER_RULES))
+        return init_state(jax.tree.map(jnp.copy, params), optimizer, mesh)
+
+    loss_fn = {"oapl": make_loss_fn(OAPL), "sft": sft_loss_fn}[loss]
+    step = make_train_step(
+        graphdef,
+        optimizer,
+        schedule,
+        loss_fn,
+        beta2=BETA2,
+        temperature=TEMPERATURE,
+        vocab_size=VOCAB,
+        num_micro_batches=num_micro_batches,
+        mesh=mesh,
+        shardings=init()[1],
+    )
+    return lambda state, batch: step(state, jax.device_put(batch, batch_sharding(mesh))), lambda: init()[0]
+
+
+@functools.cache
+def make_batch(num_pairs=6, num_rows=8, seed=0):
+    """Rows of several lengths; the sampler's law is near the learner's."""
+    rng = np.random.default_rng(seed)
+    sizes = [(int(rng.integers(1, 5)), int(rng.integers(1, 9))) for _ in range(num_pairs)]
+    pairs = [tuple(rng.integers(0, VOCAB, n).astype(np.int32) for n in size) for size in sizes]
+    batch = from_pairs(
+        pairs,
+        num_rows=num_rows,
+        max_tokens=16,
+        sampler_logprobs=[np.zeros(n, np.float32) for _, n in sizes],
+        advantages=rng.normal(size=num_pairs).tolist(),
+    )
+    noise = rng.normal(size=batch.tokens.shape).astype(np.float32) * batch.response_mask
+    return batch._replace(sampler_logprobs=learner_logprobs(batch) + 0.2 * noise)
+
+
+def score(params, batch):
+    graphdef = tiny.split(CONFIG)[0]
+    args = (graphdef, params, jnp.asarray(batch.tokens), jnp.asarray(batch.response_mask))
+    return tuple(map(np.asarray, tiny.sequence_logprobs(*args, temperature=TEMPERATURE, vocab_size=VOCAB)))
+
+
+def learner_logprobs(batch):
+    return score(tiny.split(CONFIG)[1], batch)[0]
+
+
+def run(batch, num_steps=1, **options):
+    step, init = make_step(**options)
+    state = init()
+    for _ in range(num_steps):
+        state, metrics = step(state, batch)
+    return state, {name: float(value) for name, value in metrics.items()}
+
+
+def gradient(state):
+    """The gradient of the first step: Adam's first moment is (1 - b1) times it."""
+    (moment,) = [s.mu for s in jax.tree.leaves(state.opt_state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")]
+    return jax.tree.map(lambda m: np.asarray(m) / (1 - LEARNER.adam_b1), moment)
+
+
+def assert_close(found, expected, atol):
+    for (path, a), b in zip(jax.tree.leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), atol=atol, rtol=0, err_msg=jax.tree_util.keystr(path))
+
+
+def norm(tree):
+    return float(np.sqrt(sum(np.square(np.asarray(leaf, np.float64)).sum() for leaf in jax.tree.leaves(tree))))
+
+
+def reference_loss(params, batch):
+    """OAPL over whole logits, a loop over rows and tokens."""
+    logits = tiny.logits(tiny.split(CONFIG)[0], params, jnp.asarray(batch.tokens))
+    law = jax.nn.log_softmax(logits[..., :VOCAB].astype(jnp.float32) / TEMPERATURE)
+    losses = []
+    for row in np.flatnonzero(batch.row_mask):
+        places = np.flatnonzero(batch.response_mask[row])
+        ratio = sum(law[row, t - 1, batch.tokens[row, t]] - batch.sampler_logprobs[row, t] for t in places)
+        losses.append((BETA2 * ratio - batch.advantages[row]) ** 2)
+    return sum(losses) / len(losses)
+
+
+def test_metrics_equal_numpy():
+    batch = make_batch()
+    _, metrics = run(batch)
+    logprobs, entropy = (x.astype(np.float64) for x in score(tiny.split(CONFIG)[1], batch))
+    rows = batch.row_mask
+    ratio = ((logprobs - batch.sampler_logprobs) * batch.response_mask).sum(axis=1)[rows]
+    advantages = batch.advantages[rows].astype(np.float64)
+    loss, reference = jax.value_and_grad(reference_loss)(tiny.split(CONFIG)[1], batch)
+    assert metrics == pytest.approx(
+        {
+            "learner/loss": np.mean((BETA2 * ratio - advantages) ** 2),
+            "learner/grad_norm": norm(reference),
+            "learner/log_ratio": ratio.mean(),
+            "learner/log_ratio_abs": np.abs(ratio).mean(),
+            "learner/log_ratio_min": ratio.min(),
+            "learner/residual": np.abs(BETA2 * ratio - advantages).mean(),
+            "learner/advantage_abs": np.abs(advantages).mean(),
+            "learner/entropy": entropy[batch.response_mask].mean(),
+            "learner/learning_rate": 1e-4,
+        },
+        rel=1e-4,
+        abs=1e-6,
+    )
+    assert metrics["learner/loss"] == pytest.approx(float(loss), rel=1e-5)
+    assert abs(ratio).min() > 1e-3, "the test must have something to compare"
+
+
+def test_the_smallest_log_ratio_is_of_a_row_that_counts():
+    batch = make_batch()
+    shifted = batch._replace(sampler_logprobs=batch.sampler_logprobs - 1.0 * batch.response_mask)
+    ratio = ((learner_logprobs(batch) - shifted.sampler_logprobs) * batch.response_mask).sum(axis=1)[batch.row_mask]
+    assert ratio.min() > 0.1
+    for splits in (1, 4):
+        assert run(shifted, num_micro_batches=splits)[1]["learner/log_ratio_min"] == pytest.approx(
+            ratio.min(), rel=1e-4
+        )
+
+
+def test_the_gradient_equals_that_of_an_unchunked_reference():
+    batch = make_batch()
+    reference = jax.grad(reference_loss)(tiny.split(CONFIG)[1], batch)
+    assert norm(reference) > 0.1
+    assert_close(gradient(run(batch)[0]), reference, atol=2e-6 * norm(reference))
+
+
+def test_the_gradient_is_the_slope_of_the_loss():
+    """A finite difference along the gradient, in the step's own loss."""
+    batch = make_batch()
+    slope = gradient(run(batch)[0])
+    loss = jax.jit(functools.partial(reference_loss, batch=batch))
+    size = 1e-3 / norm(slope)
+    params = tiny.split(CONFIG)[1]
+    ahead, behind = (jax.tree.map(lambda p, g, s=s: p + s * size * g, params, slope) for s in (1, -1))
+    assert float(loss(ahead) - loss(behind)) / (2 * size) == pytest.approx(norm(slope) ** 2, rel=0.02)
+
+
+def test_the_update_is_adamw():
+    batch = make_batch()
+    state, _ = run(batch)
+    g = gradient(state)
+
+    def expected(p, g):
+        p, g = np.asarray(p, np.float64), g.astype(np.float64)
+        return p - 1e-4 * (g / (np.abs(g) + 1e-8) + 0.1 * p)
+
+    assert_close(state.params, jax.tree.map(expected, tiny.split(CONFIG)[1], g), atol=1e-6)
+    assert int(state.step) == 1
+
+
+def test_the_gradient_is_clipped_to_the_norm_and_reported_before():
+    batch = make_batch()
+    whole = gradient(run(batch)[0])
+    state, metrics = run(batch, learner=LEARNER.model_copy(update={"clip_norm": 1e-2}))
+    assert metrics["learner/grad_norm"] == pytest.approx(norm(whole), rel=1e-5)
+    assert norm(gradient(state)) == pytest.approx(1e-2, rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["oapl", pytest.param("sft", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_pairs", [8, 6, 3])
+def test_micro_batches_equal_the_whole_batch(loss, num_pairs):
+    """With 3 pairs one of the four micro-batches has only rows that fill."""
+    batch = make_batch(num_pairs)
+    whole, metrics = run(batch, loss=loss)
+    split, split_metrics = run(batch, loss=loss, num_micro_batches=4)
+    assert_close(gradient(split), gradient(whole), atol=2e-6 * norm(gradient(whole)))
+    assert_close(split.params, whole.params, atol=1e-6)
+    assert split_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+
+
+def test_rows_that_fill_the_batch_do_not_matter():
+    batch = make_batch(6)
+    bare = type(batch)(*(array[:6] for array in batch))
+    filled, metrics = run(batch)
+    exact, exact_metrics = run(bare)
+    assert_close(gradient(filled), gradient(exact), atol=2e-6 * norm(gradient(exact)))
+    assert metrics == pytest.approx(exact_metrics, rel=1e-5, abs=1e-6)
+    tokens = batch.tokens.copy()
+    tokens[6:] = 17
+    assert_close(gradient(run(batch._replace(tokens=tokens))[0]), gradient(filled), atol=0)
+
+
+def test_what_stands_outside_the_response_does_not_matter():
+    """Padding tokens, and log-probabilities at prompt and padding, even where these are NaN."""
+    batch = make_batch()
+    is_padding = np.cumsum(batch.response_mask[:, ::-1], axis=1)[:, ::-1] == 0
+    is_padding[~batch.row_mask] = True
+    changed = batch._replace(
+        tokens=np.where(is_padding, 11, batch.tokens).astype(np.int32),
+        sampler_logprobs=np.where(batch.response_mask, batch.sampler_logprobs, np.nan).astype(np.float32),
+    )
+    assert (changed.tokens != batch.tokens).any()
+    state, metrics = run(batch)
+    other, other_metrics = run(changed)
+    assert_close(gradient(other), gradient(state), atol=0)
+    assert other_metrics == metrics
+
+
+def test_prompt_tokens_are_read_but_not_trained_on():
+    """A prompt token changes the loss through the response; its own log-probability has no part in it."""
+    batch = make_batch()
+    only_prompt = batch._replace(response_mask=np.zeros_like(batch.response_mask))
+    state, metrics = run(only_prompt)
+    assert norm(gradient(state)) == 0
+    assert metrics["learner/log_ratio_abs"] == 0
+    tokens = batch.tokens.copy()
+    tokens[:, 0] = (tokens[:, 0] + 1) % VOCAB
+    assert run(batch._replace(tokens=tokens))[1]["learner/loss"] != run(batch)[1]["learner/loss"]
+
+
+@pytest.mark.slow
+def test_supervised_loss_is_the_mean_over_tokens():
+    batch = make_batch()
+    logprobs = learner_logprobs(batch)[batch.response_mask]
+    for splits in (1, 4):
+        metrics = run(batch, loss="sft", num_micro_batches=splits)[1]
+        assert metrics["learner/loss"] == pytest.approx(-logprobs.mean(), rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["fsdp=8", "data=2,fsdp=2,tensor=2"])
+def test_sharded_trainers_equal_a_single_device(mesh):
+    batch = make_batch()
+    single, metrics = run(batch)
+    sharded, sharded_metrics = run(batch, mesh=mesh)
+    assert len(jax.tree.leaves(sharded.params)[0].devices()) == 8
+    assert_close(gradient(sharded), gradient(single), atol=2e-6 * norm(gradient(single)))
+    assert_close(sharded.params, single.params, atol=2e-6)
+    assert sharded_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_micro_batches_on_a_mesh_equal_a_single_device():
+    batch = make_batch(12, 16)
+    single, _ = run(batch)
+    sharded, _ = run(batch, mesh="fsdp=8", num_micro_batches=2)
+    assert_close(gradient(sharded), gradient(single), atol=2e-6 * norm(gradient(single)))
+
+
+@pytest.mark.slow
+def test_steps_bring_the_log_ratio_to_its_target():
+    """The minimum of the loss: beta2 * log-ratio = advantage (paper Eq. 3)."""
+    batch = make_batch()
+    learner = LEARNER.model_copy(update={"weight_decay": 0.0, "learning_rate": 3e-3})
+    _, first = run(batch, learner=learner)
+    _, last = run(batch, num_steps=60, learner=learner)
+    assert last["learner/loss"] < 0.02 * first["learner/loss"]
+
+
+def test_the_schedule_warms_up_to_the_peak_and_stays():
+    schedule = make_schedule(LearnerConfig(learning_rate=8.0, warmup_steps=4), 20)
+    assert [float(schedule(step)) for step in range(6)] == [2, 4, 6, 8, 8, 8]
+    constant = make_schedule(LearnerConfig(learning_rate=8.0), 20)
+    assert {float(constant(step)) for step in (0, 1, 19, 100)} == {8.0}
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 11), (5, 16), (5, 6)])
+def test_a_cosine_ends_at_a_tenth_at_the_last_step(warmup, steps):
+    schedule = make_schedule(LearnerConfig(learning_rate=8.0, warmup_steps=warmup, schedule="cosine"), steps)
+    rates = [float(schedule(step)) for step in range(steps)]
+    if steps - warmup > 1:
+        assert rates[warmup] == pytest.approx(8.0)
+        assert rates[-1] == pytest.approx(0.8)
+        assert rates[(warmup + steps - 1) // 2] == pytest.approx(4.4)
+    assert rates[warmup:] == sorted(rates[warmup:], reverse=True)
+    assert float(schedule(steps + 100)) == pytest.approx(0.8)

@@ -1,0 +1,214 @@
+import json
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+import tiny
+from oapl_jax import sharding
+from oapl_jax.config import MeshConfig
+from oapl_jax.model import hf, logprob, qwen
+
+HUB_MODELS = [
+    "Qwen/Qwen2.5-0.5B-Instruct",
+    "Qwen/Qwen2.5-1.5B-Instruct",
+    "Qwen/Qwen2.5-7B",
+    "Qwen/Qwen2.5-14B",
+    "Qwen/Qwen3-0.6B",
+    "Qwen/Qwen3-1.7B",
+    "Qwen/Qwen3-4B",
+    "Qwen/Qwen3-8B",
+    "Qwen/Qwen3-14B",
+    "Qwen/Qwen3-30B-A3B",
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B",
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B",
+    "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B",
+]
+DENSE = "qwen3_wide_heads"
+
+
+def load_tiny(name, folder):
+    save_file(tiny.weights(name), folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(tiny.HF_CONFIGS[name]))
+    mesh, _ = sharding.make_meshes(MeshConfig(trainer="fsdp=1"))
+    config, params = hf.load_params(folder, mesh, sharding.TRAINER_RULES, jnp.float32)
+    return qwen.abstract(config)[0], params
+
+
+@pytest.mark.parametrize("name", tiny.HF_CONFIGS)
+def test_logits_are_those_of_transformers(name, tmp_path):
+    with np.load(tiny.GOLDEN) as golden:
+        token_ids, expected = golden[f"{name}/tokens"], golden[f"{name}/logits"]
+    np.testing.assert_array_equal(token_ids, tiny.tokens(name))
+    logits = tiny.logits(*load_tiny(name, tmp_path), token_ids)
+    assert logits.dtype == jnp.float32
+    assert np.abs(expected).max() > 0.5
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", HUB_MODELS)
+def test_published_configs_have_the_published_number_of_weights(name, shared_data):
+    configs = json.loads((shared_data / "model_configs" / "configs.json").read_text())
+    path = shared_data / "model_configs" / "hf" / f"{name.replace('/', '--')}.json"
+    assert qwen.QwenConfig.from_hf(json.loads(path.read_text())).num_params == configs[name]["params"]
+
+
+def test_all_published_configs_are_tested(shared_data):
+    files = {path.stem.replace("--", "/", 1) for path in (shared_data / "model_configs" / "hf").glob("*.json")}
+    assert files == set(HUB_MODELS)
+
+
+@pytest.mark.parametrize("name", tiny.HF_CONFIGS)
+def test_config_survives_the_way_to_hugging_face_and_back(name):
+    config = tiny.config(name, eos_token_id=(3, 4), bos_token_id=1)
+    assert qwen.QwenConfig.from_hf(json.loads(json.dumps(config.to_hf()))) == config
+
+
+def test_rope_theta_is_found_where_transformers_5_writes_it():
+    values = {**tiny.HF_CONFIGS[DENSE], "rope_parameters": {"rope_theta": 12345.0, "rope_type": "default"}}
+    del values["rope_theta"]
+    assert qwen.QwenConfig.from_hf(values).rope_theta == 12345.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "llama"}, ["model_type", "llama", "qwen2, qwen3, qwen3_moe"]),
+        ({"hidden_act": "gelu"}, ["hidden_act", "gelu"]),
+        ({"use_sliding_window": True}, ["use_sliding_window", "True"]),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, ["layer_types", "sliding_attention"]),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, ["rope_scaling", "yarn"]),
+        ({"rope_parameters": {"rope_type": "llama3"}}, ["rope_parameters", "llama3"]),
+        ({"attention_bias": True}, ["attention_bias", "True"]),
+        ({"hidden_size": None}, ["hidden_size"]),
+        ({"num_key_value_heads": 3}, ["num_attention_heads=4", "num_key_value_heads=3"]),
+    ],
+)
+def test_what_is_not_implemented_is_refused_by_name(changes, named):
+    with pytest.raises(ValueError, match=re.escape(named[0])) as error:
+        qwen.QwenConfig.from_hf({**tiny.HF_CONFIGS[DENSE], **changes})
+    for word in named:
+        assert word in str(error.value)
+
+
+def test_experts_in_some_layers_only_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"mlp_only_layers=\[0\]"):
+        qwen.QwenConfig.from_hf({**tiny.HF_CONFIGS["moe"], "mlp_only_layers": [0]})
+
+
+def test_random_weights_have_the_configured_spread():
+    config = tiny.config(DENSE, hidden_size=256, intermediate_size=512, initializer_range=0.05)
+    params = nnx.split(qwen.Qwen(config, rngs=nnx.Rngs(0)))[1]
+    assert np.std(params.embedding[...]) == pytest.approx(0.05, rel=0.05)
+    assert np.std(params.layers.mlp.gate[...]) == pytest.approx(0.05, rel=0.05)
+    assert np.std(params.layers.mlp.down[...]) == pytest.approx(0.05 / np.sqrt(4), rel=0.05)
+    assert np.all(params.layers.attention.query_norm[...] == 1)
+    layers = np.asarray(params.layers.mlp.gate[...])
+    assert not np.array_equal(layers[0], layers[1])
+
+
+@pytest.mark.parametrize("name", [DENSE, "moe"])
+def test_decoding_with_the_cache_equals_teacher_forcing(name):
+    """Two rows with prompts of 3 and 5 tokens, padded to 5: prefill, then one token at a time."""
+    config = tiny.config(name)
+    graphdef, params = tiny.split(config)
+    token_ids = tiny.rows(2, 9)
+    lengths = jnp.array([3, 5])
+
+    @jax.jit
+    def step(token_ids, positions, cache):
+        return nnx.merge(graphdef, params).hidden(token_ids, positions, cache)
+
+    expected, _ = step(token_ids, tiny.positions(token_ids), None)
+
+    padded = jnp.where(jnp.arange(5) < lengths[:, None], token_ids[:, :5], 0)
+    hidden, cache = step(padded, tiny.positions(padded), qwen.make_cache(config, 2, 9))
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(hidden[row, :length], expected[row, :length], atol=1e-5)
+    for i in range(4):
+        places = lengths + i
+        hidden, cache = step(token_ids[jnp.arange(2), places][:, None], places[:, None], cache)
+        np.testing.assert_allclose(hidden[:, 0], expected[jnp.arange(2), places], atol=1e-5)
+
+
+def test_positions_outside_the_cache_are_not_written():
+    config = tiny.config(DENSE)
+    graphdef, params = tiny.split(config)
+    cache = qwen.make_cache(config, 2, 4)
+    cache = qwen.KVCache(cache.k + 7, cache.v + 7)
+    _, after = nnx.merge(graphdef, params).hidden(tiny.rows(2, 1), jnp.array([[4], [-1]]), cache)
+    np.testing.assert_array_equal(after.k, cache.k)
+    np.testing.assert_array_equal(after.v, cache.v)
+
+
+def loss_and_gradient(graphdef, params, token_ids):
+    def loss(params):
+        mask = jnp.ones(token_ids.shape, bool)
+        return logprob.sequence_logprobs(graphdef, params, token_ids, mask, temperature=1.0, vocab_size=48)[0].sum()
+
+    return jax.jit(jax.value_and_grad(loss))(params)
+
+
+def assert_trees_close(actual, expected, **tolerance):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, err_msg=jax.tree_util.keystr(path), **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(DENSE, {"scan_layers": False}), (DENSE, {"remat": True}), ("moe", {"remat": True, "scan_layers": False})],
+)
+def test_remat_and_layer_loop_change_no_number(name, options):
+    config, token_ids = tiny.config(name), tiny.rows(2, 9)
+    graphdef, params = tiny.split(config)
+    expected = loss_and_gradient(graphdef, params, token_ids)
+    actual = loss_and_gradient(qwen.abstract(config, **options)[0], params, token_ids)
+    assert np.abs(jax.tree.leaves(expected[1])[0]).max() > 1e-3
+    assert_trees_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_later_token_changes_no_earlier_state():
+    graphdef, params = tiny.split(tiny.config(DENSE))
+    token_ids = tiny.rows(1, 8)
+    changed = token_ids.at[0, 5].set((token_ids[0, 5] + 1) % 48)
+    before, after = (tiny.logits(graphdef, params, rows) for rows in (token_ids, changed))
+    np.testing.assert_array_equal(before[:, :5], after[:, :5])
+    assert np.abs(before[:, 5:] - after[:, 5:]).max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["qwen2_untied", "moe"])
+def test_sharded_equals_unsharded(name):
+    mesh, _ = sharding.make_meshes(MeshConfig(trainer="fsdp=4,tensor=2"))
+    config = tiny.config(name)
+    graphdef, abstract = qwen.abstract(config, mesh=mesh)
+    plain, params = tiny.split(config)
+    sharded = sharding.reshard(params, sharding.shardings(abstract, mesh, sharding.TRAINER_RULES))
+    assert sharded.layers.mlp.gate[...].addressable_shards[0].data.size * 8 == sharded.layers.mlp.gate[...].size
+    token_ids = tiny.rows(8, 9)
+    expected = loss_and_gradient(plain, params, token_ids)
+    batch = jax.device_put(token_ids, sharding.batch_sharding(mesh))
+    assert_trees_close(loss_and_gradient(graphdef, sharded, batch), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_random_weights_do_not_depend_on_the_mesh():
+    config = tiny.config(DENSE)
+    trees = []
+    for words in ("fsdp=1", "fsdp=4,tensor=2"):
+        mesh, _ = sharding.make_meshes(MeshConfig(trainer=words))
+        placed = sharding.shardings(qwen.abstract(config)[1], mesh, sharding.TRAINER_RULES)
+        trees.append(jax.device_get(qwen.initialize(config, jax.random.key(3), placed)))
+    jax.tree.map(np.testing.assert_array_equal, *trees)
+
+
+def test_bfloat16_products_stay_near_float32():
+    config, token_ids = tiny.config(DENSE), tiny.rows(2, 9)
+    graphdef, params = tiny.split(config)
+    exact = tiny.logits(graphdef, params, token_ids)
+    rounded = tiny.logits(qwen.abstract(config, compute_dtype=jnp.bfloat16)[0], params, token_ids)
+    assert rounded.dtype == jnp.float32
+    error = np.abs(rounded - exact).max() / np.abs(exact).max()
+    assert 1e-5 < error < 0.05

@@ -1,0 +1,140 @@
+"""JetStream's own Driver and LLMOrchestrator serve a policy as our own scheduler samples it."""
+
+import contextlib
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from oapl_jax.sampler.sampling import SamplingParams
+from oapl_jax.sampler.scheduler import Request, Scheduler
+from oapl_jax.tokenizer import CHARS, CharacterTokenizer
+from oapl_jax.types import FinishReason
+from test_engine import MAX_PROMPT, MAX_RESPONSE, PARAMS, make_engine
+
+SERVING_STREAM = 2**32 - 3
+DEADLINE = 120.0
+GROUP_SIZE, SEED = 4, 11
+STOPS = CharacterTokenizer().stop_ids
+LAW = SamplingParams(len(CHARS))
+PROMPTS = [[3], [2, 3, 4, 5, 6, 7, 8], list(range(2, 18)), [17, *range(2, 18), 4, 5, 6], [9, 8, 7]]
+assert len(PROMPTS[3]) == MAX_PROMPT
+OVERLONG = [5, 6, 7, *PROMPTS[3]]
+TEXT = "12+3="
+TESTS = pathlib.Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def session():
+    """What the program printed; on one device, where generate and prefill need not take turns."""
+    return run_session("tensor=1")
+
+
+def run_session(mesh):
+    if importlib.util.find_spec("jetstream") is None:
+        pytest.skip("google-jetstream is not installed")
+    paths = [str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    process = subprocess.run(
+        [sys.executable, str(TESTS / "sampler" / "jetstream_session.py"), mesh],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TF_CPP_MIN_LOG_LEVEL": "3"},
+        capture_output=True,
+        text=True,
+        timeout=2 * DEADLINE,
+    )
+    assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
+    return json.loads(process.stdout.splitlines()[-1])
+
+
+def our_own():
+    """The same requests by our scheduler, in the order in which the session inserts them."""
+    asked = [*PROMPTS, PROMPTS[3], CharacterTokenizer().encode(TEXT), PROMPTS[0]]
+    requests = [
+        Request(i, np.array(ids, np.int32), GROUP_SIZE, (SEED, SERVING_STREAM, i)) for i, ids in enumerate(asked)
+    ]
+    engine = make_engine(LAW, decode_steps=4, stop_ids=STOPS)
+    done = dict(Scheduler(engine, contextlib.nullcontext()).run(PARAMS, requests))
+    return [done[i] for i in sorted(done)]
+
+
+def without_stop(rollout):
+    ids = rollout.token_ids.tolist()
+    return ids[:-1] if rollout.finish_reason is FinishReason.STOP else ids
+
+
+@pytest.mark.slow
+def test_every_response_is_the_one_that_our_scheduler_draws(session):
+    """One request is longer than the limit: its last tokens count, as everywhere in JetStream."""
+    *groups, _ = our_own()
+    assert {r.finish_reason for group in groups for r in group} == set(FinishReason), "must see both ends"
+    for answer, group in zip(session["answers"], groups, strict=False):
+        assert [sample["token_ids"] for sample in answer] == [without_stop(rollout) for rollout in group]
+    assert [sample["text"] for sample in session["answers"][6]] == [
+        CharacterTokenizer().decode(rollout.token_ids) for rollout in groups[6]
+    ]
+
+
+@pytest.mark.slow
+def test_a_request_may_ask_for_fewer_tokens(session):
+    expected = [without_stop(rollout)[:4] for rollout in our_own()[-1]]
+    assert any(len(ids) == 4 for ids in expected), "the limit must have cut"
+    assert [sample["token_ids"] for sample in session["answers"][-1]] == expected
+
+
+@pytest.mark.slow
+def test_results_carry_stop_tokens_logprobs_and_lengths(session):
+    """Assembled from the raw results: what a program gets that drives the engine without the orchestrator."""
+    groups, live, finished = our_own(), {}, []
+    for call in session["calls"]:
+        if "insert" in call:
+            live[call["insert"]] = [([], []) for _ in range(GROUP_SIZE)]
+            finished.append(live[call["insert"]])
+            continue
+        for slot, group in live.items():
+            data = call["generate"][slot]
+            for g, (ids, logprobs) in enumerate(group):
+                valid = np.array(data["valid"][g], bool)
+                assert (np.diff(valid.astype(int)) <= 0).all(), "an empty column ends a response"
+                ids += np.array(data["tokens"][g])[valid].tolist()
+                logprobs += np.array(data["logprobs"][g])[valid].tolist()
+                assert data["lengths"][g] == len(ids) <= MAX_RESPONSE
+    for group, expected in zip(finished[:-1], groups[:-1], strict=True):
+        for (ids, logprobs), rollout in zip(group, expected, strict=True):
+            assert ids == rollout.token_ids.tolist()
+            np.testing.assert_array_equal(np.float32(logprobs), rollout.logprobs)
+
+
+@pytest.mark.slow
+def test_requests_share_two_slots_and_one_prompt_draws_anew_each_time(session):
+    inserts = [call["insert"] for call in session["calls"] if "insert" in call]
+    assert len(inserts) == len(PROMPTS) + 3
+    assert set(inserts) == {0, 1}
+    assert session["answers"][3] != session["answers"][5], "the overlong prompt ends in the third one"
+
+
+@pytest.mark.slow
+def test_no_thread_of_the_driver_is_left(session):
+    assert session["threads_left"] == []
+
+
+@pytest.mark.slow
+def test_an_abandoned_slot_stops_and_its_next_request_does_not(session):
+    """Rows of the two slots that returned a token."""
+    (freed, kept), (taken_again, _) = session["abandoned"]
+    assert freed == 0
+    assert kept == taken_again == GROUP_SIZE
+
+
+@pytest.mark.slow
+def test_a_sharded_engine_serves_the_same_responses(session):
+    assert run_session("data=2,tensor=2")["answers"] == session["answers"]
+
+
+def test_training_imports_neither_jetstream_nor_tensorflow():
+    program = "import oapl_jax.train, sys; print({'jetstream', 'tensorflow'} & set(sys.modules))"
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE)
+    assert (process.returncode, process.stdout.strip()) == (0, "set()"), process.stderr

@@ -1,0 +1,75 @@
+import itertools
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+
+from oapl_jax import passk
+
+
+def enumerated(n: int, c: int, k: int) -> Fraction:
+    """The share of all k-subsets of n samples that hold one of the c correct ones, counted one by one."""
+    subsets = list(itertools.combinations(range(n), k))
+    return Fraction(sum(min(subset) < c for subset in subsets), len(subsets))
+
+
+@pytest.mark.parametrize("n", range(1, 13))
+def test_equals_the_enumeration_of_all_subsets(n):
+    for c, k in itertools.product(range(n + 1), range(1, n + 1)):
+        (estimate,) = passk.pass_at_k(np.array([n]), np.array([c]), k)
+        assert estimate == pytest.approx(float(enumerated(n, c, k)), abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("n", "c", "k"), [(1024, 1, 512), (1024, 3, 64), (4096, 40, 100), (1000, 999, 1), (2000, 7, 2000)]
+)
+def test_equals_exact_binomials_where_floats_would_overflow(n, c, k):
+    exact = 1 - Fraction(math.comb(n - c, k), math.comb(n, k))
+    (estimate,) = passk.pass_at_k(np.array([n]), np.array([c]), k)
+    assert estimate == pytest.approx(float(exact), rel=1e-12)
+
+
+def test_problems_with_different_numbers_of_samples_do_not_disturb_one_another():
+    num_samples, num_correct = np.array([4, 16, 9, 4]), np.array([0, 3, 9, 2])
+    together = passk.pass_at_k(num_samples, num_correct, 4)
+    alone = [passk.pass_at_k(np.array([n]), np.array([c]), 4)[0] for n, c in zip(num_samples, num_correct, strict=True)]
+    np.testing.assert_array_equal(together, alone)
+    assert together[0] == 0.0
+    assert together[2] == 1.0
+
+
+def test_is_unbiased():
+    """The mean of the estimator over the binomial law of c is the true 1 - (1-p)^k."""
+    n, k, p = 10, 4, 0.3
+    estimates = passk.pass_at_k(np.full(n + 1, n), np.arange(n + 1), k)
+    law = [math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
+    assert estimates @ np.array(law) == pytest.approx(1 - (1 - p) ** k, abs=1e-14)
+
+
+def test_summary_is_the_mean_over_problems_for_every_k_there_are_samples_for():
+    summary = passk.summarize(np.array([8, 16]), np.array([4, 0]))
+    assert list(summary) == ["pass@1", "pass@2", "pass@4", "pass@8"]
+    assert summary["pass@1"] == pytest.approx(0.25)
+    assert summary["pass@8"] == pytest.approx(0.5)
+
+
+def test_too_few_samples_name_k_and_n():
+    with pytest.raises(ValueError, match=r"k=4.*problem 1 has n=3"):
+        passk.pass_at_k(np.array([4, 3]), np.array([1, 1]), 4)
+    with pytest.raises(ValueError, match=r"k=4.*n=2"):
+        passk.summarize(np.array([2]), np.array([1]), ks=(4, 8))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: passk.pass_at_k(np.array([4]), np.array([5]), 1), "5 correct of n=4"),
+        (lambda: passk.pass_at_k(np.array([4]), np.array([-1]), 1), "-1 correct of n=4"),
+        (lambda: passk.pass_at_k(np.array([4]), np.array([1]), 0), "k must be at least 1"),
+        (lambda: passk.summarize(np.array([], int), np.array([], int)), "no prompts"),
+    ],
+)
+def test_impossible_counts_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,110 @@
+"""The sampler's copy: right values, right place, and never the memory that the train step donates."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import tiny
+from oapl_jax.config import LearnerConfig, MeshConfig, ObjectiveConfig
+from oapl_jax.learner.batch import from_pairs
+from oapl_jax.learner.state import init_state, make_optimizer, make_schedule
+from oapl_jax.learner.step import make_loss_fn, make_train_step
+from oapl_jax.model import qwen
+from oapl_jax.sharding import TRAINER_RULES, batch_sharding, make_meshes, shardings
+from oapl_jax.sync import WeightSync
+
+CONFIG = tiny.config("qwen3_tied")
+MESHES = {
+    "colocated": MeshConfig(trainer="fsdp=1"),
+    "colocated on 8": MeshConfig(trainer="fsdp=4,tensor=2"),
+    "disaggregated": MeshConfig(trainer="fsdp=4", sampler="tensor=4"),
+}
+
+
+def host(tree):
+    """Copies in host memory of their own."""
+    return [np.array(leaf, copy=True) for leaf in jax.tree.leaves(tree)]
+
+
+def buffers(tree):
+    return {
+        (shard.device.id, shard.data.unsafe_buffer_pointer())
+        for leaf in jax.tree.leaves(tree)
+        for shard in leaf.addressable_shards
+    }
+
+
+def make(meshes, dtype):
+    """State at step 0, the sync, and a donating train step that needs no batch."""
+    trainer, sampler = make_meshes(MESHES[meshes])
+    graphdef, abstract = qwen.abstract(CONFIG, mesh=trainer)
+    learner = LearnerConfig(learning_rate=0.1, clip_norm=1.0)
+    schedule = make_schedule(learner, 10)
+    optimizer = make_optimizer(learner, schedule)
+    params = jax.device_put(tiny.split(CONFIG)[1], shardings(abstract, trainer, TRAINER_RULES))
+    state, placed = init_state(jax.tree.map(jnp.copy, params), optimizer, trainer)
+    step = make_train_step(
+        graphdef,
+        optimizer,
+        schedule,
+        make_loss_fn(ObjectiveConfig()),
+        beta2=0.1,
+        temperature=1.0,
+        vocab_size=48,
+        num_micro_batches=1,
+        mesh=trainer,
+        shardings=placed,
+    )
+    pair = (np.array([3, 4], np.int32), np.array([5, 6, 1], np.int32))
+    batch = from_pairs([pair] * 4, num_rows=4, max_tokens=16, advantages=[1.0, -1.0, 0.5, 2.0])
+    batch = jax.device_put(batch, batch_sharding(trainer))
+    return state, WeightSync(abstract, sampler, dtype), lambda state: step(state, batch)[0], sampler
+
+
+@pytest.mark.parametrize(
+    ("meshes", "dtype"),
+    [
+        ("colocated", "float32"),
+        ("colocated", "bfloat16"),
+        pytest.param("colocated on 8", "float32", marks=pytest.mark.slow),
+        ("disaggregated", "float32"),
+        pytest.param("disaggregated", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+def test_the_sampler_keeps_its_weights_while_the_trainer_donates_its_own(meshes, dtype):
+    state, sync, step, sampler_mesh = make(meshes, dtype)
+    start = host(state.params)
+    copy, metrics = sync(state.params)
+    leaves = jax.tree.leaves(copy)
+    assert not buffers(copy) & buffers(state), "no memory is shared"
+    assert all(leaf.dtype == dtype for leaf in leaves)
+    assert {device for leaf in leaves for device in leaf.devices()} == set(sampler_mesh.devices.flat)
+    wanted = jax.tree.leaves(sync.abstract(state.params))
+    assert [(leaf.shape, leaf.dtype, leaf.sharding) for leaf in leaves] == [
+        (leaf.shape, leaf.dtype, leaf.sharding) for leaf in wanted
+    ]
+    expected = [value.astype(dtype) for value in start]
+    for _ in range(3):
+        state = step(state)
+    for found, value in zip(host(copy), expected, strict=True):
+        assert found.tobytes() == value.tobytes()
+    moved = [np.abs(now - before).max() for now, before in zip(host(state.params), start, strict=True)]
+    assert min(moved) > 1e-3, "the trainer's weights did change"
+    assert metrics["sync/bytes"] == sum(value.nbytes for value in expected)
+    assert metrics["sync/seconds"] > 0
+    again, _ = sync(state.params)
+    for found, value in zip(host(again), host(state.params), strict=True):
+        assert found.tobytes() == value.astype(dtype).tobytes()
+
+
+def test_the_disaggregated_sampler_splits_over_tensor_only():
+    state, sync, _, sampler_mesh = make("disaggregated", "float32")
+    copy, _ = sync(state.params)
+    assert sampler_mesh.shape["tensor"] == 4
+    assert not copy["embedding"].value.sharding.is_fully_replicated
+    axes = {axis for leaf in jax.tree.leaves(copy) for axis in leaf.sharding.spec if axis is not None}
+    assert axes == {"tensor"}
+    trainer_axes = {axis for leaf in jax.tree.leaves(state.params) for axis in leaf.sharding.spec if axis is not None}
+    assert "fsdp" in trainer_axes
+    assert state.params["embedding"].value.devices().isdisjoint(copy["embedding"].value.devices())

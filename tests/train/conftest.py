@@ -1,0 +1,26 @@
+"""The model that the runs of this folder start from."""
+
+import pytest
+
+import runs
+from oapl_jax import config as configuration
+from oapl_jax import sft
+
+
+@pytest.fixture(scope="session", autouse=True)
+def toy_model(tmp_path_factory):
+    """A toy model that has learned the form of an answer and guesses its digits: about one in ten is right."""
+    config = configuration.load(
+        configuration.SftConfig,
+        runs.ROOT / "configs/chain_sft.yaml",
+        [
+            f"run.dir={tmp_path_factory.mktemp('sft') / 'run'}",
+            "run.steps=60",
+            f"model.config={runs.ROOT / 'configs/toy_qwen3.json'}",
+            "learner.warmup_steps=10",
+            "mesh.trainer=fsdp=1",
+            "logging.tensorboard=false",
+            "logging.progress=false",
+        ],
+    )
+    runs.BASE["model"] = {"path": str(sft.run(config))}

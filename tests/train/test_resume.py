@@ -1,0 +1,104 @@
+"""A run that is killed and started again is the run that was never interrupted, bit for bit."""
+
+import json
+import random
+import shutil
+import signal
+
+import pytest
+
+from oapl_jax import train
+from runs import assert_same_run, finish, make_config, read_lines, signal_after, start, write_config
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """The uninterrupted run."""
+    directory = tmp_path_factory.mktemp("calm") / "run"
+    train.run(make_config(directory))
+    return directory
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_random_steps_and_resumed(calm, tmp_path, seed):
+    directory = tmp_path / "run"
+    path = write_config(tmp_path / "config.yaml", make_config(directory))
+    steps = sorted(random.Random(seed).sample(range(1, 10), 2))
+    killed = 0
+    for step in steps:
+        process = start(path)
+        killed += signal_after(process, directory, step)
+        finish(process)
+    assert killed, "no process was killed: the run was over too soon"
+    code, output = finish(start(path))
+    assert code == 0, output
+    assert_same_run(calm, directory)
+
+
+def test_killed_before_the_first_checkpoint(calm, tmp_path):
+    """Nothing is saved yet but a config and perhaps half a checkpoint."""
+    directory = tmp_path / "run"
+    path = write_config(tmp_path / "config.yaml", make_config(directory))
+    process = start(path)
+    assert signal_after(process, directory, 0)
+    finish(process)
+    code, output = finish(start(path))
+    assert code == 0, output
+    assert_same_run(calm, directory)
+
+
+def test_sigterm_saves_and_exits_with_42(calm, tmp_path):
+    directory = tmp_path / "run"
+    path = write_config(tmp_path / "config.yaml", make_config(directory))
+    process = start(path)
+    assert signal_after(process, directory, 4, signal.SIGTERM)
+    code, output = finish(process)
+    assert code == 42, output
+    assert "SIGTERM: saved at step" in output
+    saved = max(int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit())
+    assert saved == read_lines(directory / "metrics.jsonl")[-1]["step"], "saved at the step that was just done"
+    code, output = finish(start(path))
+    assert code == 0, output
+    assert f"resumed at step {saved}" in output
+    assert_same_run(calm, directory)
+
+
+def test_damaged_checkpoint_falls_back_to_the_one_before(calm, tmp_path):
+    """A finished run whose last checkpoint is damaged goes back to step 9 and ends the same."""
+    directory = tmp_path / "run"
+    shutil.copytree(calm, directory)
+    (directory / "config.yaml").unlink()
+    path = write_config(tmp_path / "config.yaml", make_config(directory))
+    files = [file for file in (directory / "checkpoints" / "10").rglob("*") if file.is_file()]
+    largest = max(files, key=lambda file: file.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    content[len(content) // 2] ^= 1
+    largest.write_bytes(content)
+    code, output = finish(start(path))
+    assert code == 0, output
+    assert "checkpoint 10 cannot be loaded" in output
+    assert "resumed at step 9" in output
+    assert_same_run(calm, directory)
+
+
+def test_another_config_is_refused_and_allowed_when_told(calm, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(calm, directory)
+    (directory / "config.yaml").unlink()
+    first = write_config(directory / "config.yaml", make_config(directory))
+    changed = write_config(tmp_path / "config.yaml", make_config(directory, learner={"learning_rate": 2e-3}))
+    code, output = finish(start(changed))
+    assert code == 2
+    assert "learner.learning_rate: 0.001 -> 0.002" in output
+    assert "Traceback" not in output
+    assert first.exists()
+
+    code, output = finish(start(changed, "run.allow_config_change=true", "run.steps=14"))
+    assert code == 0, output
+    batches = read_lines(directory / "batches.jsonl")
+    versions = {row["step"]: row["policy_version"] for row in batches}
+    assert sorted(versions) == list(range(1, 15))
+    assert versions[11] > versions[10], "groups of the old config must not meet the new one"
+    assert json.loads((directory / "summary.json").read_text())["steps"] == 14

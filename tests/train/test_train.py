@@ -1,0 +1,168 @@
+"""Online runs end to end: placement on meshes, what is written, what stops a run."""
+
+import json
+import pathlib
+import re
+
+import numpy as np
+import pytest
+
+from oapl_jax import config as configuration
+from oapl_jax import train
+from oapl_jax.metrics import NonFiniteError
+from oapl_jax.parity import ParityError
+from oapl_jax.rollouts.log import RolloutLog
+from runs import BASE, ROOT, finish, make_config, read_lines, start, write_config
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("finished") / "run"
+    summary = train.run(make_config(directory))
+    return directory, summary
+
+
+def test_windows_batches_and_versions_are_what_the_algorithm_says(finished):
+    directory, summary = finished
+    rows = [row for row in read_lines(directory / "metrics.jsonl") if row["step"] > 0]
+    assert [row["window/version"] for row in rows] == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
+    assert [row["window/lag"] for row in rows] == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1]
+    assert [("sync/seconds" in row) for row in rows] == [step in (4, 8) for step in range(1, 11)]
+    batches = read_lines(directory / "batches.jsonl")
+    trained = [group for row in batches for group in row["groups"]]
+    assert len(set(trained)) == len(trained) == 10 * 4, "no group is trained twice"
+    for row, batch in zip(rows, batches, strict=True):
+        assert {int(group.split("-")[0]) for group in batch["groups"]} == {row["window/version"]}
+    logged = {
+        g.id: g
+        for version in RolloutLog(directory / "rollouts").versions()
+        for g in RolloutLog(directory / "rollouts").read(version)
+    }
+    assert set(trained) <= set(logged)
+    for group in logged.values():
+        assert len(group.rollouts) == 8
+        assert all(np.isfinite(item.rollout.logprobs).all() for item in group.rollouts)
+    assert summary == json.loads((directory / "summary.json").read_text())
+    assert summary["rollouts"] == 320
+    assert set(summary["before"]) == set(summary["after"]) == {"pass@1", "pass@2", "pass@4", "pass@8"}
+
+
+def test_prompts_follow_the_stream_and_dropped_ones_are_asked_again(finished):
+    """Consumed prompts are the stream's first 40, in order, whatever was dropped in between."""
+    directory, _ = finished
+    log = RolloutLog(directory / "rollouts")
+    groups = {g.id: g for version in log.versions() for g in log.read(version)}
+    consumed = [groups[i].prompt.id for row in read_lines(directory / "batches.jsonl") for i in row["groups"]]
+    assert consumed == [f"chain/train/{i}" for i in range(40)]
+
+
+def test_metrics_are_those_of_the_page(finished):
+    directory, _ = finished
+    page = (ROOT / "docs/metrics.md").read_text()
+    documented = set(re.findall(r"^\| `([a-z]+/[a-z0-9_@]+)`", page, re.MULTILINE))
+    written = {name for row in read_lines(directory / "metrics.jsonl") for name in row} - {"step"}
+    assert written <= documented
+    assert {n for n in documented if not n.startswith("evaluation/")} <= written
+
+
+def test_the_run_leaves_what_people_look_at(finished):
+    directory, _ = finished
+    assert (directory / "report.html").stat().st_size > 10_000
+    assert (directory / "export" / "config.json").exists()
+    assert (directory / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [
+        {"trainer": "fsdp=8"},
+        {"trainer": "fsdp=4", "sampler": "tensor=2"},
+        {"trainer": "fsdp=2,tensor=2", "sampler": "data=2,tensor=2"},
+    ],
+    ids=["colocated", "disaggregated", "both-sharded"],
+)
+def test_meshes_of_several_devices_train_like_one_device(finished, tmp_path, mesh):
+    """Same prompts and draws, so the first step has the same loss and gradient but for the last bits.
+
+    Later steps drift apart: Adam divides tiny gradients by their own size.
+    """
+    directory, _ = finished
+    train.run(make_config(tmp_path / "run", mesh=mesh))
+    one, other = (read_lines(run / "metrics.jsonl") for run in (directory, tmp_path / "run"))
+    assert one[1]["rollouts/reward"] > 0, "else the loss of the first step is 0"
+    for name in ("rollouts/reward", "learner/loss", "learner/grad_norm", "learner/entropy", "rollouts/response_tokens"):
+        assert other[1][name] == pytest.approx(one[1][name], rel=1e-3), name
+    assert len(other) == len(one)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(tmp_path):
+    config = make_config(tmp_path / "run", learner={"learning_rate": 1e30}, checkpoint={"every": 1})
+    with pytest.raises(NonFiniteError, match=r"learner/(loss|grad_norm).*step 2"):
+        train.run(config)
+    assert (tmp_path / "run/checkpoints/1").is_dir()
+
+
+def test_the_parity_gate_stops_a_sampler_of_another_precision(tmp_path):
+    config = make_config(tmp_path / "run", sampler={"dtype": "bfloat16"}, window={"parity_tolerance": 1e-6})
+    with pytest.raises(ParityError, match=r"differ by .* nats a token.*sampler.dtype=bfloat16"):
+        train.run(config)
+
+
+def test_bfloat16_everywhere_trains(tmp_path):
+    config = make_config(
+        tmp_path / "run",
+        model={"compute_dtype": "bfloat16", "remat": "layer"},
+        sampler={"dtype": "bfloat16"},
+        window={"parity_tolerance": 0.1},
+    )
+    assert train.run(config)["steps"] == 10
+
+
+def test_on_policy_limit_and_one_window(tmp_path):
+    for sync_every, versions in ((1, list(range(5))), (100, [0] * 5)):
+        directory = tmp_path / str(sync_every)
+        train.run(make_config(directory, run={"steps": 5}, window={"sync_every": sync_every}))
+        assert [row["policy_version"] for row in read_lines(directory / "batches.jsonl")] == versions
+
+
+def test_grpo_and_filtered_groups_train(tmp_path):
+    sections = {**BASE, "objective": {"name": "grpo"}, "run": {"dir": str(tmp_path / "grpo"), "steps": 5}}
+    grpo = configuration.validate(configuration.TrainConfig, sections, source="test")
+    assert train.run(grpo)["steps"] == 5
+    config = make_config(
+        tmp_path / "filtered", run={"steps": 3}, objective={"drop_equal_reward_groups": True}, window={"sync_every": 2}
+    )
+    train.run(config)
+    rows = read_lines(tmp_path / "filtered/metrics.jsonl")[1:]
+    assert [row["rollouts/equal_reward_groups"] for row in rows] == [0, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("mesh.trainer=fsdp=3,tensor=-1", "mesh.trainer"),
+        ("mesh.trainer=fsdp=16", "exceed the 8 devices"),
+        ("learner.micro_batch_rollouts=4", "does not divide"),
+        ("model.path=no/such/folder", "no/such/folder"),
+        ("data.max_prompt_tokens=5", "12 tokens"),
+        ("sampler.group_size=1", "sampler.group_size"),
+    ],
+)
+def test_mistakes_end_with_a_message_and_exit_code_2(tmp_path, override, message):
+    path = write_config(tmp_path / "config.yaml", make_config(tmp_path / "run", mesh={"trainer": "fsdp=8"}, learner={}))
+    code, output = finish(start(path, override, "--dry-run"))
+    assert code == 2, output
+    assert message in output
+    assert "Traceback" not in output
+
+
+def test_dry_run_prints_the_plan_and_leaves_nothing(tmp_path):
+    path = write_config(tmp_path / "config.yaml", make_config(tmp_path / "run"))
+    code, output = finish(start(path, "--dry-run"))
+    assert code == 0, output
+    assert "198,112 parameters" in output or "198,032 parameters" in output
+    assert "3 windows of 4" in output
+    assert "at most 576 tokens a step" in output
+    assert not pathlib.Path(tmp_path / "run").exists()
