@@ -9,7 +9,9 @@ import numpy as np
 from oapl_jax import passk
 from oapl_jax.rewards.grader import Grader
 from oapl_jax.sampler.engine import Engine
-from oapl_jax.sampler.scheduler import Request, Scheduler
+from oapl_jax.sampler.replicas import Replicas
+from oapl_jax.sampler.sampling import SamplingParams
+from oapl_jax.sampler.scheduler import Request
 from oapl_jax.types import Metrics, Prompt, Verdict
 
 EVALUATION_STREAM = 2**32 - 1
@@ -27,12 +29,13 @@ class Evaluation(NamedTuple):
 
 
 def evaluate(
-    engine: Engine,
+    engines: Sequence[Engine],
     params: Any,
     prompts: Sequence[Prompt],
     decode: Callable[[list[int]], str],
     grader: Grader,
     *,
+    sampling: SamplingParams,
     num_samples: int,
     seed: int,
     device_lock: AbstractContextManager,
@@ -45,18 +48,21 @@ def evaluate(
     Raises:
         ValueError: every sample of a problem is invalid.
     """
-    scheduler: Scheduler[tuple[int, Prompt]] = Scheduler(engine, device_lock)
-    # A problem's samples are split into requests that fit into the engine's rows together.
-    chunk = min(num_samples, engine.num_rows)
-    chunks = [min(chunk, num_samples - start) for start in range(0, num_samples, chunk)]
+    replicas: Replicas[tuple[int, Prompt]] = Replicas(engines, device_lock, fixed_shapes=True)
     requests = [
-        Request((i, prompt), prompt.token_ids, size, (seed, EVALUATION_STREAM, i * len(chunks) + j))
+        Request(
+            (i, prompt),
+            prompt.token_ids,
+            num_samples,
+            (seed, EVALUATION_STREAM, i),
+            sampling,
+            needs_logprobs=False,
+        )
         for i, prompt in enumerate(prompts)
-        for j, size in enumerate(chunks)
     ]
     counts, correct = np.zeros(len(prompts), int), np.zeros(len(prompts), int)
     lengths: list[int] = []
-    for (index, prompt), rollouts in scheduler.run(params, requests):
+    for (index, prompt), rollouts in replicas.run(params, requests):
         grades = grader.grade([(prompt, decode(r.token_ids.tolist()), r.finish_reason) for r in rollouts])
         counts[index] += sum(grade.verdict is not Verdict.INVALID for grade in grades)
         correct[index] += sum(grade.verdict is Verdict.CORRECT for grade in grades)

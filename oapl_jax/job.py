@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from oapl_jax import policy, sft
-from oapl_jax.config import TrainConfig
+from oapl_jax.config import EvaluationConfig, SamplerConfig, TrainConfig
 from oapl_jax.data.prompts import PromptSource, TaskPromptSource, held_out, load_prompts
 from oapl_jax.learner import batch as batches
 from oapl_jax.learner.state import TrainState, init_state, make_optimizer, make_schedule
@@ -21,13 +21,18 @@ from oapl_jax.model import qwen
 from oapl_jax.objectives import grpo, oapl
 from oapl_jax.rewards.grader import Grader, make_grader
 from oapl_jax.rollouts.buffer import GroupBuffer
+from oapl_jax.sampler import kv_cache
 from oapl_jax.sampler.engine import Engine
+from oapl_jax.sampler.replicas import free_bytes, replica_meshes
 from oapl_jax.sampler.sampling import SamplingParams
 from oapl_jax.sharding import BATCH_AXES, make_meshes
 from oapl_jax.sync import WeightSync
 from oapl_jax.tokenizer import Tokenizer
 from oapl_jax.types import Prompt, RolloutGroup
 from oapl_jax.worker import GroupMaker
+
+PAGE_SIZE = 16
+"""Tokens of a page of the sampler's cache."""
 
 FEWEST_USABLE = 2
 """Usable rollouts that a group must have: V* of one rollout is its own reward."""
@@ -46,8 +51,8 @@ class Job:
     prompts: PromptSource | TaskPromptSource
     held_out: list[Prompt]
     grader: Grader
-    engine: Engine
-    evaluation_engine: Engine
+    engines: tuple[Engine, ...]
+    """One for each replica of the sampler."""
     sync: WeightSync
     train_step: Any
     state_shardings: TrainState
@@ -65,6 +70,16 @@ class Job:
     def max_tokens(self) -> int:
         """Limit of a row, prompt and response."""
         return self.config.data.max_prompt_tokens + self.config.sampler.max_response_tokens
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """The law of training rollouts."""
+        return _law(self.config.sampler)
+
+    @property
+    def evaluation_sampling(self) -> SamplingParams:
+        """The law of evaluation samples."""
+        return _law(self.config.evaluation)
 
     def make_groups(self) -> GroupMaker:
         """What grades the sampler's rollouts, with the objective's advantages."""
@@ -120,7 +135,7 @@ def make_job(config: TrainConfig, *, make_warm_start: bool = True) -> tuple[Job,
         mesh=trainer_mesh,
         shardings=shardings,
     )
-    engine, evaluation_engine = make_engines(config, loaded.config, loaded.tokenizer, sampler_mesh)
+    engines = make_engines(config, loaded.config, loaded.tokenizer, sampler_mesh)
     sampler_lock = threading.RLock() if sampler_mesh.size > 1 else contextlib.nullcontext()
     job = Job(
         config=config,
@@ -132,8 +147,7 @@ def make_job(config: TrainConfig, *, make_warm_start: bool = True) -> tuple[Job,
         prompts=prompts,
         held_out=held_out_prompts,
         grader=grader,
-        engine=engine,
-        evaluation_engine=evaluation_engine,
+        engines=engines,
         sync=WeightSync(abstract_params, sampler_mesh, config.sampler.dtype),
         train_step=train_step,
         state_shardings=shardings,
@@ -145,26 +159,45 @@ def make_job(config: TrainConfig, *, make_warm_start: bool = True) -> tuple[Job,
 
 def make_engines(
     config: TrainConfig, model_config: qwen.QwenConfig, tokenizer: Tokenizer, mesh: Mesh
-) -> tuple[Engine, Engine]:
-    """The engines of training and of evaluation; one and the same where both sample the same law."""
-    sampler, evaluation = config.sampler, config.evaluation
-    graphdef = qwen.abstract(model_config, param_dtype=sampler.dtype, compute_dtype=sampler.dtype)[0]
-    make = functools.partial(
-        Engine,
-        graphdef,
-        model_config,
-        stop_ids=tokenizer.stop_ids,
-        num_rows=sampler.groups_in_flight * sampler.group_size,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        max_response_tokens=sampler.max_response_tokens,
-        decode_steps=sampler.decode_steps,
-        mesh=mesh,
-        cache_dtype=jnp.dtype(sampler.dtype),
+) -> tuple[Engine, ...]:
+    """An engine for each replica of the sampler's mesh.
+
+    Raises:
+        ValueError: the rows do not divide over the replicas; the memory has no room for one sequence.
+    """
+    sampler, meshes = config.sampler, replica_meshes(mesh)
+    rows, replicas = sampler.groups_in_flight * sampler.group_size, len(meshes)
+    if rows % replicas:
+        raise ValueError(
+            f"sampler.groups_in_flight={sampler.groups_in_flight} x group_size={sampler.group_size}: {rows} rows do not"
+            f" divide over the {replicas} replicas of the sampler's mesh"
+        )
+    compute_dtype = config.model.compute_dtype if sampler.dtype == "int8" else sampler.dtype
+    cache_dtype = jnp.dtype(sampler.kv_dtype or compute_dtype)
+    graphdef = qwen.abstract(model_config, compute_dtype=compute_dtype)[0]
+    max_pages = -(-(config.data.max_prompt_tokens + sampler.max_response_tokens) // PAGE_SIZE)
+    # A replica's own weights are not there yet when the engines are made.
+    weights = model_config.num_params * jnp.dtype(sampler.dtype).itemsize
+    budget = sampler.kv_memory * max(0, free_bytes(meshes[0]) - weights)
+    affordable = int(budget // kv_cache.page_bytes(model_config, PAGE_SIZE, cache_dtype))
+    return tuple(
+        Engine(
+            graphdef,
+            model_config,
+            vocab_size=tokenizer.vocab_size,
+            stop_ids=tokenizer.stop_ids,
+            num_rows=rows // replicas,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            max_response_tokens=sampler.max_response_tokens,
+            decode_steps=sampler.decode_steps,
+            mesh=replica,
+            num_pages=min(rows // replicas * max_pages, affordable),
+            page_size=PAGE_SIZE,
+            cache_dtype=cache_dtype,
+            can_truncate=_law(sampler).truncates or _law(config.evaluation).truncates,
+        )
+        for replica in meshes
     )
-    training_law = SamplingParams(tokenizer.vocab_size, sampler.temperature, sampler.top_k, sampler.top_p)
-    evaluation_law = SamplingParams(tokenizer.vocab_size, evaluation.temperature, 0, evaluation.top_p)
-    engine = make(training_law)
-    return engine, engine if evaluation_law == training_law else make(evaluation_law)
 
 
 def describe(job: Job, state: TrainState) -> str:
@@ -185,10 +218,16 @@ def describe(job: Job, state: TrainState) -> str:
         f" at most {learner.batch_rollouts * job.max_tokens:,} tokens a step",
         "prompts": _describe_prompts(job),
         "trainer bytes": f"weights {weights:,} + optimizer {moments:,} + gradient {weights:,}, over the mesh",
-        "sampler bytes": f"weights {copy:,} + KV cache {job.engine.cache_bytes:,}, over the mesh; both twice while an"
-        " evaluation runs in the course of training",
+        "sampler": f"{len(job.engines)} x {job.engines[0].num_rows} rows, {job.engines[0].num_pages:,} pages of"
+        f" {PAGE_SIZE} tokens of KV cache",
+        "sampler bytes": f"weights {copy * len(job.engines):,} + KV cache {sum(e.cache_bytes for e in job.engines):,}, over"
+        " the mesh; both twice while an evaluation runs in the course of training",
     }
     return "\n".join(f"{name:>14}  {text}" for name, text in rows.items())
+
+
+def _law(section: SamplerConfig | EvaluationConfig) -> SamplingParams:
+    return SamplingParams(section.temperature, section.top_k, section.top_p, section.min_p)
 
 
 def _start(config: TrainConfig, make_warm_start: bool) -> tuple[Any, str | None]:

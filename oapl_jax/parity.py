@@ -9,7 +9,8 @@ import numpy as np
 from oapl_jax.job import Job
 from oapl_jax.learner.batch import from_pairs
 from oapl_jax.model.logprob import sequence_logprobs
-from oapl_jax.sampler.scheduler import Request, Scheduler
+from oapl_jax.sampler.replicas import Replicas
+from oapl_jax.sampler.scheduler import Request
 from oapl_jax.sharding import batch_sharding
 
 PARITY_STREAM = 2**32 - 2
@@ -33,13 +34,19 @@ def check_parity(job: Job, learner_params: Any, sampler_params: Any) -> float:
         ParityError: it exceeds ``window.parity_tolerance``.
     """
     config = job.config
-    scheduler: Scheduler[np.ndarray] = Scheduler(job.engine, job.sampler_lock)
+    replicas: Replicas[np.ndarray] = Replicas(job.engines, job.sampler_lock, fixed_shapes=True)
     prompts = [job.prompts[i] for i in range(min(job.groups_per_batch, config.sampler.groups_in_flight))]
     requests = [
-        Request(prompt.token_ids, prompt.token_ids, config.sampler.group_size, (config.run.seed, PARITY_STREAM, i))
+        Request(
+            prompt.token_ids,
+            prompt.token_ids,
+            config.sampler.group_size,
+            (config.run.seed, PARITY_STREAM, i),
+            job.sampling,
+        )
         for i, prompt in enumerate(prompts)
     ]
-    pairs = [(ids, rollout) for ids, rollouts in scheduler.run(sampler_params, requests) for rollout in rollouts]
+    pairs = [(ids, rollout) for ids, rollouts in replicas.run(sampler_params, requests) for rollout in rollouts]
     batch = from_pairs(
         [(ids, rollout.token_ids) for ids, rollout in pairs],
         num_rows=config.learner.batch_rollouts,
@@ -61,7 +68,7 @@ def check_parity(job: Job, learner_params: Any, sampler_params: Any) -> float:
             f"parity gate: with the same weights, sampler and learner differ by {mean:.3g} nats a token on average"
             f" (largest {difference.max():.3g}, {difference.size} tokens); window.parity_tolerance is"
             f" {config.window.parity_tolerance:g}. The learner would regress onto that error. Likely causes: a sampler"
-            f" precision below the learner's (sampler.dtype={config.sampler.dtype},"
+            f" precision below the learner's (sampler.dtype={config.sampler.dtype}, kv_dtype={config.sampler.kv_dtype},"
             f" model.compute_dtype={config.model.compute_dtype}), or a truncated law (top_k={config.sampler.top_k},"
             f" top_p={config.sampler.top_p}). Raise the tolerance only if the difference is explained"
         )

@@ -1,8 +1,11 @@
 """The run directory: opened once, tied to one config."""
 
 import json
+import os
 import pathlib
 from typing import Any
+
+import jax
 
 from oapl_jax import config as configuration
 from oapl_jax.config import Section
@@ -10,7 +13,7 @@ from oapl_jax.config import Section
 CONFIG_FILE = "config.yaml"
 
 
-NOT_IDENTITY = ("dir", "allow_config_change")
+NOT_IDENTITY = ("dir", "allow_config_change", "compile_cache")
 """Keys of ``run`` that do not make it another run: its place may be moved, and leave to change is no change."""
 
 
@@ -55,6 +58,13 @@ def open_run(config: Any, schema: type[Section]) -> pathlib.Path:
     except OSError as error:
         raise ValueError(f"run.dir={config.run.dir!r}: cannot be written: {error}") from error
     return run_dir
+
+
+def use_compile_cache(folder: str | None) -> None:
+    """Keeps compiled programs in a folder, unless ``JAX_COMPILATION_CACHE_DIR`` names another."""
+    if folder is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def identity(config: Any) -> str:

@@ -118,6 +118,7 @@ def main(argv: list[str]) -> None:
     if arguments.dry_run:
         print(configuration.to_yaml(config))
         return
+    run_dir.use_compile_cache(config.run.compile_cache)
     try:
         print(f"model written to {run(config)}")
     except ValueError as error:

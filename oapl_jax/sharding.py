@@ -115,11 +115,13 @@ def _make_mesh(name: str, words: str, sizes: dict[str, int], devices: Sequence[A
 def shardings(abstract_params: Tree, mesh: Mesh, rules: Rules) -> Tree:
     """The sharding of each parameter, as a tree of the same structure with ``NamedSharding`` leaves.
 
-    Reads the logical axes that each ``nnx.Variable`` carries as ``axes``. Leaves that are not variables
-    (an optimizer's step count) are replicated, so an abstract optimizer state works as well.
+    Reads the logical axes that each ``nnx.Variable`` carries as ``axes``, for its array or for each of
+    several (``model/quantized.py``). Leaves that are not variables (an optimizer's step count) are
+    replicated, so an abstract optimizer state works as well.
 
     ``kv_heads`` that the mesh axis does not divide are replicated: grouped-query models have as few as
-    2 kv heads, and a copy of them per device is cheap. Everything else that does not divide is an error.
+    2 kv heads, and a copy of them per device is cheap. So are dimensions of size 1. Everything else that
+    does not divide is an error.
 
     Raises:
         ValueError: a dimension is not divisible by its mesh axis; names the parameter.
@@ -129,8 +131,12 @@ def shardings(abstract_params: Tree, mesh: Mesh, rules: Rules) -> Tree:
         if not isinstance(leaf, nnx.Variable):
             return NamedSharding(mesh, P())
         name = "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
-        spec = [_mesh_axis(name, axis, size, mesh, rules) for axis, size in zip(leaf.axes, leaf.shape, strict=True)]
-        return leaf.replace(NamedSharding(mesh, P(*spec)))
+
+        def place(array: Any) -> NamedSharding:
+            sizes = zip(leaf.axes, array.shape, strict=True)
+            return NamedSharding(mesh, P(*[_mesh_axis(name, axis, size, mesh, rules) for axis, size in sizes]))
+
+        return leaf.replace(jax.tree.map(place, leaf.get_value()))
 
     return jax.tree_util.tree_map_with_path(one, abstract_params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
@@ -139,7 +145,7 @@ def _mesh_axis(name: str, axis: str, size: int, mesh: Mesh, rules: Rules) -> str
     mesh_axis = rules[axis]
     if mesh_axis is None or size % mesh.shape[mesh_axis] == 0:
         return mesh_axis
-    if axis == "kv_heads":
+    if axis == "kv_heads" or size == 1:
         return None
     raise ValueError(
         f"parameter {name}: its {axis!r} dimension of {size} is not divisible by mesh axis {mesh_axis}="

@@ -110,7 +110,11 @@ def run(config: TrainConfig) -> dict[str, Any]:
     directory = run_dir.open_run(config, TrainConfig)
     with contextlib.ExitStack() as stack:
         session = _open_session(stack, job, state, directory, started)
-        if session.sampler_params is None:
+        is_new = session.sampler_params is None
+        if is_new:
+            session.sampler_params = _sampler_copy(session)
+        _warm_up(session)
+        if is_new:
             _begin(session)
         session.buffer.num_dropped = session.place.num_dropped
         session.worker.set_weights(session.place.policy_version, session.sampler_params)
@@ -164,11 +168,12 @@ def _open_session(
     )
     buffer = job.make_buffer()
     worker = Worker(
-        job.engine,
+        job.engines,
         job.prompts,
         job.make_groups(),
         buffer,
         log,
+        sampling=job.sampling,
         group_size=config.sampler.group_size,
         seed=config.run.seed,
         device_lock=job.sampler_lock,
@@ -191,10 +196,17 @@ def _open_session(
     )
 
 
+def _warm_up(session: Session) -> None:
+    """Compiles the sampler's programs before the first group, for the lengths of the first prompts."""
+    start, job = time.perf_counter(), session.job
+    lengths = {len(job.prompts[i].token_ids) for i in range(job.config.sampler.groups_in_flight)}
+    session.worker.warm_up(session.sampler_params, lengths)
+    session.progress.note(f"sampler: compiled in {time.perf_counter() - start:.1f} s")
+
+
 def _begin(session: Session) -> None:
-    """Before step 1: sync, the parity gate, pass@k of the start, the first checkpoint."""
+    """Before step 1: the parity gate, pass@k of the start, the first checkpoint."""
     job, place = session.job, session.place
-    session.sampler_params = _sampler_copy(session)
     parity = check_parity(job, session.state.params, session.sampler_params)
     session.progress.note(f"parity gate: sampler and learner differ by {parity:.2g} nats a token")
     place.before = _evaluate(job, session.sampler_params, job.config.evaluation.final_samples)
@@ -287,11 +299,12 @@ def _count_seconds(session: Session) -> None:
 
 def _evaluate(job: Job, sampler_params: Any, num_samples: int) -> Metrics:
     return evaluate(
-        job.evaluation_engine,
+        job.engines,
         sampler_params,
         job.held_out,
         job.tokenizer.decode,
         job.grader,
+        sampling=job.evaluation_sampling,
         num_samples=num_samples,
         seed=job.config.run.seed,
         device_lock=job.sampler_lock,
@@ -353,6 +366,7 @@ def _table(summary: dict[str, Any], directory: pathlib.Path) -> str:
 def main(argv: list[str]) -> None:
     """Command line; exit codes: 0 done, 1 the run failed, 2 the config is wrong, 42 saved after SIGTERM."""
     config, arguments = configuration.from_command_line(TrainConfig, "oapl_jax.train", argv)
+    run_dir.use_compile_cache(config.run.compile_cache)
     try:
         if arguments.dry_run:
             job, state = make_job(config, make_warm_start=False)

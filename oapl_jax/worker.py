@@ -11,8 +11,9 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import astuple
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -22,7 +23,9 @@ from oapl_jax.rewards.grader import Grader
 from oapl_jax.rollouts.buffer import GroupBuffer, Ticket
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.sampler.engine import Engine
-from oapl_jax.sampler.scheduler import Request, Scheduler
+from oapl_jax.sampler.replicas import Replicas
+from oapl_jax.sampler.sampling import SamplingParams
+from oapl_jax.sampler.scheduler import Request, Stats
 from oapl_jax.types import Grade, GradedRollout, Metrics, Prompt, Rollout, RolloutGroup, Verdict
 
 POLL_SECONDS = 0.2
@@ -91,11 +94,12 @@ class Worker:
     """Fills the buffer for the current policy version until stopped; owns two threads.
 
     Args:
-        engine: the sampler's programs.
+        engines: the sampler's programs, for each replica.
         prompts: the training prompts.
         make_groups: decodes and grades.
         buffer: says what to sample, takes what is finished.
         log: every finished group is in it before it is in the buffer.
+        sampling: the law.
         group_size: G.
         seed: root of all draws; group ``i`` of version ``v`` draws from ``(seed, v, i)``.
         device_lock: see ``Scheduler``.
@@ -103,19 +107,22 @@ class Worker:
 
     def __init__(
         self,
-        engine: Engine,
+        engines: Sequence[Engine],
         prompts: PromptStream,
         make_groups: GroupMaker,
         buffer: GroupBuffer,
         log: RolloutLog,
         *,
+        sampling: SamplingParams,
         group_size: int,
         seed: int,
         device_lock: AbstractContextManager,
     ):
-        self._scheduler: Scheduler[tuple[Ticket, Prompt]] = Scheduler(engine, device_lock)
+        self._replicas: Replicas[tuple[Ticket, Prompt]] = Replicas(engines, device_lock, fixed_shapes=True)
         self._prompts, self._make_groups, self._buffer, self._log = prompts, make_groups, buffer, log
-        self._group_size, self._seed = group_size, seed
+        self._sampling, self._group_size, self._seed = sampling, group_size, seed
+        self._mean_tokens: dict[str, float] = {}
+        """Mean response length of a prompt when it was last sampled: what to expect of it now."""
         self._weights: tuple[int, Any] = (-1, None)
         self._finished: queue.Queue[tuple[Ticket, Prompt, list[Rollout]]] = queue.Queue(MAX_UNGRADED_GROUPS)
         self._stopping = threading.Event()
@@ -124,7 +131,11 @@ class Worker:
             for name, loop in (("sampler", self._sample_loop), ("grader", self._grade_loop))
         ]
         self._idle_seconds = 0.0
-        self._last_report = (time.perf_counter(), 0, 0.0)
+        self._last_report = (time.perf_counter(), Stats(), 0.0)
+
+    def warm_up(self, params: Any, prompt_lengths: Iterable[int]) -> None:
+        """Compiles what sampling prompts of these lengths needs; call before ``start``."""
+        self._replicas.warm_up(params, prompt_lengths, self._group_size)
 
     def start(self) -> None:
         """Starts sampling; weights must have been set."""
@@ -152,11 +163,18 @@ class Worker:
 
     def report(self) -> Metrics:
         """Metrics since the last report."""
-        now, tokens, idle = time.perf_counter(), self._scheduler.num_tokens, self._idle_seconds
-        then, tokens_then, idle_then = self._last_report
-        self._last_report = (now, tokens, idle)
+        now, stats, idle = time.perf_counter(), self._replicas.stats, self._idle_seconds
+        then, before, idle_then = self._last_report
+        self._last_report = (now, stats, idle)
+        done = Stats(*[new - old for new, old in zip(astuple(stats), astuple(before), strict=True)])
+        seconds = max(now - then, 1e-9)
         return {
-            "sampler/tokens_per_second": (tokens - tokens_then) / max(now - then, 1e-9),
+            **({"sampler/slot_use": done.slot_use} if done.row_steps else {}),
+            "sampler/tokens_per_second": done.tokens / seconds,
+            "sampler/prefill_tokens_per_second": done.prefill_tokens / seconds,
+            "sampler/live_rollouts": self._replicas.num_live,
+            "sampler/preemptions": done.preemptions,
+            "sampler/host_gap_seconds": done.host_gap_seconds,
             "sampler/idle_seconds": idle - idle_then,
         }
 
@@ -174,25 +192,34 @@ class Worker:
             num_changes = self._buffer.num_changes
             if self._weights[0] != version:
                 version, params = self._weights
-                self._scheduler.abort()
-            self._admit(version, params)
+                self._replicas.abort()
+            self._admit(version)
             # Rollouts that the window no longer wants rest where they are: a group may yet prove
             # unusable, and then they go on.
-            if self._scheduler.is_idle or not self._buffer.wants_groups(version):
+            if self._replicas.is_idle or not self._buffer.wants_groups(version):
                 start = time.perf_counter()
                 self._buffer.wait_for_change(num_changes, POLL_SECONDS)
                 self._idle_seconds += time.perf_counter() - start
                 continue
-            for (ticket, prompt), rollouts in self._scheduler.step(params):
+            for (ticket, prompt), rollouts in self._replicas.step(params):
+                self._mean_tokens[prompt.id] = sum(len(r.token_ids) for r in rollouts) / len(rollouts)
                 self._buffer.mark_sampled(ticket)
                 self._hand_over((ticket, prompt, rollouts))
-        self._scheduler.abort()
+        self._replicas.abort()
 
-    def _admit(self, version: int, params: Any) -> None:
-        while self._scheduler.has_room(self._group_size) and (ticket := self._buffer.admit(version)) is not None:
+    def _admit(self, version: int) -> None:
+        while self._replicas.wants_more and (ticket := self._buffer.admit(version)) is not None:
             prompt = self._prompts[ticket.position]
-            seed = (self._seed, ticket.policy_version, ticket.index)
-            self._scheduler.admit(params, Request((ticket, prompt), prompt.token_ids, self._group_size, seed))
+            self._replicas.submit(
+                Request(
+                    (ticket, prompt),
+                    prompt.token_ids,
+                    self._group_size,
+                    (self._seed, ticket.policy_version, ticket.index),
+                    self._sampling,
+                    expected_tokens=self._mean_tokens.get(prompt.id),
+                )
+            )
 
     def _hand_over(self, item: tuple[Ticket, Prompt, list[Rollout]]) -> None:
         """Queues a group for the grader; a slow grader slows the sampler down."""

@@ -40,6 +40,7 @@ LAYERS = {
     "evaluate": 5,
     "report": 5,
     "sft": 5,
+    "serve": 5,
     "export": 6,
     "job": 6,
     "parity": 7,

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 
 from model import tiny
+from oapl_jax.checkpoint import Checkpoints
 from oapl_jax.config import LearnerConfig, MeshConfig, ObjectiveConfig
 from oapl_jax.learner.batch import from_pairs
 from oapl_jax.learner.state import init_state, make_optimizer, make_schedule
 from oapl_jax.learner.step import make_loss_fn, make_train_step
 from oapl_jax.model import qwen
+from oapl_jax.model.quantized import quantize_weights
+from oapl_jax.sampler.replicas import replica_meshes, replica_params
 from oapl_jax.sharding import TRAINER_RULES, batch_sharding, make_meshes, shardings
 from oapl_jax.sync import WeightSync
 
@@ -108,3 +111,54 @@ def test_the_disaggregated_sampler_splits_over_tensor_only():
     trainer_axes = {axis for leaf in jax.tree.leaves(state.params) for axis in leaf.sharding.spec if axis is not None}
     assert "fsdp" in trainer_axes
     assert state.params["embedding"].value.devices().isdisjoint(copy["embedding"].value.devices())
+
+
+INT8_MESHES = {
+    **MESHES,
+    "overlapping": MeshConfig(trainer="data=2,tensor=2"),
+    "replicas": MeshConfig(trainer="fsdp=2", sampler="data=2,tensor=2"),
+}
+
+
+@pytest.mark.parametrize("meshes", INT8_MESHES)
+def test_an_int8_copy_is_the_same_on_every_mesh(meshes):
+    trainer, sampler = make_meshes(INT8_MESHES[meshes])
+    if meshes == "overlapping":
+        sampler = make_meshes(MeshConfig(trainer="tensor=2"))[0]
+    abstract = qwen.abstract(CONFIG)[1]
+    params = jax.device_put(tiny.split(CONFIG)[1], shardings(abstract, trainer, TRAINER_RULES))
+    sync = WeightSync(abstract, sampler, "int8")
+    copy, metrics = sync(params)
+    expected = jax.tree.leaves(jax.jit(quantize_weights)(tiny.split(CONFIG)[1]))
+    for leaf, value, wanted in zip(
+        jax.tree.leaves(copy), expected, jax.tree.leaves(sync.abstract(params)), strict=True
+    ):
+        assert (leaf.shape, leaf.dtype, leaf.sharding) == (wanted.shape, wanted.dtype, wanted.sharding)
+        np.testing.assert_array_equal(leaf, value)
+    assert not buffers(copy) & buffers(params), "no memory is shared"
+    num_weights = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert num_weights < metrics["sync/bytes"] == sum(value.nbytes for value in expected) < 1.2 * num_weights
+    axes = {axis for leaf in jax.tree.leaves(copy) for axis in leaf.sharding.spec if axis is not None}
+    assert axes == {"tensor"}
+    for replica in replica_meshes(sampler):
+        for leaf, value in zip(jax.tree.leaves(replica_params(copy, replica)), expected, strict=True):
+            assert leaf.sharding.device_set == set(replica.devices.flat)
+            np.testing.assert_array_equal(leaf, value)
+
+
+def test_an_int8_copy_is_restored_from_a_checkpoint(tmp_path):
+    trainer, sampler = make_meshes(MESHES["disaggregated"])
+    abstract = qwen.abstract(CONFIG)[1]
+    params = jax.device_put(tiny.split(CONFIG)[1], shardings(abstract, trainer, TRAINER_RULES))
+    sync = WeightSync(abstract, sampler, "int8")
+    copy, _ = sync(params)
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    checkpoints.save(3, (params, copy), {})
+    checkpoints.wait()
+    step, (_, restored), _ = checkpoints.restore((params, sync.abstract(params)), print)
+    checkpoints.close()
+    assert step == 3
+    assert jax.tree.structure(restored) == jax.tree.structure(copy)
+    for leaf, value in zip(jax.tree.leaves(restored), jax.tree.leaves(copy), strict=True):
+        assert (leaf.dtype, leaf.sharding) == (value.dtype, value.sharding)
+        np.testing.assert_array_equal(leaf, value)

@@ -59,7 +59,7 @@ def make_engine():
     return Engine(
         weights(0)[0],
         CONFIG,
-        SamplingParams(TOKENIZER.vocab_size),
+        vocab_size=TOKENIZER.vocab_size,
         stop_ids=TOKENIZER.stop_ids,
         num_rows=4 * GROUP_SIZE,
         max_prompt_tokens=12,
@@ -102,11 +102,12 @@ def working(directory, grader=None, max_groups_ahead=None):
     buffer = GroupBuffer(lambda group: len(group.usable) >= 2, max_groups_ahead)
     log = RolloutLog(directory)
     worker = Worker(
-        make_engine(),
+        [make_engine()],
         PROMPTS,
         make_groups(grader or ToyGrader("chain")),
         buffer,
         log,
+        sampling=SamplingParams(),
         group_size=GROUP_SIZE,
         seed=SEED,
         device_lock=contextlib.nullcontext(),
@@ -204,7 +205,8 @@ def test_weights_that_are_not_finite_give_no_usable_group_and_the_deadline_says_
     broken = jax.tree.map(lambda x: x * jnp.nan, weights(0)[1])
     log = RolloutLog(tmp_path)
     worker = Worker(
-        *(make_engine(), PROMPTS, make_groups(ToyGrader("chain")), buffer, log),
+        *([make_engine()], PROMPTS, make_groups(ToyGrader("chain")), buffer, log),
+        sampling=SamplingParams(),
         group_size=GROUP_SIZE,
         seed=SEED,
         device_lock=contextlib.nullcontext(),
@@ -232,7 +234,8 @@ def test_stop_ends_both_threads_at_any_time_and_may_be_called_twice(tmp_path, se
 
 def test_a_worker_that_was_not_started_stops(tmp_path):
     worker = Worker(
-        *(make_engine(), PROMPTS, make_groups(ToyGrader("chain")), GroupBuffer(bool), RolloutLog(tmp_path)),
+        *([make_engine()], PROMPTS, make_groups(ToyGrader("chain")), GroupBuffer(bool), RolloutLog(tmp_path)),
+        sampling=SamplingParams(),
         group_size=GROUP_SIZE,
         seed=SEED,
         device_lock=contextlib.nullcontext(),

@@ -1,4 +1,4 @@
-"""Qwen2, Qwen2.5, Qwen3 and Qwen3-MoE decoders: configuration, modules, KV cache.
+"""Qwen2, Qwen2.5, Qwen3 and Qwen3-MoE decoders: configuration and modules.
 
 Layers are stacked: each parameter of a layer is one array with a leading ``layers`` axis, and the layers
 run as one ``lax.scan``, so that compile time does not grow with depth. Every parameter carries the
@@ -6,12 +6,15 @@ logical names of its dimensions as ``axes``; ``oapl_jax/sharding.py`` maps them 
 
     graphdef, params = nnx.split(Qwen(config, rngs=nnx.Rngs(0)))
     hidden, _ = nnx.merge(graphdef, params).hidden(tokens, positions)
+
+What a layer's queries see is a function that the caller may pass in (``Attend``), so that training rows,
+prompts and decode steps over any kind of cache run through the same layers.
 """
 
 import dataclasses
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +25,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from oapl_jax.model import attention
+from oapl_jax.model.quantized import einsum, lookup, ragged_dot
 from oapl_jax.sharding import BATCH_AXES
 
 MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe")
@@ -166,17 +170,15 @@ def _rope_theta(values: dict[str, Any]) -> float:
     return 10_000.0
 
 
-class KVCache(NamedTuple):
-    """Keys (after norm and rope) and values; slot s of row b holds the row's token at position s."""
+Cache = Any
+"""What an ``Attend`` carries from layer to layer, a tree of arrays; None where it keeps nothing."""
 
-    k: Float[Array, "L B S K C"]
-    v: Float[Array, "L B S K C"]
+Attend = Callable[[Any, Array, Array, Array, Cache], tuple[Array, Cache]]
+"""``(layer, query [B, T, H, C], key [B, T, K, C], value [B, T, K, C], cache) -> (output [B, T, H, C], cache)``.
 
-
-def make_cache(config: QwenConfig, batch: int, length: int, dtype: DTypeLike = jnp.float32) -> KVCache:
-    """An empty cache for ``batch`` rows of up to ``length`` tokens."""
-    shape = (config.num_hidden_layers, batch, length, config.num_key_value_heads, config.head_dim)
-    return KVCache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype))
+Queries and keys come after norm and rope. ``layer`` is the layer's index: an array where the layers are
+scanned, an ``int`` where they are a Python loop.
+"""
 
 
 class _Init:
@@ -240,8 +242,10 @@ class Attention(nnx.Module):
         self.query_norm = init.ones(head_dim=C) if config.qk_norm else None
         self.key_norm = init.ones(head_dim=C) if config.qk_norm else None
 
-    def __call__(self, x: Array, rope: tuple[Array, Array], mask: Array, write: Any) -> tuple[Array, Any]:
-        """``write(key, value)`` stores them and returns the keys, values to attend to and the new cache."""
+    def __call__(
+        self, x: Array, rope: tuple[Array, Array], attend: Attend, layer: Any, cache: Cache
+    ) -> tuple[Array, Cache]:
+        """``[B, T, D]`` to the same, and the cache that ``attend`` made."""
         with jax.named_scope("qkv"):
             query = self._project(x, self.query, self.query_bias)
             key = self._project(x, self.key, self.key_bias)
@@ -250,13 +254,12 @@ class Attention(nnx.Module):
                 query = rms_norm(query, self.query_norm[...], self.eps)
                 key = rms_norm(key, self.key_norm[...], self.eps)
             query, key = rotate(query, rope), rotate(key, rope)
-        key, value, cache = write(key, value)
-        output = attention.attend(query, key, value, mask)
+        output, cache = attend(layer, query, key, value, cache)
         with jax.named_scope("attention_output"):
-            return jnp.einsum("BTHC,HCD->BTD", output, self.output[...].astype(x.dtype)), cache
+            return einsum("BTHC,HCD->BTD", output, self.output), cache
 
     def _project(self, x: Array, weight: nnx.Param, bias: nnx.Param | None) -> Array:
-        heads = jnp.einsum("BTD,DNC->BTNC", x, weight[...].astype(x.dtype))
+        heads = einsum("BTD,DNC->BTNC", x, weight)
         return heads if bias is None else heads + bias[...].astype(x.dtype)
 
 
@@ -272,9 +275,9 @@ class Mlp(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """``[B, T, D]`` to the same."""
         with jax.named_scope("mlp"):
-            gate = jnp.einsum("BTD,DF->BTF", x, self.gate[...].astype(x.dtype))
-            up = jnp.einsum("BTD,DF->BTF", x, self.up[...].astype(x.dtype))
-            return jnp.einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, self.down[...].astype(x.dtype))
+            gate = einsum("BTD,DF->BTF", x, self.gate)
+            up = einsum("BTD,DF->BTF", x, self.up)
+            return einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, self.down)
 
 
 class ExpertMlp(nnx.Module):
@@ -296,10 +299,10 @@ class ExpertMlp(nnx.Module):
             k = experts.shape[-1]
             order = jnp.argsort(experts.ravel(), stable=True)
             sizes = jnp.bincount(experts.ravel(), length=self.config.num_experts)
-            sorted_rows = rows[order // k]
-            gate = jax.lax.ragged_dot(sorted_rows, self.gate[...].astype(x.dtype), sizes)
-            up = jax.lax.ragged_dot(sorted_rows, self.up[...].astype(x.dtype), sizes)
-            outputs = jax.lax.ragged_dot(jax.nn.silu(gate) * up, self.down[...].astype(x.dtype), sizes)
+            sorted_rows, sorted_experts = rows[order // k], experts.ravel()[order]
+            gate = ragged_dot(sorted_rows, self.gate, sizes, sorted_experts)
+            up = ragged_dot(sorted_rows, self.up, sizes, sorted_experts)
+            outputs = ragged_dot(jax.nn.silu(gate) * up, self.down, sizes, sorted_experts)
             outputs = outputs[jnp.argsort(order)].reshape(*experts.shape, -1)
             return jnp.einsum("NkD,Nk->ND", outputs, weights.astype(x.dtype)).reshape(x.shape)
 
@@ -328,9 +331,11 @@ class Layer(nnx.Module):
         self.mlp_norm = init.ones(embed=config.hidden_size)
         self.mlp = ExpertMlp(config, init) if config.num_experts else Mlp(config, init)
 
-    def __call__(self, x: Array, rope: tuple[Array, Array], mask: Array, write: Any) -> tuple[Array, Any]:
-        """Residual stream ``[B, T, D]`` to the same, and the cache that ``write`` made."""
-        output, cache = self.attention(rms_norm(x, self.attention_norm[...], self.eps), rope, mask, write)
+    def __call__(
+        self, x: Array, rope: tuple[Array, Array], attend: Attend, layer: Any, cache: Cache
+    ) -> tuple[Array, Cache]:
+        """Residual stream ``[B, T, D]`` to the same, and the cache that ``attend`` made."""
+        output, cache = self.attention(rms_norm(x, self.attention_norm[...], self.eps), rope, attend, layer, cache)
         x = x + output
         return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.eps)), cache
 
@@ -383,50 +388,59 @@ class Qwen(nnx.Module):
         self.lm_head = None if tied else init.normal(config.initializer_range, embed=D, vocab=V)
 
     def hidden(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: KVCache | None = None
-    ) -> tuple[Float[Array, "B T D"], KVCache | None]:
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        attend: Attend | None = None,
+        cache: Cache = None,
+        layers: Sequence[Any] | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
         """States after the final norm.
-
-        Without a cache the rows are complete: token t sees tokens 0..t. With one, the keys and values of
-        this call are written at slots ``positions[b, t]`` (outside 0..S-1: not at all) and token (b, t)
-        sees slots 0..positions[b, t]. Rows may have different lengths: what a right-padded prompt left
-        in slots beyond its end is not visible before the decode steps have overwritten it.
 
         Args:
             tokens: ids; T = 1 in a decode step.
-            positions: of each token in its row, from 0.
-            cache: of ``make_cache``, or of the call before.
+            positions: of each token in its sequence, from 0.
+            attend: what queries see; None: the rows are complete, and token t sees tokens 0..t.
+            cache: given to the first layer's ``attend``, and from layer to layer.
+            layers: of ``separate_layers``, for a loop of many calls: the layers run one by one, and their
+                weights are not sliced anew in each call.
 
         Returns:
-            States in the compute dtype, and the new cache (None without one).
+            States in the compute dtype, and the cache after the last layer.
         """
         with jax.named_scope("embedding"):
-            x = self._constrain(self.embedding[...][tokens].astype(self.compute_dtype))
+            x = self._constrain(lookup(self.embedding, tokens, self.compute_dtype))
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
-        if cache is None:
-            mask = attention.causal_mask(tokens.shape[1])
-        else:
-            mask = attention.cache_mask(positions, cache.k.shape[2])
+        attend = _attend_causally if attend is None else attend
         graphdef, stacked = nnx.split(self.layers)
 
-        def run_layer(carry: tuple[Array, KVCache | None], xs: tuple[Any, Array]) -> tuple[Any, None]:
+        def run_layer(carry: tuple[Array, Cache], xs: tuple[Any, Any]) -> tuple[Any, None]:
             x, cache = carry
-            params, index = xs
-            write = _make_write(cache, index, positions)
-            x, cache = nnx.merge(graphdef, params)(x, rope, mask, write)
+            params, layer = xs
+            x, cache = nnx.merge(graphdef, params)(x, rope, attend, layer, cache)
             return (self._constrain(x), cache), None
 
-        x, cache = self._run_layers(run_layer, (x, cache), stacked)
+        if layers is None:
+            x, cache = self._run_layers(run_layer, (x, cache), stacked)
+        else:
+            for index, params in enumerate(layers):
+                (x, cache), _ = run_layer((x, cache), (params, index))
         return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), cache
+
+    def separate_layers(self) -> list[Any]:
+        """The parameters of each layer, copied from the stacked arrays."""
+        _, stacked = nnx.split(self.layers)
+        return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(self.config.num_hidden_layers)]
 
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Float32 logits of every id, padding ids included."""
         with jax.named_scope("logits"):
-            weight = self.unembedding().astype(hidden.dtype)
-            return jnp.einsum("...D,DV->...V", hidden, weight, preferred_element_type=jnp.float32)
+            tied = "...D,VD->...V", self.embedding
+            spec, weight = tied if self.lm_head is None else ("...D,DV->...V", self.lm_head)
+            return einsum(spec, hidden, weight, preferred_element_type=jnp.float32)
 
     def unembedding(self) -> Float[Array, "D V"]:
-        """The output matrix, in its parameter dtype; the transposed embedding where tied."""
+        """The output matrix of float weights, in their dtype; the transposed embedding where tied."""
         return self.embedding[...].T if self.lm_head is None else self.lm_head[...]
 
     def _run_layers(self, run_layer: Any, carry: Any, stacked: Any) -> Any:
@@ -436,9 +450,8 @@ class Qwen(nnx.Module):
             run_layer = jax.checkpoint(run_layer, prevent_cse=not self.scan_layers)
         if self.scan_layers:
             return jax.lax.scan(run_layer, carry, (stacked, jnp.arange(num_layers)))[0]
-        for index in range(num_layers):
-            params = jax.tree.map(lambda leaf, index=index: leaf[index], stacked)
-            carry, _ = run_layer(carry, (params, jnp.asarray(index)))
+        for index, params in enumerate(self.separate_layers()):
+            carry, _ = run_layer(carry, (params, index))
         return carry
 
     def _constrain(self, x: Array) -> Array:
@@ -447,22 +460,8 @@ class Qwen(nnx.Module):
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(BATCH_AXES)))
 
 
-def _make_write(cache: KVCache | None, layer: Array, positions: Array) -> Any:
-    """What a layer does with its keys and values: use them as they are, or through the cache.
-
-    The whole cache travels as the scan's carry and is scattered into, which XLA does in place.
-    """
-
-    def through_cache(key: Array, value: Array) -> tuple[Array, Array, KVCache | None]:
-        assert cache is not None
-        rows = jnp.arange(key.shape[0])[:, None]
-        # Negative positions would otherwise count from the end of the cache.
-        drop = {"mode": "drop", "wrap_negative_indices": False}
-        k = cache.k.at[layer, rows, positions].set(key.astype(cache.k.dtype), **drop)
-        v = cache.v.at[layer, rows, positions].set(value.astype(cache.v.dtype), **drop)
-        return k[layer].astype(key.dtype), v[layer].astype(value.dtype), KVCache(k, v)
-
-    return through_cache if cache is not None else lambda key, value: (key, value, None)
+def _attend_causally(layer: Any, query: Array, key: Array, value: Array, cache: Cache) -> tuple[Array, Cache]:
+    return attention.attend(query, key, value, attention.causal_mask(query.shape[1])), cache
 
 
 def abstract(config: QwenConfig, **options: Any) -> tuple[Any, Any]:

@@ -1,17 +1,18 @@
 """Prefill, insert and generate: the device programs of the sampler, after JetStream's engine API.
 
 An ``Engine`` holds no weights and no cache: ``params`` and the decode state are passed in, as in
-JetStream, so the same compiled programs serve every policy version. A prompt is prefilled once and
-inserted into as many rows of the decode state as it has rollouts. ``generate`` decodes up to
-``decode_steps`` tokens of every row in one program and stops early when all rows are done.
-
-``sampler/jetstream.py`` is the subclass of JetStream's own class over these programs; this file
-does not import JetStream, because that imports TensorFlow.
+JetStream, so the same compiled programs serve every policy version. The state has *slots*, one for
+each sequence that has been started, and pages of keys and values. A prompt is prefilled once and
+inserted into as many slots as it has rollouts. ``generate`` decodes the sequences of some of the
+slots, up to ``decode_steps`` tokens of each in one program. Which slots and which pages is for the
+caller to say: ``sampler/scheduler.py``, or JetStream's orchestrator through ``sampler/jetstream.py``,
+the subclass of JetStream's own class over these programs (this file does not import JetStream,
+because that imports TensorFlow).
 """
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,187 +22,344 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from oapl_jax.model.qwen import KVCache, QwenConfig, make_cache
-from oapl_jax.sampler.sampling import SamplingParams, draw
+from oapl_jax.model.qwen import QwenConfig, abstract
+from oapl_jax.sampler import kv_cache
+from oapl_jax.sampler.kv_cache import KVPages, PromptKV
+from oapl_jax.sampler.paged_attention import choose_implementation, paged_attend
+from oapl_jax.sampler.sampling import Draw, Law, SamplingParams, draw
 
 Params = Any
 """The state half of ``nnx.split(Qwen(...))``."""
 
+AttentionKind = Literal["dense", "xla", "tpu", "gpu"]
+"""How decode steps read the cache: ``dense`` as in ``kv_cache``, or paged by one of ``paged_attend``'s kernels."""
+
+PREFILL_TOKENS = 2048
+"""Prompts are prefilled together up to this many padded tokens; a longer one is prefilled alone."""
+
+SHORTEST_DENSE = 64
+"""Tokens that dense attention covers at least: longer ones are summed in an order that padding does not change."""
+
+FEWEST_ROWS = 4
+"""Chunks of fewer sequences are padded to this many rows."""
+
 
 class Prefix(NamedTuple):
-    """A prefilled prompt: its keys and values, and the logits after its last token."""
+    """Prefilled prompts: their keys and values, and the logits after each one's last token."""
 
-    cache: KVCache
-    logits: Float[Array, "1 V"]
-    length: Int[Array, ""]
+    kv: PromptKV
+    logits: Float[Array, "N V"]
+    length: Int[Array, "N"]
+
+
+class Start(NamedTuple):
+    """The sequences that ``insert`` starts, host arrays; B of them from N prompts."""
+
+    slots: Any
+    """int32 ``[B]``, free slots; out of range: the entry is padding."""
+    source: Any
+    """int32 ``[B]``, which prompt of the prefix."""
+    seeds: Any
+    """uint32 ``[B, 4]``: root seed, stream, index in it, rollout; the key is ``key(root)`` folded with the other three."""
+    ends: Any
+    """int32 ``[B]``, first position beyond the limit of the response."""
+    given: Any
+    """int32 ``[B]``, the token that follows the prompt, for a sequence that goes on; -1: it is drawn."""
+    law: Law
+    full_pages: Any
+    """int32 ``[N, M]``, page id of each page of the padded prompts; out of range: not written (it is not full)."""
+    tail_pages: Any
+    """int32 ``[B]``, page id of each sequence's own copy of its prompt's partial page; out of range: there is none."""
 
 
 class DecodeState(NamedTuple):
-    """All rows that are being decoded."""
+    """The cache, and for each slot what the next decode step needs."""
 
-    cache: KVCache
+    pages: KVPages
     token: Int[Array, "B"]
     """The last token drawn; it enters the cache in the next step."""
-    logprob: Float[Array, "B"]
+    first: Draw
+    """What ``insert`` drew."""
     position: Int[Array, "B"]
     """Position of ``token``."""
     end: Int[Array, "B"]
-    """First position that is beyond the limit of the response."""
     is_fresh: Bool[Array, "B"]
     """``token`` was drawn by ``insert`` and ``generate`` has not returned it yet."""
     is_done: Bool[Array, "B"]
     key: Key[Array, "B"]
+    law: Law
 
 
 class Decoded(NamedTuple):
-    """What ``generate`` returns: the new tokens of every row, in order, where ``is_valid``."""
+    """What ``generate`` returns for each sequence asked for: the new tokens, in order, where ``is_valid``."""
 
-    tokens: Int[Array, "B N"]
-    logprobs: Float[Array, "B N"]
-    is_valid: Bool[Array, "B N"]
-    is_done: Bool[Array, "B"]
+    tokens: Any
+    """int32 ``[B, N]``; column 0 is for the token that ``insert`` drew."""
+    logprobs: Any
+    """float32 ``[B, N]``."""
+    is_valid: Any
+    is_done: Any
+    """bool ``[B]``."""
+    num_steps: Any
+    """int32 ``[]``: decode steps that were run."""
+    entropy: Any = None
+    """float32 ``[B, N]`` in nats; None where the engine was not asked for it."""
+    top_ids: Any = None
+    """int32 ``[B, N, n]``, likeliest first."""
+    top_logprobs: Any = None
 
 
 class Engine:
-    """The compiled programs for one architecture, one law and one shape of the decode state.
+    """The compiled programs for one architecture and one shape of the decode state.
 
     Args:
         graphdef: structure half of ``nnx.split(Qwen(...))``, at the sampler's compute precision.
         model_config: for the shape of the cache.
-        sampling: the law.
+        vocab_size: the tokenizer's length; embedding rows from it on are padding and never drawn.
         stop_ids: tokens that end a response; the one drawn belongs to it.
-        num_rows: B, sequences decoded at once.
+        num_rows: sequences decoded at once; there are twice as many slots, so that the sequences of a
+            group that do not fit at once can wait in slots for their turn.
+        num_pages: pages of the cache; None: enough for ``num_rows`` sequences of full length.
         max_prompt_tokens: limit of a prompt; prompts are padded to a few lengths up to it.
         max_response_tokens: limit of a response.
-        decode_steps: tokens per call of ``generate``.
-        mesh: devices of the sampler; rows go over ``data``, kv heads over ``tensor``.
-        cache_dtype: precision of keys and values.
+        decode_steps: most tokens of a sequence per call of ``generate``.
+        mesh: devices of one replica: kv heads go over ``tensor``, the other axes have size 1.
+        page_size: tokens of a page.
+        cache_dtype: precision of keys and values; int8 is only read by ``dense`` and ``xla``.
+        attention: how decode steps read the cache; None: ``dense`` on CPU, else ``choose_implementation``.
+        can_truncate: False: no request has a top-k or a top-p, and there is less to compile.
+        with_entropy: also return the entropy of the law that each token was drawn from.
+        num_top: also return this many likeliest tokens of that law.
     """
 
     def __init__(
         self,
         graphdef: nnx.GraphDef,
         model_config: QwenConfig,
-        sampling: SamplingParams,
         *,
+        vocab_size: int,
         stop_ids: Sequence[int],
         num_rows: int,
         max_prompt_tokens: int,
         max_response_tokens: int,
         decode_steps: int,
         mesh: Mesh,
+        num_pages: int | None = None,
+        page_size: int = 16,
         cache_dtype: DTypeLike = jnp.float32,
+        attention: AttentionKind | None = None,
+        can_truncate: bool = True,
+        with_entropy: bool = False,
+        num_top: int = 0,
     ):
-        outside = [i for i in stop_ids if not 0 <= i < sampling.vocab_size]
+        outside = [i for i in stop_ids if not 0 <= i < vocab_size]
         if outside or not stop_ids:
-            raise ValueError(f"stop ids {list(stop_ids)}: need at least one, each in 0..{sampling.vocab_size - 1}")
-        if num_rows % mesh.shape["data"]:
-            raise ValueError(f"{num_rows} rows of the sampler do not divide over data={mesh.shape['data']} of its mesh")
-        self.model_config, self.sampling = model_config, sampling
+            raise ValueError(f"stop ids {list(stop_ids)}: need at least one, each in 0..{vocab_size - 1}")
+        if mesh.size != mesh.shape["tensor"]:
+            raise ValueError(f"an engine runs on one replica, a mesh with the axis tensor only; this is {mesh.shape}")
+        self.model_config, self.vocab_size = model_config, vocab_size
+        self._abstract_params = abstract(model_config)[1]
         self.stop_ids = tuple(stop_ids)
-        self.num_rows, self.decode_steps = num_rows, decode_steps
+        self.can_truncate = can_truncate
+        self.num_rows, self.num_slots, self.decode_steps = num_rows, 2 * num_rows, decode_steps
         self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
-        self.mesh, self._cache_dtype = mesh, cache_dtype
-        self._prefill = jax.jit(functools.partial(_prefill, graphdef, model_config, cache_dtype))
+        self.page_size, self.mesh, self._cache_dtype = page_size, mesh, cache_dtype
+        self.max_pages = self.pages_of(max_prompt_tokens + max_response_tokens)
+        self.num_pages = num_rows * self.max_pages if num_pages is None else num_pages
+        if self.num_pages < self.max_pages:
+            raise ValueError(
+                f"no room for one sequence: {max_prompt_tokens} + {max_response_tokens} tokens need {self.max_pages} pages"
+                f" of {page_size} tokens, the cache has {self.num_pages}; shorten the limits, or give the cache more"
+            )
+        platform = mesh.devices.flat[0].platform
+        is_int8 = jnp.dtype(cache_dtype) == jnp.int8
+        paged = "xla" if is_int8 else choose_implementation(platform, model_config.head_dim)
+        self.attention: AttentionKind = attention or ("dense" if platform == "cpu" else paged)
+        is_sharded = mesh.shape["tensor"] > 1
+        draw_fn = functools.partial(
+            draw,
+            vocab_size=vocab_size,
+            is_sharded=is_sharded,
+            can_truncate=can_truncate,
+            with_entropy=with_entropy,
+            num_top=num_top,
+        )
+        stops = jnp.asarray(self.stop_ids)
+        self._draw, self._num_top, self._with_entropy = draw_fn, num_top, with_entropy
+        replicated: Any = NamedSharding(mesh, PartitionSpec())
+        self._prefill = jax.jit(
+            functools.partial(_prefill, graphdef, model_config, cache_dtype),
+            out_shardings=Prefix(PromptKV(self._kv_sharding(3, 5), self._kv_sharding(3, 5)), replicated, replicated),
+        )
         self._insert = jax.jit(
-            functools.partial(_insert, sampling, self.stop_ids),
-            donate_argnames="state",
-            out_shardings=self._shardings(),
+            functools.partial(_insert, draw_fn, stops), donate_argnames="state", out_shardings=self._shardings()
         )
         self._generate = jax.jit(
-            functools.partial(_generate, graphdef, sampling, self.stop_ids, decode_steps),
+            functools.partial(_generate, graphdef, model_config, draw_fn, stops, decode_steps, self.attention, mesh),
             donate_argnames="state",
-            out_shardings=(self._shardings(), NamedSharding(mesh, PartitionSpec())),
+            out_shardings=(self._shardings(), replicated),
         )
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of keys and values over all devices."""
-        config, length = self.model_config, self.max_prompt_tokens + self.max_response_tokens
-        cache = jax.eval_shape(lambda: make_cache(config, self.num_rows, length, self._cache_dtype))
-        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache))
+        return self.num_pages * kv_cache.page_bytes(self.model_config, self.page_size, self._cache_dtype)
+
+    def check_params(self, params: Params) -> None:
+        """Refuses the parameters of another architecture.
+
+        Raises:
+            ValueError: names the first parameter that differs, and its shapes.
+        """
+        expected = dict(jax.tree_util.tree_leaves_with_path(self._abstract_params))
+        given = dict(jax.tree_util.tree_leaves_with_path(params))
+        for path in expected | given:
+            name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path).removesuffix("/value")
+            shapes = [list(tree[path].shape) if path in tree else "no such parameter" for tree in (given, expected)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"parameter {name} is {shapes[0]}, the engine's model has {shapes[1]}")
+
+    def pages_of(self, num_tokens: int) -> int:
+        """Pages that hold so many tokens."""
+        return -(-num_tokens // self.page_size)
 
     def init_decode_state(self) -> DecodeState:
-        """A state with all rows free."""
-        rows, length = self.num_rows, self.max_prompt_tokens + self.max_response_tokens
+        """A state with all slots free."""
+        slots = self.num_slots
 
         def make() -> DecodeState:
-            integers = jnp.zeros(rows, jnp.int32)
+            integers, floats = jnp.zeros(slots, jnp.int32), jnp.zeros(slots, jnp.float32)
+            top = (slots, self._num_top)
             return DecodeState(
-                cache=make_cache(self.model_config, rows, length, self._cache_dtype),
+                pages=kv_cache.make_pages(self.model_config, self.num_pages, self.page_size, self._cache_dtype),
                 token=integers,
-                logprob=jnp.zeros(rows, jnp.float32),
+                first=Draw(
+                    integers,
+                    floats,
+                    floats if self._with_entropy else None,
+                    jnp.zeros(top, jnp.int32) if self._num_top else None,
+                    jnp.zeros(top, jnp.float32) if self._num_top else None,
+                ),
                 position=integers,
                 end=integers,
-                is_fresh=jnp.zeros(rows, bool),
-                is_done=jnp.ones(rows, bool),
+                is_fresh=jnp.zeros(slots, bool),
+                is_done=jnp.ones(slots, bool),
                 key=jax.vmap(jax.random.key)(integers),
+                law=Law(floats, integers, floats, floats),
             )
 
         return jax.jit(make, out_shardings=self._shardings())()
 
     def padded_length(self, num_tokens: int) -> int:
-        """The length that a prompt is padded to: a power of two from 16 on, or the limit."""
-        return min(max(16, 1 << (num_tokens - 1).bit_length()), self.max_prompt_tokens)
+        """The length that a prompt is padded to: a power of two of pages, or the limit's pages."""
+        pages = 1 << (self.pages_of(num_tokens) - 1).bit_length()
+        return min(pages, self.max_pages) * self.page_size
 
-    def prefill(
-        self,
-        *,
-        params: Params,
-        existing_prefix: Prefix | None = None,
-        padded_tokens: Int[np.ndarray, "P"],
-        true_length: int,
-    ) -> Prefix:
-        """Runs a right-padded prompt through the model (JetStream's signature).
+    def prompts_at_once(self, padded_length: int) -> int:
+        """Prompts of this padded length that one call of ``prefill`` takes at most."""
+        return max(1, min(16, PREFILL_TOKENS // padded_length))
+
+    def padded_rows(self, num_rows: int) -> int:
+        """The number of rows that a chunk of so many sequences is padded to."""
+        return min(self.num_rows, max(FEWEST_ROWS, 1 << (num_rows - 1).bit_length()))
+
+    def padded_pages(self, num_pages: int) -> int:
+        """Columns of the page table for sequences of so many pages: 1 or 1.5 times a power of two, or the limit."""
+        if self.attention != "dense":
+            return self.max_pages
+        num_pages = max(num_pages, self.pages_of(SHORTEST_DENSE))
+        power = 1 << (num_pages - 1).bit_length()
+        return min(self.max_pages, 3 * power // 4 if num_pages <= 3 * power // 4 else power)
+
+    def prefill(self, params: Params, prompts: Sequence[Int[np.ndarray, "_P"]]) -> Prefix:
+        """Runs prompts of one padded length through the model.
 
         Raises:
-            ValueError: for an empty prompt, one beyond the limit, or an existing prefix.
+            ValueError: for an empty prompt, or one beyond the limit of a whole sequence.
         """
-        if existing_prefix is not None:
-            raise ValueError("existing_prefix: prefilling onto another prefix is not supported")
-        if not 0 < true_length <= min(len(padded_tokens), self.max_prompt_tokens):
-            raise ValueError(f"prompt of {true_length} tokens; the limit is 1 to {self.max_prompt_tokens}")
-        return self._prefill(params, np.asarray(padded_tokens, np.int32)[None], np.int32(true_length))
+        limit = self.max_prompt_tokens + self.max_response_tokens
+        lengths = [len(prompt) for prompt in prompts]
+        for length in lengths:
+            if not 0 < length <= limit:
+                raise ValueError(f"prompt of {length} tokens; the limit is 1 to {limit}")
+        padded_length = max(map(self.padded_length, lengths))
+        # A power of two of prompts, so that there are few programs.
+        num_prompts = 1 << (len(prompts) - 1).bit_length()
+        tokens = np.zeros((num_prompts, padded_length), np.int32)
+        for row, prompt in zip(tokens, prompts, strict=False):
+            row[: len(prompt)] = prompt
+        padding = [1] * (num_prompts - len(prompts))
+        return self._prefill(params, tokens, np.array(lengths + padding, np.int32))
 
-    def insert_rows(
+    def insert(self, prefix: Prefix, state: DecodeState, start: Start) -> DecodeState:
+        """Starts sequences of prefilled prompts in free slots and draws their first tokens; the state is consumed."""
+        return self._insert(prefix, state=state, start=start)
+
+    def generate(
         self,
-        prefix: Prefix,
+        params: Params,
         state: DecodeState,
-        rows: Int[np.ndarray, "G"],
-        seed: UInt32[np.ndarray, "3"],
-        max_response_tokens: int | None = None,
-    ) -> DecodeState:
-        """Starts G rollouts of a prefilled prompt in the given rows, and draws their first tokens.
+        slots: Int[np.ndarray, "B"],
+        page_table: Int[np.ndarray, "B M"],
+        max_steps: int | None = None,
+        num_enough: int | None = None,
+    ) -> tuple[DecodeState, Int[Array, "B X"]]:
+        """Decodes a chunk of the sequences in some slots; the state is consumed.
 
         Args:
-            prefix: may be inserted any number of times.
-            state: is consumed.
-            rows: free rows.
-            seed: three uint32: the root seed, a stream and an index in it; rollout g of the group
-                draws with ``fold_in(fold_in(fold_in(key(seed), stream), index), g)``.
-            max_response_tokens: limit of these responses, at most the engine's.
+            params: the policy.
+            state: of the call before.
+            slots: each at most once; out of range: padding.
+            page_table: pages of each sequence, enough for the tokens that the chunk may add.
+            max_steps: at most ``decode_steps``, the default.
+            num_enough: the chunk also ends when so many sequences of it have ended; default all.
+
+        Returns:
+            The new state, and for ``unpack`` everything else in one array: one copy to the host.
         """
-        limit = np.int32(min(max_response_tokens or self.max_response_tokens, self.max_response_tokens))
-        return self._insert(
-            prefix, state=state, rows=np.asarray(rows, np.int32), seed=np.asarray(seed, np.uint32), limit=limit
+        steps = self.decode_steps if max_steps is None else min(max_steps, self.decode_steps)
+        enough = len(slots) if num_enough is None else num_enough
+        return self._generate(
+            params, np.asarray(slots, np.int32), page_table, np.int32(steps), np.int32(enough), state=state
         )
 
-    def generate(self, params: Params, decode_state: DecodeState) -> tuple[DecodeState, Decoded]:
-        """Decodes up to ``decode_steps`` tokens of every row; the state is consumed."""
-        return self._generate(params, state=decode_state)
+    def unpack(self, packed: Int[np.ndarray, "B X"]) -> Decoded:
+        """What ``generate`` returned, on the host."""
+        n = self.decode_steps + 1
+        widths = [n, n, *([n] if self._with_entropy else []), *([n * self._num_top] * 2 if self._num_top else [])]
+        *columns, flags = np.split(packed, np.cumsum(widths), axis=1)
+        tokens, logprobs, rest = columns[0], columns[1].view(np.float32), columns[2:]
+        is_fresh, num_new = flags[:, :1].astype(bool), flags[:, 1:2]
+        is_valid = np.concatenate([is_fresh, np.arange(n - 1) < num_new], axis=1)
+        top = [column.reshape(-1, n, self._num_top) for column in rest[-2:]] if self._num_top else None
+        return Decoded(
+            tokens,
+            logprobs,
+            is_valid,
+            flags[:, 2].astype(bool),
+            int(flags[0, 3]),
+            rest[0].view(np.float32) if self._with_entropy else None,
+            top[0] if top else None,
+            top[1].view(np.float32) if top else None,
+        )
 
-    def free(self, state: DecodeState, rows: Int[np.ndarray, "G"] | None = None) -> DecodeState:
-        """Abandons the given rows, or all."""
-        where = slice(None) if rows is None else rows
-        return state._replace(is_done=state.is_done.at[where].set(True), is_fresh=state.is_fresh.at[where].set(False))
+    def law(self, sampling: Sequence[SamplingParams]) -> Law:
+        """Host arrays of the laws of several sequences."""
+        fields = ("temperature", np.float32), ("top_k", np.int32), ("top_p", np.float32), ("min_p", np.float32)
+        columns: list[Any] = [np.array([getattr(params, name) for params in sampling], kind) for name, kind in fields]
+        return Law(*columns)
+
+    def _kv_sharding(self, axis: int, ndim: int) -> Any:
+        """Kv heads over ``tensor``, where it divides them."""
+        spec: list[str | None] = [None] * ndim
+        if self.model_config.num_key_value_heads % self.mesh.shape["tensor"] == 0:
+            spec[axis] = "tensor"
+        return NamedSharding(self.mesh, PartitionSpec(*spec))
 
     def _shardings(self) -> DecodeState:
-        rows: Any = NamedSharding(self.mesh, PartitionSpec("data"))
-        heads_divide = self.model_config.num_key_value_heads % self.mesh.shape["tensor"] == 0
-        keys_values = PartitionSpec(None, "data", None, "tensor" if heads_divide else None, None)
-        slots: Any = NamedSharding(self.mesh, keys_values)
-        cache = KVCache(slots, slots)
-        return DecodeState(cache, *[rows] * (len(DecodeState._fields) - 1))
+        replicated: Any = NamedSharding(self.mesh, PartitionSpec())
+        pages: Any = self._kv_sharding(0, 4)
+        return DecodeState(KVPages(pages, pages), *[replicated] * (len(DecodeState._fields) - 1))
 
 
 def _prefill(
@@ -209,97 +367,134 @@ def _prefill(
     config: QwenConfig,
     cache_dtype: DTypeLike,
     params: Params,
-    tokens: Int[Array, "1 P"],
-    length: Int[Array, ""],
+    tokens: Int[Array, "N P"],
+    length: Int[Array, "N"],
 ) -> Prefix:
     with jax.named_scope("prefill"):
         model = nnx.merge(graphdef, params)
-        cache = make_cache(config, 1, tokens.shape[1], cache_dtype)
-        hidden, cache = model.hidden(tokens, jnp.arange(tokens.shape[1])[None], cache)
+        num_prompts, padded_length = tokens.shape
+        positions = jnp.broadcast_to(jnp.arange(padded_length), tokens.shape)
+        cache = kv_cache.make_prompt_kv(config, num_prompts, padded_length, cache_dtype)
         # Padding comes after the prompt: causal attention never looks at it, and decode steps
-        # overwrite its cache slots before any query could.
-        last = jax.lax.dynamic_slice_in_dim(hidden, length - 1, 1, axis=1)
+        # overwrite its place in the cache before any query could.
+        hidden, cache = model.hidden(tokens, positions, kv_cache.attend_prompt, cache)
+        last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
         return Prefix(cache, model.logits(last)[:, 0], length)
 
 
-def _insert(
-    sampling: SamplingParams,
-    stop_ids: tuple[int, ...],
-    prefix: Prefix,
-    state: DecodeState,
-    rows: Int[Array, "G"],
-    seed: UInt32[Array, "3"],
-    limit: Int[Array, ""],
-) -> DecodeState:
+def _insert(draw_fn: Any, stops: Int[Array, "_"], prefix: Prefix, state: DecodeState, start: Start) -> DecodeState:
     with jax.named_scope("insert"):
-        group_size, prompt_slots = rows.shape[0], prefix.cache.k.shape[2]
-        group_key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed[0]), seed[1]), seed[2])
-        keys = jax.vmap(lambda g: jax.random.fold_in(group_key, g))(jnp.arange(group_size))
-        positions = jnp.broadcast_to(prefix.length, (group_size,))
-        logits = jnp.broadcast_to(prefix.logits, (group_size, prefix.logits.shape[-1]))
-        token, logprob = draw(keys, positions, logits, sampling)
-        end = positions + limit
-        cache = jax.tree.map(lambda whole, one: whole.at[:, rows, :prompt_slots].set(one), state.cache, prefix.cache)
-        return DecodeState(
-            cache=cache,
-            token=state.token.at[rows].set(token),
-            logprob=state.logprob.at[rows].set(logprob),
-            position=state.position.at[rows].set(positions),
-            end=state.end.at[rows].set(end),
-            is_fresh=state.is_fresh.at[rows].set(True),
-            is_done=state.is_done.at[rows].set(_is_last(token, positions, end, stop_ids)),
-            key=state.key.at[rows].set(keys),
+        page_size, slots = state.pages.k.shape[2], start.slots
+        keys = jax.vmap(_sequence_key)(start.seeds)
+        positions = prefix.length[start.source]
+        first = draw_fn(keys, positions, prefix.logits[start.source], start.law)
+        is_fresh = start.given < 0
+        token = jnp.where(is_fresh, first.token, start.given)
+        tail_start = positions // page_size * page_size
+        pages = kv_cache.write_prompts(
+            state.pages, prefix.kv, start.full_pages, start.source, tail_start, start.tail_pages
         )
+        new = (token, first, positions, start.ends, is_fresh, _is_last(token, positions, start.ends, stops))
+        state_of_slots = (*new, keys, start.law)
+        return DecodeState(
+            pages,
+            *jax.tree.map(lambda whole, part: whole.at[slots].set(part, mode="drop"), tuple(state)[1:], state_of_slots),
+        )
+
+
+def _sequence_key(seed: UInt32[Array, "4"]) -> Key[Array, ""]:
+    key = jax.random.key(seed[0])
+    for value in seed[1:]:
+        key = jax.random.fold_in(key, value)
+    return key
 
 
 def _generate(
     graphdef: nnx.GraphDef,
-    sampling: SamplingParams,
-    stop_ids: tuple[int, ...],
+    config: QwenConfig,
+    draw_fn: Any,
+    stops: Int[Array, "_"],
     num_steps: int,
+    kind: AttentionKind,
+    mesh: Mesh,
     params: Params,
+    slots: Int[Array, "B"],
+    table: Int[Array, "B M"],
+    max_steps: Int[Array, ""],
+    num_enough: Int[Array, ""],
     state: DecodeState,
-) -> tuple[DecodeState, Decoded]:
+) -> tuple[DecodeState, Int[Array, "B X"]]:
     model = nnx.merge(graphdef, params)
-    num_rows = state.token.shape[0]
+    num_layers = config.num_hidden_layers
+    pages = state.pages
+    own: Any = jax.tree.map(lambda whole: whole.at[slots].get(mode="clip"), tuple(state)[1:])
+    rows = DecodeState(None, *own)  # pyright: ignore[reportArgumentType]
+    rows = rows._replace(is_done=rows.is_done | (slots >= state.token.shape[0]))
+    started, layers, cache, old = rows, None, pages, None
+    if kind == "dense":
+        old = kv_cache.gather_dense(pages, table, num_layers, model.compute_dtype)
+        cache = kv_cache.make_dense(pages, num_layers, table.shape[0], num_steps)
+        layers = model.separate_layers()
 
-    def step(carry: tuple[Array, DecodeState, Decoded]) -> tuple[Array, DecodeState, Decoded]:
-        i, state, out = carry
-        hidden, cache = model.hidden(state.token[:, None], state.position[:, None], state.cache)
-        token, logprob = draw(state.key, state.position + 1, model.logits(hidden)[:, 0], sampling)
-        is_live = ~state.is_done
-        position = jnp.where(is_live, state.position + 1, state.position)
-        out = Decoded(
-            out.tokens.at[:, i].set(token),
-            out.logprobs.at[:, i].set(logprob),
-            out.is_valid.at[:, i].set(is_live),
-            state.is_done | _is_last(token, position, state.end, stop_ids),
+    def step(carry: Any) -> Any:
+        i, rows, cache, out = carry
+        attend = (
+            _attend_pages(kind, mesh, num_layers, table, rows.position, ~rows.is_done)
+            if old is None
+            else kv_cache.attend_dense(old, started.position, i - 1)
         )
-        state = state._replace(
-            cache=cache,
-            token=jnp.where(is_live, token, state.token),
+        hidden, cache = model.hidden(rows.token[:, None], rows.position[:, None], attend, cache, layers)
+        drawn = draw_fn(rows.key, rows.position + 1, model.logits(hidden)[:, 0], rows.law)
+        is_live = ~rows.is_done
+        position = jnp.where(is_live, rows.position + 1, rows.position)
+        rows = rows._replace(
+            token=jnp.where(is_live, drawn.token, rows.token),
             position=position,
-            is_done=out.is_done,
+            is_done=rows.is_done | _is_last(drawn.token, position, rows.end, stops),
         )
-        return i + 1, state, out
+        return i + 1, rows, cache, jax.tree.map(lambda whole, one: whole.at[:, i].set(one), out, drawn)
+
+    def goes_on(carry: Any) -> Array:
+        i, rows, _, _ = carry
+        return (i <= max_steps) & (jnp.sum(rows.is_done) < jnp.minimum(num_enough, slots.shape[0]))
 
     # Column 0 is for the tokens that insert drew since the last call.
-    out = Decoded(
-        jnp.zeros((num_rows, num_steps + 1), jnp.int32).at[:, 0].set(state.token),
-        jnp.zeros((num_rows, num_steps + 1), jnp.float32).at[:, 0].set(state.logprob),
-        jnp.zeros((num_rows, num_steps + 1), bool).at[:, 0].set(state.is_fresh),
-        state.is_done,
+    out = jax.tree.map(
+        lambda one: jnp.zeros((one.shape[0], num_steps + 1, *one.shape[1:]), one.dtype).at[:, 0].set(one), rows.first
     )
-    state = state._replace(is_fresh=jnp.zeros_like(state.is_fresh))
     with jax.named_scope("decode"):
-        _, state, out = jax.lax.while_loop(
-            lambda carry: (carry[0] <= num_steps) & ~jnp.all(carry[1].is_done), step, (jnp.int32(1), state, out)
-        )
-    return state, out
+        i, rows, cache, out = jax.lax.while_loop(goes_on, step, (jnp.int32(1), rows, cache, out))
+    if kind == "dense":
+        cache = kv_cache.scatter_dense(pages, cache, table, started.position, rows.position)
+    num_new = rows.position - started.position
+    num_done_steps = jnp.full_like(num_new, i - 1)
+    flags = jnp.stack([started.is_fresh, num_new, rows.is_done, num_done_steps], axis=1).astype(jnp.int32)
+    packed = [_bits(leaf.reshape(leaf.shape[0], -1)) for leaf in jax.tree.leaves(out)]
+    rows = rows._replace(is_fresh=jnp.zeros_like(rows.is_fresh))
+    own = jax.tree.map(lambda whole, part: whole.at[slots].set(part, mode="drop"), tuple(state)[1:], tuple(rows)[1:])
+    return DecodeState(cache, *own), jnp.concatenate([*packed, flags], axis=1)
+
+
+def _attend_pages(kind: Any, mesh: Mesh, num_layers: int, table: Array, positions: Array, is_live: Array) -> Any:
+    """An ``Attend`` for one token a sequence over ``KVPages``."""
+
+    def attend(layer: Any, query: Array, key: Array, value: Array, cache: KVPages) -> tuple[Array, KVPages]:
+        k = kv_cache.put_tokens(cache.k, layer, num_layers, table, positions, is_live, key)
+        v = kv_cache.put_tokens(cache.v, layer, num_layers, table, positions, is_live, value)
+        in_layer = table + layer * (k.shape[1] // num_layers)
+        lengths = jnp.where(is_live, positions + 1, 0)
+        output = paged_attend(query[:, 0], k, v, in_layer, lengths, mesh=mesh, implementation=kind)
+        return output[:, None], KVPages(k, v)
+
+    return attend
+
+
+def _bits(array: Array) -> Int[Array, "..."]:
+    return jax.lax.bitcast_convert_type(array, jnp.int32)
 
 
 def _is_last(
-    token: Int[Array, "B"], position: Int[Array, "B"], end: Int[Array, "B"], stop_ids: tuple[int, ...]
+    token: Int[Array, "B"], position: Int[Array, "B"], end: Int[Array, "B"], stops: Int[Array, "_"]
 ) -> Bool[Array, "B"]:
     """Whether a token ends its response: a stop token, or the last position that the limit allows."""
-    return jnp.isin(token, jnp.asarray(stop_ids)) | (position + 1 >= end)
+    return jnp.isin(token, stops) | (position + 1 >= end)

@@ -1,23 +1,41 @@
-"""Continuous batching: which rollouts occupy which rows of an engine, and when they leave.
+"""Continuous batching for groups: which sequences are decoded, in which slots and pages, and when they leave.
 
-A group is admitted when enough rows are free; each row is freed as soon as its own rollout ends,
-and a group is handed out the moment its last rollout ends.
+A prompt is prefilled once for all its rollouts; they share its full pages, and each has its own copy of
+the last, partial one. A rollout that ends frees its row for the next sequence, of whatever group; a
+group is handed out the moment its last rollout ends. Sequences that are expected to be long start first,
+because what starts last alone decides when all are done. When the pages run out, the sequence that
+started last gives its pages up and waits; later its prompt and its tokens so far are prefilled again,
+and it goes on where it was, with the log-probabilities that it had.
+
+What a rollout says depends on its seed only, not on anything that is decided here.
 """
 
+import bisect
+import collections
 import contextlib
 import dataclasses
-from collections.abc import Iterable, Iterator
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
 from jaxtyping import Int
 
-from oapl_jax.sampler.engine import Engine, Params
+from oapl_jax.sampler.engine import Decoded, Engine, Params, Start
+from oapl_jax.sampler.page_pool import PagePool
+from oapl_jax.sampler.sampling import SamplingParams
 from oapl_jax.types import FinishReason, Rollout
 
 Tag = TypeVar("Tag")
+
+QUEUE = 4
+"""The longest-first order holds within so many times as many rollouts as there are rows: nothing waits for ever."""
+
+REFILL_FRACTION = 8
+"""Where a chunk may end early it does so when one in so many of its sequences has ended and others wait."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,122 +44,578 @@ class Request(Generic[Tag]):
 
     tag: Tag
     """Whatever the caller knows the group by; comes back with its rollouts."""
-    prompt_token_ids: Int[np.ndarray, "P"]
+    prompt_token_ids: Int[np.ndarray, "_P"]
     num_rollouts: int
     seed: tuple[int, int, int]
-    """Root seed, stream, index in it; see ``Engine.insert_rows``."""
+    """Root seed, stream, index in it; rollout g draws with ``key(root)`` folded with stream, index and g."""
+    sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
+    max_tokens: int | tuple[int, ...] | None = None
+    """Limit of the responses, or of each; None: the engine's."""
+    needs_logprobs: bool = True
+    """False for greedy requests, whose rollouts have NaN for log-probabilities."""
+    stop_strings: tuple[str, ...] = ()
+    """A response ends with the token that completes one of them."""
+    expected_tokens: float | None = None
+    """Likely length of a response, for the order; None: the limit."""
+    timeout: float | None = None
+    """Seconds after which the request is dropped; see ``Scheduler.expired``."""
 
 
 @dataclasses.dataclass
-class _LiveGroup(Generic[Tag]):
+class Stats:
+    """What a scheduler has done since it was made."""
+
+    tokens: int = 0
+    """Tokens drawn."""
+    prefill_tokens: int = 0
+    """Prompt tokens run through the model, without padding."""
+    row_steps: int = 0
+    """Decode steps x rows of the programs that ran."""
+    live_row_steps: int = 0
+    """Those that drew a token of a rollout."""
+    preemptions: int = 0
+    expired: int = 0
+    """Requests dropped by their timeout."""
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    host_gap_seconds: float = 0.0
+    """Time in which nothing was enqueued on the device although sequences were live."""
+
+    @property
+    def slot_use(self) -> float:
+        """Share of the decoded rows that drew a token of a rollout."""
+        return self.live_row_steps / max(1, self.row_steps)
+
+
+@dataclasses.dataclass(eq=False)
+class _Group(Generic[Tag]):
     request: Request[Tag]
-    finished: dict[int, Rollout]
+    deadline: float | None
+    block: int
+    """Groups of an earlier block start before it."""
+    finished: dict[int, Rollout] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass
-class _LiveRow(Generic[Tag]):
-    group: _LiveGroup[Tag]
-    rollout_index: int
-    tokens: list[np.ndarray]
-    logprobs: list[np.ndarray]
+@dataclasses.dataclass(eq=False)
+class _Sequence(Generic[Tag]):
+    """One rollout that has not ended."""
+
+    group: _Group[Tag]
+    index: int
+    limit: int
+    tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
+    logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
+    entropy: list[np.ndarray] = dataclasses.field(default_factory=list)
+    top: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
+    num_tokens: int = 0
+    slot: int | None = None
+    """None: it waits for pages and a prefill."""
+    pages: list[int] = dataclasses.field(default_factory=list)
+    unread: list["_Chunk"] = dataclasses.field(default_factory=list)
+    """Chunks that decode it and whose results have not been read."""
+    started: int = -1
+    """Order in which it began to decode; -1: it has a slot and has not yet."""
+    has_ended: bool = False
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.group.request.prompt_token_ids)
+
+    @property
+    def next_write(self) -> int:
+        """Position of the last token known, which the next step writes to the cache."""
+        return self.prompt_length + max(self.num_tokens, 1) - 1
+
+    @property
+    def end(self) -> int:
+        return self.prompt_length + self.limit
+
+    @property
+    def surely_ends(self) -> bool:
+        """The unread chunks reach its limit, if nothing ended it before."""
+        return self.next_write + sum(chunk.sure_steps for chunk in self.unread) + 1 >= self.end and bool(self.unread)
+
+    def prefix(self) -> np.ndarray:
+        """What has to be in the cache before it can go on: all but the last token."""
+        return np.concatenate([self.group.request.prompt_token_ids, *self.tokens])[: self.next_write or None]
+
+
+@dataclasses.dataclass(eq=False)
+class _Chunk:
+    """A call of ``generate`` that is under way."""
+
+    sequences: list[_Sequence]
+    packed: Any
+    max_steps: int
+    sure_steps: int
+    """Steps that every sequence of it makes unless it ends."""
+    num_rows: int
+    started: float
 
 
 class Scheduler(Generic[Tag]):
-    """Runs requests on an engine; owns the decode state. For one thread.
+    """Runs requests on one replica of the policy; owns the decode state. For one thread.
 
     Args:
         engine: the programs.
-        device_lock: held while a program runs, where trainer and sampler share devices of a mesh:
+        device_lock: held while a program is enqueued, where trainer and sampler share devices of a mesh:
             two programs with collectives, enqueued in different orders on different devices, would
             wait for each other for ever. ``contextlib.nullcontext()`` where that cannot happen.
+        chunks_ahead: 1: the next chunk is enqueued before the results of the last are read, so that the
+            device never waits for the host; 0: after. None: 0 on CPU, where the host is the device.
+        decode: token ids to text, for stop strings.
+        fixed_shapes: prompts are prefilled one by one, and every chunk has all rows and goes on until all of them have
+            ended or made all steps. Then not even the last bits of a log-probability depend on what else is decoded
+            (unless the pages run out), at the price of idle rows. False: chunks have as many rows as are live, and end
+            early when that lets others start.
     """
 
-    def __init__(self, engine: Engine, device_lock: AbstractContextManager):
-        self._engine, self._device_lock = engine, device_lock
+    def __init__(
+        self,
+        engine: Engine,
+        device_lock: AbstractContextManager,
+        *,
+        chunks_ahead: int | None = None,
+        decode: Callable[[list[int]], str] | None = None,
+        fixed_shapes: bool = False,
+    ):
+        self._engine, self._device_lock, self._decode = engine, device_lock, decode
+        self._fixed_shapes = fixed_shapes
+        # A kernel passes over idle rows, so fewer rows gain nothing.
+        self._fixed_rows = fixed_shapes or engine.attention != "dense"
+        self._is_cpu = engine.mesh.devices.flat[0].platform == "cpu"
+        self._chunks_ahead = (0 if self._is_cpu else 1) if chunks_ahead is None else chunks_ahead
         with self._device_lock:
             self._state = engine.init_decode_state()
-        self._free = list(range(engine.num_rows))
-        self._live: dict[int, _LiveRow[Tag]] = {}
-        self.num_tokens = 0
-        """Tokens drawn since the scheduler was made."""
+        self._pool = PagePool(engine.num_pages)
+        self._free_slots = list(range(engine.num_slots - 1, -1, -1))
+        self._waiting: list[list[_Sequence[Tag]]] = []
+        """Sequences without a slot, those that begin with the same tokens together, in the order of starting."""
+        self._live: list[_Sequence[Tag]] = []
+        """Sequences with a slot."""
+        self._chunks: collections.deque[_Chunk] = collections.deque()
+        self._starts = itertools.count()
+        self._num_submitted = 0
+        self._idle_since: float | None = None
+        self.stats = Stats()
+        self.expired: list[Tag] = []
+        """Requests that their timeout has dropped."""
 
     @property
     def is_idle(self) -> bool:
-        """No rollout is in flight."""
-        return not self._live
+        """No rollout is in flight or waits."""
+        return not self._live and not self._waiting
 
-    def has_room(self, num_rollouts: int) -> bool:
-        """Whether a group of this size can be admitted now."""
-        return len(self._free) >= num_rollouts
+    @property
+    def wants_more(self) -> bool:
+        """Fewer rollouts wait than there are rows: enough to choose the longest from, and to prefill together."""
+        return self.num_unfinished - self.num_live < self._engine.num_rows
 
-    def admit(self, params: Params, request: Request[Tag]) -> None:
-        """Prefills the prompt once and starts its rollouts.
+    @property
+    def num_rows(self) -> int:
+        """Rollouts decoded at once."""
+        return self._engine.num_rows
+
+    @property
+    def num_live(self) -> int:
+        """Rollouts that have a slot."""
+        return len(self._live)
+
+    @property
+    def num_unfinished(self) -> int:
+        """Rollouts that have not ended."""
+        return len(self._live) + sum(map(len, self._waiting))
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that no sequence holds."""
+        return self._pool.num_free
+
+    def submit(self, request: Request[Tag]) -> None:
+        """Puts a request in the queue.
 
         Raises:
-            ValueError: for an empty or overlong prompt, or more rollouts than there are free rows.
+            ValueError: for an empty or overlong prompt, no rollouts, a limit out of range, log-probabilities
+                asked of a greedy request, stop strings without a decoder.
         """
-        if not 0 < request.num_rollouts <= len(self._free):
-            raise ValueError(
-                f"{request.num_rollouts} rollouts asked for, {len(self._free)} of {self._engine.num_rows} rows are free"
-            )
-        length = len(request.prompt_token_ids)
-        padded = np.zeros(self._engine.padded_length(length), np.int32)
-        padded[:length] = request.prompt_token_ids[: len(padded)]
-        with self._device_lock:
-            prefix = self._engine.prefill(params=params, padded_tokens=padded, true_length=length)
-            rows = [self._free.pop() for _ in range(request.num_rollouts)]
-            self._state = self._engine.insert_rows(
-                prefix, self._state, np.array(rows), np.array(request.seed, np.uint32)
-            )
-            self._finish_on_device()
-        group = _LiveGroup(request, {})
-        for index, row in enumerate(rows):
-            self._live[row] = _LiveRow(group, index, [], [])
+        limits = self._check(request)
+        deadline = None if request.timeout is None else time.monotonic() + request.timeout
+        group = _Group(request, deadline, self._num_submitted // (QUEUE * self._engine.num_rows))
+        self._num_submitted += request.num_rollouts
+        self._enqueue([_Sequence(group, index, limit) for index, limit in enumerate(limits)])
 
     def step(self, params: Params) -> list[tuple[Tag, list[Rollout]]]:
-        """Decodes one chunk; returns the groups that it finished."""
-        with self._device_lock:
-            self._state, decoded = self._engine.generate(params, self._state)
-            tokens, logprobs, is_valid, is_done = jax.device_get(decoded)
-            self._finish_on_device()
-        self.num_tokens += int(is_valid.sum())
+        """Starts what fits, decodes a chunk, reads results; returns the groups that they finished."""
+        self._expire()
+        self._admit(params)
         finished = []
-        for row, live in list(self._live.items()):
-            live.tokens.append(tokens[row, is_valid[row]])
-            live.logprobs.append(logprobs[row, is_valid[row]])
-            if is_done[row] and self._free_row(row, live):
-                rollouts = live.group.finished
-                finished.append((live.group.request.tag, [rollouts[i] for i in range(len(rollouts))]))
+        if sequences := self._next_chunk(finished):
+            self._generate(params, sequences)
+        while len(self._chunks) > (self._chunks_ahead if sequences else 0):
+            finished += self._read()
         return finished
 
     def run(self, params: Params, requests: Iterable[Request[Tag]]) -> Iterator[tuple[Tag, list[Rollout]]]:
         """Runs all requests, yielding each as it ends; for evaluation and generation."""
-        waiting = iter(requests)
-        request = next(waiting, None)
-        while request is not None or not self.is_idle:
-            while request is not None and (self.has_room(request.num_rollouts) or self.is_idle):
-                self.admit(params, request)
-                request = next(waiting, None)
-            yield from self.step(params)
+        return run(self, params, requests)
+
+    def cancel(self, tag: Tag) -> None:
+        """Drops the requests with this tag and frees what they hold."""
+        self._drop(lambda group: group.request.tag == tag)
 
     def abort(self) -> None:
-        """Drops all rollouts in flight."""
-        self._live.clear()
-        self._free = list(range(self._engine.num_rows))
-        with self._device_lock:
-            self._state = self._engine.free(self._state)
-            self._finish_on_device()
+        """Drops all requests."""
+        self._drop(lambda group: True)
 
-    def _free_row(self, row: int, live: _LiveRow[Tag]) -> bool:
-        """Ends a row's rollout; True when it was the last of its group."""
-        del self._live[row]
-        self._free.append(row)
-        token_ids = np.concatenate(live.tokens).astype(np.int32)
-        reason = FinishReason.STOP if token_ids[-1] in self._engine.stop_ids else FinishReason.LENGTH
-        live.group.finished[live.rollout_index] = Rollout(token_ids, np.concatenate(live.logprobs), reason)
-        return len(live.group.finished) == live.group.request.num_rollouts
+    def warm_up(self, params: Params, prompt_lengths: Iterable[int], group_size: int) -> int:
+        """Compiles the programs that requests of these sizes need, by running them on nothing.
+
+        Args:
+            params: the policy.
+            prompt_lengths: of the prompts to come.
+            group_size: rollouts of each.
+
+        Returns:
+            The number of programs.
+        """
+        engine = self._engine
+        num_programs = 0
+        with self._device_lock:
+            for padded in sorted({engine.padded_length(length) for length in prompt_lengths}):
+                for count in _doublings(1 if self._fixed_shapes else engine.prompts_at_once(padded)):
+                    prefix = engine.prefill(params, [np.zeros(padded, np.int32)] * count)
+                    start = self._empty_start(count, padded, count * group_size)
+                    self._state = engine.insert(prefix, self._state, start)
+                    num_programs += 2
+            row_counts = [] if self._fixed_rows else _doublings(engine.num_rows)
+            for num_rows in sorted({engine.padded_rows(n) for n in row_counts} | {engine.num_rows}):
+                for num_pages in sorted({engine.padded_pages(n + 1) for n in range(engine.max_pages)}):
+                    table = np.zeros((num_rows, num_pages), np.int32)
+                    slots = np.full(num_rows, engine.num_slots)
+                    self._state, _ = engine.generate(params, self._state, slots, table)
+                    num_programs += 1
+            jax.block_until_ready(self._state)
+        return num_programs
+
+    def _check(self, request: Request[Tag]) -> list[int]:
+        """The limit of each rollout."""
+        engine, name = self._engine, f"request {request.tag!r}"
+        if request.num_rollouts < 1:
+            raise ValueError(f"{name}: {request.num_rollouts} rollouts asked for; at least 1")
+        if not 0 < len(request.prompt_token_ids) <= engine.max_prompt_tokens:
+            raise ValueError(
+                f"{name}: prompt of {len(request.prompt_token_ids)} tokens; the limit is 1 to {engine.max_prompt_tokens}"
+            )
+        limits = engine.max_response_tokens if request.max_tokens is None else request.max_tokens
+        limits = [limits] * request.num_rollouts if isinstance(limits, int) else list(limits)
+        if len(limits) != request.num_rollouts or not all(0 < n <= engine.max_response_tokens for n in limits):
+            raise ValueError(
+                f"{name}: max_tokens={request.max_tokens}; one number for each of {request.num_rollouts} rollouts or for"
+                f" all, from 1 to {engine.max_response_tokens}"
+            )
+        if request.needs_logprobs and request.sampling.temperature == 0:
+            raise ValueError(
+                f"{name}: temperature=0 has no log-probabilities to learn from; set needs_logprobs=False, or a"
+                " temperature above 0"
+            )
+        if request.sampling.truncates and not engine.can_truncate:
+            raise ValueError(f"{name}: {request.sampling} on an engine that was made with can_truncate=False")
+        if request.stop_strings and self._decode is None:
+            raise ValueError(f"{name}: stop_strings={request.stop_strings} need a scheduler that was given `decode`")
+        return limits
+
+    def _enqueue(self, sequences: list[_Sequence[Tag]]) -> None:
+        """Preempted ones (in the order of their first start) before new ones (of a block the longest first)."""
+
+        def order(entry: list[_Sequence[Tag]]) -> tuple[float, ...]:
+            request = entry[0].group.request
+            expected = max(sequence.limit for sequence in entry)
+            if request.expected_tokens is not None:
+                expected = min(expected, request.expected_tokens)
+            is_new = entry[0].started < 0
+            return (1, entry[0].group.block, -expected) if is_new else (0, entry[0].started)
+
+        bisect.insort_right(self._waiting, sequences, key=order)
+
+    def _admit(self, params: Params) -> None:
+        """Prefills what waits, while there are rows that nothing with a slot could fill."""
+        engine = self._engine
+        while self._waiting and self._num_going_on() < engine.num_rows and self._free_slots:
+            batch: list[tuple[np.ndarray, list[_Sequence[Tag]]]] = []
+            while self._waiting and self._num_going_on() < engine.num_rows:
+                entry = self._waiting[0]
+                prefix = entry[0].prefix()
+                padded = engine.padded_length(len(prefix))
+                most = 1 if self._fixed_shapes else engine.prompts_at_once(padded)
+                if batch and (len(batch) == most or padded != engine.padded_length(len(batch[0][0]))):
+                    break
+                if not (started := self._take_pages(entry, len(prefix))):
+                    break
+                batch.append((prefix, started))
+                del entry[: len(started)]
+                if not entry:
+                    del self._waiting[0]
+            if not batch:
+                return
+            self._start(params, batch)
+
+    def _take_pages(self, entry: list[_Sequence[Tag]], length: int) -> list[_Sequence[Tag]]:
+        """Gives pages and slots to as many of the sequences as there are pages for.
+
+        Every live sequence may need another page in the next chunk; unless there are none, those are left free.
+        """
+        page_size = self._engine.page_size
+        num_full, has_tail = length // page_size, length % page_size > 0
+        shared = self._shared_pages(entry[0])
+        num_new = num_full - len(shared)
+        per_sequence = int(has_tail) + 1
+        room = self._pool.num_free - num_new - (len(self._live) if self._live else 0)
+        count = min(len(entry), room // per_sequence, len(self._free_slots))
+        if count < 1:
+            if self._live or self._chunks:
+                return []
+            count = 1  # the engine has pages for one sequence of full length
+        full = self._pool.share(shared) + self._pool.take(num_new)
+        for i, sequence in enumerate(entry[:count]):
+            sequence.pages = (full if i == 0 else self._pool.share(full)) + self._pool.take(int(has_tail))
+            sequence.slot = self._free_slots.pop()
+            self._live.append(sequence)
+        return entry[:count]
+
+    def _shared_pages(self, sequence: _Sequence[Tag]) -> list[int]:
+        """Full pages of the prompt that another rollout of the group holds."""
+        num_full = sequence.prompt_length // self._engine.page_size
+        for other in self._live:
+            if other.group is sequence.group:
+                return other.pages[:num_full]
+        return []
+
+    def _start(self, params: Params, batch: list[tuple[np.ndarray, list[_Sequence[Tag]]]]) -> None:
+        engine, began = self._engine, time.perf_counter()
+        sequences = [(n, sequence) for n, (_, started) in enumerate(batch) for sequence in started]
+        num_prompts, padded = 1 << (len(batch) - 1).bit_length(), engine.padded_length(len(batch[0][0]))
+        start = self._empty_start(num_prompts, padded, len(sequences))
+        for n, (prefix, started) in enumerate(batch):
+            num_full = len(prefix) // engine.page_size
+            start.full_pages[n, :num_full] = started[0].pages[:num_full]
+        for i, (n, sequence) in enumerate(sequences):
+            request = sequence.group.request
+            start.slots[i], start.source[i], start.ends[i] = sequence.slot, n, sequence.end
+            start.seeds[i] = (*request.seed, sequence.index)
+            start.given[i] = sequence.tokens[-1][-1] if sequence.num_tokens else -1
+            if len(batch[n][0]) % engine.page_size:
+                start.tail_pages[i] = sequence.pages[-1]
+        laws = [sequence.group.request.sampling for _, sequence in sequences]
+        laws += [SamplingParams()] * (len(start.slots) - len(laws))
+        start = start._replace(law=engine.law(laws))
+        self._count_gap(began)
+        with self._device_lock:
+            prefix = engine.prefill(params, [prefix for prefix, _ in batch])
+            self._state = engine.insert(prefix, self._state, start)
+            self._finish_on_device()
+        self.stats.prefill_tokens += sum(len(prefix) for prefix, _ in batch)
+        self.stats.prefill_seconds += time.perf_counter() - began
+
+    def _empty_start(self, num_prompts: int, padded_length: int, num_sequences: int) -> Start:
+        engine = self._engine
+        rows = 1 << (num_sequences - 1).bit_length()
+        integers = np.zeros(rows, np.int32)
+        return Start(
+            slots=np.full(rows, engine.num_slots, np.int32),
+            source=integers,
+            seeds=np.zeros((rows, 4), np.uint32),
+            ends=integers.copy(),
+            given=np.full(rows, -1, np.int32),
+            law=engine.law([SamplingParams()] * rows),
+            full_pages=np.full((num_prompts, padded_length // engine.page_size), engine.num_pages, np.int32),
+            tail_pages=np.full(rows, engine.num_pages, np.int32),
+        )
+
+    def _next_chunk(self, finished: list[tuple[Tag, list[Rollout]]]) -> list[_Sequence[Tag]]:
+        """The sequences of the next chunk, with pages for what it may write; preempts where pages are short."""
+        sequences = [s for s in self._live if s.started >= 0 and not s.surely_ends]
+        parked = [s for s in self._live if s.started < 0]
+        for sequence in parked[: self._engine.num_rows - len(sequences)]:
+            sequence.started = next(self._starts)
+            sequences.append(sequence)
+        sequences.sort(key=lambda sequence: sequence.started)
+        for sequence in list(sequences):
+            if sequence.slot is None:
+                continue  # preempted for an older one
+            num_missing = self._pages_needed(sequence) - len(sequence.pages)
+            while num_missing > self._pool.num_free:
+                if self._chunks:
+                    finished += self._read()  # what has ended frees pages, and none in flight may be preempted
+                else:
+                    self._preempt(max(self._live, key=lambda s: (s.started < 0, s.started)))
+                if sequence.slot is None:
+                    break
+                num_missing = self._pages_needed(sequence) - len(sequence.pages)
+            else:
+                sequence.pages += self._pool.take(max(num_missing, 0))
+        return [sequence for sequence in sequences if sequence.slot is not None and not sequence.surely_ends]
+
+    def _pages_needed(self, sequence: _Sequence[Tag]) -> int:
+        """For every position that the next chunk may write; the last token of a response is not written."""
+        last = sequence.next_write + sum(chunk.max_steps for chunk in sequence.unread) + self._engine.decode_steps
+        return self._engine.pages_of(min(last, sequence.end - 1))
+
+    def _generate(self, params: Params, sequences: list[_Sequence[Tag]]) -> None:
+        engine = self._engine
+        num_rows = engine.num_rows if self._fixed_rows else engine.padded_rows(len(sequences))
+        num_pages = engine.padded_pages(max(len(sequence.pages) for sequence in sequences))
+        slots = np.full(num_rows, engine.num_slots, np.int32)
+        table = np.zeros((num_rows, num_pages), np.int32)
+        for i, sequence in enumerate(sequences):
+            slots[i] = sequence.slot or 0
+            table[i, : len(sequence.pages)] = sequence.pages
+        enough = self._enough(len(sequences), num_rows)
+        began = time.perf_counter()
+        self._count_gap(began)
+        with self._device_lock:
+            self._state, packed = engine.generate(
+                params, self._state, slots, table, num_enough=enough + num_rows - len(sequences)
+            )
+            packed.copy_to_host_async()
+            self._finish_on_device()
+        sure = engine.decode_steps if enough == len(sequences) else 0
+        chunk = _Chunk(sequences, packed, engine.decode_steps, sure, num_rows, began)
+        for sequence in sequences:
+            sequence.unread.append(chunk)
+        self._chunks.append(chunk)
+
+    def _enough(self, num_sequences: int, num_rows: int) -> int:
+        """How many sequences must end before the chunk does: where rows cost, as many as one could put to use."""
+        if self._fixed_rows:
+            return num_sequences
+        if self._waiting or len(self._live) > num_sequences:
+            return max(1, num_sequences // REFILL_FRACTION)
+        smaller = num_rows // 2
+        return num_sequences - smaller if num_sequences > smaller >= self._engine.padded_rows(1) else num_sequences
+
+    def _read(self) -> list[tuple[Tag, list[Rollout]]]:
+        """Reads the oldest chunk; returns the groups that it finished."""
+        chunk = self._chunks.popleft()
+        decoded = self._engine.unpack(np.asarray(chunk.packed))
+        now = time.perf_counter()
+        self.stats.decode_seconds += now - chunk.started
+        self.stats.row_steps += chunk.num_rows * decoded.num_steps
+        self._idle_since = now if not self._chunks and self._live else None
+        finished = []
+        for row, sequence in enumerate(chunk.sequences):
+            sequence.unread.remove(chunk)
+            if sequence.has_ended:
+                continue
+            self.stats.live_row_steps += int(decoded.is_valid[row, 1:].sum())
+            is_done = self._take_tokens(sequence, decoded, row)
+            if is_done and self._end(sequence):
+                rollouts = sequence.group.finished
+                finished.append((sequence.group.request.tag, [rollouts[i] for i in range(len(rollouts))]))
+        return finished
+
+    def _take_tokens(self, sequence: _Sequence[Tag], decoded: Decoded, row: int) -> bool:
+        """Appends what a chunk decoded; True when the sequence has ended."""
+        is_valid, is_done = decoded.is_valid[row], bool(decoded.is_done[row])
+        tokens = decoded.tokens[row, is_valid]
+        count = len(tokens)
+        if sequence.group.request.stop_strings and count:
+            count, is_stopped = self._find_stop(sequence, tokens)
+            is_done = is_done or is_stopped
+        sequence.tokens.append(tokens[:count])
+        sequence.logprobs.append(decoded.logprobs[row, is_valid][:count])
+        if decoded.entropy is not None:
+            sequence.entropy.append(decoded.entropy[row, is_valid][:count])
+        if decoded.top_ids is not None:
+            ids, logprobs = decoded.top_ids[row, is_valid][:count], decoded.top_logprobs[row, is_valid][:count]
+            sequence.top.append((ids, logprobs))
+        sequence.num_tokens += count
+        self.stats.tokens += count
+        return is_done
+
+    def _find_stop(self, sequence: _Sequence[Tag], new: np.ndarray) -> tuple[int, bool]:
+        """How many of the new tokens belong to the response, and whether they complete a stop string."""
+        assert self._decode is not None
+        stops = sequence.group.request.stop_strings
+        tokens = np.concatenate([*sequence.tokens, new]).tolist()
+        if not any(stop in self._decode(tokens) for stop in stops):
+            return len(new), False
+        for count in range(1, len(new) + 1):
+            text = self._decode(tokens[: sequence.num_tokens + count])
+            if any(stop in text for stop in stops):
+                break
+        return count, True
+
+    def _end(self, sequence: _Sequence[Tag]) -> bool:
+        """Frees what an ended sequence holds; True when it was the last of its group."""
+        self._release(sequence)
+        sequence.has_ended = True
+        token_ids = np.concatenate(sequence.tokens).astype(np.int32)
+        is_stop = token_ids[-1] in self._engine.stop_ids or len(token_ids) < sequence.limit
+        sequence.group.finished[sequence.index] = Rollout(
+            token_ids,
+            np.concatenate(sequence.logprobs),
+            FinishReason.STOP if is_stop else FinishReason.LENGTH,
+            np.concatenate(sequence.entropy) if sequence.entropy else None,
+            np.concatenate([ids for ids, _ in sequence.top]) if sequence.top else None,
+            np.concatenate([logprobs for _, logprobs in sequence.top]) if sequence.top else None,
+        )
+        return len(sequence.group.finished) == sequence.group.request.num_rollouts
+
+    def _preempt(self, sequence: _Sequence[Tag]) -> None:
+        self._release(sequence)
+        self.stats.preemptions += 1
+        self._enqueue([sequence])
+
+    def _release(self, sequence: _Sequence[Tag]) -> None:
+        """Takes a sequence off its slot and its pages."""
+        self._live.remove(sequence)
+        self._free_slots.append(sequence.slot)  # pyright: ignore[reportArgumentType]
+        self._pool.release(sequence.pages)
+        sequence.slot, sequence.pages = None, []
+
+    def _drop(self, is_dropped: Callable[[_Group[Tag]], bool]) -> None:
+        for sequence in [s for s in self._live if is_dropped(s.group)]:
+            sequence.has_ended = True
+            self._release(sequence)
+        self._waiting = [entry for entry in self._waiting if not is_dropped(entry[0].group)]
+
+    def _expire(self) -> None:
+        """Drops the requests whose time is over."""
+        now = time.monotonic()
+        groups = {id(s.group): s.group for s in (*self._live, *itertools.chain.from_iterable(self._waiting))}
+        late = [group for group in groups.values() if group.deadline is not None and group.deadline < now]
+        if late:
+            self._drop(lambda group: group in late)
+            self.expired += [group.request.tag for group in late]
+            self.stats.expired += len(late)
+
+    def _num_going_on(self) -> int:
+        """Sequences with a slot that the chunks in flight may not bring to an end."""
+        return sum(not sequence.surely_ends for sequence in self._live)
+
+    def _count_gap(self, now: float) -> None:
+        """Something is enqueued: the device waits no longer."""
+        if self._idle_since is not None:
+            self.stats.host_gap_seconds += now - self._idle_since
+            self._idle_since = None
 
     def _finish_on_device(self) -> None:
-        """Where devices are shared the program must have ended, not only been enqueued, when the lock is left."""
-        if not isinstance(self._device_lock, contextlib.nullcontext):
+        """On shared CPU devices a program must have ended, not only been enqueued, when the lock is left."""
+        if self._is_cpu and not isinstance(self._device_lock, contextlib.nullcontext):
             jax.block_until_ready(self._state)
+
+
+def run(scheduler: Any, params: Params, requests: Iterable[Request[Tag]]) -> Iterator[tuple[Tag, list[Rollout]]]:
+    """Runs all requests on a ``Scheduler`` or on ``Replicas``, yielding each group as it ends."""
+    waiting = iter(requests)
+    request = next(waiting, None)
+    while request is not None or not scheduler.is_idle:
+        while request is not None and scheduler.num_unfinished < (QUEUE + 1) * scheduler.num_rows:
+            scheduler.submit(request)
+            request = next(waiting, None)
+        yield from scheduler.step(params)
+
+
+def _doublings(most: int) -> list[int]:
+    """Powers of two up to a number."""
+    return [1 << i for i in range(most.bit_length())]

@@ -90,7 +90,7 @@ def test_the_plan_of_the_quickstart_has_the_right_numbers(capsys, tmp_path):
     assert "200 steps in 4 windows of 50" in plan["run"]
     assert "128 rollouts = 16 prompts x G=8, at most 2,304 tokens a step" in plan["batch"]
     assert f"weights {4 * num_parameters:,} + optimizer " in plan["trainer bytes"]
-    rows, layers, length, width = 16 * 8, 3, 12 + 6, 32
+    rows, layers, length, width = 16 * 8, 3, 2 * 16, 32  # two pages hold the 12 + 6 tokens
     cache = 2 * 4 * rows * layers * length * width
     assert f"weights {4 * num_parameters:,} + KV cache {cache:,}" in plan["sampler bytes"]
 

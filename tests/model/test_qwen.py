@@ -111,40 +111,6 @@ def test_random_weights_have_the_configured_spread():
     assert not np.array_equal(layers[0], layers[1])
 
 
-@pytest.mark.parametrize("name", [DENSE, "moe"])
-def test_decoding_with_the_cache_equals_teacher_forcing(name):
-    """Two rows with prompts of 3 and 5 tokens, padded to 5: prefill, then one token at a time."""
-    config = tiny.config(name)
-    graphdef, params = tiny.split(config)
-    token_ids = tiny.rows(2, 9)
-    lengths = jnp.array([3, 5])
-
-    @jax.jit
-    def step(token_ids, positions, cache):
-        return nnx.merge(graphdef, params).hidden(token_ids, positions, cache)
-
-    expected, _ = step(token_ids, tiny.positions(token_ids), None)
-
-    padded = jnp.where(jnp.arange(5) < lengths[:, None], token_ids[:, :5], 0)
-    hidden, cache = step(padded, tiny.positions(padded), qwen.make_cache(config, 2, 9))
-    for row, length in enumerate(lengths):
-        np.testing.assert_allclose(hidden[row, :length], expected[row, :length], atol=1e-5)
-    for i in range(4):
-        places = lengths + i
-        hidden, cache = step(token_ids[jnp.arange(2), places][:, None], places[:, None], cache)
-        np.testing.assert_allclose(hidden[:, 0], expected[jnp.arange(2), places], atol=1e-5)
-
-
-def test_positions_outside_the_cache_are_not_written():
-    config = tiny.config(DENSE)
-    graphdef, params = tiny.split(config)
-    cache = qwen.make_cache(config, 2, 4)
-    cache = qwen.KVCache(cache.k + 7, cache.v + 7)
-    _, after = nnx.merge(graphdef, params).hidden(tiny.rows(2, 1), jnp.array([[4], [-1]]), cache)
-    np.testing.assert_array_equal(after.k, cache.k)
-    np.testing.assert_array_equal(after.v, cache.v)
-
-
 def loss_and_gradient(graphdef, params, token_ids):
     def loss(params):
         mask = jnp.ones(token_ids.shape, bool)

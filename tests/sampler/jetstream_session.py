@@ -7,7 +7,6 @@ in one of its threads kills the process. Run by test_jetstream.py.
 import asyncio
 import json
 import logging
-import sys
 import threading
 
 from jaxtyping import install_import_hook
@@ -16,13 +15,17 @@ from jaxtyping import install_import_hook
 logging.disable(logging.INFO)
 
 with install_import_hook("oapl_jax", "typecheck.checker"):
+    import jax
+    import numpy as np
     from jetstream.core import orchestrator
     from jetstream.core.proto import jetstream_pb2
 
-    from oapl_jax.sampler.jetstream import JetStreamEngine
+    from oapl_jax.sampler import jetstream_server
+    from oapl_jax.sampler.jetstream import JetStreamEngine, JetStreamTokenizer
+    from oapl_jax.sampler.sampling import SamplingParams
     from oapl_jax.tokenizer import CharacterTokenizer
-    from test_engine import PARAMS, make_engine
-    from test_jetstream import DEADLINE, GROUP_SIZE, LAW, OVERLONG, PROMPTS, SEED, STOPS, TEXT
+    from test_engine import PARAMS
+    from test_jetstream import DEADLINE, GROUP_SIZE, LAW, OVERLONG, PROMPTS, SEED, STREAMED, TEXT, make_programs
 
 
 class RecordingEngine(JetStreamEngine):
@@ -71,6 +74,53 @@ def abandon(engine):
     return rows_with_a_token(abandoned), rows_with_a_token(taken_again)
 
 
+def of_prompt(ids, **options):
+    return {"params": PARAMS, "padded_tokens": np.array(ids, np.int32), "true_length": len(ids), **options}
+
+
+def multisample(engine):
+    """Two slots' samples of one prompt: token ids and log-probabilities."""
+    prefix, first = engine.prefill_multisampling(**of_prompt(PROMPTS[2], num_samples=2 * GROUP_SIZE))
+    state = engine.bulk_insert(prefix, engine.init_decode_state(), slots=[0, 1])
+    first = first.convert_to_numpy()
+    data, logprobs = first.get_result_at_slot(0), first.get_logprobs_at_slot(0)
+    samples = [([int(data.tokens[g, 0])], [float(logprobs[g, 0])]) for g in range(2 * GROUP_SIZE)]
+    is_live = True
+    while is_live:
+        state, result = engine.generate(PARAMS, state)
+        result = result.convert_to_numpy()
+        is_live = False
+        for g, (ids, scores) in enumerate(samples):
+            data, i = result.get_result_at_slot(g // GROUP_SIZE), g % GROUP_SIZE
+            valid = data.valid[i].astype(bool)
+            ids += data.tokens[i][valid].tolist()
+            scores += result.get_logprobs_at_slot(g // GROUP_SIZE)[i][valid].tolist()
+            assert data.lengths[i] == len(ids)
+            is_live = is_live or valid.any()
+    return samples
+
+
+def first_tokens(engine):
+    greedy, key = SamplingParams(0), jax.random.key(3)
+    options = {"sampler": greedy}, {"rng": key}, {"rng": key}, {"rng": jax.random.key(4)}
+    results = [engine.prefill_multisampling(**of_prompt([5, 6], num_samples=8, **o))[1] for o in options]
+    return [np.asarray(result.data)[:, 0].tolist() for result in results]
+
+
+def refusals(engine):
+    prefix, _ = engine.prefill_multisampling(**of_prompt([5, 6], num_samples=8))
+    state = engine.init_decode_state()
+    for call in (
+        lambda: JetStreamEngine.generate(engine, PARAMS, state, sampler=SamplingParams(0)),
+        lambda: engine.prefill(**of_prompt([5], existing_prefix=prefix)),
+        lambda: engine.bulk_insert(prefix, state, [0]),
+    ):
+        try:
+            call()
+        except ValueError as error:
+            yield str(error)
+
+
 async def ask(client, **content):
     request = jetstream_pb2.DecodeRequest(max_tokens=content.pop("max_tokens", 1000), **content)
     responses = [response.stream_content.samples async for response in client.Decode(request)]
@@ -96,11 +146,27 @@ async def session(client):
     return [*answers, await ask(client, **tokens(PROMPTS[0]), max_tokens=4)]
 
 
-def main():
+class Bytes(CharacterTokenizer):
+    """A token for each byte, as byte-level tokenizers have for rare characters."""
+
+    def decode(self, ids):
+        return bytes(ids).decode("utf-8", "replace")
+
+
+def stream(string, limit):
+    """What a client gets of a response, message for message, three tokens at a time."""
+    output = jetstream_server._Output(JetStreamTokenizer(Bytes(), (1,)), limit, True)
+    ids, texts = list(string.encode()), []
+    for first in range(0, len(ids), 3):
+        sample = jetstream_pb2.DecodeResponse.StreamContent.Sample(token_ids=ids[first : first + 3])
+        output.take(sample)
+        texts.append(sample.text)
+    return [*texts, output.rest]
+
+
+def serve(engine):
+    """What clients were answered, and the threads that were left."""
     before = set(threading.enumerate())
-    programs = make_engine(LAW, decode_steps=4, stop_ids=STOPS, sampler_mesh=sys.argv[1])
-    tokenizer = CharacterTokenizer()
-    engine = RecordingEngine(programs, PARAMS, tokenizer, samples_per_slot=GROUP_SIZE, seed=SEED)
     driver = orchestrator.Driver(
         prefill_engines=[engine],
         generate_engines=[engine],
@@ -108,12 +174,37 @@ def main():
         generate_params=[engine.load_params()],
         interleaved_mode=True,
     )
-    answers = asyncio.run(asyncio.wait_for(session(orchestrator.LLMOrchestrator(driver)), DEADLINE))
-    driver.stop()
-    left = [thread.name for thread in set(threading.enumerate()) - before]
-    recorded = [call if isinstance(call, dict) else by_slot(call) for call in calls]
-    abandoned = abandon(engine)
-    print(json.dumps({"answers": answers, "calls": recorded, "threads_left": left, "abandoned": abandoned}))
+
+    async def run():
+        answers = await asyncio.wait_for(session(orchestrator.LLMOrchestrator(driver)), DEADLINE)
+        # Its threads use the event loop until they end.
+        await asyncio.to_thread(driver.stop)
+        return answers
+
+    answers = asyncio.run(run())
+    return answers, [thread.name for thread in set(threading.enumerate()) - before]
+
+
+def main():
+    def make_engine(kind, mesh):
+        options = {"samples_per_slot": GROUP_SIZE, "sampling": LAW, "seed": SEED}
+        return kind(make_programs(mesh), PARAMS, CharacterTokenizer(), **options)
+
+    engine = make_engine(RecordingEngine, "tensor=1")
+    answers, threads_left = serve(engine)
+    result = {
+        "answers": answers,
+        "threads_left": threads_left,
+        "calls": [call if isinstance(call, dict) else by_slot(call) for call in calls],
+        "multisampled": multisample(engine),
+        "abandoned": abandon(engine),
+        "first_tokens": first_tokens(engine),
+        "refused": list(refusals(engine)),
+        "streamed": stream(STREAMED, 1000),
+        "streamed_in_part": stream(STREAMED, len(STREAMED.encode()) - 1),
+        "sharded_answers": serve(make_engine(JetStreamEngine, "tensor=2"))[0],
+    }
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """The sampler against the learner and against itself: exact log-probabilities, keys, stops, limits."""
 
 import contextlib
+import dataclasses
 import functools
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -9,11 +11,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from model import tiny
 from oapl_jax.config import MeshConfig
 from oapl_jax.learner.batch import from_pairs
 from oapl_jax.model import qwen
 from oapl_jax.model.logprob import sequence_logprobs
 from oapl_jax.sampler.engine import Engine
+from oapl_jax.sampler.replicas import Replicas, replica_meshes
 from oapl_jax.sampler.sampling import SamplingParams
 from oapl_jax.sampler.scheduler import Request, Scheduler
 from oapl_jax.sharding import SAMPLER_RULES, make_meshes, reshard, shardings
@@ -42,29 +46,41 @@ PROMPTS = [
 ]
 
 
-LAW = SamplingParams(VOCAB)
+LAW = SamplingParams()
 
 
 @functools.cache
-def make_engine(sampling=LAW, num_rows=8, decode_steps=4, sampler_mesh="tensor=1", stop_ids=STOPS):
+def make_engine(
+    num_rows=8,
+    decode_steps=4,
+    sampler_mesh="tensor=1",
+    stop_ids=STOPS,
+    page_size=4,
+    mesh=None,
+    can_truncate=False,
+    **options,
+):
     return Engine(
         GRAPHDEF,
         CONFIG,
-        sampling,
+        vocab_size=VOCAB,
         stop_ids=stop_ids,
         num_rows=num_rows,
         max_prompt_tokens=MAX_PROMPT,
         max_response_tokens=MAX_RESPONSE,
         decode_steps=decode_steps,
-        mesh=make_meshes(MeshConfig(trainer=sampler_mesh))[0],
+        mesh=mesh or make_meshes(MeshConfig(trainer=sampler_mesh))[0],
+        page_size=page_size,
+        can_truncate=can_truncate,
+        **options,
     )
 
 
-def sample(engine, prompts=PROMPTS, num_rollouts=4, seed=7, order=None, params=PARAMS):
-    requests = [Request(i, p, num_rollouts, (seed, 0, i)) for i, p in enumerate(prompts)]
+def sample(engine, prompts=PROMPTS, num_rollouts=4, seed=7, order=None, params=PARAMS, sampling=LAW, **o):
+    requests = [Request(i, p, num_rollouts, (seed, 0, i), sampling) for i, p in enumerate(prompts)]
     if order is not None:
         requests = [requests[i] for i in order]
-    done = dict(Scheduler(engine, contextlib.nullcontext()).run(params, requests))
+    done = dict(Scheduler(engine, contextlib.nullcontext(), **o).run(params, requests))
     return [done[i] for i in sorted(done)]
 
 
@@ -85,7 +101,7 @@ def learner_logprobs(prompt, rollouts, temperature=1.0):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_equal_the_learners_up_to_and_including_the_stop_token(temperature):
-    groups = sample(make_engine(SamplingParams(VOCAB, temperature)))
+    groups = sample(make_engine(), sampling=SamplingParams(temperature))
     reasons = set()
     for prompt, rollouts in zip(PROMPTS, groups, strict=True):
         for rollout, expected in zip(rollouts, learner_logprobs(prompt, rollouts, temperature), strict=True):
@@ -123,20 +139,44 @@ def same(first, second):
     )
 
 
-def test_same_seed_repeats_bit_for_bit_whatever_the_order_rows_and_mates():
-    reference = sample(make_engine())
-    assert same(reference, sample(make_engine()))
-    assert same(reference, sample(make_engine(), order=[3, 1, 4, 0, 2]))
-    assert same(reference[2:3], [sample(make_engine(), order=[2])[0]])
-    assert same(reference, sample(make_engine(decode_steps=1)))
+def test_with_fixed_shapes_a_seed_repeats_bit_for_bit_whatever_the_order_rows_and_mates():
+    reference = sample(make_engine(), fixed_shapes=True)
+    assert same(reference, sample(make_engine(), order=[3, 1, 4, 0, 2], fixed_shapes=True))
+    assert same(reference[2:3], [sample(make_engine(), order=[2], fixed_shapes=True)[0]])
 
 
-def test_same_tokens_for_other_numbers_of_rows():
-    for num_rows in (4, 24):
-        for group, other in zip(sample(make_engine()), sample(make_engine(num_rows=num_rows)), strict=True):
-            for rollout, expected in zip(other, group, strict=True):
-                np.testing.assert_array_equal(rollout.token_ids, expected.token_ids)
-                np.testing.assert_allclose(rollout.logprobs, expected.logprobs, atol=1e-5)
+def assert_alike(groups, reference):
+    """The same tokens; log-probabilities to 1e-5."""
+    for group, other in zip(reference, groups, strict=True):
+        for rollout, expected in zip(other, group, strict=True):
+            np.testing.assert_array_equal(rollout.token_ids, expected.token_ids)
+            np.testing.assert_allclose(rollout.logprobs, expected.logprobs, atol=1e-5)
+            assert rollout.finish_reason is expected.finish_reason
+
+
+@pytest.mark.parametrize(
+    ("engine", "scheduler"),
+    [
+        pytest.param({"num_rows": 1}, {}, id="one row"),
+        pytest.param({"num_rows": 64}, {}, id="64 rows"),
+        pytest.param({"decode_steps": 1, "page_size": 1}, {}, id="a page for each token"),
+        pytest.param({"page_size": 16}, {"chunks_ahead": 1}, id="results read late"),
+        pytest.param({"attention": "xla"}, {}, id="paged attention"),
+        pytest.param({"num_pages": 11, "decode_steps": 2}, {}, id="pages run out"),
+        pytest.param({"num_pages": 11, "decode_steps": 2}, {"chunks_ahead": 1}, id="pages run out, results read late"),
+    ],
+)
+def test_same_tokens_whatever_the_rows_pages_chunks_and_preemptions(engine, scheduler):
+    assert_alike(sample(make_engine(**engine), **scheduler), sample(make_engine(), fixed_shapes=True))
+
+
+def test_running_out_of_pages_preempts_and_loses_nothing():
+    scheduler = Scheduler(make_engine(num_pages=11, decode_steps=2), contextlib.nullcontext())
+    requests = [Request(i, p, 4, (7, 0, i)) for i, p in enumerate(PROMPTS)]
+    done = dict(scheduler.run(PARAMS, requests))
+    assert scheduler.stats.preemptions > 0
+    assert scheduler.stats.tokens == sum(len(r.token_ids) for group in done.values() for r in group)
+    assert scheduler.num_free_pages == 11
 
 
 def test_another_seed_another_group_and_another_rollout_draw_differently():
@@ -146,14 +186,38 @@ def test_another_seed_another_group_and_another_rollout_draw_differently():
     assert len({tuple(r.token_ids) for r in first}) > 1, "rollouts of one group"
 
 
-@pytest.mark.parametrize("mesh", ["tensor=2", "data=4,tensor=2", "data=8"])
-def test_a_sharded_sampler_draws_the_same_tokens(mesh):
-    engine = make_engine(sampler_mesh=mesh)
+def test_a_sharded_engine_draws_the_same_tokens():
+    engine = make_engine(sampler_mesh="tensor=2")
     params = reshard(PARAMS, shardings(qwen.abstract(CONFIG)[1], engine.mesh, SAMPLER_RULES))
-    for group, other in zip(sample(make_engine()), sample(engine, params=params), strict=True):
-        for rollout, expected in zip(other, group, strict=True):
-            np.testing.assert_array_equal(rollout.token_ids, expected.token_ids)
-            np.testing.assert_allclose(rollout.logprobs, expected.logprobs, atol=1e-5)
+    assert_alike(sample(engine, params=params), sample(make_engine(), fixed_shapes=True))
+
+
+@pytest.mark.parametrize("mesh", ["data=4,tensor=2", "data=8"])
+def test_replicas_draw_the_same_tokens(mesh):
+    whole = make_meshes(MeshConfig(trainer=mesh))[0]
+    engines = [make_engine(num_rows=4, mesh=replica) for replica in replica_meshes(whole)]
+    params = reshard(PARAMS, shardings(qwen.abstract(CONFIG)[1], whole, SAMPLER_RULES))
+    replicas = Replicas(engines, threading.RLock())
+    done = dict(replicas.run(params, [Request(i, p, 4, (7, 0, i)) for i, p in enumerate(PROMPTS)]))
+    assert_alike([done[i] for i in sorted(done)], sample(make_engine(), fixed_shapes=True))
+    assert sum(scheduler.stats.tokens > 0 for scheduler in replicas._schedulers) == min(len(engines), len(PROMPTS))
+
+
+@pytest.mark.parametrize("name", ["qwen2_tied", "moe"])
+def test_other_architectures_sample_as_they_score(name):
+    config = tiny.config(name)
+    graphdef, params = tiny.split(config)
+    options = {"max_prompt_tokens": 8, "max_response_tokens": 6, "decode_steps": 3, "page_size": 4}
+    mesh = make_meshes(MeshConfig(trainer="tensor=1"))[0]
+    engine = Engine(graphdef, config, vocab_size=48, stop_ids=(0,), num_rows=4, mesh=mesh, **options)
+    prompt = np.arange(1, 8, dtype=np.int32)
+    [(_, rollouts)] = Scheduler(engine, contextlib.nullcontext()).run(params, [Request("", prompt, 3, (0, 0, 0))])
+    batch = from_pairs([(prompt, r.token_ids) for r in rollouts], num_rows=3, max_tokens=14)
+    logprobs, _ = tiny.sequence_logprobs(
+        graphdef, params, batch.tokens, batch.response_mask, temperature=1.0, vocab_size=48
+    )
+    for rollout, row, mask in zip(rollouts, np.asarray(logprobs), batch.response_mask, strict=True):
+        np.testing.assert_allclose(rollout.logprobs, row[mask], atol=1e-5)
 
 
 def test_generate_stops_early_when_all_rows_are_done():
@@ -169,29 +233,143 @@ def test_generate_stops_early_when_all_rows_are_done():
 
 
 @pytest.mark.parametrize(
-    ("prompt", "message"),
-    [(np.zeros(0, np.int32), "prompt of 0 tokens"), (np.zeros(21, np.int32), "prompt of 21 tokens")],
+    ("changes", "message"),
+    [
+        ({"prompt_token_ids": np.zeros(0, np.int32)}, "prompt of 0 tokens; the limit is 1 to 20"),
+        ({"prompt_token_ids": np.zeros(21, np.int32)}, "prompt of 21 tokens; the limit is 1 to 20"),
+        ({"num_rollouts": 0}, "0 rollouts asked for; at least 1"),
+        ({"max_tokens": 13}, "max_tokens=13; .* from 1 to 12"),
+        ({"max_tokens": (1, 2)}, r"max_tokens=\(1, 2\); one number for each of 3 rollouts"),
+        ({"sampling": SamplingParams(0.0)}, "temperature=0 has no log-probabilities to learn from"),
+        ({"sampling": SamplingParams(top_k=2)}, "on an engine that was made with can_truncate=False"),
+        ({"stop_strings": ("x",)}, "need a scheduler that was given `decode`"),
+    ],
 )
-def test_empty_and_overlong_prompts_are_refused(prompt, message):
-    with pytest.raises(ValueError, match=message):
-        sample(make_engine(), prompts=[prompt])
+def test_bad_requests_are_refused_by_name(changes, message):
+    request = Request("math/7", PROMPTS[1], 3, (0, 0, 0))
+    with pytest.raises(ValueError, match=f"request 'math/7': .*{message}"):
+        Scheduler(make_engine(), contextlib.nullcontext()).submit(dataclasses.replace(request, **changes))
 
 
-def test_a_group_larger_than_the_engine_is_refused():
-    with pytest.raises(ValueError, match="9 rollouts asked for, 8 of 8 rows are free"):
-        sample(make_engine(), num_rollouts=9)
-
-
-def test_stop_ids_outside_the_vocabulary_are_refused():
+def test_bad_engines_are_refused():
     with pytest.raises(ValueError, match=r"stop ids \[1, 30\]"):
         make_engine(stop_ids=(1, 30))
+    with pytest.raises(
+        ValueError, match=r"no room for one sequence: 20 \+ 12 tokens need 8 pages of 4 tokens, .* has 7"
+    ):
+        make_engine(num_pages=7)
+    with pytest.raises(ValueError, match="one replica"):
+        make_engine(sampler_mesh="data=2")
 
 
-def test_abort_drops_what_is_in_flight_and_frees_every_row():
+def test_parameters_of_another_architecture_are_refused():
+    other = tiny.split(tiny.config("qwen3_tied"))[1]
+    with pytest.raises(ValueError, match=r"parameter embedding is \[48, 32\], the engine's model has \[32, 32\]"):
+        make_engine().check_params(other)
+
+
+def test_each_request_has_its_own_law_and_limits():
+    requests = [
+        Request("greedy", PROMPTS[1], 2, (0, 0, 0), SamplingParams(0.0), needs_logprobs=False),
+        Request("likeliest", PROMPTS[1], 2, (0, 0, 0), SamplingParams(top_k=1)),
+        Request("limits", PROMPTS[1], 2, (0, 0, 1), max_tokens=(1, 3)),
+    ]
+    done = dict(Scheduler(make_engine(can_truncate=True), contextlib.nullcontext()).run(PARAMS, requests))
+    for greedy, likeliest in zip(done["greedy"], done["likeliest"], strict=True):
+        np.testing.assert_array_equal(greedy.token_ids, likeliest.token_ids)
+        assert np.isnan(greedy.logprobs).all()
+        np.testing.assert_allclose(likeliest.logprobs, 0, atol=1e-6)
+    one, three = done["limits"]
+    assert len(one.token_ids) == 1
+    assert len(three.token_ids) == 3 or three.finish_reason is FinishReason.STOP
+
+
+def test_a_stop_string_ends_a_response_at_the_token_that_completes_it():
+    def decode(ids):
+        return "".join(chr(ord("A") + i) for i in ids)
+
+    [free] = sample(make_engine(), prompts=PROMPTS[1:2])
+    long = max(free, key=lambda rollout: len(rollout.token_ids))
+    stop = decode(long.token_ids.tolist())[4:6]
+    scheduler = Scheduler(make_engine(), contextlib.nullcontext(), decode=decode)
+    [(_, stopped)] = scheduler.run(PARAMS, [Request(0, PROMPTS[1], 4, (7, 0, 0), stop_strings=(stop,))])
+    for rollout, whole in zip(stopped, free, strict=True):
+        text = decode(whole.token_ids.tolist())
+        length = text.index(stop) + 2 if stop in text else len(text)
+        assert decode(rollout.token_ids.tolist()) == text[:length]
+        np.testing.assert_allclose(rollout.logprobs, whole.logprobs[:length], atol=1e-5)
+        if stop in text:
+            assert rollout.finish_reason is FinishReason.STOP
+    assert scheduler.num_free_pages == make_engine().num_pages
+
+
+def test_entropy_and_likeliest_tokens_are_those_of_the_law():
+    engine = make_engine(with_entropy=True, num_top=3)
+    [rollouts] = sample(engine, prompts=PROMPTS[1:2], sampling=SamplingParams(0.8))
+    rollout = rollouts[0]
+    ids = np.concatenate([PROMPTS[1], rollout.token_ids])[None]
+    model = nnx.merge(GRAPHDEF, PARAMS)
+    logits = np.asarray(model.logits(model.hidden(jnp.asarray(ids), jnp.arange(ids.shape[1])[None])[0]))[0]
+    logs = np.asarray(jax.nn.log_softmax(logits[len(PROMPTS[1]) - 1 : -1, :VOCAB] / 0.8))
+    np.testing.assert_allclose(rollout.entropy, -(np.exp(logs) * logs).sum(-1), atol=1e-5)
+    np.testing.assert_array_equal(rollout.top_ids, np.argsort(-logs, axis=-1)[:, :3])
+    np.testing.assert_allclose(rollout.top_logprobs, -np.sort(-logs, axis=-1)[:, :3], atol=1e-5)
+
+
+def test_abort_and_cancel_free_rows_and_pages():
+    engine = make_engine()
+    for chunks_ahead in (0, 1):
+        scheduler = Scheduler(engine, contextlib.nullcontext(), chunks_ahead=chunks_ahead)
+        for tag in ("dropped", "kept"):
+            scheduler.submit(Request(tag, PROMPTS[1], 6, (7, 0, 0)))
+        scheduler.step(PARAMS)
+        scheduler.cancel("dropped")
+        assert [tag for tag, _ in scheduler.run(PARAMS, [])] == ["kept"]
+        scheduler.submit(Request("aborted", PROMPTS[1], 8, (0, 0, 0)))
+        scheduler.step(PARAMS)
+        scheduler.abort()
+        assert scheduler.is_idle
+        assert scheduler.num_free_pages == engine.num_pages
+        reference = sample(engine, prompts=PROMPTS[1:2])
+        assert_alike(
+            [rollouts for _, rollouts in scheduler.run(PARAMS, [Request(0, PROMPTS[1], 4, (7, 0, 0))])], reference
+        )
+
+
+def test_a_request_that_takes_too_long_is_dropped_and_told():
     scheduler = Scheduler(make_engine(), contextlib.nullcontext())
-    scheduler.admit(PARAMS, Request("dropped", PROMPTS[1], 8, (0, 0, 0)))
-    scheduler.step(PARAMS)
-    scheduler.abort()
-    assert scheduler.is_idle
-    assert scheduler.has_room(8)
-    assert [tag for tag, _ in scheduler.run(PARAMS, [Request("kept", PROMPTS[1], 8, (0, 0, 0))])] == ["kept"]
+    scheduler.submit(Request("late", PROMPTS[1], 2, (0, 0, 0), timeout=0.0))
+    scheduler.submit(Request("kept", PROMPTS[1], 2, (0, 0, 0), timeout=600.0))
+    assert [tag for tag, _ in scheduler.run(PARAMS, [])] == ["kept"]
+    assert scheduler.expired == ["late"]
+    assert scheduler.stats.expired == 1
+    assert scheduler.num_free_pages == make_engine().num_pages
+
+
+def test_after_warm_up_nothing_is_compiled():
+    engine = make_engine(num_rows=8, page_size=4)
+    scheduler = Scheduler(engine, contextlib.nullcontext())
+    scheduler.warm_up(PARAMS, [len(prompt) for prompt in PROMPTS], 4)
+    compiled = []
+    listen = lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None  # noqa: E731
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        list(scheduler.run(PARAMS, [Request(i, p, 4, (7, 0, i)) for i, p in enumerate(PROMPTS)]))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert not compiled
+
+
+def test_slot_use_counts_rows_that_draw():
+    """Two rollouts of 1 and 9 tokens in one program of 4 rows: 8 live row steps, the others idle."""
+    scheduler = Scheduler(make_engine(stop_ids=(28,)), contextlib.nullcontext())
+    lengths = [
+        len(r.token_ids)
+        for _, g in scheduler.run(PARAMS, [Request(0, PROMPTS[0], 2, (1, 0, 0), max_tokens=(1, 9))])
+        for r in g
+    ]
+    assert lengths == [1, 9], "a stop token was drawn; take another seed"
+    assert scheduler.stats.live_row_steps == 8
+    assert scheduler.stats.row_steps == 4 * 8
+    assert scheduler.stats.slot_use == 0.25
+    assert scheduler.stats.prefill_tokens == len(PROMPTS[0])

@@ -1,63 +1,87 @@
 """JetStream's own Driver and LLMOrchestrator serve a policy as our own scheduler samples it."""
 
 import contextlib
+import functools
 import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from oapl_jax.config import MeshConfig
+from oapl_jax.sampler.engine import Engine
 from oapl_jax.sampler.sampling import SamplingParams
 from oapl_jax.sampler.scheduler import Request, Scheduler
+from oapl_jax.sharding import make_meshes
 from oapl_jax.tokenizer import CHARS, CharacterTokenizer
 from oapl_jax.types import FinishReason
-from test_engine import MAX_PROMPT, MAX_RESPONSE, PARAMS, make_engine
+from test_engine import CONFIG, GRAPHDEF, MAX_PROMPT, MAX_RESPONSE, PARAMS
 
 SERVING_STREAM = 2**32 - 3
 DEADLINE = 120.0
 GROUP_SIZE, SEED = 4, 11
-STOPS = CharacterTokenizer().stop_ids
-LAW = SamplingParams(len(CHARS))
+LAW = SamplingParams(0.9, top_p=0.98)
 PROMPTS = [[3], [2, 3, 4, 5, 6, 7, 8], list(range(2, 18)), [17, *range(2, 18), 4, 5, 6], [9, 8, 7]]
 assert len(PROMPTS[3]) == MAX_PROMPT
 OVERLONG = [5, 6, 7, *PROMPTS[3]]
 TEXT = "12+3="
+STREAMED = "né 你好 🙂"
 TESTS = pathlib.Path(__file__).parents[1]
+
+
+def make_programs(mesh):
+    """An engine of two slots."""
+    return Engine(
+        GRAPHDEF,
+        CONFIG,
+        vocab_size=len(CHARS),
+        stop_ids=CharacterTokenizer().stop_ids,
+        num_rows=2 * GROUP_SIZE,
+        max_prompt_tokens=MAX_PROMPT,
+        max_response_tokens=MAX_RESPONSE,
+        decode_steps=4,
+        mesh=make_meshes(MeshConfig(trainer=mesh))[0],
+        page_size=16,
+    )
 
 
 @pytest.fixture(scope="module")
 def session():
-    """What the program printed; on one device, where generate and prefill need not take turns."""
-    return run_session("tensor=1")
+    """What the program printed."""
+    return json.loads(run_program("jetstream_session.py").stdout.splitlines()[-1])
 
 
-def run_session(mesh):
+def run_program(name, **environment):
     if importlib.util.find_spec("jetstream") is None:
         pytest.skip("google-jetstream is not installed")
     paths = [str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     process = subprocess.run(
-        [sys.executable, str(TESTS / "sampler" / "jetstream_session.py"), mesh],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TF_CPP_MIN_LOG_LEVEL": "3"},
+        [sys.executable, str(TESTS / "sampler" / name)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths), "TF_CPP_MIN_LOG_LEVEL": "3"} | environment,
         capture_output=True,
         text=True,
         timeout=2 * DEADLINE,
     )
     assert process.returncode == 0, process.stdout[-3000:] + process.stderr[-3000:]
-    return json.loads(process.stdout.splitlines()[-1])
+    return process
 
 
+@functools.cache
 def our_own():
-    """The same requests by our scheduler, in the order in which the session inserts them."""
-    asked = [*PROMPTS, PROMPTS[3], CharacterTokenizer().encode(TEXT), PROMPTS[0]]
+    """The session's requests by our scheduler, in the order in which it inserts them; the last has twice as many."""
+    asked = [*PROMPTS, PROMPTS[3], CharacterTokenizer().encode(TEXT), PROMPTS[0], PROMPTS[2]]
+    sizes = [GROUP_SIZE] * (len(asked) - 1) + [2 * GROUP_SIZE]
     requests = [
-        Request(i, np.array(ids, np.int32), GROUP_SIZE, (SEED, SERVING_STREAM, i)) for i, ids in enumerate(asked)
+        Request(i, np.array(ids, np.int32), size, (SEED, SERVING_STREAM, i), LAW)
+        for i, (ids, size) in enumerate(zip(asked, sizes, strict=True))
     ]
-    engine = make_engine(LAW, decode_steps=4, stop_ids=STOPS)
-    done = dict(Scheduler(engine, contextlib.nullcontext()).run(PARAMS, requests))
+    scheduler = Scheduler(make_programs("tensor=1"), contextlib.nullcontext(), fixed_shapes=True)
+    done = dict(scheduler.run(PARAMS, requests))
     return [done[i] for i in sorted(done)]
 
 
@@ -69,7 +93,7 @@ def without_stop(rollout):
 @pytest.mark.slow
 def test_every_response_is_the_one_that_our_scheduler_draws(session):
     """One request is longer than the limit: its last tokens count, as everywhere in JetStream."""
-    *groups, _ = our_own()
+    *groups, _, _ = our_own()
     assert {r.finish_reason for group in groups for r in group} == set(FinishReason), "must see both ends"
     for answer, group in zip(session["answers"], groups, strict=False):
         assert [sample["token_ids"] for sample in answer] == [without_stop(rollout) for rollout in group]
@@ -80,7 +104,7 @@ def test_every_response_is_the_one_that_our_scheduler_draws(session):
 
 @pytest.mark.slow
 def test_a_request_may_ask_for_fewer_tokens(session):
-    expected = [without_stop(rollout)[:4] for rollout in our_own()[-1]]
+    expected = [without_stop(rollout)[:4] for rollout in our_own()[-2]]
     assert any(len(ids) == 4 for ids in expected), "the limit must have cut"
     assert [sample["token_ids"] for sample in session["answers"][-1]] == expected
 
@@ -88,7 +112,7 @@ def test_a_request_may_ask_for_fewer_tokens(session):
 @pytest.mark.slow
 def test_results_carry_stop_tokens_logprobs_and_lengths(session):
     """Assembled from the raw results: what a program gets that drives the engine without the orchestrator."""
-    groups, live, finished = our_own(), {}, []
+    groups, live, finished = our_own()[:-1], {}, []
     for call in session["calls"]:
         if "insert" in call:
             live[call["insert"]] = [([], []) for _ in range(GROUP_SIZE)]
@@ -131,7 +155,42 @@ def test_an_abandoned_slot_stops_and_its_next_request_does_not(session):
 
 @pytest.mark.slow
 def test_a_sharded_engine_serves_the_same_responses(session):
-    assert run_session("data=2,tensor=2")["answers"] == session["answers"]
+    assert session["sharded_answers"] == session["answers"]
+
+
+@pytest.mark.slow
+def test_samples_of_one_prompt_may_fill_several_slots(session):
+    """By the calls that JetStream has after 0.2.2: the first tokens come with the prefill."""
+    for (ids, logprobs), rollout in zip(session["multisampled"], our_own()[-1], strict=True):
+        assert ids == rollout.token_ids.tolist()
+        np.testing.assert_allclose(np.float32(logprobs), rollout.logprobs, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_request_may_bring_its_law_and_its_key(session):
+    greedy, keyed, keyed_again, other_key = session["first_tokens"]
+    assert len(set(greedy)) == 1
+    assert keyed == keyed_again
+    assert keyed != other_key
+    assert session["refused"] == [
+        "sampler=SamplingParams(temperature=0, top_k=0, top_p=1.0, min_p=0.0): each request has its own; give it to prefill",
+        "existing_prefix: prefilling onto another prefix is not supported",
+        f"1 slots x {GROUP_SIZE} rollouts; the prefix has first tokens of 8: ask prefill_multisampling for num_samples=4",
+    ]
+
+
+@pytest.mark.slow
+def test_a_character_of_several_tokens_is_sent_whole(session):
+    assert "".join(session["streamed"]) == STREAMED
+    assert len([text for text in session["streamed"] if text]) > 2, "it must come in parts"
+    assert "".join(session["streamed_in_part"]) == STREAMED[:-1] + "\N{REPLACEMENT CHARACTER}"
+
+
+@pytest.mark.slow
+def test_jetstreams_own_tests_of_its_orchestrator_and_server_pass():
+    """As they are in its wheel; see jetstream_suite.py for what takes the place of its mock engine."""
+    output = run_program("jetstream_suite.py", XLA_FLAGS="").stderr
+    assert re.search(r"^Ran 8 tests in .*\n\nOK$", output, re.MULTILINE), output[-3000:]
 
 
 def test_training_imports_neither_jetstream_nor_tensorflow():

@@ -1,53 +1,266 @@
-"""The processed law against a naive transcription, and the draws against the law."""
+"""The processed law against a transcription in NumPy, and the draws against the law."""
+
+import functools
+import itertools
+import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.stats
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from oapl_jax.sampler.sampling import SamplingParams, draw, log_law
+from oapl_jax.sampler.sampling import Law, SamplingParams, _pick, draw
 
-LOGITS = np.random.default_rng(0).normal(0, 2, 16).astype(np.float32)
+COMBINATIONS = [
+    SamplingParams(temperature, top_k, top_p, min_p)
+    for temperature, top_k, top_p, min_p in itertools.product(
+        (0.3, 1.0, 1.7), (0, 1, 7, 200, 10**6), (1.0, 0.95, 0.3, 1e-6), (0.0, 0.2, 1.0)
+    )
+]
+
+SIZES = {
+    "whole blocks": (640, 640),
+    "padding ids": (640, 601),
+    "not whole blocks": (1000, 1000),
+    "not whole blocks, padding ids": (999, 401),
+    "fewer ids than blocks": (7, 5),
+}
 
 
-def naive_law(params):
-    logits = LOGITS[: params.vocab_size].astype(np.float64) / params.temperature
-    probs = np.exp(logits) / np.exp(logits).sum()
-    kept = np.argsort(-probs)[: params.top_k or None]
-    probs = probs / probs[kept].sum()
-    cut = int(np.searchsorted(np.cumsum(probs[kept]), params.top_p)) + 1
-    kept = kept[:cut] if params.top_p < 1 else kept
-    law = np.zeros(len(LOGITS))
-    law[kept] = probs[kept] / probs[kept].sum()
-    return law
+def law_of(params):
+    columns = zip(*[(p.temperature, p.top_k, p.top_p, p.min_p) for p in params], strict=True)
+    dtypes = (np.float32, np.int32, np.float32, np.float32)
+    return Law(*[jnp.asarray(np.array(column, dtype)) for column, dtype in zip(columns, dtypes, strict=True)])
+
+
+def exact_law(logits, params, vocab_size):
+    """Probabilities of all ids, float64; temperature 0 is the plain law at temperature 1."""
+    if params.temperature == 0:
+        params = SamplingParams()
+    scaled = logits[:vocab_size].astype(np.float64) / params.temperature
+
+    def normalised(kept):
+        weights = np.where(kept, np.exp(scaled - scaled.max()), 0)
+        return weights / weights.sum()
+
+    descending = np.sort(scaled)[::-1]
+    kept = np.full(vocab_size, True)
+    if params.top_k:
+        kept &= scaled >= descending[min(params.top_k, vocab_size) - 1]
+    if params.top_p < 1:
+        mass = np.cumsum(np.sort(normalised(kept))[::-1])
+        kept &= scaled >= descending[np.searchsorted(mass, params.top_p)]
+    probs = normalised(kept)
+    return np.concatenate(
+        [normalised(kept & (probs >= params.min_p * probs.max())), np.zeros(len(logits) - vocab_size)]
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("vocab_size", "is_sharded", "with_entropy", "num_top"))
+def jitted(keys, positions, logits, law, **options):
+    return draw(keys, positions, logits, law, **options)
+
+
+def draw_rows(logits, params, seed=0, **options):
+    """One draw a row, all numbers in NumPy."""
+    keys = jax.random.split(jax.random.key(seed), len(logits))
+    drawn = jitted(keys, jnp.arange(len(logits)), jnp.asarray(logits), law_of(params), **options)
+    return jax.tree.map(np.asarray, drawn)
+
+
+def check_rows(logits, params, vocab_size, atol=2e-6):
+    """The law of each row, read from its top-n of all ids, and everything else that is returned."""
+    drawn = draw_rows(logits, params, vocab_size=vocab_size, with_entropy=True, num_top=vocab_size)
+    assert drawn.top_ids is not None
+    for row, (row_logits, row_params) in enumerate(zip(logits, params, strict=True)):
+        exact = exact_law(row_logits, row_params, vocab_size)
+        np.testing.assert_array_equal(np.sort(drawn.top_ids[row]), np.arange(vocab_size), err_msg=str(row_params))
+        probs = np.zeros(len(row_logits))
+        probs[drawn.top_ids[row]] = np.exp(drawn.top_logprobs[row].astype(np.float64))
+        np.testing.assert_array_equal(probs > 0, exact > 0, err_msg=str(row_params))
+        np.testing.assert_allclose(probs, exact, atol=atol, rtol=2e-5, err_msg=str(row_params))
+        descending = np.sort(row_logits[:vocab_size])[::-1]
+        np.testing.assert_array_equal(row_logits[drawn.top_ids[row]], descending, err_msg=str(row_params))
+        np.testing.assert_allclose(drawn.entropy[row], scipy.stats.entropy(exact), atol=2e-5)
+        token = drawn.token[row]
+        if row_params.temperature == 0:
+            assert token == np.argmax(row_logits[:vocab_size])
+            assert np.isnan(drawn.logprob[row])
+        else:
+            assert exact[token] > 0, row_params
+            np.testing.assert_allclose(drawn.logprob[row], np.log(exact[token]), atol=2e-5)
+
+
+@pytest.mark.parametrize(("num_ids", "vocab_size"), SIZES.values(), ids=SIZES)
+def test_laws_of_one_batch_equal_the_transcription(num_ids, vocab_size):
+    params = [*COMBINATIONS, SamplingParams(0, 3, 0.5, 0.1), SamplingParams(0)]
+    logits = np.random.default_rng(num_ids).normal(1, 3, (len(params), num_ids)).astype(np.float32)
+    check_rows(logits, params, vocab_size)
+
+
+def test_ties_with_the_last_kept_token_are_kept():
+    logits = np.random.default_rng(1).normal(0, 3, (len(COMBINATIONS), 640)).round().astype(np.float32)
+    check_rows(logits, COMBINATIONS, 601)
+
+
+def test_of_equally_likely_tokens_the_lowest_ids_are_named():
+    logits = np.random.default_rng(1).integers(-9, 9, (8, 640)).astype(np.float32)
+    drawn = draw_rows(logits, [SamplingParams(0)] * 8, vocab_size=601, num_top=50)
+    order = np.argsort(-logits[:, :601], axis=1, kind="stable")
+    np.testing.assert_array_equal(drawn.top_ids, order[:, :50])
+    np.testing.assert_array_equal(drawn.token, order[:, 0])
+
+
+@pytest.mark.parametrize(
+    "fill",
+    [
+        lambda rows: np.where(rows > 4, rows, -1e9),
+        lambda rows: rows * 1e4,
+        lambda rows: np.sign(rows) * np.exp(12 * np.abs(rows)).clip(0, 1e37),
+        lambda rows: np.where(np.arange(rows.shape[1]) == 17, -1e9, 0 * rows - 2e9),
+        lambda rows: np.zeros_like(rows),
+        lambda rows: np.where(rows > 0, 0.0, -0.0),
+        lambda rows: np.full_like(rows, -1e30),
+        lambda rows: 100 + rows * 1e-5,
+        lambda rows: rows + 50 * (np.arange(rows.shape[1]) % 2),
+    ],
+    ids=[
+        "masked",
+        "wide",
+        "exponential",
+        "one token",
+        "uniform",
+        "both zeros",
+        "low",
+        "narrow",
+        "one high in each block",
+    ],
+)
+def test_extreme_logits(fill):
+    params = [*COMBINATIONS, SamplingParams(0)]
+    rows = np.random.default_rng(2).normal(0, 3, (len(params), 256))
+    check_rows(fill(rows).astype(np.float32), params, 255)
 
 
 @pytest.mark.parametrize(
     "params",
     [
-        SamplingParams(16),
-        SamplingParams(13),
-        SamplingParams(16, temperature=0.6),
-        SamplingParams(16, top_k=3),
-        SamplingParams(13, top_k=100),
-        SamplingParams(16, top_p=0.8),
-        SamplingParams(16, top_p=1e-6),
-        SamplingParams(13, temperature=1.3, top_k=7, top_p=0.9),
+        SamplingParams(),
+        SamplingParams(top_p=0.8),
+        SamplingParams(top_k=9),
+        SamplingParams(min_p=0.05),
+        SamplingParams(0.7, 100, 0.9, 0.01),
+        SamplingParams(1.5, top_p=0.99),
     ],
+    ids=str,
 )
-def test_law_equals_the_transcription_and_draws_follow_it(params):
-    law = naive_law(params)
-    logprobs = np.asarray(log_law(jnp.asarray(LOGITS)[None], params))[0]
-    np.testing.assert_allclose(np.exp(logprobs), law, atol=1e-6)
+def test_draws_follow_the_law(params):
+    num_draws, num_ids, vocab_size = 100_000, 160, 150
+    logits = np.random.default_rng(3).normal(0, 2, num_ids).astype(np.float32)
+    exact = exact_law(logits, params, vocab_size)
+    rows, law = jnp.broadcast_to(logits, (num_draws // 10, num_ids)), law_of([params] * (num_draws // 10))
+    counts = np.zeros(num_ids)
+    for part in range(10):
+        keys = jnp.broadcast_to(jax.random.key(part), len(rows))
+        tokens = jitted(keys, jnp.arange(len(rows)), rows, law, vocab_size=vocab_size).token
+        counts += np.bincount(tokens, minlength=num_ids)
+    assert counts[exact == 0].sum() == 0
+    # Rare tokens together, as the test needs some expected draws in every cell.
+    is_rare = num_draws * exact < 10
+    observed = [*counts[~is_rare], counts[is_rare].sum()]
+    expected = [*exact[~is_rare], exact[is_rare].sum()]
+    cells = slice(None) if expected[-1] else slice(-1)
+    assert scipy.stats.chisquare(observed[cells], num_draws * np.array(expected[cells])).pvalue > 1e-3
 
-    num_draws = 20_000
-    keys = jnp.broadcast_to(jax.random.key(3), (num_draws,))
-    logits = jnp.broadcast_to(jnp.asarray(LOGITS), (num_draws, 16))
-    tokens, token_logprobs = jax.jit(draw, static_argnums=3)(keys, jnp.arange(num_draws), logits, params)
-    np.testing.assert_allclose(token_logprobs, logprobs[tokens], atol=1e-6)
-    counts = np.bincount(tokens, minlength=16)
-    assert counts[law == 0].sum() == 0
-    possible = law > 0
-    if possible.sum() > 1:
-        assert scipy.stats.chisquare(counts[possible], num_draws * law[possible] / law[possible].sum()).pvalue > 1e-4
+
+def test_a_sample_depends_on_its_key_and_position_only():
+    params = [SamplingParams(), SamplingParams(top_p=0.9), SamplingParams(0.5, top_k=40), SamplingParams(0)] * 8
+    logits = jnp.asarray(np.random.default_rng(4).normal(0, 1, (32, 640)).astype(np.float32))
+    keys, positions, law = jax.random.split(jax.random.key(0), 32), jnp.arange(32) % 5, law_of(params)
+    together = jitted(keys, positions, logits, law, vocab_size=640).token
+
+    order = np.random.default_rng(5).permutation(32)
+    arguments = jax.tree.map(lambda x: x[order], (keys, positions, logits, law))
+    np.testing.assert_array_equal(jitted(*arguments, vocab_size=640).token, together[order])
+    for row in range(8):
+        alone = jax.tree.map(lambda x, row=row: x[row : row + 1], (keys, positions, logits, law))
+        assert jitted(*alone, vocab_size=640).token[0] == together[row]
+
+    is_drawn = np.asarray(law.temperature) > 0
+    one_key, one_law = jnp.broadcast_to(keys[0], 32), law_of([SamplingParams()] * 32)
+    one_row = jnp.broadcast_to(logits[0], logits.shape)
+    assert len(set(np.asarray(jitted(one_key, jnp.arange(32), one_row, one_law, vocab_size=640).token))) > 20
+    assert (
+        np.mean(np.asarray(jitted(keys, positions + 1, logits, law, vocab_size=640).token != together)[is_drawn]) > 0.8
+    )
+
+
+def test_draws_in_a_loop():
+    params = [SamplingParams(0.8, 20, 0.9, 0.01), SamplingParams()]
+    logits = jnp.asarray(np.random.default_rng(6).normal(0, 2, (2, 640)).astype(np.float32))
+    keys, law = jax.random.split(jax.random.key(0), 2), law_of(params)
+
+    def step(carry):
+        i, tokens = carry
+        return i + 1, tokens.at[i].set(draw(keys, jnp.full(2, i), logits, law, vocab_size=640).token)
+
+    loop = jax.jit(lambda: jax.lax.while_loop(lambda carry: carry[0] < 5, step, (0, jnp.zeros((5, 2), jnp.int32)))[1])
+    steps = [jitted(keys, jnp.full(2, i), logits, law, vocab_size=640).token for i in range(5)]
+    np.testing.assert_array_equal(loop(), np.stack(steps))
+
+
+@pytest.mark.parametrize("num_ids", [4096, 1187 * 16])
+def test_a_sharded_vocabulary_draws_the_same_tokens_and_is_not_gathered(num_ids):
+    num_rows = 16
+    mesh = Mesh(np.array(jax.devices()), ("tensor",))
+    params = [SamplingParams(), SamplingParams(0.7, 50, 0.9, 0.001), SamplingParams(0), SamplingParams(top_p=0.95)] * 4
+    logits = np.random.default_rng(7).normal(0, 2, (num_rows, num_ids)).astype(np.float32)
+    options = {"vocab_size": num_ids - 30, "with_entropy": True, "num_top": 4}
+    whole = draw_rows(logits, params, **options)
+
+    keys, positions = jax.random.split(jax.random.key(0), num_rows), jnp.arange(num_rows)
+    sharded = jax.device_put(logits, NamedSharding(mesh, P(None, "tensor")))
+    arguments = jax.device_put((keys, positions, law_of(params)), NamedSharding(mesh, P()))
+    compiled = jitted.lower(*arguments[:2], sharded, arguments[2], is_sharded=True, **options).compile()
+    drawn = compiled(*arguments[:2], sharded, arguments[2])
+    np.testing.assert_array_equal(drawn.token, whole.token)
+    np.testing.assert_array_equal(drawn.top_ids, whole.top_ids)
+    for name in ("logprob", "entropy", "top_logprobs"):
+        np.testing.assert_allclose(getattr(drawn, name), getattr(whole, name), atol=1e-5)
+
+    moved = re.findall(r"= (.*?) (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", compiled.as_text())
+    sizes = [math.prod(map(int, dims.split(","))) for shape, _ in moved for dims in re.findall(r"\[([\d,]+)\]", shape)]
+    assert max(sizes) <= num_rows * num_ids / 8
+
+
+def test_picks_only_what_has_mass():
+    masses = jnp.array([[0, 0.5, 0, 0.5, 0]] * 6 + [[0.0] * 5], jnp.float32)
+    levels = jnp.array([0, 0.4999, 0.5, 0.9999, 1, 2, 0], jnp.float32)
+    np.testing.assert_array_equal(_pick(masses, jnp.cumsum(masses, axis=1), levels), [1, 1, 3, 3, 3, 3, -1])
+    rounded = jnp.broadcast_to(jnp.array([1e-7, 0.5, 0.5000002, 1, 0.9999999], jnp.float32), masses.shape)
+    levels = jnp.array([5e-8, 0.4999, 0.5000001, 0.9999, 1, 2, 0], jnp.float32)
+    np.testing.assert_array_equal(_pick(masses, rounded, levels), [1, 1, 3, 3, 3, 3, -1])
+
+
+@pytest.mark.parametrize(
+    ("field", "values"),
+    {
+        "temperature": [-0.1, 1e-9, math.inf, math.nan],
+        "top_k": [-1, 2**31],
+        "top_p": [0.0, -0.5, 1.01, math.nan],
+        "min_p": [-0.1, 1.5, math.nan],
+    }.items(),
+)
+def test_values_out_of_range_are_refused(field, values):
+    for value in values:
+        with pytest.raises(ValueError, match=re.escape(f"{field}={value!r} is out of range")):
+            SamplingParams(**{field: value})
+
+
+def test_more_likeliest_tokens_than_the_vocabulary_has_are_refused():
+    with pytest.raises(ValueError, match="num_top=6"):
+        draw_rows(np.zeros((1, 8), np.float32), [SamplingParams()], vocab_size=5, num_top=6)

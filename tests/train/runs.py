@@ -81,7 +81,15 @@ def assert_same_run(first, second):
     for name, tensor in weights(first).items():
         np.testing.assert_array_equal(tensor, weights(second)[name], err_msg=name)
     assert read_lines(first / "batches.jsonl") == read_lines(second / "batches.jsonl")
-    timed = ("seconds", "tokens_per_second", "ready_groups", "dropped_groups")
+    timed = (
+        "seconds",
+        "tokens_per_second",
+        "ready_groups",
+        "dropped_groups",
+        "slot_use",
+        "live_rollouts",
+        "preemptions",
+    )
     for one, other in zip(read_lines(first / "metrics.jsonl"), read_lines(second / "metrics.jsonl"), strict=True):
         assert {k: v for k, v in one.items() if not k.endswith(timed)} == {
             k: v for k, v in other.items() if not k.endswith(timed)

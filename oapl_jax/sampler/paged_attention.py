@@ -1,0 +1,215 @@
+"""Attention of one new token a sequence over keys and values that lie in pages.
+
+All layers share one pool of pages: page ``p`` of layer ``l`` is page ``l * (pages per layer) + p`` of the
+pool. So the layers can be scanned with the whole pool as the carry: a layer writes its new tokens in
+place and passes the pool as it is, with ``table + l * (pages per layer)``. A kernel that took one layer's
+slice would get a copy of it in every step.
+
+Dimension letters of this file beyond the legend: "P" pages of the pool, "S" tokens of a page, "M" entries
+of a row's page table.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.gpu import paged_attention as gpu_kernel
+from jax.experimental.pallas.ops.tpu import paged_attention as tpu_kernel
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from oapl_jax.model.attention import MASKED
+from oapl_jax.model.quantized import Int8, dequantize
+from oapl_jax.sharding import BATCH_AXES
+
+Implementation = Literal["tpu", "gpu", "xla"]
+
+TPU_BLOCK_TOKENS = 512
+"""Tokens that the TPU kernel loads at a time: 0.5 MiB of its fast memory at head width 128 in bf16."""
+
+TPU_TABLE_ENTRIES = 128 * 1024
+"""Entries of a page table in one call of the TPU kernel, which holds the table in 1 MiB of scalar memory."""
+
+TPU_LANES = 128
+"""The TPU kernel takes head widths that are a multiple of this."""
+
+GPU_BLOCK_TOKENS = 128
+"""Tokens of one product in the GPU kernel, as in its default of 8 pages of 16."""
+
+GPU_MAX_SPLITS = 16
+"""Parts of a sequence that the GPU kernel computes side by side and then merges; its default."""
+
+
+def choose_implementation(platform: str, head_dim: int = TPU_LANES) -> Implementation:
+    """The implementation for devices of a platform (``jax.Device.platform``) and a head width.
+
+    ``"tpu"`` has its kernel, for heads whose width is a multiple of 128. The kernel for GPUs has only run
+    interpreted on a CPU, so ``"gpu"`` (and every other platform) gets ``"xla"`` until it is measured on
+    hardware to be right and faster.
+    """
+    return "tpu" if platform == "tpu" and head_dim % TPU_LANES == 0 else "xla"
+
+
+def paged_attend(
+    query: Float[Array, "B H C"],
+    k_pages: Float[Array, "K P S C"] | Int8,
+    v_pages: Float[Array, "K P S C"] | Int8,
+    page_table: Int[Array, "B M"],
+    lengths: Int[Array, "B"],
+    *,
+    mesh: Mesh,
+    implementation: Implementation,
+    interpret: bool = False,
+) -> Float[Array, "B H C"]:
+    """Softmax attention of one query a row over the first ``lengths[b]`` tokens of the row's pages.
+
+    The kernels run under ``shard_map``: query heads are split over mesh axis ``tensor``, kv heads too
+    where it divides them (otherwise every device holds all, as in ``sharding.shardings``), rows over the
+    batch axes where those divide them. Scores and softmax are float32; ``"tpu"`` rounds keys and values
+    to bfloat16 whatever the pages' dtype, ``"gpu"`` rounds queries to the pages' dtype.
+
+    Args:
+        query: after norm and rope, not scaled.
+        k_pages: every number finite, unused pages as well: hidden tokens get weight 0, and 0 * NaN is NaN.
+        v_pages: like ``k_pages``.
+        page_table: page ``page_table[b, i]`` holds tokens ``i * S`` to ``i * S + S - 1`` of row b. Entries
+            beyond the row's length may be any number; they are clamped to a page that exists.
+        lengths: visible tokens; the result of a row with 0 is finite and means nothing.
+        mesh: the devices of the pages.
+        implementation: see ``choose_implementation``.
+        interpret: run the kernel in Pallas's interpreter, for tests on a CPU.
+
+    Raises:
+        ValueError: heads that the mesh cannot split or the kernel cannot take, or int8 pages for a kernel.
+    """
+    H, C = query.shape[1:]
+    K, P, S, _ = k_pages.shape
+    if H % K:
+        raise ValueError(f"{H} query heads do not share {K} kv heads evenly; H must be a multiple of K")
+    with jax.named_scope("paged_attention"):
+        # The kernels load whole blocks of the table, used or not.
+        page_table = jnp.clip(page_table, 0, P - 1).astype(jnp.int32)
+        lengths = jnp.clip(lengths, 0, page_table.shape[1] * S).astype(jnp.int32)
+        if implementation == "xla":
+            output = _attend_xla(query, k_pages, v_pages, page_table, lengths)
+        elif isinstance(k_pages, Int8) or isinstance(v_pages, Int8):
+            # The TPU kernel would take int8, but lays out a float32 scale for each number: five bytes a number.
+            raise ValueError(f"int8 pages: kernel {implementation!r} takes floats only; choose implementation 'xla'")
+        else:
+            attend = functools.partial({"tpu": _attend_tpu, "gpu": _attend_gpu}[implementation], interpret=interpret)
+            # The kernels do not scale. In float32: for most widths C**-0.5 is no power of two, and
+            # bfloat16 would round again.
+            scaled = query.astype(jnp.float32) * C**-0.5
+            output = _over_mesh(attend, mesh, scaled, k_pages, v_pages, page_table, lengths)
+        return output.astype(query.dtype)
+
+
+def _attend_xla(query: Array, k_pages: Any, v_pages: Any, page_table: Array, lengths: Array) -> Array:
+    """Gathers the pages of each row; rounds where ``attention.attend`` does. Runs on any platform."""
+    B, H, C = query.shape
+    K, _, S, _ = k_pages.shape
+    M = page_table.shape[1]
+    query_BKgC = query.reshape(B, K, H // K, C)
+    keys, values = (jax.tree.map(lambda array: array[:, page_table], pages) for pages in (k_pages, v_pages))
+    if isinstance(keys, Int8):
+        keys, values = dequantize(keys, query.dtype), dequantize(values, query.dtype)
+    scores = jnp.einsum("BKgC,KBMSC->BKgMS", query_BKgC, keys, preferred_element_type=jnp.float32) * C**-0.5
+    is_visible = jnp.arange(M * S).reshape(M, S) < lengths[:, None, None]
+    weights = jax.nn.softmax(jnp.where(is_visible[:, None, None], scores, MASKED), axis=(-2, -1))
+    output = jnp.einsum("BKgMS,KBMSC->BKgC", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+    return output.reshape(B, H, C)
+
+
+def _attend_tpu(
+    query: Array, k_pages: Array, v_pages: Array, page_table: Array, lengths: Array, *, interpret: bool
+) -> Array:
+    C, S = query.shape[-1], k_pages.shape[2]
+    if C % TPU_LANES and not interpret:
+        raise ValueError(f"head width {C}: the TPU kernel takes multiples of {TPU_LANES}; choose implementation 'xla'")
+    pages_per_block = max(1, min(page_table.shape[1], TPU_BLOCK_TOKENS // S))
+    page_table = _pad_table(page_table, pages_per_block)
+    num_rows = max(1, TPU_TABLE_ENTRIES // page_table.shape[1])
+    with pltpu.force_tpu_interpret_mode() if interpret else contextlib.nullcontext():
+        outputs = [
+            # A float32 query: the kernel keeps its running sum in the query's dtype.
+            tpu_kernel.paged_attention(
+                query[start : start + num_rows],
+                k_pages,
+                v_pages,
+                lengths[start : start + num_rows],
+                page_table[start : start + num_rows],
+                pages_per_compute_block=pages_per_block,
+            )
+            for start in range(0, query.shape[0], num_rows)
+        ]
+    return jnp.concatenate(outputs)
+
+
+def _attend_gpu(
+    query: Array, k_pages: Array, v_pages: Array, page_table: Array, lengths: Array, *, interpret: bool
+) -> Array:
+    pages_per_block = max(1, GPU_BLOCK_TOKENS // k_pages.shape[2])
+    num_splits = min(GPU_MAX_SPLITS, -(-page_table.shape[1] // pages_per_block))
+    return gpu_kernel.paged_attention(
+        query.astype(k_pages.dtype),
+        k_pages,
+        v_pages,
+        _pad_table(page_table, num_splits * pages_per_block),
+        lengths,
+        pages_per_compute_block=pages_per_block,
+        k_splits=num_splits,
+        interpret=interpret,
+    )
+
+
+def _pad_table(page_table: Array, multiple: int) -> Array:
+    """Appends pages that no length reaches, so that the kernel's blocks come out even."""
+    return jnp.pad(page_table, ((0, 0), (0, -page_table.shape[1] % multiple)))
+
+
+def _over_mesh(
+    attend: Callable[..., Array],
+    mesh: Mesh,
+    query: Array,
+    k_pages: Array,
+    v_pages: Array,
+    page_table: Array,
+    lengths: Array,
+) -> Array:
+    """A kernel on every device of the mesh; XLA cannot partition kernels by itself."""
+    B, H, _ = query.shape
+    K, P, _, _ = k_pages.shape
+    tensor = mesh.shape["tensor"]
+    is_split = K % tensor == 0
+    if not is_split and (tensor % K or H % tensor):
+        raise ValueError(
+            f"{H} query heads and {K} kv heads over tensor={tensor}: the kernel needs each device's query heads to"
+            f" share one kv head or to have their own; choose a tensor that divides {K}, or a multiple of {K} that"
+            f" divides {H}, or implementation 'xla'"
+        )
+    rows = BATCH_AXES if B % math.prod(mesh.shape[axis] for axis in BATCH_AXES) == 0 else None
+    heads = PartitionSpec(rows, "tensor")
+    pages = PartitionSpec("tensor") if is_split else PartitionSpec()
+
+    @functools.partial(
+        jax.shard_map,
+        mesh=mesh,
+        in_specs=(heads, pages, pages, PartitionSpec(rows), PartitionSpec(rows)),
+        out_specs=heads,
+        check_vma=False,
+    )
+    def on_device(query: Array, k_pages: Array, v_pages: Array, page_table: Array, lengths: Array) -> Array:
+        if not is_split:
+            # All kv heads are here and one is needed. Slicing it out would copy the pool, so the heads
+            # are laid end to end instead, which moves nothing, and the table points into the one.
+            head = jax.lax.axis_index("tensor") * K // tensor
+            page_table = page_table + head * P
+            k_pages, v_pages = (array.reshape(1, K * P, *array.shape[2:]) for array in (k_pages, v_pages))
+        return attend(query, k_pages, v_pages, page_table, lengths)
+
+    return on_device(query, k_pages, v_pages, page_table, lengths)

@@ -1,0 +1,142 @@
+"""Every implementation against a transcription in float64, kernels in Pallas's interpreter and lowered for their platform."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from oapl_jax.config import MeshConfig
+from oapl_jax.sampler import paged_attention
+from oapl_jax.sampler.paged_attention import choose_implementation, paged_attend
+from oapl_jax.sharding import make_meshes
+
+PAGE, WIDTH, NUM_LAYERS, LAYER_PAGES = 4, 8, 2, 9
+LENGTHS = [1, PAGE, PAGE + 1, 3 * PAGE, 0, 2 * PAGE - 1]
+TABLE = [
+    [4, -7, 10**6],
+    [2, 18, -1],
+    [3, 5, 10**6],
+    # Two rows share the pages of a prompt with the one above and go on alone.
+    [3, 7, 0],
+    [-1, -1, -1],
+    [3, 8, 17],
+]
+TOLERANCE = 1e-6
+"""Float32 sums in another order. The TPU kernel rounds keys and values to bfloat16: its pages are rounded before."""
+
+
+def make_inputs(num_heads, num_kv_heads, seed=0):
+    rng = np.random.default_rng(seed)
+    shape = (num_kv_heads, NUM_LAYERS * LAYER_PAGES, PAGE, WIDTH)
+    query = rng.normal(0, 3, (len(LENGTHS), num_heads, WIDTH)).astype(np.float32)
+    k_pages, v_pages = (np.asarray(jnp.bfloat16(rng.normal(0, 1, shape)), np.float32) for _ in range(2))
+    return query, k_pages, v_pages
+
+
+def expected(query, k_pages, v_pages, table, length):
+    """One row's attention, one head at a time."""
+    output = np.zeros(query.shape)
+    group = len(query) // len(k_pages)
+    slots = [(table[i // PAGE], i % PAGE) for i in range(length)]
+    for head in range(len(query)):
+        keys, values = (
+            np.stack([pages[head // group][slot] for slot in slots]).astype(float) for pages in (k_pages, v_pages)
+        )
+        scores = keys @ query[head] / np.sqrt(WIDTH)
+        weights = np.exp(scores - scores.max())
+        output[head] = weights @ values / weights.sum()
+    return output
+
+
+def check(implementation, words, num_heads, num_kv_heads, *, lengths=LENGTHS, layer=1, interpret=True):
+    query, k_pages, v_pages = make_inputs(num_heads, num_kv_heads)
+    table = np.asarray(TABLE, np.int32) + layer * LAYER_PAGES
+    mesh, _ = make_meshes(MeshConfig(trainer=words))
+    attend = functools.partial(paged_attend, mesh=mesh, implementation=implementation, interpret=interpret)
+    output = np.asarray(jax.jit(attend)(query, k_pages, v_pages, table, np.asarray(lengths, np.int32)))
+    assert np.isfinite(output).all()
+    for row, length in enumerate(lengths):
+        if length:
+            np.testing.assert_allclose(
+                output[row],
+                expected(query[row], k_pages, v_pages, table[row], length),
+                atol=TOLERANCE,
+                err_msg=f"row {row}",
+            )
+
+
+@pytest.mark.parametrize("group", [1, 2, 5])
+@pytest.mark.parametrize("implementation", ["xla", "gpu", "tpu"])
+def test_rows_see_their_tokens_and_no_others(implementation, group):
+    check(implementation, "data=1", 2 * group, 2)
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_table_points_into_one_layer_of_the_pool(layer):
+    check("xla", "data=1", 2, 1, layer=layer)
+
+
+@pytest.mark.parametrize("idle", [(0,), (5,), (0, 1, 3), (2, 3, 4, 5), range(6)], ids=str)
+def test_idle_rows_anywhere_do_not_disturb_the_tpu_kernel(idle):
+    # It fetches the pages of the next row that has any while it computes.
+    check("tpu", "data=1", 2, 1, lengths=[0 if row in idle else length for row, length in enumerate(LENGTHS)])
+
+
+def test_tables_larger_than_the_memory_of_a_tpu_kernel(monkeypatch):
+    monkeypatch.setattr(paged_attention, "TPU_TABLE_ENTRIES", 2 * len(TABLE[0]))
+    check("tpu", "data=1", 2, 1)
+
+
+@pytest.mark.parametrize(
+    ("words", "num_heads", "num_kv_heads"),
+    [
+        pytest.param("tensor=2", 10, 2, id="kv-heads-split"),
+        pytest.param("tensor=2", 10, 1, id="one-kv-head-everywhere"),
+        pytest.param("tensor=4", 12, 2, id="kv-heads-of-two-devices-each"),
+        pytest.param("data=2,tensor=2", 4, 2, id="rows-split-too"),
+        pytest.param("data=2,fsdp=2,tensor=2", 4, 2, id="rows-that-do-not-divide"),
+    ],
+)
+@pytest.mark.parametrize("implementation", ["xla", "gpu", "tpu"])
+def test_heads_over_a_mesh_give_the_same(implementation, words, num_heads, num_kv_heads):
+    check(implementation, words, num_heads, num_kv_heads)
+
+
+@pytest.mark.parametrize("implementation", ["gpu", "tpu"])
+def test_heads_that_a_kernel_cannot_split_are_refused(implementation):
+    with pytest.raises(ValueError, match="6 query heads and 3 kv heads over tensor=2"):
+        check(implementation, "tensor=2", 6, 3)
+
+
+def test_query_heads_that_do_not_share_kv_heads_evenly_are_refused():
+    with pytest.raises(ValueError, match="5 query heads do not share 2 kv heads"):
+        check("xla", "data=1", 5, 2)
+
+
+@pytest.mark.parametrize("num_pages", [1, 7, 33, 512])
+@pytest.mark.parametrize("implementation", ["gpu", "tpu"])
+def test_kernels_lower_for_their_platform_with_any_length_of_the_table(implementation, num_pages):
+    shape = jax.ShapeDtypeStruct
+    pages = shape((2, 100, 64, 128), jnp.bfloat16)
+    mesh, _ = make_meshes(MeshConfig(trainer="tensor=2"))
+    attend = jax.jit(functools.partial(paged_attend, mesh=mesh, implementation=implementation))
+    traced = attend.trace(
+        shape((3, 10, 128), jnp.bfloat16), pages, pages, shape((3, num_pages), jnp.int32), shape((3,), jnp.int32)
+    )
+    platform = "cuda" if implementation == "gpu" else "tpu"
+    assert "custom_call" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_head_widths_that_the_tpu_kernel_does_not_take_are_refused():
+    with pytest.raises(ValueError, match="head width 8"):
+        check("tpu", "data=1", 2, 1, interpret=False)
+
+
+@pytest.mark.parametrize(
+    ("platform", "head_dim", "implementation"),
+    [("tpu", 128, "tpu"), ("tpu", 64, "xla"), ("gpu", 128, "xla"), ("cpu", 128, "xla")],
+)
+def test_choice(platform, head_dim, implementation):
+    assert choose_implementation(platform, head_dim) == implementation
