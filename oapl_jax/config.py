@@ -56,7 +56,7 @@ class RunConfig(Section):
     allow_config_change: bool = False
     """Resume in a run directory that was started with another config."""
     compile_cache: str | None = "~/.cache/oapl_jax"
-    """Folder of compiled programs, for all runs: a second start compiles nothing anew; null: none."""
+    """Folder of compiled programs, for all runs on GPUs and TPUs: a second start compiles nothing anew; null: none."""
 
 
 class ModelConfig(Section):

@@ -61,8 +61,11 @@ def open_run(config: Any, schema: type[Section]) -> pathlib.Path:
 
 
 def use_compile_cache(folder: str | None) -> None:
-    """Keeps compiled programs in a folder, unless ``JAX_COMPILATION_CACHE_DIR`` names another."""
-    if folder is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    """Keeps compiled programs in a folder, unless ``JAX_COMPILATION_CACHE_DIR`` names another.
+
+    Not on CPU, where programs are compiled in seconds: there jax 0.10.2 crashed while it wrote one of ours.
+    """
+    if folder is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.default_backend() != "cpu":
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 

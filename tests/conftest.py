@@ -2,18 +2,12 @@
 
 import os
 import pathlib
-import tempfile
 
 # Before anything imports jax.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _DEVICES = "--xla_force_host_platform_device_count=8"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
-
-# Programs are compiled once for all tests and the processes that they start; a fresh folder each time.
-_CACHE = tempfile.TemporaryDirectory(prefix="oapl_jax-tests-")
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", _CACHE.name)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 import pytest  # noqa: E402
 
