@@ -174,7 +174,8 @@ def ours(workload: Workload) -> Callable[[int], Report]:
     from oapl_jax.config import MeshConfig
     from oapl_jax.model.qwen import QwenConfig, abstract, initialize
     from oapl_jax.sampler.engine import Engine
-    from oapl_jax.sampler.scheduler import Request, Scheduler, Stats
+    from oapl_jax.sampler.request import Request
+    from oapl_jax.sampler.scheduler import Scheduler, Stats
     from oapl_jax.sharding import SAMPLER_RULES, make_meshes, shardings
 
     config = QwenConfig.from_hf({"model_type": "qwen3", **MODEL})

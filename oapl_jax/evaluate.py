@@ -10,8 +10,8 @@ from oapl_jax import passk
 from oapl_jax.rewards.grader import Grader
 from oapl_jax.sampler.engine import Engine
 from oapl_jax.sampler.replicas import Replicas
+from oapl_jax.sampler.request import Request
 from oapl_jax.sampler.sampling import SamplingParams
-from oapl_jax.sampler.scheduler import Request
 from oapl_jax.types import Metrics, Prompt, Verdict
 
 EVALUATION_STREAM = 2**32 - 1

@@ -10,7 +10,7 @@ from oapl_jax.job import Job
 from oapl_jax.learner.batch import from_pairs
 from oapl_jax.model.logprob import sequence_logprobs
 from oapl_jax.sampler.replicas import Replicas
-from oapl_jax.sampler.scheduler import Request
+from oapl_jax.sampler.request import Request
 from oapl_jax.sharding import batch_sharding
 
 PARITY_STREAM = 2**32 - 2

@@ -63,7 +63,7 @@ def open_run(config: Any, schema: type[Section]) -> pathlib.Path:
 def use_compile_cache(folder: str | None) -> None:
     """Keeps compiled programs in a folder, unless ``JAX_COMPILATION_CACHE_DIR`` names another.
 
-    Not on CPU, where programs are compiled in seconds: there jax 0.10.2 crashed while it wrote one of ours.
+    Not on CPU, where programs are compiled in seconds and are those of one kind of processor.
     """
     if folder is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.default_backend() != "cpu":
         jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser()))

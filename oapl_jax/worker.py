@@ -24,8 +24,9 @@ from oapl_jax.rollouts.buffer import GroupBuffer, Ticket
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.sampler.engine import Engine
 from oapl_jax.sampler.replicas import Replicas
+from oapl_jax.sampler.request import Request
 from oapl_jax.sampler.sampling import SamplingParams
-from oapl_jax.sampler.scheduler import Request, Stats
+from oapl_jax.sampler.scheduler import Stats
 from oapl_jax.types import Grade, GradedRollout, Metrics, Prompt, Rollout, RolloutGroup, Verdict
 
 POLL_SECONDS = 0.2

@@ -185,7 +185,7 @@ class Engine:
             num_top=num_top,
         )
         stops = jnp.asarray(self.stop_ids)
-        self._draw, self._num_top, self._with_entropy = draw_fn, num_top, with_entropy
+        self._num_top, self._with_entropy = num_top, with_entropy
         replicated: Any = NamedSharding(mesh, PartitionSpec())
         self._prefill = jax.jit(
             functools.partial(_prefill, graphdef, model_config, cache_dtype),
@@ -211,12 +211,10 @@ class Engine:
         Raises:
             ValueError: names the first parameter that differs, and its shapes.
         """
-        expected = dict(jax.tree_util.tree_leaves_with_path(self._abstract_params))
-        given = dict(jax.tree_util.tree_leaves_with_path(params))
-        for path in expected | given:
-            name = "/".join(str(getattr(key, "key", getattr(key, "name", key))) for key in path).removesuffix("/value")
-            shapes = [list(tree[path].shape) if path in tree else "no such parameter" for tree in (given, expected)]
-            if shapes[0] != shapes[1]:
+        expected, given = _shapes(self._abstract_params), _shapes(params)
+        for name in expected | given:
+            if expected.get(name) != given.get(name):
+                shapes = [list(tree[name]) if name in tree else "no such parameter" for tree in (given, expected)]
                 raise ValueError(f"parameter {name} is {shapes[0]}, the engine's model has {shapes[1]}")
 
     def pages_of(self, num_tokens: int) -> int:
@@ -301,7 +299,6 @@ class Engine:
         state: DecodeState,
         slots: Int[np.ndarray, "B"],
         page_table: Int[np.ndarray, "B M"],
-        max_steps: int | None = None,
         num_enough: int | None = None,
     ) -> tuple[DecodeState, Int[Array, "B X"]]:
         """Decodes a chunk of the sequences in some slots; the state is consumed.
@@ -311,17 +308,13 @@ class Engine:
             state: of the call before.
             slots: each at most once; out of range: padding.
             page_table: pages of each sequence, enough for the tokens that the chunk may add.
-            max_steps: at most ``decode_steps``, the default.
-            num_enough: the chunk also ends when so many sequences of it have ended; default all.
+            num_enough: the chunk ends early when so many sequences of it have ended; default all.
 
         Returns:
             The new state, and for ``unpack`` everything else in one array: one copy to the host.
         """
-        steps = self.decode_steps if max_steps is None else min(max_steps, self.decode_steps)
         enough = len(slots) if num_enough is None else num_enough
-        return self._generate(
-            params, np.asarray(slots, np.int32), page_table, np.int32(steps), np.int32(enough), state=state
-        )
+        return self._generate(params, np.asarray(slots, np.int32), page_table, np.int32(enough), state=state)
 
     def unpack(self, packed: Int[np.ndarray, "B X"]) -> Decoded:
         """What ``generate`` returned, on the host."""
@@ -360,6 +353,12 @@ class Engine:
         replicated: Any = NamedSharding(self.mesh, PartitionSpec())
         pages: Any = self._kv_sharding(0, 4)
         return DecodeState(KVPages(pages, pages), *[replicated] * (len(DecodeState._fields) - 1))
+
+
+def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
+    """Of each parameter by its name; of a quantised one it is that of its values."""
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    return {"/".join(str(key.key) for key in path): param.get_value().shape for path, param in leaves}
 
 
 def _prefill(
@@ -420,7 +419,6 @@ def _generate(
     params: Params,
     slots: Int[Array, "B"],
     table: Int[Array, "B M"],
-    max_steps: Int[Array, ""],
     num_enough: Int[Array, ""],
     state: DecodeState,
 ) -> tuple[DecodeState, Int[Array, "B X"]]:
@@ -456,7 +454,7 @@ def _generate(
 
     def goes_on(carry: Any) -> Array:
         i, rows, _, _ = carry
-        return (i <= max_steps) & (jnp.sum(rows.is_done) < jnp.minimum(num_enough, slots.shape[0]))
+        return (i <= num_steps) & (jnp.sum(rows.is_done) < jnp.minimum(num_enough, slots.shape[0]))
 
     # Column 0 is for the tokens that insert drew since the last call.
     out = jax.tree.map(

@@ -160,6 +160,7 @@ class JetStreamEngine(engine_api.Engine):
             raise ValueError(
                 f"max_prompt_tokens={engine.max_prompt_tokens}: JetStream takes less than {LONGEST_PREFILL}"
             )
+        engine.check_params(params)
         self._engine, self._params = engine, params
         self._tokenizer = JetStreamTokenizer(tokenizer, engine.stop_ids, is_chat=is_chat)
         self._samples_per_slot, self._sampling, self._seed = samples_per_slot, sampling, seed

@@ -14,7 +14,7 @@ Two ways to decode over it, both ``Attend`` functions of the model:
 
 Where the cache is int8, each "Array" here is an ``Int8`` whose scale is that of one token and head. Keys
 and values are quantised once, before anything sees them: prompts and steps attend to what the pages will
-hold, so a token's log-probability does not depend on where a chunk ends or on what was prefilled again.
+hold, so where a chunk ends does not matter. (What is prefilled again may round some number otherwise.)
 """
 
 import functools

@@ -7,7 +7,7 @@ waits for another's sequences, and a request's rollouts are the same on whicheve
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Generic, TypeVar
 
@@ -16,7 +16,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from oapl_jax.sampler.engine import Engine, Params
-from oapl_jax.sampler.scheduler import Request, Scheduler, Stats, run
+from oapl_jax.sampler.request import Request
+from oapl_jax.sampler.scheduler import Scheduler, Stats, run
 from oapl_jax.types import Rollout
 
 Tag = TypeVar("Tag")
@@ -72,7 +73,6 @@ class Replicas(Generic[Tag]):
     Args:
         engines: one for each replica.
         device_lock: see ``Scheduler``.
-        decode: see ``Scheduler``.
         fixed_shapes: see ``Scheduler``.
     """
 
@@ -81,11 +81,10 @@ class Replicas(Generic[Tag]):
         engines: Sequence[Engine],
         device_lock: AbstractContextManager,
         *,
-        decode: Callable[[list[int]], str] | None = None,
         fixed_shapes: bool = False,
     ):
         self._schedulers: list[Scheduler[Tag]] = [
-            Scheduler(engine, device_lock, decode=decode, fixed_shapes=fixed_shapes) for engine in engines
+            Scheduler(engine, device_lock, fixed_shapes=fixed_shapes) for engine in engines
         ]
         self._meshes = [engine.mesh for engine in engines]
         self._whole: Params = None

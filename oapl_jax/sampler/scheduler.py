@@ -22,12 +22,12 @@ from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
-from jaxtyping import Int
 
-from oapl_jax.sampler.engine import Decoded, Engine, Params, Start
+from oapl_jax.sampler.engine import Engine, Params, Start
 from oapl_jax.sampler.page_pool import PagePool
+from oapl_jax.sampler.request import LiveGroup, LiveSequence, Request
 from oapl_jax.sampler.sampling import SamplingParams
-from oapl_jax.types import FinishReason, Rollout
+from oapl_jax.types import Rollout
 
 Tag = TypeVar("Tag")
 
@@ -36,29 +36,6 @@ QUEUE = 4
 
 REFILL_FRACTION = 8
 """Where a chunk may end early it does so when one in so many of its sequences has ended and others wait."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Request(Generic[Tag]):
-    """G rollouts of one prompt."""
-
-    tag: Tag
-    """Whatever the caller knows the group by; comes back with its rollouts."""
-    prompt_token_ids: Int[np.ndarray, "_P"]
-    num_rollouts: int
-    seed: tuple[int, int, int]
-    """Root seed, stream, index in it; rollout g draws with ``key(root)`` folded with stream, index and g."""
-    sampling: SamplingParams = dataclasses.field(default_factory=SamplingParams)
-    max_tokens: int | tuple[int, ...] | None = None
-    """Limit of the responses, or of each; None: the engine's."""
-    needs_logprobs: bool = True
-    """False for greedy requests, whose rollouts have NaN for log-probabilities."""
-    stop_strings: tuple[str, ...] = ()
-    """A response ends with the token that completes one of them."""
-    expected_tokens: float | None = None
-    """Likely length of a response, for the order; None: the limit."""
-    timeout: float | None = None
-    """Seconds after which the request is dropped; see ``Scheduler.expired``."""
 
 
 @dataclasses.dataclass
@@ -76,8 +53,6 @@ class Stats:
     preemptions: int = 0
     expired: int = 0
     """Requests dropped by their timeout."""
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
     host_gap_seconds: float = 0.0
     """Time in which nothing was enqueued on the device although sequences were live."""
 
@@ -87,70 +62,23 @@ class Stats:
         return self.live_row_steps / max(1, self.row_steps)
 
 
-@dataclasses.dataclass(eq=False)
-class _Group(Generic[Tag]):
-    request: Request[Tag]
-    deadline: float | None
-    block: int
-    """Groups of an earlier block start before it."""
-    finished: dict[int, Rollout] = dataclasses.field(default_factory=dict)
+@dataclasses.dataclass(frozen=True)
+class _Prefill(Generic[Tag]):
+    """Tokens to be prefilled, for sequences that go on from there."""
 
-
-@dataclasses.dataclass(eq=False)
-class _Sequence(Generic[Tag]):
-    """One rollout that has not ended."""
-
-    group: _Group[Tag]
-    index: int
-    limit: int
-    tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
-    logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
-    entropy: list[np.ndarray] = dataclasses.field(default_factory=list)
-    top: list[tuple[np.ndarray, np.ndarray]] = dataclasses.field(default_factory=list)
-    num_tokens: int = 0
-    slot: int | None = None
-    """None: it waits for pages and a prefill."""
-    pages: list[int] = dataclasses.field(default_factory=list)
-    unread: list["_Chunk"] = dataclasses.field(default_factory=list)
-    """Chunks that decode it and whose results have not been read."""
-    started: int = -1
-    """Order in which it began to decode; -1: it has a slot and has not yet."""
-    has_ended: bool = False
-
-    @property
-    def prompt_length(self) -> int:
-        return len(self.group.request.prompt_token_ids)
-
-    @property
-    def next_write(self) -> int:
-        """Position of the last token known, which the next step writes to the cache."""
-        return self.prompt_length + max(self.num_tokens, 1) - 1
-
-    @property
-    def end(self) -> int:
-        return self.prompt_length + self.limit
-
-    @property
-    def surely_ends(self) -> bool:
-        """The unread chunks reach its limit, if nothing ended it before."""
-        return self.next_write + sum(chunk.sure_steps for chunk in self.unread) + 1 >= self.end and bool(self.unread)
-
-    def prefix(self) -> np.ndarray:
-        """What has to be in the cache before it can go on: all but the last token."""
-        return np.concatenate([self.group.request.prompt_token_ids, *self.tokens])[: self.next_write or None]
+    prefix: np.ndarray
+    sequences: list[LiveSequence[Tag]]
+    num_shared: int
+    """Of their pages, those that another rollout of the group has filled."""
 
 
 @dataclasses.dataclass(eq=False)
 class _Chunk:
     """A call of ``generate`` that is under way."""
 
-    sequences: list[_Sequence]
+    sequences: list[LiveSequence]
     packed: Any
-    max_steps: int
-    sure_steps: int
-    """Steps that every sequence of it makes unless it ends."""
     num_rows: int
-    started: float
 
 
 class Scheduler(Generic[Tag]):
@@ -189,13 +117,15 @@ class Scheduler(Generic[Tag]):
             self._state = engine.init_decode_state()
         self._pool = PagePool(engine.num_pages)
         self._free_slots = list(range(engine.num_slots - 1, -1, -1))
-        self._waiting: list[list[_Sequence[Tag]]] = []
+        self._waiting: list[list[LiveSequence[Tag]]] = []
         """Sequences without a slot, those that begin with the same tokens together, in the order of starting."""
-        self._live: list[_Sequence[Tag]] = []
+        self._live: list[LiveSequence[Tag]] = []
         """Sequences with a slot."""
         self._chunks: collections.deque[_Chunk] = collections.deque()
         self._starts = itertools.count()
         self._num_submitted = 0
+        self._params: Params = None
+        self._has_deadlines = False
         self._idle_since: float | None = None
         self.stats = Stats()
         self.expired: list[Tag] = []
@@ -240,12 +170,20 @@ class Scheduler(Generic[Tag]):
         """
         limits = self._check(request)
         deadline = None if request.timeout is None else time.monotonic() + request.timeout
-        group = _Group(request, deadline, self._num_submitted // (QUEUE * self._engine.num_rows))
+        group = LiveGroup(request, deadline, self._num_submitted // (QUEUE * self._engine.num_rows))
         self._num_submitted += request.num_rollouts
-        self._enqueue([_Sequence(group, index, limit) for index, limit in enumerate(limits)])
+        self._has_deadlines = self._has_deadlines or deadline is not None
+        self._enqueue([LiveSequence(group, index, limit) for index, limit in enumerate(limits)])
 
     def step(self, params: Params) -> list[tuple[Tag, list[Rollout]]]:
-        """Starts what fits, decodes a chunk, reads results; returns the groups that they finished."""
+        """Starts what fits, decodes a chunk, reads results; returns the groups that they finished.
+
+        Raises:
+            ValueError: the parameters are those of another architecture.
+        """
+        if params is not self._params:
+            self._engine.check_params(params)
+            self._params = params
         self._expire()
         self._admit(params)
         finished = []
@@ -324,10 +262,10 @@ class Scheduler(Generic[Tag]):
             raise ValueError(f"{name}: stop_strings={request.stop_strings} need a scheduler that was given `decode`")
         return limits
 
-    def _enqueue(self, sequences: list[_Sequence[Tag]]) -> None:
+    def _enqueue(self, sequences: list[LiveSequence[Tag]]) -> None:
         """Preempted ones (in the order of their first start) before new ones (of a block the longest first)."""
 
-        def order(entry: list[_Sequence[Tag]]) -> tuple[float, ...]:
+        def order(entry: list[LiveSequence[Tag]]) -> tuple[float, ...]:
             request = entry[0].group.request
             expected = max(sequence.limit for sequence in entry)
             if request.expected_tokens is not None:
@@ -341,17 +279,18 @@ class Scheduler(Generic[Tag]):
         """Prefills what waits, while there are rows that nothing with a slot could fill."""
         engine = self._engine
         while self._waiting and self._num_going_on() < engine.num_rows and self._free_slots:
-            batch: list[tuple[np.ndarray, list[_Sequence[Tag]]]] = []
+            batch: list[_Prefill[Tag]] = []
             while self._waiting and self._num_going_on() < engine.num_rows:
                 entry = self._waiting[0]
                 prefix = entry[0].prefix()
                 padded = engine.padded_length(len(prefix))
                 most = 1 if self._fixed_shapes else engine.prompts_at_once(padded)
-                if batch and (len(batch) == most or padded != engine.padded_length(len(batch[0][0]))):
+                if batch and (len(batch) == most or padded != engine.padded_length(len(batch[0].prefix))):
                     break
-                if not (started := self._take_pages(entry, len(prefix))):
+                shared = self._shared_pages(entry[0])
+                if not (started := self._take_pages(entry, len(prefix), shared)):
                     break
-                batch.append((prefix, started))
+                batch.append(_Prefill(prefix, started, len(shared)))
                 del entry[: len(started)]
                 if not entry:
                     del self._waiting[0]
@@ -359,17 +298,16 @@ class Scheduler(Generic[Tag]):
                 return
             self._start(params, batch)
 
-    def _take_pages(self, entry: list[_Sequence[Tag]], length: int) -> list[_Sequence[Tag]]:
+    def _take_pages(self, entry: list[LiveSequence[Tag]], length: int, shared: list[int]) -> list[LiveSequence[Tag]]:
         """Gives pages and slots to as many of the sequences as there are pages for.
 
         Every live sequence may need another page in the next chunk; unless there are none, those are left free.
         """
         page_size = self._engine.page_size
         num_full, has_tail = length // page_size, length % page_size > 0
-        shared = self._shared_pages(entry[0])
         num_new = num_full - len(shared)
         per_sequence = int(has_tail) + 1
-        room = self._pool.num_free - num_new - (len(self._live) if self._live else 0)
+        room = self._pool.num_free - num_new - len(self._live)
         count = min(len(entry), room // per_sequence, len(self._free_slots))
         if count < 1:
             if self._live or self._chunks:
@@ -382,7 +320,7 @@ class Scheduler(Generic[Tag]):
             self._live.append(sequence)
         return entry[:count]
 
-    def _shared_pages(self, sequence: _Sequence[Tag]) -> list[int]:
+    def _shared_pages(self, sequence: LiveSequence[Tag]) -> list[int]:
         """Full pages of the prompt that another rollout of the group holds."""
         num_full = sequence.prompt_length // self._engine.page_size
         for other in self._live:
@@ -390,31 +328,30 @@ class Scheduler(Generic[Tag]):
                 return other.pages[:num_full]
         return []
 
-    def _start(self, params: Params, batch: list[tuple[np.ndarray, list[_Sequence[Tag]]]]) -> None:
-        engine, began = self._engine, time.perf_counter()
-        sequences = [(n, sequence) for n, (_, started) in enumerate(batch) for sequence in started]
-        num_prompts, padded = 1 << (len(batch) - 1).bit_length(), engine.padded_length(len(batch[0][0]))
+    def _start(self, params: Params, batch: list[_Prefill[Tag]]) -> None:
+        engine = self._engine
+        sequences = [(n, sequence) for n, prefill in enumerate(batch) for sequence in prefill.sequences]
+        num_prompts, padded = 1 << (len(batch) - 1).bit_length(), engine.padded_length(len(batch[0].prefix))
         start = self._empty_start(num_prompts, padded, len(sequences))
-        for n, (prefix, started) in enumerate(batch):
-            num_full = len(prefix) // engine.page_size
-            start.full_pages[n, :num_full] = started[0].pages[:num_full]
+        for n, prefill in enumerate(batch):
+            to_write = slice(prefill.num_shared, len(prefill.prefix) // engine.page_size)
+            start.full_pages[n, to_write] = prefill.sequences[0].pages[to_write]
         for i, (n, sequence) in enumerate(sequences):
             request = sequence.group.request
             start.slots[i], start.source[i], start.ends[i] = sequence.slot, n, sequence.end
             start.seeds[i] = (*request.seed, sequence.index)
             start.given[i] = sequence.tokens[-1][-1] if sequence.num_tokens else -1
-            if len(batch[n][0]) % engine.page_size:
+            if len(batch[n].prefix) % engine.page_size:
                 start.tail_pages[i] = sequence.pages[-1]
         laws = [sequence.group.request.sampling for _, sequence in sequences]
         laws += [SamplingParams()] * (len(start.slots) - len(laws))
         start = start._replace(law=engine.law(laws))
-        self._count_gap(began)
+        self._count_gap()
         with self._device_lock:
-            prefix = engine.prefill(params, [prefix for prefix, _ in batch])
+            prefix = engine.prefill(params, [prefill.prefix for prefill in batch])
             self._state = engine.insert(prefix, self._state, start)
             self._finish_on_device()
-        self.stats.prefill_tokens += sum(len(prefix) for prefix, _ in batch)
-        self.stats.prefill_seconds += time.perf_counter() - began
+        self.stats.prefill_tokens += sum(len(prefill.prefix) for prefill in batch)
 
     def _empty_start(self, num_prompts: int, padded_length: int, num_sequences: int) -> Start:
         engine = self._engine
@@ -431,7 +368,7 @@ class Scheduler(Generic[Tag]):
             tail_pages=np.full(rows, engine.num_pages, np.int32),
         )
 
-    def _next_chunk(self, finished: list[tuple[Tag, list[Rollout]]]) -> list[_Sequence[Tag]]:
+    def _next_chunk(self, finished: list[tuple[Tag, list[Rollout]]]) -> list[LiveSequence[Tag]]:
         """The sequences of the next chunk, with pages for what it may write; preempts where pages are short."""
         sequences = [s for s in self._live if s.started >= 0 and not s.surely_ends]
         parked = [s for s in self._live if s.started < 0]
@@ -455,12 +392,12 @@ class Scheduler(Generic[Tag]):
                 sequence.pages += self._pool.take(max(num_missing, 0))
         return [sequence for sequence in sequences if sequence.slot is not None and not sequence.surely_ends]
 
-    def _pages_needed(self, sequence: _Sequence[Tag]) -> int:
+    def _pages_needed(self, sequence: LiveSequence[Tag]) -> int:
         """For every position that the next chunk may write; the last token of a response is not written."""
-        last = sequence.next_write + sum(chunk.max_steps for chunk in sequence.unread) + self._engine.decode_steps
+        last = sequence.next_write + (len(sequence.unread) + 1) * self._engine.decode_steps
         return self._engine.pages_of(min(last, sequence.end - 1))
 
-    def _generate(self, params: Params, sequences: list[_Sequence[Tag]]) -> None:
+    def _generate(self, params: Params, sequences: list[LiveSequence[Tag]]) -> None:
         engine = self._engine
         num_rows = engine.num_rows if self._fixed_rows else engine.padded_rows(len(sequences))
         num_pages = engine.padded_pages(max(len(sequence.pages) for sequence in sequences))
@@ -470,8 +407,7 @@ class Scheduler(Generic[Tag]):
             slots[i] = sequence.slot or 0
             table[i, : len(sequence.pages)] = sequence.pages
         enough = self._enough(len(sequences), num_rows)
-        began = time.perf_counter()
-        self._count_gap(began)
+        self._count_gap()
         with self._device_lock:
             self._state, packed = engine.generate(
                 params, self._state, slots, table, num_enough=enough + num_rows - len(sequences)
@@ -479,10 +415,9 @@ class Scheduler(Generic[Tag]):
             packed.copy_to_host_async()
             self._finish_on_device()
         sure = engine.decode_steps if enough == len(sequences) else 0
-        chunk = _Chunk(sequences, packed, engine.decode_steps, sure, num_rows, began)
         for sequence in sequences:
-            sequence.unread.append(chunk)
-        self._chunks.append(chunk)
+            sequence.unread.append(sure)
+        self._chunks.append(_Chunk(sequences, packed, num_rows))
 
     def _enough(self, num_sequences: int, num_rows: int) -> int:
         """How many sequences must end before the chunk does: where rows cost, as many as one could put to use."""
@@ -497,83 +432,42 @@ class Scheduler(Generic[Tag]):
         """Reads the oldest chunk; returns the groups that it finished."""
         chunk = self._chunks.popleft()
         decoded = self._engine.unpack(np.asarray(chunk.packed))
-        now = time.perf_counter()
-        self.stats.decode_seconds += now - chunk.started
         self.stats.row_steps += chunk.num_rows * decoded.num_steps
-        self._idle_since = now if not self._chunks and self._live else None
+        self._idle_since = time.perf_counter() if not self._chunks and self._live else None
         finished = []
         for row, sequence in enumerate(chunk.sequences):
-            sequence.unread.remove(chunk)
+            sequence.unread.popleft()
             if sequence.has_ended:
                 continue
+            num_before = sequence.num_tokens
+            is_done = sequence.take(decoded, row, self._decode)
             self.stats.live_row_steps += int(decoded.is_valid[row, 1:].sum())
-            is_done = self._take_tokens(sequence, decoded, row)
+            self.stats.tokens += sequence.num_tokens - num_before
             if is_done and self._end(sequence):
                 rollouts = sequence.group.finished
                 finished.append((sequence.group.request.tag, [rollouts[i] for i in range(len(rollouts))]))
         return finished
 
-    def _take_tokens(self, sequence: _Sequence[Tag], decoded: Decoded, row: int) -> bool:
-        """Appends what a chunk decoded; True when the sequence has ended."""
-        is_valid, is_done = decoded.is_valid[row], bool(decoded.is_done[row])
-        tokens = decoded.tokens[row, is_valid]
-        count = len(tokens)
-        if sequence.group.request.stop_strings and count:
-            count, is_stopped = self._find_stop(sequence, tokens)
-            is_done = is_done or is_stopped
-        sequence.tokens.append(tokens[:count])
-        sequence.logprobs.append(decoded.logprobs[row, is_valid][:count])
-        if decoded.entropy is not None:
-            sequence.entropy.append(decoded.entropy[row, is_valid][:count])
-        if decoded.top_ids is not None:
-            ids, logprobs = decoded.top_ids[row, is_valid][:count], decoded.top_logprobs[row, is_valid][:count]
-            sequence.top.append((ids, logprobs))
-        sequence.num_tokens += count
-        self.stats.tokens += count
-        return is_done
-
-    def _find_stop(self, sequence: _Sequence[Tag], new: np.ndarray) -> tuple[int, bool]:
-        """How many of the new tokens belong to the response, and whether they complete a stop string."""
-        assert self._decode is not None
-        stops = sequence.group.request.stop_strings
-        tokens = np.concatenate([*sequence.tokens, new]).tolist()
-        if not any(stop in self._decode(tokens) for stop in stops):
-            return len(new), False
-        for count in range(1, len(new) + 1):
-            text = self._decode(tokens[: sequence.num_tokens + count])
-            if any(stop in text for stop in stops):
-                break
-        return count, True
-
-    def _end(self, sequence: _Sequence[Tag]) -> bool:
+    def _end(self, sequence: LiveSequence[Tag]) -> bool:
         """Frees what an ended sequence holds; True when it was the last of its group."""
         self._release(sequence)
         sequence.has_ended = True
-        token_ids = np.concatenate(sequence.tokens).astype(np.int32)
-        is_stop = token_ids[-1] in self._engine.stop_ids or len(token_ids) < sequence.limit
-        sequence.group.finished[sequence.index] = Rollout(
-            token_ids,
-            np.concatenate(sequence.logprobs),
-            FinishReason.STOP if is_stop else FinishReason.LENGTH,
-            np.concatenate(sequence.entropy) if sequence.entropy else None,
-            np.concatenate([ids for ids, _ in sequence.top]) if sequence.top else None,
-            np.concatenate([logprobs for _, logprobs in sequence.top]) if sequence.top else None,
-        )
+        sequence.group.finished[sequence.index] = sequence.rollout(self._engine.stop_ids)
         return len(sequence.group.finished) == sequence.group.request.num_rollouts
 
-    def _preempt(self, sequence: _Sequence[Tag]) -> None:
+    def _preempt(self, sequence: LiveSequence[Tag]) -> None:
         self._release(sequence)
         self.stats.preemptions += 1
         self._enqueue([sequence])
 
-    def _release(self, sequence: _Sequence[Tag]) -> None:
+    def _release(self, sequence: LiveSequence[Tag]) -> None:
         """Takes a sequence off its slot and its pages."""
         self._live.remove(sequence)
         self._free_slots.append(sequence.slot)  # pyright: ignore[reportArgumentType]
         self._pool.release(sequence.pages)
         sequence.slot, sequence.pages = None, []
 
-    def _drop(self, is_dropped: Callable[[_Group[Tag]], bool]) -> None:
+    def _drop(self, is_dropped: Callable[[LiveGroup[Tag]], bool]) -> None:
         for sequence in [s for s in self._live if is_dropped(s.group)]:
             sequence.has_ended = True
             self._release(sequence)
@@ -581,6 +475,8 @@ class Scheduler(Generic[Tag]):
 
     def _expire(self) -> None:
         """Drops the requests whose time is over."""
+        if not self._has_deadlines:
+            return
         now = time.monotonic()
         groups = {id(s.group): s.group for s in (*self._live, *itertools.chain.from_iterable(self._waiting))}
         late = [group for group in groups.values() if group.deadline is not None and group.deadline < now]
@@ -593,10 +489,10 @@ class Scheduler(Generic[Tag]):
         """Sequences with a slot that the chunks in flight may not bring to an end."""
         return sum(not sequence.surely_ends for sequence in self._live)
 
-    def _count_gap(self, now: float) -> None:
+    def _count_gap(self) -> None:
         """Something is enqueued: the device waits no longer."""
         if self._idle_since is not None:
-            self.stats.host_gap_seconds += now - self._idle_since
+            self.stats.host_gap_seconds += time.perf_counter() - self._idle_since
             self._idle_since = None
 
     def _finish_on_device(self) -> None:

@@ -16,7 +16,8 @@ from oapl_jax.model.quantized import Int8, dequantize, quantize, quantize_weight
 from oapl_jax.sampler import kv_cache
 from oapl_jax.sampler.engine import Engine
 from oapl_jax.sampler.paged_attention import paged_attend
-from oapl_jax.sampler.scheduler import Request, Scheduler
+from oapl_jax.sampler.request import Request
+from oapl_jax.sampler.scheduler import Scheduler
 from oapl_jax.sharding import make_meshes
 
 OUTPUT_CHANNELS = {

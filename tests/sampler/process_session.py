@@ -12,7 +12,8 @@ def main(address: str, number: str, total: str) -> None:
     jax.distributed.initialize(address, int(total), int(number), initialization_timeout=60)
 
     from oapl_jax.model import qwen
-    from oapl_jax.sampler.scheduler import Request, Scheduler
+    from oapl_jax.sampler.request import Request
+    from oapl_jax.sampler.scheduler import Scheduler
     from oapl_jax.sharding import SAMPLER_RULES, shardings
     from test_engine import CONFIG, PARAMS, PROMPTS, make_engine
 

@@ -15,8 +15,9 @@ import pytest
 
 from oapl_jax.config import MeshConfig
 from oapl_jax.sampler.engine import Engine
+from oapl_jax.sampler.request import Request
 from oapl_jax.sampler.sampling import SamplingParams
-from oapl_jax.sampler.scheduler import Request, Scheduler
+from oapl_jax.sampler.scheduler import Scheduler
 from oapl_jax.sharding import make_meshes
 from oapl_jax.tokenizer import CHARS, CharacterTokenizer
 from oapl_jax.types import FinishReason

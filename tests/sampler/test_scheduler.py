@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 
 from oapl_jax.sampler.page_pool import PagePool
-from oapl_jax.sampler.scheduler import Request, Scheduler
+from oapl_jax.sampler.request import Request
+from oapl_jax.sampler.scheduler import Scheduler
 from oapl_jax.types import FinishReason
 from test_engine import GRAPHDEF, MAX_PROMPT, MAX_RESPONSE, PARAMS, PROMPTS, STOPS, VOCAB, make_engine
 
