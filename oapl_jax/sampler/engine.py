@@ -1,7 +1,7 @@
 """Prefill, insert and generate: the device programs of the sampler, after JetStream's engine API.
 
-An ``Engine`` holds no weights and no cache: ``params`` and the decode state are passed in, as in
-JetStream, so the same compiled programs serve every policy version. The state has *slots*, one for
+An ``Engine`` holds no weights and no cache: the policy, of ``prepare``, and the decode state are passed in,
+as in JetStream, so the same compiled programs serve every policy version. The state has *slots*, one for
 each sequence that has been started, and pages of keys and values. A prompt is prefilled once and
 inserted into as many slots as it has rollouts. ``generate`` decodes the sequences of some of the
 slots, up to ``decode_steps`` tokens of each in one program. Which slots and which pages is for the
@@ -453,7 +453,7 @@ def _generate(
         old = kv_cache.gather_dense(pages, table, num_layers, model.compute_dtype)
         cache = kv_cache.make_dense(pages, num_layers, table.shape[0], num_steps)
     positions = started.position + jnp.arange(1, num_steps + 1)[:, None]
-    # Of all steps at once: random bits of a few rows cost a CPU as much as those of many.
+    # Of all steps at once: what random bits cost a CPU is their loop of rounds, whatever their number.
     uniform = jax.vmap(uniforms, in_axes=(None, 0))(started.key, positions)
 
     def step(carry: Any) -> Any:

@@ -127,6 +127,7 @@ def draw(
         raise ValueError(f"need num_top={num_top} <= vocab_size={vocab_size} <= logits' {logits.shape[0]} ids")
     with jax.named_scope("draw"):
         logits_NWB = _to_blocks(logits.astype(jnp.float32), vocab_size)
+        # The barriers keep XLA from taking what follows over all logits anew, as one reduction and not two.
         block_tops = jax.lax.optimization_barrier(jnp.max(logits_NWB, axis=1))
         top = jnp.max(block_tops, axis=0)
         is_greedy = law.temperature == 0
