@@ -17,7 +17,7 @@ import functools
 import math
 import re
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -177,7 +177,7 @@ class _Reader:
             transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
             if transfer is None:
                 return
-            kind, network, group = transfer[1].lower().replace("_", "-"), "DCN", len(set(self.slices))
+            kind, network, group = transfer[1].lower().replace("_", "-"), "DCN", max(1, len(set(self.slices)))
         else:
             groups = _groups(instruction.attributes, len(self.slices))
             group = max(map(len, groups), default=1)
@@ -331,7 +331,7 @@ def _groups(attributes: str, num_devices: int) -> list[list[int]]:
         return [[int(i) for i in re.findall(r"\d+", group)] for group in re.findall(r"\{([^}]*)\}", found[1])]
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
         shape, counted, order = ([int(i) for i in part.split(",")] if part else None for part in found.groups())
-        ids = np.arange(math.prod(counted or ())).reshape(counted).transpose(order)
+        ids: Any = np.arange(math.prod(counted or ())).reshape(counted).transpose(order)
         return ids.reshape(shape).tolist()
     return [list(range(num_devices))]
 

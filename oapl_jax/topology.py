@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from jax.experimental import topologies
 
-LIBTPU_FOLDER = "tpu"
-"""Where ``make tpu`` puts libtpu, in the virtual environment: among the packages it would make every start of
-JAX on a machine without a TPU print warnings."""
+LIBTPU_FOLDER = pathlib.Path(sys.prefix) / "tpu" / "libtpu"
+"""Where ``make tpu`` puts libtpu: among the packages it would make every start of JAX on a machine without a TPU
+look for one and print warnings."""
 
 WITHOUT_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",  # do not ask Google's metadata server what this machine is
@@ -49,7 +49,8 @@ class Generation(NamedTuple):
     chip: Chip
     cores_per_chip: int
     """As the name counts them."""
-    shapes: tuple[str, ...]
+    shapes: str
+    """Words: chips along each axis of the torus."""
     options: dict[str, Any]
     """Of ``get_topology_desc``."""
 
@@ -64,14 +65,13 @@ GENERATIONS = {
     "v4": Generation(
         Chip(30.75 * GIB, 275e12, 1.2e12, 300e9, 6.25e9),
         2,
-        tuple("2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x12 8x8x16 8x16x16".split()),
+        "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x12 8x8x16 8x16x16",
         {"chip_config_name": "megacore"},
     ),
     "v5p": Generation(
         Chip(95.74 * GIB, 459e12, 2.765e12, 600e9, 6.25e9),
         2,
-        tuple(
-            """
+        """
             2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x4x12 4x8x8 4x4x20 4x8x12 4x4x28 8x8x8 4x12x12 4x8x20 4x4x44 8x8x12
             4x4x52 4x8x28 4x12x20 8x8x16 4x4x68 8x12x12 4x4x76 8x8x20 4x12x28 4x8x44 4x4x92 8x12x16 4x20x20 4x8x52
             12x12x12 8x8x28 4x4x116 8x12x20 4x4x124 8x16x16 4x12x44 4x8x68 4x20x28 12x12x16 4x4x148 4x8x76 4x12x52
@@ -80,20 +80,19 @@ GENERATIONS = {
             8x12x44 8x8x68 4x12x92 8x20x28 12x16x24 4x8x148 12x20x20 8x8x76 4x28x44 8x12x52 16x16x20 12x12x36 4x8x164
             12x16x28 4x20x68 4x8x172 4x12x116 8x16x44 12x20x24 4x28x52 8x8x92 4x12x124 4x8x188 4x20x76 16x16x24
             12x24x24 16x20x28
-            """.split()
-        ),
+            """,
         {},
     ),
     "v5e": Generation(
         Chip(15.75 * GIB, 197e12, 0.819e12, 200e9, 3.125e9),
         1,
-        tuple("1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split()),
+        "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
         {},
     ),
     "v6e": Generation(
         Chip(31.25 * GIB, 918e12, 1.638e12, 400e9, 12.5e9),
         1,
-        tuple("1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split()),
+        "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
         {},
     ),
 }
@@ -137,7 +136,7 @@ def parse(name: str, num_slices: int = 1) -> Topology:
             f"topology {name!r}: unknown kind of TPU {prefix!r}; known: {', '.join(GENERATIONS)}."
             f" Write it as in {close[0]}-8"
         )
-    shapes = {_count(generation, shape): shape for shape in GENERATIONS[generation].shapes}
+    shapes = {_count(generation, shape): shape for shape in GENERATIONS[generation].shapes.split()}
     shape = size if size in shapes.values() else shapes.get(int(size)) if size.isdigit() else None
     if shape is None:
         raise ValueError(f"topology {name!r}: Google Cloud has no such slice; {_near(generation, size, shapes)}")
@@ -158,29 +157,31 @@ def devices(topology: Topology) -> list[Any]:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if topology.num_slices > 1:
         options["num_slices"] = topology.num_slices
-    _find_libtpu()
+    library = find_libtpu()
+    if library is None:
+        raise ValueError(
+            "libtpu, the compiler for TPUs, is not installed; run `make tpu`, or `pip install -r requirements-tpu.txt`"
+        )
+    for variable, value in {**WITHOUT_TPU, "TPU_LIBRARY_PATH": str(library)}.items():
+        os.environ.setdefault(variable, value)
     name = f"{topology.generation}:{topology.shape}"
     found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     return sorted(found, key=slice_of)
 
 
+def find_libtpu() -> pathlib.Path | None:
+    """The library that the environment names, that of the package, or that of ``make tpu``; None: there is none."""
+    named, package = os.environ.get("TPU_LIBRARY_PATH"), importlib.util.find_spec("libtpu")
+    if named:
+        return pathlib.Path(named)
+    folder = pathlib.Path(package.origin).parent if package and package.origin else LIBTPU_FOLDER
+    library = folder / "libtpu.so"
+    return library if library.is_file() else None
+
+
 def slice_of(device: Any) -> int:
     """The slice that a device is in; devices of a single slice do not say."""
     return getattr(device, "slice_index", 0)
-
-
-def _find_libtpu() -> None:
-    """Puts libtpu where JAX finds it, and tells it that there is no TPU."""
-    for name, value in WITHOUT_TPU.items():
-        os.environ.setdefault(name, value)
-    library = pathlib.Path(sys.prefix) / LIBTPU_FOLDER / "libtpu" / "libtpu.so"
-    if importlib.util.find_spec("libtpu") is None and library.is_file():
-        os.environ.setdefault("TPU_LIBRARY_PATH", str(library))
-    if importlib.util.find_spec("libtpu") is None and "TPU_LIBRARY_PATH" not in os.environ:
-        raise ValueError(
-            f"libtpu, the compiler for TPUs, is not installed: neither as a package nor at {library}; run `make tpu`,"
-            " or `pip install -r requirements-tpu.txt`"
-        )
 
 
 def _num_chips(shape: str) -> int:

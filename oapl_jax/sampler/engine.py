@@ -27,6 +27,7 @@ from oapl_jax.sampler import kv_cache
 from oapl_jax.sampler.kv_cache import KVPages, PromptKV
 from oapl_jax.sampler.paged_attention import choose_implementation, paged_attend
 from oapl_jax.sampler.sampling import Draw, Law, SamplingParams, draw
+from oapl_jax.sharding import placed
 
 Params = Any
 """The state half of ``nnx.split(Qwen(...))``."""
@@ -336,11 +337,34 @@ class Engine:
             top[1].view(np.float32) if top else None,
         )
 
+    def lower_prefill(self, params: Params) -> jax.stages.Lowered:
+        """``prefill`` of as many prompts of the longest kind as it takes at once, to be compiled ahead of time.
+
+        Args:
+            params: shapes with shardings on this engine's mesh.
+        """
+        length = self.padded_length(self.max_prompt_tokens)
+        num_prompts = self.prompts_at_once(length)
+        return self._prefill.lower(params, self._integers(num_prompts, length), self._integers(num_prompts))
+
+    def lower_generate(self, params: Params) -> jax.stages.Lowered:
+        """``generate`` of all rows, to be compiled ahead of time.
+
+        Args:
+            params: shapes with shardings on this engine's mesh.
+        """
+        state = placed(jax.eval_shape(self.init_decode_state), self._shardings())
+        rows, table = self._integers(self.num_rows), self._integers(self.num_rows, self.max_pages)
+        return self._generate.lower(params, rows, table, self._integers(), state=state)
+
     def law(self, sampling: Sequence[SamplingParams]) -> Law:
         """Host arrays of the laws of several sequences."""
         fields = ("temperature", np.float32), ("top_k", np.int32), ("top_p", np.float32), ("min_p", np.float32)
         columns: list[Any] = [np.array([getattr(params, name) for params in sampling], kind) for name, kind in fields]
         return Law(*columns)
+
+    def _integers(self, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self.mesh, PartitionSpec()))
 
     def _kv_sharding(self, axis: int, ndim: int) -> Any:
         """Kv heads over ``tensor``, where it divides them."""
