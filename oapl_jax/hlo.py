@@ -85,12 +85,13 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 
 
-def analyze(text: str, *, expected_trips: float = 1, slices: Sequence[int] = ()) -> Cost:
+def analyze(text: str, *, expected_trips: Sequence[float] = (), slices: Sequence[int] = ()) -> Cost:
     """Reads a module.
 
     Args:
         text: ``compiled.as_text()``.
-        expected_trips: of loops that end by a number which only the run knows.
+        expected_trips: of loops that end by a number which only the run knows: of those that are in no other such
+            loop, of those that are in one of them, and so on; 1 where none is given.
         slices: the TPU slice of each device of the program, in its order; none: all are in one.
     """
     reader = _Reader(text, expected_trips, slices)
@@ -108,15 +109,22 @@ def analyze(text: str, *, expected_trips: float = 1, slices: Sequence[int] = ())
 class _Reader:
     """Walks over the computations of a module and adds up."""
 
-    def __init__(self, text: str, expected_trips: float, slices: Sequence[int]) -> None:
+    def __init__(self, text: str, expected_trips: Sequence[float], slices: Sequence[int]) -> None:
         self.computations, self.entry = _parse(text)
         self.expected_trips, self.slices = expected_trips, slices
         self.flops = self.hbm_bytes = self.num_kernels = 0.0
         self.collectives: dict[tuple[str, Network], list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
         self.unknown_loops: set[tuple[str, str]] = set()
 
-    def run(self, name: str, times: float, *, is_fused: bool = False) -> None:
-        """Adds a computation that runs so many times; what is fused moves no bytes of its own."""
+    def run(self, name: str, times: float, depth: int = 0, *, is_fused: bool = False) -> None:
+        """Adds a computation.
+
+        Args:
+            name: of it.
+            times: that it runs.
+            depth: loops around it whose trip count is not known.
+            is_fused: it is a fusion's, and moves no bytes of its own.
+        """
         computation = self.computations[name]
         for instruction in computation.values():
             opcode = instruction.opcode.removesuffix("-start")
@@ -127,25 +135,26 @@ class _Reader:
             self.num_kernels += times * (KERNEL in instruction.attributes)
             if not is_fused:
                 self.hbm_bytes += times * self._traffic(instruction, computation)
-            self._run_called(instruction, name, times, is_fused)
+            self._run_called(instruction, name, times, depth, is_fused)
 
-    def _run_called(self, instruction: _Instruction, name: str, times: float, is_fused: bool) -> None:
+    def _run_called(self, instruction: _Instruction, name: str, times: float, depth: int, is_fused: bool) -> None:
         if instruction.opcode == "while":
             trips = self._trips(instruction, self.computations[name])
             if trips is None:
                 self.unknown_loops.add((name, instruction.name))
-                trips = self.expected_trips
-            self.run(_attribute(instruction, "body"), times * trips, is_fused=is_fused)
+                trips = self.expected_trips[depth] if depth < len(self.expected_trips) else 1
+                depth += 1
+            self.run(_attribute(instruction, "body"), times * trips, depth, is_fused=is_fused)
         elif instruction.opcode == "conditional":
             # Which branch runs is not known: the dearest would need all to be compared; all are counted.
             branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
             names = _names(branches[1]) if branches else _called(instruction, "true_computation", "false_computation")
             for branch in names:
-                self.run(branch, times, is_fused=is_fused)
+                self.run(branch, times, depth, is_fused=is_fused)
         elif instruction.opcode.removesuffix("-start") not in COLLECTIVES:
             is_fusion = is_fused or instruction.opcode == "fusion"
             for called in _called(instruction, "calls", *(["to_apply"] if instruction.opcode == "call" else [])):
-                self.run(called, times, is_fused=is_fusion)
+                self.run(called, times, depth, is_fused=is_fusion)
 
     def _trips(self, loop: _Instruction, computation: _Computation) -> int | None:
         """Trip count, as the compiler says it or as the condition ``i < constant`` shows it; None: neither."""

@@ -79,8 +79,8 @@ class Program:
     """The share of attention in them, which is not in the program's text where kernels do it."""
     kernel_bytes: float
     """Bytes that attention kernels read on a device: of the cache, in decode steps."""
-    expected_trips: float = 1
-    """Of the loop whose end only the run knows."""
+    expected_trips: tuple[float, ...] = ()
+    """Of loops whose end only the run knows, the outer ones first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -218,7 +218,6 @@ def _learner_programs(plan: Plan, graphdef: Any, step: Any, state: TrainState) -
             # The backward pass has two products for each one of the forward pass.
             model_flops=3 * forward,
             kernel_flops=3 * attention,
-            expected_trips=_num_micro_batches(config),
         ),
         make(
             "score",
@@ -265,7 +264,7 @@ def _sampler_programs(plan: Plan, engine: Engine, sync: WeightSync, params: Any)
             model_flops=decode[0],
             kernel_flops=decode[1],
             kernel_bytes=tokens * visible * kv_token,
-            expected_trips=engine.decode_steps,
+            expected_trips=(engine.decode_steps,),
         ),
     ]
     copy = sync.program(params)

@@ -68,9 +68,24 @@ def test_a_loop_whose_end_only_the_run_knows_takes_the_expected_count():
     def loop(n, x, w):
         return jax.lax.fori_loop(0, n, lambda _, x: jnp.tanh(x @ w), x)
 
-    found = cost(loop, jax.ShapeDtypeStruct((), jnp.int32), array(8, 8), array(8, 8), expected_trips=6)
+    found = cost(loop, jax.ShapeDtypeStruct((), jnp.int32), array(8, 8), array(8, 8), expected_trips=[6])
     assert found.flops == 6 * 2 * 8**3
     assert found.num_unknown_loops == 1
+
+
+def test_expected_counts_are_given_by_depth():
+    def inner(n, x, w):
+        return jax.lax.fori_loop(0, n, lambda _, x: jnp.tanh(x @ w), x)
+
+    def outer(n, x, w):
+        # A loop of a known count between two of unknown ones.
+        both = lambda _, x: jax.lax.fori_loop(0, 3, lambda _, x: inner(n, x, w), x)  # noqa: E731
+        return jax.lax.fori_loop(0, n, both, x)
+
+    arguments = jax.ShapeDtypeStruct((), jnp.int32), array(8, 8), array(8, 8)
+    assert cost(outer, *arguments, expected_trips=[5, 7]).flops == 5 * 3 * 7 * 2 * 8**3
+    assert cost(outer, *arguments, expected_trips=[5]).flops == 5 * 3 * 2 * 8**3
+    assert cost(outer, *arguments).num_unknown_loops == 2
 
 
 def test_a_loop_that_ends_by_its_results_takes_the_expected_count():
@@ -79,7 +94,7 @@ def test_a_loop_that_ends_by_its_results_takes_the_expected_count():
             lambda carry: (carry[0] < 32) & (carry[1].sum() > 0), lambda c: (c[0] + 1, jnp.tanh(c[1] @ w)), (0, x)
         )[1]
 
-    assert cost(loop, array(8, 8), array(8, 8), expected_trips=4).flops == 4 * 2 * 8**3
+    assert cost(loop, array(8, 8), array(8, 8), expected_trips=[4]).flops == 4 * 2 * 8**3
 
 
 @pytest.fixture(scope="module")
