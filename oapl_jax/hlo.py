@@ -31,6 +31,9 @@ KERNEL = "tpu_custom_call"
 
 SLICES = ("dynamic-slice", "slice", "gather")
 
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+"""Instructions that change a part of their first operand in place, and which operand the new part is."""
+
 FREE = {
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all"),
     *("custom-call", "partition-id", "replica-id", "async-start", "async-update", "async-done", "send", "recv"),
@@ -139,11 +142,12 @@ class _Reader:
 
     def _run_called(self, instruction: _Instruction, name: str, times: float, depth: int, is_fused: bool) -> None:
         if instruction.opcode == "while":
-            trips = self._trips(instruction, self.computations[name])
-            if trips is None:
+            start, end = self._range(instruction, self.computations[name])
+            if end is None:
                 self.unknown_loops.add((name, instruction.name))
-                trips = self.expected_trips[depth] if depth < len(self.expected_trips) else 1
+                end = self.expected_trips[depth] if depth < len(self.expected_trips) else start + 1
                 depth += 1
+            trips = max(0, end - start)
             self.run(_attribute(instruction, "body"), times * trips, depth, is_fused=is_fused)
         elif instruction.opcode == "conditional":
             # Which branch runs is not known: the dearest would need all to be compared; all are counted.
@@ -156,20 +160,20 @@ class _Reader:
             for called in _called(instruction, "calls", *(["to_apply"] if instruction.opcode == "call" else [])):
                 self.run(called, times, depth, is_fused=is_fusion)
 
-    def _trips(self, loop: _Instruction, computation: _Computation) -> int | None:
-        """Trip count, as the compiler says it or as the condition ``i < constant`` shows it; None: neither."""
+    def _range(self, loop: _Instruction, computation: _Computation) -> tuple[int, float | None]:
+        """What a loop counts from and to, as the compiler or the condition ``i < end`` says; None: only the run knows."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
-            return int(known[1])
+            return 0, int(known[1])
         condition = self.computations[_attribute(loop, "condition")]
         root = next(instruction for instruction in condition.values() if instruction.is_root)
         if root.opcode != "compare" or "direction=LT" not in root.attributes:
-            return None
+            return 0, None
         index, limit = (_behind_copies(condition, operand) for operand in root.operands)
-        if index.opcode != "get-tuple-element" or limit.opcode != "constant":
-            return None
+        if index.opcode != "get-tuple-element":
+            return 0, None
         start = self._first_value(loop, computation, int(_attribute(index, "index")))
-        return max(0, int(limit.arguments) - start)
+        return start, int(limit.arguments) if limit.opcode == "constant" else None
 
     def _first_value(self, loop: _Instruction, computation: _Computation, place: int) -> int:
         """Of the loop's counter: iterations may have been peeled off before the loop. 0 where it is not plain."""
@@ -215,8 +219,8 @@ class _Reader:
         written = _hbm_bytes(instruction.type)
         if opcode in SLICES:
             return 2 * written
-        if opcode in ("dynamic-update-slice", "scatter"):
-            return 2 * _hbm_bytes(computation[instruction.operands[-1 if opcode == "scatter" else 1]].type)
+        if opcode in UPDATES:
+            return 2 * _hbm_bytes(computation[instruction.operands[UPDATES[opcode]]].type)
         operands = [_hbm_bytes(computation[operand].type) for operand in instruction.operands]
         if opcode == "copy-start":
             # Its result names target and source.
@@ -365,7 +369,7 @@ def _read(computation: _Computation, name: str) -> float:
             total += _read(computation, user.name)
         elif user.opcode in SLICES and user.operands[0] == name:
             total += _hbm_bytes(user.type)
-        elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
+        elif user.opcode not in UPDATES or user.operands[0] != name:
             return math.inf
     return total
 
@@ -375,6 +379,6 @@ def _written(computation: _Computation, name: str) -> float:
     root = computation[name]
     if root.opcode in ("tuple", "bitcast"):
         return sum(_written(computation, operand) for operand in root.operands)
-    if root.opcode == "dynamic-update-slice":
-        return _hbm_bytes(computation[root.operands[1]].type)
+    if root.opcode in UPDATES:
+        return _hbm_bytes(computation[root.operands[UPDATES[root.opcode]]].type)
     return _hbm_bytes(root.type)
