@@ -142,12 +142,12 @@ class _Reader:
 
     def _run_called(self, instruction: _Instruction, name: str, times: float, depth: int, is_fused: bool) -> None:
         if instruction.opcode == "while":
-            start, end = self._range(instruction, self.computations[name])
+            start, end, step = self._range(instruction, self.computations[name])
             if end is None:
                 self.unknown_loops.add((name, instruction.name))
-                end = self.expected_trips[depth] if depth < len(self.expected_trips) else start + 1
+                end = self.expected_trips[depth] if depth < len(self.expected_trips) else start + step
                 depth += 1
-            trips = max(0, end - start)
+            trips = max(0, math.ceil((end - start) / step))
             self.run(_attribute(instruction, "body"), times * trips, depth, is_fused=is_fused)
         elif instruction.opcode == "conditional":
             # Which branch runs is not known: the dearest would need all to be compared; all are counted.
@@ -160,28 +160,25 @@ class _Reader:
             for called in _called(instruction, "calls", *(["to_apply"] if instruction.opcode == "call" else [])):
                 self.run(called, times, depth, is_fused=is_fusion)
 
-    def _range(self, loop: _Instruction, computation: _Computation) -> tuple[int, float | None]:
-        """What a loop counts from and to, as the compiler or the condition ``i < end`` says; None: only the run knows."""
+    def _range(self, loop: _Instruction, computation: _Computation) -> tuple[int, float | None, int]:
+        """What a loop counts from, to, and by, as the condition ``i < end`` shows it; end None: only the run knows."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
-            return 0, int(known[1])
+            return 0, int(known[1]), 1
         condition = self.computations[_attribute(loop, "condition")]
-        root = next(instruction for instruction in condition.values() if instruction.is_root)
+        root = _root(condition)
         if root.opcode != "compare" or "direction=LT" not in root.attributes:
-            return 0, None
-        index, limit = (_behind_copies(condition, operand) for operand in root.operands)
-        if index.opcode != "get-tuple-element":
-            return 0, None
-        start = self._first_value(loop, computation, int(_attribute(index, "index")))
-        return start, int(limit.arguments) if limit.opcode == "constant" else None
-
-    def _first_value(self, loop: _Instruction, computation: _Computation, place: int) -> int:
-        """Of the loop's counter: iterations may have been peeled off before the loop. 0 where it is not plain."""
-        state = computation[loop.operands[0]]
-        if state.opcode != "tuple":
-            return 0
-        first = _behind_copies(computation, state.operands[place])
-        return int(first.arguments) if first.opcode == "constant" and first.arguments.isdigit() else 0
+            return 0, None, 1
+        counter, limit = (_behind_copies(condition, operand) for operand in root.operands)
+        if counter.opcode != "get-tuple-element":
+            return 0, None, 1
+        place = int(_attribute(counter, "index"))
+        # Iterations may have been peeled off before the loop, or unrolled in its body.
+        first = _constant(computation, _element(computation, computation[loop.operands[0]], place))
+        body = self.computations[_attribute(loop, "body")]
+        update = _element(body, _root(body), place)
+        steps = [_constant(body, body[name]) for name in update.operands] if update.opcode == "add" else []
+        return first or 0, _constant(condition, limit), next(filter(None, steps), 1)
 
     def _add_collective(self, instruction: _Instruction, name: str, times: float) -> None:
         kind, network, group = instruction.opcode.removesuffix("-start"), "ICI", 1
@@ -226,11 +223,44 @@ class _Reader:
             # Its result names target and source.
             return written
         if opcode == "fusion":
-            inside = self.computations[_attribute(instruction, "calls")]
-            written = min(written, _written(inside, next(i.name for i in inside.values() if i.is_root)))
-            parameters = {i.arguments: i.name for i in inside.values() if i.opcode == "parameter"}
-            operands = [min(size, _read(inside, parameters[str(i)])) for i, size in enumerate(operands)]
+            written = min(written, self._written(instruction, computation))
+            operands = [min(size, self._read_by_fusion(instruction, i)) for i, size in enumerate(operands)]
         return written + sum(operands)
+
+    def _read_by_fusion(self, fusion: _Instruction, place: int) -> float:
+        """Bytes that a fusion reads of an operand."""
+        inside = self.computations[_attribute(fusion, "calls")]
+        parameters = {i.arguments: i.name for i in inside.values() if i.opcode == "parameter"}
+        return self._read(inside, parameters[str(place)])
+
+    def _read(self, computation: _Computation, name: str) -> float:
+        """Bytes that a fusion reads of a value: slices of it, or all (infinity)."""
+        total = 0.0
+        for user in computation.values():
+            if name not in user.operands:
+                continue
+            if user.opcode == "bitcast":
+                total += self._read(computation, user.name)
+            elif user.opcode == "fusion":
+                total += sum(
+                    self._read_by_fusion(user, i) for i, operand in enumerate(user.operands) if operand == name
+                )
+            elif user.opcode in SLICES and user.operands[0] == name:
+                total += _hbm_bytes(user.type)
+            elif user.opcode not in UPDATES or user.operands[0] != name:
+                return math.inf
+        return total
+
+    def _written(self, result: _Instruction, computation: _Computation) -> float:
+        """Bytes that a fusion writes of its result: of an update in place, only the update."""
+        if result.opcode == "fusion":
+            inside = self.computations[_attribute(result, "calls")]
+            return self._written(_root(inside), inside)
+        if result.opcode in ("tuple", "bitcast"):
+            return sum(self._written(computation[operand], computation) for operand in result.operands)
+        if result.opcode in UPDATES:
+            return _hbm_bytes(computation[result.operands[UPDATES[result.opcode]]].type)
+        return _hbm_bytes(result.type)
 
 
 def _parse(text: str) -> tuple[dict[str, _Computation], str]:
@@ -288,6 +318,22 @@ def _attribute(instruction: _Instruction, name: str) -> str:
 def _called(instruction: _Instruction, *attributes: str) -> list[str]:
     """Computations that an instruction names."""
     return re.findall(rf"\b(?:{'|'.join(attributes)})=%([\w.\-]+)", instruction.attributes)
+
+
+def _root(computation: _Computation) -> _Instruction:
+    return next(instruction for instruction in computation.values() if instruction.is_root)
+
+
+def _element(computation: _Computation, state: _Instruction, place: int) -> _Instruction:
+    """An element of a tuple that is made here; else the instruction that has the whole tuple."""
+    return _behind_copies(computation, state.operands[place]) if state.opcode == "tuple" else state
+
+
+def _constant(computation: _Computation, instruction: _Instruction) -> int | None:
+    """The value of an integer constant, None for anything else."""
+    instruction = _behind_copies(computation, instruction.name)
+    is_integer = instruction.opcode == "constant" and instruction.arguments.isdigit()
+    return int(instruction.arguments) if is_integer else None
 
 
 def _behind_copies(computation: _Computation, name: str) -> _Instruction:
@@ -355,30 +401,3 @@ def _received(kind: str, group: int) -> float:
     return {"all-gather": others, "all-reduce": 2 * others, "reduce-scatter": group - 1.0, "all-to-all": others}.get(
         kind, 1.0
     )
-
-
-def _users(computation: _Computation, name: str) -> list[_Instruction]:
-    return [instruction for instruction in computation.values() if name in instruction.operands]
-
-
-def _read(computation: _Computation, name: str) -> float:
-    """Bytes of a fusion's parameter (or of a bitcast of it) that are read: slices of it, or all."""
-    total = 0.0
-    for user in _users(computation, name):
-        if user.opcode == "bitcast":
-            total += _read(computation, user.name)
-        elif user.opcode in SLICES and user.operands[0] == name:
-            total += _hbm_bytes(user.type)
-        elif user.opcode not in UPDATES or user.operands[0] != name:
-            return math.inf
-    return total
-
-
-def _written(computation: _Computation, name: str) -> float:
-    """Bytes of a fusion's result that are written: of an update in place, only the update."""
-    root = computation[name]
-    if root.opcode in ("tuple", "bitcast"):
-        return sum(_written(computation, operand) for operand in root.operands)
-    if root.opcode in UPDATES:
-        return _hbm_bytes(computation[root.operands[UPDATES[root.opcode]]].type)
-    return _hbm_bytes(root.type)
