@@ -168,24 +168,25 @@ def _refused(program: Program, message: str, seconds: float, chip: Chip) -> Resu
 def advice(result: Result, plan: Plan) -> list[str]:
     """Settings that would make a program smaller, the most fitting first."""
     config, memory = plan.config, plan.memory
+    is_samplers = result.name in ("prefill", "decode")
     found = []
-    if memory.is_colocated and memory.kv_cache and 0 < result.missing < memory.kv_cache:
+    if (is_samplers or memory.is_colocated) and 0 < result.missing < memory.kv_cache:
         fraction = config.sampler.kv_memory * (1 - result.missing / memory.kv_cache)
         found.append(f"sampler.kv_memory={fraction:.2f} (now {config.sampler.kv_memory:g}): a smaller KV cache")
+    if result.name == "train_step" and config.model.remat == "none":
+        found.append("model.remat=layer: activations are computed twice and not kept")
     if result.name in ("train_step", "score"):
-        if config.model.remat == "none":
-            found.append("model.remat=layer: activations are computed twice and not kept")
         rows = config.learner.micro_batch_rollouts or config.learner.batch_rollouts
         shards = plan.trainer_mesh.shape["data"] * plan.trainer_mesh.shape["fsdp"]
         if rows > shards:
             found.append(f"learner.micro_batch_rollouts={max(shards, rows // 2)} (now {rows}): fewer rows at once")
-        found.append(f"mesh.trainer={config.mesh.trainer} with a larger tensor axis, or more chips")
+    if is_samplers and config.evaluation.every:
+        found.append("evaluation.every=0: no second cache in the course of training")
+    if is_samplers:
+        found.append("sampler.dtype=int8, or fewer sampler.groups_in_flight")
+    found.append("a larger tensor axis of the mesh, or more chips")
     if memory.is_colocated and memory.sampler > memory.state:
         found.append("mesh.sampler=...: devices of its own for the sampler")
-    if result.name in ("prefill", "decode"):
-        found.append("a larger tensor axis of the sampler's mesh; sampler.dtype=int8; fewer sampler.groups_in_flight")
-    if config.evaluation.every and result.name in ("prefill", "decode"):
-        found.append("evaluation.every=0: no second cache in the course of training")
     return found
 
 
@@ -239,9 +240,11 @@ def describe(result: Result, plan: Plan) -> str:
     else:
         bound, seconds = result.seconds.bound
         parts = ", ".join(f"{name} {value:.3g}" for name, value in dataclasses.asdict(result.seconds).items())
+        lines.append(f"  time  at least {seconds:.3g} s ({bound}; seconds: {parts})")
+    if result.mfu:
         lines.append(
-            f"  work  model {result.model_flops:.3g} FLOPs in all; {result.flops:.3g} FLOPs a device"
-            f"\n  time  at least {seconds:.3g} s ({bound}; seconds: {parts}); MFU at most {result.mfu:.0%}"
+            f"  work  model {result.model_flops:.3g} FLOPs in all, compiled {result.flops:.3g} a device; MFU at most"
+            f" {result.mfu:.0%}"
         )
     lines += [
         f"  {each.network}   {each.kind:<20} x {each.count:<7,.0f} {each.num_bytes / GIB:10.3f} GiB"

@@ -11,7 +11,7 @@ from oapl_jax.config import TrainConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 GIB = 2**30
-QWEN_05B = ROOT / "configs/models/qwen2.5_0.5b.json"
+QWEN_05B = ROOT / "configs/models/qwen2.5_0.5b_instruct.json"
 TOY = "configs/quickstart.yaml"
 
 
@@ -87,9 +87,22 @@ def test_forward_flops_by_hand():
     assert whole == pytest.approx(2 * 100 * (L * layer + V * D) + attention, rel=3e-4)
 
 
-def test_a_model_of_the_hub_is_found_among_the_known_ones(tmp_path):
-    found = plan("mesh.trainer=fsdp=8", "model.path=Qwen/Qwen2.5-0.5B", "model.warm_start=null", *SHORT)
-    assert found.source == "configs/models/qwen2.5_0.5b.json"
+@pytest.mark.parametrize(
+    ("name", "num_params"),
+    [
+        # As the files of published weights have them, tied embeddings once.
+        ("qwen2.5_0.5b_instruct", 494_032_768),
+        ("qwen3_4b", 4_022_468_096),
+        ("deepseek_r1_distill_qwen_14b", 14_770_033_664),
+    ],
+)
+def test_parameters_of_the_known_models(name, num_params):
+    assert policy.read_config(programs.MODELS / f"{name}.json").num_params == num_params
+
+
+def test_a_model_of_the_hub_is_found_among_the_known_ones():
+    found = plan("mesh.trainer=fsdp=8", "model.path=Qwen/Qwen2.5-0.5B-Instruct", "model.warm_start=null", *SHORT)
+    assert found.source == "configs/models/qwen2.5_0.5b_instruct.json"
     assert found.model == policy.read_config(QWEN_05B)
 
 
