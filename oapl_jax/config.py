@@ -25,11 +25,11 @@ Count = Annotated[int, Field(ge=1)]
 CountOrZero = Annotated[int, Field(ge=0)]
 Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(gt=0, le=1)]
-MeshAxes = Annotated[
-    str,
-    Field(pattern=r"^((data|fsdp|tensor)=(-1|[1-9][0-9]*))(,(data|fsdp|tensor)=(-1|[1-9][0-9]*))*$"),
-]
+_AXIS, _SAMPLER_AXIS = (f"(({names})=(-1|[1-9][0-9]*))" for names in ("data|fsdp|context|tensor", "data|fsdp|tensor"))
+MeshAxes = Annotated[str, Field(pattern=rf"^{_AXIS}(,{_AXIS})*$")]
 """A mesh as words, e.g. ``fsdp=4`` or ``data=2,tensor=4``; -1 means "all devices that are left"."""
+SamplerAxes = Annotated[str, Field(pattern=rf"^{_SAMPLER_AXIS}(,{_SAMPLER_AXIS})*$")]
+"""The same without ``context``: a decode step has one token of a sequence, which nothing can split."""
 
 
 class Section(BaseModel):
@@ -75,8 +75,13 @@ class ModelConfig(Section):
     """Precision of matrix products; softmax, norms, losses and reductions are float32 always."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of the trained weights and of the optimizer state."""
-    remat: Literal["none", "layer"] = "none"
-    """``layer``: recompute each layer's activations in the backward pass."""
+    remat: Literal["none", "layer", "names", "offload"] = "none"
+    """What the backward pass computes anew. none: nothing, all activations are kept; layer: all of a layer but its input;
+    names: all but ``remat_names``; offload: the same, and these are kept in the host's memory."""
+    remat_names: tuple[str, ...] = ()
+    """For ``names`` and ``offload``: of layer_input, query, key, value, attention, mlp."""
+    attention: Literal["xla", "splash", "cudnn"] | None = None
+    """Attention of training rows: plain XLA, the TPU's Pallas kernel, cuDNN's on GPUs; null: the device's own."""
     scan_layers: bool = True
     """False: a Python loop over layers, for debugging."""
 
@@ -87,6 +92,10 @@ class ModelConfig(Section):
             raise ValueError(f"give exactly one of path, config, warm_start; got {', '.join(given) or 'none'}")
         if self.tokenizer == "model" and self.config is not None:
             raise ValueError("tokenizer: a model built from a bare config has none; name one, or 'characters'")
+        if (self.remat in ("names", "offload")) != bool(self.remat_names):
+            raise ValueError(
+                f"remat_names={list(self.remat_names)} with remat={self.remat}: give names exactly with names and offload"
+            )
         return self
 
 
@@ -198,8 +207,11 @@ class LearnerConfig(Section):
 
     batch_rollouts: Count = 128
     """Rollouts per learner step; a multiple of the group size."""
-    micro_batch_rollouts: Count | None = None
-    """Rollouts per forward and backward pass; null: the whole batch. The gradient is the same."""
+    row_tokens: Count | None = None
+    """Rollouts are packed into rows of so many tokens; null: a row holds one rollout and padding. The gradient is the
+    same."""
+    micro_batch_rows: Count | None = None
+    """Rows per forward and backward pass; null: the whole batch. The gradient is the same."""
     learning_rate: Positive = 1e-6
     """Peak learning rate."""
     warmup_steps: CountOrZero = 0
@@ -214,6 +226,8 @@ class LearnerConfig(Section):
     """AdamW's decoupled weight decay."""
     clip_norm: Positive = 1e-3
     """Limit of the gradient's global norm."""
+    moment_dtype: Literal["float32", "bfloat16"] | None = None
+    """Precision of Adam's first moment; null: that of the weights. The second has the weights' always."""
 
 
 class WindowConfig(Section):
@@ -236,7 +250,7 @@ class MeshConfig(Section):
 
     trainer: MeshAxes = "fsdp=-1"
     """Axes of the trainer's mesh."""
-    sampler: MeshAxes | None = None
+    sampler: SamplerAxes | None = None
     """Axes of the sampler's own mesh, on the devices after the trainer's."""
 
 
@@ -304,7 +318,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
         learner, group_size = self.learner, self.sampler.group_size
-        problems = _micro_batch_problems(learner)
+        problems = []
         if learner.batch_rollouts % group_size:
             problems.append(
                 f"learner.batch_rollouts={learner.batch_rollouts} is not a multiple of sampler.group_size={group_size};"
@@ -367,21 +381,6 @@ class SftConfig(Section):
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> "SftConfig":
-        _raise_all(_micro_batch_problems(self.learner))
-        return self
-
-
-def _micro_batch_problems(learner: LearnerConfig) -> list[str]:
-    rows, micro = learner.batch_rollouts, learner.micro_batch_rollouts
-    if micro is None or rows % micro == 0:
-        return []
-    nearest = min((size for size in range(1, rows + 1) if rows % size == 0), key=lambda size: abs(size - micro))
-    return [
-        f"learner.micro_batch_rollouts={micro} does not divide learner.batch_rollouts={rows}; nearest that does: {nearest}"
-    ]
 
 
 def _raise_all(problems: list[str]) -> None:

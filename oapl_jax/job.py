@@ -26,7 +26,7 @@ from oapl_jax.sampler import kv_cache
 from oapl_jax.sampler.engine import Engine
 from oapl_jax.sampler.replicas import free_bytes, replica_meshes
 from oapl_jax.sampler.sampling import SamplingParams
-from oapl_jax.sharding import BATCH_AXES, make_meshes
+from oapl_jax.sharding import make_meshes
 from oapl_jax.sync import WeightSync
 from oapl_jax.tokenizer import Tokenizer
 from oapl_jax.types import Prompt, RolloutGroup
@@ -55,6 +55,7 @@ class Job:
     engines: tuple[Engine, ...]
     """One for each replica of the sampler."""
     sync: WeightSync
+    rows: batches.RowLayout
     train_step: Any
     state_shardings: TrainState
     sampler_lock: AbstractContextManager
@@ -66,11 +67,6 @@ class Job:
     def groups_per_batch(self) -> int:
         """N: groups of one learner step."""
         return self.config.learner.batch_rollouts // self.config.sampler.group_size
-
-    @property
-    def max_tokens(self) -> int:
-        """Limit of a row, prompt and response."""
-        return self.config.data.max_prompt_tokens + self.config.sampler.max_response_tokens
 
     @property
     def sampling(self) -> SamplingParams:
@@ -112,7 +108,13 @@ def make_job(config: TrainConfig, *, make_warm_start: bool = True) -> tuple[Job,
         ValueError: anything that the config got wrong; the message names it.
     """
     trainer_mesh, sampler_mesh = make_meshes(config.mesh)
-    _check_rows(config, trainer_mesh)
+    rows = batches.RowLayout(
+        config.learner.batch_rollouts,
+        config.data.max_prompt_tokens + config.sampler.max_response_tokens,
+        config.learner.row_tokens,
+        config.learner.micro_batch_rows,
+        trainer_mesh,
+    )
     model, path = _start(config, make_warm_start)
     loaded = policy.load(model, path, trainer_mesh, config.run.seed)
     prompts = load_prompts(config.data, loaded.tokenizer, config.run.seed)
@@ -131,8 +133,6 @@ def make_job(config: TrainConfig, *, make_warm_start: bool = True) -> tuple[Job,
         beta2=config.objective.beta2,
         temperature=config.sampler.temperature,
         vocab_size=loaded.tokenizer.vocab_size,
-        num_micro_batches=config.learner.batch_rollouts
-        // (config.learner.micro_batch_rollouts or config.learner.batch_rollouts),
         mesh=trainer_mesh,
         shardings=shardings,
     )
@@ -150,6 +150,7 @@ def make_job(config: TrainConfig, *, make_warm_start: bool = True) -> tuple[Job,
         grader=grader,
         engines=engines,
         sync=WeightSync(abstract_params, sampler_mesh, config.sampler.dtype),
+        rows=rows,
         train_step=train_step,
         state_shardings=shardings,
         sampler_lock=sampler_lock,
@@ -238,7 +239,7 @@ def describe(job: Job, state: TrainState) -> str:
         "sampler mesh": "the trainer's" if job.sampler_mesh is job.trainer_mesh else _describe_mesh(job.sampler_mesh),
         "run": f"{config.run.steps:,} steps in {windows:,} windows of {config.window.sync_every}",
         "batch": f"{learner.batch_rollouts} rollouts = {job.groups_per_batch} prompts x G={config.sampler.group_size},"
-        f" at most {learner.batch_rollouts * job.max_tokens:,} tokens a step",
+        f" at most {learner.batch_rollouts * job.rows.max_tokens:,} tokens a step",
         "prompts": _describe_prompts(job),
         "trainer bytes": f"weights {weights:,} + optimizer {moments:,} + gradient {weights:,}, over the mesh",
         "sampler": f"{len(job.engines)} x {job.engines[0].num_rows} rows, {job.engines[0].num_pages:,} pages of"
@@ -262,19 +263,6 @@ def _start(config: TrainConfig, make_warm_start: bool) -> tuple[Any, str | None]
         return config.model, str(sft.ensure(warm_start))
     tokenizer = config.model.tokenizer if config.model.tokenizer != "model" else warm_start.model.tokenizer
     return warm_start.model.model_copy(update={"tokenizer": tokenizer}), warm_start.model.path
-
-
-def _check_rows(config: TrainConfig, mesh: Mesh) -> None:
-    shards = 1
-    for axis in BATCH_AXES:
-        shards *= mesh.shape[axis]
-    rows = config.learner.micro_batch_rollouts or config.learner.batch_rollouts
-    if rows % shards:
-        key = "micro_batch_rollouts" if config.learner.micro_batch_rollouts else "batch_rollouts"
-        raise ValueError(
-            f"learner.{key}={rows} does not divide over the {shards} row shards (data x fsdp) of mesh.trainer="
-            f"{config.mesh.trainer!r}; use a multiple of {shards}"
-        )
 
 
 def _describe_mesh(mesh: Mesh) -> str:

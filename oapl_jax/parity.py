@@ -1,17 +1,14 @@
 """The parity gate: a freshly synced sampler and the learner must give tokens the same log-probabilities."""
 
-import functools
 from typing import Any
 
-import jax
 import numpy as np
 
 from oapl_jax.job import Job
-from oapl_jax.learner.batch import from_pairs
-from oapl_jax.model.logprob import sequence_logprobs
+from oapl_jax.learner.batch import from_pairs, place
+from oapl_jax.learner.step import make_scorer
 from oapl_jax.sampler.replicas import Replicas
 from oapl_jax.sampler.request import Request
-from oapl_jax.sharding import batch_sharding
 
 PARITY_STREAM = 2**32 - 2
 """Stream of the sampling keys, see ``evaluate.EVALUATION_STREAM``."""
@@ -49,18 +46,12 @@ def check_parity(job: Job, learner_params: Any, sampler_params: Any) -> float:
     pairs = [(ids, rollout) for ids, rollouts in replicas.run(sampler_params, requests) for rollout in rollouts]
     batch = from_pairs(
         [(ids, rollout.token_ids) for ids, rollout in pairs],
-        num_rows=config.learner.batch_rollouts,
-        max_tokens=job.max_tokens,
+        job.rows,
         sampler_logprobs=[rollout.logprobs for _, rollout in pairs],
     )
-    score = jax.jit(
-        functools.partial(
-            sequence_logprobs, job.graphdef, temperature=config.sampler.temperature, vocab_size=job.tokenizer.vocab_size
-        )
-    )
+    score = make_scorer(job.graphdef, temperature=config.sampler.temperature, vocab_size=job.tokenizer.vocab_size)
     with job.trainer_lock:
-        tokens, mask = jax.device_put((batch.tokens, batch.response_mask), batch_sharding(job.trainer_mesh))
-        logprobs = np.asarray(score(learner_params, tokens, mask)[0])
+        logprobs = np.asarray(score(learner_params, place(batch, job.rows))).reshape(batch.tokens.shape)
     difference = np.abs(logprobs - batch.sampler_logprobs)[batch.response_mask]
     mean = float(difference.mean())
     if not mean <= config.window.parity_tolerance:

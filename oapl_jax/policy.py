@@ -55,7 +55,8 @@ def load(model: ModelConfig, path: str | None, mesh: Mesh, seed: int) -> Policy:
         config,
         param_dtype=model.param_dtype,
         compute_dtype=model.compute_dtype,
-        remat=model.remat == "layer",
+        remat=qwen.Remat(model.remat != "none", model.remat_names, offload=model.remat == "offload"),
+        attention=model.attention,
         scan_layers=model.scan_layers,
         mesh=mesh,
     )[0]

@@ -16,12 +16,12 @@ from oapl_jax import policy, run_dir
 from oapl_jax.checkpoint import Checkpoints
 from oapl_jax.config import SftConfig
 from oapl_jax.data.pairs import load_pairs
-from oapl_jax.learner.batch import from_pairs
+from oapl_jax.learner.batch import RowLayout, from_pairs, place
 from oapl_jax.learner.state import init_state, make_optimizer, make_schedule
 from oapl_jax.learner.step import make_train_step, sft_loss_fn
 from oapl_jax.metrics import MetricsWriter, Progress, check_finite
 from oapl_jax.model import hf
-from oapl_jax.sharding import batch_sharding, make_meshes
+from oapl_jax.sharding import make_meshes
 
 EXPORT_FOLDER = "export"
 SHOWN = ("learner/loss", "learner/grad_norm", "learner/entropy", "learner/learning_rate")
@@ -58,7 +58,14 @@ def run(config: SftConfig) -> pathlib.Path:
     schedule = make_schedule(config.learner, config.run.steps)
     optimizer = make_optimizer(config.learner, schedule)
     state, shardings = init_state(loaded.params, optimizer, mesh)
-    num_rows = config.learner.batch_rollouts
+    num_pairs = config.learner.batch_rollouts
+    layout = RowLayout(
+        num_pairs,
+        config.data.max_prompt_tokens + config.data.max_response_tokens,
+        config.learner.row_tokens,
+        config.learner.micro_batch_rows,
+        mesh,
+    )
     train_step = make_train_step(
         loaded.graphdef,
         optimizer,
@@ -67,12 +74,10 @@ def run(config: SftConfig) -> pathlib.Path:
         beta2=0.0,
         temperature=1.0,
         vocab_size=loaded.tokenizer.vocab_size,
-        num_micro_batches=num_rows // (config.learner.micro_batch_rollouts or num_rows),
         mesh=mesh,
         shardings=shardings,
     )
     directory = run_dir.open_run(config, SftConfig)
-    max_tokens = config.data.max_prompt_tokens + config.data.max_response_tokens
 
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(Progress(config.run.steps, enabled=config.logging.progress))
@@ -94,9 +99,9 @@ def run(config: SftConfig) -> pathlib.Path:
         )
         for step in range(first + 1, config.run.steps + 1):
             start = time.perf_counter()
-            rows = [pairs[i] for i in range((step - 1) * num_rows, step * num_rows)]
-            batch = from_pairs([(r.prompt_ids, r.response_ids) for r in rows], num_rows=num_rows, max_tokens=max_tokens)
-            state, device_metrics = train_step(state, jax.device_put(batch, batch_sharding(mesh)))
+            taken = [pairs[i] for i in range((step - 1) * num_pairs, step * num_pairs)]
+            batch = from_pairs([(pair.prompt_ids, pair.response_ids) for pair in taken], layout)
+            state, device_metrics = train_step(state, place(batch, layout))
             metrics = {name: float(device_metrics[name]) for name in SHOWN}
             check_finite(step, metrics, SHOWN)
             metrics["learner/seconds"] = time.perf_counter() - start

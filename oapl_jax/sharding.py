@@ -153,9 +153,19 @@ def _mesh_axis(name: str, axis: str, size: int, mesh: Mesh, rules: Rules) -> str
     )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows ``[B, ...]`` split over ``BATCH_AXES``; B must be divisible by their product."""
-    return NamedSharding(mesh, P(BATCH_AXES))
+def row_shards(mesh: Mesh) -> int:
+    """Parts that the rows of a batch are split into."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
+
+
+def token_sharding(mesh: Mesh) -> NamedSharding:
+    """Of ``[A, B, T]``: rows split over ``BATCH_AXES``, tokens over ``context``; micro-batches come one by one."""
+    return NamedSharding(mesh, P(None, BATCH_AXES, "context"))
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """Of ``[A, B, ...]``: rows split over ``BATCH_AXES``."""
+    return NamedSharding(mesh, P(None, BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

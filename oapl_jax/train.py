@@ -32,7 +32,6 @@ from oapl_jax.model import hf
 from oapl_jax.parity import check_parity
 from oapl_jax.rollouts.buffer import GroupBuffer
 from oapl_jax.rollouts.log import BatchRecord, RolloutLog
-from oapl_jax.sharding import batch_sharding
 from oapl_jax.types import Metrics
 from oapl_jax.worker import Worker
 
@@ -232,10 +231,9 @@ def _learn(session: Session) -> None:
         session.record.record(step, place.policy_version, [group.id for group in groups])
 
         # Train on the batch (paper Eq. 3).
-        batch = batches.from_groups(groups, num_rows=config.learner.batch_rollouts, max_tokens=job.max_tokens)
+        batch = batches.from_groups(groups, job.rows)
         with job.trainer_lock:
-            rows = jax.device_put(batch, batch_sharding(job.trainer_mesh))
-            session.state, device_metrics = job.train_step(session.state, rows)
+            session.state, device_metrics = job.train_step(session.state, batches.place(batch, job.rows))
             metrics: Metrics = {name: float(value) for name, value in jax.device_get(device_metrics).items()}
             jax.block_until_ready(session.state)  # on all devices, before the lock is left
         check_finite(step, metrics, GUARDED)
@@ -243,7 +241,7 @@ def _learn(session: Session) -> None:
         metrics |= {"window/version": place.policy_version, "window/lag": step - 1 - place.window_step}
         metrics["window/ready_groups"] = buffer.num_ready
         place.step, place.cursor = step, buffer.cursor
-        place.num_rollouts += int(batch.row_mask.sum())
+        place.num_rollouts += int(batch.segment_mask.sum())
 
         # Every L steps: sync, and clear the buffer.
         if step - place.window_step == config.window.sync_every and step < config.run.steps:
@@ -255,6 +253,7 @@ def _learn(session: Session) -> None:
                 metrics |= _evaluate(job, _sampler_copy(session), config.evaluation.samples)
         metrics |= timer.collect() | session.worker.report()
         metrics["learner/seconds"] = time.perf_counter() - start
+        metrics["learner/padding"] = batches.padding(batch, job.rows)
         metrics["learner/tokens_per_second"] = float(batch.response_mask.sum()) / metrics["learner/seconds"]
         session.writer.write(step, metrics)
         session.progress.update(step, metrics)

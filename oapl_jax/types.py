@@ -6,6 +6,7 @@ Shape legend, used in annotations, in suffixes of local names and in einsum stri
     V vocabulary         D model width             F ffn width            L layers
     H query heads        K key/value heads         C head width           S cache length
     E experts            P tokens of a prompt      R tokens of a response
+    M rollouts packed in a row                     A micro-batches
 
 Alignment, everywhere: ``logprobs[:, t]`` scores ``tokens[:, t]`` given the tokens before it.
 """
@@ -110,16 +111,30 @@ class RolloutGroup:
 
 
 class TrainBatch(NamedTuple):
-    """Rows of prompt + response, right-padded, as the train step takes them: NumPy on the host, then jax arrays."""
+    """Rows of rollouts, packed one after the other, as the train step takes them.
+
+    A rollout lies whole in one row: prompt, then response. NumPy ``[B, ...]`` on the host; on the devices with a
+    leading axis of micro-batches (``learner/batch.py``).
+    """
 
     tokens: Int[Any, "B T"]
+    positions: Int[Any, "B T"]
+    """Of each token in its own rollout, from 0."""
+    segment_ids: Int[Any, "B T"]
+    """Which rollout of the row a token belongs to, from 1; 0: padding, at the end of the row."""
     response_mask: Bool[Any, "B T"]
     """True at response tokens, the stop token included."""
     sampler_logprobs: Float[Any, "B T"]
-    """0 outside the response."""
-    advantages: Float[Any, "B"]
-    row_mask: Bool[Any, "B"]
-    """False for rows that only fill the batch."""
+    """0 outside the responses."""
+    advantages: Float[Any, "B M"]
+    """Of rollout m, whose tokens have the segment id m + 1."""
+    segment_mask: Bool[Any, "B M"]
+    """False where the row has no such rollout."""
+
+    @property
+    def response_ids(self) -> Any:
+        """``segment_ids`` at response tokens, 0 elsewhere: what the objectives sum by."""
+        return self.segment_ids * self.response_mask
 
 
 Metrics = dict[str, Any]

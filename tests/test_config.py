@@ -75,18 +75,16 @@ def test_all_mistakes_are_reported_at_once_with_path_value_range_and_nearest_nam
 
 
 def test_mistakes_between_sections_are_reported_at_once_and_counted(load):
-    with pytest.raises(ConfigError, match=r"^4 mistakes in") as caught:
+    with pytest.raises(ConfigError, match=r"^3 mistakes in") as caught:
         load(
             TOY,
             "learner.batch_rollouts=18",
-            "learner.micro_batch_rollouts=7",
             "window.max_groups_ahead=2",
             "evaluation.path=x.jsonl",
         )
     told = str(caught.value)
     for key in (
         "learner.batch_rollouts=18",
-        "learner.micro_batch_rollouts=7",
         "window.max_groups_ahead=2",
         "evaluation.path",
     ):
@@ -227,14 +225,6 @@ def test_a_batch_that_groups_do_not_fill_names_the_nearest_that_they_do(load, ba
     assert f"learner.batch_rollouts={batch} is not a multiple of sampler.group_size={group}" in line
     assert line.endswith(f"nearest: {nearest}")
     assert abs(nearest - batch) == min(abs(k * group - batch) for k in range(1, batch))
-
-
-@pytest.mark.parametrize(("text", "schema"), [(TOY, TrainConfig), (SFT, SftConfig)])
-def test_micro_batches_must_divide_the_batch(load, text, schema):
-    line = only_mistake(load, text, "learner.batch_rollouts=32", "learner.micro_batch_rollouts=12", schema=schema)
-    assert line.startswith("learner.micro_batch_rollouts=12 does not divide learner.batch_rollouts=32")
-    assert line.endswith(": 8") or line.endswith(": 16")
-    assert load(text, "learner.batch_rollouts=32", "learner.micro_batch_rollouts=8", schema=schema)
 
 
 @pytest.mark.parametrize(

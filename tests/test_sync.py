@@ -8,13 +8,13 @@ import pytest
 from model import tiny
 from oapl_jax.checkpoint import Checkpoints
 from oapl_jax.config import LearnerConfig, MeshConfig, ObjectiveConfig
-from oapl_jax.learner.batch import from_pairs
+from oapl_jax.learner.batch import RowLayout, from_pairs, place
 from oapl_jax.learner.state import init_state, make_optimizer, make_schedule
 from oapl_jax.learner.step import make_loss_fn, make_train_step
 from oapl_jax.model import qwen
 from oapl_jax.model.quantized import quantize_weights
 from oapl_jax.sampler.replicas import replica_meshes, replica_params
-from oapl_jax.sharding import TRAINER_RULES, batch_sharding, make_meshes, shardings
+from oapl_jax.sharding import TRAINER_RULES, make_meshes, shardings
 from oapl_jax.sync import WeightSync
 
 CONFIG = tiny.config("qwen3_tied")
@@ -55,13 +55,13 @@ def make(meshes, dtype):
         beta2=0.1,
         temperature=1.0,
         vocab_size=48,
-        num_micro_batches=1,
         mesh=trainer,
         shardings=placed,
     )
     pair = (np.array([3, 4], np.int32), np.array([5, 6, 1], np.int32))
-    batch = from_pairs([pair] * 4, num_rows=4, max_tokens=16, advantages=[1.0, -1.0, 0.5, 2.0])
-    batch = jax.device_put(batch, batch_sharding(trainer))
+    layout = RowLayout(4, 16, mesh=trainer)
+    batch = from_pairs([pair] * 4, layout, advantages=[1.0, -1.0, 0.5, 2.0])
+    batch = place(batch, layout)
     return state, WeightSync(abstract, sampler, dtype), lambda state: step(state, batch)[0], sampler
 
 

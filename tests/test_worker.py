@@ -14,7 +14,7 @@ from flax import nnx
 
 from oapl_jax.config import DataConfig, MeshConfig
 from oapl_jax.data.prompts import load_prompts
-from oapl_jax.learner.batch import from_groups
+from oapl_jax.learner.batch import RowLayout, from_groups
 from oapl_jax.model import qwen
 from oapl_jax.objectives import oapl
 from oapl_jax.rewards.grader import ToyGrader
@@ -170,8 +170,8 @@ def test_invalid_verdicts_are_in_the_log_and_nowhere_else(tmp_path):
     for version in (0, 1):
         wanted = [name for name in accepted if int(name.split("-")[0]) == version][:6]
         assert [g.id for g in groups if g.policy_version == version] == wanted
-    batch = from_groups(groups, num_rows=len(groups) * GROUP_SIZE, max_tokens=17)
-    assert batch.row_mask.sum() == sum(r.grade.verdict is not Verdict.INVALID for g in groups for r in g.rollouts)
+    batch = from_groups(groups, RowLayout(len(groups) * GROUP_SIZE, 17))
+    assert batch.segment_mask.sum() == sum(r.grade.verdict is not Verdict.INVALID for g in groups for r in g.rollouts)
     assert np.isfinite(batch.advantages).all()
 
 
@@ -186,8 +186,8 @@ def test_a_logprob_that_is_not_finite_leaves_its_rollout_out_of_value_and_batch(
     assert [r.is_usable for r in group.rollouts] == [True, False, True]
     rewards = np.array([group.rollouts[i].grade.reward for i in (0, 2)])
     assert group.value == oapl.optimal_value(rewards, 1.0)
-    batch = from_groups([group], num_rows=3, max_tokens=20)
-    assert batch.row_mask.tolist() == [True, True, False]
+    batch = from_groups([group], RowLayout(3, 20))
+    assert batch.segment_mask[:, 0].tolist() == [True, True, False]
     assert np.isfinite(batch.sampler_logprobs).all()
 
 

@@ -1,36 +1,104 @@
-"""Groups to the rows of a train batch."""
+"""Groups to the rows of a train batch, and the rows to the devices."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Int
 
+from oapl_jax.learner.packing import pack
+from oapl_jax.sharding import row_sharding, row_shards, token_sharding
 from oapl_jax.types import FinishReason, Metrics, RolloutGroup, TrainBatch, Verdict
 
 SHORTEST_ROW = 16
 
-
-def row_length(num_tokens: int, max_tokens: int) -> int:
-    """The padded length of rows: the limit, or a half, a quarter, ... of it, so that few programs compile.
-
-    Raises:
-        ValueError: for a row beyond the limit.
-    """
-    if num_tokens > max_tokens:
-        raise ValueError(f"a row of {num_tokens} tokens exceeds the limit of {max_tokens} (prompt + response)")
-    length = max_tokens
-    while length > SHORTEST_ROW and (length + 1) // 2 >= num_tokens:
-        length = (length + 1) // 2
-    return length
+ROW_COUNTS = 8
+"""Packed batches that are one micro-batch have one of so many numbers of rows, so that few programs compile."""
 
 
-def from_groups(groups: Iterable[RolloutGroup], *, num_rows: int, max_tokens: int) -> TrainBatch:
-    """Usable rollouts as rows, filled up to ``num_rows`` with rows that do not count."""
+@dataclasses.dataclass(frozen=True)
+class RowLayout:
+    """How the rollouts of a batch lie in rows."""
+
+    num_rollouts: int
+    """Most rollouts of a batch."""
+    max_tokens: int
+    """Limit of a rollout, prompt and response."""
+    row_tokens: int | None = None
+    """Length of rows that rollouts are packed into; None: one rollout a row, padded."""
+    micro_batch_rows: int | None = None
+    """Rows of a micro-batch; None: the batch is one."""
+    mesh: Mesh | None = None
+    """The trainer's, whose axes split the rows and their tokens; None: one device."""
+
+    def __post_init__(self):
+        """Raises ValueError for rows that cannot hold a rollout or do not divide over the mesh."""
+        if self.row_tokens is not None and self.row_tokens < self.max_tokens:
+            raise ValueError(
+                f"learner.row_tokens={self.row_tokens} is less than the longest rollout, {self.max_tokens} tokens (prompt +"
+                " response); raise it, or shorten the limits"
+            )
+        context = 1 if self.mesh is None else self.mesh.shape["context"]
+        if (self.row_tokens or 0) % context:
+            raise ValueError(
+                f"learner.row_tokens={self.row_tokens} does not divide over context={context} of mesh.trainer; use a"
+                f" multiple of {context}"
+            )
+        if self.micro_batch_rows is not None or self.row_tokens is None:
+            rows, shards = self.micro_batch_rows or self.num_rollouts, self._row_shards
+            if rows % shards:
+                key = "micro_batch_rows" if self.micro_batch_rows else "batch_rollouts"
+                raise ValueError(
+                    f"learner.{key}={rows} does not divide over the {shards} row shards (data x fsdp) of mesh.trainer; use"
+                    f" a multiple of {shards}"
+                )
+
+    @property
+    def max_segments(self) -> int:
+        """M: most rollouts of a row."""
+        return self.num_rollouts if self.row_tokens else 1
+
+    @property
+    def _row_shards(self) -> int:
+        return 1 if self.mesh is None else row_shards(self.mesh)
+
+    def num_rows(self, num_used: int) -> int:
+        """Rows of the arrays where so many hold anything: few different numbers.
+
+        With micro-batches it is always the most that there can be: the train step runs those that hold anything.
+        """
+        if self.micro_batch_rows is not None:
+            return _round_up(self.num_rollouts, self.micro_batch_rows)
+        if self.row_tokens is None:
+            return self.num_rollouts
+        return _round_up(num_used, _round_up(-(-self.num_rollouts // ROW_COUNTS), self._row_shards))
+
+    def row_length(self, num_tokens: int) -> int:
+        """T: ``row_tokens``, or for rows of one rollout the limit or a half, a quarter, ... of it.
+
+        Raises:
+            ValueError: for a rollout beyond the limit.
+        """
+        if num_tokens > self.max_tokens:
+            raise ValueError(
+                f"a rollout of {num_tokens} tokens exceeds the limit of {self.max_tokens} (prompt + response)"
+            )
+        if self.row_tokens is not None:
+            return self.row_tokens
+        length = self.max_tokens
+        while length > SHORTEST_ROW and (length + 1) // 2 >= num_tokens:
+            length = (length + 1) // 2
+        return length if self.mesh is None else _round_up(length, self.mesh.shape["context"])
+
+
+def from_groups(groups: Iterable[RolloutGroup], layout: RowLayout) -> TrainBatch:
+    """The usable rollouts in rows, filled up with rows that hold nothing."""
     items = [(group.prompt, item) for group in groups for item in group.usable]
     return from_pairs(
         [(prompt.token_ids, item.rollout.token_ids) for prompt, item in items],
-        num_rows=num_rows,
-        max_tokens=max_tokens,
+        layout,
         sampler_logprobs=[item.rollout.logprobs for _, item in items],
         advantages=[item.advantage for _, item in items],
     )
@@ -38,33 +106,76 @@ def from_groups(groups: Iterable[RolloutGroup], *, num_rows: int, max_tokens: in
 
 def from_pairs(
     pairs: Sequence[tuple[Int[np.ndarray, "_P"], Int[np.ndarray, "_R"]]],
+    layout: RowLayout,
     *,
-    num_rows: int,
-    max_tokens: int,
     sampler_logprobs: Sequence[np.ndarray] | None = None,
     advantages: Sequence[float] | None = None,
 ) -> TrainBatch:
-    """Prompts and responses as right-padded rows; without sampler log-probabilities for supervised training."""
-    if len(pairs) > num_rows:
-        raise ValueError(f"{len(pairs)} rollouts do not fit into a batch of {num_rows} rows")
-    length = row_length(max(len(prompt) + len(response) for prompt, response in pairs), max_tokens)
-    batch = TrainBatch(
-        tokens=np.zeros((num_rows, length), np.int32),
-        response_mask=np.zeros((num_rows, length), bool),
-        sampler_logprobs=np.zeros((num_rows, length), np.float32),
-        advantages=np.zeros(num_rows, np.float32),
-        row_mask=np.arange(num_rows) < len(pairs),
-    )
-    for row, (prompt, response) in enumerate(pairs):
-        start, end = len(prompt), len(prompt) + len(response)
-        batch.tokens[row, :start] = prompt
-        batch.tokens[row, start:end] = response
-        batch.response_mask[row, start:end] = True
-        if sampler_logprobs is not None:
-            batch.sampler_logprobs[row, start:end] = sampler_logprobs[row]
-    if advantages is not None:
-        batch.advantages[: len(pairs)] = advantages
+    """Prompts and responses in rows; without sampler log-probabilities for supervised training.
+
+    Raises:
+        ValueError: too many pairs, or one that is too long.
+    """
+    if len(pairs) > layout.num_rollouts:
+        raise ValueError(f"{len(pairs)} rollouts do not fit into a batch of {layout.num_rollouts}")
+    lengths = [len(prompt) + len(response) for prompt, response in pairs]
+    length = layout.row_length(max(lengths))
+    rows = pack(lengths, layout.row_tokens) if layout.row_tokens else [[i] for i in range(len(pairs))]
+    batch = _empty(layout.num_rows(len(rows)), length, layout.max_segments)
+    for row, members in enumerate(rows):
+        start = 0
+        for segment, i in enumerate(members):
+            prompt, response = pairs[i]
+            middle, end = start + len(prompt), start + lengths[i]
+            batch.tokens[row, start:middle] = prompt
+            batch.tokens[row, middle:end] = response
+            batch.positions[row, start:end] = np.arange(lengths[i])
+            batch.segment_ids[row, start:end] = segment + 1
+            batch.response_mask[row, middle:end] = True
+            batch.segment_mask[row, segment] = True
+            if sampler_logprobs is not None:
+                batch.sampler_logprobs[row, middle:end] = sampler_logprobs[i]
+            if advantages is not None:
+                batch.advantages[row, segment] = advantages[i]
+            start = end
     return batch
+
+
+def place(batch: TrainBatch, layout: RowLayout) -> TrainBatch:
+    """The batch on the devices of the layout's mesh, with a leading axis of micro-batches ``[A, B/A, ...]``."""
+    rows = layout.micro_batch_rows or len(batch.tokens)
+    split = [array.reshape(-1, rows, array.shape[1]) for array in batch]
+    return jax.device_put(TrainBatch(*split), None if layout.mesh is None else shardings(layout.mesh))
+
+
+def shardings(mesh: Mesh) -> TrainBatch:
+    """Of a batch with its axis of micro-batches: rows over data and fsdp, tokens over context."""
+    tokens, rollouts = token_sharding(mesh), row_sharding(mesh)
+    return TrainBatch(tokens, tokens, tokens, tokens, tokens, rollouts, rollouts)
+
+
+def padding(batch: TrainBatch, layout: RowLayout) -> float:
+    """Fraction of the positions which the train step computes that hold no token."""
+    rows = layout.micro_batch_rows or len(batch.tokens)
+    num_computed = _round_up(int(batch.segment_mask.any(axis=1).sum()), rows) * batch.tokens.shape[1]
+    return 1 - float((batch.segment_ids > 0).sum()) / num_computed
+
+
+def _empty(num_rows: int, length: int, num_segments: int) -> TrainBatch:
+    integers, segments = np.zeros((num_rows, length), np.int32), (num_rows, num_segments)
+    return TrainBatch(
+        tokens=integers,
+        positions=integers.copy(),
+        segment_ids=integers.copy(),
+        response_mask=np.zeros(integers.shape, bool),
+        sampler_logprobs=np.zeros(integers.shape, np.float32),
+        advantages=np.zeros(segments, np.float32),
+        segment_mask=np.zeros(segments, bool),
+    )
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
 
 
 def describe(groups: Sequence[RolloutGroup]) -> Metrics:

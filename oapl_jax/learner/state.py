@@ -39,7 +39,13 @@ def make_optimizer(config: LearnerConfig, schedule: optax.Schedule) -> optax.Gra
     """AdamW after a clip of the gradient's global norm (paper Table 1)."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
-        optax.adamw(schedule, b1=config.adam_b1, b2=config.adam_b2, weight_decay=config.weight_decay),
+        optax.adamw(
+            schedule,
+            b1=config.adam_b1,
+            b2=config.adam_b2,
+            weight_decay=config.weight_decay,
+            mu_dtype=config.moment_dtype,
+        ),
     )
 
 

@@ -17,24 +17,26 @@ from oapl_jax.model.logprob import sequence_logprobs
 from oapl_jax.objectives import grpo, oapl, sft
 from oapl_jax.types import TrainBatch
 
-LossFn = Callable[[Float[Array, "B T"], TrainBatch, Float[Array, ""]], Float[Array, "B"]]
-"""Log-probabilities, rows and the mean response tokens of a row of the whole batch, to the loss of each row."""
+LossFn = Callable[[Float[Array, "B T"], TrainBatch, Float[Array, ""]], Float[Array, "B M"]]
+"""Log-probabilities, rows and the mean response tokens of a rollout of the whole batch, to the loss of each rollout."""
 
 
 def make_loss_fn(config: ObjectiveConfig) -> LossFn:
     """The objective of an online run as a function of the learner's log-probabilities."""
     if config.name == "grpo":
-        return lambda logprobs, batch, _: grpo.sequence_losses(
-            logprobs, batch.sampler_logprobs, batch.response_mask, batch.advantages
+        return lambda logprobs, rows, _: grpo.sequence_losses(
+            logprobs, rows.sampler_logprobs, rows.response_ids, rows.advantages
         )
-    return lambda logprobs, batch, _: oapl.sequence_losses(
-        logprobs, batch.sampler_logprobs, batch.response_mask, batch.advantages, beta2=config.beta2
+    return lambda logprobs, rows, _: oapl.sequence_losses(
+        logprobs, rows.sampler_logprobs, rows.response_ids, rows.advantages, beta2=config.beta2
     )
 
 
-def sft_loss_fn(logprobs: Float[Array, "B T"], rows: TrainBatch, tokens_per_row: Float[Array, ""]) -> Float[Array, "B"]:
-    """Negative log-likelihood of each row, scaled so that the mean over rows is the mean over tokens."""
-    return sft.sequence_losses(logprobs, rows.response_mask) / tokens_per_row
+def sft_loss_fn(
+    logprobs: Float[Array, "B T"], rows: TrainBatch, tokens_per_rollout: Float[Array, ""]
+) -> Float[Array, "B M"]:
+    """Negative log-likelihood of each response, scaled so that the mean over responses is the mean over tokens."""
+    return sft.sequence_losses(logprobs, rows.response_ids, rows.segment_mask.shape[1]) / tokens_per_rollout
 
 
 def make_train_step(
@@ -46,57 +48,62 @@ def make_train_step(
     beta2: float,
     temperature: float,
     vocab_size: int,
-    num_micro_batches: int,
     mesh: Mesh,
     shardings: TrainState,
 ) -> Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, Array]]]:
     """Compiles ``(state, batch) -> (state, metrics)``; the state is donated.
 
-    The batch is split by rows into micro-batches whose gradients are summed; each row weighs
-    1 / (rows that count), so the result does not depend on the split.
+    The gradients of the batch's micro-batches are summed one after the other, as many as hold anything: each
+    rollout weighs 1 / (rollouts of the batch), so the result does not depend on which rows share a micro-batch.
 
     Args:
         graphdef: structure half of ``nnx.split(Qwen(...))``.
         optimizer: see ``make_optimizer``.
         schedule: its learning rate, for the metrics.
-        loss_fn: loss of each row.
+        loss_fn: loss of each rollout.
         beta2: weight of the log-ratio in the residual that the metrics report.
         temperature: of the policy; the sampler's.
         vocab_size: ids from here on are never drawn and have no probability.
-        num_micro_batches: must divide the rows of a batch.
         mesh: the trainer's.
         shardings: of the state.
     """
+    score = _score_fn(graphdef, temperature, vocab_size)
 
     def micro_loss(
-        params: Any, rows: TrainBatch, num_rows: Float[Array, ""], tokens_per_row: Float[Array, ""]
+        params: Any, rows: TrainBatch, num_rollouts: Float[Array, ""], tokens_per_rollout: Float[Array, ""]
     ) -> tuple[Array, dict[str, Array]]:
-        logprobs, entropy = sequence_logprobs(
-            graphdef, params, rows.tokens, rows.response_mask, temperature=temperature, vocab_size=vocab_size
-        )
-        losses = jnp.where(rows.row_mask, loss_fn(logprobs, rows, tokens_per_row), 0.0)
-        return losses.sum() / num_rows, _row_sums(logprobs, entropy, rows, beta2)
+        logprobs, entropy = score(params, rows)
+        losses = jnp.where(rows.segment_mask, loss_fn(logprobs, rows, tokens_per_rollout), 0.0)
+        return losses.sum() / num_rollouts, _sums(logprobs, entropy, rows, beta2)
 
     def step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, Array]]:
-        num_rows = jnp.maximum(batch.row_mask.sum(), 1).astype(jnp.float32)
-        tokens_per_row = jnp.maximum(batch.response_mask.sum(), 1) / num_rows
-        whole = functools.partial(micro_loss, num_rows=num_rows, tokens_per_row=tokens_per_row)
+        num_rollouts = jnp.maximum(batch.segment_mask.sum(), 1).astype(jnp.float32)
+        tokens_per_rollout = jnp.maximum(batch.response_mask.sum(), 1) / num_rollouts
+        whole = functools.partial(micro_loss, num_rollouts=num_rollouts, tokens_per_rollout=tokens_per_rollout)
         gradient_fn = jax.value_and_grad(whole, has_aux=True)
 
-        def accumulate(total: Any, rows: TrainBatch) -> tuple[Any, dict[str, Array]]:
-            (loss, sums), gradient = gradient_fn(state.params, rows)
-            return jax.tree.map(jnp.add, total, (loss, gradient)), sums
+        def micro_batch(index: Any) -> TrainBatch:
+            return jax.tree.map(lambda x: x[index], batch)
 
-        if num_micro_batches == 1:
-            ((loss, sums), gradient) = gradient_fn(state.params, batch)
+        def add(index: Array, total: Any) -> Any:
+            (loss, sums), gradient = gradient_fn(state.params, micro_batch(index))
+            lowest = jnp.minimum(total[0][1]["log_ratio_min"], sums["log_ratio_min"])
+            (loss, sums), gradient = jax.tree.map(jnp.add, total, ((loss, sums), gradient))
+            return (loss, {**sums, "log_ratio_min": lowest}), gradient
+
+        if batch.tokens.shape[0] == 1:
+            (loss, sums), gradient = gradient_fn(state.params, micro_batch(0))
         else:
-            zeros = (jnp.float32(0), jax.tree.map(jnp.zeros_like, state.params))
-            (loss, gradient), stacked = jax.lax.scan(accumulate, zeros, _split_rows(batch, num_micro_batches))
-            sums = {name: (value.min if name == "log_ratio_min" else value.sum)() for name, value in stacked.items()}
+            shapes = jax.eval_shape(gradient_fn, state.params, micro_batch(0))
+            (loss, sums), gradient = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+            gradient = jax.lax.with_sharding_constraint(gradient, shardings.params)
+            nothing = (loss, {**sums, "log_ratio_min": jnp.float32(jnp.inf)}), gradient
+            num_used = batch.segment_mask.any(axis=(1, 2)).sum()
+            (loss, sums), gradient = jax.lax.fori_loop(0, num_used, add, nothing)
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-        metrics = _metrics(loss, optax.global_norm(gradient), sums, num_rows)
+        metrics = _metrics(loss, optax.global_norm(gradient), sums, num_rollouts)
         metrics["learner/learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
         return TrainState(state.step + 1, params, opt_state), metrics
 
@@ -104,21 +111,45 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
 
 
-def _split_rows(batch: TrainBatch, num_micro_batches: int) -> TrainBatch:
-    """[B, ...] to [M, B/M, ...], every M-th row together, so that each device keeps its own rows."""
-    return jax.tree.map(lambda x: x.reshape(-1, num_micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
+def make_scorer(
+    graphdef: nnx.GraphDef, *, temperature: float, vocab_size: int
+) -> Callable[[Any, TrainBatch], Float[Array, "A B T"]]:
+    """Compiles ``(params, batch) -> log-probabilities`` of the response tokens, micro-batch by micro-batch."""
+    score = _score_fn(graphdef, temperature, vocab_size)
+    return jax.jit(lambda params, batch: jax.lax.map(lambda rows: score(params, rows)[0], batch))
 
 
-def _row_sums(
+def _score_fn(graphdef: nnx.GraphDef, temperature: float, vocab_size: int) -> Callable[[Any, TrainBatch], Any]:
+    """Log-probabilities and entropies of the rows of a micro-batch."""
+
+    def score(params: Any, rows: TrainBatch) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+        # Packed rows say where each rollout is; rows of one rollout need no mask but the causal one.
+        is_packed = rows.segment_mask.shape[-1] > 1
+        return sequence_logprobs(
+            graphdef,
+            params,
+            rows.tokens,
+            rows.response_mask,
+            positions=rows.positions if is_packed else None,
+            segment_ids=rows.segment_ids if is_packed else None,
+            temperature=temperature,
+            vocab_size=vocab_size,
+        )
+
+    return score
+
+
+def _sums(
     logprobs: Float[Array, "B T"], entropy: Float[Array, "B T"], rows: TrainBatch, beta2: float
 ) -> dict[str, Array]:
-    """Sums over rows (one is a minimum), so that micro-batches can be put together."""
-    log_ratio = jnp.where(rows.row_mask, oapl.log_ratios(logprobs, rows.sampler_logprobs, rows.response_mask), 0.0)
-    residual = jnp.where(rows.row_mask, beta2 * log_ratio - rows.advantages, 0.0)
+    """Sums over rollouts (one is a minimum), so that micro-batches can be put together."""
+    num_segments = rows.segment_mask.shape[1]
+    log_ratio = oapl.log_ratios(logprobs, rows.sampler_logprobs, rows.response_ids, num_segments)
+    residual = jnp.where(rows.segment_mask, beta2 * log_ratio - rows.advantages, 0.0)
     return {
         "log_ratio": log_ratio.sum(),
         "log_ratio_abs": jnp.abs(log_ratio).sum(),
-        "log_ratio_min": log_ratio.min(initial=jnp.inf, where=rows.row_mask),
+        "log_ratio_min": log_ratio.min(initial=jnp.inf, where=rows.segment_mask),
         "residual": jnp.abs(residual).sum(),
         "advantage_abs": jnp.abs(rows.advantages).sum(),
         "entropy": jnp.where(rows.response_mask, entropy, 0.0).sum(),
@@ -126,14 +157,14 @@ def _row_sums(
     }
 
 
-def _metrics(loss: Array, grad_norm: Array, sums: dict[str, Array], num_rows: Array) -> dict[str, Array]:
+def _metrics(loss: Array, grad_norm: Array, sums: dict[str, Array], num_rollouts: Array) -> dict[str, Array]:
     return {
         "learner/loss": loss,
         "learner/grad_norm": grad_norm,
-        "learner/log_ratio": sums["log_ratio"] / num_rows,
-        "learner/log_ratio_abs": sums["log_ratio_abs"] / num_rows,
+        "learner/log_ratio": sums["log_ratio"] / num_rollouts,
+        "learner/log_ratio_abs": sums["log_ratio_abs"] / num_rollouts,
         "learner/log_ratio_min": sums["log_ratio_min"],
-        "learner/residual": sums["residual"] / num_rows,
-        "learner/advantage_abs": sums["advantage_abs"] / num_rows,
+        "learner/residual": sums["residual"] / num_rollouts,
+        "learner/advantage_abs": sums["advantage_abs"] / num_rollouts,
         "learner/entropy": sums["entropy"] / jnp.maximum(sums["tokens"], 1),
     }

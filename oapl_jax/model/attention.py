@@ -37,7 +37,7 @@ def attend(
 
 
 def causal_mask(length: int) -> Bool[Array, "1 T T"]:
-    """Training rows are padded on the right, where causality alone hides the padding from every real token."""
+    """Of rows that are padded on the right, where causality alone hides the padding from every real token."""
     return jnp.tril(jnp.ones((1, length, length), dtype=bool))
 
 

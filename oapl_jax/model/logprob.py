@@ -3,21 +3,26 @@
 Learner, parity gate and scorers all use ``sequence_logprobs``: one definition of the policy's law.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-CHUNK_TOKENS = 1024
-"""Tokens whose logits exist at once; at V = 151,936 that is 0.6 GiB of float32 before sharding."""
+from oapl_jax.sharding import BATCH_AXES
 
-CHUNK_LOGITS = 2**27
-"""Logits that may exist at once in any case: a small vocabulary needs no loop and no recomputation."""
+CHUNK_TOKENS = 512
+"""Tokens whose logits exist at once on a device: enough for a product that is not bound by reading the weights."""
 
-# Finite, so that p * log p of an impossible token is 0 * -1e30 = 0, in the gradient too, and not NaN.
+CHUNK_LOGITS = 2**24
+"""Logits that may exist at once in any case: a small vocabulary needs no loop."""
+
+# Finite, so that p * log p of an impossible token is 0 * -1e30 = 0 and not NaN.
 IMPOSSIBLE = -1e30
 
 
@@ -29,8 +34,10 @@ def sequence_logprobs(
     *,
     temperature: float,
     vocab_size: int,
+    positions: Int[Array, "B T"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Teacher-forced log-probabilities and entropies of whole rows, right-padded.
+    """Teacher-forced log-probabilities and entropies of whole rows.
 
     ``logprobs[:, t]`` scores ``tokens[:, t]`` given the tokens before it; ``entropy[:, t]`` is of the law
     that token t was drawn from. Position 0 (nothing before it) and everything outside ``mask`` is 0.
@@ -39,86 +46,211 @@ def sequence_logprobs(
         graphdef: of ``nnx.split(model)``.
         params: of ``nnx.split(model)``, or the tree that gradients are taken of.
         tokens: rows of prompt + response.
-        mask: which positions are scored, usually the response.
+        mask: which positions are scored, usually the responses; never the first of a rollout.
         temperature: of the sampled law.
         vocab_size: length of the tokenizer, see ``token_logprobs``.
+        positions: of each token in its rollout; None: a row is one rollout, padded on the right.
+        segment_ids: which rollout of the row a token belongs to; None: as for ``positions``.
 
     Returns:
-        Log-probabilities in nats and entropies in nats, float32.
+        Log-probabilities in nats and entropies in nats, float32. Only the former have a gradient.
     """
     model = nnx.merge(graphdef, params)
-    B, T = tokens.shape
-    hidden, _ = model.hidden(tokens, jnp.broadcast_to(jnp.arange(T), (B, T)))
-    # Position T-1 predicts beyond the row: it is scored against a dummy and cut off by the shift.
-    targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
-    unembedding = model.unembedding()
-    chunk = max(CHUNK_TOKENS, CHUNK_LOGITS // unembedding.shape[1])
-    scored = token_logprobs(hidden, unembedding, targets, temperature=temperature, vocab_size=vocab_size, chunk=chunk)
-    mask = mask & (jnp.arange(T) > 0)
-    logprobs, entropy = (jnp.where(mask, jnp.pad(x[:, :-1], ((0, 0), (1, 0))), 0.0) for x in scored)
+    if positions is None:
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = model.hidden(tokens, positions, model.attend_rows(segment_ids))
+    # The state at t predicts token t + 1; the last one predicts beyond the row and is not scored.
+    targets, is_scored = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (tokens, mask))
+    unembedding, letters = model.unembedding()
+    scored = token_logprobs(
+        hidden,
+        unembedding,
+        letters,
+        targets,
+        is_scored,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        mesh=model.mesh,
+    )
+    logprobs, entropy = (jnp.pad(x[:, :-1], ((0, 0), (1, 0))) for x in scored)
     return logprobs, entropy
 
 
 def token_logprobs(
     hidden: Float[Array, "B T D"],
-    unembedding: Float[Array, "D V"],
+    unembedding: Float[Array, "_D _V"],
+    letters: str,
     targets: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
     *,
     temperature: float,
     vocab_size: int,
-    chunk: int = CHUNK_TOKENS,
+    mesh: Mesh | None = None,
+    chunk: int | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probability of each target, and entropy, under ``softmax(logits / temperature)``.
 
     The law is restricted to ids below ``vocab_size``: checkpoints pad their embedding beyond the
     tokenizer, and the sampler never draws those ids. A target at or beyond it has log-probability -inf.
 
-    The chunks are pieces of T with all rows in each: rows are what a mesh splits, so every device works
-    on its own rows in every chunk. Each chunk is recomputed in the backward pass.
+    Each device gathers its own tokens inside the mask, and scores them chunk by chunk. The backward pass computes
+    the logits of a chunk anew, and sums the unembedding's gradient in float32, whatever the dtype of the products.
 
     Args:
         hidden: after the final norm; ``hidden[:, t]`` predicts ``targets[:, t]``. Its dtype is the one in
-            which the product with the unembedding is computed (accumulated in float32).
-        unembedding: any floating dtype.
+            which the products with the unembedding are computed (accumulated in float32).
+        unembedding: ``[D, V]`` or ``[V, D]``, any floating dtype.
+        letters: which of the two, ``DV`` or ``VD``.
         targets: the token after each hidden state.
+        mask: which tokens are scored; the others cost nothing and have 0.
         temperature: > 0.
         vocab_size: number of ids that can be drawn, at most V.
-        chunk: tokens whose logits exist at once.
+        mesh: the trainer's, which splits rows, tokens and vocabulary; None: the arrays are on one device.
+        chunk: tokens of a device whose logits exist at once; None: by ``CHUNK_TOKENS`` and ``CHUNK_LOGITS``.
 
     Returns:
-        Log-probabilities and entropies in nats, float32, ``[B, T]`` each.
+        Log-probabilities and entropies in nats, float32, ``[B, T]`` each. The entropy has no gradient.
     """
-    score = functools.partial(_score, temperature=temperature, vocab_size=vocab_size, compute_dtype=hidden.dtype)
-    # float32 here and cast inside the loop: the gradient of a weight that a loop closes over is summed
-    # over the iterations in the weight's own dtype, and bf16 sums are off by up to 3e-2.
-    unembedding = unembedding.astype(jnp.float32)
-    B, T, D = hidden.shape
-    if chunk >= B * T:
-        return score(hidden, targets, unembedding)
-    length = max(1, chunk // B)
-    num_chunks = -(-T // length)
-    padding = num_chunks * length - T
-    hidden_BnCD = jnp.pad(hidden, ((0, 0), (0, padding), (0, 0))).reshape(B, num_chunks, length, D)
-    targets_BnC = jnp.pad(targets, ((0, 0), (0, padding))).reshape(B, num_chunks, length)
-    score = jax.checkpoint(score)
-    chunks = (jnp.moveaxis(hidden_BnCD, 1, 0), jnp.moveaxis(targets_BnC, 1, 0))
-    scored = jax.lax.map(lambda chunk: score(*chunk, unembedding), chunks)
-    logprobs, entropy = (jnp.moveaxis(x, 0, 1).reshape(B, num_chunks * length)[:, :T] for x in scored)
-    return logprobs, entropy
+    mesh = None if mesh is None or mesh.size == 1 else mesh
+    num_ids = unembedding.shape[letters.index("V")] // (1 if mesh is None else mesh.shape["tensor"])
+    law = _Law(letters, temperature, vocab_size, chunk or max(CHUNK_TOKENS, CHUNK_LOGITS // num_ids), mesh)
+    logprobs, entropy = _score(law, hidden, unembedding, targets, mask)  # pyright: ignore[reportGeneralTypeIssues]
+    return logprobs, jax.lax.stop_gradient(entropy)
 
 
-def _score(
-    hidden: Array, targets: Array, unembedding: Array, *, temperature: float, vocab_size: int, compute_dtype: Any
-) -> tuple[Array, Array]:
-    with jax.named_scope("token_logprobs"):
-        logits = jnp.einsum(
-            "BTD,DV->BTV", hidden, unembedding.astype(compute_dtype), preferred_element_type=jnp.float32
+@dataclasses.dataclass(frozen=True)
+class _Law:
+    """What is no array."""
+
+    letters: str
+    temperature: float
+    vocab_size: int
+    chunk: int
+    mesh: Mesh | None
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _score(law: _Law, hidden: Array, unembedding: Array, targets: Array, mask: Array) -> tuple[Array, Array]:
+    return _score_forward(law, hidden, unembedding, targets, mask)[0]
+
+
+def _score_forward(law: _Law, hidden: Array, unembedding: Array, targets: Array, mask: Array) -> Any:
+    run = _on_devices(law, _forward, [ROWS, _gathered(law), ROWS, ROWS], (ROWS, ROWS, ROWS))
+    logprobs, entropy, normalizer = run(hidden, unembedding.astype(hidden.dtype), targets, mask)
+    return (logprobs, entropy), (hidden, unembedding, targets, mask, normalizer)
+
+
+def _score_backward(law: _Law, saved: Any, cotangents: tuple[Array, Array]) -> Any:
+    hidden, unembedding, *rows = saved
+    gradient_spec = P(*({"D": "fsdp", "V": "tensor"}[letter] for letter in law.letters))
+    run = _on_devices(law, _backward, [ROWS, _gathered(law), *[ROWS] * 4], (ROWS, gradient_spec))
+    gradients = run(hidden, unembedding.astype(hidden.dtype), *rows, cotangents[0])
+    return gradients[0], gradients[1].astype(unembedding.dtype), None, None
+
+
+_score.defvjp(_score_forward, _score_backward)
+
+ROWS = P(BATCH_AXES, "context")
+"""Each device scores its own tokens."""
+
+
+def _gathered(law: _Law) -> P:
+    """The unembedding, gathered from fsdp."""
+    return P(*({"D": None, "V": "tensor"}[letter] for letter in law.letters))
+
+
+def _on_devices(law: _Law, run: Any, in_specs: list[P], out_specs: tuple[P, ...]) -> Any:
+    """``run`` with the law as its first argument, on the part of the arrays that each device has."""
+    run = functools.partial(run, law)
+    if law.mesh is None:
+        return run
+    return jax.shard_map(run, mesh=law.mesh, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False)
+
+
+def _forward(law: _Law, hidden: Array, weight: Array, targets: Array, mask: Array) -> tuple[Array, ...]:
+    """Log-probabilities, entropies and logarithms of the normalizer, ``[B, T]`` of one device."""
+    places, num_chunks = _places(law, mask)
+
+    def score(index: Array, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
+        at = places[index]
+        logits, ids = _logits(law, _take(hidden, at), weight)
+        target = _take(targets, at)
+        highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
+        highest = highest if law.mesh is None else jax.lax.pmax(highest, "tensor")
+        exps = jnp.exp(logits - highest[:, None])
+        total = _over_vocabulary(law, exps.sum(axis=-1))
+        normalizer = highest + jnp.log(total)
+        # A masked sum and not a gather: only one of the devices that share a vocabulary has the target.
+        target_logit = _over_vocabulary(law, jnp.where(ids == target[:, None], logits, 0.0).sum(axis=-1))
+        logprobs = jnp.where(target < law.vocab_size, target_logit - normalizer, -jnp.inf)
+        entropy = normalizer - _over_vocabulary(law, (exps * logits).sum(axis=-1)) / total
+        return tuple(
+            old.at[at].set(new, mode="drop") for old, new in zip(outputs, (logprobs, entropy, normalizer), strict=True)
         )
-        ids = jnp.arange(logits.shape[-1])
-        logits = jnp.where(ids < vocab_size, logits / temperature, IMPOSSIBLE)
-        normalizer = jax.nn.logsumexp(logits, axis=-1)
-        # A masked sum and not a gather: on logits split over the vocabulary it needs no all-gather.
-        target_logits = jnp.sum(jnp.where(ids == targets[..., None], logits, 0.0), axis=-1)
-        logprobs = jnp.where(targets < vocab_size, target_logits - normalizer, -jnp.inf)
-        entropy = normalizer - jnp.sum(jnp.exp(logits - normalizer[..., None]) * logits, axis=-1)
-        return logprobs, entropy
+
+    with jax.named_scope("token_logprobs"):
+        nothing = jnp.zeros(mask.size, jnp.float32)
+        outputs = jax.lax.fori_loop(0, num_chunks, score, (nothing, nothing, nothing))
+        return tuple(output.reshape(mask.shape) for output in outputs)
+
+
+def _backward(
+    law: _Law, hidden: Array, weight: Array, targets: Array, mask: Array, normalizer: Array, cotangent: Array
+) -> tuple[Array, Array]:
+    """Gradients of the hidden states, and of the unembedding in float32, its D split over fsdp."""
+    places, num_chunks = _places(law, mask)
+    letters = law.letters
+
+    def add(index: Array, gradients: tuple[Array, Array]) -> tuple[Array, Array]:
+        at = places[index]
+        states, target = _take(hidden, at), _take(targets, at)
+        logits, ids = _logits(law, states, weight)
+        # d logprob / d logits = (one-hot - law) / temperature; an impossible target has no gradient.
+        slope = jnp.where(target < law.vocab_size, _take(cotangent, at), 0.0) / law.temperature
+        error = (ids == target[:, None]) - jnp.exp(logits - _take(normalizer, at)[:, None])
+        error = (slope[:, None] * error).astype(hidden.dtype)
+        for_states = jnp.einsum(f"NV,{letters}->ND", error, weight, preferred_element_type=jnp.float32)
+        for_weight = jnp.einsum(f"ND,NV->{letters}", states, error, preferred_element_type=jnp.float32)
+        for_states = _over_vocabulary(law, for_states).astype(hidden.dtype)
+        return gradients[0].at[at].set(for_states, mode="drop"), gradients[1] + for_weight
+
+    with jax.named_scope("token_logprobs_backward"):
+        nothing = jnp.zeros((mask.size, hidden.shape[-1]), hidden.dtype), jnp.zeros(weight.shape, jnp.float32)
+        for_hidden, for_weight = jax.lax.fori_loop(0, num_chunks, add, nothing)
+        if law.mesh is not None:
+            for_weight = jax.lax.psum(for_weight, ("data", "context"))
+            dimension = letters.index("D")
+            for_weight = jax.lax.psum_scatter(for_weight, "fsdp", scatter_dimension=dimension, tiled=True)
+        return for_hidden.reshape(hidden.shape), for_weight
+
+
+def _places(law: _Law, mask: Array) -> tuple[Int[Array, "A N"], Array]:
+    """Where a device's tokens inside the mask are, in chunks, and how many chunks there are, the same on all devices.
+
+    Places beyond the last are out of range.
+    """
+    size = min(law.chunk, mask.size)
+    num_places = -(-mask.size // size) * size
+    places = jnp.nonzero(mask.ravel(), size=num_places, fill_value=mask.size)[0]
+    num_chunks = -(-mask.sum() // size)
+    if law.mesh is not None:
+        num_chunks = jax.lax.pmax(num_chunks, (*BATCH_AXES, "context"))
+    return places.reshape(-1, size), num_chunks
+
+
+def _take(array: Array, places: Array) -> Array:
+    """Entries of ``[B, T, ...]``; 0 out of range."""
+    return array.reshape(-1, *array.shape[2:]).at[places].get(mode="fill", fill_value=0)
+
+
+def _logits(law: _Law, states: Array, weight: Array) -> tuple[Float[Array, "N V"], Int[Array, "V"]]:
+    """Logits of the ids that a device has, float32, and which these are."""
+    logits = jnp.einsum(f"ND,{law.letters}->NV", states, weight, preferred_element_type=jnp.float32)
+    ids = jnp.arange(logits.shape[-1])
+    if law.mesh is not None:
+        ids += jax.lax.axis_index("tensor") * logits.shape[-1]
+    return jnp.where(ids < law.vocab_size, logits / law.temperature, IMPOSSIBLE), ids
+
+
+def _over_vocabulary(law: _Law, x: Array) -> Array:
+    return x if law.mesh is None else jax.lax.psum(x, "tensor")

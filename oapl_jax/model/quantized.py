@@ -9,6 +9,8 @@ serves both as a lookup and as the output matrix. Norms, biases and routers stay
 small, and a router's choice is not continuous.
 """
 
+import functools
+import re
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -91,11 +93,35 @@ def einsum(spec: str, x: Float[Array, "..."], weight: nnx.Variable, **options: A
     """
     matrix = weight.get_value()
     if not isinstance(matrix, Int8):
-        return jnp.einsum(spec, x, matrix.astype(x.dtype), **options)
+        return jnp.einsum(spec, x, matrix.astype(x.dtype), **options) if options else _product(spec, x, matrix)
     product = jnp.einsum(spec, x, matrix.values.astype(x.dtype), **options)
     letters, output = spec.split(",")[1].split("->")
     summed = tuple(i for i, letter in enumerate(letters) if letter not in output)
     return (product * jnp.squeeze(matrix.scale, summed)).astype(product.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(spec: str, x: Array, matrix: Array) -> Array:
+    return jnp.einsum(spec, x, matrix.astype(x.dtype))
+
+
+def _product_forward(spec: str, x: Array, matrix: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _product(spec, x, matrix), (x, matrix)
+
+
+def _product_backward(spec: str, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+    """The matrix's gradient is summed over tokens in float32, and its product reads both operands as they lie.
+
+    Autodiff would put the gradient first, which XLA on CPUs transposes; that costs as much as the product.
+    """
+    x, matrix = saved
+    of_x, of_matrix, of_output = re.split(",|->", spec)
+    for_x = jnp.einsum(f"{of_output},{of_matrix}->{of_x}", gradient, matrix.astype(x.dtype))
+    for_matrix = jnp.einsum(f"{of_x},{of_output}->{of_matrix}", x, gradient, preferred_element_type=jnp.float32)
+    return for_x, for_matrix.astype(matrix.dtype)
+
+
+_product.defvjp(_product_forward, _product_backward)
 
 
 def ragged_dot(

@@ -19,16 +19,22 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from oapl_jax.model import attention
+from oapl_jax.model import row_attention
 from oapl_jax.model.quantized import einsum, lookup, ragged_dot
+from oapl_jax.model.row_attention import RowAttentionKind
 from oapl_jax.sharding import BATCH_AXES
 
 MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe")
+
+SAVED_NAMES = ("layer_input", "query", "key", "value", "attention", "mlp")
+"""Values of a layer that ``Remat`` may name: after rope the first three heads, then the heads' output, then the ffn's
+hidden units."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,6 +179,43 @@ def _rope_theta(values: dict[str, Any]) -> float:
 Cache = Any
 """What an ``Attend`` carries from layer to layer, a tree of arrays; None where it keeps nothing."""
 
+
+@dataclasses.dataclass(frozen=True)
+class Remat:
+    """What the backward pass finds and what it computes anew; by default it finds every activation.
+
+    Raises:
+        ValueError: a name that no value of a layer has.
+    """
+
+    is_on: bool = False
+    """Compute each layer anew from its input and from what is saved by name."""
+    saved: tuple[str, ...] = ()
+    """Of ``SAVED_NAMES``."""
+    offload: bool = False
+    """Save them in the host's memory, not in the device's."""
+
+    def __post_init__(self):
+        unknown = [name for name in self.saved if name not in SAVED_NAMES]
+        if unknown:
+            raise ValueError(
+                f"remat: no value of a layer is called {', '.join(unknown)}; known: {', '.join(SAVED_NAMES)}"
+            )
+
+    @property
+    def policy(self) -> Any:
+        """For ``jax.checkpoint``."""
+        policies = jax.checkpoint_policies
+        if not self.offload:
+            return policies.save_only_these_names(*self.saved)
+        return policies.save_and_offload_only_these_names(
+            names_which_can_be_saved=[],
+            names_which_can_be_offloaded=list(self.saved),
+            offload_src="device",
+            offload_dst="pinned_host",
+        )
+
+
 Attend = Callable[[Any, Array, Array, Array, Cache], tuple[Array, Cache]]
 """``(layer, query [B, T, H, C], key [B, T, K, C], value [B, T, K, C], cache) -> (output [B, T, H, C], cache)``.
 
@@ -254,7 +297,9 @@ class Attention(nnx.Module):
                 query = rms_norm(query, self.query_norm[...], self.eps)
                 key = rms_norm(key, self.key_norm[...], self.eps)
             query, key = rotate(query, rope), rotate(key, rope)
+            query, key, value = map(checkpoint_name, (query, key, value), ("query", "key", "value"))
         output, cache = attend(layer, query, key, value, cache)
+        output = checkpoint_name(output, "attention")
         with jax.named_scope("attention_output"):
             return einsum("BTHC,HCD->BTD", output, self.output), cache
 
@@ -277,7 +322,7 @@ class Mlp(nnx.Module):
         with jax.named_scope("mlp"):
             gate = einsum("BTD,DF->BTF", x, self.gate)
             up = einsum("BTD,DF->BTF", x, self.up)
-            return einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, self.down)
+            return einsum("BTF,FD->BTD", checkpoint_name(jax.nn.silu(gate) * up, "mlp"), self.down)
 
 
 class ExpertMlp(nnx.Module):
@@ -335,6 +380,7 @@ class Layer(nnx.Module):
         self, x: Array, rope: tuple[Array, Array], attend: Attend, layer: Any, cache: Cache
     ) -> tuple[Array, Cache]:
         """Residual stream ``[B, T, D]`` to the same, and the cache that ``attend`` made."""
+        x = checkpoint_name(x, "layer_input")
         output, cache = self.attention(rms_norm(x, self.attention_norm[...], self.eps), rope, attend, layer, cache)
         x = x + output
         return x + self.mlp(rms_norm(x, self.mlp_norm[...], self.eps)), cache
@@ -360,7 +406,8 @@ class Qwen(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: DTypeLike = jnp.float32,
         compute_dtype: DTypeLike = jnp.float32,
-        remat: bool = False,
+        remat: Remat = Remat(),
+        attention: RowAttentionKind | None = None,
         scan_layers: bool = True,
         mesh: Mesh | None = None,
     ) -> None:
@@ -371,14 +418,16 @@ class Qwen(nnx.Module):
             rngs: has the stream ``params``.
             param_dtype: of the weights.
             compute_dtype: of matrix products and of the residual stream.
-            remat: recompute each layer in the backward pass instead of keeping its activations.
+            remat: what the backward pass computes anew instead of keeping it.
+            attention: of training rows; None: the fastest for the device and the shape.
             scan_layers: False runs the layers as a Python loop, for debugging; same numbers.
-            mesh: where given, the residual stream is kept split by rows over its data and fsdp axes;
-                without it XLA may choose to split activations like the weights.
+            mesh: where given, rows are split over its data and fsdp axes, and their tokens over context;
+                without it the model runs on one device.
         """
         self.config = config
         self.compute_dtype = jnp.dtype(compute_dtype)
         self.remat, self.scan_layers, self.mesh = remat, scan_layers, mesh
+        self.attention: RowAttentionKind | None = attention
         V, D = config.vocab_size, config.hidden_size
         init = _Init(rngs, param_dtype)
         self.embedding = init.normal(config.initializer_range, vocab=V, embed=D)
@@ -400,7 +449,7 @@ class Qwen(nnx.Module):
         Args:
             tokens: ids; T = 1 in a decode step.
             positions: of each token in its sequence, from 0.
-            attend: what queries see; None: the rows are complete, and token t sees tokens 0..t.
+            attend: what queries see; None: ``attend_rows()``.
             cache: given to the first layer's ``attend``, and from layer to layer.
             layers: of ``separate_layers``, for a loop of many calls: the layers run one by one, and their
                 weights are not sliced anew in each call.
@@ -411,7 +460,7 @@ class Qwen(nnx.Module):
         with jax.named_scope("embedding"):
             x = self._constrain(lookup(self.embedding, tokens, self.compute_dtype))
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
-        attend = _attend_causally if attend is None else attend
+        attend = self.attend_rows() if attend is None else attend
         graphdef, stacked = nnx.split(self.layers)
 
         def run_layer(carry: tuple[Array, Cache], xs: tuple[Any, Any]) -> tuple[Any, None]:
@@ -427,6 +476,23 @@ class Qwen(nnx.Module):
                 (x, cache), _ = run_layer((x, cache), (params, index))
         return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), cache
 
+    def attend_rows(self, segment_ids: Int[Array, "B T"] | None = None) -> Attend:
+        """Each token sees its own rollout up to itself; no segment ids: a row is one rollout, padded on the right."""
+
+        def attend(layer: Any, query: Array, key: Array, value: Array, cache: Cache) -> tuple[Array, Cache]:
+            kind = self.attention
+            if kind is None:
+                context = 1 if self.mesh is None else self.mesh.shape["context"]
+                kind = row_attention.choose(
+                    jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform,
+                    query.dtype,
+                    query.shape[1] // context,
+                    query.shape[3],
+                )
+            return row_attention.attend_rows(query, key, value, segment_ids, kind=kind, mesh=self.mesh), cache
+
+        return attend
+
     def separate_layers(self) -> list[Any]:
         """The parameters of each layer, copied from the stacked arrays."""
         _, stacked = nnx.split(self.layers)
@@ -439,15 +505,15 @@ class Qwen(nnx.Module):
             spec, weight = tied if self.lm_head is None else ("...D,DV->...V", self.lm_head)
             return einsum(spec, hidden, weight, preferred_element_type=jnp.float32)
 
-    def unembedding(self) -> Float[Array, "D V"]:
-        """The output matrix of float weights, in their dtype; the transposed embedding where tied."""
-        return self.embedding[...].T if self.lm_head is None else self.lm_head[...]
+    def unembedding(self) -> tuple[Float[Array, "_D _V"], str]:
+        """The output matrix of float weights, in their dtype, and its letters: the embedding, ``VD``, where tied."""
+        return (self.embedding[...], "VD") if self.lm_head is None else (self.lm_head[...], "DV")
 
     def _run_layers(self, run_layer: Any, carry: Any, stacked: Any) -> Any:
         num_layers = self.config.num_hidden_layers
-        if self.remat:
+        if self.remat.is_on:
             # prevent_cse guards against the compiler undoing remat, which it cannot do across a scan.
-            run_layer = jax.checkpoint(run_layer, prevent_cse=not self.scan_layers)
+            run_layer = jax.checkpoint(run_layer, prevent_cse=not self.scan_layers, policy=self.remat.policy)
         if self.scan_layers:
             return jax.lax.scan(run_layer, carry, (stacked, jnp.arange(num_layers)))[0]
         for index, params in enumerate(self.separate_layers()):
@@ -457,11 +523,7 @@ class Qwen(nnx.Module):
     def _constrain(self, x: Array) -> Array:
         if self.mesh is None:
             return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(BATCH_AXES)))
-
-
-def _attend_causally(layer: Any, query: Array, key: Array, value: Array, cache: Cache) -> tuple[Array, Cache]:
-    return attention.attend(query, key, value, attention.causal_mask(query.shape[1])), cache
+        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(BATCH_AXES, "context")))
 
 
 def abstract(config: QwenConfig, **options: Any) -> tuple[Any, Any]:

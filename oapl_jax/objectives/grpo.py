@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
+
+from oapl_jax.objectives.segments import segment_sums
 
 STD_FLOOR = 1e-4
 """Added to the group's standard deviation, so that an all-equal group has advantage 0, not 0/0."""
@@ -18,17 +20,19 @@ def advantages(rewards: Float[np.ndarray, "G"]) -> Float[np.ndarray, "G"]:
 def sequence_losses(
     logprobs: Float[Array, "B T"],
     sampler_logprobs: Float[Array, "B T"],
-    response_mask: Bool[Array, "B T"],
-    advantages: Float[Array, "B"],
-) -> Float[Array, "B"]:
-    """-1/|y| sum_t (pi_old / pi_sampler) * (pi / pi_old) * A of each rollout.
+    response_ids: Int[Array, "B T"],
+    advantages: Float[Array, "B M"],
+) -> Float[Array, "B M"]:
+    """-1/|y| sum_t (pi_old / pi_sampler) * (pi / pi_old) * A of each rollout; arguments as for OAPL.
 
     pi_old is the learner at the start of the step. With one update per batch it equals pi, so the
     ratio pi / pi_old is 1 in value and PPO's clip can never bind: only its gradient is left, weighted
     by the untruncated importance ratio (departure 4 in docs/departures.md).
     """
     with jax.named_scope("grpo"):
+        is_response, num_rollouts = response_ids > 0, advantages.shape[1]
         old = jax.lax.stop_gradient(logprobs)
-        importance = jnp.exp(jnp.where(response_mask, old - sampler_logprobs, 0.0))
-        gains = jnp.where(response_mask, importance * jnp.exp(logprobs - old), 0.0).sum(axis=-1) * advantages
-        return -gains / jnp.maximum(response_mask.sum(axis=-1), 1)
+        importance = jnp.exp(jnp.where(is_response, old - sampler_logprobs, 0.0))
+        gains = segment_sums(importance * jnp.exp(logprobs - old), response_ids, num_rollouts) * advantages
+        lengths = segment_sums(is_response.astype(jnp.float32), response_ids, num_rollouts)
+        return -gains / jnp.maximum(lengths, 1)

@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float, Int
+
+from oapl_jax.objectives.segments import segment_sums
 
 
 def optimal_value(rewards: Float[np.ndarray, "G"], beta1: float) -> float:
@@ -30,31 +32,35 @@ def advantages(rewards: Float[np.ndarray, "G"], beta1: float) -> Float[np.ndarra
 
 
 def log_ratios(
-    logprobs: Float[Array, "B T"], sampler_logprobs: Float[Array, "B T"], response_mask: Bool[Array, "B T"]
-) -> Float[Array, "B"]:
-    """log(pi(y|x) / pi_sampler(y|x)) in nats: the sum over response tokens, float32.
+    logprobs: Float[Array, "B T"],
+    sampler_logprobs: Float[Array, "B T"],
+    response_ids: Int[Array, "B T"],
+    num_rollouts: int,
+) -> Float[Array, "B M"]:
+    """log(pi(y|x) / pi_sampler(y|x)) of each rollout in nats: the sum over its response tokens, float32.
 
     The difference is taken per token before the sum: both sums are large and nearly equal.
     """
-    return jnp.where(response_mask, logprobs - sampler_logprobs, 0.0).astype(jnp.float32).sum(axis=-1)
+    return segment_sums(logprobs - sampler_logprobs, response_ids, num_rollouts)
 
 
 def sequence_losses(
     logprobs: Float[Array, "B T"],
     sampler_logprobs: Float[Array, "B T"],
-    response_mask: Bool[Array, "B T"],
-    advantages: Float[Array, "B"],
+    response_ids: Int[Array, "B T"],
+    advantages: Float[Array, "B M"],
     *,
     beta2: float,
-) -> Float[Array, "B"]:
+) -> Float[Array, "B M"]:
     """(beta2 * log(pi / pi_sampler) - A*)^2 of each rollout, Eq. 3; the loss is their mean over rollouts.
 
     Args:
-        logprobs: the learner's; ``[:, t]`` scores token t. Values outside the mask are ignored, even NaN.
+        logprobs: the learner's; ``[:, t]`` scores token t. Values outside the responses are ignored, even NaN.
         sampler_logprobs: of the law that was sampled.
-        response_mask: True at response tokens, the stop token included.
+        response_ids: m + 1 at the response tokens of rollout m, the stop token included; 0 elsewhere.
         advantages: A* of each rollout.
         beta2: weight of the log-ratio.
     """
     with jax.named_scope("oapl"):
-        return jnp.square(beta2 * log_ratios(logprobs, sampler_logprobs, response_mask) - advantages)
+        ratios = log_ratios(logprobs, sampler_logprobs, response_ids, advantages.shape[1])
+        return jnp.square(beta2 * ratios - advantages)

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from oapl_jax.learner.batch import describe, from_groups, from_pairs, has_equal_rewards, row_length
+from oapl_jax.learner.batch import RowLayout, describe, from_groups, from_pairs, has_equal_rewards
 from oapl_jax.types import FinishReason, Grade, GradedRollout, Rollout, RolloutGroup, Verdict
 from rollouts.groups import group, prompt, rollout
 
@@ -20,9 +20,9 @@ def item(length, verdict, advantage, finish_reason=FinishReason.STOP, reward=Non
 
 def test_rows_hold_prompt_then_response_then_padding():
     whole = group(3)
-    batch = from_groups([whole, group(4)], num_rows=6, max_tokens=40)
+    batch = from_groups([whole, group(4)], RowLayout(6, 40))
     assert batch.tokens.shape == (6, 10)
-    assert batch.row_mask.tolist() == [True] * 4 + [False] * 2
+    assert batch.segment_mask[:, 0].tolist() == [True] * 4 + [False] * 2
     for row, (source, graded) in enumerate([(g, r) for g in (whole, group(4)) for r in g.rollouts]):
         start, size = len(source.prompt.token_ids), len(graded.rollout.token_ids)
         end = start + size
@@ -32,10 +32,10 @@ def test_rows_hold_prompt_then_response_then_padding():
         assert np.flatnonzero(batch.response_mask[row]).tolist() == list(range(start, end))
         assert batch.sampler_logprobs[row, start:end].tolist() == graded.rollout.logprobs.tolist()
         assert not batch.sampler_logprobs[row][~batch.response_mask[row]].any()
-        assert batch.advantages[row] == np.float32(graded.advantage)
+        assert batch.advantages[row, 0] == np.float32(graded.advantage)
     for array in (batch.tokens, batch.response_mask, batch.sampler_logprobs, batch.advantages):
         assert not array[4:].any(), "rows that only fill the batch are empty"
-    assert [array.dtype for array in batch] == [np.int32, bool, np.float32, np.float32, bool]
+    assert [array.dtype for array in batch] == [np.int32] * 3 + [bool, np.float32, np.float32, bool]
 
 
 def test_rollouts_that_cannot_be_used_are_no_rows():
@@ -43,15 +43,15 @@ def test_rollouts_that_cannot_be_used_are_no_rows():
     verdicts = [Verdict.CORRECT, Verdict.INVALID, Verdict.WRONG, Verdict.CORRECT]
     rollouts = [rollout(rng, 4, verdict, advantage=0.25 * i) for i, verdict in enumerate(verdicts)]
     rollouts[3] = item(4, Verdict.CORRECT, math.nan)  # a log-probability was not finite
-    batch = from_groups([RolloutGroup(0, 0, prompt(0), tuple(rollouts), 0.5)], num_rows=4, max_tokens=16)
-    assert batch.row_mask.tolist() == [True, True, False, False]
-    assert batch.advantages.tolist() == [0.0, 0.5, 0.0, 0.0]
+    batch = from_groups([RolloutGroup(0, 0, prompt(0), tuple(rollouts), 0.5)], RowLayout(4, 16))
+    assert batch.segment_mask[:, 0].tolist() == [True, True, False, False]
+    assert batch.advantages[:, 0].tolist() == [0.0, 0.5, 0.0, 0.0]
     assert all(np.isfinite(array).all() for array in batch)
 
 
 def test_supervised_pairs_have_no_sampler_logprobs_and_no_advantage():
     pair = (np.array([4, 5], np.int32), np.array([6, 7, 1], np.int32))
-    batch = from_pairs([pair], num_rows=2, max_tokens=16)
+    batch = from_pairs([pair], RowLayout(2, 16))
     assert batch.tokens[0, :6].tolist() == [4, 5, 6, 7, 1, 0]
     assert not batch.sampler_logprobs.any()
     assert not batch.advantages.any()
@@ -59,7 +59,7 @@ def test_supervised_pairs_have_no_sampler_logprobs_and_no_advantage():
 
 @pytest.mark.parametrize("limit", [16, 18, 40, 1024, 1000, 5])
 def test_rows_are_padded_to_few_lengths_and_never_to_double(limit):
-    lengths = {n: row_length(n, limit) for n in range(1, limit + 1)}
+    lengths = {n: RowLayout(1, limit).row_length(n) for n in range(1, limit + 1)}
     assert all(n <= length <= limit for n, length in lengths.items())
     assert len(set(lengths.values())) <= 1 + max(0, math.ceil(math.log2(limit / 8)))
     assert all(length < 2 * n + 1 for n, length in lengths.items() if n > 16)
@@ -67,10 +67,10 @@ def test_rows_are_padded_to_few_lengths_and_never_to_double(limit):
 
 
 def test_a_row_beyond_the_limit_and_too_many_rollouts_are_errors():
-    with pytest.raises(ValueError, match="a row of 41 tokens exceeds the limit of 40"):
-        row_length(41, 40)
-    with pytest.raises(ValueError, match="4 rollouts do not fit into a batch of 3 rows"):
-        from_groups([group(0), group(1)], num_rows=3, max_tokens=40)
+    with pytest.raises(ValueError, match="a rollout of 41 tokens exceeds the limit of 40"):
+        RowLayout(1, 40).row_length(41)
+    with pytest.raises(ValueError, match="4 rollouts do not fit into a batch of 3"):
+        from_groups([group(0), group(1)], RowLayout(3, 40))
 
 
 def test_metrics_of_a_batch_are_what_they_are_by_hand():

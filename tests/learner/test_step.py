@@ -9,11 +9,11 @@ import pytest
 
 from model import tiny
 from oapl_jax.config import LearnerConfig, MeshConfig, ObjectiveConfig
-from oapl_jax.learner.batch import from_pairs
+from oapl_jax.learner.batch import RowLayout, from_pairs, place
 from oapl_jax.learner.state import init_state, make_optimizer, make_schedule
 from oapl_jax.learner.step import make_loss_fn, make_train_step, sft_loss_fn
 from oapl_jax.model import qwen
-from oapl_jax.sharding import TRAINER_RULES, batch_sharding, make_meshes, shardings
+from oapl_jax.sharding import TRAINER_RULES, make_meshes, shardings
 
 CONFIG = tiny.config("qwen3_tied")
 BETA2, TEMPERATURE, VOCAB = 0.3, 0.8, 45
@@ -22,7 +22,7 @@ OAPL = ObjectiveConfig(beta2=BETA2)
 
 
 @functools.cache
-def make_step(mesh="fsdp=1", learner=LEARNER, loss="oapl", num_micro_batches=1):
+def make_step(mesh="fsdp=1", learner=LEARNER, loss="oapl"):
     """The compiled step on a mesh, and a function that makes its state at step 0."""
     mesh = make_meshes(MeshConfig(trainer=mesh))[0]
     graphdef, abstract = qwen.abstract(CONFIG, mesh=mesh)
@@ -33,7 +33,8 @@ def make_step(mesh="fsdp=1", learner=LEARNER, loss="oapl", num_micro_batches=1):
         params = jax.device_put(tiny.split(CONFIG)[1], shardings(abstract, mesh, TRAINER_RULES))
         return init_state(jax.tree.map(jnp.copy, params), optimizer, mesh)
 
-    loss_fn = {"oapl": make_loss_fn(OAPL), "sft": sft_loss_fn}[loss]
+    grpo = make_loss_fn(ObjectiveConfig(name="grpo"))
+    loss_fn = {"oapl": make_loss_fn(OAPL), "grpo": grpo, "sft": sft_loss_fn}[loss]
     step = make_train_step(
         graphdef,
         optimizer,
@@ -42,11 +43,10 @@ def make_step(mesh="fsdp=1", learner=LEARNER, loss="oapl", num_micro_batches=1):
         beta2=BETA2,
         temperature=TEMPERATURE,
         vocab_size=VOCAB,
-        num_micro_batches=num_micro_batches,
         mesh=mesh,
         shardings=init()[1],
     )
-    return lambda state, batch: step(state, jax.device_put(batch, batch_sharding(mesh))), lambda: init()[0]
+    return step, lambda: init()[0], mesh
 
 
 @functools.cache
@@ -57,8 +57,7 @@ def make_batch(num_pairs=6, num_rows=8, seed=0):
     pairs = [tuple(rng.integers(0, VOCAB, n).astype(np.int32) for n in size) for size in sizes]
     batch = from_pairs(
         pairs,
-        num_rows=num_rows,
-        max_tokens=16,
+        RowLayout(num_rows, 16),
         sampler_logprobs=[np.zeros(n, np.float32) for _, n in sizes],
         advantages=rng.normal(size=num_pairs).tolist(),
     )
@@ -76,11 +75,13 @@ def learner_logprobs(batch):
     return score(tiny.split(CONFIG)[1], batch)[0]
 
 
-def run(batch, num_steps=1, **options):
-    step, init = make_step(**options)
+def run(batch, num_steps=1, num_micro_batches=1, **options):
+    step, init, mesh = make_step(**options)
+    rows = len(batch.tokens)
+    placed = place(batch, RowLayout(rows, 16, micro_batch_rows=rows // num_micro_batches, mesh=mesh))
     state = init()
     for _ in range(num_steps):
-        state, metrics = step(state, batch)
+        state, metrics = step(state, placed)
     return state, {name: float(value) for name, value in metrics.items()}
 
 
@@ -104,10 +105,10 @@ def reference_loss(params, batch):
     logits = tiny.logits(tiny.split(CONFIG)[0], params, jnp.asarray(batch.tokens))
     law = jax.nn.log_softmax(logits[..., :VOCAB].astype(jnp.float32) / TEMPERATURE)
     losses = []
-    for row in np.flatnonzero(batch.row_mask):
+    for row in np.flatnonzero(batch.segment_mask[:, 0]):
         places = np.flatnonzero(batch.response_mask[row])
         ratio = sum(law[row, t - 1, batch.tokens[row, t]] - batch.sampler_logprobs[row, t] for t in places)
-        losses.append((BETA2 * ratio - batch.advantages[row]) ** 2)
+        losses.append((BETA2 * ratio - batch.advantages[row, 0]) ** 2)
     return sum(losses) / len(losses)
 
 
@@ -115,9 +116,9 @@ def test_metrics_equal_numpy():
     batch = make_batch()
     _, metrics = run(batch)
     logprobs, entropy = (x.astype(np.float64) for x in score(tiny.split(CONFIG)[1], batch))
-    rows = batch.row_mask
+    rows = batch.segment_mask[:, 0]
     ratio = ((logprobs - batch.sampler_logprobs) * batch.response_mask).sum(axis=1)[rows]
-    advantages = batch.advantages[rows].astype(np.float64)
+    advantages = batch.advantages[rows, 0].astype(np.float64)
     loss, reference = jax.value_and_grad(reference_loss)(tiny.split(CONFIG)[1], batch)
     assert metrics == pytest.approx(
         {
@@ -141,7 +142,9 @@ def test_metrics_equal_numpy():
 def test_the_smallest_log_ratio_is_of_a_row_that_counts():
     batch = make_batch()
     shifted = batch._replace(sampler_logprobs=batch.sampler_logprobs - 1.0 * batch.response_mask)
-    ratio = ((learner_logprobs(batch) - shifted.sampler_logprobs) * batch.response_mask).sum(axis=1)[batch.row_mask]
+    ratio = ((learner_logprobs(batch) - shifted.sampler_logprobs) * batch.response_mask).sum(axis=1)[
+        batch.segment_mask[:, 0]
+    ]
     assert ratio.min() > 0.1
     for splits in (1, 4):
         assert run(shifted, num_micro_batches=splits)[1]["learner/log_ratio_min"] == pytest.approx(
@@ -216,7 +219,7 @@ def test_what_stands_outside_the_response_does_not_matter():
     """Padding tokens, and log-probabilities at prompt and padding, even where these are NaN."""
     batch = make_batch()
     is_padding = np.cumsum(batch.response_mask[:, ::-1], axis=1)[:, ::-1] == 0
-    is_padding[~batch.row_mask] = True
+    is_padding[~batch.segment_mask[:, 0]] = True
     changed = batch._replace(
         tokens=np.where(is_padding, 11, batch.tokens).astype(np.int32),
         sampler_logprobs=np.where(batch.response_mask, batch.sampler_logprobs, np.nan).astype(np.float32),

@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 
 import tiny
+from oapl_jax.config import MeshConfig
 from oapl_jax.model import logprob
+from oapl_jax.sharding import make_meshes
 
 B, T, D, V = 3, 7, 16, 40
 
@@ -13,6 +15,11 @@ def inputs(seed=0):
     rng = np.random.default_rng(seed)
     hidden, unembedding = rng.normal(size=(B, T, D)), rng.normal(size=(D, V))
     return jnp.float32(hidden), jnp.float32(unembedding), jnp.asarray(rng.integers(0, 30, (B, T)))
+
+
+def score(hidden, unembedding, targets, mask=None, letters="DV", **options):
+    mask = jnp.ones(targets.shape, bool) if mask is None else mask
+    return logprob.token_logprobs(hidden, unembedding, letters, targets, mask, **options)
 
 
 def naive(hidden, unembedding, targets, temperature, vocab_size):
@@ -28,9 +35,7 @@ def naive(hidden, unembedding, targets, temperature, vocab_size):
 @pytest.mark.parametrize(("temperature", "vocab_size"), [(1.0, V), (0.7, 30)])
 def test_chunked_equals_naive(chunk, temperature, vocab_size):
     hidden, unembedding, targets = inputs()
-    scored = logprob.token_logprobs(
-        hidden, unembedding, targets, temperature=temperature, vocab_size=vocab_size, chunk=chunk
-    )
+    scored = score(hidden, unembedding, targets, temperature=temperature, vocab_size=vocab_size, chunk=chunk)
     for actual, expected in zip(scored, naive(hidden, unembedding, targets, temperature, vocab_size), strict=True):
         assert actual.dtype == jnp.float32
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
@@ -40,8 +45,8 @@ def gradients(hidden, unembedding, targets, chunk):
     weights = jnp.arange(B * T, dtype=jnp.float32).reshape(B, T) / 10 - 1
 
     def loss(hidden, unembedding):
-        scored = logprob.token_logprobs(hidden, unembedding, targets, temperature=0.7, vocab_size=30, chunk=chunk)
-        return (weights * (scored[0] + 0.1 * scored[1])).sum()
+        scored = score(hidden, unembedding, targets, temperature=0.7, vocab_size=30, chunk=chunk)
+        return (weights * scored[0]).sum()
 
     return jax.grad(loss, argnums=(0, 1))(hidden, unembedding)
 
@@ -56,8 +61,7 @@ def test_gradients_of_chunks_are_those_of_the_whole_and_of_finite_differences():
     step[3, 5] = 1e-5
 
     def loss(unembedding):
-        logprobs, entropy = naive(hidden, unembedding, targets, 0.7, 30)
-        return (weights * (logprobs + 0.1 * entropy)).sum()
+        return (weights * naive(hidden, unembedding, targets, 0.7, 30)[0]).sum()
 
     difference = (loss(np.float64(unembedding) + step) - loss(np.float64(unembedding) - step)) / 2e-5
     assert whole[1][3, 5] == pytest.approx(difference, rel=1e-3)
@@ -73,7 +77,7 @@ def test_gradient_of_a_bfloat16_unembedding_is_summed_in_float32():
     targets = jnp.asarray(rng.integers(0, 4, (1, 512)))
 
     def loss(unembedding, chunk):
-        scored = logprob.token_logprobs(hidden, unembedding, targets, temperature=1.0, vocab_size=V, chunk=chunk)
+        scored = score(hidden, unembedding, targets, temperature=1.0, vocab_size=V, chunk=chunk)
         return scored[0].sum()
 
     exact = jax.grad(loss)(unembedding.astype(jnp.float32), 1024)
@@ -85,9 +89,7 @@ def test_gradient_of_a_bfloat16_unembedding_is_summed_in_float32():
 
 def test_an_id_beyond_the_vocabulary_has_probability_zero():
     hidden, unembedding, targets = inputs()
-    logprobs, entropy = logprob.token_logprobs(
-        hidden, unembedding, targets.at[1, 2].set(35), temperature=1.0, vocab_size=30
-    )
+    logprobs, entropy = score(hidden, unembedding, targets.at[1, 2].set(35), temperature=1.0, vocab_size=30)
     assert logprobs[1, 2] == -jnp.inf
     assert np.isfinite(np.delete(logprobs.ravel(), T + 2)).all()
     assert np.isfinite(entropy).all()
@@ -130,3 +132,34 @@ def test_a_later_token_changes_no_earlier_logprob():
     )
     np.testing.assert_array_equal(before[:, :5], after[:, :5])
     assert before[0, 5] != after[0, 5]
+
+
+def test_tokens_outside_the_mask_are_not_scored_and_a_tied_unembedding_scores_the_same():
+    hidden, unembedding, targets = inputs()
+    mask = jnp.asarray(np.random.default_rng(1).random((B, T)) < 0.4)
+    options = {"temperature": 0.7, "vocab_size": 30, "chunk": 4}
+    whole = score(hidden, unembedding, targets, **options)
+    tied = score(hidden, unembedding.T, targets, mask, letters="VD", **options)
+    assert 2 < mask.sum() < B * T
+    for found, expected in zip(tied, whole, strict=True):
+        np.testing.assert_allclose(found, jnp.where(mask, expected, 0.0), atol=1e-5)
+
+
+@pytest.mark.parametrize("words", ["fsdp=2,context=2,tensor=2", "data=4,tensor=2"])
+@pytest.mark.parametrize("letters", ["DV", "VD"])
+def test_logprobs_and_gradients_do_not_depend_on_the_mesh(words, letters):
+    rng = np.random.default_rng(2)
+    mesh, _ = make_meshes(MeshConfig(trainer=words))
+    hidden, weight = jnp.float32(rng.normal(size=(4, 6, D))), jnp.float32(rng.normal(size=(D, V)))
+    targets, mask = jnp.asarray(rng.integers(0, 30, (4, 6))), jnp.asarray(rng.random((4, 6)) < 0.6)
+    weight = weight if letters == "DV" else weight.T
+    weights = jnp.float32(rng.normal(size=(4, 6)))
+
+    def loss(hidden, weight, mesh):
+        options = {"temperature": 0.7, "vocab_size": 30, "chunk": 2, "mesh": mesh}
+        scored = score(hidden, weight, targets, mask, letters, **options)
+        return (weights * scored[0]).sum(), scored
+
+    step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)
+    for found, expected in zip(*(jax.tree.leaves(step(hidden, weight, m)) for m in (mesh, None)), strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)

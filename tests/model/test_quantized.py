@@ -11,7 +11,7 @@ from flax import nnx
 
 from model import tiny
 from oapl_jax.config import MeshConfig
-from oapl_jax.learner.batch import from_pairs
+from oapl_jax.learner.batch import RowLayout, from_pairs
 from oapl_jax.model.quantized import Int8, dequantize, quantize, quantize_weights
 from oapl_jax.sampler import kv_cache
 from oapl_jax.sampler.engine import Engine
@@ -117,7 +117,7 @@ def sample(graphdef, params, config, **options):
 
 def differences(graphdef, params, rollouts):
     """The sampler's log-probabilities minus those of a model of floats."""
-    batch = from_pairs([(prompt, r.token_ids) for prompt, r in rollouts], num_rows=len(rollouts), max_tokens=14)
+    batch = from_pairs([(prompt, r.token_ids) for prompt, r in rollouts], RowLayout(len(rollouts), 14))
     tokens, mask = jnp.asarray(batch.tokens), jnp.asarray(batch.response_mask)
     expected = tiny.sequence_logprobs(graphdef, params, tokens, mask, temperature=1.0, vocab_size=48)[0]
     return np.concatenate([r.logprobs for _, r in rollouts]) - np.asarray(expected)[batch.response_mask]

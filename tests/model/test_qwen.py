@@ -126,7 +126,13 @@ def assert_trees_close(actual, expected, **tolerance):
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [(DENSE, {"scan_layers": False}), (DENSE, {"remat": True}), ("moe", {"remat": True, "scan_layers": False})],
+    [
+        (DENSE, {"scan_layers": False}),
+        (DENSE, {"remat": qwen.Remat(True)}),
+        (DENSE, {"remat": qwen.Remat(True, ("layer_input", "query", "attention"))}),
+        (DENSE, {"remat": qwen.Remat(True, ("layer_input", "mlp"), offload=True)}),
+        ("moe", {"remat": qwen.Remat(True), "scan_layers": False}),
+    ],
 )
 def test_remat_and_layer_loop_change_no_number(name, options):
     config, token_ids = tiny.config(name), tiny.rows(2, 9)
@@ -156,7 +162,7 @@ def test_sharded_equals_unsharded(name):
     assert sharded.layers.mlp.gate[...].addressable_shards[0].data.size * 8 == sharded.layers.mlp.gate[...].size
     token_ids = tiny.rows(8, 9)
     expected = loss_and_gradient(plain, params, token_ids)
-    batch = jax.device_put(token_ids, sharding.batch_sharding(mesh))
+    batch = jax.device_put(token_ids, NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES)))
     assert_trees_close(loss_and_gradient(graphdef, sharded, batch), expected, rtol=1e-3, atol=1e-4)
 
 

@@ -171,7 +171,10 @@ def test_optimizer_state_is_placed_like_its_parameters():
     assert isinstance(placed[0].nu.embedding, nnx.Variable)
 
 
-def test_batch_rows_are_split_over_data_and_fsdp():
-    mesh, _ = sharding.make_meshes(MeshConfig(trainer="data=2,fsdp=2,tensor=2"))
-    rows = jax.device_put(jnp.zeros((8, 3)), sharding.batch_sharding(mesh))
-    assert rows.addressable_shards[0].data.shape == (2, 3)
+def test_batch_rows_are_split_over_data_and_fsdp_and_tokens_over_context():
+    mesh, _ = sharding.make_meshes(MeshConfig(trainer="data=2,fsdp=2,context=2"))
+    tokens = jax.device_put(jnp.zeros((3, 8, 6)), sharding.token_sharding(mesh))
+    assert tokens.addressable_shards[0].data.shape == (3, 2, 3)
+    rollouts = jax.device_put(jnp.zeros((3, 8, 5)), sharding.row_sharding(mesh))
+    assert rollouts.addressable_shards[0].data.shape == (3, 2, 5)
+    assert sharding.row_shards(mesh) == 4

@@ -11,15 +11,17 @@ def test_gradient_is_the_importance_weighted_policy_gradient():
     rng = np.random.default_rng(1)
     logprobs, sampler = -rng.exponential(1.0, (2, 4, 5)).astype(np.float32)
     mask = np.array([[0, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 0, 1], [0, 0, 1, 1, 1]], bool)
-    advantages = np.array([1.0, -0.5, 0.25, 0.0], np.float32)
+    advantages = np.array([[1.0], [-0.5], [0.25], [0.0]], np.float32)
     gradient = jax.grad(
-        lambda lp: grpo.sequence_losses(lp, jnp.asarray(sampler), jnp.asarray(mask), jnp.asarray(advantages)).sum()
+        lambda lp: grpo.sequence_losses(
+            lp, jnp.asarray(sampler), jnp.asarray(mask, jnp.int32), jnp.asarray(advantages)
+        ).sum()
     )(jnp.asarray(logprobs))
     expected = np.zeros((4, 5))
     for i in range(4):
         for t in range(5):
             if mask[i, t]:
-                expected[i, t] = -np.exp(logprobs[i, t] - sampler[i, t]) * advantages[i] / mask[i].sum()
+                expected[i, t] = -np.exp(logprobs[i, t] - sampler[i, t]) * advantages[i, 0] / mask[i].sum()
     np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-7)
 
 

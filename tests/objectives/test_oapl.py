@@ -20,7 +20,7 @@ def make_rows(num_rows=6, num_tokens=7):
         mask[row, start : start + stop] = True
     logprobs = -RNG.exponential(1.0, (num_rows, num_tokens)).astype(np.float32)
     sampler = -RNG.exponential(1.0, (num_rows, num_tokens)).astype(np.float32)
-    return logprobs, sampler, mask, RNG.normal(size=num_rows).astype(np.float32)
+    return logprobs, sampler, mask.astype(np.int32), RNG.normal(size=(num_rows, 1)).astype(np.float32)
 
 
 def transcription(logprobs, sampler, mask, advantages, beta2):
@@ -28,9 +28,9 @@ def transcription(logprobs, sampler, mask, advantages, beta2):
     total, gradient = 0.0, np.zeros(logprobs.shape)
     for i in range(len(logprobs)):
         log_ratio = sum(float(logprobs[i, t]) - float(sampler[i, t]) for t in range(mask.shape[1]) if mask[i, t])
-        residual = beta2 * log_ratio - float(advantages[i])
+        residual = beta2 * log_ratio - float(advantages[i, 0])
         total += residual**2
-        gradient[i, mask[i]] = 2 * residual * beta2 / len(logprobs)
+        gradient[i, mask[i] > 0] = 2 * residual * beta2 / len(logprobs)
     return total / len(logprobs), gradient
 
 
@@ -73,7 +73,7 @@ def test_all_equal_group_has_zero_advantage_but_still_pulls_to_the_sampler(rewar
     assert (oapl.advantages(np.full(8, reward), beta1) == 0).all()
     gradient = jax.grad(
         lambda lp: oapl.sequence_losses(
-            lp, jnp.full((1, 2), -1.0), jnp.ones((1, 2), bool), jnp.zeros(1), beta2=0.1
+            lp, jnp.full((1, 2), -1.0), jnp.ones((1, 2), jnp.int32), jnp.zeros((1, 1)), beta2=0.1
         ).sum()
     )(jnp.full((1, 2), -0.5))
     np.testing.assert_allclose(gradient, 2 * 0.1 * 0.1 * 1.0, rtol=1e-6)
@@ -83,7 +83,7 @@ def test_positions_outside_the_mask_do_not_count_even_when_not_finite():
     logprobs, sampler, mask, advantages = make_rows()
     loss = lambda lp, s: oapl.sequence_losses(lp, s, jnp.asarray(mask), jnp.asarray(advantages), beta2=0.1).mean()  # noqa: E731
     clean = jax.value_and_grad(loss)(jnp.asarray(logprobs), jnp.asarray(sampler))
-    dirty = jax.value_and_grad(loss)(jnp.where(mask, logprobs, jnp.nan), jnp.where(mask, sampler, -jnp.inf))
+    dirty = jax.value_and_grad(loss)(jnp.where(mask > 0, logprobs, jnp.nan), jnp.where(mask > 0, sampler, -jnp.inf))
     assert clean[0] == dirty[0]
     np.testing.assert_array_equal(clean[1], dirty[1])
 
@@ -102,18 +102,18 @@ def test_minimiser_is_the_kl_regularised_optimum_from_off_policy_data():
     optimum = sampler + (rewards - value) / beta
 
     data_law = jnp.array([0.5, 0.25, 0.25])  # neither pi nor pi_s
-    mask = jnp.ones((3, 1), bool)
+    ids = jnp.ones((3, 1), jnp.int32)
 
     def loss(theta):
         logprobs = jax.nn.log_softmax(theta)[:, None]
         losses = oapl.sequence_losses(
             logprobs,
             jnp.asarray(sampler, jnp.float32)[:, None],
-            mask,
-            jnp.asarray(rewards - value, jnp.float32),
+            ids,
+            jnp.asarray(rewards - value, jnp.float32)[:, None],
             beta2=beta,
         )
-        return jnp.sum(data_law * losses)
+        return jnp.sum(data_law * losses[:, 0])
 
     optimizer = optax.adam(0.05)
     theta, state = jnp.zeros(3), optimizer.init(jnp.zeros(3))

@@ -13,7 +13,7 @@ from flax import nnx
 
 from model import tiny
 from oapl_jax.config import MeshConfig
-from oapl_jax.learner.batch import from_pairs
+from oapl_jax.learner.batch import RowLayout, from_pairs
 from oapl_jax.model import qwen
 from oapl_jax.model.logprob import sequence_logprobs
 from oapl_jax.sampler.engine import Engine
@@ -86,9 +86,7 @@ def sample(engine, prompts=PROMPTS, num_rollouts=4, seed=7, order=None, params=P
 
 
 def learner_logprobs(prompt, rollouts, temperature=1.0):
-    batch = from_pairs(
-        [(prompt, r.token_ids) for r in rollouts], num_rows=len(rollouts), max_tokens=MAX_PROMPT + MAX_RESPONSE
-    )
+    batch = from_pairs([(prompt, r.token_ids) for r in rollouts], RowLayout(len(rollouts), MAX_PROMPT + MAX_RESPONSE))
     logprobs, _ = sequence_logprobs(
         GRAPHDEF,
         PARAMS,
@@ -213,7 +211,7 @@ def test_other_architectures_sample_as_they_score(name):
     engine = Engine(graphdef, config, vocab_size=48, stop_ids=(0,), num_rows=4, mesh=mesh, **options)
     prompt = np.arange(1, 8, dtype=np.int32)
     [(_, rollouts)] = Scheduler(engine, contextlib.nullcontext()).run(params, [Request("", prompt, 3, (0, 0, 0))])
-    batch = from_pairs([(prompt, r.token_ids) for r in rollouts], num_rows=3, max_tokens=14)
+    batch = from_pairs([(prompt, r.token_ids) for r in rollouts], RowLayout(3, 14))
     logprobs, _ = tiny.sequence_logprobs(
         graphdef, params, batch.tokens, batch.response_mask, temperature=1.0, vocab_size=48
     )

@@ -1,0 +1,183 @@
+"""Causal attention within the rollouts of packed rows, for training: XLA, the TPU's splash kernel, cuDNN's.
+
+Each is linear in memory: scores exist for a block of queries at a time, in the forward and in the backward pass.
+On a mesh, rows are split over ``data`` and ``fsdp``, heads over ``tensor``, and queries over ``context``: each
+device has its own queries, and gathers the keys and values of the whole row, which are few.
+"""
+
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from oapl_jax.model.attention import attend
+from oapl_jax.sharding import BATCH_AXES
+
+RowAttentionKind = Literal["xla", "splash", "cudnn"]
+
+MOST_BLOCKS = 8
+"""XLA: blocks of queries of a row. A block sees the keys up to its end only, so more blocks save up to half of the work."""
+
+SHORTEST_BLOCK = 128
+"""XLA: queries of a block at least, so that its products are large."""
+
+SPLASH_BLOCK = 512
+"""Queries and keys of a block of the TPU kernel at most; must divide the row, and be a multiple of ``LANES``."""
+
+LANES = 128
+
+
+def choose(platform: str, dtype: Any, num_queries: int, head_dim: int) -> RowAttentionKind:
+    """The fastest kind that a platform has for rows of so many queries a device.
+
+    Args:
+        platform: of the devices.
+        dtype: of queries, keys and values.
+        num_queries: T over the size of the axis ``context``.
+        head_dim: C.
+    """
+    if platform == "tpu" and num_queries % LANES == 0 and head_dim % 64 == 0:
+        return "splash"
+    if platform == "gpu" and jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0:
+        return "cudnn"
+    return "xla"
+
+
+def attend_rows(
+    query: Float[Array, "B T H C"],
+    key: Float[Array, "B T K C"],
+    value: Float[Array, "B T K C"],
+    segment_ids: Int[Array, "B T"] | None = None,
+    *,
+    kind: RowAttentionKind,
+    mesh: Mesh | None = None,
+    interpret: bool = False,
+) -> Float[Array, "B T H C"]:
+    """Softmax attention of each token over the tokens of its own rollout up to itself.
+
+    Args:
+        query: after norm and rope.
+        key: each serves H/K query heads.
+        value: like ``key``.
+        segment_ids: which rollout of the row a token belongs to; None: there is one, and padding only after it.
+        kind: see ``choose``.
+        mesh: the trainer's; None: the arrays are on one device.
+        interpret: run the TPU's kernel on any platform, slowly.
+
+    Returns:
+        In the query's dtype; scores and softmax are float32.
+    """
+    mesh = None if mesh is None or mesh.size == 1 else mesh
+    with jax.named_scope("attention"):
+        if segment_ids is None and (kind == "splash" or mesh is not None):
+            segment_ids = jnp.ones(query.shape[:2], jnp.int32)
+        key, value = (_divisible_heads(x, query.shape[2], mesh) for x in (key, value))
+        if kind == "splash":
+            kernel = _splash_kernel(query.shape[1], query.shape[2], mesh, interpret)
+            return _on_devices(_splash, mesh, query, key, value, segment_ids, kernel)
+        return _on_devices({"xla": _xla, "cudnn": _cudnn}[kind], mesh, query, key, value, segment_ids)
+
+
+def _divisible_heads(x: Float[Array, "B T K C"], num_query_heads: int, mesh: Mesh | None) -> Float[Array, "B T J C"]:
+    """Keys or values with their heads repeated, where there are too few for the axis ``tensor`` to split them."""
+    num_heads, tensor = x.shape[2], 1 if mesh is None else mesh.shape["tensor"]
+    if num_heads % tensor == 0:
+        return x
+    return jnp.repeat(x, (tensor if tensor % num_heads == 0 else num_query_heads) // num_heads, axis=2)
+
+
+def _on_devices(
+    attend_fn: Any, mesh: Mesh | None, query: Array, key: Array, value: Array, segment_ids: Array | None, *kernel: Any
+) -> Array:
+    """Runs ``attend_fn`` on each device's queries, with the keys and values of its rows and heads.
+
+    It is called with queries, keys, values, the segment ids of queries and of keys, the place of the first query
+    in the row (a Python 0 where no axis splits the row), and the kernel where one is given.
+    """
+    if mesh is None:
+        return attend_fn(query, key, value, segment_ids, segment_ids, 0, *kernel)
+    is_split = mesh.shape["context"] > 1
+
+    def on_device(query: Array, key: Array, value: Array, query_ids: Any, key_ids: Any, *kernel: Any) -> Array:
+        start = jax.lax.axis_index("context") * query.shape[1] if is_split else 0
+        return attend_fn(query, key, value, query_ids, key_ids, start, *kernel)
+
+    queries, keys = P(BATCH_AXES, "context", "tensor"), P(BATCH_AXES, None, "tensor")
+    kernel_specs = [k.manual_sharding_spec(NamedSharding(mesh, P("tensor", "context"))) for k in kernel]
+    return jax.shard_map(
+        on_device,
+        mesh=mesh,
+        in_specs=(queries, keys, keys, P(BATCH_AXES, "context"), P(BATCH_AXES), *kernel_specs),
+        out_specs=queries,
+        check_vma=False,
+    )(query, key, value, segment_ids, segment_ids, *kernel)
+
+
+def _xla(query: Array, key: Array, value: Array, query_ids: Any, key_ids: Any, start: Any) -> Array:
+    T = query.shape[1]
+    size = max(SHORTEST_BLOCK, -(-T // MOST_BLOCKS))
+    outputs = []
+    for first in range(0, T, size):
+        last = min(first + size, T)
+        seen = slice(last if isinstance(start, int) else None)  # keys after the block's end are in its future
+        ids = (None, None) if query_ids is None else (query_ids[:, first:last], key_ids[:, seen])
+        outputs.append(_attend_block(query[:, first:last], key[:, seen], value[:, seen], *ids, start + first))
+    return jnp.concatenate(outputs, axis=1)
+
+
+@functools.partial(jax.checkpoint, prevent_cse=False)
+def _attend_block(query: Array, key: Array, value: Array, query_ids: Any, key_ids: Any, start: Any) -> Array:
+    """Attention of consecutive queries from ``start`` on; the backward pass computes the scores anew."""
+    return attend(query, key, value, _mask(query.shape[1], key.shape[1], query_ids, key_ids, start))
+
+
+def _mask(num_queries: int, num_keys: int, query_ids: Any, key_ids: Any, start: Any) -> Array:
+    """True where a query sees a key, ``[B, T, S]`` or ``[1, T, S]``."""
+    mask = (start + jnp.arange(num_queries))[None, :, None] >= jnp.arange(num_keys)
+    return mask if query_ids is None else mask & (query_ids[:, :, None] == key_ids[:, None])
+
+
+def _cudnn(query: Array, key: Array, value: Array, query_ids: Any, key_ids: Any, start: Any) -> Array:
+    is_whole = isinstance(start, int)
+    mask = None
+    if query_ids is not None or not is_whole:
+        mask = _mask(query.shape[1], key.shape[1], query_ids, key_ids, start)[:, None]
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_whole, implementation="cudnn")
+
+
+def _splash(query: Array, key: Array, value: Array, query_ids: Any, key_ids: Any, start: Any, kernel: Any) -> Array:
+    """The kernel knows itself which queries a device has."""
+    del start
+    query = query * query.shape[-1] ** -0.5
+
+    def one_row(query: Array, key: Array, value: Array, query_ids: Array, key_ids: Array) -> Array:
+        heads_first = (x.swapaxes(0, 1) for x in (query, key, value))
+        return kernel(*heads_first, segment_ids=splash.SegmentIds(query_ids, key_ids)).swapaxes(0, 1)
+
+    return jax.vmap(one_row)(query, key, value, query_ids, key_ids)
+
+
+def _splash_kernel(num_tokens: int, num_heads: int, mesh: Mesh | None, interpret: bool) -> Any:
+    tensor, context = (1, 1) if mesh is None else (mesh.shape["tensor"], mesh.shape["context"])
+    size = math.gcd(num_tokens // context, SPLASH_BLOCK)
+    if size % LANES:
+        raise ValueError(
+            f"model.attention=splash needs rows of a multiple of {LANES * context} tokens (context={context}), not"
+            f" {num_tokens}; set learner.row_tokens, or model.attention=null"
+        )
+    # One kernel for both gradients would need a copy of the query's gradient for each block of keys.
+    sizes = splash.BlockSizes(size, size, size, size, size, size, size, size, use_fused_bwd_kernel=False)
+    return splash.make_splash_mha(
+        splash_mask.MultiHeadMask([splash_mask.CausalMask((num_tokens, num_tokens))] * num_heads),
+        head_shards=tensor,
+        q_seq_shards=context,
+        block_sizes=sizes,
+        interpret=interpret,
+    )

@@ -1,0 +1,19 @@
+"""Sums over the rollouts that are packed in a row."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def segment_sums(values: Float[Array, "B T"], segment_ids: Int[Array, "B T"], num_segments: int) -> Float[Array, "B M"]:
+    """The sum of each segment's values, float32; ids from 1, values at id 0 are left out, even NaN.
+
+    A masked sum and not a scatter: it is exact to float32 in any order of tokens, and a mesh may split T.
+    """
+    is_member = segment_ids[..., None] == jnp.arange(1, num_segments + 1)
+    return jnp.sum(jnp.where(is_member, values.astype(jnp.float32)[..., None], 0.0), axis=-2)
+
+
+def spread(values: Float[Array, "B M"], segment_ids: Int[Array, "B T"]) -> Float[Array, "B T"]:
+    """Gives each token its segment's value; 0 at id 0."""
+    is_member = segment_ids[..., None] == jnp.arange(1, values.shape[-1] + 1)
+    return jnp.sum(jnp.where(is_member, values[..., None, :], 0.0), axis=-1)

@@ -1,0 +1,123 @@
+"""Attention of packed rows: each kind, on each mesh, against loops in NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from oapl_jax.config import MeshConfig
+from oapl_jax.model.row_attention import attend_rows, choose
+from oapl_jax.sharding import make_meshes
+
+
+@functools.cache
+def inputs(T=256, H=8, K=4, C=64, B=2):
+    rng = np.random.default_rng(0)
+    query, key, value = (rng.normal(size=(B, T, heads, C)).astype(np.float32) for heads in (H, K, K))
+    cuts = [[T // 3, T // 2 + 5, T - 17], [1, T // 2, T - 1]]
+    segment_ids = np.array([np.searchsorted(cut, np.arange(T), side="right") + 1 for cut in cuts], np.int32)
+    segment_ids[0, T - 17 :] = 0
+    return query, key, value, segment_ids
+
+
+def reference(query, key, value, segment_ids):
+    """Softmax over the tokens of the same rollout up to the query's own, one query and head at a time, float64."""
+    B, T, H, _ = query.shape
+    output = np.zeros(query.shape)
+    for b in range(B):
+        for t in range(T):
+            seen = np.flatnonzero((segment_ids[b] == segment_ids[b, t]) & (np.arange(T) <= t))
+            for h in range(H):
+                kv = h * key.shape[2] // H
+                scores = key[b, seen, kv].astype(np.float64) @ query[b, t, h] / np.sqrt(query.shape[3])
+                weights = np.exp(scores - scores.max())
+                output[b, t, h] = weights @ value[b, seen, kv] / weights.sum()
+    return output
+
+
+@functools.cache
+def expected(**shape):
+    return reference(*inputs(**shape))
+
+
+def run(kind, words="fsdp=1", **shape):
+    arrays = [jnp.asarray(x) for x in inputs(**shape)]
+    mesh = make_meshes(MeshConfig(trainer=words))[0]
+    attend = functools.partial(attend_rows, kind=kind, mesh=mesh, interpret=True)
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=arrays[0].shape), jnp.float32)
+
+    def loss(query, key, value):
+        output = attend(query, key, value, arrays[3])
+        return (output * weights).sum(), output
+
+    (_, output), gradients = jax.jit(jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True))(*arrays[:3])
+    return np.asarray(output), [np.asarray(g) for g in gradients]
+
+
+@functools.cache
+def plain():
+    return run("xla")
+
+
+def test_xla_equals_loops():
+    np.testing.assert_allclose(plain()[0], expected(), atol=2e-5)
+
+
+def test_xla_gradient_is_the_slope():
+    arrays, (_, gradients) = inputs(), plain()
+    weights = np.random.default_rng(1).normal(size=arrays[0].shape)
+    for i, place in [(0, (0, 200, 3, 5)), (1, (0, 100, 1, 2)), (2, (1, 0, 0, 0))]:
+        values = []
+        for step in (1e-3, -1e-3):
+            moved = [np.float64(x) for x in arrays[:3]]
+            moved[i][place] += step
+            values.append((reference(*moved, arrays[3]) * np.float32(weights)).sum())
+        assert gradients[i][place] == pytest.approx((values[0] - values[1]) / 2e-3, rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("xla", "data=2,context=4"),
+        ("xla", "context=2,tensor=4"),
+        ("xla", "tensor=8"),  # more devices than kv heads
+        ("splash", "fsdp=1"),
+        ("splash", "fsdp=2,context=2,tensor=2"),
+        ("splash", "tensor=8"),
+    ],
+)
+def test_every_kind_on_every_mesh_equals_plain_xla(kind, words):
+    output, gradients = run(kind, words)
+    np.testing.assert_allclose(output, expected(), atol=5e-5)
+    for found, wanted in zip(gradients, plain()[1], strict=True):
+        np.testing.assert_allclose(found, wanted, atol=2e-4)
+
+
+def test_without_segment_ids_a_row_is_one_rollout():
+    query, key, value, _ = (jnp.asarray(x) for x in inputs(T=16, C=8))
+    whole = attend_rows(query, key, value, jnp.ones((2, 16), jnp.int32), kind="xla")
+    np.testing.assert_allclose(attend_rows(query, key, value, kind="xla"), whole, atol=1e-6)
+
+
+def test_the_tpus_kernel_refuses_rows_that_it_cannot_split():
+    query, key, value, segment_ids = (jnp.asarray(x) for x in inputs(T=96, C=64))
+    with pytest.raises(ValueError, match="needs rows of a multiple of 128 tokens"):
+        attend_rows(query, key, value, segment_ids, kind="splash", interpret=True)
+
+
+@pytest.mark.parametrize(
+    ("platform", "dtype", "num_queries", "head_dim", "kind"),
+    [
+        ("tpu", "bfloat16", 4096, 128, "splash"),
+        ("tpu", "bfloat16", 4096, 64, "splash"),
+        ("tpu", "bfloat16", 100, 128, "xla"),
+        ("gpu", "bfloat16", 100, 128, "cudnn"),
+        ("gpu", "float32", 4096, 128, "xla"),
+        ("cpu", "bfloat16", 4096, 128, "xla"),
+    ],
+)
+def test_the_kind_follows_device_and_shape(platform, dtype, num_queries, head_dim, kind):
+    assert choose(platform, dtype, num_queries, head_dim) == kind
