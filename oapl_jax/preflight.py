@@ -176,10 +176,10 @@ def advice(result: Result, plan: Plan) -> list[str]:
     if result.name == "train_step" and config.model.remat == "none":
         found.append("model.remat=layer: activations are computed twice and not kept")
     if result.name in ("train_step", "score"):
-        rows = config.learner.micro_batch_rollouts or config.learner.batch_rollouts
+        rows = plan.rows.micro_batch_rows or plan.rows.num_rows(plan.rows.num_rollouts)
         shards = plan.trainer_mesh.shape["data"] * plan.trainer_mesh.shape["fsdp"]
         if rows > shards:
-            found.append(f"learner.micro_batch_rollouts={max(shards, rows // 2)} (now {rows}): fewer rows at once")
+            found.append(f"learner.micro_batch_rows={max(shards, rows // 2)} (now {rows}): fewer rows at once")
     if is_samplers and config.evaluation.every:
         found.append("evaluation.every=0: no second cache in the course of training")
     if is_samplers:

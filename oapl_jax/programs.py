@@ -6,6 +6,7 @@ devices that may only be described (``topology.py``). Nothing is compiled here.
 
 import dataclasses
 import functools
+import math
 import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,19 +18,21 @@ from jax.sharding import Mesh
 from oapl_jax import policy, sft
 from oapl_jax.config import ModelConfig, TrainConfig
 from oapl_jax.job import PAGE_SIZE, cache_dtype, make_engines
+from oapl_jax.learner import batch as batches
+from oapl_jax.learner.batch import RowLayout
 from oapl_jax.learner.state import TrainState, make_optimizer, make_schedule
-from oapl_jax.learner.step import make_loss_fn, make_train_step
+from oapl_jax.learner.step import make_loss_fn, make_scorer, make_train_step
 from oapl_jax.model import qwen
-from oapl_jax.model.logprob import sequence_logprobs
+from oapl_jax.model.logprob import CHUNK_LOGITS, CHUNK_TOKENS
 from oapl_jax.sampler import kv_cache
 from oapl_jax.sampler.engine import Engine
 from oapl_jax.sampler.replicas import replica_meshes
 from oapl_jax.sharding import (
     TRAINER_RULES,
-    batch_sharding,
     device_bytes,
     make_meshes,
     placed,
+    row_shards,
     shardings,
 )
 from oapl_jax.sync import WeightSync
@@ -93,6 +96,7 @@ class Plan:
     """Where the architecture was read from."""
     trainer_mesh: Mesh
     sampler_mesh: Mesh
+    rows: RowLayout
     memory: Memory
     engine: Engine | None
     """Of one replica; None where there is no room for a single rollout."""
@@ -107,7 +111,7 @@ class Plan:
     @property
     def max_tokens(self) -> int:
         """Limit of a rollout, prompt and response."""
-        return self.config.data.max_prompt_tokens + self.config.sampler.max_response_tokens
+        return self.rows.max_tokens
 
 
 def make_plan(config: TrainConfig, devices: Sequence[Any], usable_bytes: float) -> Plan:
@@ -128,7 +132,8 @@ def make_plan(config: TrainConfig, devices: Sequence[Any], usable_bytes: float) 
         model,
         param_dtype=section.param_dtype,
         compute_dtype=section.compute_dtype,
-        remat=section.remat == "layer",
+        remat=qwen.Remat(section.remat != "none", section.remat_names, offload=section.remat == "offload"),
+        attention=section.attention,
         scan_layers=section.scan_layers,
         mesh=trainer_mesh,
     )
@@ -153,7 +158,14 @@ def make_plan(config: TrainConfig, devices: Sequence[Any], usable_bytes: float) 
     engine = _make_engine(config, model, sampler_mesh, free)
     if engine is not None:
         memory = dataclasses.replace(memory, kv_cache=engine.cache_bytes / engine.mesh.size)
-    plan = Plan(config, model, source, trainer_mesh, sampler_mesh, memory, engine, ())
+    rows = RowLayout(
+        config.learner.batch_rollouts,
+        config.data.max_prompt_tokens + config.sampler.max_response_tokens,
+        config.learner.row_tokens,
+        config.learner.micro_batch_rows,
+        trainer_mesh,
+    )
+    plan = Plan(config, model, source, trainer_mesh, sampler_mesh, rows, memory, engine, ())
     if engine is None or shortage(plan, usable_bytes) > 0:
         return plan
     step = make_train_step(
@@ -164,7 +176,6 @@ def make_plan(config: TrainConfig, devices: Sequence[Any], usable_bytes: float) 
         beta2=config.objective.beta2,
         temperature=config.sampler.temperature,
         vocab_size=model.vocab_size,
-        num_micro_batches=_num_micro_batches(config),
         mesh=trainer_mesh,
         shardings=places,
     )
@@ -189,26 +200,16 @@ def kv_bytes(plan: Plan) -> float:
 
 def _learner_programs(plan: Plan, graphdef: Any, step: Any, state: TrainState) -> list[Program]:
     config, mesh, memory = plan.config, plan.trainer_mesh, plan.memory
-    rows, length = config.learner.batch_rollouts, plan.max_tokens
-    sharding = batch_sharding(mesh)
-
-    def array(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-    batch = TrainBatch(
-        tokens=array(jnp.int32, rows, length),
-        response_mask=array(bool, rows, length),
-        sampler_logprobs=array(jnp.float32, rows, length),
-        advantages=array(jnp.float32, rows),
-        row_mask=array(bool, rows),
-    )
-    score = jax.jit(
-        functools.partial(
-            sequence_logprobs, graphdef, temperature=config.sampler.temperature, vocab_size=plan.model.vocab_size
-        )
-    )
-    forward, attention = forward_flops(plan.model, rows * length, rows * length * (length + 1) / 2, rows * length)
+    batch = _full_batch(plan.rows, mesh)
+    score = make_scorer(graphdef, temperature=config.sampler.temperature, vocab_size=plan.model.vocab_size)
+    num_micro_batches, num_rows, length = batch.tokens.shape
+    # Rows are full of rollouts of full length, and all tokens are scored.
+    tokens = num_micro_batches * num_rows * length
+    pairs = tokens * (plan.max_tokens + 1) / 2
+    forward, attention = forward_flops(plan.model, tokens, pairs, tokens)
     beside = memory.sampler if memory.is_colocated else 0
+    chunks = num_chunks(num_rows * length / row_shards(mesh) / mesh.shape["context"], plan.model, mesh)
+    micro_batches = (num_micro_batches,) if num_micro_batches > 1 else ()
     make = functools.partial(Program, mesh=mesh, kernel_bytes=0)
     return [
         make(
@@ -218,15 +219,42 @@ def _learner_programs(plan: Plan, graphdef: Any, step: Any, state: TrainState) -
             # The backward pass has two products for each one of the forward pass.
             model_flops=3 * forward,
             kernel_flops=3 * attention,
+            expected_trips=(*micro_batches, chunks),
         ),
         make(
             "score",
-            functools.partial(score.lower, state.params, batch.tokens, batch.response_mask),
+            functools.partial(score.lower, state.params, batch),
             beside=memory.optimizer + beside,
             model_flops=forward,
             kernel_flops=attention,
+            expected_trips=(chunks,),
         ),
     ]
+
+
+def _full_batch(layout: RowLayout, mesh: Mesh) -> TrainBatch:
+    """The largest batch, as shapes on the trainer's mesh."""
+    num_rows, length = layout.num_rows(layout.num_rollouts), layout.row_length(layout.max_tokens)
+    at_once = layout.micro_batch_rows or num_rows
+    places = batches.shardings(mesh)
+
+    def array(name: str, dtype: Any, width: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((num_rows // at_once, at_once, width), dtype, sharding=getattr(places, name))
+
+    integers = {name: array(name, jnp.int32, length) for name in ("tokens", "positions", "segment_ids")}
+    return TrainBatch(
+        **integers,
+        response_mask=array("response_mask", bool, length),
+        sampler_logprobs=array("sampler_logprobs", jnp.float32, length),
+        advantages=array("advantages", jnp.float32, layout.max_segments),
+        segment_mask=array("segment_mask", bool, layout.max_segments),
+    )
+
+
+def num_chunks(tokens: float, model: qwen.QwenConfig, mesh: Mesh) -> int:
+    """Chunks in which a device computes the logits of so many tokens."""
+    num_ids = model.vocab_size // mesh.shape["tensor"]
+    return math.ceil(tokens / max(CHUNK_TOKENS, CHUNK_LOGITS // num_ids))
 
 
 def _sampler_programs(plan: Plan, engine: Engine, sync: WeightSync, params: Any) -> list[Program]:
@@ -328,8 +356,3 @@ def _make_engine(config: TrainConfig, model: qwen.QwenConfig, mesh: Mesh, free: 
 
 def _page_bytes(config: TrainConfig, model: qwen.QwenConfig) -> int:
     return kv_cache.page_bytes(model, PAGE_SIZE, cache_dtype(config))
-
-
-def _num_micro_batches(config: TrainConfig) -> int:
-    rows = config.learner.batch_rollouts
-    return rows // (config.learner.micro_batch_rollouts or rows)
