@@ -6,11 +6,12 @@ VENV ?= .venv
 RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 TORCH_STAMP := $(VENV)/.installed-torch
+TPU_STAMP := $(VENV)/.installed-tpu
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-fast lint format setup clean
+.PHONY: help quickstart test test-fast lint format setup tpu clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,7 +19,7 @@ help: ## show the targets
 quickstart: $(RUN_STAMP) ## train a small model with OAPL on this machine and write its report
 	$(BIN)/python -m oapl_jax.train --config configs/quickstart.yaml
 
-test: lint $(TORCH_STAMP) ## lint, types and every test
+test: lint $(TORCH_STAMP) $(TPU_STAMP) ## lint, types and every test
 	$(BIN)/python -m pytest
 
 test-fast: $(DEV_STAMP) ## the tests that take seconds
@@ -33,7 +34,9 @@ format: $(DEV_STAMP) ## format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-setup: $(DEV_STAMP) $(TORCH_STAMP) ## install everything and run nothing
+tpu: $(RUN_STAMP) $(TPU_STAMP) ## install the compiler for TPUs, which preflight needs
+
+setup: $(DEV_STAMP) $(TORCH_STAMP) $(TPU_STAMP) ## install everything and run nothing
 
 clean: ## remove the virtual environment and caches
 	rm -rf $(VENV) .pytest_cache .ruff_cache
@@ -61,3 +64,9 @@ $(TORCH_STAMP): requirements-torch.txt | $(DEV_STAMP)
 	@echo "installing requirements-torch.txt into $(VENV)"
 	@$(PIP) install -q -r requirements-torch.txt && touch $@ \
 	  || echo "PyTorch could not be installed: the comparisons with it will be skipped"
+
+# For preflight only, in a folder that JAX does not look into by itself (oapl_jax/topology.py).
+$(TPU_STAMP): requirements-tpu.txt | $(BIN)/python
+	@echo "installing requirements-tpu.txt into $(VENV)/tpu"
+	@$(PIP) install -q --no-deps --upgrade --target $(VENV)/tpu -r requirements-tpu.txt && touch $@ \
+	  || echo "libtpu could not be installed: the tests that compile for TPUs will be skipped"

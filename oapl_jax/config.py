@@ -10,6 +10,7 @@ import argparse
 import difflib
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
 from omegaconf import OmegaConf
@@ -440,14 +441,27 @@ def to_yaml(config: Section) -> str:
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump()))
 
 
-def from_command_line(schema: type[AnyConfig], module: str, argv: list[str]) -> tuple[AnyConfig, argparse.Namespace]:
-    """Parses ``--config FILE [--dry-run] [section.key=value ...]``; on a mistake prints it and exits with 2."""
+def from_command_line(
+    schema: type[AnyConfig],
+    module: str,
+    argv: list[str],
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> tuple[AnyConfig, argparse.Namespace]:
+    """Parses ``--config FILE [--dry-run] [section.key=value ...]``; on a mistake prints it and exits with 2.
+
+    Args:
+        schema: of the file.
+        module: that is run.
+        argv: words of the command line.
+        add_options: adds further options of this module.
+    """
     summary = (schema.__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog=f"python -m {module}", description=summary)
     parser.add_argument("--config", required=True, help="YAML file, see configs/")
     parser.add_argument("--dry-run", action="store_true", help="load everything, print config and plan, and exit")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the file")
-    arguments = parser.parse_args(argv)
+    add_options(parser)
+    arguments = parser.parse_intermixed_args(argv)
     try:
         return load(schema, arguments.config, arguments.overrides), arguments
     except ConfigError as error:

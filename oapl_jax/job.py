@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import threading
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -135,7 +136,7 @@ def make_job(config: TrainConfig, *, make_warm_start: bool = True) -> tuple[Job,
         mesh=trainer_mesh,
         shardings=shardings,
     )
-    engines = make_engines(config, loaded.config, loaded.tokenizer, sampler_mesh)
+    engines = make_engines(config, loaded.config, loaded.tokenizer.vocab_size, loaded.tokenizer.stop_ids, sampler_mesh)
     sampler_lock = threading.RLock() if sampler_mesh.size > 1 else contextlib.nullcontext()
     job = Job(
         config=config,
@@ -159,9 +160,22 @@ def make_job(config: TrainConfig, *, make_warm_start: bool = True) -> tuple[Job,
 
 
 def make_engines(
-    config: TrainConfig, model_config: qwen.QwenConfig, tokenizer: Tokenizer, mesh: Mesh
+    config: TrainConfig,
+    model_config: qwen.QwenConfig,
+    vocab_size: int,
+    stop_ids: Sequence[int],
+    mesh: Mesh,
+    device_free: float | None = None,
 ) -> tuple[Engine, ...]:
     """An engine for each replica of the sampler's mesh.
+
+    Args:
+        config: of the run.
+        model_config: the policy's architecture.
+        vocab_size: the tokenizer's length.
+        stop_ids: tokens that end a response.
+        mesh: the sampler's.
+        device_free: bytes that weights and cache find free on each device; None: ask the devices.
 
     Raises:
         ValueError: the rows do not divide over the replicas; the memory has no room for one sequence.
@@ -173,20 +187,20 @@ def make_engines(
             f"sampler.groups_in_flight={sampler.groups_in_flight} x group_size={sampler.group_size}: {rows} rows do not"
             f" divide over the {replicas} replicas of the sampler's mesh"
         )
-    compute_dtype = config.model.compute_dtype if sampler.dtype == "int8" else sampler.dtype
-    cache_dtype = jnp.dtype(sampler.kv_dtype or compute_dtype)
+    compute_dtype = _sampler_compute_dtype(config)
     graphdef = qwen.abstract(model_config, compute_dtype=compute_dtype)[0]
     max_pages = -(-(config.data.max_prompt_tokens + sampler.max_response_tokens) // PAGE_SIZE)
     # A replica's own weights are not there yet when the engines are made.
     weights = model_config.num_params * jnp.dtype(sampler.dtype).itemsize
-    budget = sampler.kv_memory * max(0, free_bytes(meshes[0]) - weights)
-    affordable = int(budget // kv_cache.page_bytes(model_config, PAGE_SIZE, cache_dtype))
+    free = free_bytes(meshes[0]) if device_free is None else device_free * meshes[0].size
+    budget = sampler.kv_memory * max(0, free - weights)
+    affordable = int(budget // kv_cache.page_bytes(model_config, PAGE_SIZE, cache_dtype(config)))
     return tuple(
         Engine(
             graphdef,
             model_config,
-            vocab_size=tokenizer.vocab_size,
-            stop_ids=tokenizer.stop_ids,
+            vocab_size=vocab_size,
+            stop_ids=stop_ids,
             num_rows=rows // replicas,
             max_prompt_tokens=config.data.max_prompt_tokens,
             max_response_tokens=sampler.max_response_tokens,
@@ -194,11 +208,20 @@ def make_engines(
             mesh=replica,
             num_pages=min(rows // replicas * max_pages, affordable),
             page_size=PAGE_SIZE,
-            cache_dtype=cache_dtype,
+            cache_dtype=cache_dtype(config),
             can_truncate=_law(sampler).truncates or _law(config.evaluation).truncates,
         )
         for replica in meshes
     )
+
+
+def cache_dtype(config: TrainConfig) -> jnp.dtype:
+    """Precision of the sampler's keys and values."""
+    return jnp.dtype(config.sampler.kv_dtype or _sampler_compute_dtype(config))
+
+
+def _sampler_compute_dtype(config: TrainConfig) -> str:
+    return config.model.compute_dtype if config.sampler.dtype == "int8" else config.sampler.dtype
 
 
 def describe(job: Job, state: TrainState) -> str:

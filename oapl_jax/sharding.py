@@ -186,16 +186,40 @@ def reshard(tree: Tree, target: Any, dtype: DTypeLike | None = None) -> Tree:
     """
     leaves, structure = jax.tree.flatten(tree)
     targets = tuple(structure.flatten_up_to(target))
+    copy, is_there = copy_program(leaves, targets, dtype)
+    if copy is not None:
+        leaves = copy(leaves)
+    # Never donate here: on CPU a donated device_put with equal partitioning crashes the process.
+    return jax.tree.unflatten(structure, leaves if is_there else jax.device_put(leaves, list(targets)))
+
+
+def copy_program(leaves: Sequence[Any], targets: Sequence[Any], dtype: DTypeLike | None) -> tuple[Any, bool]:
+    """The jitted program that ``reshard`` runs on the list of leaves, and whether they are then in place.
+
+    Without it (None) they only travel; where it does not bring them there they travel after it.
+    """
     sources = tuple(leaf.sharding for leaf in leaves)
     dtype = None if dtype is None else jnp.dtype(dtype)
-    if _same_devices(sources, targets):
-        return jax.tree.unflatten(structure, _copy_fn(targets, dtype)(leaves))
+    if _same_devices(sources, tuple(targets)):
+        return _copy_fn(tuple(targets), dtype), True
     # Overlapping device sets: device_put may alias the shards that stay where they are, so copy first.
     is_disjoint = not set.union(*(s.device_set for s in sources)) & set.union(*(t.device_set for t in targets))
-    if dtype is not None or not is_disjoint:
-        leaves = _copy_fn(sources, dtype)(leaves)
-    # Never donate here: on CPU a donated device_put with equal partitioning crashes the process.
-    return jax.tree.unflatten(structure, jax.device_put(leaves, list(targets)))
+    return (_copy_fn(sources, dtype) if dtype is not None or not is_disjoint else None), False
+
+
+def placed(tree: Any, places: Any) -> Any:
+    """The shapes of a tree with shardings, of which one may stand for a whole subtree: arguments to compile for."""
+    return jax.tree.map(
+        lambda place, part: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), part),
+        places,
+        tree,
+    )
+
+
+def device_bytes(tree: Any) -> int:
+    """Bytes of one device's part of arrays, or of shapes that have shardings."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
 
 
 def _same_devices(sources: tuple[Any, ...], targets: tuple[Any, ...]) -> bool:

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from oapl_jax.model.quantized import quantize_weights
-from oapl_jax.sharding import SAMPLER_RULES, reshard, shardings
+from oapl_jax.sharding import SAMPLER_RULES, copy_program, reshard, shardings
 from oapl_jax.types import Metrics
 
 
@@ -49,6 +49,20 @@ class WeightSync:
         copied = jax.block_until_ready(reshard(params, self.shardings, self._dtype))
         num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(copied))
         return copied, {"sync/seconds": time.perf_counter() - start, "sync/bytes": num_bytes}
+
+    def program(self, params: Any) -> tuple[Any, Any] | None:
+        """The jitted program of a sync and its argument, to compile for; None where there is only a transfer.
+
+        An int8 sync is two programs; this is the one that holds the floats.
+
+        Args:
+            params: shapes with shardings on the trainer's mesh.
+        """
+        if self._quantize is not None:
+            return self._quantize, params
+        leaves = jax.tree.leaves(params)
+        copy, _ = copy_program(leaves, jax.tree.leaves(self.shardings), self._dtype)
+        return None if copy is None else (copy, leaves)
 
     def _quantized_shapes(self, abstract_params: Any) -> Any:
         return abstract_params if self._quantize is None else jax.eval_shape(self._quantize, abstract_params)

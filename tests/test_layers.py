@@ -25,6 +25,8 @@ LAYERS = {
     "rewards": 1,
     "passk": 1,
     "run_dir": 1,
+    "topology": 1,
+    "hlo": 1,
     # what is stored and what is computed
     "rollouts": 2,
     "model": 2,
@@ -44,7 +46,9 @@ LAYERS = {
     "export": 6,
     "job": 6,
     "parity": 7,
+    "programs": 7,
     "train": 8,
+    "preflight": 8,
 }
 VAGUE = {"utils", "util", "common", "base", "helpers", "misc", "tools"}
 
@@ -133,7 +137,7 @@ def test_every_library_that_is_imported_is_pinned_exactly():
 
 
 def test_requirements_are_exact():
-    for name in ("requirements.txt", "requirements-dev.txt", "requirements-torch.txt"):
+    for name in ("requirements.txt", "requirements-dev.txt", "requirements-torch.txt", "requirements-tpu.txt"):
         for line in (ROOT / name).read_text().splitlines():
             assert not line or line.startswith(("#", "-r ")) or "==" in line, f"{name}: {line}"
 

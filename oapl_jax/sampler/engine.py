@@ -27,6 +27,7 @@ from oapl_jax.sampler import kv_cache
 from oapl_jax.sampler.kv_cache import KVPages, PromptKV
 from oapl_jax.sampler.paged_attention import choose_implementation, paged_attend
 from oapl_jax.sampler.sampling import Draw, Law, SamplingParams, draw, uniforms
+from oapl_jax.sharding import placed
 
 Params = Any
 """The state half of ``nnx.split(Qwen(...))``."""
@@ -282,7 +283,7 @@ class Engine:
             if expected.get(name) != given.get(name):
                 shapes = [list(tree[name]) if name in tree else "no such parameter" for tree in (given, expected)]
                 raise ValueError(f"parameter {name} is {shapes[0]}, the engine's model has {shapes[1]}")
-        return Prepared(params, *(self._join(params) if self.attention == "dense" else (None, None)))
+        return self._prepared(params, self._join)
 
     def prefill(self, policy: Prepared, prompts: Sequence[Int[np.ndarray, "_P"]]) -> Prefix:
         """Runs prompts of one padded length through the model.
@@ -351,11 +352,39 @@ class Engine:
             top[1].view(np.float32) if top else None,
         )
 
+    def lower_prefill(self, params: Params) -> jax.stages.Lowered:
+        """``prefill`` of as many prompts of the longest kind as it takes at once, to be compiled ahead of time.
+
+        Args:
+            params: shapes with shardings on this engine's mesh.
+        """
+        length = self.padded_length(self.max_prompt_tokens)
+        num_prompts = self.prompts_at_once(length)
+        policy = self._prepared(params, functools.partial(jax.eval_shape, self._join))
+        return self._prefill.lower(policy, self._integers(num_prompts, length), self._integers(num_prompts))
+
+    def lower_generate(self, params: Params) -> jax.stages.Lowered:
+        """``generate`` of all rows, to be compiled ahead of time.
+
+        Args:
+            params: shapes with shardings on this engine's mesh.
+        """
+        state = placed(jax.eval_shape(self.init_decode_state), self._shardings())
+        rows, table = self._integers(self.num_rows), self._integers(self.num_rows, self.max_pages)
+        policy = self._prepared(params, functools.partial(jax.eval_shape, self._join))
+        return self._generate.lower(policy, rows, table, self._integers(), state=state)
+
+    def _prepared(self, params: Params, join: Any) -> Prepared:
+        return Prepared(params, *(join(params) if self.attention == "dense" else (None, None)))
+
     def law(self, sampling: Sequence[SamplingParams]) -> Law:
         """Host arrays of the laws of several sequences."""
         fields = ("temperature", np.float32), ("top_k", np.int32), ("top_p", np.float32), ("min_p", np.float32)
         columns: list[Any] = [np.array([getattr(params, name) for params in sampling], kind) for name, kind in fields]
         return Law(*columns)
+
+    def _integers(self, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self.mesh, PartitionSpec()))
 
     def _kv_sharding(self, axis: int, ndim: int) -> Any:
         """Kv heads over ``tensor``, where it divides them."""

@@ -1,0 +1,403 @@
+"""What a compiled program does in one run, read from the text of its optimized HLO module.
+
+XLA's own ``cost_analysis`` counts the body of a loop once, whatever its trip count; here bodies are
+multiplied by it. Everything is per device: an SPMD module is the program of one of them.
+
+* **FLOPs** are those of matrix products (``dot`` and ``convolution``, as which a TPU has them); a
+  multiplication and an addition are two. Kernels (Pallas, ``tpu_custom_call``) are counted as calls only:
+  what is inside of them is not in the text.
+* **HBM bytes** are the operands and results of each instruction that runs by itself; what a fusion keeps
+  to itself, and what the compiler placed in fast memory, costs nothing. Slices count as what is sliced.
+  Padding of tiles is not counted, so it is a lower bound; nor are kernels.
+* **Collectives** are counted in bytes that a device has to receive, by the best algorithm.
+"""
+
+import collections
+import functools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0, "f8e4m3fn": 8, "f8e5m2": 8}
+"""Element types whose name does not end in their width."""
+
+COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
+
+KERNEL = "tpu_custom_call"
+"""Target of the custom calls that are Pallas kernels."""
+
+SLICES = ("dynamic-slice", "slice", "gather")
+
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+"""Instructions that change a part of their first operand in place, and which operand the new part is."""
+
+FREE = {
+    *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all"),
+    *("custom-call", "partition-id", "replica-id", "async-start", "async-update", "async-done", "send", "recv"),
+}
+"""Instructions that move no bytes in HBM themselves, or whose bytes are not known; so do those that end in ``-done``."""
+
+Network = Literal["ICI", "DCN"]
+
+
+class Collective(NamedTuple):
+    """All collectives of one kind over one network."""
+
+    kind: str
+    network: Network
+    count: float
+    num_bytes: float
+    """Received by a device in one run of the program."""
+
+
+class Cost(NamedTuple):
+    """Of one run of a program, on one device."""
+
+    flops: float
+    hbm_bytes: float
+    collectives: tuple[Collective, ...]
+    """Most bytes first."""
+    num_kernels: float
+    """Calls of kernels."""
+    num_unknown_loops: int
+    """Loops whose trip count is only known at run time."""
+
+    def network_bytes(self, network: Network) -> float:
+        """Bytes that a device receives over one network."""
+        return sum(collective.num_bytes for collective in self.collectives if collective.network == network)
+
+
+class _Instruction(NamedTuple):
+    name: str
+    type: str
+    opcode: str
+    operands: tuple[str, ...]
+    arguments: str
+    """Between the parentheses."""
+    attributes: str
+    """Behind them."""
+    is_root: bool
+
+
+_Computation = dict[str, _Instruction]
+
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
+
+
+def analyze(text: str, *, expected_trips: Sequence[float] = (), slices: Sequence[int] = ()) -> Cost:
+    """Reads a module.
+
+    Args:
+        text: ``compiled.as_text()``.
+        expected_trips: of loops that end by a number which only the run knows: of those that are in no other such
+            loop, of those that are in one of them, and so on; 1 where none is given.
+        slices: the TPU slice of each device of the program, in its order; none: all are in one.
+    """
+    reader = _Reader(text, expected_trips, slices)
+    reader.run(reader.entry, 1)
+    found = [Collective(*key, *value) for key, value in reader.collectives.items()]
+    return Cost(
+        reader.flops,
+        reader.hbm_bytes,
+        tuple(sorted(found, key=lambda collective: -collective.num_bytes)),
+        reader.num_kernels,
+        len(reader.unknown_loops),
+    )
+
+
+class _Reader:
+    """Walks over the computations of a module and adds up."""
+
+    def __init__(self, text: str, expected_trips: Sequence[float], slices: Sequence[int]) -> None:
+        self.computations, self.entry = _parse(text)
+        self.expected_trips, self.slices = expected_trips, slices
+        self.flops = self.hbm_bytes = self.num_kernels = 0.0
+        self.collectives: dict[tuple[str, Network], list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
+        self.unknown_loops: set[tuple[str, str]] = set()
+
+    def run(self, name: str, times: float, depth: int = 0, *, is_fused: bool = False) -> None:
+        """Adds a computation.
+
+        Args:
+            name: of it.
+            times: that it runs.
+            depth: loops around it whose trip count is not known.
+            is_fused: it is a fusion's, and moves no bytes of its own.
+        """
+        computation = self.computations[name]
+        for instruction in computation.values():
+            opcode = instruction.opcode.removesuffix("-start")
+            if opcode in ("dot", "convolution"):
+                self.flops += times * _product_flops(instruction, computation)
+            elif opcode in COLLECTIVES or opcode == "recv":
+                self._add_collective(instruction, name, times)
+            self.num_kernels += times * (KERNEL in instruction.attributes)
+            if not is_fused:
+                self.hbm_bytes += times * self._traffic(instruction, computation)
+            self._run_called(instruction, name, times, depth, is_fused)
+
+    def _run_called(self, instruction: _Instruction, name: str, times: float, depth: int, is_fused: bool) -> None:
+        if instruction.opcode == "while":
+            start, end, step = self._range(instruction, self.computations[name])
+            if end is None:
+                self.unknown_loops.add((name, instruction.name))
+                end = self.expected_trips[depth] if depth < len(self.expected_trips) else start + step
+                depth += 1
+            trips = max(0, math.ceil((end - start) / step))
+            self.run(_attribute(instruction, "body"), times * trips, depth, is_fused=is_fused)
+        elif instruction.opcode == "conditional":
+            # Which branch runs is not known: the dearest would need all to be compared; all are counted.
+            branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
+            names = _names(branches[1]) if branches else _called(instruction, "true_computation", "false_computation")
+            for branch in names:
+                self.run(branch, times, depth, is_fused=is_fused)
+        elif instruction.opcode.removesuffix("-start") not in COLLECTIVES:
+            is_fusion = is_fused or instruction.opcode == "fusion"
+            for called in _called(instruction, "calls", *(["to_apply"] if instruction.opcode == "call" else [])):
+                self.run(called, times, depth, is_fused=is_fusion)
+
+    def _range(self, loop: _Instruction, computation: _Computation) -> tuple[int, float | None, int]:
+        """What a loop counts from, to, and by, as the condition ``i < end`` shows it; end None: only the run knows."""
+        known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
+        if known:
+            return 0, int(known[1]), 1
+        condition = self.computations[_attribute(loop, "condition")]
+        root = _root(condition)
+        if root.opcode != "compare" or "direction=LT" not in root.attributes:
+            return 0, None, 1
+        counter, limit = (_behind_copies(condition, operand) for operand in root.operands)
+        if counter.opcode != "get-tuple-element":
+            return 0, None, 1
+        place = int(_attribute(counter, "index"))
+        # Iterations may have been peeled off before the loop, or unrolled in its body.
+        first = _constant(computation, _element(computation, computation[loop.operands[0]], place))
+        body = self.computations[_attribute(loop, "body")]
+        update = _element(body, _root(body), place)
+        steps = [_constant(body, body[name]) for name in update.operands] if update.opcode == "add" else []
+        return first or 0, _constant(condition, limit), next(filter(None, steps), 1)
+
+    def _add_collective(self, instruction: _Instruction, name: str, times: float) -> None:
+        kind, network, group = instruction.opcode.removesuffix("-start"), "ICI", 1
+        if kind == "recv":
+            # Between slices a TPU sends through its host: `send` and `recv` that say for what.
+            transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+            if transfer is None:
+                return
+            kind, network, group = transfer[1].lower().replace("_", "-"), "DCN", max(1, len(set(self.slices)))
+        else:
+            groups = _groups(instruction.attributes, len(self.slices))
+            group = max(map(len, groups), default=1)
+            if any(len({self.slices[i] for i in members if i < len(self.slices)}) > 1 for members in groups):
+                network = "DCN"
+        # The result of a `-start` or of `recv` is a tuple: its operands first, or other things behind.
+        arrays = list(_arrays(instruction.type))
+        if instruction.opcode == "recv":
+            arrays = arrays[:1]
+        elif instruction.opcode.endswith("-start") and kind != "all-reduce":
+            arrays = arrays[len(instruction.operands) :][: len(instruction.operands)]
+        # An all-reduce of which each device keeps a part, fused with the choice of the part.
+        if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
+            kind, scale = "reduce-scatter", 1 / group
+        else:
+            scale = 1.0
+        count_and_bytes = self.collectives[kind, network]
+        count_and_bytes[0] += times
+        count_and_bytes[1] += times * scale * sum(array.num_bytes for array in arrays) * _received(kind, group)
+
+    def _traffic(self, instruction: _Instruction, computation: _Computation) -> float:
+        """Bytes that an instruction which runs by itself reads from HBM and writes to it."""
+        opcode = instruction.opcode
+        if opcode in FREE or opcode.endswith("-done"):
+            return 0
+        written = _hbm_bytes(instruction.type)
+        if opcode in SLICES:
+            return 2 * written
+        if opcode in UPDATES:
+            return 2 * _hbm_bytes(computation[instruction.operands[UPDATES[opcode]]].type)
+        operands = [_hbm_bytes(computation[operand].type) for operand in instruction.operands]
+        if opcode == "copy-start":
+            # Its result names target and source.
+            return written
+        if opcode == "fusion":
+            written = min(written, self._written(instruction, computation))
+            operands = [min(size, self._read_by_fusion(instruction, i)) for i, size in enumerate(operands)]
+        return written + sum(operands)
+
+    def _read_by_fusion(self, fusion: _Instruction, place: int) -> float:
+        """Bytes that a fusion reads of an operand."""
+        inside = self.computations[_attribute(fusion, "calls")]
+        parameters = {i.arguments: i.name for i in inside.values() if i.opcode == "parameter"}
+        return self._read(inside, parameters[str(place)])
+
+    def _read(self, computation: _Computation, name: str) -> float:
+        """Bytes that a fusion reads of a value: slices of it, or all (infinity)."""
+        total = 0.0
+        for user in computation.values():
+            if name not in user.operands:
+                continue
+            if user.opcode == "bitcast":
+                total += self._read(computation, user.name)
+            elif user.opcode == "fusion":
+                total += sum(
+                    self._read_by_fusion(user, i) for i, operand in enumerate(user.operands) if operand == name
+                )
+            elif user.opcode in SLICES and user.operands[0] == name:
+                total += _hbm_bytes(user.type)
+            elif user.opcode not in UPDATES or user.operands[0] != name:
+                return math.inf
+        return total
+
+    def _written(self, result: _Instruction, computation: _Computation) -> float:
+        """Bytes that a fusion writes of its result: of an update in place, only the update."""
+        if result.opcode == "fusion":
+            inside = self.computations[_attribute(result, "calls")]
+            return self._written(_root(inside), inside)
+        if result.opcode in ("tuple", "bitcast"):
+            return sum(self._written(computation[operand], computation) for operand in result.operands)
+        if result.opcode in UPDATES:
+            return _hbm_bytes(computation[result.operands[UPDATES[result.opcode]]].type)
+        return _hbm_bytes(result.type)
+
+
+def _parse(text: str) -> tuple[dict[str, _Computation], str]:
+    """All computations by name, and the name of the one that is run."""
+    computations: dict[str, _Computation] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if head := _HEAD.match(line):
+            current = computations.setdefault(head[2], {})
+            entry = head[2] if head[1] else entry
+        elif current is not None and (found := _LINE.match(line)):
+            root, name, result, opcode, rest = found.groups()
+            arguments, _, attributes = rest.partition(")")
+            current[name] = _Instruction(
+                name, result, opcode, tuple(_names(arguments)), arguments, attributes, bool(root)
+            )
+    if not entry:
+        raise ValueError("the text has no ENTRY computation: it is not that of a compiled HLO module")
+    return computations, entry
+
+
+class _Array(NamedTuple):
+    shape: tuple[int, ...]
+    num_bytes: float
+    is_in_hbm: bool
+
+
+@functools.lru_cache(maxsize=4096)
+def _arrays(type_text: str) -> tuple[_Array, ...]:
+    """The arrays of a type, which may be a tuple. ``S(1)`` and up in a layout are memories other than HBM."""
+    arrays = []
+    for element, dimensions, layout in re.findall(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", type_text):
+        shape = tuple(int(size) for size in dimensions.split(",") if size)
+        width = re.search(r"\d+$", element)
+        bits = BITS[element] if element in BITS else int(width[0]) if width else 0
+        arrays.append(_Array(shape, math.prod(shape) * bits / 8, "S(" not in layout))
+    return tuple(arrays)
+
+
+def _hbm_bytes(type_text: str) -> float:
+    return sum(array.num_bytes for array in _arrays(type_text) if array.is_in_hbm)
+
+
+def _names(text: str) -> list[str]:
+    return re.findall(r"%([\w.\-]+)", text)
+
+
+def _attribute(instruction: _Instruction, name: str) -> str:
+    found = re.search(rf"\b{name}=%?([\w.\-]+)", instruction.attributes)
+    if found is None:
+        raise ValueError(f"instruction {instruction.name} ({instruction.opcode}) has no attribute {name}")
+    return found[1]
+
+
+def _called(instruction: _Instruction, *attributes: str) -> list[str]:
+    """Computations that an instruction names."""
+    return re.findall(rf"\b(?:{'|'.join(attributes)})=%([\w.\-]+)", instruction.attributes)
+
+
+def _root(computation: _Computation) -> _Instruction:
+    return next(instruction for instruction in computation.values() if instruction.is_root)
+
+
+def _element(computation: _Computation, state: _Instruction, place: int) -> _Instruction:
+    """An element of a tuple that is made here; else the instruction that has the whole tuple."""
+    return _behind_copies(computation, state.operands[place]) if state.opcode == "tuple" else state
+
+
+def _constant(computation: _Computation, instruction: _Instruction) -> int | None:
+    """The value of an integer constant, None for anything else."""
+    instruction = _behind_copies(computation, instruction.name)
+    is_integer = instruction.opcode == "constant" and instruction.arguments.isdigit()
+    return int(instruction.arguments) if is_integer else None
+
+
+def _behind_copies(computation: _Computation, name: str) -> _Instruction:
+    instruction = computation[name]
+    while instruction.opcode in ("copy", "bitcast"):
+        instruction = computation[instruction.operands[0]]
+    return instruction
+
+
+def _product_flops(instruction: _Instruction, computation: _Computation) -> float:
+    left, right = (_arrays(computation[operand].type)[0].shape for operand in instruction.operands[:2])
+    out = _arrays(instruction.type)[0].shape
+    if instruction.opcode == "dot":
+        contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", instruction.attributes)
+        axes = contracted[1].split(",") if contracted and contracted[1] else []
+        return 2.0 * math.prod(out) * math.prod(left[int(axis)] for axis in axes)
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
+    if labels is None:
+        raise ValueError(f"convolution {instruction.name} has no dim_labels")
+    left_labels, right_labels, out_labels = labels.groups()
+    pairs = 2.0 * right[right_labels.index("i")] * out[out_labels.index("b")] * out[out_labels.index("f")]
+    for place, window in enumerate(_windows(instruction.attributes, len(out) - 2)):
+        label = str(place)
+        sizes = left[left_labels.index(label)], right[right_labels.index(label)], out[out_labels.index(label)]
+        pairs *= _window_pairs(*sizes, *window)
+    return pairs
+
+
+def _windows(attributes: str, num_dimensions: int) -> Iterator[tuple[int, int, int, int]]:
+    """(stride, low padding, dilation of the left side, of the right side) of each spatial dimension."""
+    if num_dimensions == 0:
+        return
+    window = re.search(r"window=\{([^}]*)\}", attributes)
+    fields = dict(field.split("=") for field in window[1].split()) if window else {}
+    one = "x".join(["1"] * num_dimensions)
+    names = ("stride", one), ("pad", one.replace("1", "0_0")), ("lhs_dilate", one), ("rhs_dilate", one)
+    for values in zip(*(fields.get(name, default).split("x") for name, default in names), strict=True):
+        stride, padding, left, right = values
+        yield int(stride), int(padding.split("_")[0]), int(left), int(right)
+
+
+def _window_pairs(size: int, window: int, out: int, stride: int, padding: int, dilation: int, spread: int) -> int:
+    """Products along one spatial dimension: (output, window) places that meet a number and not padding.
+
+    A TPU has the batch dimensions of a matrix product as spatial ones, of which few places meet.
+    """
+    place = np.arange(out)[:, None] * stride + np.arange(window) * spread - padding
+    return int(np.sum((place >= 0) & (place <= (size - 1) * dilation) & (place % dilation == 0)))
+
+
+def _groups(attributes: str, num_devices: int) -> list[list[int]]:
+    """The devices that take part in a collective together; written out, or as a transposed count."""
+    if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", attributes):
+        return [[int(i) for i in re.findall(r"\d+", group)] for group in re.findall(r"\{([^}]*)\}", found[1])]
+    if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
+        shape, counted, order = ([int(i) for i in part.split(",")] if part else None for part in found.groups())
+        ids: Any = np.arange(math.prod(counted or ())).reshape(counted).transpose(order)
+        return ids.reshape(shape).tolist()
+    return [list(range(num_devices))]
+
+
+def _received(kind: str, group: int) -> float:
+    """Bytes that a device receives for each byte of its result."""
+    others = (group - 1) / group
+    return {"all-gather": others, "all-reduce": 2 * others, "reduce-scatter": group - 1.0, "all-to-all": others}.get(
+        kind, 1.0
+    )

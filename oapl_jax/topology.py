@@ -1,0 +1,203 @@
+"""TPU slices by the names of Google Cloud, described without a TPU, and what their chips can do.
+
+A name counts TensorCores for v4 and v5p, which have two a chip (``v5p-64``: 32 chips), and chips for v5e and
+v6e. libtpu wants the shape of a slice instead (``v5p:2x4x4``) and compiles for devices that are only
+described. JAX shows one device a chip for all of them.
+"""
+
+import difflib
+import importlib.util
+import math
+import os
+import pathlib
+import re
+import sys
+from typing import Any, NamedTuple
+
+from jax.experimental import topologies
+
+LIBTPU_FOLDER = pathlib.Path(sys.prefix) / "tpu" / "libtpu"
+"""Where ``make tpu`` puts libtpu: among the packages it would make every start of JAX on a machine without a TPU
+look for one and print warnings."""
+
+WITHOUT_TPU = {
+    "TPU_SKIP_MDS_QUERY": "1",  # do not ask Google's metadata server what this machine is
+    "TPU_ACCELERATOR_TYPE": "v5p-8",  # any: libtpu complains where there is none
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # several processes may compile at once
+}
+"""Environment of libtpu, read when it is loaded."""
+
+
+class Chip(NamedTuple):
+    """What one device has. Rates per second, bandwidths in bytes, ICI and DCN in one direction."""
+
+    usable_bytes: float
+    """HBM that programs may use: what the compiler of libtpu 0.0.42 says when it is exceeded."""
+    flops: float
+    """Of bfloat16 matrix products."""
+    hbm_bandwidth: float
+    ici_bandwidth: float
+    """Over all links of the chip together."""
+    dcn_bandwidth: float
+    """The chip's share of its host's network cards."""
+
+
+class Generation(NamedTuple):
+    """A kind of TPU and the shapes in which it is sold."""
+
+    chip: Chip
+    cores_per_chip: int
+    """As the name counts them."""
+    shapes: str
+    """Words: chips along each axis of the torus."""
+    options: dict[str, Any]
+    """Of ``get_topology_desc``."""
+
+
+GIB = 2**30
+
+# Peak, HBM and ICI: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; ICI is given there for both directions together
+# (v5e 400, v5p 1200, v6e 800 GB/s; v4 has six links of 50 GB/s each way). DCN: v5p 50 Gbit/s a chip; v5e two and
+# v6e four cards (100 and 200 Gbit/s) for eight chips, same pages; none is given for v4, v5p's is taken.
+# Shapes: the same pages, and Google's xpk, src/xpk/core/system_characteristics.py.
+GENERATIONS = {
+    "v4": Generation(
+        Chip(30.75 * GIB, 275e12, 1.2e12, 300e9, 6.25e9),
+        2,
+        "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x12 8x8x16 8x16x16",
+        {"chip_config_name": "megacore"},
+    ),
+    "v5p": Generation(
+        Chip(95.74 * GIB, 459e12, 2.765e12, 600e9, 6.25e9),
+        2,
+        """
+            2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x4x12 4x8x8 4x4x20 4x8x12 4x4x28 8x8x8 4x12x12 4x8x20 4x4x44 8x8x12
+            4x4x52 4x8x28 4x12x20 8x8x16 4x4x68 8x12x12 4x4x76 8x8x20 4x12x28 4x8x44 4x4x92 8x12x16 4x20x20 4x8x52
+            12x12x12 8x8x28 4x4x116 8x12x20 4x4x124 8x16x16 4x12x44 4x8x68 4x20x28 12x12x16 4x4x148 4x8x76 4x12x52
+            8x16x20 4x4x164 8x12x28 4x4x172 8x8x44 12x12x20 4x8x92 4x4x188 12x16x16 4x28x28 8x20x20 4x12x68 8x8x52
+            4x4x212 12x12x24 4x20x44 8x16x28 4x12x76 4x8x116 4x4x236 12x16x20 4x4x244 4x8x124 12x12x28 16x16x16 4x20x52
+            8x12x44 8x8x68 4x12x92 8x20x28 12x16x24 4x8x148 12x20x20 8x8x76 4x28x44 8x12x52 16x16x20 12x12x36 4x8x164
+            12x16x28 4x20x68 4x8x172 4x12x116 8x16x44 12x20x24 4x28x52 8x8x92 4x12x124 4x8x188 4x20x76 16x16x24
+            12x24x24 16x20x28
+            """,
+        {},
+    ),
+    "v5e": Generation(
+        Chip(15.75 * GIB, 197e12, 0.819e12, 200e9, 3.125e9),
+        1,
+        "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
+        {},
+    ),
+    "v6e": Generation(
+        Chip(31.25 * GIB, 918e12, 1.638e12, 400e9, 12.5e9),
+        1,
+        "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
+        {},
+    ),
+}
+
+ALIASES = {"v5litepod": "v5e"}
+"""Google Cloud's name of v5e where an accelerator type is asked for."""
+
+
+class Topology(NamedTuple):
+    """One or several slices of one shape."""
+
+    name: str
+    """As asked for."""
+    generation: str
+    shape: str
+    """Chips along each axis of the torus, e.g. ``2x4x4``."""
+    num_slices: int
+
+    @property
+    def chip(self) -> Chip:
+        """What each device has."""
+        return GENERATIONS[self.generation].chip
+
+    @property
+    def num_devices(self) -> int:
+        """Over all slices."""
+        return self.num_slices * _num_chips(self.shape)
+
+
+def parse(name: str, num_slices: int = 1) -> Topology:
+    """Reads ``v5p-64``, or a shape as in ``v5p-2x4x4`` and ``v5p:2x4x4``.
+
+    Raises:
+        ValueError: there is no such slice; names those that are near.
+    """
+    prefix, _, size = name.strip().lower().replace(":", "-").partition("-")
+    generation = ALIASES.get(prefix, prefix)
+    if generation not in GENERATIONS:
+        close = difflib.get_close_matches(generation, GENERATIONS, 1, cutoff=0)
+        raise ValueError(
+            f"topology {name!r}: unknown kind of TPU {prefix!r}; known: {', '.join(GENERATIONS)}."
+            f" Write it as in {close[0]}-8"
+        )
+    shapes = {_count(generation, shape): shape for shape in GENERATIONS[generation].shapes.split()}
+    shape = size if size in shapes.values() else shapes.get(int(size)) if size.isdigit() else None
+    if shape is None:
+        raise ValueError(f"topology {name!r}: Google Cloud has no such slice; {_near(generation, size, shapes)}")
+    if num_slices < 1:
+        raise ValueError(f"--num-slices {num_slices}: a run has at least one slice")
+    return Topology(name, generation, shape, num_slices)
+
+
+def devices(topology: Topology) -> list[Any]:
+    """The devices, slice by slice; nothing can run on them.
+
+    Raises:
+        ValueError: libtpu is not installed.
+    """
+    options = dict(GENERATIONS[topology.generation].options)
+    if topology.shape == "1x1":
+        # A host has four or eight chips otherwise.
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    if topology.num_slices > 1:
+        options["num_slices"] = topology.num_slices
+    library = find_libtpu()
+    if library is None:
+        raise ValueError(
+            "libtpu, the compiler for TPUs, is not installed; run `make tpu`, or `pip install -r requirements-tpu.txt`"
+        )
+    for variable, value in {**WITHOUT_TPU, "TPU_LIBRARY_PATH": str(library)}.items():
+        os.environ.setdefault(variable, value)
+    name = f"{topology.generation}:{topology.shape}"
+    found = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    return sorted(found, key=slice_of)
+
+
+def find_libtpu() -> pathlib.Path | None:
+    """The library that the environment names, that of the package, or that of ``make tpu``; None: there is none."""
+    named, package = os.environ.get("TPU_LIBRARY_PATH"), importlib.util.find_spec("libtpu")
+    if named:
+        return pathlib.Path(named)
+    folder = pathlib.Path(package.origin).parent if package and package.origin else LIBTPU_FOLDER
+    library = folder / "libtpu.so"
+    return library if library.is_file() else None
+
+
+def slice_of(device: Any) -> int:
+    """The slice that a device is in; devices of a single slice do not say."""
+    return getattr(device, "slice_index", 0)
+
+
+def _num_chips(shape: str) -> int:
+    return math.prod(map(int, shape.split("x")))
+
+
+def _count(generation: str, shape: str) -> int:
+    """The number in the name of a slice."""
+    return _num_chips(shape) * GENERATIONS[generation].cores_per_chip
+
+
+def _near(generation: str, size: str, shapes: dict[int, str]) -> str:
+    """Sizes around one that does not exist, and what the number counts."""
+    unit = "TensorCores, two a chip" if GENERATIONS[generation].cores_per_chip == 2 else "chips"
+    digits = [int(number) for number in re.findall(r"\d+", size)]
+    wanted = math.prod(digits) * (1 if size.isdigit() else GENERATIONS[generation].cores_per_chip)
+    nearest = sorted(sorted(shapes, key=lambda count: abs(count - wanted))[:4])
+    names = ", ".join(f"{generation}-{count} ({shapes[count]})" for count in nearest)
+    return f"the number in {generation}-N counts {unit}; near: {names}"

@@ -1,0 +1,117 @@
+"""The command: its verdict, its words, and, where libtpu is installed, all of it end to end."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from oapl_jax import preflight, topology
+
+ROOT = pathlib.Path(__file__).parents[2]
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("message", "gib"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (33.36G) exceeds"
+            " available HBM (15.75G).",
+            33.36,
+        ),
+        (
+            "RESOURCE_EXHAUSTED: Compilation failure: Ran out of memory in memory space hbm. Used 43.02G of 15.75G hbm.",
+            43.02,
+        ),
+        ("RESOURCE_EXHAUSTED: Used 512.00M of 400.00M hbm", 0.5),
+        ("RESOURCE_EXHAUSTED: of something else", 0),
+    ],
+)
+def test_the_compilers_refusal_is_read(message, gib):
+    assert preflight.parse_refusal(message) == pytest.approx(gib * GIB)
+
+
+def test_the_slowest_resource_is_the_bound():
+    chip = topology.parse("v5e-8").chip
+    cost = preflight.hlo.Cost(
+        0,
+        0,
+        (
+            preflight.hlo.Collective("all-gather", "ICI", 1, 2 * chip.ici_bandwidth),
+            preflight.hlo.Collective("all-reduce", "DCN", 1, 5 * chip.dcn_bandwidth),
+        ),
+        0,
+        0,
+    )
+    least = preflight.roofline(3 * chip.flops, 4 * chip.hbm_bandwidth, cost, chip)
+    assert least == preflight.Seconds(compute=3, hbm=4, ici=2, dcn=5)
+    assert least.bound == ("dcn", 5)
+
+
+needs_libtpu = pytest.mark.skipif(
+    topology.find_libtpu() is None, reason="libtpu is not installed: `make tpu` installs it"
+)
+
+
+def run(*words):
+    """The command in a process of its own: libtpu is loaded once, and 8 CPU devices are not wanted."""
+    environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    command = [sys.executable, "-m", "oapl_jax.preflight", *words]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+
+
+TINY = [
+    *("--config", "configs/quickstart.yaml", "model.warm_start=null", "model.config=configs/toy_qwen3.json"),
+    *("model.tokenizer=characters", "model.scan_layers=true", "mesh.trainer=data=2,fsdp=4"),
+]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_run_that_fits(tmp_path):
+    done = run(*TINY, "--topology", "v5e-4", "--num-slices", "2", "--json", str(tmp_path / "report.json"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.rstrip().endswith("\nFITS")
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report["fits"]
+    assert report["topology"]["devices"] == 8
+    assert [program["name"] for program in report["programs"]] == ["train_step", "score", "prefill", "decode", "sync"]
+    step = report["programs"][0]
+    assert step["total"] < step["usable"] == 15.75 * GIB
+    # Rows are split over both slices by `data`: the gradient is summed over the data center network.
+    networks = {collective["network"] for collective in step["collectives"]}
+    assert networks == {"ICI", "DCN"}
+    assert step["seconds"]["dcn"] > 0
+    # A step is at least three forward passes; the tiny model's attention is done in full and not halved.
+    assert 1 < step["flops"] * 8 / step["model_flops"] < 2.5
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_run_that_does_not_fit_says_so_in_seconds():
+    config = ["model.config=configs/models/deepseek_r1_distill_qwen_14b.json", "sampler.dtype=bfloat16"]
+    done = run(*TINY, *config, "--topology", "v5e-8")
+    assert done.returncode == preflight.EXIT_DOES_NOT_FIT
+    assert "DOES NOT FIT before anything is compiled" in done.stdout
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_a_program_that_the_compiler_refuses_is_named_with_a_way_out():
+    # 16 rows on each device: the scores of one layer's attention are 34 GB.
+    done = run(*TINY, "data.max_prompt_tokens=16384", "--topology", "v5e-8")
+    assert done.returncode == preflight.EXIT_DOES_NOT_FIT, done.stderr
+    step = done.stdout[done.stdout.index("train_step") : done.stdout.index("score")]
+    assert "DOES NOT FIT" in step
+    assert "try   model.remat=layer" in step
+
+
+@needs_libtpu
+def test_bad_input_is_2():
+    done = run(*TINY, "--topology", "v5e-9")
+    assert done.returncode == 2
+    assert "error: topology 'v5e-9'" in done.stderr
+    assert "v5e-8 (2x4)" in done.stderr

@@ -1,0 +1,129 @@
+"""The plan of a run on given devices: what lies on each, and the programs that are compiled for them."""
+
+import pathlib
+
+import jax
+import pytest
+
+from oapl_jax import config as configuration
+from oapl_jax import policy, programs
+from oapl_jax.config import TrainConfig
+
+ROOT = pathlib.Path(__file__).parents[2]
+GIB = 2**30
+QWEN_05B = ROOT / "configs/models/qwen2.5_0.5b_instruct.json"
+TOY = "configs/quickstart.yaml"
+
+
+@pytest.fixture(autouse=True)
+def in_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def plan(*overrides, path=TOY, usable=16 * GIB):
+    return programs.make_plan(configuration.load(TrainConfig, path, list(overrides)), jax.devices(), usable)
+
+
+def test_memory_of_a_colocated_run():
+    found = plan("mesh.trainer=fsdp=8", *MODEL)
+    num_params = found.model.num_params
+    assert num_params == 494_032_768
+    # A few kv biases and norms are not divided.
+    assert found.memory.weights == pytest.approx(4 * num_params / 8, rel=1e-3)
+    assert found.memory.optimizer == pytest.approx(2 * found.memory.weights, rel=1e-3)
+    assert found.memory.gradient == found.memory.weights
+    assert found.memory.sampler_weights == 2 * num_params
+    assert found.num_replicas == 8
+    # Rows of one replica: 16 groups of 8 over 8 replicas, 1,024 tokens each; 2 kv heads of 64 in 24 layers.
+    assert found.memory.kv_cache == 16 * 1024 * 2 * 24 * 2 * 64 * 2
+    assert programs.kv_bytes(found) == 1024 * 2 * 24 * 2 * 64 * 2
+
+
+def test_memory_of_a_sampler_of_its_own():
+    found = plan("mesh.trainer=fsdp=4", "mesh.sampler=data=2,tensor=2", *MODEL)
+    assert not found.memory.is_colocated
+    assert found.memory.weights == pytest.approx(4 * found.model.num_params / 4, rel=1e-3)
+    assert found.memory.sampler_weights == pytest.approx(2 * found.model.num_params / 2, rel=1e-3)
+    assert {program.name: program.beside for program in found.programs}["train_step"] == 0
+
+
+def test_what_cannot_fit_is_known_before_anything_is_compiled():
+    found = plan("mesh.trainer=fsdp=1", *MODEL, usable=7 * GIB)
+    # float32 weights, two moments and a gradient are 7.36 GiB on the one device.
+    assert programs.shortage(found, 7 * GIB) > 0.36 * GIB
+    assert not found.programs
+
+
+def test_no_room_for_one_rollout():
+    found = plan("mesh.trainer=fsdp=8", *MODEL, usable=2 * GIB, path=TOY)
+    assert found.engine is not None
+    assert plan("mesh.trainer=fsdp=8", *MODEL, usable=1.62 * GIB).engine is None
+
+
+def test_the_programs_of_a_run():
+    assert [program.name for program in plan().programs] == ["train_step", "score", "prefill", "decode", "sync"]
+
+
+def test_abstract_programs_compile_as_they_are():
+    """For CPU devices as for any: arguments have the bytes that the plan says."""
+    found = plan("mesh.trainer=data=2,fsdp=4", "model.scan_layers=true")
+    chosen = [program for program in found.programs if program.name in ("train_step", "sync")]
+    compiled = {program.name: program.lower().compile().memory_analysis() for program in chosen}
+    memory = found.memory
+    # Per device 16 rows of 18 tokens: two integers (positions are not read where a row is one rollout), a byte and a
+    # float for each, and a float and a byte for the rollout.
+    batch = 16 * (18 * (2 * 4 + 1 + 4) + 4 + 1)
+    assert compiled["train_step"].argument_size_in_bytes == pytest.approx(memory.state + batch, abs=256)
+    assert compiled["train_step"].alias_size_in_bytes == pytest.approx(memory.state, abs=256)
+    assert compiled["sync"].argument_size_in_bytes == memory.weights
+    assert compiled["sync"].output_size_in_bytes == pytest.approx(memory.sampler_weights, rel=0.01)
+
+
+def test_forward_flops_by_hand():
+    model = policy.read_config(QWEN_05B)
+    D, F, L, V, H, K, C = 896, 4864, 24, 151_936, 14, 2, 64
+    layer = D * (H + 2 * K) * C + H * C * D + 3 * D * F
+    whole, attention = programs.forward_flops(model, tokens=100, pairs=5050, scored=100)
+    assert attention == 2 * 2 * L * H * C * 5050
+    # Norms and biases, which the count of weights includes, are 0.01 % of them.
+    assert whole == pytest.approx(2 * 100 * (L * layer + V * D) + attention, rel=3e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "num_params"),
+    [
+        # As the files of published weights have them, tied embeddings once.
+        ("qwen2.5_0.5b_instruct", 494_032_768),
+        ("qwen3_4b", 4_022_468_096),
+        ("deepseek_r1_distill_qwen_14b", 14_770_033_664),
+    ],
+)
+def test_parameters_of_the_known_models(name, num_params):
+    assert policy.read_config(programs.MODELS / f"{name}.json").num_params == num_params
+
+
+@pytest.mark.parametrize("name", ["math_qwen3_4b", "math_r1_distill_14b", "math_qwen2.5_0.5b"])
+def test_the_large_configs_have_all_programs(name):
+    found = plan("mesh.trainer=fsdp=4,tensor=2", path=f"configs/{name}.yaml", usable=95 * GIB)
+    assert len(found.programs) == 5
+    assert found.engine.num_pages >= found.engine.max_pages
+
+
+def test_a_model_of_the_hub_is_found_among_the_known_ones():
+    found = plan("mesh.trainer=fsdp=8", "model.path=Qwen/Qwen2.5-0.5B-Instruct", "model.warm_start=null", *SHORT)
+    assert found.source == "configs/models/qwen2.5_0.5b_instruct.json"
+    assert found.model == policy.read_config(QWEN_05B)
+
+
+def test_a_model_of_the_hub_that_is_not_known_is_refused():
+    with pytest.raises(ValueError, match=r"configs/models/gpt_9\.json.*qwen3_4b.*model\.config=FILE"):
+        plan("model.path=openai/GPT-9", "model.warm_start=null", "model.tokenizer=model")
+
+
+SHORT = (
+    "model.tokenizer=model",
+    "sampler.dtype=bfloat16",
+    "data.max_prompt_tokens=256",
+    "sampler.max_response_tokens=768",
+)
+MODEL = ("model.warm_start=null", f"model.config={QWEN_05B}", "model.tokenizer=characters", *SHORT[1:])
