@@ -46,17 +46,18 @@ class Judgement(NamedTuple):
     detail: str
 
 
-def grade_answer(gold: str, response: str) -> Judgement:
+def grade_answer(gold: str, response: str, place: str = "any") -> Judgement:
     """Judges a finished response against a gold answer.
 
     Args:
         gold: a number, bare LaTeX, or text with ``$...$`` or a box.
         response: the decoded response, thinking included.
+        place: where the answer counts, see ``extract_answer``.
 
     Raises:
         ValueError: where the gold answer does not parse; rows are checked for it when they are loaded.
     """
-    answer = extract_answer(response)
+    answer = extract_answer(response, place)
     if answer is None:
         return Judgement(False, "no answer")
     if _canonical(answer) == _canonical(_unboxed(gold)):
@@ -69,20 +70,30 @@ def grade_answer(gold: str, response: str) -> Judgement:
     return _compare(gold, answer)
 
 
-def extract_answer(response: str) -> str | None:
-    r"""The text of the answer after thinking: the last box, else the last lines; or None."""
+def extract_answer(response: str, place: str = "any") -> str | None:
+    r"""The text of the answer after thinking, or None.
+
+    Args:
+        response: the decoded response, thinking included.
+        place: ``boxed``: the last box only; ``hash``: after ``####`` in the last line only; ``any``: the last box,
+            else after ``####``, else the last lines.
+    """
     if "<think>" in response and _END_OF_THINKING not in response:
         return None
     text = response.rpartition(_END_OF_THINKING)[2]
-    boxes = _boxes(text)
+    boxes = _boxes(text) if place != "hash" else []
     if boxes:
         answer = _last_boxes(text, boxes)
         return answer if answer.strip() and len(answer) <= MAX_ANSWER_CHARACTERS else None
+    if place == "boxed":
+        return None
     tail = text[-MAX_UNBOXED_CHARACTERS:]
     if len(tail) < len(text):
         tail = tail.partition("\n")[2] or tail  # a cut line could begin inside a formula
     last_line = tail.strip().rpartition("\n")[2]
-    return last_line.rpartition("####")[2].strip() if "####" in last_line else tail.strip() or None
+    if "####" in last_line:
+        return last_line.rpartition("####")[2].strip()
+    return (tail.strip() or None) if place == "any" else None
 
 
 def extract_gold(answer: str, rule: str) -> str:
