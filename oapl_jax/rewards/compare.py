@@ -20,16 +20,16 @@ def is_same_output(output: str, expected: str) -> bool:
     There is no tolerance: ``0.30000000000000004`` is not ``0.3``, ``1.0`` is ``1``.
     """
     lines, wanted = _lines(output), _lines(expected)
-    return len(lines) == len(wanted) and all(map(_is_same_line, lines, wanted))
+    if len(lines) != len(wanted):
+        return False
+    return all(line == right or _has_same_numbers(line, right) for line, right in zip(lines, wanted, strict=True))
 
 
 def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.strip().split("\n")]
 
 
-def _is_same_line(line: str, wanted: str) -> bool:
-    if line == wanted:
-        return True
+def _has_same_numbers(line: str, wanted: str) -> bool:
     if len(line) > MAX_RATIO * len(wanted) + MAX_EXTRA:
         return False
     try:
