@@ -46,6 +46,7 @@ class StdioTest:
 
     stdin: str
     stdout: str
+    tolerance: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +97,7 @@ def extract_program(response: str) -> str | None:
 def parse_tests(tests: Any) -> list[Test]:
     """Tests from their JSON form: ``{stdin, stdout}``, ``{call, args, expected}`` or ``{assert}`` each.
 
-    ``any_of`` in place of ``expected`` lists several values that are right.
+    ``any_of`` in place of ``expected`` lists several values that are right; ``tolerance`` goes with ``stdout``.
 
     Raises:
         ValueError: naming the test that is not one, or does not compile; or where there are none.
@@ -106,16 +107,25 @@ def parse_tests(tests: Any) -> list[Test]:
     return [_parse_test(number, test) for number, test in enumerate(tests)]
 
 
+_FORMS = (
+    ("stdin", "stdout"),
+    ("stdin", "stdout", "tolerance"),
+    ("args", "call", "expected"),
+    ("any_of", "args", "call"),
+    ("assert",),
+)
+
+
 def _parse_test(number: int, test: Any) -> Test:
     where, keys = f"tests[{number}]", tuple(sorted(test)) if isinstance(test, dict) else ()
-    if keys not in (("stdin", "stdout"), ("args", "call", "expected"), ("any_of", "args", "call"), ("assert",)):
-        forms = "stdin, stdout; or call, args, expected (or any_of, a list); or assert"
+    if keys not in _FORMS:
+        forms = "stdin, stdout (and tolerance); or call, args, expected (or any_of, a list); or assert"
         raise ValueError(f"{where}: should have the keys {forms}: {test!r:.200}")
     texts = [test[key] for key in ("stdin", "stdout", "call", "assert") if key in test]
     if not all(isinstance(text, str) for text in texts) or not isinstance(test.get("args", []), list):
         raise ValueError(f"{where}: stdin, stdout, call and assert are text, args is a list: {test!r:.200}")
     if "stdin" in test:
-        return StdioTest(test["stdin"], test["stdout"])
+        return StdioTest(test["stdin"], test["stdout"], float(test.get("tolerance", 0.0)))
     if "call" in test:
         return CallTest(test["call"], test["args"], tuple(test.get("any_of", [test.get("expected")])))
     try:
@@ -202,7 +212,7 @@ class Judge:
         if failed is not None:
             return failed
         output = child.stdout.decode("utf-8", "surrogateescape")
-        if is_same_output(output, test.stdout):
+        if is_same_output(output, test.stdout, test.tolerance):
             return Result(Status.ACCEPTED, "", child.cpu_s)
         return Result(Status.WRONG_ANSWER, f"printed {output[:MAX_DETAIL]!r}", child.cpu_s)
 

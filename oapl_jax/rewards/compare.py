@@ -4,7 +4,7 @@ Runs in the grader. One side is hostile: nothing is built from it that could cos
 method of its own is ever called, because it is text or plain JSON (``confined/values.py``).
 """
 
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -14,27 +14,34 @@ MAX_DIGITS = 5000
 _NUMBER = (int, float, bool)
 
 
-def is_same_output(output: str, expected: str) -> bool:
+def is_same_output(output: str, expected: str, tolerance: float = 0.0) -> bool:
     """Compares standard output: stripped, line by line; a line that differs as text, word by word as decimals.
 
-    There is no tolerance: ``0.30000000000000004`` is not ``0.3``, ``1.0`` is ``1``.
+    LiveCodeBench has no tolerance: ``0.30000000000000004`` is not ``0.3``, ``1.0`` is ``1``. A problem that has one
+    says so; it is of the difference, or of the difference relative to what is expected.
     """
     lines, wanted = _lines(output), _lines(expected)
     if len(lines) != len(wanted):
         return False
-    return all(line == right or _has_same_numbers(line, right) for line, right in zip(lines, wanted, strict=True))
+    return all(
+        line == right or _has_same_numbers(line, right, Decimal(tolerance))
+        for line, right in zip(lines, wanted, strict=True)
+    )
 
 
 def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.strip().split("\n")]
 
 
-def _has_same_numbers(line: str, wanted: str) -> bool:
+def _has_same_numbers(line: str, wanted: str, tolerance: Decimal) -> bool:
     if len(line) > MAX_RATIO * len(wanted) + MAX_EXTRA:
         return False
     try:
-        return [Decimal(word) for word in line.split()] == [Decimal(word) for word in wanted.split()]
-    except InvalidOperation:  # no number, or a signaling NaN
+        numbers, right = ([Decimal(word) for word in text.split()] for text in (line, wanted))
+        if numbers == right or not tolerance or len(numbers) != len(right):
+            return numbers == right
+        return all(abs(a - b) <= tolerance * max(1, abs(b)) for a, b in zip(numbers, right, strict=True))
+    except ArithmeticError:  # no number, or one that nothing compares with
         return False
 
 

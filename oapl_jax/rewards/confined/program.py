@@ -14,7 +14,6 @@ import sys
 import threading
 import traceback
 import types
-import unittest.mock
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -158,7 +157,7 @@ def _run_lcb(code: types.CodeType, namespace: dict[str, Any]) -> None:
     namespace["__name__"] = "tmp_sol"
     exec(code, namespace)
     sys.stdin, sys.stdout, opened = _MockStdin(text), captured, builtins.open
-    builtins.open = unittest.mock.mock_open(read_data=text)
+    builtins.open = lambda *_, **__: io.StringIO(text)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         namespace["wrapped_function"]()
     except SystemExit:
