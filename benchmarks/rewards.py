@@ -27,7 +27,16 @@ from oapl_jax.rewards.worker import Bench
 
 PROGRAM = "n = int(input())\nprint(sum(map(int, input().split())))\n"
 TESTS = [{"stdin": "3\n4 5 6\n", "stdout": "15\n"}] * 15
-GOLDS = ("72", r"\frac{1}{2}", "x^2+2x+1", r"\left( 3, \frac{\pi}{2} \right)", r"2\sqrt{3}", "[0,1)", "10", r"\text{east}")
+GOLDS = (
+    "72",
+    r"\frac{1}{2}",
+    "x^2+2x+1",
+    r"\left( 3, \frac{\pi}{2} \right)",
+    r"2\sqrt{3}",
+    "[0,1)",
+    "10",
+    r"\text{east}",
+)
 ANSWERS = ("{}", r"\frac{{{}}}{{1}}", "{}+0", "{}.0", "-{}", "x+{}", r"\sqrt{{{}}}", "({}, 1)")
 
 
@@ -83,7 +92,9 @@ def worker_cpu(judge: Judge) -> float:
 def cold_python(times: int = 20) -> float:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     for _ in range(times):
-        subprocess.run([sys.executable, "-I", "-S", "-c", PROGRAM], input=b"3\n4 5 6\n", capture_output=True, check=True)
+        subprocess.run(
+            [sys.executable, "-I", "-S", "-c", PROGRAM], input=b"3\n4 5 6\n", capture_output=True, check=True
+        )
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / times
 
@@ -122,14 +133,18 @@ def growth(verdicts: int) -> dict:
     sandbox = [size(pid)[0] for pid in tree(bench._judge._sandbox(0).process.pid)]
     bench._judge.close()
     names = ("memory_mb", "descriptors")
-    result = {f"{name}_{when}": value for when, sample in zip(("early", "late"), samples, strict=True) for name, value in zip(names, sample, strict=True)}
+    result = {
+        f"{name}_{when}": value
+        for when, sample in zip(("early", "late"), samples, strict=True)
+        for name, value in zip(names, sample, strict=True)
+    }
     return {"verdicts": verdicts, **result, "sandbox_memory_mb": round(sum(sandbox), 1)}
 
 
 def size(pid: int) -> tuple[float, int]:
     status = pathlib.Path(f"/proc/{pid}/status").read_text()
     kilobytes = int(status.split("VmRSS:")[1].split()[0])
-    return round(kilobytes / 1024, 1), len(os.listdir(f"/proc/{pid}/fd"))
+    return round(kilobytes / 1024, 1), len(list(pathlib.Path(f"/proc/{pid}/fd").iterdir()))
 
 
 def tree(root: int) -> list[int]:

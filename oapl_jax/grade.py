@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn, BarColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from oapl_jax import config as configuration
 from oapl_jax.config import EXIT_BAD_CONFIG, RewardConfig
@@ -58,7 +58,9 @@ def grade_file(source: pathlib.Path, target: pathlib.Path, reward: RewardConfig)
     ):
         shown, done = bar.add_task("grading", total=num_rows), 0
         while chunk := list(itertools.islice(rows, ROWS_AT_ONCE * reward.workers)):
-            graded = pool.grade([task for _, task in chunk], lambda count, done=done: bar.update(shown, completed=done + count))
+            graded = pool.grade(
+                [task for _, task in chunk], lambda count, done=done: bar.update(shown, completed=done + count)
+            )
             for (row, _), grade in zip(chunk, graded, strict=True):
                 weight = reward.functions.get(row["kind"], 1.0)
                 total = compose(reward, [weight], [grade], row.get("response", ""))

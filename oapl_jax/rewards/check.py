@@ -8,7 +8,9 @@ Exit code 0 where ``--level`` or a stronger level works, else 1.
 import argparse
 import sys
 
-from oapl_jax.rewards import isolation, sandbox
+from oapl_jax.rewards import isolation
+from oapl_jax.rewards.sandbox import Settings
+from oapl_jax.rewards.self_test import try_level
 
 WHAT_IT_MEANS = {
     "namespaces": "programs see libraries only: no other files, processes or networks",
@@ -20,16 +22,18 @@ WHAT_IT_MEANS = {
 
 def main(argv: list[str]) -> int:
     """Prints a line per level, strongest first, and returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m oapl_jax.rewards.check", description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m oapl_jax.rewards.check", description=(__doc__ or "").split("\n")[0]
+    )
     parser.add_argument("--level", choices=isolation.LEVELS, default="namespaces", help="weakest level that is enough")
     parser.add_argument("--packages", default="", help="packages to preload, parted by commas")
     parser.add_argument("--python", help="interpreter of the programs")
     arguments = parser.parse_args(argv)
     packages = tuple(filter(None, arguments.packages.split(",")))
-    settings = sandbox.Settings(arguments.level, packages, arguments.python)
+    settings = Settings(arguments.level, packages, arguments.python)
     works = {}
     for level in isolation.LEVELS:
-        worker, reason = sandbox.try_level(level, settings)
+        worker, reason = try_level(level, settings)
         works[level] = worker is not None
         if worker is None:
             print(f"{level:<11} no    {reason}")

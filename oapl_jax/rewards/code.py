@@ -20,6 +20,7 @@ from oapl_jax.rewards.compare import is_same_output, is_same_value
 from oapl_jax.rewards.confined import program as confined
 from oapl_jax.rewards.confined import values
 from oapl_jax.rewards.sandbox import Child, Limits, Sandbox, SandboxError, Settings
+from oapl_jax.rewards.self_test import open_sandbox
 from oapl_jax.types import Grade, Verdict
 
 _END_OF_THINKING = "</think>"
@@ -195,7 +196,7 @@ class Judge:
 
     def _sandbox(self, place: int) -> Sandbox:
         while len(self._sandboxes) <= place:
-            self._sandboxes.append(sandbox.open_sandbox(self._settings))
+            self._sandboxes.append(open_sandbox(self._settings))
         return self._sandboxes[place]
 
     def _judge_twice(self, program: str, test: Test, limits: Limits) -> Result:

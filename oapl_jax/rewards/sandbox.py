@@ -25,7 +25,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from oapl_jax.rewards import isolation
-from oapl_jax.rewards.isolation import LEVELS, Unavailable
+from oapl_jax.rewards.isolation import Unavailable
 from oapl_jax.rewards.seccomp import compile_filter
 
 START_TIMEOUT = 60.0
@@ -50,10 +50,6 @@ _CONFINED = "oapl_jax.rewards.confined"
 
 class SandboxError(Exception):
     """The sandbox failed, not the program: there is no verdict."""
-
-
-class IsolationError(RuntimeError):
-    """No level that the config allows works on this machine."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +149,9 @@ class Sandbox:
         errors = os.memfd_create("stderr")
         try:
             with theirs:
-                launch = isolation.prepare(level, interpreter, settings.packages, theirs.fileno(), _source("driver"))
+                launch = isolation.prepare(
+                    level, interpreter, settings.packages, theirs.fileno(), read_confined("driver")
+                )
                 self.process = subprocess.Popen(
                     launch.command,
                     stdin=subprocess.DEVNULL,
@@ -172,7 +170,7 @@ class Sandbox:
     def _greet(self, launch: isolation.Launch, settings: Settings) -> dict[str, Any]:
         packages = [_CONFINED.rsplit(".", count)[0] for count in (2, 1, 0)]
         modules = [*((name, "") for name in packages)]
-        modules += [(f"{_CONFINED}.{name}", _source(name)) for name in ("values", "program")]
+        modules += [(f"{_CONFINED}.{name}", read_confined(name)) for name in ("values", "program")]
         hello = {
             "readable": launch.readable,
             "landlock_abi": settings.landlock_abi,
@@ -230,7 +228,8 @@ class Sandbox:
                     "cpu_s": math.ceil(CPU_MARGIN * limits.cpu_s),
                     "data": memory,
                     "address_space": ADDRESS_SPACE * memory,
-                    "tasks": MAX_TASKS + (_tasks_of_user() if self.level == "landlock" or not isolation.is_root() else 0),
+                    "tasks": MAX_TASKS
+                    + (_tasks_of_user() if self.level == "landlock" or not isolation.is_root() else 0),
                 },
             }
             socket.send_fds(self._control, [json.dumps(request).encode()], given)
@@ -373,68 +372,6 @@ def _read(sandbox: Sandbox, child: Child, pipe: str, on_frame: OnFrame | None) -
             sandbox.kill(child, "frame")
 
 
-def open_sandbox(settings: Settings) -> Sandbox:
-    """A worker of the strongest level that passes its self-test here, none weaker than ``settings.level``.
-
-    Raises:
-        IsolationError: with the reason for each level.
-    """
-    reasons = []
-    for level in LEVELS[: LEVELS.index(settings.level) + 1]:
-        sandbox, reason = try_level(level, settings)
-        if sandbox is not None:
-            return sandbox
-        reasons.append(f"{level}: {reason}")
-    raise IsolationError(
-        f"no sandbox of level {settings.level!r} or stronger works on this machine, so no program is graded:\n  "
-        + "\n  ".join(reasons)
-        + "\npython -m oapl_jax.rewards.check shows what does; reward.isolation names the weakest level allowed"
-    )
-
-
-def try_level(level: str, settings: Settings) -> tuple[Sandbox | None, str]:
-    """A worker of this level after its self-test, or None and what is wrong."""
-    try:
-        sandbox = Sandbox(level, settings)
-    except (Unavailable, RuntimeError) as error:
-        return None, str(error)
-    try:
-        holes = self_test(sandbox)
-    except SandboxError as error:
-        holes = [f"run the self-test ({error})"]
-    if not holes:
-        return sandbox, ""
-    sandbox.close()
-    return None, f"a program could {', '.join(holes)}" if "self-test" not in holes[0] else f"cannot {holes[0]}"
-
-
-def self_test(sandbox: Sandbox) -> list[str]:
-    """What a program in this worker can do that it must not.
-
-    Raises:
-        SandboxError: where the test itself does not run.
-    """
-    given = {
-        "files": [os.path.abspath(__file__), "/etc/passwd", "/proc/self/status"],
-        "folders": ["/tmp", "/var/tmp", "/dev/shm", "/", os.path.expanduser("~"), os.getcwd()],
-        "pids": [os.getpid(), os.getppid()],
-        "environment": list(isolation.ENVIRONMENT) + ["PWD", "LC_CTYPE"],
-    }
-    if sandbox.level == "namespaces":
-        # Numbers of processes outside mean others inside.
-        given["pids"] = []
-    child = sandbox.start("script", _source("probe"), Limits(), stdin=json.dumps(given))
-    converse([(sandbox, child)], Limits().wall_s)
-    if child.status != 0:
-        raise SandboxError(f"exit {child.status}: {child.stderr.decode(errors='replace').strip()[-200:]}")
-    holes = json.loads(child.stdout)
-    if sandbox.level == "namespaces" and sandbox.info["pid"] > 10:
-        holes.append("see processes outside")
-    if sandbox.level == "uid" and sandbox.info["uid"] == os.getuid():
-        holes.append("act under the grader's uid")
-    return holes
-
-
 def is_over_cpu(child: Child, limits: Limits) -> bool:
     """Whether the child used up its CPU time, ended for it or not."""
     was_killed = child.status == -signal.SIGKILL and child.cpu_s > limits.cpu_s / CPU_MARGIN
@@ -456,7 +393,8 @@ def _memory_file(data: bytes) -> int:
     return descriptor
 
 
-def _source(name: str) -> str:
+def read_confined(name: str) -> str:
+    """The source of a module of the child's side."""
     return importlib.resources.files(_CONFINED).joinpath(f"{name}.py").read_text(encoding="utf-8")
 
 
@@ -469,5 +407,3 @@ def _tasks_of_user() -> int:
                 if entry.stat().st_uid == os.getuid():
                     count += len(os.listdir(f"/proc/{entry.name}/task"))
     return count
-
-

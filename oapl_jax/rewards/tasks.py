@@ -105,7 +105,9 @@ def canaries(reward: RewardConfig) -> list[tuple[dict[str, Any], bool]]:
     """Tasks of the kinds that a config has, and whether each is correct."""
     found = []
     if "math" in reward.functions:
-        answers = [(gold, f"#### {text[7:-1]}" if reward.answer == "hash" else text, ok) for gold, text, ok in _MATH_CANARIES]
+        answers = [
+            (gold, f"#### {text[7:-1]}" if reward.answer == "hash" else text, ok) for gold, text, ok in _MATH_CANARIES
+        ]
         found += [(math_task(reward, gold, response), is_correct) for gold, response, is_correct in answers]
     if "code" in reward.functions:
         found += [(code_task(reward, tests, 2, program=program), ok) for tests, program, ok in _CODE_CANARIES]

@@ -25,7 +25,7 @@ from oapl_jax.types import Grade, Verdict
 
 MEMORY_LIMIT = 2 << 30
 """Bytes of address space; beyond it an answer fails with MemoryError instead of filling the machine."""
-MAX_DETAIL = 300
+MAX_DETAIL = 1000
 CACHED_TESTS = 4
 """Prompts whose tests are kept parsed: the G rollouts of one come in a row."""
 

@@ -118,7 +118,10 @@ def judge_program(judge: Judge, program: Program, secret: str) -> str:
     elif program.kind == "stdio":
         tests = [{"stdin": numbers, "stdout": expected}] * 2
     elif program.kind.startswith("call"):
-        tests = [{"call": "solve", "args": [[4, 5, 6]], "expected": 15}, {"call": "solve", "args": [[1]], "expected": 1}]
+        tests = [
+            {"call": "solve", "args": [[4, 5, 6]], "expected": 15},
+            {"call": "solve", "args": [[1]], "expected": 1},
+        ]
     else:
         tests = [{"assert": CHECK}]
     results = judge.judge(program.source, parse_tests(tests), LIMITS, stop_early=True)

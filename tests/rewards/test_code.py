@@ -86,7 +86,10 @@ NO_SCRIPTS = {
     "too much memory": ("x = bytearray(700 << 20)\nprint(7)", Status.MEMORY_LIMIT),
     "too much output": ("while True: print('7' * 1000)", Status.OUTPUT_LIMIT),
     "forever": ("while True: pass", Status.TIME_LIMIT),
-    "forever, deaf": ("import signal\nfor n in range(1, 32):\n    try: signal.signal(n, signal.SIG_IGN)\n    except OSError: pass\nwhile True: pass", Status.TIME_LIMIT),
+    "forever, deaf": (
+        "import signal\nfor n in range(1, 32):\n    try: signal.signal(n, signal.SIG_IGN)\n    except OSError: pass\nwhile True: pass",
+        Status.TIME_LIMIT,
+    ),
 }
 
 
@@ -108,12 +111,20 @@ LCB = {
     # accepted as a script, accepted by LiveCodeBench's harness
     "plain": ("print(int(input()) + int(input()))", True, True),
     "lines of stdin": ("import sys\nprint(sum(int(line) for line in sys.stdin))", True, False),
-    "buffer.readline repeats": ("import sys\nb = sys.stdin.buffer\nprint(int(b.readline()) + int(b.readline()))", True, False),
+    "buffer.readline repeats": (
+        "import sys\nb = sys.stdin.buffer\nprint(int(b.readline()) + int(b.readline()))",
+        True,
+        False,
+    ),
     "stdout.buffer": ("import sys\nsys.stdout.buffer.write(b'%d' % (int(input()) + int(input())))", True, False),
     "os.write": ("import os\nos.write(1, b'7')", True, False),
     "open(0)": ("print(sum(map(int, open(0).read().split())))", True, False),
     "a global": ("n = 3\ndef f():\n    global n\n    n += 4\nf()\nprint(n)", True, False),
-    "a guard at the end": ("def f():\n    print(int(input()) + int(input()))\nif __name__ == '__main__':\n    f()", True, True),
+    "a guard at the end": (
+        "def f():\n    print(int(input()) + int(input()))\nif __name__ == '__main__':\n    f()",
+        True,
+        True,
+    ),
     "quit": ("print(7)\nquit()", True, False),
     "no import": ("print(reduce(max, [7]))", False, True),
     "return outside of a function": ("print(7)\nreturn", False, True),
@@ -130,7 +141,12 @@ def test_where_the_harness_of_livecodebench_differs(judge, lcb, program, as_scri
 
 CALLS = {
     "a function": ("def f(a, b): return a + b", [1, 2], 3, True),
-    "a method, imports given": ("class Solution:\n    def f(self, a: List[int]) -> int: return reduce(max, a)", [[1, 5]], 5, True),
+    "a method, imports given": (
+        "class Solution:\n    def f(self, a: List[int]) -> int: return reduce(max, a)",
+        [[1, 5]],
+        5,
+        True,
+    ),
     "a name that the prefix has too": ("class Solution:\n    def count(self, a): return a", [1], 1, True),
     "a tuple is a list at the top": ("def f(): return (1, 2)", [], [1, 2], True),
     "not below": ("def f(): return [(1, 2)]", [], [[1, 2]], False),
@@ -145,7 +161,12 @@ CALLS = {
     "a set": ("def f(): return {1}", [], [1], False),
     "a generator": ("def f(): yield 1", [], [1], False),
     "an object that says yes": ("class E:\n    def __eq__(s, o): return True\ndef f(): return E()", [], 1, False),
-    "a lying integer": ("class E(int):\n    def __eq__(s, o): return True\n    def __repr__(s): return '1'\n    def __add__(s, o): return 1\ndef f(): return E(2)", [], 1, False),
+    "a lying integer": (
+        "class E(int):\n    def __eq__(s, o): return True\n    def __repr__(s): return '1'\n    def __add__(s, o): return 1\ndef f(): return E(2)",
+        [],
+        1,
+        False,
+    ),
     "output on the side": ("def f():\n    print('x' * 100000)\n    return 1", [], 1, True),
     "None": ("def f(): pass", [], None, True),
 }
@@ -213,7 +234,9 @@ def test_a_test_that_cannot_be_split_is_no_verdict(judge):
 def test_several_tests_and_the_early_end(judge):
     tests = code.parse_tests([{"stdin": str(n), "stdout": str(min(n, 2))} for n in range(5)])
     program = "print(input())"
-    assert [r.status for r in judge.judge(program, tests, LIMITS, stop_early=True)] == ["accepted"] * 3 + ["wrong_answer"]
+    assert [r.status for r in judge.judge(program, tests, LIMITS, stop_early=True)] == ["accepted"] * 3 + [
+        "wrong_answer"
+    ]
     assert len(judge.judge(program, tests, LIMITS, stop_early=False)) == 5
 
 
@@ -266,7 +289,10 @@ LAYOUTS = {
         [{"call": "f", "args": [1], "expected": 2}, {"call": "f", "args": [3], "expected": 4}],
     ),
     "PrimeIntellect": (
-        [{"type": "function_call", "fn_name": "f", "input": [1], "output": [2]}, {"type": "stdin_stdout", "input": "1", "output": "2"}],
+        [
+            {"type": "function_call", "fn_name": "f", "input": [1], "output": [2]},
+            {"type": "stdin_stdout", "input": "1", "output": "2"},
+        ],
         [{"call": "f", "args": [1], "any_of": [[2], 2]}, {"stdin": "1", "stdout": "2"}],
     ),
     "MBPP": (

@@ -44,8 +44,7 @@ def sample(rows, every):
 
 
 def read_jsonl(path):
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as lines:
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
 
 
@@ -137,7 +136,10 @@ def test_quixbugs(code, outcomes):
     assert len(rows) == 31
     rows = rows if IS_FULL else [row for row in rows if row["fn"] not in SLOW_EVEN_IF_RIGHT]
     for version, seconds in (("correct", 60.0 if IS_FULL else 6.0), ("buggy", 1.0)):
-        cases = [(row["fn"], row[version], [{"assert": PLAIN + quixbugs_assertion(row["fn"], t)} for t in row["tests"]]) for row in rows]
+        cases = [
+            (row["fn"], row[version], [{"assert": PLAIN + quixbugs_assertion(row["fn"], t)} for t in row["tests"]])
+            for row in rows
+        ]
         outcome = outcomes(cases, cpu_s=seconds)
         accepted = set(outcome) - set(others(outcome, "accepted"))
         assert accepted == ({row["fn"] for row in rows} if version == "correct" else set())
@@ -160,7 +162,9 @@ def test_apps_labels(code):
         tests = parse_tests(layouts.read_tests((problem / "input_output.json").read_text()))
         for number, item in enumerate(json.loads((problem / "gen_solutions.json").read_text())):
             results = judge.judge(item["code"], tests, Limits(cpu_s=0.5, wall_s=20), stop_early=False)
-            label = min((LABELS.get(result.status, "-1") for result in results), key=["-2", "-1", "False", "True"].index)
+            label = min(
+                (LABELS.get(result.status, "-1") for result in results), key=["-2", "-1", "False", "True"].index
+            )
             found[problem.name, number] = label, str(item["result"])
     judge.close()
     assert len(found) == 83

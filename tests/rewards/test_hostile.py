@@ -1,5 +1,6 @@
 """No program that attacks the grader is accepted, none harms what is around it, and right programs stay right."""
 
+import json
 import pathlib
 import tempfile
 import threading
@@ -9,7 +10,7 @@ import pytest
 
 import hostile_programs as hostile
 from oapl_jax.config import RewardConfig
-from oapl_jax.rewards import sandbox, tasks
+from oapl_jax.rewards import self_test, tasks
 from oapl_jax.rewards.code import Judge, Settings
 from oapl_jax.rewards.isolation import LEVELS
 from oapl_jax.rewards.pool import GraderPool
@@ -42,7 +43,7 @@ def make_judge():
     judges = []
 
     def make(level):
-        worker, reason = sandbox.try_level(level, Settings(packages=("numpy",)))
+        worker, reason = self_test.try_level(level, Settings(packages=("numpy",)))
         if worker is None:
             pytest.skip(f"this machine has no {level}: {reason}")
         worker.close()
@@ -92,10 +93,12 @@ def test_the_quick_shared_programs_at_the_best_level(shared_data, make_judge, su
 @pytest.mark.parametrize("level", LEVELS)
 def test_all_programs_at_every_level_beside_900_right_ones(shared_data, make_judge, surroundings, monkeypatch, level):
     judge = make_judge(level)
-    monkeypatch.setattr(sandbox, "LEVELS", (level,))
+    monkeypatch.setattr(self_test, "LEVELS", (level,))
     reward = RewardConfig.model_validate({"functions": {"code": 1.0}, "isolation": level, "wall_seconds": 60.0})
     right = [
-        tasks.code_task(reward, '[{"stdin": "%d\\n", "stdout": "%d\\n"}]' % (n, n * n), 1, program="print(int(input()) ** 2)")
+        tasks.code_task(
+            reward, json.dumps([{"stdin": f"{n}\n", "stdout": f"{n * n}\n"}]), 1, program="print(int(input()) ** 2)"
+        )
         for n in range(300)
     ]
     grades = []

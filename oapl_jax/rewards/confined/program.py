@@ -229,7 +229,7 @@ def _answer(request: dict, namespace: dict[str, Any], handles: list, opaque: Cal
 
 def _named(name: str, namespace: dict[str, Any]) -> Any:
     """A method of the program's ``Solution``, or a name of the program."""
-    solution = namespace.get("Solution")
+    solution: Any = namespace.get("Solution")
     return getattr(solution(), name) if hasattr(solution, name) else namespace[name]
 
 
@@ -256,7 +256,7 @@ class Remote:
     def __setattr__(self, name: str, value: Any) -> None:
         self._ask("set", name, value)
 
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (ruff takes it for a common method)
         return self._ask("call", *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -3,4 +3,7 @@
 # expect: WA|RE
 # note: leaves by every exception that might skip the assertions
 import random
-def solve(a): raise random.choice([SystemExit(0), KeyboardInterrupt(), GeneratorExit(), StopIteration(15), AssertionError()])
+
+
+def solve(a):
+    raise random.choice([SystemExit(0), KeyboardInterrupt(), GeneratorExit(), StopIteration(15), AssertionError()])

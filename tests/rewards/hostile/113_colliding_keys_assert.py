@@ -2,4 +2,5 @@
 # kind: assert:solve
 # expect: WA|RE|TLE|OLE|MLE
 # note: the same against the assertions
-def solve(a): return {i * ((1 << 61) - 1): 0 for i in range(3000)}
+def solve(a):
+    return {i * ((1 << 61) - 1): 0 for i in range(3000)}

@@ -3,6 +3,7 @@
 # expect: WA|RE
 # note: lets the kernel send SIGKILL by F_SETOWN, F_SETSIG and O_ASYNC
 import fcntl, os, socket
+
 victim = int(open("@CANARY@/victim").read()) if os.path.exists("@CANARY@/victim") else 1
 a, b = socket.socketpair()
 for pid in (victim, os.getppid(), 1, 2, -1):
@@ -11,5 +12,6 @@ for pid in (victim, os.getppid(), 1, 2, -1):
         fcntl.fcntl(a, 10, 9)
         fcntl.fcntl(a, fcntl.F_SETFL, fcntl.fcntl(a, fcntl.F_GETFL) | os.O_ASYNC)
         b.send(b"x")
-    except OSError: pass
+    except OSError:
+        pass
 print(0)
