@@ -109,7 +109,9 @@ class RewardGrader:
         for _, text, finish_reason in items:
             is_cut = finish_reason == FinishReason.LENGTH
             parts = [TRUNCATED if is_cut else next(graded) for _ in names]
-            grades.append(compose(self._reward, list(self._reward.functions.values()), parts, text, is_cut=is_cut))
+            grade = compose(self._reward, list(self._reward.functions.values()), parts, text, is_cut=is_cut)
+            level = f" [{grade.level}]" if grade.level else ""  # the rollout log has no column for it
+            grades.append(dataclasses.replace(grade, detail=grade.detail + level))
         return grades
 
     def close(self) -> None:

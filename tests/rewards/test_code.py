@@ -8,6 +8,8 @@ from oapl_jax.rewards import code, layouts
 from oapl_jax.rewards.code import Judge, Limits, Settings, Status
 from oapl_jax.rewards.confined import values
 
+pytestmark = pytest.mark.usefixtures("sandboxed")
+
 LIMITS = Limits(cpu_s=2, wall_s=20, memory_mb=256)
 
 

@@ -16,7 +16,7 @@ from oapl_jax.rewards import layouts, tasks
 from oapl_jax.rewards.code import Judge, Limits, Settings, Status, parse_tests
 from oapl_jax.rewards.pool import GraderPool
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(3000)]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("sandboxed"), pytest.mark.timeout(3000)]
 
 IS_FULL = os.environ.get("OAPL_JAX_CORPORA") == "all"
 PACKAGES = ["numpy", "sortedcontainers"]

@@ -18,6 +18,8 @@ from oapl_jax.rewards import code, tasks
 from oapl_jax.rewards.pool import GraderPool
 from oapl_jax.types import Verdict
 
+pytestmark = pytest.mark.usefixtures("sandboxed")
+
 REWARD = RewardConfig.model_validate({"functions": {"code": 1.0}})
 QUICK, SLOW = "print(7)", "import time\ntime.sleep(1)\nprint(7)"
 

@@ -16,6 +16,8 @@ from oapl_jax.rewards.grader import RewardGrader
 from oapl_jax.rewards.pool import GraderPool
 from oapl_jax.types import FinishReason, Grade, Prompt, Verdict
 
+pytestmark = pytest.mark.usefixtures("sandboxed")
+
 DOUBLE = json.dumps([{"stdin": "3\n", "stdout": "6"}, {"stdin": "-4\n", "stdout": "-8"}])
 RIGHT, HALF_RIGHT = "```python\nprint(2 * int(input()))\n```", "```python\nprint(6)\n```"
 
