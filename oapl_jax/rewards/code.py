@@ -235,7 +235,7 @@ class Judge:
             return failed
         if len(frames) != 1 or child.has_unread_results:
             return Result(Status.WRONG_ANSWER, f"{len(frames)} results instead of one", child.cpu_s)
-        reply, shown = frames[0], json.dumps(frames[0]["v"])[:MAX_DETAIL]
+        reply, shown = frames[0], _shown(frames[0]["v"])
         if reply["t"] == "raised":
             return Result(Status.RUNTIME_ERROR, f"{reply.get('n')!s:.40}: {shown}", child.cpu_s)
         if any(is_same_value(reply["v"], expected) for expected in test.expected):
@@ -284,6 +284,13 @@ class Judge:
 
 
 _KILLED = "killed from outside"
+
+
+def _shown(value: Any) -> str:
+    try:
+        return json.dumps(value)[:MAX_DETAIL]
+    except (RecursionError, MemoryError):
+        return "too much to show"
 
 
 def _checked(frame: Any) -> dict:

@@ -4,6 +4,7 @@ Runs in the grader. One side is hostile: nothing is built from it that could cos
 method of its own is ever called, because it is text or plain JSON (``confined/values.py``).
 """
 
+import re
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
@@ -85,8 +86,14 @@ def _is_same_number(tag: Any, value: Any, expected: float) -> bool:
             return int(value, 16) == expected
         if tag == "float":
             return value in ("inf", "-inf") and float(value) == expected
-        if tag in ("Decimal", "Fraction") and len(value) < MAX_DIGITS:
-            return {"Decimal": Decimal, "Fraction": Fraction}[tag](value) == expected
+        if tag == "Decimal":
+            return len(value) < MAX_DIGITS and Decimal(value) == expected
+        if tag == "Fraction":  # not with an exponent: 1e999999999 would be computed
+            return (
+                len(value) < MAX_DIGITS
+                and re.fullmatch(r"-?\d+(/\d+)?", value) is not None
+                and Fraction(value) == expected
+            )
         if tag == "complex":
             return complex(float(value[0]), float(value[1])) == expected
     except (ValueError, TypeError, ArithmeticError, IndexError):

@@ -32,7 +32,7 @@ TASKS_PER_WORKER = 5000
 FIRST_PAUSE = 0.5
 """Seconds before a task is tried for the second time."""
 MAX_SEND_SECONDS = 10.0
-MAX_REPLY = 4096
+MAX_REPLY = 1 << 16
 KILL_TIMEOUT = 10.0
 _PACKAGE_PARENT = str(pathlib.Path(__file__).resolve().parents[2])
 

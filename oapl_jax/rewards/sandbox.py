@@ -35,7 +35,8 @@ STALL_SECONDS = 2.0
 """A wait that lasts so much longer than it should was the machine's or the clock's doing, not the program's."""
 MAX_STDERR = 1 << 20
 KEPT_STDERR = 4096
-MAX_RESULT = 32 << 20
+MAX_RESULT = 16 << 20
+"""Bytes of all frames of a child; parsed they may take thirty times as much."""
 INTERPRETER_MB = 256
 """Memory on top of a program's limit for the interpreter and what is preloaded."""
 ADDRESS_SPACE = 4
@@ -368,7 +369,7 @@ def _read(sandbox: Sandbox, child: Child, pipe: str, on_frame: OnFrame | None) -
         try:
             while (body := child.next_frame()) is not None:
                 on_frame(child, json.loads(body))
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError, MemoryError):
             sandbox.kill(child, "frame")
 
 

@@ -38,7 +38,7 @@ def try_level(level: str, settings: Settings) -> tuple[Sandbox | None, str]:
     """A worker of this level after its self-test, or None and what is wrong."""
     try:
         sandbox = Sandbox(level, settings)
-    except (Unavailable, RuntimeError) as error:
+    except (Unavailable, RuntimeError, ValueError) as error:
         return None, str(error)
     try:
         holes = self_test(sandbox)

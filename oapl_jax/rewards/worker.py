@@ -73,7 +73,9 @@ class Bench:
         except Exception as error:
             grade = Grade(Verdict.INVALID, numbers.nan, f"{type(error).__name__}: {error}"[:MAX_DETAIL])
         cpu_ms = grade.cpu_ms + 1000 * (time.process_time() - began)
-        return dataclasses.replace(grade, cpu_ms=round(cpu_ms, 3), detail=grade.detail[:MAX_DETAIL])
+        # A program may have written what is no text; the rollout log takes text only.
+        detail = grade.detail[:MAX_DETAIL].encode("utf-8", "replace").decode()
+        return dataclasses.replace(grade, cpu_ms=round(cpu_ms, 3), detail=detail)
 
     def _grade_code(self, task: dict) -> Grade:
         from oapl_jax.rewards import code

@@ -57,6 +57,25 @@ def test_code_rewards(make):
     assert all(g.cpu_ms > 0 for g in grades)
 
 
+TROUBLE = {
+    "surrogates": "raise ValueError('\\ud800' * 500)",
+    "control characters": "raise ValueError('\\x00' * 500)",
+    "depth": "x = []\n    for _ in range(900): x = [x]\n    return x",
+    "megabytes": "return [[]] * 4_000_000",
+    "a status of ours": "import os\n    os._exit(99)",
+}
+
+
+@pytest.mark.parametrize("body", TROUBLE.values(), ids=TROUBLE)
+def test_a_program_cannot_have_itself_excused(make, body):
+    """What it makes the grader read, show or send leads to a wrong verdict, never to an invalid one."""
+    running = make(functions={"code": 1.0}, retries=0)
+    tests = json.dumps([{"call": "f", "args": [], "expected": 1}])
+    (grade,) = graded(running, tests, f"```python\ndef f():\n    {body}\n```")
+    assert (grade.verdict, grade.reward) == ("wrong", 0.0), grade
+    grade.detail.encode()
+
+
 def test_rewards_by_status(make):
     rewards = {"accepted": 1.0, "wrong_answer": 0.1, "compile_error": -1.0}
     running = make(functions={"code": 1.0}, code_reward="status", status_rewards=rewards)
