@@ -139,33 +139,41 @@ def prepare(level: str, interpreter: Interpreter, packages: tuple[str, ...], soc
     extra = package_paths(packages)
     libraries = [path for path in _LIBRARIES if os.path.isdir(path)]
     python = [interpreter.executable, "-I", "-S", "-B", "-c", source, str(socket_fd)]
-    options: dict[str, Any] = {"env": ENVIRONMENT, "cwd": "/", "start_new_session": True, "pass_fds": [socket_fd]}
+    # Inside there is no cache of where shared libraries are.
+    shared = interpreter.paths[2:]
+    environment = {**ENVIRONMENT, "LD_LIBRARY_PATH": os.path.dirname(shared[0])} if shared else ENVIRONMENT
+    options: dict[str, Any] = {"env": environment, "cwd": "/", "start_new_session": True, "pass_fds": [socket_fd]}
     if level == "uid" and not is_root():
         raise Unavailable("needs root, to give workers a uid of their own")
     if is_root() and level != "landlock":
         uid = FIRST_UID + os.getpid() % NUM_UIDS
         options |= {"user": uid, "group": uid, "extra_groups": []}
     if level == "namespaces":
-        python = [*_bubblewrap([*libraries, *interpreter.paths, *extra], interpreter), *python]
+        python = [*_bubblewrap([*libraries, *interpreter.paths], extra, interpreter, environment), *python]
     choom = shutil.which("choom")  # where memory runs out, a program is to go first
     readable = [*libraries, *_ROOT_LIBRARIES, *interpreter.paths, *extra, os.devnull, "/dev/urandom"]
     site = sorted({os.path.dirname(path) for path in extra})
     return Launch([choom, "-n", "1000", "--", *python] if choom else python, options, readable, site)
 
 
-def _bubblewrap(paths: list[str], interpreter: Interpreter) -> list[str]:
+def _bubblewrap(
+    paths: list[str], packages: list[str], interpreter: Interpreter, environment: dict[str, str]
+) -> list[str]:
     program = shutil.which("bwrap")
     if program is None:
         raise Unavailable("bubblewrap is not installed; on Debian and Ubuntu: apt-get install bubblewrap")
     command = [program, "--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
     command += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
-    for name, value in ENVIRONMENT.items():
+    for name, value in environment.items():
         command += ["--setenv", name, value]
     for path in paths:  # not /usr/local: what is installed there may hold data
         command += ["--ro-bind", path, path]
-    packages = os.path.join(interpreter.stdlib, "site-packages")
-    if os.path.isdir(packages):
-        command += ["--tmpfs", packages, "--remount-ro", packages]
+    # Of the installed packages only those that are wanted, wherever they are.
+    installed = os.path.join(interpreter.stdlib, "site-packages")
+    covered = [installed] if os.path.isdir(installed) else []
+    command += [word for folder in covered for word in ("--tmpfs", folder)]
+    command += [word for path in packages for word in ("--ro-bind", path, path)]
+    command += [word for folder in covered for word in ("--remount-ro", folder)]
     for path in _ROOT_LIBRARIES:
         if os.path.islink(path):
             command += ["--symlink", os.readlink(path), path]

@@ -60,7 +60,7 @@ def self_test(sandbox: Sandbox) -> list[str]:
         "files": [os.path.abspath(__file__), "/etc/passwd", "/proc/self/status"],
         "folders": ["/tmp", "/var/tmp", "/dev/shm", "/", os.path.expanduser("~"), os.getcwd()],
         "pids": [os.getpid(), os.getppid()],
-        "environment": [*isolation.ENVIRONMENT, "PWD", "LC_CTYPE"],
+        "environment": [*isolation.ENVIRONMENT, "PWD", "LC_CTYPE", "LD_LIBRARY_PATH"],
     }
     if sandbox.level == "namespaces":
         # Numbers of processes outside mean others inside.
