@@ -7,6 +7,7 @@ RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 TORCH_STAMP := $(VENV)/.installed-torch
 TPU_STAMP := $(VENV)/.installed-tpu
+SANDBOX_STAMP := $(VENV)/.installed-sandbox
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -54,9 +55,18 @@ $(RUN_STAMP): requirements.txt | $(BIN)/python
 	$(PIP) install -q -r requirements.txt
 	@touch $@
 
-$(DEV_STAMP): requirements-dev.txt $(RUN_STAMP)
+$(DEV_STAMP): requirements-dev.txt $(RUN_STAMP) | $(SANDBOX_STAMP)
 	@echo "installing requirements-dev.txt into $(VENV)"
 	$(PIP) install -q -r requirements-dev.txt
+	@touch $@
+
+# Programs of a model are graded inside bubblewrap; without it code rewards are refused and their tests skip.
+$(SANDBOX_STAMP): | $(BIN)/python
+	@command -v bwrap >/dev/null 2>&1 \
+	  || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 && echo "installing bubblewrap" \
+	       && apt-get -qq update && apt-get -qq install -y --no-install-recommends bubblewrap libseccomp2 >/dev/null; } \
+	  || echo "bubblewrap is not installed, so code rewards are refused and their tests skipped (docs/rewards.md);" \
+	       "on Debian and Ubuntu: sudo apt-get install bubblewrap"
 	@touch $@
 
 # PyTorch is for comparisons only: where it cannot be installed, those tests skip.

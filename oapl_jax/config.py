@@ -9,6 +9,7 @@ and validated by the frozen pydantic models below. All mistakes are reported at 
 import argparse
 import difflib
 import pathlib
+import re
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
@@ -30,6 +31,23 @@ MeshAxes = Annotated[str, Field(pattern=rf"^{_AXIS}(,{_AXIS})*$")]
 """A mesh as words, e.g. ``fsdp=4`` or ``data=2,tensor=4``; -1 means "all devices that are left"."""
 SamplerAxes = Annotated[str, Field(pattern=rf"^{_SAMPLER_AXIS}(,{_SAMPLER_AXIS})*$")]
 """The same without ``context``: a decode step has one token of a sequence, which nothing can split."""
+
+
+CodeStatus = Literal[
+    "accepted",
+    "wrong_answer",
+    "time_limit",
+    "memory_limit",
+    "output_limit",
+    "runtime_error",
+    "compile_error",
+]
+"""What may become of a program on a test."""
+CODE_OPTIONS = {
+    *("exec_mode", "code_reward", "status_rewards", "cpu_seconds", "wall_seconds", "memory_mb"),
+    *("isolation", "packages", "python"),
+}
+"""Fields of the section ``reward`` that only programs need."""
 
 
 class Section(BaseModel):
@@ -141,16 +159,76 @@ class DataConfig(Section):
 
 
 class RewardConfig(Section):
-    """How responses are graded (built-in tasks grade themselves and need none of this)."""
+    """How responses are graded (built-in tasks grade themselves and need none of this; docs/rewards.md)."""
 
+    functions: Annotated[dict[str, float], Field(min_length=1)] = {"math": 1.0}
+    """Reward functions and their weights: ``math``, ``code``, or ``package.module:function``. The reward is the weighted
+    sum; whether the response is correct is the verdict of the first."""
     workers: Count = 2
     """Grading processes."""
     timeout: Positive = 5.0
-    """Seconds that one answer may take before its worker is killed and the verdict is invalid."""
+    """Seconds that one answer, or one call of a function of yours, may take before its worker is killed and the verdict
+    is invalid. Programs have limits of their own."""
     retries: CountOrZero = 1
-    """How often an invalid verdict is tried again."""
+    """How often an invalid verdict is tried again, after half a second, one second, two, ..."""
     gold: Literal["whole", "last_hash"] = "whole"
-    """Where the gold answer stands in its column: all of it, or after the last ``####`` (GSM8K)."""
+    """math: where the gold answer stands in its column: all of it, or after the last ``####`` (GSM8K)."""
+    answer: Literal["boxed", "hash", "any"] = "any"
+    """math: where the answer stands: in the last box, after ``####`` in the last line, or in the box, the ``####`` or
+    the last lines, whichever is there first."""
+    exec_mode: Literal["script", "lcb"] = "script"
+    """code: programs with text tests run as ``python file.py``, or in LiveCodeBench's harness, to compare with it."""
+    code_reward: Literal["all", "fraction", "status"] = "all"
+    """code: 1 where all tests pass, else 0; the fraction that passes; or by what became of the first that does not."""
+    status_rewards: dict[CodeStatus, float] = {"accepted": 1.0}
+    """code, with ``code_reward: status``: the reward of each outcome; 0 for those that are not named."""
+    cpu_seconds: Positive = 6.0
+    """code: CPU time of one test."""
+    wall_seconds: Positive = 15.0
+    """code: time of one test by the clock; well above the CPU time, or rewards depend on how busy the machine is."""
+    memory_mb: Count = 1024
+    """code: memory of one test."""
+    isolation: Literal["namespaces", "uid", "landlock"] = "namespaces"
+    """code: the weakest level of the sandbox that is accepted (``python -m oapl_jax.rewards.check``)."""
+    packages: list[str] = []
+    """code: packages that programs may import besides the standard library; loaded before the first test."""
+    python: str | None = None
+    """code: interpreter of the programs, of our own version; null: ours, or a system one where it cannot be reached."""
+    format_pattern: str | None = None
+    """Regular expression to be found in responses of the right form."""
+    format_bonus: float = 0.0
+    """Added to the reward of a finished response in which ``format_pattern`` is found."""
+    length_penalty: Annotated[float, Field(ge=0)] = 0.0
+    """Taken off the reward for every 1,000 characters of a response beyond ``length_free``."""
+    length_free: CountOrZero = 0
+    """Characters without a penalty."""
+
+    @model_validator(mode="after")
+    def _no_inert(self) -> "RewardConfig":
+        problems = []
+        for name in self.functions:
+            if name not in ("math", "code") and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+                problems.append(f"functions: {name!r} is not math, code, or package.module:function")
+        changed = self.changed_from_default()
+        inert = {
+            "functions without math": {"gold", "answer"} if "math" not in self.functions else set(),
+            "functions without code": CODE_OPTIONS if "code" not in self.functions else set(),
+            "code_reward other than status": {"status_rewards"} if self.code_reward != "status" else set(),
+            "format_bonus=0": {"format_pattern"} if self.format_bonus == 0 else set(),
+            "length_penalty=0": {"length_free"} if self.length_penalty == 0 else set(),
+        }
+        for reason, names in inert.items():
+            for name in sorted(names & changed):
+                problems.append(f"{name}: has no effect with {reason}; remove it")
+        if self.format_bonus and self.format_pattern is None:
+            problems.append("format_bonus: needs format_pattern")
+        try:
+            re.compile(self.format_pattern or "")
+        except re.error as error:
+            problems.append(f"format_pattern: {self.format_pattern!r} is not a regular expression: {error}")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
 
 class SamplerConfig(Section):
@@ -406,6 +484,10 @@ def load(schema: type[AnyConfig], path: str | pathlib.Path, overrides: list[str]
     problems = [problem for word in overrides if (problem := _override_problem(word))]
     if problems:
         raise ConfigError("\n".join(problems))
+    return validate(schema, _read(path, overrides), source=str(path))
+
+
+def _read(path: str | pathlib.Path, overrides: list[str]) -> Any:
     if not pathlib.Path(path).is_file():
         raise ConfigError(f"config file {str(path)!r} does not exist{_nearest_file(pathlib.Path(path))}")
     try:
@@ -413,10 +495,21 @@ def load(schema: type[AnyConfig], path: str | pathlib.Path, overrides: list[str]
         if not OmegaConf.is_dict(read):
             raise ValueError("it is not a mapping of sections such as 'run:' and 'model:'")
         merged = OmegaConf.merge(read, OmegaConf.from_dotlist(overrides))
-        raw = OmegaConf.to_container(merged, resolve=True)
+        return OmegaConf.to_container(merged, resolve=True)
     except (YAMLError, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"config file {str(path)!r} cannot be read: {error}") from error
-    return validate(schema, raw, source=str(path))
+
+
+def load_reward(path: str | pathlib.Path) -> RewardConfig:
+    """The section ``reward`` of any YAML file, such as the config of a run; what else is in the file is not read.
+
+    Raises:
+        ConfigError: as ``load``; or where the file has no such section.
+    """
+    raw = _read(path, [])
+    if not isinstance(raw, dict) or "reward" not in raw:
+        raise ConfigError(f"{path}: has no section 'reward'")
+    return validate(RewardConfig, raw["reward"], source=f"{path}, section reward")
 
 
 def validate(schema: type[AnyConfig], raw: Any, source: str) -> AnyConfig:

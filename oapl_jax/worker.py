@@ -36,6 +36,9 @@ STOP_DEADLINE = 60.0
 MAX_UNGRADED_GROUPS = 1024
 """Finished groups that may wait for the grader before the sampler waits too."""
 
+DRAIN_SECONDS = 20.0
+"""After ``stop``, for how long finished rollouts that still wait are graded and logged."""
+
 MAX_GRADED_AT_ONCE = 32
 """Groups that are graded and written together: one file for many, yet one slow answer holds up only these."""
 
@@ -127,6 +130,7 @@ class Worker:
         self._weights: tuple[int, Any] = (-1, None)
         self._finished: queue.Queue[tuple[Ticket, Prompt, list[Rollout]]] = queue.Queue(MAX_UNGRADED_GROUPS)
         self._stopping = threading.Event()
+        self._drain_until = 0.0
         self._threads = [
             threading.Thread(target=self._guard, args=(loop,), name=name, daemon=True)
             for name, loop in (("sampler", self._sample_loop), ("grader", self._grade_loop))
@@ -148,13 +152,15 @@ class Worker:
         self._weights = (policy_version, params)
 
     def stop(self) -> None:
-        """Ends both threads at the end of the chunk and of the grades in flight.
+        """Ends both threads: the sampler's at the end of its chunk, the grader's when what is finished is in the log.
 
-        Groups that did not reach the log are dropped; a resumed run samples the same ones again.
+        Groups that were not finished, or not graded within ``DRAIN_SECONDS``, are dropped; a resumed run samples the
+        same ones again.
 
         Raises:
             TimeoutError: a thread does not end.
         """
+        self._drain_until = time.monotonic() + DRAIN_SECONDS
         self._stopping.set()
         for thread in self._threads:
             if thread.ident is not None:
@@ -224,13 +230,15 @@ class Worker:
 
     def _hand_over(self, item: tuple[Ticket, Prompt, list[Rollout]]) -> None:
         """Queues a group for the grader; a slow grader slows the sampler down."""
-        while not self._stopping.is_set():
+        while True:
             with contextlib.suppress(queue.Full):
                 self._finished.put(item, timeout=POLL_SECONDS)
                 return
+            if self._stopping.is_set():
+                return
 
     def _grade_loop(self) -> None:
-        while not self._stopping.is_set():
+        while not self._stopping.is_set() or self._is_draining:
             items = self._drain()
             if not items:
                 continue
@@ -239,6 +247,12 @@ class Worker:
                 self._log.append([group for group in groups if group.policy_version == version])
             for group in groups:
                 self._buffer.put(group)
+
+    @property
+    def _is_draining(self) -> bool:
+        """After ``stop``: whether something finished may still come, and there is time for it."""
+        may_come = self._threads[0].is_alive() or not self._finished.empty()
+        return may_come and time.monotonic() < self._drain_until
 
     def _drain(self) -> list[tuple[Ticket, Prompt, list[Rollout]]]:
         """Finished rollouts that wait, at least one unless the wait is over."""

@@ -43,6 +43,7 @@ LAYERS = {
     "report": 5,
     "sft": 5,
     "serve": 5,
+    "grade": 5,
     "export": 6,
     "job": 6,
     "parity": 7,

@@ -232,6 +232,28 @@ def test_stop_ends_both_threads_at_any_time_and_may_be_called_twice(tmp_path, se
         assert not [t for t in started if t.name in ("sampler", "grader") and t.is_alive()]
 
 
+class Held(ToyGrader):
+    """Grades nothing until it is let go."""
+
+    go = threading.Event()
+
+    def grade(self, items):
+        assert self.go.wait(DEADLINE)
+        return super().grade(items)
+
+
+def test_what_is_finished_when_the_worker_stops_is_graded_and_logged(tmp_path):
+    with working(tmp_path, grader=Held("chain")) as (worker, _, log):
+        give_up = time.monotonic() + DEADLINE
+        while worker._finished.qsize() < 3 and time.monotonic() < give_up:
+            time.sleep(0.01)
+        finished = worker._finished.qsize()
+        assert finished >= 3
+        threading.Timer(0.3, Held.go.set).start()
+        worker.stop()
+        assert len(log.read(0)) >= finished + 1, "and what was being graded"
+
+
 def test_a_worker_that_was_not_started_stops(tmp_path):
     worker = Worker(
         *([make_engine()], PROMPTS, make_groups(ToyGrader("chain")), GroupBuffer(bool), RolloutLog(tmp_path)),

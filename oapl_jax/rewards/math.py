@@ -1,8 +1,8 @@
 r"""Whether a mathematical answer equals the gold one: Math-Verify, with its traps handled before it.
 
 What counts as the answer: the last ``\boxed{}`` after the end of thinking (with the boxes that adjoin it:
-``\boxed{1}, \boxed{2}`` is a list); where there is no box, what follows ``####`` in the last line, else what
-Math-Verify finds in the last lines.
+``\boxed{1}, \boxed{2}`` is a list); where there is no box, what follows ``####`` in the last line, else the formula
+after the last "answer is" or "answer:", else what Math-Verify finds in the last lines.
 
 Runs inside grading workers, so it imports nothing heavier than Math-Verify (no JAX), and not even that
 before the first answer that needs it. It is pure, but hostile input can be slow: call it through ``pool.py``.
@@ -31,11 +31,15 @@ ROUNDING = 1e-12
 
 _END_OF_THINKING = "</think>"
 _PLAIN_NUMBER = re.compile(r"-?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?")
+_DECIMAL_COMMA = re.compile(r"-?\d+,(\d{1,2}|\d{4,})")
 _BOX_JOINT = re.compile(r"(?:\s|\\[,;:! ]|\\q?quad|\\text\{[^{}]{0,40}\}|[$,;.&]|\\[()\[\]]|and|or)*")
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 """A box's opening, an escaped character (an escaped brace is none), or a brace."""
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{[^{}]*\}")
 _PROSE = re.compile(r"[A-Za-z]{2,}\s+[A-Za-z]{2,}|[A-Za-z]{3,}.*\n|\n.*[A-Za-z]{3,}")
+_ANSWER_IS = re.compile(r"answer(?:\s+is|:)\s*:?\s*(\S.*?)(?:\.(?!\d)|\n|$)", re.IGNORECASE)
+_COMMAND = re.compile(r"\\[A-Za-z]+")
+_WORD = re.compile(r"[A-Za-z]{3,}")
 _HALF_EXPRESSION = re.compile(r"[-+*/^=<>]\s*$")
 
 
@@ -46,21 +50,23 @@ class Judgement(NamedTuple):
     detail: str
 
 
-def grade_answer(gold: str, response: str) -> Judgement:
+def grade_answer(gold: str, response: str, place: str = "any") -> Judgement:
     """Judges a finished response against a gold answer.
 
     Args:
         gold: a number, bare LaTeX, or text with ``$...$`` or a box.
         response: the decoded response, thinking included.
+        place: where the answer counts, see ``extract_answer``.
 
     Raises:
         ValueError: where the gold answer does not parse; rows are checked for it when they are loaded.
     """
-    answer = extract_answer(response)
+    answer = extract_answer(response, place)
     if answer is None:
         return Judgement(False, "no answer")
     if _canonical(answer) == _canonical(_unboxed(gold)):
         return Judgement(True, "equal strings")
+    gold, answer = _with_point(gold, answer), _with_point(answer, gold)
     if _is_plain_number(answer) and _is_plain_number(gold):
         is_equal = float(answer.replace(",", "")) == float(gold.replace(",", ""))
         return Judgement(is_equal and _exact(answer) == _exact(gold), "numbers")
@@ -69,20 +75,35 @@ def grade_answer(gold: str, response: str) -> Judgement:
     return _compare(gold, answer)
 
 
-def extract_answer(response: str) -> str | None:
-    r"""The text of the answer after thinking: the last box, else the last lines; or None."""
+def extract_answer(response: str, place: str = "any") -> str | None:
+    r"""The text of the answer after thinking, or None.
+
+    Args:
+        response: the decoded response, thinking included.
+        place: ``boxed``: the last box only; ``hash``: after ``####`` in the last line only; ``any``: the last box,
+            else after ``####``, else after "answer is", else the last lines.
+    """
     if "<think>" in response and _END_OF_THINKING not in response:
         return None
     text = response.rpartition(_END_OF_THINKING)[2]
-    boxes = _boxes(text)
+    boxes = _boxes(text) if place != "hash" else []
     if boxes:
         answer = _last_boxes(text, boxes)
         return answer if answer.strip() and len(answer) <= MAX_ANSWER_CHARACTERS else None
+    if place == "boxed":
+        return None
     tail = text[-MAX_UNBOXED_CHARACTERS:]
     if len(tail) < len(text):
         tail = tail.partition("\n")[2] or tail  # a cut line could begin inside a formula
     last_line = tail.strip().rpartition("\n")[2]
-    return last_line.rpartition("####")[2].strip() if "####" in last_line else tail.strip() or None
+    if "####" in last_line:
+        return last_line.rpartition("####")[2].strip()
+    if place == "hash":
+        return None
+    said = _ANSWER_IS.findall(tail)
+    if said and not _WORD.search(_COMMAND.sub("", said[-1])):
+        return said[-1]
+    return tail.strip() or None
 
 
 def extract_gold(answer: str, rule: str) -> str:
@@ -181,6 +202,12 @@ def _is_plain_number(text: str) -> bool:
     return _PLAIN_NUMBER.fullmatch(text.strip()) is not None and len(text) <= 40
 
 
+def _with_point(number: str, other: str) -> str:
+    """A decimal comma as a point, where the other side is written with a point: ``1000,99`` is then no pair."""
+    is_decimal = _DECIMAL_COMMA.fullmatch(number.strip()) and _is_plain_number(other) and "." in other
+    return number.replace(",", ".") if is_decimal else number
+
+
 def _exact(number: str) -> tuple[str, str]:
     """Sign and digits before the point, digits after it; float() alone would lose digits of long ones."""
     whole, _, decimals = number.strip().replace(",", "").partition(".")
@@ -198,7 +225,7 @@ def _is_too_nested(text: str) -> bool:
 def _cleaned(text: str) -> str:
     r"""Removes what Math-Verify misreads: ``\mathrm{e}`` is cut off as a unit, ``\$`` ends a formula."""
     text = re.sub(r"\\(?:mathrm|operatorname)\{([a-z])\}", r"\1", text)
-    text = re.sub(r"\\!\s*", "", text.replace(r"\$", "").replace(r"{,}", ","))
+    text = re.sub(r"\\!\s*", "", text.replace(r"\$", "").replace(r"{,}", ",").replace("π", r"\pi "))
     return re.sub(r"(?<=\d)(?:\s|\\,|\\ )(?=\d{3}(?!\d))", "", text)
 
 

@@ -1,14 +1,15 @@
-"""Killable grading processes: every answer gets a verdict in bounded time and memory.
+"""Killable grading processes: every task (``tasks.py``) gets a verdict in bounded time and memory.
 
 Workers are plain ``python -m oapl_jax.rewards.worker`` programs on sockets, not ``multiprocessing``: a spawned
 child would import the program that is running, and JAX with it. The parent measures each deadline and kills;
 what a worker sends is one line of JSON, never a pickle. A worker that dies or is late is replaced and its
-answer tried again; an answer that has no retries left is invalid, which is no reward at all.
+task tried again, after a pause that doubles; a task that has no retries left is invalid, which is no reward.
 """
 
 import collections
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import selectors
@@ -18,15 +19,20 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+from oapl_jax.rewards.setup import Setup
 from oapl_jax.types import Grade, Verdict
 
 START_TIMEOUT = 120.0
 """Seconds until a new worker must have imported Math-Verify (0.6 s of CPU); generous, for a busy machine."""
 TASKS_PER_WORKER = 5000
 """Then the worker is replaced, which bounds whatever its libraries keep."""
-MAX_REPLY = 4096
+FIRST_PAUSE = 0.5
+"""Seconds before a task is tried for the second time."""
+MAX_SEND_SECONDS = 10.0
+MAX_REPLY = 1 << 16
 KILL_TIMEOUT = 10.0
 _PACKAGE_PARENT = str(pathlib.Path(__file__).resolve().parents[2])
 
@@ -34,17 +40,17 @@ _PACKAGE_PARENT = str(pathlib.Path(__file__).resolve().parents[2])
 class GraderPool:
     """A fixed number of grading processes, started at once and used by one calling thread at a time."""
 
-    def __init__(self, workers: int, timeout: float, retries: int) -> None:
+    def __init__(self, workers: int, retries: int, setup: Setup) -> None:
         """Starts the workers without waiting for them.
 
         Args:
             workers: number of processes.
-            timeout: seconds that one answer may take.
-            retries: further attempts for an answer whose worker died, was late, or failed.
+            retries: further attempts for a task whose worker died, was late, or failed.
+            setup: what the workers grade.
         """
-        self._timeout, self._retries = timeout, retries
+        self._setup, self._retries = setup, retries
         self._lock = threading.Lock()
-        self._workers = [_Worker(timeout) for _ in range(workers)]
+        self._workers = [_Worker(setup) for _ in range(workers)]
         # Also runs at exit and when the pool is forgotten; the list is shared so that replacements are covered.
         self._finalizer = weakref.finalize(self, _kill_all, self._workers)
 
@@ -63,52 +69,45 @@ class GraderPool:
         """Process ids of the present workers."""
         return [worker.process.pid for worker in self._workers]
 
-    def grade_many(self, items: Sequence[tuple[str, str]]) -> list[Grade]:
-        """Grades of (gold answer, response) pairs, in their order.
+    def grade(self, tasks: Sequence[dict[str, Any]], on_done: Callable[[int], None] | None = None) -> list[Grade]:
+        """Grades of tasks, in their order.
+
+        Args:
+            tasks: as ``tasks.py`` makes them; each has its ``timeout``.
+            on_done: is told how many are settled, whenever that has changed.
 
         Raises:
             RuntimeError: where the pool is closed, or a worker cannot even start.
         """
-        return [_grade(reply) for reply in self._run([list(item) for item in items])]
-
-    def check_golds(self, golds: Sequence[str], row_names: Sequence[str]) -> None:
-        """Checks that every gold answer can be compared with.
-
-        Raises:
-            ValueError: naming the rows (the first ten) whose gold answers do not parse.
-        """
-        replies = self._run([[gold] for gold in golds])
-        broken = [(name, gold) for name, gold, (ok, _) in zip(row_names, golds, replies, strict=True) if not ok]
-        if broken:
-            listed = "\n  ".join(f"row {name}: {gold!r}" for name, gold in broken[:10])
-            raise ValueError(f"{len(broken)} gold answers do not parse as mathematics:\n  {listed}")
-
-    def _run(self, tasks: list[list[str]]) -> list[list]:
-        """Replies to all tasks, in order, each [outcome, detail]."""
         with self._lock:
             if not self._finalizer.alive:
                 raise RuntimeError("the grading pool is closed")
             batch = _Batch(tasks, self._retries)
             while batch.num_open:
+                num_open = batch.num_open
                 self._assign(batch)
-                self._wait()
+                self._wait(batch)
                 for place, worker in enumerate(self._workers):
                     self._collect(place, worker, batch)
-            return batch.replies
+                if on_done is not None and batch.num_open < num_open:
+                    on_done(len(tasks) - batch.num_open)
+            return batch.grades
 
     def _assign(self, batch: "_Batch") -> None:
         for worker in self._workers:
-            if batch.waiting and worker.is_idle:
-                task = batch.waiting.popleft()
+            if worker.is_idle and (task := batch.take()) is not None:
                 worker.submit(task, batch.tasks[task])
 
-    def _wait(self) -> None:
-        """Until a busy worker has something to say, or its deadline has come."""
+    def _wait(self, batch: "_Batch") -> None:
+        """Until a busy worker has something to say, or its deadline has come, or that of a pause."""
         busy = [worker for worker in self._workers if not worker.is_idle]
+        wake_at = [worker.deadline for worker in busy]
+        if len(busy) < len(self._workers) and batch.waiting:
+            wake_at.append(min(ready_at for ready_at, _ in batch.waiting))
         with selectors.DefaultSelector() as selector:
             for worker in busy:
                 selector.register(worker.channel, selectors.EVENT_READ)
-            selector.select(max(0.0, min(worker.deadline for worker in busy) - time.monotonic()))
+            selector.select(max(0.0, min(wake_at) - time.monotonic()))
 
     def _collect(self, place: int, worker: "_Worker", batch: "_Batch") -> None:
         """Takes the worker's reply if there is one; replaces the worker if it is dead, late or old."""
@@ -119,15 +118,16 @@ class GraderPool:
         if reply is not None:
             worker.task, worker.deadline = None, float("inf")
             if task is not None:
-                batch.settle(task, reply)
+                batch.settle(task, Grade(**{**reply, "verdict": Verdict(reply["verdict"])}))
         elif worker.is_dead or time.monotonic() >= worker.deadline:
-            reason = "worker died" if worker.is_dead else f"no verdict in {self._timeout:g} s"
+            late = "" if task is None else f"no verdict in {batch.tasks[task]['timeout']:g} s"
+            reason = "worker died" if worker.is_dead else late
             if not worker.is_ready:
                 raise RuntimeError(
                     f"a grading worker did not start within {START_TIMEOUT:g} s or died; see its error above"
                 )
             if task is not None:
-                batch.settle(task, [None, reason])
+                batch.settle(task, Grade(Verdict.INVALID, math.nan, reason))
             self._replace(place)
             return
         if worker.is_idle and worker.num_done >= TASKS_PER_WORKER:
@@ -135,40 +135,47 @@ class GraderPool:
 
     def _replace(self, place: int) -> None:
         self._workers[place].kill()
-        self._workers[place] = _Worker(self._timeout)
+        self._workers[place] = _Worker(self._setup)
 
 
-@dataclasses.dataclass
 class _Batch:
-    """The tasks of one call: which wait, which are settled."""
+    """The tasks of one call: which wait, until when, and which are settled."""
 
-    tasks: list[list[str]]
-    retries: int
+    def __init__(self, tasks: Sequence[dict[str, Any]], retries: int) -> None:
+        self.tasks, self._retries = tasks, retries
+        self.waiting = collections.deque((0.0, task) for task in range(len(tasks)))
+        self.num_open = len(tasks)
+        self.grades = [Grade(Verdict.INVALID, math.nan, "not graded")] * len(tasks)
+        self._attempts = [0] * len(tasks)
 
-    def __post_init__(self) -> None:
-        self.waiting = collections.deque(range(len(self.tasks)))
-        self.num_open = len(self.tasks)
-        self.replies: list[list] = [[None, "not graded"]] * len(self.tasks)
-        self._attempts = [0] * len(self.tasks)
+    def take(self) -> int | None:
+        """The next task whose pause is over."""
+        for place, (ready_at, task) in enumerate(self.waiting):
+            if ready_at <= time.monotonic():
+                del self.waiting[place]
+                return task
+        return None
 
-    def settle(self, task: int, reply: list) -> None:
-        """Keeps the reply, or puts the task back where the grader failed and there are retries left."""
+    def settle(self, task: int, grade: Grade) -> None:
+        """Keeps the grade, or puts the task back where the grader failed and there are retries left."""
         self._attempts[task] += 1
-        if reply[0] is None and self._attempts[task] <= self.retries:
-            self.waiting.append(task)
+        attempts = self._attempts[task]
+        if grade.verdict is Verdict.INVALID and attempts <= self._retries:
+            self.waiting.append((time.monotonic() + FIRST_PAUSE * 2 ** (attempts - 1), task))
             return
-        self.replies[task] = reply
+        self.grades[task] = grade
         self.num_open -= 1
 
 
 class _Worker:
     """One grading process and the state of our talk with it."""
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, setup: Setup) -> None:
         self.channel, theirs = socket.socketpair()
         search_path = os.pathsep.join(filter(None, [_PACKAGE_PARENT, os.environ.get("PYTHONPATH")]))
         # -P: the folder we happen to run in must not shadow a library.
-        command = [sys.executable, "-P", "-m", "oapl_jax.rewards.worker", str(2 * timeout + 1)]
+        arguments = json.dumps(dataclasses.asdict(setup))
+        command = [sys.executable, "-P", "-m", "oapl_jax.rewards.worker", arguments]
         with theirs:
             self.process = subprocess.Popen(
                 command,
@@ -176,7 +183,6 @@ class _Worker:
                 stdout=subprocess.DEVNULL,
                 env={**os.environ, "PYTHONPATH": search_path},
             )
-        self._timeout = timeout
         self._received = b""
         self.task: int | None = None
         self.deadline = time.monotonic() + START_TIMEOUT
@@ -189,16 +195,16 @@ class _Worker:
         """Ready, and without a task."""
         return self.is_ready and self.task is None
 
-    def submit(self, task: int, words: list[str]) -> None:
+    def submit(self, number: int, task: dict[str, Any]) -> None:
         """Sends a task; a worker that cannot take it before the deadline counts as dead."""
-        self.task, self.deadline = task, time.monotonic() + self._timeout
-        self.channel.settimeout(self._timeout)
+        self.task, self.deadline = number, time.monotonic() + task["timeout"]
+        self.channel.settimeout(min(task["timeout"], MAX_SEND_SECONDS))
         try:
-            self.channel.sendall(json.dumps(words).encode() + b"\n")
+            self.channel.sendall(json.dumps(task).encode() + b"\n")
         except OSError:
             self.is_dead = True
 
-    def receive(self) -> list | None:
+    def receive(self) -> dict[str, Any] | None:
         """A whole reply if one has come; never waits."""
         self.channel.setblocking(False)
         try:
@@ -226,13 +232,6 @@ class _Worker:
         self.process.kill()
         self.channel.close()
         self.process.wait(KILL_TIMEOUT)
-
-
-def _grade(reply: list) -> Grade:
-    outcome, detail = reply
-    if outcome is None:
-        return Grade(Verdict.INVALID, float("nan"), detail)
-    return Grade(Verdict.CORRECT if outcome else Verdict.WRONG, float(outcome), detail)
 
 
 def _kill_all(workers: list[_Worker]) -> None:

@@ -1,55 +1,147 @@
 """The program of one grading worker: reads tasks from the socket on its standard input, answers on it.
 
-One JSON line a task, ``[GOLD, RESPONSE]`` to grade or ``[GOLD]`` to check a gold answer; one JSON line a
-reply, ``[OUTCOME, DETAIL]`` with OUTCOME true, false, or null where the grader itself failed. Nothing of JAX
-is imported, so that a worker starts in a fraction of a second and weighs about 60 MB.
+``python -m oapl_jax.rewards.worker SETUP`` with SETUP a JSON object (``Setup``). One JSON line a task
+(``tasks.py``), one JSON line a reply: verdict, reward, detail, level, CPU milliseconds. Expected outputs and gold
+answers are compared here, and this process never runs a program of a model: that is its sandbox's business.
+Nothing of JAX is imported, so that a worker starts in a fraction of a second.
 """
 
+import dataclasses
+import functools
+import importlib
 import json
 import logging
+import math as numbers
 import resource
 import signal
 import socket
 import sys
+import time
+from collections.abc import Callable
+from typing import Any
 
-from oapl_jax.rewards import math
+from oapl_jax.rewards.setup import Setup
+from oapl_jax.types import Grade, Verdict
 
 MEMORY_LIMIT = 2 << 30
 """Bytes of address space; beyond it an answer fails with MemoryError instead of filling the machine."""
-MAX_DETAIL = 200
+MAX_DETAIL = 1000
+CACHED_TESTS = 4
+"""Prompts whose tests are kept parsed: the G rollouts of one come in a row."""
 
 
-def main(deadline: float) -> None:
-    """Serves until the parent closes the socket; an answer that outlives ``deadline`` seconds ends the process."""
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+def main(setup: Setup) -> None:
+    """Serves until the parent closes the socket."""
+    # The soft limit only: a sandbox has limits of its own.
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, resource.getrlimit(resource.RLIMIT_AS)[1]))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     logging.disable(logging.CRITICAL)
-    math.grade_answer("1", r"\boxed{\frac{2}{2}}")  # imports and warms the parser before the first deadline runs
+    bench = Bench(setup)
     with socket.socket(fileno=0) as channel, channel.makefile("rwb") as stream:
-        _send(stream, [True, "ready"])
+        _send(stream, {"ready": True})
         for line in stream:
+            task = json.loads(line)
             # The parent kills a late worker. Should the parent be gone, this alarm does: it needs no Python to run.
-            signal.setitimer(signal.ITIMER_REAL, deadline)
-            reply = _answer(json.loads(line))
+            signal.setitimer(signal.ITIMER_REAL, 2 * task["timeout"] + 1)
+            reply = dataclasses.asdict(bench.grade(task))
             signal.setitimer(signal.ITIMER_REAL, 0)
             _send(stream, reply)
 
 
-def _answer(task: list[str]) -> list[bool | str | None]:
-    """The outcome of one task. An exception is the grader's failure, never the response's."""
-    try:
-        if len(task) == 1:
-            return [math.is_usable_gold(task[0]), ""]
-        is_correct, detail = math.grade_answer(*task)
-        return [is_correct, detail]
-    except Exception as error:
-        return [None, f"{type(error).__name__}: {error}"[:MAX_DETAIL]]
+class Bench:
+    """What a worker grades with."""
+
+    def __init__(self, setup: Setup) -> None:
+        """Imports and warms what the setup asks for, before the first deadline runs."""
+        if "math" in setup.kinds:
+            from oapl_jax.rewards import math
+
+            math.grade_answer("1", r"\boxed{\frac{2}{2}}")
+        self._setup = setup
+        self._kinds: dict[str, Callable[[dict], Grade]] = {
+            "math": _grade_math,
+            "gold": _check_gold,
+            "code": self._grade_code,
+            "function": _call_function,
+        }
+
+    def grade(self, task: dict) -> Grade:
+        """The grade of one task. An exception is the grader's failure, never the response's."""
+        began = time.process_time()
+        try:
+            grade = self._kinds[task["kind"]](task)
+        except Exception as error:
+            grade = Grade(Verdict.INVALID, numbers.nan, f"{type(error).__name__}: {error}"[:MAX_DETAIL])
+        cpu_ms = grade.cpu_ms + 1000 * (time.process_time() - began)
+        # A program may have written what is no text; the rollout log takes text only.
+        detail = grade.detail[:MAX_DETAIL].encode("utf-8", "replace").decode()
+        return dataclasses.replace(grade, cpu_ms=round(cpu_ms, 3), detail=detail)
+
+    def _grade_code(self, task: dict) -> Grade:
+        from oapl_jax.rewards import code
+
+        program = task["program"] if "program" in task else code.extract_program(task["response"])
+        tests = _parsed_tests(task["tests"])
+        if program is None:
+            return Grade(Verdict.WRONG, task["no_program_reward"], "no program: the response has no fenced block")
+        judge = self._judge
+        limits = code.Limits(**task["limits"])
+        results = judge.judge(program, tests, limits, stop_early=task["stop_early"])
+        return code.make_grade(results, len(tests), task["rewards"], judge.level)
+
+    @functools.cached_property
+    def _judge(self) -> Any:
+        from oapl_jax.rewards.code import Judge, Settings
+
+        setup = self._setup
+        return Judge(Settings(setup.isolation, tuple(setup.packages), setup.python), setup.exec_mode)
 
 
-def _send(stream, reply: list[bool | str | None]) -> None:
+@functools.lru_cache(maxsize=CACHED_TESTS)
+def _parsed_tests(tests: str) -> list:
+    from oapl_jax.rewards import code, layouts
+
+    return code.parse_tests(layouts.read_tests(tests))
+
+
+def _grade_math(task: dict) -> Grade:
+    from oapl_jax.rewards import math
+
+    is_correct, detail = math.grade_answer(task["gold"], task["response"], task["answer"])
+    return Grade(Verdict.CORRECT if is_correct else Verdict.WRONG, float(is_correct), detail)
+
+
+def _check_gold(task: dict) -> Grade:
+    from oapl_jax.rewards import math
+
+    is_usable = math.is_usable_gold(task["gold"])
+    return Grade(Verdict.CORRECT if is_usable else Verdict.WRONG, float(is_usable))
+
+
+def _call_function(task: dict) -> Grade:
+    """Calls a reward function of the user (docs/rewards.md has the signature)."""
+    import numpy as np
+
+    from oapl_jax.types import Prompt
+
+    module, _, name = task["path"].partition(":")
+    function = getattr(importlib.import_module(module), name)
+    if "response" not in task:
+        return Grade(Verdict.CORRECT, 1.0, f"{task['path']} is there")
+    given = task["prompt"]
+    prompt = Prompt(given["id"], np.asarray(given["token_ids"], np.int32), given["text"], given["answer"])
+    result = function(prompt, task["response"])
+    if isinstance(result, Grade):
+        return result
+    if isinstance(result, (bool, int, float)) and numbers.isfinite(result):
+        return Grade(Verdict.CORRECT if result >= 1 else Verdict.WRONG, float(result))
+    raise TypeError(f"{task['path']} returned {result!r:.80}, neither a finite number nor a Grade")
+
+
+def _send(stream: Any, reply: dict) -> None:
     stream.write(json.dumps(reply).encode() + b"\n")
     stream.flush()
 
 
 if __name__ == "__main__":
-    main(float(sys.argv[1]))
+    main(Setup(**json.loads(sys.argv[1])))

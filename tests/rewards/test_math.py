@@ -1,10 +1,23 @@
 """The math grader, as a pure function: extraction, equality, and what the library gets wrong."""
 
 import json
+import random
 
 import pytest
 
-from oapl_jax.rewards import math
+from oapl_jax.config import RewardConfig
+from oapl_jax.rewards import math, tasks
+from oapl_jax.rewards.pool import GraderPool
+from oapl_jax.rewards.setup import Setup
+from oapl_jax.types import Verdict
+
+
+@pytest.mark.parametrize(
+    ("place", "answers"), [("boxed", ["1", None, None]), ("hash", [None, "2", None]), ("any", ["1", "2", "it is 3"])]
+)
+def test_places_of_the_answer(place, answers):
+    responses = [r"so \boxed{1}", "so\n#### 2", "it is 3"]
+    assert [math.extract_answer(response, place) for response in responses] == answers
 
 
 def is_correct(gold, response):
@@ -28,6 +41,8 @@ def is_correct(gold, response):
         (r"\boxed{5} and \boxed{unclosed", "5"),
         ("no box at all\nA: 26", "no box at all\nA: 26"),
         ("48 + 16 = $64\n#### 66\n", "66"),
+        ("So 2 and 3. The answer is 9/2 * \u03c0.", "9/2 * \u03c0"),
+        ("the answer is 18 dollars", "the answer is 18 dollars"),
         ("   ", None),
     ],
 )
@@ -54,6 +69,8 @@ def test_extraction(response, answer):
         (r"\frac{1}{3}", r"\boxed{\frac{11}{33.0}}"),
         (r"\text{Evelyn}", r"\boxed{\text{Evelyn}}"),
         ("10^{10^{10}}", r"\boxed{10^{10^{10}}}"),
+        ("1000.99", r"\boxed{1000,99}"),
+        ("15\\%", r"\boxed{15}"),
     ],
 )
 def test_right_answers(gold, response):
@@ -78,6 +95,7 @@ def test_right_answers(gold, response):
         ("x+1", r"\boxed{x+2}"),
         ("7", "<think>7 is the answer, \\boxed{7}, but I"),
         ("7", ""),
+        ("1.234", r"\boxed{1,234}"),
     ],
 )
 def test_wrong_answers(gold, response):
@@ -115,14 +133,72 @@ def test_real_rollouts_get_their_labels(shared_data, name, num_rows):
     assert [row["answer"] for row in rows if is_correct(row["gold"], row["answer"]) != row["expected"]] == []
 
 
+MISSED = {
+    58,  # `"$12 $ and $13 $"`: the quotes, and a gold that is a whole solution
+    166,  # boxes in the middle of the solution, the answer without one after them: the last box counts
+}
+
+
 @pytest.mark.slow
 def test_cases_of_other_graders(shared_data):
+    """197 cases; those where the projects differ among themselves are not among them. At least 98 % and nothing false."""
     rows = [row for row in read_jsonl(shared_data / "grader" / "grader_cases.jsonl") if not row.get("policy")]
+    assert len(rows) == 197
     golds = [row["gold"] if isinstance(row["gold"], list) else [row["gold"]] for row in rows]
     # One case has alternatives of which only empty boxes: as a single gold they would be refused at load time.
     golds = [[g for g in gold if g not in ("", r"\boxed{}")] for gold in golds]
     verdicts = [any(is_correct(g, row["answer"]) for g in gold) for row, gold in zip(rows, golds, strict=True)]
-    missed = [row["id"] for row, verdict in zip(rows, verdicts, strict=True) if row["expected"] and not verdict]
+    missed = {row["id"] for row, verdict in zip(rows, verdicts, strict=True) if row["expected"] and not verdict}
     false = [row["id"] for row, verdict in zip(rows, verdicts, strict=True) if verdict and not row["expected"]]
     assert false == []
-    assert len(missed) <= 5, missed
+    assert missed == MISSED
+
+
+PIECES = (
+    [
+        rf"\{name}"
+        for name in ("frac", "sqrt", "sum", "int", "prod", "binom", "left(", "right)", "boxed{", "text{", "log")
+    ]
+    + list("{}()[]^_!/*+-=<>,.|$%&\\ \n")
+    + [
+        "0",
+        "1",
+        "9" * 30,
+        "x",
+        "e",
+        "pi",
+        "i",
+        "10^",
+        "{10}",
+        "^{9}",
+        "^{^",
+        "!!",
+        "..",
+        "\x00",
+        "\u0660",
+        "\U0001f600",
+    ]
+)
+
+
+def garbage(number):
+    """Answers as a model that has gone wrong, or wants to stall the grader, may write them."""
+    rng = random.Random(number)
+    length = rng.choice([1, 3, 10, 30, 100])
+    text = "".join(rng.choice(PIECES) for _ in range(length)) * rng.choice([1, 1, 1, 5])
+    return rf"\boxed{{{text}}}" if rng.random() < 0.7 else text
+
+
+@pytest.mark.slow
+def test_two_thousand_garbage_answers_hang_no_worker():
+    reward = RewardConfig(timeout=20.0)
+    golds = ["5", r"\frac{1}{2}", "x^2+1", "[0,1)", r"\sqrt{2}"]
+    made = [tasks.math_task(reward, golds[number % 5], garbage(number)) for number in range(2000)]
+    with GraderPool(2, 0, Setup()) as pool:
+        pool.grade(made[:2])
+        pids = pool.pids
+        grades = pool.grade(made)
+        assert pool.pids == pids, "no worker had to be killed"
+    assert [grade for grade in grades if grade.verdict is Verdict.INVALID] == []
+    assert sum(grade.cpu_ms for grade in grades) / 2000 < 50
+    assert sum(grade.verdict is Verdict.CORRECT for grade in grades) < 20, "some say 5"

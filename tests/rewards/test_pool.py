@@ -13,8 +13,9 @@ import time
 import numpy as np
 import pytest
 
-from oapl_jax.config import TrainConfig
-from oapl_jax.rewards import grader, pool
+from oapl_jax.config import RewardConfig, TrainConfig
+from oapl_jax.rewards import grader, pool, tasks
+from oapl_jax.rewards.setup import Setup
 from oapl_jax.tokenizer import CharacterTokenizer
 from oapl_jax.types import FinishReason, Prompt, Verdict
 
@@ -24,8 +25,14 @@ SLOW_ANSWER = r"\boxed{\int_0^1 \sin(x^x)\cos(x^3) e^{x^2} dx}"
 
 @pytest.fixture(scope="module")
 def workers():
-    with pool.GraderPool(workers=2, timeout=20.0, retries=1) as running:
+    with pool.GraderPool(2, 1, Setup()) as running:
         yield running
+
+
+def answers(items, timeout=20.0):
+    """Tasks that compare answers with golds."""
+    reward = RewardConfig(timeout=timeout)
+    return [tasks.math_task(reward, gold, response) for gold, response in items]
 
 
 def is_alive(pid):
@@ -38,10 +45,10 @@ def is_alive(pid):
 
 def test_grades_keep_the_order_of_the_items(workers):
     items = [(str(i), rf"\boxed{{\frac{{{2 * i}}}{{{2 if i % 3 else 3}}}}}") for i in range(1, 60)]
-    grades = workers.grade_many(items)
+    grades = workers.grade(answers(items))
     assert [g.verdict for g in grades] == [Verdict.CORRECT if i % 3 else Verdict.WRONG for i in range(1, 60)]
     assert [g.reward for g in grades] == [1.0 if i % 3 else 0.0 for i in range(1, 60)]
-    assert workers.grade_many([]) == []
+    assert workers.grade([]) == []
 
 
 def test_hostile_answers_are_wrong_at_once(workers):
@@ -62,17 +69,18 @@ def test_hostile_answers_are_wrong_at_once(workers):
     ]
     pids = workers.pids
     began = time.monotonic()
-    grades = workers.grade_many([("5", answer) for answer in hostile])
+    grades = workers.grade(answers([("5", answer) for answer in hostile]))
     assert {g.verdict for g in grades} == {Verdict.WRONG}
     assert workers.pids == pids, "no worker had to be killed"
     assert time.monotonic() - began < 15
 
 
 def test_an_answer_that_takes_too_long_is_invalid_and_the_others_are_graded():
-    with pool.GraderPool(workers=2, timeout=1.0, retries=1) as running:
-        running.grade_many([("1", r"\boxed{1}")])
+    with pool.GraderPool(2, 1, Setup()) as running:
+        running.grade(answers([("1", r"\boxed{1}")]))
         pids, began = running.pids, time.monotonic()
-        grades = running.grade_many([("5", r"\boxed{5}"), ("5", SLOW_ANSWER), ("5", r"\boxed{\frac{10}{2}}")])
+        items = [("5", r"\boxed{5}"), ("5", SLOW_ANSWER), ("5", r"\boxed{\frac{10}{2}}")]
+        grades = running.grade(answers(items, timeout=1.0))
         assert [g.verdict for g in grades] == [Verdict.CORRECT, Verdict.INVALID, Verdict.CORRECT]
         assert math.isnan(grades[1].reward)
         assert grades[1].detail == "no verdict in 1 s"
@@ -85,17 +93,17 @@ def test_workers_killed_from_outside_are_replaced_and_their_answers_tried_again(
     victims = workers.pids
     killer = threading.Timer(0.2, lambda: [os.kill(pid, signal.SIGKILL) for pid in victims])
     killer.start()
-    grades = workers.grade_many(items)
+    grades = workers.grade(answers(items))
     killer.join()
-    workers.grade_many(items[:4])
+    workers.grade(answers(items[:4]))
     assert {g.verdict for g in grades} == {Verdict.CORRECT}
     assert not set(victims) & set(workers.pids)
 
 
 def test_a_worker_that_is_killed_again_and_again_leaves_an_invalid_verdict():
     stop = threading.Event()
-    with pool.GraderPool(workers=1, timeout=20.0, retries=1) as running:
-        running.grade_many([("1", r"\boxed{1}")])
+    with pool.GraderPool(1, 1, Setup()) as running:
+        running.grade(answers([("1", r"\boxed{1}")]))
 
         def kill_all() -> None:
             while not stop.wait(0.01):
@@ -105,7 +113,7 @@ def test_a_worker_that_is_killed_again_and_again_leaves_an_invalid_verdict():
 
         thread = threading.Thread(target=kill_all)
         thread.start()
-        grade = running.grade_many([("5", SLOW_ANSWER)])[0]
+        grade = running.grade(answers([("5", SLOW_ANSWER)]))[0]
         stop.set()
         thread.join()
     assert (grade.verdict, grade.detail) == (Verdict.INVALID, "worker died")
@@ -113,50 +121,54 @@ def test_a_worker_that_is_killed_again_and_again_leaves_an_invalid_verdict():
 
 
 def test_a_stopped_worker_does_not_hang_the_caller():
-    with pool.GraderPool(workers=1, timeout=1.0, retries=1) as running:
-        running.grade_many([("1", r"\boxed{1}")])
+    with pool.GraderPool(1, 1, Setup()) as running:
+        running.grade(answers([("1", r"\boxed{1}")]))
         os.kill(running.pids[0], signal.SIGSTOP)
-        grade = running.grade_many([("5", "5" * 3_000_000)])[0]
+        grade = running.grade(answers([("5", "5" * 3_000_000)], timeout=1.0))[0]
         assert grade.verdict == Verdict.WRONG, "the replacement graded it"
 
 
 def test_old_workers_are_replaced(monkeypatch):
     monkeypatch.setattr(pool, "TASKS_PER_WORKER", 10)
-    with pool.GraderPool(workers=1, timeout=20.0, retries=0) as running:
+    with pool.GraderPool(1, 0, Setup()) as running:
         first = running.pids
-        assert all(g.reward == 1 for g in running.grade_many([("1", r"\boxed{1}")] * 25))
+        assert all(g.reward == 1 for g in running.grade(answers([("1", r"\boxed{1}")] * 25)))
         assert running.pids != first
 
 
 def test_closing_ends_the_processes_and_a_closed_pool_says_so():
-    running = pool.GraderPool(workers=2, timeout=5.0, retries=0)
-    running.grade_many([("1", r"\boxed{1}")])
+    running = pool.GraderPool(2, 0, Setup())
+    running.grade(answers([("1", r"\boxed{1}")]))
     pids = running.pids
     running.close()
     running.close()
     assert not any(is_alive(pid) for pid in pids)
     with pytest.raises(RuntimeError, match="the grading pool is closed"):
-        running.grade_many([("1", r"\boxed{1}")])
+        running.grade(answers([("1", r"\boxed{1}")]))
 
 
 def test_a_worker_that_cannot_start_is_an_error(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     with (
-        pool.GraderPool(workers=1, timeout=5.0, retries=3) as running,
+        pool.GraderPool(1, 3, Setup()) as running,
         pytest.raises(RuntimeError, match="did not start"),
     ):
-        running.grade_many([("1", r"\boxed{1}")])
+        running.grade(answers([("1", r"\boxed{1}")]))
 
 
 @pytest.mark.parametrize("ending", ["sys.exit(0)", "os.kill(os.getpid(), signal.SIGKILL)"])
 def test_no_worker_outlives_its_parent(ending):
     program = f"""
 import os, signal, sys, threading
+from oapl_jax.config import RewardConfig
+from oapl_jax.rewards import tasks
 from oapl_jax.rewards.pool import GraderPool
-pool = GraderPool(workers=2, timeout=2.0, retries=0)
-pool.grade_many([("1", "1")] * 4)
+from oapl_jax.rewards.setup import Setup
+pool = GraderPool(2, 0, Setup())
+reward = RewardConfig(timeout=2.0)
+pool.grade([tasks.math_task(reward, "1", "1")] * 4)
 print(*pool.pids, flush=True)
-threading.Thread(target=pool.grade_many, args=([("5", {SLOW_ANSWER!r})],), daemon=True).start()
+threading.Thread(target=pool.grade, args=([tasks.math_task(reward, "5", {SLOW_ANSWER!r})],), daemon=True).start()
 {ending}
 """
     root = pathlib.Path(__file__).parents[2]
@@ -170,7 +182,7 @@ threading.Thread(target=pool.grade_many, args=([("5", {SLOW_ANSWER!r})],), daemo
 
 
 def test_workers_are_light(workers):
-    workers.grade_many([("1", r"\boxed{1}")])
+    workers.grade(answers([("1", r"\boxed{1}")]))
     for pid in workers.pids:
         maps = pathlib.Path(f"/proc/{pid}/maps").read_text()
         assert "jaxlib" not in maps

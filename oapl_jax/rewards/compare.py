@@ -1,0 +1,116 @@
+"""Whether what a program gave is what was expected, by LiveCodeBench's rules.
+
+Runs in the grader. One side is hostile: nothing is built from it that could cost more than reading it, and no
+method of its own is ever called, because it is text or plain JSON (``confined/values.py``).
+"""
+
+import re
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+MAX_RATIO, MAX_EXTRA = 4, 4096
+"""A line longer than this many times the expected one, and some, is not parsed: it would cost minutes of digits."""
+MAX_DIGITS = 5000
+_NUMBER = (int, float, bool)
+
+
+def is_same_output(output: str, expected: str, tolerance: float = 0.0) -> bool:
+    """Compares standard output: stripped, line by line; a line that differs as text, word by word as decimals.
+
+    LiveCodeBench has no tolerance: ``0.30000000000000004`` is not ``0.3``, ``1.0`` is ``1``. A problem that has one
+    says so; it is of the difference, or of the difference relative to what is expected.
+    """
+    lines, wanted = _lines(output), _lines(expected)
+    if len(lines) != len(wanted):
+        return False
+    return all(
+        line == right or _has_same_numbers(line, right, Decimal(tolerance))
+        for line, right in zip(lines, wanted, strict=True)
+    )
+
+
+def _lines(text: str) -> list[str]:
+    return [line.strip() for line in text.strip().split("\n")]
+
+
+def _has_same_numbers(line: str, wanted: str, tolerance: Decimal) -> bool:
+    if len(line) > MAX_RATIO * len(wanted) + MAX_EXTRA:
+        return False
+    try:
+        numbers, right = ([Decimal(word) for word in text.split()] for text in (line, wanted))
+        if numbers == right or not tolerance or len(numbers) != len(right):
+            return numbers == right
+        return all(abs(a - b) <= tolerance * max(1, abs(b)) for a, b in zip(numbers, right, strict=True))
+    except ArithmeticError:  # no number, or one that nothing compares with
+        return False
+
+
+def is_same_value(node: Any, expected: Any, *, is_top: bool = True) -> bool:
+    """Compares a returned value, as the child encoded it, with an expected one from JSON, as Python's ``==`` would.
+
+    At the top a tuple counts as a list. What is opaque equals nothing.
+    """
+    if isinstance(node, dict):
+        return _is_same_tagged(node.get("t"), node.get("v"), expected, is_top)
+    if isinstance(node, list):
+        if type(expected) is not list or len(node) != len(expected):
+            return False
+        return all(is_same_value(item, wanted, is_top=False) for item, wanted in zip(node, expected, strict=True))
+    if node is None or expected is None:
+        return node is expected
+    if isinstance(node, str) or isinstance(expected, str):
+        return type(node) is type(expected) and node == expected
+    return type(expected) in _NUMBER and node == expected
+
+
+def _is_same_tagged(tag: Any, value: Any, expected: Any, is_top: bool) -> bool:
+    if tag == "tuple":
+        return is_top and isinstance(value, list) and is_same_value(value, expected, is_top=False)
+    if tag == "dict":
+        return isinstance(value, list) and type(expected) is dict and _is_same_dict(value, expected)
+    if tag == "array":  # NumPy's own == gives an array, whose truth is that of its only element
+        while isinstance(expected, list) and len(expected) == 1:
+            expected = expected[0]
+        while isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        return not isinstance(value, list) and not isinstance(expected, list) and is_same_value(value, expected)
+    if type(expected) not in _NUMBER or not isinstance(value, (str, list)):
+        return False
+    return _is_same_number(tag, value, expected)
+
+
+def _is_same_number(tag: Any, value: Any, expected: float) -> bool:
+    try:
+        if tag == "int":
+            return int(value, 16) == expected
+        if tag == "float":
+            return value in ("inf", "-inf") and float(value) == expected
+        if tag == "Decimal":
+            return len(value) < MAX_DIGITS and Decimal(value) == expected
+        if tag == "Fraction":  # not with an exponent: 1e999999999 would be computed
+            return (
+                len(value) < MAX_DIGITS
+                and re.fullmatch(r"-?\d+(/\d+)?", value) is not None
+                and Fraction(value) == expected
+            )
+        if tag == "complex":
+            return complex(float(value[0]), float(value[1])) == expected
+    except (ValueError, TypeError, ArithmeticError, IndexError):
+        return False
+    return False
+
+
+def _is_same_dict(pairs: list, expected: dict) -> bool:
+    """Keys of JSON are text, so those of the value have to be; no dictionary is built from hostile keys."""
+    if len(pairs) != len(expected):
+        return False
+    seen = set()
+    for pair in pairs:
+        if not (isinstance(pair, list) and len(pair) == 2 and isinstance(pair[0], str)):
+            return False
+        key, item = pair
+        if key in seen or key not in expected or not is_same_value(item, expected[key], is_top=False):
+            return False
+        seen.add(key)
+    return True

@@ -1,0 +1,81 @@
+"""The self-test: tries what a confined program must not be able to do, and prints what it could do.
+
+Runs in a worker's child like any program. Its standard input is a JSON object: ``files`` that exist outside,
+``folders`` to write to, ``pids`` of processes outside, ``environment``: the names that may be there.
+"""
+
+import ctypes
+import fcntl
+import json
+import os
+import socket
+import sys
+from collections.abc import Callable
+
+PR_SET_PDEATHSIG = 1
+CLONE_NEWUSER = 0x10000000
+TOO_MUCH = 8 << 30
+
+
+def main() -> None:
+    """Prints the names of the attempts that succeeded, as a JSON array."""
+    given = json.load(sys.stdin)
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def check(result: int) -> None:
+        if result < 0:
+            raise OSError(ctypes.get_errno())
+
+    def read(path: str) -> None:
+        with open(path, "rb") as file:
+            file.read(1)
+
+    def write(folder: str) -> None:
+        path = f"{folder}/oapl_jax_probe_{os.getpid()}"
+        with open(path, "wb") as file:
+            file.write(b"x")
+        os.unlink(path)
+
+    def run(function: Callable[[], int]) -> None:
+        pid = function()
+        if pid == 0:
+            os._exit(0)
+        os.waitpid(pid, 0)
+
+    def own(pid: int) -> None:
+        ours, _ = os.pipe()
+        fcntl.fcntl(ours, fcntl.F_SETOWN, pid)
+
+    def leak() -> None:
+        extra = set(os.environ) - set(given["environment"])
+        if not extra:
+            raise OSError("nothing there")
+
+    attempts: dict[str, Callable[[], object]] = {
+        **{f"read {path}": lambda path=path: read(path) for path in given["files"]},
+        **{f"write {folder}": lambda folder=folder: write(folder) for folder in given["folders"]},
+        **{f"signal process {pid}": lambda pid=pid: os.kill(pid, 0) for pid in given["pids"]},
+        **{f"signal process {pid} by fcntl": lambda pid=pid: own(pid) for pid in given["pids"]},
+        "list processes": lambda: os.listdir("/proc/1"),
+        "open an internet socket": lambda: socket.socket(socket.AF_INET),
+        "open a unix socket": lambda: socket.socket(socket.AF_UNIX),
+        "start a process": lambda: run(os.fork),
+        "start another program": lambda: run(lambda: os.posix_spawn("/usr/bin/env", ["env"], {})),
+        "trace its parent": lambda: check(libc.ptrace(16, os.getppid(), 0, 0)),
+        "make a user namespace": lambda: check(libc.unshare(CLONE_NEWUSER)),
+        "outlive its parent": lambda: check(libc.prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)),
+        "take 8 GiB": lambda: bytearray(TOO_MUCH),
+        "see the environment": leak,
+    }
+    possible = []
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+        except (OSError, MemoryError):
+            continue
+        possible.append(name)
+    print(json.dumps(possible))
+
+
+if __name__ == "__main__":
+    main()

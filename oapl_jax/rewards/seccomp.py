@@ -1,0 +1,95 @@
+"""The system calls that a confined program may make, as a filter that the kernel runs.
+
+An allowlist, compiled by libseccomp: what is on no list answers ENOSYS, so that libraries fall back from newer
+calls; what reaches out of the process answers EPERM. Threads are allowed, processes are not.
+"""
+
+import errno
+import functools
+import os
+from typing import Any
+
+ALLOWED = """
+    read write readv writev pread64 pwrite64 preadv pwritev preadv2 pwritev2 lseek _llseek close close_range dup dup2
+    dup3 flock fsync fdatasync ftruncate ftruncate64 sendfile open openat stat lstat fstat newfstatat fstatat64 statx
+    access faccessat faccessat2 readlink readlinkat getdents getdents64 getcwd chdir fchdir mkdir mkdirat rmdir unlink
+    unlinkat rename renameat renameat2 umask statfs fstatfs mmap mmap2 munmap mprotect mremap madvise brk msync mincore
+    membarrier rt_sigaction rt_sigprocmask rt_sigreturn rt_sigsuspend rt_sigpending rt_sigtimedwait sigaltstack pause
+    alarm setitimer getitimer timer_create timer_settime timer_gettime timer_delete timer_getoverrun nanosleep
+    clock_nanosleep clock_gettime clock_getres gettimeofday time times getpid gettid getppid getuid geteuid getgid
+    getegid getgroups getpgrp getpgid getsid getresuid getresgid uname sysinfo getrlimit setrlimit getrusage getcpu
+    sched_yield sched_getaffinity sched_getparam sched_getscheduler sched_get_priority_max sched_get_priority_min
+    getrandom futex futex_waitv set_robust_list get_robust_list set_tid_address rseq arch_prctl exit exit_group pipe
+    pipe2 eventfd2 epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 poll ppoll select
+    _newselect pselect6 signalfd4 timerfd_create timerfd_settime timerfd_gettime sendto recvfrom sendmsg recvmsg
+    shutdown getsockopt getsockname getpeername wait4 waitid restart_syscall
+""".split()  # noqa: SIM905 (a table of 200 lines says no more)
+
+FORBIDDEN = """
+    fork vfork execve execveat kill tkill tgkill rt_sigqueueinfo rt_tgsigqueueinfo pidfd_send_signal pidfd_open
+    pidfd_getfd ptrace process_vm_readv process_vm_writev process_madvise kcmp socket connect bind listen accept
+    accept4 mount umount2 pivot_root chroot unshare setns move_mount open_tree fsopen fsmount mount_setattr keyctl
+    add_key request_key bpf perf_event_open userfaultfd io_uring_setup io_uring_enter io_uring_register memfd_create
+    memfd_secret shmget shmat shmctl msgget semget mq_open setuid setgid setreuid setregid setresuid setresgid
+    setgroups capset personality seccomp landlock_create_ruleset open_by_handle_at name_to_handle_at symlink symlinkat
+    link linkat mknod mknodat chmod fchmod fchmodat chown fchown lchown fchownat setxattr truncate setsid setpgid
+    settimeofday clock_settime clock_adjtime adjtimex setpriority sched_setaffinity sched_setscheduler sched_setparam
+    ioprio_set reboot kexec_load swapon swapoff syslog acct quotactl init_module finit_module delete_module
+    fanotify_init inotify_init inotify_init1 sethostname vhangup iopl ioperm
+""".split()  # noqa: SIM905 (a table of 200 lines says no more)
+
+CLONE_THREAD = 0x10000
+AF_UNIX = 1
+# Not F_SETOWN, F_SETOWN_EX, F_SETSIG: with O_ASYNC the kernel would send any signal, SIGKILL too, to any process
+# of the user, without kill(). Not F_SETPIPE_SZ: kernel memory.
+FCNTL_COMMANDS = {
+    "DUPFD, GETFD, SETFD, GETFL, SETFL": (0, 1, 2, 3, 4),
+    "GETLK, SETLK, SETLKW, and of open file descriptions": (5, 6, 7, 36, 37, 38),
+    "DUPFD_CLOEXEC, GETPIPE_SZ, GET_SEALS": (1030, 1032, 1034),
+}
+# TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
+IOCTL_REQUESTS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+# PR_SET_NAME, PR_GET_NAME, PR_SET_VMA, PR_GET_DUMPABLE
+PRCTL_OPERATIONS = (15, 16, 0x53564D41, 3)
+
+
+@functools.cache
+def compile_filter() -> bytes:
+    """The filter as BPF instructions for this machine's architecture.
+
+    Raises:
+        RuntimeError: where libseccomp is not installed.
+    """
+    try:
+        import pyseccomp
+    except (ImportError, OSError, RuntimeError) as error:
+        raise RuntimeError(f"libseccomp cannot be loaded ({error}); on Debian: apt-get install libseccomp2") from error
+    result = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.ENOSYS))
+    result.set_attr(pyseccomp.Attr.CTL_OPTIMIZE, 2)  # a binary tree instead of a list
+    denied, equal, masked = pyseccomp.ERRNO(errno.EPERM), pyseccomp.EQ, pyseccomp.MASKED_EQ
+
+    def add(action: int, name: str, *conditions: Any) -> None:
+        # Names that this architecture does not have are on the lists for those that do.
+        if pyseccomp.resolve_syscall(pyseccomp.system_arch(), name) >= 0:
+            result.add_rule(action, name, *conditions)
+
+    for name in ALLOWED:
+        add(pyseccomp.ALLOW, name)
+    for name in FORBIDDEN:
+        add(denied, name)
+    add(pyseccomp.ALLOW, "clone", pyseccomp.Arg(0, masked, CLONE_THREAD, CLONE_THREAD))
+    add(denied, "clone", pyseccomp.Arg(0, masked, CLONE_THREAD, 0))
+    add(pyseccomp.ALLOW, "socketpair", pyseccomp.Arg(0, equal, AF_UNIX))  # asyncio wakes itself up by one
+    add(pyseccomp.ALLOW, "prlimit64", pyseccomp.Arg(0, equal, 0))  # of itself
+    for command in sum(FCNTL_COMMANDS.values(), ()):
+        for name in ("fcntl", "fcntl64"):
+            add(pyseccomp.ALLOW, name, pyseccomp.Arg(1, equal, command))
+    for request in IOCTL_REQUESTS:
+        add(pyseccomp.ALLOW, "ioctl", pyseccomp.Arg(1, equal, request))
+    for operation in PRCTL_OPERATIONS:
+        add(pyseccomp.ALLOW, "prctl", pyseccomp.Arg(0, equal, operation))
+    descriptor = os.memfd_create("filter")  # export_bpf wants a file; a memory one cannot meet a full disk
+    with os.fdopen(descriptor, "rb") as file:
+        result.export_bpf(file)
+        file.seek(0)
+        return file.read()

@@ -1,0 +1,114 @@
+"""Tasks for grading workers: what one of them needs to know to grade one response, as JSON.
+
+Also the canaries: tasks whose verdicts are known, graded before a run starts.
+"""
+
+from typing import Any
+
+from oapl_jax.config import RewardConfig
+from oapl_jax.rewards.setup import Setup
+from oapl_jax.types import Prompt
+
+START_SECONDS = 60.0
+"""On top of the limits of a program's tests: for starting a sandbox, and for comparing."""
+
+
+def make_setup(reward: RewardConfig, kinds: tuple[str, ...]) -> Setup:
+    """What workers for these kinds of tasks are started with."""
+    return Setup(kinds, reward.isolation, tuple(reward.packages), reward.python, reward.exec_mode)
+
+
+def math_task(reward: RewardConfig, gold: str, response: str) -> dict[str, Any]:
+    """Compares the answer in a response with a gold one."""
+    return {
+        "kind": "math",
+        "gold": gold,
+        "response": response,
+        "answer": reward.answer,
+        "timeout": reward.timeout,
+    }
+
+
+def gold_task(reward: RewardConfig, gold: str) -> dict[str, Any]:
+    """Correct where a gold answer can be compared with."""
+    return {"kind": "gold", "gold": gold, "timeout": reward.timeout}
+
+
+def code_task(
+    reward: RewardConfig, tests: str, num_tests: int, limits: dict[str, float] | None = None, **source: str
+) -> dict[str, Any]:
+    """Runs a program on tests.
+
+    Args:
+        reward: limits, and what which outcome is worth.
+        tests: JSON, in any layout of ``layouts.py``.
+        num_tests: how many there are.
+        limits: ``cpu_s``, ``wall_s``, ``memory_mb``, where they are others than those of ``reward``.
+        source: ``program``, or the ``response`` that it is in.
+    """
+    limits = {
+        "cpu_s": reward.cpu_seconds,
+        "wall_s": reward.wall_seconds,
+        "memory_mb": reward.memory_mb,
+        **(limits or {}),
+    }
+    rewards: Any = dict(reward.status_rewards) if reward.code_reward == "status" else reward.code_reward
+    return {
+        "kind": "code",
+        "tests": tests,
+        **source,
+        "limits": limits,
+        "rewards": rewards,
+        "no_program_reward": rewards.get("compile_error", 0.0) if isinstance(rewards, dict) else 0.0,
+        "stop_early": reward.code_reward != "fraction",
+        "timeout": START_SECONDS + 2 * num_tests * limits["wall_s"],
+    }
+
+
+def function_task(reward: RewardConfig, path: str, prompt: Prompt | None, response: str | None) -> dict[str, Any]:
+    """Calls a function of the user; without prompt and response it is only looked up."""
+    task: dict[str, Any] = {"kind": "function", "path": path, "timeout": reward.timeout}
+    if prompt is not None:
+        given = {"id": prompt.id, "token_ids": prompt.token_ids.tolist(), "text": prompt.text, "answer": prompt.answer}
+        task |= {"prompt": given, "response": response}
+    return task
+
+
+_DOUBLE = '[{"stdin": "3\\n", "stdout": "6\\n"}, {"stdin": "-1\\n", "stdout": "-2\\n"}]'
+_DOUBLE_CALL = '[{"call": "double", "args": [[1, 2]], "expected": [2, 4]}]'
+_DOUBLE_ASSERT = '[{"assert": "assert double([1, 2]) == [2, 4]"}]'
+_FUNCTION = "def double(values):\n    return [2 * value for value in values]\n"
+_EQUAL = "class Equal:\n    def __eq__(self, other):\n        return True\n"
+_CODE_CANARIES = (
+    (_DOUBLE, "print(2 * int(input()))", True),
+    (_DOUBLE, "import sys\nfor line in sys.stdin:\n    print(int(line) * 2)", True),
+    (_DOUBLE_CALL, _FUNCTION, True),
+    (_DOUBLE_ASSERT, _FUNCTION, True),
+    (_DOUBLE, "print(6)", False),
+    (_DOUBLE, "import os\nos._exit(0)", False),
+    (_DOUBLE, "print(2 * int(input())", False),
+    (_DOUBLE_CALL, f"{_EQUAL}def double(values):\n    return Equal()", False),
+    (_DOUBLE_ASSERT, f"{_EQUAL}def double(values):\n    return Equal()", False),
+    (_DOUBLE_ASSERT, "import os\ndef double(values):\n    os._exit(0)", False),
+)
+_MATH_CANARIES = (
+    (r"\frac{1}{2}", r"\boxed{0.5}", True),
+    ("1000", r"\boxed{1,000}", True),
+    ("10", r"\boxed{\$10}", True),
+    ("1/2^{99}", r"\boxed{1/2^{98}}", False),
+    ("7", r"\boxed{10^{10^{10}}}", False),
+    ("7", r"\boxed{}", False),
+)
+
+
+def canaries(reward: RewardConfig) -> list[tuple[dict[str, Any], bool]]:
+    """Tasks of the kinds that a config has, and whether each is correct."""
+    found = []
+    if "math" in reward.functions:
+        answers = [
+            (gold, f"#### {text[7:-1]}" if reward.answer == "hash" else text, ok) for gold, text, ok in _MATH_CANARIES
+        ]
+        found += [(math_task(reward, gold, response), is_correct) for gold, response, is_correct in answers]
+    if "code" in reward.functions:
+        found += [(code_task(reward, tests, 2, program=program), ok) for tests, program, ok in _CODE_CANARIES]
+    return found

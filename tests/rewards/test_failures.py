@@ -1,0 +1,150 @@
+"""What breaks around the graders leads to another attempt or to no verdict, with a reason; never to a reward."""
+
+import json
+import math
+import os
+import pathlib
+import resource
+import signal
+import subprocess
+import threading
+import time
+
+import pytest
+
+from oapl_jax import grade as command
+from oapl_jax.config import RewardConfig
+from oapl_jax.rewards import code, tasks
+from oapl_jax.rewards.pool import GraderPool
+from oapl_jax.types import Verdict
+
+pytestmark = pytest.mark.usefixtures("sandboxed")
+
+REWARD = RewardConfig.model_validate({"functions": {"code": 1.0}})
+QUICK, SLOW = "print(7)", "import time\ntime.sleep(1)\nprint(7)"
+
+
+def task(program):
+    return tasks.code_task(REWARD, '[{"stdin": "", "stdout": "7"}]', 1, program=program)
+
+
+@pytest.fixture(params=[0, 1], ids=["no retry", "a retry"])
+def pool(request):
+    """A warm pool of one worker, and what is to come of a failure."""
+    with GraderPool(1, request.param, tasks.make_setup(REWARD, ("code",))) as running:
+        (grade,) = running.grade([task(QUICK)])
+        assert grade.verdict is Verdict.CORRECT, grade
+        running.expected = Verdict.CORRECT if request.param else Verdict.INVALID
+        yield running
+
+
+def descendants(pid):
+    """The worker's sandbox, outermost process first."""
+    found = [pid]
+    for parent in found:
+        found += map(int, pathlib.Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
+    return found[1:]
+
+
+def check(pool, grade, reason):
+    assert grade.verdict is pool.expected, grade
+    if grade.verdict is Verdict.INVALID:
+        assert math.isnan(grade.reward)
+        assert reason in grade.detail
+
+
+def during(pool, program, action):
+    """Grades a program while something happens to the worker."""
+    timer = threading.Timer(0.5, action)
+    timer.start()
+    (grade,) = pool.grade([task(program)])
+    timer.join()
+    return grade
+
+
+def test_a_grader_killed_from_outside(pool):
+    check(pool, during(pool, SLOW, lambda: os.kill(pool.pids[0], signal.SIGKILL)), "worker died")
+
+
+def test_a_sandbox_killed_from_outside(pool):
+    outermost = descendants(pool.pids[0])[0]
+    check(pool, during(pool, SLOW, lambda: os.kill(outermost, signal.SIGKILL)), "the sandbox's worker")
+
+
+def test_a_child_killed_from_outside_is_run_once_more(pool):
+    before = set(descendants(pool.pids[0]))
+
+    def kill_child():
+        for pid in set(descendants(pool.pids[0])) - before:
+            os.kill(pid, signal.SIGKILL)
+
+    assert during(pool, SLOW, kill_child).verdict is Verdict.CORRECT
+
+
+def test_an_exhausted_process_table(pool):
+    driver = descendants(pool.pids[0])[-1]
+    uid = os.stat(f"/proc/{driver}").st_uid
+    if uid == 0:
+        pytest.skip("the kernel does not limit the processes of root")
+    as_worker = {"user": uid, "group": uid, "extra_groups": []} if os.getuid() == 0 else {}
+    subprocess.run(["prlimit", f"--pid={driver}", "--nproc=0:0"], check=True, **as_worker)
+    (grade,) = pool.grade([task(QUICK)])
+    check(pool, grade, "fork: Resource temporarily unavailable")
+
+
+def test_no_room_for_a_file(pool):
+    """As on a full disk; nothing is written to one, but memory files can run out as well."""
+    worker = pool.pids[0]
+    resource.prlimit(worker, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
+    timer = threading.Timer(0.3, resource.prlimit, (worker, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2))
+    timer.start()
+    (grade,) = pool.grade([task(QUICK)])
+    timer.join()
+    check(pool, grade, "a run could not be started: [Errno 27] File too large")
+
+
+def test_a_full_disk_under_the_results(tmp_path, capsys):
+    row = {"id": 1, "kind": "math", "gold": "1", "response": "1"}
+    (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
+    assert command.main([str(tmp_path / "in.jsonl"), "/dev/full"]) == 2
+    assert "No space left on device" in capsys.readouterr().err
+
+
+def test_a_grader_that_stood_still(pool):
+    worker = pool.pids[0]
+
+    def stop():
+        os.kill(worker, signal.SIGSTOP)
+        time.sleep(3.5)
+        os.kill(worker, signal.SIGCONT)
+
+    check(pool, during(pool, SLOW, stop), "the machine or its clock jumped by")
+
+
+@pytest.mark.parametrize("seconds", [-1e6, 1e6])
+def test_the_clock_of_the_machine_decides_nothing(monkeypatch, seconds):
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + seconds)
+    judge = code.Judge(code.Settings())
+    (result,) = judge.judge(QUICK, [code.StdioTest("", "7")], code.Limits(), stop_early=True)
+    judge.close()
+    assert result.status == "accepted"
+
+
+def test_a_jump_of_the_steady_clock_is_no_verdict(monkeypatch):
+    judge, real, began = code.Judge(code.Settings()), time.monotonic, time.monotonic()
+    judge.judge(QUICK, [code.StdioTest("", "7")], code.Limits(), stop_early=True)
+    began = real()
+    monkeypatch.setattr(time, "monotonic", lambda: real() + 3600 * (real() > began + 0.5))
+    with pytest.raises(code.SandboxError, match="jumped by 3600"):
+        judge.judge(SLOW, [code.StdioTest("", "7")], code.Limits(), stop_early=True)
+    judge.close()
+
+
+def test_nothing_is_left_of_sandboxes_that_were_closed():
+    judge, tests = code.Judge(code.Settings()), [code.StdioTest(str(n), str(n)) for n in range(10)]
+    descriptors = len(os.listdir("/proc/self/fd"))
+    for _ in range(4):
+        assert len(judge.judge("print(input())", tests, code.Limits(), stop_early=True)) == 10
+        judge.close()
+    assert len(os.listdir("/proc/self/fd")) == descriptors
