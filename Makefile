@@ -21,10 +21,10 @@ quickstart: $(RUN_STAMP) ## train a small model with OAPL on this machine and wr
 	$(BIN)/python -m oapl_jax.train --config configs/quickstart.yaml
 
 test: lint $(TORCH_STAMP) $(TPU_STAMP) ## lint, types and every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(DEV_STAMP) ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
 
 lint: $(DEV_STAMP) ## format, lint and types, changing nothing
 	$(BIN)/ruff format --check .
