@@ -121,11 +121,11 @@ def test_submissions_to_contests(code, outcomes):
             tests = [{**test, "tolerance": float(problem["validator_flags"].split()[-1])} for test in tests]
         for submission in problem["submissions"]:
             num_seen += 1
-            if not IS_FULL and submission["verdict"] == "correct" and submission["max_seconds"] > 0.3:
+            if not IS_FULL and submission["verdict"] == "correct" and submission["max_seconds"] > 0.15:
                 continue
             cases[submission["verdict"]].append((submission["file"], submission["code"], tests))
     assert num_seen == 57
-    assert [len(cases[verdict]) for verdict in wanted] == [34 if IS_FULL else 29, 15, 7, 1]
+    assert [len(cases[verdict]) for verdict in wanted] == [34 if IS_FULL else 25, 15, 7, 1]
     for verdict, status in wanted.items():
         seconds = {"timeout": 6.0 if IS_FULL else 1.0, "correct": 12.0}.get(verdict, 6.0)
         failed = others(outcomes(cases[verdict], cpu_s=seconds), status)
@@ -166,17 +166,19 @@ LABELS = {Status.ACCEPTED: "True", Status.WRONG_ANSWER: "False", Status.COMPILE_
 
 def test_apps_labels(code):
     """True, False, -1 (some test crashed or was too slow), -2 (does not compile), of 83 generated programs."""
-    judge, found = Judge(Settings(packages=("numpy",))), {}
+    judge, found, num_seen = Judge(Settings(packages=("numpy",))), {}, 0
     for problem in sorted((code / "apps_samples/APPS/train").iterdir()):
         tests = parse_tests(layouts.read_tests((problem / "input_output.json").read_text()))
-        for number, item in enumerate(json.loads((problem / "gen_solutions.json").read_text())):
+        items = list(enumerate(json.loads((problem / "gen_solutions.json").read_text())))
+        num_seen += len(items)
+        for number, item in sample(items, 2):
             results = judge.judge(item["code"], tests, Limits(cpu_s=0.5, wall_s=20), stop_early=False)
             label = min(
                 (LABELS.get(result.status, "-1") for result in results), key=["-2", "-1", "False", "True"].index
             )
             found[problem.name, number] = label, str(item["result"])
     judge.close()
-    assert len(found) == 83
+    assert num_seen == 83
     assert {name: pair for name, pair in found.items() if pair[0] != pair[1]} == {
         # `return` outside of a function: no Python, but their harness wraps the program in one.
         ("2287", 2): ("-2", "-1"),

@@ -239,7 +239,7 @@ def test_gsm8k_golds_parse_and_answers_are_judged(shared_data, workers):
     lines = (shared_data / "math" / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").split("\n")
     rows = [prompt("", json.loads(line)["answer"], f"gsm8k/train/{i}") for i, line in enumerate(lines) if line]
     assert len(rows) == 7473
-    math_grader = grader.MathGrader(workers, "last_hash")
+    math_grader = grader.RewardGrader(workers, RewardConfig(gold="last_hash", timeout=20.0))
     math_grader.check_golds(rows)
     golds = [row.answer.rpartition("####")[2].strip() for row in rows]
     right = [(row, f"It is \\boxed{{{gold}}}.", FinishReason.STOP) for row, gold in zip(rows, golds, strict=True)]
