@@ -92,12 +92,14 @@ def einsum(spec: str, x: Float[Array, "..."], weight: nnx.Variable, **options: A
         **options: of ``jnp.einsum``.
     """
     matrix = weight.get_value()
+    letters, output = spec.split(",")[1].split("->")
+    summed = {letter: i for i, letter in enumerate(letters) if letter not in output}
+    # jnp.einsum sums over letters in alphabetical order; in any other than the weight's own a CPU transposes it first.
+    spec = spec.translate(str.maketrans("".join(summed), "".join(sorted(summed))))
     if not isinstance(matrix, Int8):
         return jnp.einsum(spec, x, matrix.astype(x.dtype), **options) if options else _product(spec, x, matrix)
     product = jnp.einsum(spec, x, matrix.values.astype(x.dtype), **options)
-    letters, output = spec.split(",")[1].split("->")
-    summed = tuple(i for i, letter in enumerate(letters) if letter not in output)
-    return (product * jnp.squeeze(matrix.scale, summed)).astype(product.dtype)
+    return (product * jnp.squeeze(matrix.scale, tuple(summed.values()))).astype(product.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

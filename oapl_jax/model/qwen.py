@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from oapl_jax.model import row_attention
-from oapl_jax.model.quantized import einsum, lookup, ragged_dot
+from oapl_jax.model.quantized import Int8, einsum, lookup, ragged_dot
 from oapl_jax.model.row_attention import RowAttentionKind
 from oapl_jax.sharding import BATCH_AXES
 
@@ -290,9 +290,7 @@ class Attention(nnx.Module):
     ) -> tuple[Array, Cache]:
         """``[B, T, D]`` to the same, and the cache that ``attend`` made."""
         with jax.named_scope("qkv"):
-            query = self._project(x, self.query, self.query_bias)
-            key = self._project(x, self.key, self.key_bias)
-            value = self._project(x, self.value, self.value_bias)
+            query, key, value = self._query_key_value(x)
             if self.query_norm is not None and self.key_norm is not None:
                 query = rms_norm(query, self.query_norm[...], self.eps)
                 key = rms_norm(key, self.key_norm[...], self.eps)
@@ -303,9 +301,37 @@ class Attention(nnx.Module):
         with jax.named_scope("attention_output"):
             return einsum("BTHC,HCD->BTD", output, self.output), cache
 
-    def _project(self, x: Array, weight: nnx.Param, bias: nnx.Param | None) -> Array:
-        heads = einsum("BTD,DNC->BTNC", x, weight)
-        return heads if bias is None else heads + bias[...].astype(x.dtype)
+    def _query_key_value(self, x: Array) -> Sequence[Array]:
+        """``[B, T, D]`` to ``[B, T, N, C]`` of each kind, before norm and rope."""
+        weights, biases = (self.query, self.key, self.value), (self.query_bias, self.key_bias, self.value_bias)
+        return [_project(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+
+class JoinedAttention(Attention):
+    """An ``Attention`` that has queries, keys and values from one product."""
+
+    def __init__(self, attention: Attention) -> None:
+        self.eps, self.output = attention.eps, attention.output
+        self.query_norm, self.key_norm = attention.query_norm, attention.key_norm
+        self.num_heads, self.num_kv_heads = (p.get_value().shape[1] for p in (attention.query, attention.key))
+        self.qkv = _join(attention.query, attention.key, attention.value, axis=-2)
+        biases = attention.query_bias, attention.key_bias, attention.value_bias
+        self.qkv_bias = None if attention.query_bias is None else _join(*biases, axis=-2)
+
+    def _query_key_value(self, x: Array) -> Sequence[Array]:
+        heads = _project(x, self.qkv, self.qkv_bias)
+        return jnp.split(heads, (self.num_heads, self.num_heads + self.num_kv_heads), axis=2)
+
+
+def _project(x: Array, weight: nnx.Param, bias: nnx.Param | None) -> Array:
+    heads = einsum("BTD,DNC->BTNC", x, weight)
+    return heads if bias is None else heads + bias[...].astype(x.dtype)
+
+
+def _join(*matrices: Any, axis: int) -> nnx.Param:
+    """Matrices that multiply the same activations, float or ``Int8``, side by side as one."""
+    values = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis), *[matrix.get_value() for matrix in matrices])
+    return matrices[0].replace(values)
 
 
 class Mlp(nnx.Module):
@@ -320,9 +346,21 @@ class Mlp(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """``[B, T, D]`` to the same."""
         with jax.named_scope("mlp"):
-            gate = einsum("BTD,DF->BTF", x, self.gate)
-            up = einsum("BTD,DF->BTF", x, self.up)
+            gate, up = self._gate_up(x)
             return einsum("BTF,FD->BTD", checkpoint_name(jax.nn.silu(gate) * up, "mlp"), self.down)
+
+    def _gate_up(self, x: Array) -> Sequence[Array]:
+        return [einsum("BTD,DF->BTF", x, weight) for weight in (self.gate, self.up)]
+
+
+class JoinedMlp(Mlp):
+    """An ``Mlp`` that has gate and up from one product."""
+
+    def __init__(self, mlp: Mlp) -> None:
+        self.gate_up, self.down = _join(mlp.gate, mlp.up, axis=-1), mlp.down
+
+    def _gate_up(self, x: Array) -> Sequence[Array]:
+        return jnp.split(einsum("BTD,DF->BTF", x, self.gate_up), 2, axis=-1)
 
 
 class ExpertMlp(nnx.Module):
@@ -442,7 +480,7 @@ class Qwen(nnx.Module):
         positions: Int[Array, "B T"],
         attend: Attend | None = None,
         cache: Cache = None,
-        layers: Sequence[Any] | None = None,
+        layers: Sequence[Layer] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """States after the final norm.
 
@@ -451,8 +489,7 @@ class Qwen(nnx.Module):
             positions: of each token in its sequence, from 0.
             attend: what queries see; None: ``attend_rows()``.
             cache: given to the first layer's ``attend``, and from layer to layer.
-            layers: of ``separate_layers``, for a loop of many calls: the layers run one by one, and their
-                weights are not sliced anew in each call.
+            layers: of ``joined_layers``, which then run one by one.
 
         Returns:
             States in the compute dtype, and the cache after the last layer.
@@ -472,8 +509,9 @@ class Qwen(nnx.Module):
         if layers is None:
             x, cache = self._run_layers(run_layer, (x, cache), stacked)
         else:
-            for index, params in enumerate(layers):
-                (x, cache), _ = run_layer((x, cache), (params, index))
+            for index, layer in enumerate(layers):
+                x, cache = layer(x, rope, attend, index, cache)
+                x = self._constrain(x)
         return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), cache
 
     def attend_rows(self, segment_ids: Int[Array, "B T"] | None = None) -> Attend:
@@ -498,12 +536,36 @@ class Qwen(nnx.Module):
         _, stacked = nnx.split(self.layers)
         return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(self.config.num_hidden_layers)]
 
+    def joined_layers(self) -> list[Layer]:
+        """Copies of the layers for many steps of few tokens on a CPU: nothing to cut out of a stack, fewer products."""
+        graphdef, _ = nnx.split(self.layers)
+        layers = [nnx.merge(graphdef, params) for params in self.separate_layers()]
+        for layer in layers:
+            layer.attention = JoinedAttention(layer.attention)
+            if isinstance(layer.mlp, Mlp):
+                layer.mlp = JoinedMlp(layer.mlp)
+        return layers
+
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Float32 logits of every id, padding ids included."""
         with jax.named_scope("logits"):
             tied = "...D,VD->...V", self.embedding
             spec, weight = tied if self.lm_head is None else ("...D,DV->...V", self.lm_head)
             return einsum(spec, hidden, weight, preferred_element_type=jnp.float32)
+
+    def logits_by_id(self, hidden: Float[Array, "B D"], head: Float[Array, "V D"] | None = None) -> Float[Array, "V B"]:
+        """The logits of one token a sequence, ids first; ``head``, of ``head_by_id``, makes them faster on a CPU."""
+        if head is None:
+            return self.logits(hidden).T
+        with jax.named_scope("logits"):
+            return jnp.einsum("VD,BD->VB", head.astype(hidden.dtype), hidden, preferred_element_type=jnp.float32)
+
+    def head_by_id(self) -> Float[Array, "V D"] | None:
+        """The output matrix as a product reads it in the order of memory; None where it is quantised."""
+        head = self.embedding if self.lm_head is None else self.lm_head
+        if isinstance(head.get_value(), Int8):
+            return None
+        return head[...] if self.lm_head is None else head[...].T
 
     def unembedding(self) -> tuple[Float[Array, "_D _V"], str]:
         """The output matrix of float weights, in their dtype, and its letters: the embedding, ``VD``, where tied."""

@@ -1,7 +1,7 @@
 """Prefill, insert and generate: the device programs of the sampler, after JetStream's engine API.
 
-An ``Engine`` holds no weights and no cache: ``params`` and the decode state are passed in, as in
-JetStream, so the same compiled programs serve every policy version. The state has *slots*, one for
+An ``Engine`` holds no weights and no cache: the policy, of ``prepare``, and the decode state are passed in,
+as in JetStream, so the same compiled programs serve every policy version. The state has *slots*, one for
 each sequence that has been started, and pages of keys and values. A prompt is prefilled once and
 inserted into as many slots as it has rollouts. ``generate`` decodes the sequences of some of the
 slots, up to ``decode_steps`` tokens of each in one program. Which slots and which pages is for the
@@ -22,11 +22,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from oapl_jax.model.qwen import QwenConfig, abstract
+from oapl_jax.model.qwen import Layer, QwenConfig, abstract
 from oapl_jax.sampler import kv_cache
 from oapl_jax.sampler.kv_cache import KVPages, PromptKV
 from oapl_jax.sampler.paged_attention import choose_implementation, paged_attend
-from oapl_jax.sampler.sampling import Draw, Law, SamplingParams, draw
+from oapl_jax.sampler.sampling import Draw, Law, SamplingParams, draw, uniforms
 from oapl_jax.sharding import placed
 
 Params = Any
@@ -43,6 +43,16 @@ SHORTEST_DENSE = 64
 
 FEWEST_ROWS = 4
 """Chunks of fewer sequences are padded to this many rows."""
+
+
+class Prepared(NamedTuple):
+    """A policy version as the programs read it; what is None they take from ``params``."""
+
+    params: Params
+    layers: list[Layer] | None
+    """For ``dense``; see ``Qwen.joined_layers``."""
+    head: Float[Array, "V D"] | None
+    """For ``dense``; see ``Qwen.head_by_id``."""
 
 
 class Prefix(NamedTuple):
@@ -186,6 +196,7 @@ class Engine:
             num_top=num_top,
         )
         stops = jnp.asarray(self.stop_ids)
+        self._join = jax.jit(functools.partial(_join, graphdef))
         self._num_top, self._with_entropy = num_top, with_entropy
         replicated: Any = NamedSharding(mesh, PartitionSpec())
         self._prefill = jax.jit(
@@ -205,18 +216,6 @@ class Engine:
     def cache_bytes(self) -> int:
         """Bytes of keys and values over all devices."""
         return self.num_pages * kv_cache.page_bytes(self.model_config, self.page_size, self._cache_dtype)
-
-    def check_params(self, params: Params) -> None:
-        """Refuses the parameters of another architecture.
-
-        Raises:
-            ValueError: names the first parameter that differs, and its shapes.
-        """
-        expected, given = _shapes(self._abstract_params), _shapes(params)
-        for name in expected | given:
-            if expected.get(name) != given.get(name):
-                shapes = [list(tree[name]) if name in tree else "no such parameter" for tree in (given, expected)]
-                raise ValueError(f"parameter {name} is {shapes[0]}, the engine's model has {shapes[1]}")
 
     def pages_of(self, num_tokens: int) -> int:
         """Pages that hold so many tokens."""
@@ -270,7 +269,23 @@ class Engine:
         power = 1 << (num_pages - 1).bit_length()
         return min(self.max_pages, 3 * power // 4 if num_pages <= 3 * power // 4 else power)
 
-    def prefill(self, params: Params, prompts: Sequence[Int[np.ndarray, "_P"]]) -> Prefix:
+    def prepare(self, params: Params) -> Prepared:
+        """A policy version in the form that ``prefill`` and ``generate`` take; once for each version.
+
+        Where attention is ``dense`` this copies the layers, and an output matrix that has to be transposed: on a
+        CPU, where memory is not what is short. Elsewhere nothing is copied.
+
+        Raises:
+            ValueError: the parameters are those of another architecture; names the first that differs.
+        """
+        expected, given = _shapes(self._abstract_params), _shapes(params)
+        for name in expected | given:
+            if expected.get(name) != given.get(name):
+                shapes = [list(tree[name]) if name in tree else "no such parameter" for tree in (given, expected)]
+                raise ValueError(f"parameter {name} is {shapes[0]}, the engine's model has {shapes[1]}")
+        return Prepared(params, *(self._join(params) if self.attention == "dense" else (None, None)))
+
+    def prefill(self, policy: Prepared, prompts: Sequence[Int[np.ndarray, "_P"]]) -> Prefix:
         """Runs prompts of one padded length through the model.
 
         Raises:
@@ -288,7 +303,7 @@ class Engine:
         for row, prompt in zip(tokens, prompts, strict=False):
             row[: len(prompt)] = prompt
         padding = [1] * (num_prompts - len(prompts))
-        return self._prefill(params, tokens, np.array(lengths + padding, np.int32))
+        return self._prefill(policy.params, tokens, np.array(lengths + padding, np.int32))
 
     def insert(self, prefix: Prefix, state: DecodeState, start: Start) -> DecodeState:
         """Starts sequences of prefilled prompts in free slots and draws their first tokens; the state is consumed."""
@@ -296,7 +311,7 @@ class Engine:
 
     def generate(
         self,
-        params: Params,
+        policy: Prepared,
         state: DecodeState,
         slots: Int[np.ndarray, "B"],
         page_table: Int[np.ndarray, "B M"],
@@ -305,7 +320,7 @@ class Engine:
         """Decodes a chunk of the sequences in some slots; the state is consumed.
 
         Args:
-            params: the policy.
+            policy: of ``prepare``.
             state: of the call before.
             slots: each at most once; out of range: padding.
             page_table: pages of each sequence, enough for the tokens that the chunk may add.
@@ -315,7 +330,7 @@ class Engine:
             The new state, and for ``unpack`` everything else in one array: one copy to the host.
         """
         enough = len(slots) if num_enough is None else num_enough
-        return self._generate(params, np.asarray(slots, np.int32), page_table, np.int32(enough), state=state)
+        return self._generate(policy, np.asarray(slots, np.int32), page_table, np.int32(enough), state=state)
 
     def unpack(self, packed: Int[np.ndarray, "B X"]) -> Decoded:
         """What ``generate`` returned, on the host."""
@@ -385,6 +400,11 @@ def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
     return {"/".join(str(key.key) for key in path): param.get_value().shape for path, param in leaves}
 
 
+def _join(graphdef: nnx.GraphDef, params: Params) -> tuple[list[Layer], Float[Array, "V D"] | None]:
+    model = nnx.merge(graphdef, params)
+    return model.joined_layers(), model.head_by_id()
+
+
 def _prefill(
     graphdef: nnx.GraphDef,
     config: QwenConfig,
@@ -410,7 +430,7 @@ def _insert(draw_fn: Any, stops: Int[Array, "_"], prefix: Prefix, state: DecodeS
         page_size, slots = state.pages.k.shape[2], start.slots
         keys = jax.vmap(_sequence_key)(start.seeds)
         positions = prefix.length[start.source]
-        first = draw_fn(keys, positions, prefix.logits[start.source], start.law)
+        first = draw_fn(uniforms(keys, positions), prefix.logits[start.source].T, start.law)
         is_fresh = start.given < 0
         token = jnp.where(is_fresh, first.token, start.given)
         tail_start = positions // page_size * page_size
@@ -440,23 +460,25 @@ def _generate(
     num_steps: int,
     kind: AttentionKind,
     mesh: Mesh,
-    params: Params,
+    policy: Prepared,
     slots: Int[Array, "B"],
     table: Int[Array, "B M"],
     num_enough: Int[Array, ""],
     state: DecodeState,
 ) -> tuple[DecodeState, Int[Array, "B X"]]:
-    model = nnx.merge(graphdef, params)
+    model = nnx.merge(graphdef, policy.params)
     num_layers = config.num_hidden_layers
     pages = state.pages
     own: Any = jax.tree.map(lambda whole: whole.at[slots].get(mode="clip"), tuple(state)[1:])
     rows = DecodeState(None, *own)  # pyright: ignore[reportArgumentType]
     rows = rows._replace(is_done=rows.is_done | (slots >= state.token.shape[0]))
-    started, layers, cache, old = rows, None, pages, None
+    started, cache, old = rows, pages, None
     if kind == "dense":
         old = kv_cache.gather_dense(pages, table, num_layers, model.compute_dtype)
         cache = kv_cache.make_dense(pages, num_layers, table.shape[0], num_steps)
-        layers = model.separate_layers()
+    positions = started.position + jnp.arange(1, num_steps + 1)[:, None]
+    # Of all steps at once: what random bits cost a CPU is their loop of rounds, whatever their number.
+    uniform = jax.vmap(uniforms, in_axes=(None, 0))(started.key, positions)
 
     def step(carry: Any) -> Any:
         i, rows, cache, out = carry
@@ -465,8 +487,8 @@ def _generate(
             if old is None
             else kv_cache.attend_dense(old, started.position, i - 1)
         )
-        hidden, cache = model.hidden(rows.token[:, None], rows.position[:, None], attend, cache, layers)
-        drawn = draw_fn(rows.key, rows.position + 1, model.logits(hidden)[:, 0], rows.law)
+        hidden, cache = model.hidden(rows.token[:, None], rows.position[:, None], attend, cache, policy.layers)
+        drawn = draw_fn(uniform[i - 1], model.logits_by_id(hidden[:, 0], policy.head), rows.law)
         is_live = ~rows.is_done
         position = jnp.where(is_live, rows.position + 1, rows.position)
         rows = rows._replace(

@@ -31,8 +31,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt32
 from jetstream.engine import engine_api, token_utils, tokenizer_api, tokenizer_pb2
 
-from oapl_jax.sampler.engine import DecodeState, Engine, Params, Prefix, Start
-from oapl_jax.sampler.sampling import Draw, Law, SamplingParams, draw
+from oapl_jax.sampler.engine import DecodeState, Engine, Params, Prefix, Prepared, Start
+from oapl_jax.sampler.sampling import Draw, Law, SamplingParams, draw, uniforms
 from oapl_jax.tokenizer import Tokenizer
 
 # The one name that JetStream's orchestrator uses and jax has removed.
@@ -160,8 +160,7 @@ class JetStreamEngine(engine_api.Engine):
             raise ValueError(
                 f"max_prompt_tokens={engine.max_prompt_tokens}: JetStream takes less than {LONGEST_PREFILL}"
             )
-        engine.check_params(params)
-        self._engine, self._params = engine, params
+        self._engine, self._policy = engine, engine.prepare(params)
         self._tokenizer = JetStreamTokenizer(tokenizer, engine.stop_ids, is_chat=is_chat)
         self._samples_per_slot, self._sampling, self._seed = samples_per_slot, sampling, seed
         # JetStream has no word in which pages a slot gets, so each row has its own for good.
@@ -183,9 +182,9 @@ class JetStreamEngine(engine_api.Engine):
         """The programs that this adapts, with all limits."""
         return self._engine
 
-    def load_params(self, *args: Any, **kwargs: Any) -> Params:
-        """The policy's weights."""
-        return self._params
+    def load_params(self, *args: Any, **kwargs: Any) -> Prepared:
+        """The policy in the form that the programs take."""
+        return self._policy
 
     def init_decode_state(self, *args: Any, **kwargs: Any) -> DecodeState:
         """A state with all slots free."""
@@ -194,14 +193,14 @@ class JetStreamEngine(engine_api.Engine):
 
     def warm_up(self) -> None:
         """Compiles what every request needs, by a short one: what does not fit in memory fails here."""
-        prefix = self.prefill(params=self._params, padded_tokens=np.zeros(1, np.int32), true_length=1)
+        prefix = self.prefill(params=self._policy, padded_tokens=np.zeros(1, np.int32), true_length=1)
         state = self._insert_rollouts(prefix, self.init_decode_state(), 0, 0, 0)
-        jax.block_until_ready(self.generate(self._params, state)[1].data)
+        jax.block_until_ready(self.generate(self._policy, state)[1].data)
 
     def prefill(
         self,
         *,
-        params: Params,
+        params: Prepared,
         existing_prefix: PromptPrefix | None = None,
         padded_tokens: Shaped[np.ndarray | Array, "P"],
         true_length: int,
@@ -211,7 +210,7 @@ class JetStreamEngine(engine_api.Engine):
         """Runs a prompt through the model; of one beyond the limit the last tokens, as JetStream does.
 
         Args:
-            params: the policy.
+            params: of ``load_params``.
             existing_prefix: not supported.
             padded_tokens: the prompt, padded to any length.
             true_length: without padding.
@@ -238,7 +237,7 @@ class JetStreamEngine(engine_api.Engine):
     def prefill_multisampling(
         self,
         *,
-        params: Params,
+        params: Prepared,
         existing_prefix: PromptPrefix | None = None,
         padded_tokens: Shaped[np.ndarray | Array, "P"],
         true_length: int,
@@ -302,7 +301,7 @@ class JetStreamEngine(engine_api.Engine):
         return decode_state
 
     def generate(
-        self, params: Params, decode_state: DecodeState, sampler: Any = None
+        self, params: Prepared, decode_state: DecodeState, sampler: Any = None
     ) -> tuple[DecodeState, ScoredTokens]:
         """Returns the next ``decode_steps`` tokens of every row, fewer where it ends; the state is consumed.
 
@@ -431,9 +430,9 @@ def _draw_first(
         return functools.reduce(jax.random.fold_in, seed[1:], jax.random.key(seed[0]))
 
     num_samples = seeds.shape[0]
-    positions = jnp.broadcast_to(prefix.length, num_samples)
-    logits = jnp.broadcast_to(prefix.logits, (num_samples, prefix.logits.shape[1]))
-    drawn = draw(jax.vmap(key_of)(seeds), positions, logits, law, vocab_size=vocab_size, is_sharded=is_sharded)
+    uniform = uniforms(jax.vmap(key_of)(seeds), jnp.broadcast_to(prefix.length, num_samples))
+    logits = jnp.broadcast_to(prefix.logits.T, (prefix.logits.shape[1], num_samples))
+    drawn = draw(uniform, logits, law, vocab_size=vocab_size, is_sharded=is_sharded)
     ones = jnp.ones_like(drawn.token)
     bits = jax.lax.bitcast_convert_type(drawn.logprob, jnp.int32)
     return drawn, jnp.stack([drawn.token, ones, bits, ones], axis=1)

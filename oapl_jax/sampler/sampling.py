@@ -1,7 +1,8 @@
 """The law that tokens are drawn from, and the draw.
 
-Every step of decoding runs this over all B x V logits, so it takes few passes over them and neither
-sorts them nor makes a random number for each:
+Every step of decoding runs this over all V x B logits, so it takes few passes over them and neither
+sorts them nor makes a random number for each. Ids come first, ``[V, B]``: every sum and maximum over ids
+is then one of whole rows of memory, and what there is one of for each sequence broadcasts as it is.
 
 * The vocabulary is N blocks of W ids. One uniform number picks a block by the blocks' masses, another
   one a token of that block: the inverse of the distribution function, on two levels. It takes one
@@ -99,9 +100,8 @@ class Draw(NamedTuple):
 
 
 def draw(
-    keys: Key[Array, "B"],
-    positions: Int[Array, "B"],
-    logits: Float[Array, "B V"],
+    uniform: Float[Array, "2 B"],
+    logits: Float[Array, "V B"],
     law: Law,
     *,
     vocab_size: int,
@@ -110,63 +110,68 @@ def draw(
     with_entropy: bool = False,
     num_top: int = 0,
 ) -> Draw:
-    """Draws one token a row.
-
-    The randomness of row b is ``fold_in(keys[b], positions[b])``: a sample depends on its own key
-    and on positions, not on its row or its neighbours.
+    """Draws one token a sequence.
 
     Args:
-        keys: one for each sequence.
-        positions: of the tokens that are drawn.
+        uniform: of ``uniforms``: all the randomness there is.
         logits: unprocessed.
-        law: of each row.
+        law: of each sequence.
         vocab_size: the tokenizer's length; ids from it on are padding and never drawn.
         is_sharded: the vocabulary is split over devices: what is needed of it is then found by sums over
-            all of it, because a gather would bring the logits of every row to every device.
-        can_truncate: False: no row has a top-k or a top-p, and there is less to compile.
+            all of it, because a gather would bring all logits to every device.
+        can_truncate: False: no sequence has a top-k or a top-p, and there is less to compile.
         with_entropy: also return the entropy; one more pass.
         num_top: also return this many likeliest tokens, at most ``vocab_size``.
     """
-    if not 0 <= num_top <= vocab_size <= logits.shape[1]:
-        raise ValueError(f"need num_top={num_top} <= vocab_size={vocab_size} <= logits' {logits.shape[1]} ids")
+    if not 0 <= num_top <= vocab_size <= logits.shape[0]:
+        raise ValueError(f"need num_top={num_top} <= vocab_size={vocab_size} <= logits' {logits.shape[0]} ids")
     with jax.named_scope("draw"):
-        logits_BNW = _to_blocks(logits.astype(jnp.float32), vocab_size)
-        block_tops = jnp.max(logits_BNW, axis=2)
-        top = jnp.max(block_tops, axis=1)
+        logits_NWB = _to_blocks(logits.astype(jnp.float32), vocab_size)
+        # The barriers keep XLA from taking what follows over all logits anew, as one reduction and not two.
+        block_tops = jax.lax.optimization_barrier(jnp.max(logits_NWB, axis=1))
+        top = jnp.max(block_tops, axis=0)
         is_greedy = law.temperature == 0
         inverse_temperature = 1 / jnp.where(is_greedy, 1, law.temperature)
-        cut = _cut(logits_BNW, block_tops, inverse_temperature, law, can_truncate=can_truncate)
+        cut = _cut(logits_NWB, block_tops, inverse_temperature, law, can_truncate=can_truncate)
 
-        def log_weights(part: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
-            """Log-probabilities of some logits, up to a constant of each row."""
-            top_, inverse, cut_ = (_like(row, part) for row in (top, inverse_temperature, cut))
-            return jnp.where(part >= cut_, (part - top_) * inverse, -jnp.inf)
+        def log_weights(part: Float[Array, "... B"]) -> Float[Array, "... B"]:
+            """Log-probabilities of some logits, up to a constant of each sequence."""
+            return jnp.where(part >= cut, (part - top) * inverse_temperature, -jnp.inf)
 
-        masses = jnp.sum(jnp.exp(log_weights(logits_BNW)), axis=2)
-        mass = jnp.sum(masses, axis=1)
+        masses = jax.lax.optimization_barrier(jnp.sum(jnp.exp(log_weights(logits_NWB)), axis=1))
+        mass = jnp.sum(masses, axis=0)
         log_mass = jnp.log(mass)
 
-        uniform = _uniform(keys, positions)
-        block = _pick(masses, _cumulate(masses), uniform[:, 0] * mass)
-        block = jnp.where(is_greedy | (block < 0), jnp.argmax(block_tops, axis=1), block)
-        logits_BW = _take_blocks(logits_BNW, block[:, None], is_sharded=is_sharded)[:, 0]
-        weights = jnp.exp(log_weights(logits_BW))
-        cumulative = jnp.cumsum(weights, axis=1)
-        within = _pick(weights, cumulative, uniform[:, 1] * cumulative[:, -1])
-        within = jnp.where(is_greedy | (within < 0), jnp.argmax(logits_BW, axis=1), within)
-        logit = jnp.take_along_axis(logits_BW, within[:, None], axis=1)[:, 0]
+        block = _pick(masses, _cumulate(masses), uniform[0] * mass)
+        block = jnp.where(is_greedy | (block < 0), jnp.argmax(block_tops, axis=0), block)
+        logits_WB = _take_blocks(logits_NWB, block[None], is_sharded=is_sharded)[0]
+        weights = jnp.exp(log_weights(logits_WB))
+        cumulative = jnp.cumsum(weights, axis=0)
+        within = _pick(weights, cumulative, uniform[1] * cumulative[-1])
+        within = jnp.where(is_greedy | (within < 0), jnp.argmax(logits_WB, axis=0), within)
+        logit = jnp.take_along_axis(logits_WB, within[None], axis=0)[0]
         logprob = jnp.where(is_greedy, jnp.nan, log_weights(logit) - log_mass)
 
         entropy = top_ids = top_logprobs = None
         if with_entropy:
-            logs = log_weights(logits_BNW)
-            energy = jnp.sum(jnp.where(logs > -jnp.inf, jnp.exp(logs) * logs, 0), axis=(1, 2))
+            logs = log_weights(logits_NWB)
+            energy = jnp.sum(jnp.where(logs > -jnp.inf, jnp.exp(logs) * logs, 0), axis=(0, 1))
             entropy = log_mass - energy / mass
         if num_top:
-            top_ids, top_logits = _likeliest(logits_BNW, block_tops, num_top, is_sharded=is_sharded)
-            top_logprobs = log_weights(top_logits) - log_mass[:, None]
-        token = block * logits_BNW.shape[2] + within
+            top_ids, top_logits = _likeliest(logits_NWB, block_tops, num_top, is_sharded=is_sharded)
+            top_logprobs = (log_weights(top_logits.T) - log_mass).T
+        token = block * logits_NWB.shape[1] + within
         return Draw(token.astype(jnp.int32), logprob, entropy, top_ids, top_logprobs)
+
+
+def uniforms(keys: Key[Array, "B"], positions: Int[Array, "B"]) -> Float[Array, "2 B"]:
+    """Two numbers for each token to draw, strictly between 0 and 1: one that is 0 would draw tokens next to impossible.
+
+    They follow from ``fold_in(keys[b], positions[b])``: a sample depends on its own key and on the positions
+    of its tokens, not on its place in the batch or its neighbours.
+    """
+    bits = jax.vmap(lambda key, position: jax.random.bits(jax.random.fold_in(key, position), (2,)))(keys, positions)
+    return (((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23).T
 
 
 class Bracket(NamedTuple):
@@ -181,95 +186,89 @@ class Bracket(NamedTuple):
     at_fails: Float[Array, "B"]
 
 
-def _to_blocks(logits: Float[Array, "B V"], vocab_size: int) -> Float[Array, "B N W"]:
+def _to_blocks(logits: Float[Array, "V B"], vocab_size: int) -> Float[Array, "N W B"]:
     """Consecutive ids in blocks; -inf for padding."""
-    num_ids = logits.shape[1]
+    num_ids = logits.shape[0]
     num_blocks = math.gcd(num_ids, MOST_BLOCKS)
     if vocab_size < num_ids:
-        logits = jnp.where(jnp.arange(num_ids) < vocab_size, logits, -jnp.inf)
+        logits = jnp.where(jnp.arange(num_ids)[:, None] < vocab_size, logits, -jnp.inf)
     if num_blocks < FEWEST_BLOCKS:
         num_blocks = MOST_BLOCKS
-        logits = jnp.pad(logits, ((0, 0), (0, -num_ids % num_blocks)), constant_values=-jnp.inf)
-    return logits.reshape(logits.shape[0], num_blocks, -1)
+        logits = jnp.pad(logits, ((0, -num_ids % num_blocks), (0, 0)), constant_values=-jnp.inf)
+    return logits.reshape(num_blocks, -1, logits.shape[1])
 
 
 def _take_blocks(
-    logits_BNW: Float[Array, "B N W"], blocks: Int[Array, "B n"], *, is_sharded: bool
-) -> Float[Array, "B n W"]:
+    logits_NWB: Float[Array, "N W B"], blocks: Int[Array, "n B"], *, is_sharded: bool
+) -> Float[Array, "n W B"]:
     if not is_sharded:
-        return jnp.take_along_axis(logits_BNW, blocks[:, :, None], axis=1)
-    is_taken = blocks[:, :, None] == jnp.arange(logits_BNW.shape[1])
-    return jnp.sum(jnp.where(is_taken[..., None], logits_BNW[:, None], 0), axis=2)
+        return jnp.take_along_axis(logits_NWB, blocks[:, None], axis=0)
+    is_taken = blocks[:, None] == jnp.arange(logits_NWB.shape[0])[:, None]
+    return jnp.sum(jnp.where(is_taken[:, :, None], logits_NWB, 0), axis=1)
 
 
 def _likeliest(
-    logits_BNW: Float[Array, "B N W"], block_tops: Float[Array, "B N"], num_top: int, *, is_sharded: bool
+    logits_NWB: Float[Array, "N W B"], block_tops: Float[Array, "N B"], num_top: int, *, is_sharded: bool
 ) -> tuple[Int[Array, "B n"], Float[Array, "B n"]]:
     """Ids and logits of the n highest logits: they lie in the n blocks with the highest maxima."""
-    _, num_blocks, width = logits_BNW.shape
+    num_blocks, width, num_rows = logits_NWB.shape
     # In the order of ids, so that of equal logits the lowest id comes first.
-    blocks = jnp.sort(jax.lax.top_k(block_tops, min(num_top, num_blocks))[1], axis=1)
-    candidates = _take_blocks(logits_BNW, blocks, is_sharded=is_sharded)
-    ids = blocks[:, :, None] * width + jnp.arange(width)
-    logits, indices = jax.lax.top_k(candidates.reshape(len(blocks), -1), num_top)
-    return jnp.take_along_axis(ids.reshape(len(blocks), -1), indices, axis=1), logits
+    blocks = jnp.sort(jax.lax.top_k(block_tops.T, min(num_top, num_blocks))[1], axis=1).T
+    candidates = _take_blocks(logits_NWB, blocks, is_sharded=is_sharded)
+    ids = blocks[:, None] * width + jnp.arange(width)[:, None]
+    logits, indices = jax.lax.top_k(candidates.reshape(-1, num_rows).T, num_top)
+    return jnp.take_along_axis(ids.reshape(-1, num_rows).T, indices, axis=1), logits
 
 
-def _uniform(keys: Key[Array, "B"], positions: Int[Array, "B"]) -> Float[Array, "B 2"]:
-    """Two numbers a row, strictly between 0 and 1: a number that is 0 would draw tokens next to impossible."""
-    bits = jax.vmap(lambda key, position: jax.random.bits(jax.random.fold_in(key, position), (2,)))(keys, positions)
-    return ((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
-
-
-def _cumulate(masses: Float[Array, "B N"]) -> Float[Array, "B N"]:
+def _cumulate(masses: Float[Array, "N B"]) -> Float[Array, "N B"]:
     """Cumulative sums by a product, which takes one reduction over a sharded axis and not one for each doubling."""
-    ones = jnp.triu(jnp.ones((masses.shape[1], masses.shape[1]), jnp.float32))
-    return jnp.matmul(masses, ones, precision=jax.lax.Precision.HIGHEST)
+    ones = jnp.tril(jnp.ones((masses.shape[0], masses.shape[0]), jnp.float32))
+    return jnp.matmul(ones, masses, precision=jax.lax.Precision.HIGHEST)
 
 
-def _pick(masses: Float[Array, "B N"], cumulative: Float[Array, "B N"], level: Float[Array, "B"]) -> Int[Array, "B"]:
+def _pick(masses: Float[Array, "N B"], cumulative: Float[Array, "N B"], level: Float[Array, "B"]) -> Int[Array, "B"]:
     """The first entry at which the cumulative mass exceeds the level; never one without mass, -1 if none has any.
 
     Rounding can lift the level to the cumulative mass of the last entry, and sums of different order
     need not be monotone: the entry has to have mass, and the last one that has it is the limit.
     """
-    index = jnp.arange(masses.shape[1])
+    index = jnp.arange(masses.shape[0])[:, None]
     has_mass = masses > 0
-    first = jnp.min(jnp.where(has_mass & (cumulative > level[:, None]), index, masses.shape[1]), axis=1)
-    return jnp.minimum(first, jnp.max(jnp.where(has_mass, index, -1), axis=1))
+    first = jnp.min(jnp.where(has_mass & (cumulative > level), index, masses.shape[0]), axis=0)
+    return jnp.minimum(first, jnp.max(jnp.where(has_mass, index, -1), axis=0))
 
 
 def _cut(
-    logits_BNW: Float[Array, "B N W"],
-    block_tops: Float[Array, "B N"],
+    logits_NWB: Float[Array, "N W B"],
+    block_tops: Float[Array, "N B"],
     inverse_temperature: Float[Array, "B"],
     law: Law,
     *,
     can_truncate: bool,
 ) -> Float[Array, "B"]:
     """The lowest logit that each row keeps, or -inf."""
-    top = jnp.max(block_tops, axis=1)
-    num_blocks, num_ids = block_tops.shape[1], math.prod(logits_BNW.shape[1:])
+    top = jnp.max(block_tops, axis=0)
+    num_blocks, num_ids = block_tops.shape[0], math.prod(logits_NWB.shape[:2])
     is_drawn = law.temperature != 0
     everything = jnp.full_like(top, -jnp.inf)
 
     def cut_of_top_k() -> Float[Array, "B"]:
         def count(cut: Float[Array, "B"]) -> Float[Array, "B"]:
             # In float32, exact to 2^24: XLA sums it several times as fast as integers on CPU.
-            return jnp.sum((logits_BNW >= _like(cut, logits_BNW)).astype(jnp.float32), axis=(1, 2))
+            return jnp.sum((logits_NWB >= cut).astype(jnp.float32), axis=(0, 1))
 
         is_cut = is_drawn & (law.top_k > 0) & (law.top_k < num_ids)
         # Each block has a logit that is at least the lowest maximum.
-        low = jnp.where(is_cut & (law.top_k <= num_blocks), jnp.min(block_tops, axis=1), -jnp.inf)
+        low = jnp.where(is_cut & (law.top_k <= num_blocks), jnp.min(block_tops, axis=0), -jnp.inf)
         goal = jnp.where(is_cut, law.top_k, num_ids).astype(jnp.float32)
         at_low = jnp.full_like(top, num_ids)
         return _highest_cut(count, jnp.ones_like, goal, low=low, at_low=at_low, high=top)
 
     def cut_of_top_p() -> Float[Array, "B"]:
-        weights = jnp.exp((logits_BNW - _like(top, logits_BNW)) * _like(inverse_temperature, logits_BNW))
+        weights = jnp.exp((logits_NWB - top) * inverse_temperature)
 
         def mass_from(cut: Float[Array, "B"]) -> Float[Array, "B"]:
-            return jnp.sum(jnp.where(logits_BNW >= _like(cut, logits_BNW), weights, 0), axis=(1, 2))
+            return jnp.sum(jnp.where(logits_NWB >= cut, weights, 0), axis=(0, 1))
 
         def weight_at(cut: Float[Array, "B"]) -> Float[Array, "B"]:
             weight = jnp.exp((cut - top) * inverse_temperature)
@@ -351,8 +350,3 @@ def _to_ordinal(x: Float[Array, "B"]) -> Int[Array, "B"]:
 def _from_ordinal(ordinal: Int[Array, "B"]) -> Float[Array, "B"]:
     bits = jnp.where(ordinal < 0, ordinal ^ 0x7FFFFFFF, ordinal)
     return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def _like(rows: Float[Array, "B"], array: Float[Array, "B ..."]) -> Float[Array, "B ..."]:
-    """One number a row, broadcast against an array."""
-    return rows.reshape(-1, *[1] * (array.ndim - 1))

@@ -23,7 +23,7 @@ from typing import Any, Generic, TypeVar
 import jax
 import numpy as np
 
-from oapl_jax.sampler.engine import Engine, Params, Start
+from oapl_jax.sampler.engine import Engine, Params, Prepared, Start
 from oapl_jax.sampler.page_pool import PagePool
 from oapl_jax.sampler.request import LiveGroup, LiveSequence, Request
 from oapl_jax.sampler.sampling import SamplingParams
@@ -124,7 +124,7 @@ class Scheduler(Generic[Tag]):
         self._chunks: collections.deque[_Chunk] = collections.deque()
         self._starts = itertools.count()
         self._num_submitted = 0
-        self._params: Params = None
+        self._policy = Prepared(None, None, None)
         self._has_deadlines = False
         self._idle_since: float | None = None
         self.stats = Stats()
@@ -181,14 +181,12 @@ class Scheduler(Generic[Tag]):
         Raises:
             ValueError: the parameters are those of another architecture.
         """
-        if params is not self._params:
-            self._engine.check_params(params)
-            self._params = params
+        policy = self._prepare(params)
         self._expire()
-        self._admit(params)
+        self._admit(policy)
         finished = []
         if sequences := self._next_chunk(finished):
-            self._generate(params, sequences)
+            self._generate(policy, sequences)
         while len(self._chunks) > (self._chunks_ahead if sequences else 0):
             finished += self._read()
         return finished
@@ -216,12 +214,12 @@ class Scheduler(Generic[Tag]):
         Returns:
             The number of programs.
         """
-        engine = self._engine
+        engine, policy = self._engine, self._prepare(params)
         num_programs = 0
         with self._device_lock:
             for padded in sorted({engine.padded_length(length) for length in prompt_lengths}):
                 for count in _doublings(1 if self._fixed_shapes else engine.prompts_at_once(padded)):
-                    prefix = engine.prefill(params, [np.zeros(padded, np.int32)] * count)
+                    prefix = engine.prefill(policy, [np.zeros(padded, np.int32)] * count)
                     start = self._empty_start(count, padded, count * group_size)
                     self._state = engine.insert(prefix, self._state, start)
                     num_programs += 2
@@ -230,7 +228,7 @@ class Scheduler(Generic[Tag]):
                 for num_pages in sorted({engine.padded_pages(n + 1) for n in range(engine.max_pages)}):
                     table = np.zeros((num_rows, num_pages), np.int32)
                     slots = np.full(num_rows, engine.num_slots)
-                    self._state, _ = engine.generate(params, self._state, slots, table)
+                    self._state, _ = engine.generate(policy, self._state, slots, table)
                     num_programs += 1
             jax.block_until_ready(self._state)
         return num_programs
@@ -275,7 +273,16 @@ class Scheduler(Generic[Tag]):
 
         bisect.insort_right(self._waiting, sequences, key=order)
 
-    def _admit(self, params: Params) -> None:
+    def _prepare(self, params: Params) -> Prepared:
+        """Of each policy version once; the one before is let go first."""
+        if params is not self._policy.params:
+            self._policy = Prepared(None, None, None)
+            with self._device_lock:
+                self._policy = self._engine.prepare(params)
+                self._finish_on_device(self._policy)
+        return self._policy
+
+    def _admit(self, policy: Prepared) -> None:
         """Prefills what waits, while there are rows that nothing with a slot could fill."""
         engine = self._engine
         while self._waiting and self._num_going_on() < engine.num_rows and self._free_slots:
@@ -296,7 +303,7 @@ class Scheduler(Generic[Tag]):
                     del self._waiting[0]
             if not batch:
                 return
-            self._start(params, batch)
+            self._start(policy, batch)
 
     def _take_pages(self, entry: list[LiveSequence[Tag]], length: int, shared: list[int]) -> list[LiveSequence[Tag]]:
         """Gives pages and slots to as many of the sequences as there are pages for.
@@ -328,7 +335,7 @@ class Scheduler(Generic[Tag]):
                 return other.pages[:num_full]
         return []
 
-    def _start(self, params: Params, batch: list[_Prefill[Tag]]) -> None:
+    def _start(self, policy: Prepared, batch: list[_Prefill[Tag]]) -> None:
         engine = self._engine
         sequences = [(n, sequence) for n, prefill in enumerate(batch) for sequence in prefill.sequences]
         num_prompts, padded = 1 << (len(batch) - 1).bit_length(), engine.padded_length(len(batch[0].prefix))
@@ -348,9 +355,9 @@ class Scheduler(Generic[Tag]):
         start = start._replace(law=engine.law(laws))
         self._count_gap()
         with self._device_lock:
-            prefix = engine.prefill(params, [prefill.prefix for prefill in batch])
+            prefix = engine.prefill(policy, [prefill.prefix for prefill in batch])
             self._state = engine.insert(prefix, self._state, start)
-            self._finish_on_device()
+            self._finish_on_device(self._state)
         self.stats.prefill_tokens += sum(len(prefill.prefix) for prefill in batch)
 
     def _empty_start(self, num_prompts: int, padded_length: int, num_sequences: int) -> Start:
@@ -397,7 +404,7 @@ class Scheduler(Generic[Tag]):
         last = sequence.next_write + (len(sequence.unread) + 1) * self._engine.decode_steps
         return self._engine.pages_of(min(last, sequence.end - 1))
 
-    def _generate(self, params: Params, sequences: list[LiveSequence[Tag]]) -> None:
+    def _generate(self, policy: Prepared, sequences: list[LiveSequence[Tag]]) -> None:
         engine = self._engine
         num_rows = engine.num_rows if self._fixed_rows else engine.padded_rows(len(sequences))
         num_pages = engine.padded_pages(max(len(sequence.pages) for sequence in sequences))
@@ -410,10 +417,10 @@ class Scheduler(Generic[Tag]):
         self._count_gap()
         with self._device_lock:
             self._state, packed = engine.generate(
-                params, self._state, slots, table, num_enough=enough + num_rows - len(sequences)
+                policy, self._state, slots, table, num_enough=enough + num_rows - len(sequences)
             )
             packed.copy_to_host_async()
-            self._finish_on_device()
+            self._finish_on_device(self._state)
         sure = engine.decode_steps if enough == len(sequences) else 0
         for sequence in sequences:
             sequence.unread.append(sure)
@@ -495,10 +502,10 @@ class Scheduler(Generic[Tag]):
             self.stats.host_gap_seconds += time.perf_counter() - self._idle_since
             self._idle_since = None
 
-    def _finish_on_device(self) -> None:
+    def _finish_on_device(self, result: Any) -> None:
         """On shared CPU devices a program must have ended, not only been enqueued, when the lock is left."""
         if self._is_cpu and not isinstance(self._device_lock, contextlib.nullcontext):
-            jax.block_until_ready(self._state)
+            jax.block_until_ready(result)
 
 
 def run(scheduler: Any, params: Params, requests: Iterable[Request[Tag]]) -> Iterator[tuple[Tag, list[Rollout]]]:

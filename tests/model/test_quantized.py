@@ -80,14 +80,14 @@ def test_logits_are_those_of_the_rounded_weights(name):
     assert np.abs(logits - tiny.logits(graphdef, params, tokens)).max() > 1e-3, "the rounding shows"
 
 
-def test_separate_layers_are_those_of_the_stack():
+def test_joined_layers_are_those_of_the_stack():
     graphdef, params = tiny.split(tiny.config("qwen3_tied"))
     tokens = tiny.rows(2, 5)
 
     @jax.jit
     def logits(params):
         model = nnx.merge(graphdef, params)
-        hidden = model.hidden(tokens, tiny.positions(tokens), layers=model.separate_layers())[0]
+        hidden = model.hidden(tokens, tiny.positions(tokens), layers=model.joined_layers())[0]
         return model.logits(hidden)
 
     quantized = jax.jit(quantize_weights)(params)

@@ -1,4 +1,7 @@
+import functools
+import itertools
 import json
+import math
 import re
 
 import jax
@@ -6,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 
 import tiny
@@ -119,6 +124,14 @@ def loss_and_gradient(graphdef, params, token_ids):
     return jax.jit(jax.value_and_grad(loss))(params)
 
 
+EIGHT_HEADS = tiny.config(DENSE, num_attention_heads=8, num_key_value_heads=4)
+
+
+@functools.cache
+def eight_heads_reference():
+    return loss_and_gradient(*tiny.split(EIGHT_HEADS), tiny.rows(8, 8))
+
+
 def assert_trees_close(actual, expected, **tolerance):
     for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, err_msg=jax.tree_util.keystr(path), **tolerance)
@@ -162,7 +175,7 @@ def test_sharded_equals_unsharded(name):
     assert sharded.layers.mlp.gate[...].addressable_shards[0].data.size * 8 == sharded.layers.mlp.gate[...].size
     token_ids = tiny.rows(8, 9)
     expected = loss_and_gradient(plain, params, token_ids)
-    batch = jax.device_put(token_ids, NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES)))
+    batch = jax.device_put(token_ids, NamedSharding(mesh, P(sharding.BATCH_AXES)))
     assert_trees_close(loss_and_gradient(graphdef, sharded, batch), expected, rtol=1e-3, atol=1e-4)
 
 
@@ -184,3 +197,23 @@ def test_bfloat16_products_stay_near_float32():
     assert rounded.dtype == jnp.float32
     error = np.abs(rounded - exact).max() / np.abs(exact).max()
     assert 1e-5 < error < 0.05
+
+
+SHAPES_OF_8 = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(sizes) == 8]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", SHAPES_OF_8, ids=str)
+def test_every_mesh_of_8_devices_gives_the_loss_and_gradients_of_one(sizes):
+    words = ",".join(f"{axis}={size}" for axis, size in zip(sharding.AXES, sizes, strict=True))
+    mesh, _ = sharding.make_meshes(MeshConfig(trainer=words))
+    graphdef, abstract = qwen.abstract(EIGHT_HEADS, mesh=mesh)
+    _, params = tiny.split(EIGHT_HEADS)
+    sharded = sharding.reshard(params, sharding.shardings(abstract, mesh, sharding.TRAINER_RULES))
+    token_ids = tiny.rows(8, 8)
+    batch = jax.device_put(token_ids, NamedSharding(mesh, P(sharding.BATCH_AXES, "context")))
+    loss, gradient = loss_and_gradient(graphdef, sharded, batch)
+    expected_loss, expected = eight_heads_reference()
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    norm = math.sqrt(sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(expected)))
+    assert_trees_close(gradient, expected, rtol=0, atol=1e-5 * norm)

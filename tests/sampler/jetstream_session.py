@@ -59,7 +59,7 @@ def abandon(engine):
     tokens, length = engine.build_tokenizer(engine.get_tokenizer()).encode(TEXT, max_prefill_length=32)
 
     def insert(state, slot):
-        prefix = engine.prefill(params=PARAMS, padded_tokens=tokens, true_length=length)
+        prefix = engine.prefill(params=engine.load_params(), padded_tokens=tokens, true_length=length)
         return engine.insert(prefix, state, slot)
 
     def rows_with_a_token(result):
@@ -68,26 +68,31 @@ def abandon(engine):
 
     state = insert(insert(engine.init_decode_state(), 0), 1)
     engine.free_resource(0)
-    state, abandoned = engine.generate(PARAMS, state)
+    state, abandoned = engine.generate(engine.load_params(), state)
     engine.free_resource(0)
-    _, taken_again = engine.generate(PARAMS, insert(state, 0))
+    _, taken_again = engine.generate(engine.load_params(), insert(state, 0))
     return rows_with_a_token(abandoned), rows_with_a_token(taken_again)
 
 
-def of_prompt(ids, **options):
-    return {"params": PARAMS, "padded_tokens": np.array(ids, np.int32), "true_length": len(ids), **options}
+def of_prompt(engine, ids, **options):
+    return {
+        "params": engine.load_params(),
+        "padded_tokens": np.array(ids, np.int32),
+        "true_length": len(ids),
+        **options,
+    }
 
 
 def multisample(engine):
     """Two slots' samples of one prompt: token ids and log-probabilities."""
-    prefix, first = engine.prefill_multisampling(**of_prompt(PROMPTS[2], num_samples=2 * GROUP_SIZE))
+    prefix, first = engine.prefill_multisampling(**of_prompt(engine, PROMPTS[2], num_samples=2 * GROUP_SIZE))
     state = engine.bulk_insert(prefix, engine.init_decode_state(), slots=[0, 1])
     first = first.convert_to_numpy()
     data, logprobs = first.get_result_at_slot(0), first.get_logprobs_at_slot(0)
     samples = [([int(data.tokens[g, 0])], [float(logprobs[g, 0])]) for g in range(2 * GROUP_SIZE)]
     is_live = True
     while is_live:
-        state, result = engine.generate(PARAMS, state)
+        state, result = engine.generate(engine.load_params(), state)
         result = result.convert_to_numpy()
         is_live = False
         for g, (ids, scores) in enumerate(samples):
@@ -103,16 +108,16 @@ def multisample(engine):
 def first_tokens(engine):
     greedy, key = SamplingParams(0), jax.random.key(3)
     options = {"sampler": greedy}, {"rng": key}, {"rng": key}, {"rng": jax.random.key(4)}
-    results = [engine.prefill_multisampling(**of_prompt([5, 6], num_samples=8, **o))[1] for o in options]
+    results = [engine.prefill_multisampling(**of_prompt(engine, [5, 6], num_samples=8, **o))[1] for o in options]
     return [np.asarray(result.data)[:, 0].tolist() for result in results]
 
 
 def refusals(engine):
-    prefix, _ = engine.prefill_multisampling(**of_prompt([5, 6], num_samples=8))
+    prefix, _ = engine.prefill_multisampling(**of_prompt(engine, [5, 6], num_samples=8))
     state = engine.init_decode_state()
     for call in (
-        lambda: JetStreamEngine.generate(engine, PARAMS, state, sampler=SamplingParams(0)),
-        lambda: engine.prefill(**of_prompt([5], existing_prefix=prefix)),
+        lambda: JetStreamEngine.generate(engine, engine.load_params(), state, sampler=SamplingParams(0)),
+        lambda: engine.prefill(**of_prompt(engine, [5], existing_prefix=prefix)),
         lambda: engine.bulk_insert(prefix, state, [0]),
     ):
         try:

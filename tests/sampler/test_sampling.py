@@ -13,7 +13,7 @@ import scipy.stats
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from oapl_jax.sampler.sampling import Law, SamplingParams, _pick, draw
+from oapl_jax.sampler.sampling import Law, SamplingParams, _pick, draw, uniforms
 
 COMBINATIONS = [
     SamplingParams(temperature, top_k, top_p, min_p)
@@ -62,7 +62,7 @@ def exact_law(logits, params, vocab_size):
 
 @functools.partial(jax.jit, static_argnames=("vocab_size", "is_sharded", "with_entropy", "num_top"))
 def jitted(keys, positions, logits, law, **options):
-    return draw(keys, positions, logits, law, **options)
+    return draw(uniforms(keys, positions), logits.T, law, **options)
 
 
 def draw_rows(logits, params, seed=0, **options):
@@ -206,7 +206,7 @@ def test_draws_in_a_loop():
 
     def step(carry):
         i, tokens = carry
-        return i + 1, tokens.at[i].set(draw(keys, jnp.full(2, i), logits, law, vocab_size=640).token)
+        return i + 1, tokens.at[i].set(draw(uniforms(keys, jnp.full(2, i)), logits.T, law, vocab_size=640).token)
 
     loop = jax.jit(lambda: jax.lax.while_loop(lambda carry: carry[0] < 5, step, (0, jnp.zeros((5, 2), jnp.int32)))[1])
     steps = [jitted(keys, jnp.full(2, i), logits, law, vocab_size=640).token for i in range(5)]
@@ -240,10 +240,10 @@ def test_a_sharded_vocabulary_draws_the_same_tokens_and_is_not_gathered(num_ids)
 def test_picks_only_what_has_mass():
     masses = jnp.array([[0, 0.5, 0, 0.5, 0]] * 6 + [[0.0] * 5], jnp.float32)
     levels = jnp.array([0, 0.4999, 0.5, 0.9999, 1, 2, 0], jnp.float32)
-    np.testing.assert_array_equal(_pick(masses, jnp.cumsum(masses, axis=1), levels), [1, 1, 3, 3, 3, 3, -1])
+    np.testing.assert_array_equal(_pick(masses.T, jnp.cumsum(masses.T, axis=0), levels), [1, 1, 3, 3, 3, 3, -1])
     rounded = jnp.broadcast_to(jnp.array([1e-7, 0.5, 0.5000002, 1, 0.9999999], jnp.float32), masses.shape)
     levels = jnp.array([5e-8, 0.4999, 0.5000001, 0.9999, 1, 2, 0], jnp.float32)
-    np.testing.assert_array_equal(_pick(masses, rounded, levels), [1, 1, 3, 3, 3, 3, -1])
+    np.testing.assert_array_equal(_pick(masses.T, rounded.T, levels), [1, 1, 3, 3, 3, 3, -1])
 
 
 @pytest.mark.parametrize(
