@@ -78,8 +78,13 @@ class Result:
 
     @property
     def missing(self) -> float:
-        """Bytes short; negative: left over."""
+        """Bytes short, as far as is known; negative: left over."""
         return self.total - self.usable
+
+    @property
+    def fits(self) -> bool:
+        """The compiler took it, and it leaves room for what lies beside it."""
+        return not self.refusal and self.missing <= 0
 
 
 def compile_program(program: Program, slices: Topology) -> Result:
@@ -228,7 +233,7 @@ def describe_plan(plan: Plan, slices: Topology) -> str:
 def describe(result: Result, plan: Plan) -> str:
     """A program's paragraph."""
     gib = {name: getattr(result, name) / GIB for name in ("arguments", "outputs", "temporaries", "code", "beside")}
-    verdict = "FITS" if result.missing <= 0 else f"DOES NOT FIT: {result.missing / GIB:.2f} GiB short"
+    verdict = "FITS" if result.fits else f"DOES NOT FIT: {result.missing / GIB:.2f} GiB short"
     lines = [
         f"{result.name}  compiled in {result.compile_seconds:.0f} s",
         "  HBM   "
@@ -250,7 +255,7 @@ def describe(result: Result, plan: Plan) -> str:
         f"  {each.network}   {each.kind:<20} x {each.count:<7,.0f} {each.num_bytes / GIB:10.3f} GiB"
         for each in result.collectives
     ]
-    if result.missing > 0:
+    if not result.fits:
         lines += [f"  try   {setting}" for setting in advice(result, plan)]
     return "\n".join(lines)
 
@@ -273,7 +278,7 @@ def check(config: TrainConfig, slices: Topology, *, dry_run: bool) -> dict[str, 
         for program in plan.programs:
             results.append(compile_program(program, slices))
             print("\n" + describe(results[-1], plan), flush=True)
-    fits = missing <= 0 and plan.engine is not None and all(result.missing <= 0 for result in results)
+    fits = missing <= 0 and plan.engine is not None and all(result.fits for result in results)
     print("\n" + ("FITS" if fits else "DOES NOT FIT"))
     return {
         "fits": fits,
@@ -289,7 +294,7 @@ def check(config: TrainConfig, slices: Topology, *, dry_run: bool) -> dict[str, 
 def _as_json(result: Result) -> dict[str, Any]:
     values = dataclasses.asdict(result)
     values["collectives"] = [collective._asdict() for collective in result.collectives]
-    return values | {"fits": result.missing <= 0, "bound": result.seconds.bound[0]}
+    return values | {"fits": result.fits, "bound": result.seconds.bound[0]}
 
 
 def _mesh(mesh: Any) -> str:

@@ -157,7 +157,7 @@ def make_plan(config: TrainConfig, devices: Sequence[Any], usable_bytes: float) 
     free = usable_bytes - (memory.state if is_colocated else 0)
     engine = _make_engine(config, model, sampler_mesh, free)
     if engine is not None:
-        memory = dataclasses.replace(memory, kv_cache=engine.cache_bytes / engine.mesh.size)
+        memory = dataclasses.replace(memory, kv_cache=engine.cache_bytes / kv_shards(model, engine.mesh))
     rows = RowLayout(
         config.learner.batch_rollouts,
         config.data.max_prompt_tokens + config.sampler.max_response_tokens,
@@ -195,7 +195,13 @@ def shortage(plan: Plan, usable_bytes: float) -> float:
 def kv_bytes(plan: Plan) -> float:
     """Bytes on each device of a replica that the keys and values of one rollout of full length take."""
     pages = -(-plan.max_tokens // PAGE_SIZE)
-    return pages * _page_bytes(plan.config, plan.model) / plan.sampler_mesh.shape["tensor"]
+    return pages * _page_bytes(plan.config, plan.model) / kv_shards(plan.model, plan.sampler_mesh)
+
+
+def kv_shards(model: qwen.QwenConfig, mesh: Mesh) -> int:
+    """Devices that share a replica's cache; where they do not divide the kv heads each has all of it."""
+    tensor = mesh.shape["tensor"]
+    return tensor if model.num_key_value_heads % tensor == 0 else 1
 
 
 def _learner_programs(plan: Plan, graphdef: Any, step: Any, state: TrainState) -> list[Program]:
@@ -273,7 +279,7 @@ def _sampler_programs(plan: Plan, engine: Engine, sync: WeightSync, params: Any)
         engine.num_pages * PAGE_SIZE / engine.num_rows,
     )
     decode = forward_flops(model, tokens, tokens * visible, tokens)
-    kv_token = _page_bytes(config, model) / PAGE_SIZE / engine.mesh.size
+    kv_token = _page_bytes(config, model) / PAGE_SIZE / kv_shards(model, engine.mesh)
     programs = [
         Program(
             "prefill",

@@ -7,7 +7,8 @@ import pytest
 
 from oapl_jax import config as configuration
 from oapl_jax import policy, programs
-from oapl_jax.config import TrainConfig
+from oapl_jax.config import MeshConfig, TrainConfig
+from oapl_jax.sharding import make_meshes
 
 ROOT = pathlib.Path(__file__).parents[2]
 GIB = 2**30
@@ -45,6 +46,13 @@ def test_memory_of_a_sampler_of_its_own():
     assert found.memory.weights == pytest.approx(4 * found.model.num_params / 4, rel=1e-3)
     assert found.memory.sampler_weights == pytest.approx(2 * found.model.num_params / 2, rel=1e-3)
     assert {program.name: program.beside for program in found.programs}["train_step"] == 0
+
+
+@pytest.mark.parametrize(("tensor", "shards"), [(1, 1), (2, 2), (4, 1)])
+def test_kv_heads_that_do_not_divide_are_on_every_device(tensor, shards):
+    """Qwen2.5-0.5B has two."""
+    mesh, _ = make_meshes(MeshConfig(trainer=f"tensor={tensor}"), jax.devices())
+    assert programs.kv_shards(policy.read_config(QWEN_05B), mesh) == shards
 
 
 def test_what_cannot_fit_is_known_before_anything_is_compiled():
@@ -94,6 +102,7 @@ def test_forward_flops_by_hand():
     [
         # As the files of published weights have them, tied embeddings once.
         ("qwen2.5_0.5b_instruct", 494_032_768),
+        ("qwen2.5_1.5b_instruct", 1_543_714_304),
         ("qwen3_4b", 4_022_468_096),
         ("deepseek_r1_distill_qwen_14b", 14_770_033_664),
     ],
