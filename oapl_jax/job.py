@@ -136,7 +136,9 @@ def make_job(config: TrainConfig, *, make_warm_start: bool = True) -> tuple[Job,
         mesh=trainer_mesh,
         shardings=shardings,
     )
-    engines = make_engines(config, loaded.config, loaded.tokenizer.vocab_size, loaded.tokenizer.stop_ids, sampler_mesh)
+    engines = make_engines(
+        config, loaded.config, loaded.tokenizer.vocab_size, loaded.tokenizer.stop_ids, replica_meshes(sampler_mesh)
+    )
     sampler_lock = threading.RLock() if sampler_mesh.size > 1 else contextlib.nullcontext()
     job = Job(
         config=config,
@@ -164,7 +166,7 @@ def make_engines(
     model_config: qwen.QwenConfig,
     vocab_size: int,
     stop_ids: Sequence[int],
-    mesh: Mesh,
+    meshes: Sequence[Mesh],
     device_free: float | None = None,
 ) -> tuple[Engine, ...]:
     """An engine for each replica of the sampler's mesh.
@@ -174,13 +176,13 @@ def make_engines(
         model_config: the policy's architecture.
         vocab_size: the tokenizer's length.
         stop_ids: tokens that end a response.
-        mesh: the sampler's.
+        meshes: of the replicas.
         device_free: bytes that weights and cache find free on each device; None: ask the devices.
 
     Raises:
         ValueError: the rows do not divide over the replicas; the memory has no room for one sequence.
     """
-    sampler, meshes = config.sampler, replica_meshes(mesh)
+    sampler = config.sampler
     rows, replicas = sampler.groups_in_flight * sampler.group_size, len(meshes)
     if rows % replicas:
         raise ValueError(

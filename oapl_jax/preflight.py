@@ -15,6 +15,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import argparse
 import dataclasses
+import functools
 import json
 import pathlib
 import re
@@ -267,7 +268,7 @@ def check(config: TrainConfig, slices: Topology, *, dry_run: bool) -> dict[str, 
         ValueError: what the config or the command line got wrong.
     """
     usable = slices.chip.usable_bytes
-    plan = make_plan(config, topology.devices(slices), usable)
+    plan = make_plan(config, topology.devices(slices), usable, functools.partial(topology.slice_alone, slices))
     print(describe_plan(plan, slices), flush=True)
     results = []
     missing = shortage(plan, usable)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from oapl_jax import policy, sft
@@ -114,13 +115,20 @@ class Plan:
         return self.rows.max_tokens
 
 
-def make_plan(config: TrainConfig, devices: Sequence[Any], usable_bytes: float) -> Plan:
+def make_plan(
+    config: TrainConfig,
+    devices: Sequence[Any],
+    usable_bytes: float,
+    replica_devices: Callable[[int], Sequence[Any] | None] = lambda num_devices: None,
+) -> Plan:
     """Builds the programs of a run on these devices.
 
     Args:
         config: of the run.
         devices: real ones or described ones.
         usable_bytes: memory of each.
+        replica_devices: so many devices to compile the sampler's programs for, where the first of ``devices`` do not
+            do: libtpu takes a part of a described slice only where its ids are the first ones.
 
     Raises:
         ValueError: what the config got wrong; the message names it.
@@ -155,7 +163,12 @@ def make_plan(config: TrainConfig, devices: Sequence[Any], usable_bytes: float) 
         is_colocated=is_colocated,
     )
     free = usable_bytes - (memory.state if is_colocated else 0)
-    engine = _make_engine(config, model, sampler_mesh, free)
+    replicas = replica_meshes(sampler_mesh)
+    alone = replica_devices(replicas[0].size)
+    if alone is not None:
+        first = replicas[0]
+        replicas = [Mesh(np.array(alone, dtype=object).reshape(first.devices.shape), first.axis_names)] * len(replicas)
+    engine = _make_engine(config, model, replicas, free)
     if engine is not None:
         memory = dataclasses.replace(memory, kv_cache=engine.cache_bytes / kv_shards(model, engine.mesh))
     rows = RowLayout(
@@ -348,16 +361,15 @@ def _model_section(config: TrainConfig) -> tuple[ModelConfig, str]:
     )
 
 
-def _make_engine(config: TrainConfig, model: qwen.QwenConfig, mesh: Mesh, free: float) -> Engine | None:
+def _make_engine(config: TrainConfig, model: qwen.QwenConfig, meshes: Sequence[Mesh], free: float) -> Engine | None:
     """The engine of a replica with its cache, sized as a run does it; None where not one rollout fits."""
     weights = model.num_params * jnp.dtype(config.sampler.dtype).itemsize
-    replica = replica_meshes(mesh)[0]
     pages = -(-(config.data.max_prompt_tokens + config.sampler.max_response_tokens) // PAGE_SIZE)
-    if config.sampler.kv_memory * (free * replica.size - weights) < pages * _page_bytes(config, model):
+    if config.sampler.kv_memory * (free * meshes[0].size - weights) < pages * _page_bytes(config, model):
         return None
     eos = model.eos_token_id
     stop_ids = eos if isinstance(eos, tuple) else (0 if eos is None else eos,)
-    return make_engines(config, model, model.vocab_size, stop_ids, mesh, free)[0]
+    return make_engines(config, model, model.vocab_size, stop_ids, meshes, free)[0]
 
 
 def _page_bytes(config: TrainConfig, model: qwen.QwenConfig) -> int:

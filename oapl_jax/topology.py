@@ -169,6 +169,13 @@ def devices(topology: Topology) -> list[Any]:
     return sorted(found, key=slice_of)
 
 
+def slice_alone(topology: Topology, num_devices: int) -> list[Any] | None:
+    """The devices of one slice of so many chips, of the same kind; None where there is no such slice."""
+    shapes = GENERATIONS[topology.generation].shapes.split()
+    shape = next((shape for shape in shapes if _num_chips(shape) == num_devices), None)
+    return None if shape is None else devices(topology._replace(shape=shape, num_slices=1))
+
+
 def find_libtpu() -> pathlib.Path | None:
     """The library that the environment names, that of the package, or that of ``make tpu``; None: there is none."""
     named, package = os.environ.get("TPU_LIBRARY_PATH"), importlib.util.find_spec("libtpu")

@@ -360,8 +360,7 @@ class Engine:
         """
         length = self.padded_length(self.max_prompt_tokens)
         num_prompts = self.prompts_at_once(length)
-        policy = self._prepared(params, functools.partial(jax.eval_shape, self._join))
-        return self._prefill.lower(policy, self._integers(num_prompts, length), self._integers(num_prompts))
+        return self._prefill.lower(params, self._integers(num_prompts, length), self._integers(num_prompts))
 
     def lower_generate(self, params: Params) -> jax.stages.Lowered:
         """``generate`` of all rows, to be compiled ahead of time.

@@ -69,7 +69,18 @@ def test_no_room_for_one_rollout():
 
 
 def test_the_programs_of_a_run():
-    assert [program.name for program in plan().programs] == ["train_step", "score", "prefill", "decode", "sync"]
+    found = plan("model.scan_layers=true").programs
+    assert [program.name for program in found] == ["train_step", "score", "prefill", "decode", "sync"]
+    for program in found:
+        program.lower()
+
+
+def test_a_replica_may_be_compiled_for_other_devices():
+    config = configuration.load(TrainConfig, TOY, ["mesh.trainer=data=4,tensor=1"])
+    others = jax.devices()[5:6]
+    found = programs.make_plan(config, jax.devices(), 16 * GIB, lambda num_devices: others[:num_devices])
+    assert {program.name: list(program.mesh.devices.flat) for program in found.programs}["decode"] == others
+    assert found.num_replicas == 4
 
 
 def test_abstract_programs_compile_as_they_are():
