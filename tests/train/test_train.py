@@ -144,7 +144,7 @@ def test_grpo_and_filtered_groups_train(tmp_path):
     [
         ("mesh.trainer=fsdp=3,tensor=-1", "mesh.trainer"),
         ("mesh.trainer=fsdp=16", "exceed the 8 devices"),
-        ("learner.micro_batch_rollouts=4", "does not divide"),
+        ("learner.micro_batch_rows=4", "does not divide over the 8 row shards"),
         ("model.path=no/such/folder", "no/such/folder"),
         ("data.max_prompt_tokens=5", "12 tokens"),
         ("sampler.group_size=1", "sampler.group_size"),
