@@ -70,12 +70,12 @@ def ours(workload: str) -> Callable[[int], Report]:
     from oapl_jax.learner.batch import RowLayout, from_pairs, padding, place
     from oapl_jax.learner.state import init_state, make_optimizer, make_schedule
     from oapl_jax.learner.step import make_loss_fn, make_train_step
-    from oapl_jax.model.qwen import QwenConfig, abstract, initialize
+    from oapl_jax.model.qwen import QwenConfig, Remat, abstract, initialize
     from oapl_jax.sharding import TRAINER_RULES, make_meshes, shardings
 
     config = QwenConfig.from_hf({"model_type": "qwen3", **MODEL})
     mesh, _ = make_meshes(MeshConfig(trainer="fsdp=1"))
-    graphdef, shapes = abstract(config, mesh=mesh)
+    graphdef, shapes = abstract(config, mesh=mesh, remat=Remat(True))
     params = initialize(config, jax.random.key(0), shardings(shapes, mesh, TRAINER_RULES))
     learner = LearnerConfig(learning_rate=1e-6)
     schedule = make_schedule(learner, 1000)

@@ -199,7 +199,7 @@ def _backward(
 ) -> tuple[Array, Array]:
     """Gradients of the hidden states, and of the unembedding in float32, its D split over fsdp."""
     places, num_chunks = _places(law, mask)
-    letters = law.letters
+    D, V = hidden.shape[-1], weight.shape[law.letters.index("V")]
 
     def add(index: Array, gradients: tuple[Array, Array]) -> tuple[Array, Array]:
         at = places[index]
@@ -209,19 +209,20 @@ def _backward(
         slope = jnp.where(target < law.vocab_size, _take(cotangent, at), 0.0) / law.temperature
         error = (ids == target[:, None]) - jnp.exp(logits - _take(normalizer, at)[:, None])
         error = (slope[:, None] * error).astype(hidden.dtype)
-        for_states = jnp.einsum(f"NV,{letters}->ND", error, weight, preferred_element_type=jnp.float32)
-        for_weight = jnp.einsum(f"ND,NV->{letters}", states, error, preferred_element_type=jnp.float32)
+        for_states = jnp.einsum(f"NV,{law.letters}->ND", error, weight, preferred_element_type=jnp.float32)
+        # Transposed first, behind a barrier: XLA on CPUs is slow at products whose first operand is transposed in them.
+        states = jax.lax.optimization_barrier(states.T)
+        for_weight = jnp.einsum("DN,NV->DV", states, error, preferred_element_type=jnp.float32)
         for_states = _over_vocabulary(law, for_states).astype(hidden.dtype)
         return gradients[0].at[at].set(for_states, mode="drop"), gradients[1] + for_weight
 
     with jax.named_scope("token_logprobs_backward"):
-        nothing = jnp.zeros((mask.size, hidden.shape[-1]), hidden.dtype), jnp.zeros(weight.shape, jnp.float32)
+        nothing = jnp.zeros((mask.size, D), hidden.dtype), jnp.zeros((D, V), jnp.float32)
         for_hidden, for_weight = jax.lax.fori_loop(0, num_chunks, add, nothing)
         if law.mesh is not None:
             for_weight = jax.lax.psum(for_weight, ("data", "context"))
-            dimension = letters.index("D")
-            for_weight = jax.lax.psum_scatter(for_weight, "fsdp", scatter_dimension=dimension, tiled=True)
-        return for_hidden.reshape(hidden.shape), for_weight
+            for_weight = jax.lax.psum_scatter(for_weight, "fsdp", scatter_dimension=0, tiled=True)
+        return for_hidden.reshape(hidden.shape), for_weight if law.letters == "DV" else for_weight.T
 
 
 def _places(law: _Law, mask: Array) -> tuple[Int[Array, "A N"], Array]:
