@@ -33,6 +33,9 @@ from oapl_jax.topology import GIB, Chip, Topology
 
 EXIT_DOES_NOT_FIT = 1
 
+TOO_LARGE = "RESOURCE_EXHAUSTED"
+"""What the compiler says of a program that needs more memory than a device has."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Seconds:
@@ -75,7 +78,7 @@ class Result:
     num_unknown_loops: int
     """Loops that were taken to run as often as the config says."""
     refusal: str = ""
-    """The compiler's own words where the program is too large for it; then most other numbers are 0."""
+    """The compiler's own words where it refused the program, as too large or else; then most other numbers are 0."""
 
     @property
     def missing(self) -> float:
@@ -94,8 +97,6 @@ def compile_program(program: Program, slices: Topology) -> Result:
     try:
         compiled = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
         return _refused(program, str(error), time.perf_counter() - start, slices.chip)
     seconds = time.perf_counter() - start
     places = [topology.slice_of(device) for device in program.mesh.devices.flat]
@@ -234,7 +235,11 @@ def describe_plan(plan: Plan, slices: Topology) -> str:
 def describe(result: Result, plan: Plan) -> str:
     """A program's paragraph."""
     gib = {name: getattr(result, name) / GIB for name in ("arguments", "outputs", "temporaries", "code", "beside")}
-    verdict = "FITS" if result.fits else f"DOES NOT FIT: {result.missing / GIB:.2f} GiB short"
+    verdict = f"DOES NOT FIT: {result.missing / GIB:.2f} GiB short"
+    if result.fits:
+        verdict = "FITS"
+    elif result.refusal and TOO_LARGE not in result.refusal:
+        verdict = "DOES NOT COMPILE"
     lines = [
         f"{result.name}  compiled in {result.compile_seconds:.0f} s",
         "  HBM   "

@@ -6,9 +6,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from oapl_jax import preflight, topology
+from oapl_jax import config as configuration
+from oapl_jax import preflight, programs, topology
+from oapl_jax.config import TrainConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 GIB = 2**30
@@ -51,6 +54,37 @@ def test_the_slowest_resource_is_the_bound():
     assert least.bound == ("dcn", 5)
 
 
+def result_of(name, total, refusal=""):
+    sizes = dict.fromkeys(["arguments", "outputs", "temporaries", "code", "beside", "flops", "model_flops", "mfu"], 0)
+    times = preflight.Seconds(0, 0, 0, 0)
+    return preflight.Result(
+        name,
+        1,
+        **sizes,
+        total=total,
+        usable=16 * GIB,
+        seconds=times,
+        collectives=(),
+        num_unknown_loops=0,
+        refusal=refusal,
+    )
+
+
+def test_the_verdict_and_the_way_out(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = configuration.load(TrainConfig, TINY[1], TINY[2:])
+    plan = programs.make_plan(config, jax.devices(), 16 * GIB)
+    assert "FITS" in preflight.describe(result_of("train_step", 15 * GIB), plan)
+    text = preflight.describe(result_of("train_step", 18 * GIB), plan)
+    assert "DOES NOT FIT: 2.00 GiB short" in text
+    assert "try   model.remat=layer" in text
+    assert "try   learner.micro_batch_rows=64 (now 128)" in text
+    assert "try   evaluation.every=0" in preflight.describe(result_of("decode", 18 * GIB), plan)
+    broken = preflight.describe(result_of("decode", 16 * GIB, refusal="INTERNAL: of the compiler's own"), plan)
+    assert "DOES NOT COMPILE" in broken
+    assert "INTERNAL: of the compiler's own" in broken
+
+
 needs_libtpu = pytest.mark.skipif(
     topology.find_libtpu() is None, reason="libtpu is not installed: `make tpu` installs it"
 )
@@ -58,9 +92,14 @@ needs_libtpu = pytest.mark.skipif(
 
 def run(*words):
     """The command in a process of its own: libtpu is loaded once, and 8 CPU devices are not wanted."""
+    return python("-m", "oapl_jax.preflight", *words)
+
+
+def python(*words):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "oapl_jax.preflight", *words]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    return subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500
+    )
 
 
 TINY = [
@@ -100,13 +139,30 @@ def test_a_run_that_does_not_fit_says_so_in_seconds():
 
 @needs_libtpu
 @pytest.mark.slow
-def test_a_program_that_the_compiler_refuses_is_named_with_a_way_out():
-    # 16 rows on each device: the scores of one layer's attention are 34 GB.
-    done = run(*TINY, "data.max_prompt_tokens=16384", "--topology", "v5e-8")
-    assert done.returncode == preflight.EXIT_DOES_NOT_FIT, done.stderr
-    step = done.stdout[done.stdout.index("train_step") : done.stdout.index("score")]
-    assert "DOES NOT FIT" in step
-    assert "try   model.remat=layer" in step
+def test_a_program_that_the_compiler_refuses_is_weighed_by_its_words():
+    """Two matrices of 16 GiB, in a process of their own as above."""
+    done = python("-c", REFUSED)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert not result["fits"]
+    assert "RESOURCE_EXHAUSTED" in result["refusal"]
+    assert result["temporaries"] > 16 * GIB
+
+
+REFUSED = """
+import json
+import jax
+from oapl_jax import preflight, topology
+from oapl_jax.programs import Program
+
+slices = topology.parse("v5e-1")
+(device,) = topology.devices(slices)
+mesh = jax.sharding.Mesh([device], "x")
+place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+matrix = jax.ShapeDtypeStruct((65536, 65536), "float32", sharding=place)
+program = Program("square", lambda: jax.jit(lambda x: x @ x).lower(matrix), mesh, 0, 2.0 * 65536**3, 0, 0)
+print(json.dumps(preflight._as_json(preflight.compile_program(program, slices))))
+"""
 
 
 @needs_libtpu
