@@ -69,7 +69,7 @@ TROUBLE = {
 @pytest.mark.parametrize("body", TROUBLE.values(), ids=TROUBLE)
 def test_a_program_cannot_have_itself_excused(make, body):
     """What it makes the grader read, show or send leads to a wrong verdict, never to an invalid one."""
-    running = make(functions={"code": 1.0}, retries=0)
+    running = make(functions={"code": 1.0}, retries=3)
     tests = json.dumps([{"call": "f", "args": [], "expected": 1}])
     (grade,) = graded(running, tests, f"```python\ndef f():\n    {body}\n```")
     assert (grade.verdict, grade.reward) == ("wrong", 0.0), grade

@@ -236,7 +236,7 @@ def test_transformers_reloads_the_export(finished, model_folder):
     hidden, _ = model.hidden(jnp.asarray(ids, jnp.int32), jnp.arange(ids.shape[1])[None])
     with torch.no_grad():
         expected = theirs(torch.from_numpy(ids)).logits.numpy()
-    np.testing.assert_allclose(hidden @ model.unembedding()[0], expected, atol=1e-4, rtol=0)
+    np.testing.assert_allclose(model.logits(hidden), expected, atol=1e-4, rtol=0)
     _, before = hf.load_params(model_folder, mesh, TRAINER_RULES, "float32")
     assert not np.array_equal(before.embedding[...], params.embedding[...]), "it was trained"
 
