@@ -20,8 +20,7 @@ from typing import Any
 
 import jax
 
-from oapl_jax import config as configuration
-from oapl_jax import train
+from oapl_jax import config_file, train
 from oapl_jax.config import EXIT_BAD_CONFIG, TrainConfig
 from oapl_jax.metrics import METRICS_FILE, read_metrics
 from oapl_jax.types import Metrics
@@ -53,7 +52,7 @@ def measure(path: str, overrides: list[str]) -> dict[str, Any]:
         ValueError: the config is wrong, or has no step after its first window.
     """
     with tempfile.TemporaryDirectory(prefix="oapl-benchmark-") as folder:
-        config = configuration.load(TrainConfig, path, [*overrides, f"run.dir={folder}/run"])
+        config = config_file.load(TrainConfig, path, [*overrides, f"run.dir={folder}/run"])
         first = config.window.sync_every
         if config.run.steps <= first:
             raise ValueError(

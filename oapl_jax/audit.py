@@ -19,8 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from oapl_jax import config as configuration
-from oapl_jax import storage
+from oapl_jax import config_file, storage
 from oapl_jax.config import EXIT_BAD_CONFIG, TrainConfig
 from oapl_jax.metrics import METRICS_FILE, read_metrics
 from oapl_jax.rollouts.log import RolloutLog
@@ -43,7 +42,7 @@ def audit(run: pathlib.Path) -> str:
     """
     if not (run / CONFIG_FILE).is_file():
         raise ValueError(f"{str(run)!r} is no run directory: it has no {CONFIG_FILE}")
-    config = configuration.load(TrainConfig, run / CONFIG_FILE)
+    config = config_file.load(TrainConfig, run / CONFIG_FILE)
     log = RolloutLog(storage.shared_path(config.run.shared_dir or run) / "rollouts")
     groups: dict[str, RolloutGroup] = {}
     damaged: list[str] = []

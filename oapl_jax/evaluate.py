@@ -17,8 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from oapl_jax import config as configuration
-from oapl_jax import export, policy, run_dir
+from oapl_jax import config_file, export, policy, run_dir
 from oapl_jax import tokenizer as tokenizers
 from oapl_jax.config import EXIT_BAD_CONFIG, EvaluateConfig, TrainConfig
 from oapl_jax.evaluation import benchmarks, plots, sampling, scores, tables, tally
@@ -215,7 +214,7 @@ def _plan(config: EvaluateConfig) -> str:
     """Loads the problems and their graders, and says how many samples there will be."""
     path = config.model.path
     if path is not None and (pathlib.Path(path) / run_dir.CONFIG_FILE).is_file():
-        path = str(export.source(configuration.load(TrainConfig, pathlib.Path(path) / run_dir.CONFIG_FILE).model))
+        path = str(export.source(config_file.load(TrainConfig, pathlib.Path(path) / run_dir.CONFIG_FILE).model))
     with contextlib.ExitStack() as stack:
         problems = benchmarks.load(config, tokenizers.load(config.model.tokenizer, path), stack)
     sampler = config.sampler
@@ -243,7 +242,7 @@ def main(argv: list[str]) -> None:
             arguments = parser.parse_args(argv)
             print(report([_parse_log(word) for word in arguments.log], arguments.out))
             return
-        config, arguments = configuration.from_command_line(
+        config, arguments = config_file.from_command_line(
             EvaluateConfig,
             "oapl_jax.evaluate",
             argv,
@@ -251,7 +250,7 @@ def main(argv: list[str]) -> None:
         )
         run_dir.use_compile_cache(config.run.compile_cache)
         if arguments.dry_run:
-            print(configuration.to_yaml(config))
+            print(config_file.to_yaml(config))
             print(_plan(config))
             return
         table = evaluate(config, watch=arguments.watch)

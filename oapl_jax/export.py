@@ -20,8 +20,7 @@ import jax
 from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
-from oapl_jax import checkpoint, policy, sft
-from oapl_jax import config as configuration
+from oapl_jax import checkpoint, config_file, policy, sft
 from oapl_jax import tokenizer as tokenizers
 from oapl_jax.config import EXIT_BAD_CONFIG, MeshConfig, ModelConfig, TrainConfig
 from oapl_jax.learner.state import TrainState, abstract_state, make_optimizer, make_schedule
@@ -63,7 +62,7 @@ def export(
     saved = run_dir / CONFIG_FILE
     if not saved.is_file():
         raise ValueError(f"{str(run_dir)!r} is no run directory: it has no {CONFIG_FILE}")
-    train = configuration.load(TrainConfig, saved)
+    train = config_file.load(TrainConfig, saved)
     model = train.model
     step = _choose(steps(run_dir), run_dir, step)
     out = run_dir / f"export-{step}" if out is None else out

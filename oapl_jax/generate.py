@@ -11,35 +11,34 @@ import dataclasses
 import functools
 import json
 import pathlib
-import signal
 import sys
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from oapl_jax import config as configuration
-from oapl_jax import export, policy, run_dir
+from oapl_jax import config_file, export, policy, run_dir, storage
 from oapl_jax.config import EXIT_BAD_CONFIG, GenerateConfig
 from oapl_jax.data.prompts import load_prompts
 from oapl_jax.generator import Generator, Work
-from oapl_jax.job import law, make_engines, start_of
+from oapl_jax.job import make_engines, start_of
 from oapl_jax.metrics import Progress
 from oapl_jax.objectives import oapl
+from oapl_jax.preemption import EXIT_PREEMPTED, catch_sigterm
 from oapl_jax.rewards.grader import make_grader
 from oapl_jax.rollouts import filters, published
 from oapl_jax.rollouts.lease import Leases
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.sampler.replicas import replica_meshes
+from oapl_jax.sampler.sampling import SamplingParams
 from oapl_jax.sharding import make_meshes
 from oapl_jax.sync import WeightSync
 from oapl_jax.types import Prompt
 from oapl_jax.worker import GroupMaker
 
-EXIT_PREEMPTED = 42
 POLL_SECONDS = 0.5
 BETA1 = 1.0
 """Of the V* that is logged; offline training computes its own."""
@@ -60,7 +59,7 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
     directory = pathlib.Path(config.run.dir)
     with contextlib.ExitStack() as stack:
         leases = stack.enter_context(Leases(directory / LEASES_FOLDER, config.generation.lease_seconds))
-        is_stopped = stack.enter_context(_catch_sigterm())
+        is_stopped = stack.enter_context(catch_sigterm())
         trainer_mesh, sampler_mesh = make_meshes(config.mesh)
         with _alone(leases, "policy", config.generation.deadline):
             model, path = _start(config, directory)
@@ -72,7 +71,7 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
         stack.callback(grader.close)
         grader.check_golds([] if config.data.task else prompts)
         work = Work(
-            RolloutLog(directory / "rollouts", dataclasses.asdict(law(config.sampler))),
+            RolloutLog(directory / "rollouts", dataclasses.asdict(SamplingParams.of(config.sampler))),
             config.generation.policy_version,
             prompts,
             config.generation.groups_per_file,
@@ -93,7 +92,7 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
             engines,
             params,
             make_groups,
-            sampling=law(config.sampler),
+            sampling=SamplingParams.of(config.sampler),
             group_size=config.sampler.group_size,
             seed=config.run.seed,
             device_lock=threading.RLock() if sampler_mesh.size > 1 else contextlib.nullcontext(),
@@ -158,10 +157,7 @@ def _check_work(path: pathlib.Path, work: Work) -> None:
                 " changed. Choose another run.dir"
             )
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(now) + "\n")
-    temporary.replace(path)
+    storage.replace(path, json.dumps(now).encode() + b"\n")
 
 
 def _summarize(config: GenerateConfig, directory: pathlib.Path, work: Work) -> dict[str, Any]:
@@ -175,9 +171,7 @@ def _summarize(config: GenerateConfig, directory: pathlib.Path, work: Work) -> d
         summary["filter"] = dataclasses.asdict(counts)
         if config.generation.published:
             published.write(pathlib.Path(config.generation.published), kept)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(summary, indent=2) + "\n")
-    temporary.replace(path)
+    storage.replace(path, json.dumps(summary, indent=2).encode() + b"\n")
     return summary
 
 
@@ -195,25 +189,11 @@ def _alone(leases: Leases, name: str, deadline: float) -> Iterator[None]:
         lease.release()
 
 
-@contextlib.contextmanager
-def _catch_sigterm() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether SIGTERM came; only the main thread of a process can listen."""
-    stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopped.is_set
-        return
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: stopped.set())
-    try:
-        yield stopped.is_set
-    finally:
-        signal.signal(signal.SIGTERM, previous)
-
-
 def main(argv: list[str]) -> None:
     """Command line; exit codes: 0 all is in the log, 2 the config is wrong, 42 stopped by SIGTERM."""
-    config, arguments = configuration.from_command_line(GenerateConfig, "oapl_jax.generate", argv)
+    config, arguments = config_file.from_command_line(GenerateConfig, "oapl_jax.generate", argv)
     if arguments.dry_run:
-        print(configuration.to_yaml(config))
+        print(config_file.to_yaml(config))
         return
     run_dir.use_compile_cache(config.run.compile_cache)
     try:

@@ -23,7 +23,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
-from oapl_jax import config as configuration
+from oapl_jax import config_file
 from oapl_jax.config import EXIT_BAD_CONFIG, RewardConfig
 from oapl_jax.rewards import code, layouts, tasks
 from oapl_jax.rewards.grader import compose
@@ -123,7 +123,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", help="YAML file with a section 'reward'")
     arguments = parser.parse_args(argv)
     try:
-        reward = configuration.load_reward(arguments.config) if arguments.config else RewardConfig()
+        reward = config_file.load_reward(arguments.config) if arguments.config else RewardConfig()
         counts = grade_file(arguments.source, arguments.target, reward)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

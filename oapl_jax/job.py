@@ -9,11 +9,10 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from oapl_jax import policy, sft
-from oapl_jax.config import EvaluationConfig, GenerateConfig, SamplerConfig, TrainConfig
+from oapl_jax.config import GenerateConfig, TrainConfig
 from oapl_jax.data.prompts import PromptSource, TaskPromptSource, held_out, load_prompts
 from oapl_jax.learner import batch as batches
 from oapl_jax.learner.state import TrainState, init_state, make_optimizer, make_schedule
@@ -22,18 +21,15 @@ from oapl_jax.model import qwen
 from oapl_jax.objectives import oapl
 from oapl_jax.rewards.grader import Grader, make_grader
 from oapl_jax.rollouts.buffer import Consumption, GroupBuffer
-from oapl_jax.sampler import kv_cache
 from oapl_jax.sampler.engine import Engine
-from oapl_jax.sampler.replicas import free_bytes, replica_meshes
+from oapl_jax.sampler.engines import PAGE_SIZE, make_replica_engines
+from oapl_jax.sampler.replicas import replica_meshes
 from oapl_jax.sampler.sampling import SamplingParams
 from oapl_jax.sharding import make_meshes
 from oapl_jax.sync import WeightSync
 from oapl_jax.tokenizer import Tokenizer
 from oapl_jax.types import Prompt, RolloutGroup
 from oapl_jax.worker import GroupMaker
-
-PAGE_SIZE = 16
-"""Tokens of a page of the sampler's cache."""
 
 FEWEST_USABLE = 2
 """Usable rollouts that a group must have: V* of one rollout is its own reward."""
@@ -71,21 +67,16 @@ class Job:
     @property
     def sampling(self) -> SamplingParams:
         """The law of training rollouts."""
-        return law(self.config.sampler)
+        return SamplingParams.of(self.config.sampler)
 
     @property
     def evaluation_sampling(self) -> SamplingParams:
         """The law of evaluation samples."""
-        return law(self.config.evaluation)
+        return SamplingParams.of(self.config.evaluation)
 
     def make_groups(self) -> GroupMaker:
         """What grades the sampler's rollouts, with the objective's advantages."""
         return make_group_maker(self.config, self.tokenizer, self.grader)
-
-    def is_accepted(self, group: RolloutGroup) -> bool:
-        """Whether the learner takes a group."""
-        drop_equal = self.config.objective.drop_equal_reward_groups
-        return len(group.usable) >= FEWEST_USABLE and not (drop_equal and batches.has_equal_rewards(group))
 
     def make_buffer(self) -> GroupBuffer:
         """An empty buffer that accepts what the objective's options leave in."""
@@ -204,50 +195,28 @@ def make_engines(
             f"sampler.groups_in_flight={sampler.groups_in_flight} x group_size={sampler.group_size}: {rows} rows do not"
             f" divide over the {replicas} replicas of the sampler's mesh"
         )
-    compute_dtype = _sampler_compute_dtype(config)
-    graphdef = qwen.abstract(model_config, compute_dtype=compute_dtype)[0]
-    max_pages = -(-(config.data.max_prompt_tokens + sampler.max_response_tokens) // PAGE_SIZE)
-    # A replica's own weights are not there yet when the engines are made.
-    weights = model_config.num_params * jnp.dtype(sampler.dtype).itemsize
-    free = free_bytes(meshes[0]) if device_free is None else device_free * meshes[0].size
-    budget = sampler.kv_memory * max(0, free - weights)
-    laws = [config.sampler, *([config.evaluation] if isinstance(config, TrainConfig) else [])]
-    affordable = int(budget // kv_cache.page_bytes(model_config, PAGE_SIZE, cache_dtype(config)))
-    return tuple(
-        Engine(
-            graphdef,
-            model_config,
-            vocab_size=vocab_size,
-            stop_ids=stop_ids,
-            num_rows=rows // replicas,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            max_response_tokens=sampler.max_response_tokens,
-            decode_steps=sampler.decode_steps,
-            mesh=replica,
-            num_pages=min(rows // replicas * max_pages, affordable),
-            page_size=PAGE_SIZE,
-            cache_dtype=cache_dtype(config),
-            can_truncate=any(law(section).truncates for section in laws),
-        )
-        for replica in meshes
+    laws = [sampler, *([config.evaluation] if isinstance(config, TrainConfig) else [])]
+    return make_replica_engines(
+        sampler,
+        model_config,
+        meshes,
+        num_rows=rows,
+        compute_dtype=config.model.compute_dtype,
+        vocab_size=vocab_size,
+        stop_ids=stop_ids,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        can_truncate=any(SamplingParams.of(section).truncates for section in laws),
+        device_free=device_free,
     )
-
-
-def cache_dtype(config: TrainConfig | GenerateConfig) -> jnp.dtype:
-    """Precision of the sampler's keys and values."""
-    return jnp.dtype(config.sampler.kv_dtype or _sampler_compute_dtype(config))
-
-
-def _sampler_compute_dtype(config: TrainConfig | GenerateConfig) -> str:
-    return config.model.compute_dtype if config.sampler.dtype == "int8" else config.sampler.dtype
 
 
 def describe(job: Job, state: TrainState) -> str:
     """The plan of a run, for people: sizes, meshes, tokens and bytes."""
     config, learner = job.config, job.config.learner
     params = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    weights, moments, copy = (
-        _num_bytes(tree) for tree in (state.params, state.opt_state, job.sync.abstract(state.params))
+    weights, moments, gradient, copy = (
+        _num_bytes(tree)
+        for tree in (state.params, state.opt_state, state.stored.params, job.sync.abstract(state.params))
     )
     windows = -(-config.run.steps // config.window.sync_every)
     rows = {
@@ -261,18 +230,13 @@ def describe(job: Job, state: TrainState) -> str:
         "batch": f"{learner.batch_rollouts} rollouts = {job.groups_per_batch} prompts x G={config.sampler.group_size},"
         f" at most {learner.batch_rollouts * job.rows.max_tokens:,} tokens a step",
         "prompts": _describe_prompts(job),
-        "trainer bytes": f"weights {weights:,} + optimizer {moments:,} + gradient {weights:,}, over the mesh",
+        "trainer bytes": f"weights {weights:,} + optimizer {moments:,} + gradient {gradient:,}, over the mesh",
         "sampler": f"{len(job.engines)} x {job.engines[0].num_rows} rows, {job.engines[0].num_pages:,} pages of"
         f" {PAGE_SIZE} tokens of KV cache",
         "sampler bytes": f"weights {copy * len(job.engines):,} + KV cache {sum(e.cache_bytes for e in job.engines):,}, over"
         " the mesh; both twice while an evaluation runs in the course of training",
     }
     return "\n".join(f"{name:>14}  {text}" for name, text in rows.items())
-
-
-def law(section: SamplerConfig | EvaluationConfig) -> SamplingParams:
-    """The sampled law that a section describes."""
-    return SamplingParams(section.temperature, section.top_k, section.top_p, section.min_p)
 
 
 def start_of(config: TrainConfig | GenerateConfig, make_warm_start: bool = True) -> tuple[Any, str | None]:

@@ -4,7 +4,7 @@ import json
 import pathlib
 from typing import Any
 
-from oapl_jax import config as configuration
+from oapl_jax import config_file
 from oapl_jax.config import TrainConfig
 from oapl_jax.metrics import METRICS_FILE, read_metrics
 
@@ -36,7 +36,7 @@ def write_card(folder: pathlib.Path, config: TrainConfig, run_dir: pathlib.Path,
         "## Use",
         "A Hugging Face model folder: `transformers`, vLLM and `python -m oapl_jax.evaluate` load it as it is.",
         "## Config of the run",
-        f"```yaml\n{configuration.to_yaml(config).strip()}\n```",
+        f"```yaml\n{config_file.to_yaml(config).strip()}\n```",
     ]
     (folder / CARD_FILE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
 

@@ -18,7 +18,7 @@ import numpy as np
 from oapl_jax import policy, storage
 from oapl_jax.config import WITHOUT_SAMPLER, RoundConfig
 from oapl_jax.generator import Generator, Work
-from oapl_jax.job import Job
+from oapl_jax.job import Job, acceptance
 from oapl_jax.learner import batch as batches
 from oapl_jax.learner.step import make_scorer
 from oapl_jax.rollouts import filters, intake
@@ -92,7 +92,9 @@ class Rounds:
     def make_buffer(self) -> GroupBuffer:
         """An empty buffer that keeps groups for as many passes as a round has."""
         epochs = max(data.epochs for data in self._config.rounds)
-        return GroupBuffer(self._job.is_accepted, None, Consumption(epochs=epochs, seed=self._job.config.run.seed))
+        return GroupBuffer(
+            acceptance(self._job.config), None, Consumption(epochs=epochs, seed=self._job.config.run.seed)
+        )
 
     def open(self, number: int, params: Any, sampler_params: Any, *, is_begun: bool) -> list[RolloutGroup]:
         """Makes the data of a round where they are not there yet, and returns them in the order of their index.
@@ -117,7 +119,7 @@ class Rounds:
             self._make(number, data, params, sampler_params)
         groups = self._log.read(number)
         kept, counts = filters.apply(groups, data.filter, self._job.config.run.seed)
-        usable = sum(self._job.is_accepted(group) for group in kept)
+        usable = sum(map(acceptance(self._job.config), kept))
         per_batch = self._job.groups_per_batch
         self.number, self.steps_per_epoch = number, usable // per_batch
         if self.steps_per_epoch == 0:
@@ -163,13 +165,10 @@ class Rounds:
             source = pathlib.Path(data.log).expanduser()
         if data.log is not None or is_scored:
             record |= self._take_in(number, data, source, params)
-        _, counts = filters.apply(self._log.read(number), data.filter, self._job.config.run.seed)
-        record.setdefault("filter", dataclasses.asdict(counts))
-        path = self._path(number)
-        path.parent.mkdir(exist_ok=True)
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
-        temporary.replace(path)
+        else:
+            _, counts = filters.apply(self._log.read(number), data.filter, self._job.config.run.seed)
+            record["filter"] = dataclasses.asdict(counts)
+        storage.replace(self._path(number), json.dumps(record, indent=2).encode() + b"\n")
 
     def _generate(self, number: int, data: RoundConfig, log: RolloutLog, sampler_params: Any) -> None:
         """Draws a group for each prompt of the round; what a killed run has drawn is kept."""

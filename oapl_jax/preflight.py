@@ -25,8 +25,7 @@ from typing import Any
 
 import jax
 
-from oapl_jax import config as configuration
-from oapl_jax import hlo, topology
+from oapl_jax import config_file, hlo, topology
 from oapl_jax.config import EXIT_BAD_CONFIG, TrainConfig
 from oapl_jax.programs import Plan, Program, kv_bytes, make_plan, shortage
 from oapl_jax.topology import GIB, Chip, Topology
@@ -317,7 +316,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
 
 def main(argv: list[str]) -> None:
     """Command line; exit codes: 0 it fits, 1 it does not, 2 the config is wrong."""
-    config, arguments = configuration.from_command_line(TrainConfig, "oapl_jax.preflight", argv, _add_options)
+    config, arguments = config_file.from_command_line(TrainConfig, "oapl_jax.preflight", argv, _add_options)
     try:
         slices = topology.parse(arguments.topology, arguments.num_slices)
         report = check(config, slices, dry_run=arguments.dry_run)

@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 
 from oapl_jax import policy, sft
 from oapl_jax.config import ModelConfig, TrainConfig
-from oapl_jax.job import PAGE_SIZE, cache_dtype, make_engines
+from oapl_jax.job import make_engines
 from oapl_jax.learner import batch as batches
 from oapl_jax.learner.batch import RowLayout
 from oapl_jax.learner.state import TrainState, abstract_state, make_optimizer, make_schedule
@@ -27,6 +27,7 @@ from oapl_jax.model import qwen
 from oapl_jax.model.logprob import CHUNK_LOGITS, CHUNK_TOKENS
 from oapl_jax.sampler import kv_cache
 from oapl_jax.sampler.engine import Engine
+from oapl_jax.sampler.engines import PAGE_SIZE, cache_dtype
 from oapl_jax.sampler.replicas import replica_meshes
 from oapl_jax.sharding import (
     TRAINER_RULES,
@@ -365,4 +366,4 @@ def _make_engine(config: TrainConfig, model: qwen.QwenConfig, meshes: Sequence[M
 
 
 def _page_bytes(config: TrainConfig, model: qwen.QwenConfig) -> int:
-    return kv_cache.page_bytes(model, PAGE_SIZE, cache_dtype(config))
+    return kv_cache.page_bytes(model, PAGE_SIZE, cache_dtype(config.sampler, config.model.compute_dtype))

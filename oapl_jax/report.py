@@ -26,27 +26,16 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from oapl_jax.figures import BLUE, GREEN, GREY, ORANGE, STYLE
 from oapl_jax.metrics import METRICS_FILE, read_metrics
 from oapl_jax.types import Metrics
 
 REPORT_FILE = "report.html"
 CURVES_FILE = "curves.png"
 
-# Okabe and Ito's colours, distinguishable by everyone.
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072B2", "#D55E00", "#009E73", "#8A8F98"
 _SYNC = "#B9BEC6"
-_STYLE: Any = {
-    "font.size": 9.5,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": _GREY,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E6E8EB",
-    "legend.frameon": False,
+_STYLE: Any = STYLE | {
+    "axes.edgecolor": GREY,
     "legend.fontsize": 9,
     "lines.linewidth": 1.8,
     "lines.solid_capstyle": "round",
@@ -131,7 +120,7 @@ def _with_ends(record: RunRecord) -> RunRecord:
 def _draw_pass_at_k(axes: Axes, record: RunRecord) -> None:
     _title(axes, "Held-out pass@k, before and after", "share of prompts")
     curves = {when: _by_k(record.summary.get(when, {})) for when in ("before", "after")}
-    for (when, by_k), color in zip(curves.items(), (_GREY, _BLUE), strict=True):
+    for (when, by_k), color in zip(curves.items(), (GREY, BLUE), strict=True):
         if by_k:
             axes.plot(list(by_k), list(by_k.values()), "o-", color=color, markersize=4, label=when)
     if not axes.has_data():
@@ -159,7 +148,7 @@ def _draw_log_ratio(axes: Axes, record: RunRecord) -> None:
     names = {"mean": "learner/log_ratio", "mean |·|": "learner/log_ratio_abs"}
     _draw_series(axes, record, names, smooth=False, linewidth=1.2)
     if axes.has_data():
-        axes.axhline(0, color=_GREY, linewidth=0.8)
+        axes.axhline(0, color=GREY, linewidth=0.8)
 
 
 def _draw_entropy(axes: Axes, record: RunRecord) -> None:
@@ -209,7 +198,7 @@ def _title(axes: Axes, title: str, unit: str) -> None:
 
 def _draw_series(axes: Axes, record: RunRecord, names: dict[str, str], smooth: bool = True, **options: Any) -> None:
     """Lines over learner steps; noisy ones as a running mean over a pale original."""
-    for (label, name), color in zip(names.items(), (_BLUE, _ORANGE, _GREEN), strict=False):
+    for (label, name), color in zip(names.items(), (BLUE, ORANGE, GREEN), strict=False):
         steps, values = _series(record, name)
         if smooth and values.size >= 3:
             axes.plot(steps, values, color=color, alpha=0.22, linewidth=1)
@@ -235,7 +224,7 @@ def _legend(axes: Axes) -> None:
 
 def _say_missing(axes: Axes, what: str) -> None:
     axes.set_axis_off()
-    axes.text(0.5, 0.5, f"not recorded\n{what}", transform=axes.transAxes, ha="center", va="center", color=_GREY)
+    axes.text(0.5, 0.5, f"not recorded\n{what}", transform=axes.transAxes, ha="center", va="center", color=GREY)
 
 
 def _series(record: RunRecord, name: str) -> tuple[np.ndarray, np.ndarray]:

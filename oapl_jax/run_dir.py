@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from oapl_jax import config as configuration
+from oapl_jax import config_file
 from oapl_jax.config import Section
 
 CONFIG_FILE = "config.yaml"
@@ -31,7 +31,7 @@ def check_run(config: Any, schema: type[Section]) -> None:
         )
     saved = pathlib.Path(config.run.dir) / CONFIG_FILE
     if saved.exists():
-        changes = _differences(configuration.load(schema, saved).model_dump(), config.model_dump())
+        changes = _differences(config_file.load(schema, saved).model_dump(), config.model_dump())
         if changes and not config.run.allow_config_change:
             raise ValueError(
                 f"run.dir={config.run.dir!r} belongs to a run of another config; these differ:\n  "
@@ -55,7 +55,7 @@ def open_run(config: Any, schema: type[Section]) -> pathlib.Path:
     except OSError as error:
         raise ValueError(f"run.dir={config.run.dir!r}: cannot be made: {error}") from error
     try:
-        configuration.save(config, run_dir / CONFIG_FILE)
+        config_file.save(config, run_dir / CONFIG_FILE)
     except OSError as error:
         raise ValueError(f"run.dir={config.run.dir!r}: cannot be written: {error}") from error
     return run_dir

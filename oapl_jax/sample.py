@@ -27,12 +27,11 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from oapl_jax import config as configuration
-from oapl_jax import detached, run_dir, storage
+from oapl_jax import config_file, detached, run_dir, storage
 from oapl_jax import tokenizer as tokenizers
 from oapl_jax.config import EXIT_BAD_CONFIG, MeshConfig, TrainConfig
 from oapl_jax.data.prompts import load_prompts
-from oapl_jax.job import acceptance, law, make_engines, make_group_maker
+from oapl_jax.job import acceptance, make_engines, make_group_maker
 from oapl_jax.model import hf
 from oapl_jax.policy_store import Current, Holds, Manifest, PolicyGoneError, PolicyStore
 from oapl_jax.rewards.grader import make_grader
@@ -41,6 +40,7 @@ from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.schema import SCHEMA_VERSION
 from oapl_jax.rollouts.shards import ShardQueue
 from oapl_jax.sampler.replicas import replica_meshes
+from oapl_jax.sampler.sampling import SamplingParams
 from oapl_jax.sharding import SAMPLER_RULES, make_meshes
 from oapl_jax.storage import SharedPath
 from oapl_jax.tokenizer import Tokenizer
@@ -99,7 +99,7 @@ class Sampler:
 
     def _sample(self, config: TrainConfig, current: Current, cache: pathlib.Path) -> None:
         window = config.window
-        log = RolloutLog(self._root / "rollouts", dataclasses.asdict(law(config.sampler)))
+        log = RolloutLog(self._root / "rollouts", dataclasses.asdict(SamplingParams.of(config.sampler)))
         leases = self._resources.enter_context(Leases(self._root / detached.LEASES_FOLDER, window.lease_seconds))
         holds = Holds(self._root / "leases" / "policies", window.lease_seconds)
         self._resources.callback(holds.close)
@@ -163,7 +163,7 @@ class Sampler:
             make_group_maker(config, tokenizer, grader),
             shards,
             shards,
-            sampling=law(config.sampler),
+            sampling=SamplingParams.of(config.sampler),
             group_size=config.sampler.group_size,
             seed=config.run.seed,
             device_lock=threading.RLock() if mesh.size > 1 else contextlib.nullcontext(),
@@ -209,7 +209,7 @@ class Sampler:
         with tempfile.TemporaryDirectory() as folder:
             path = pathlib.Path(folder) / run_dir.CONFIG_FILE
             path.write_bytes(storage.read(self._root / run_dir.CONFIG_FILE))
-            return configuration.load(TrainConfig, path)
+            return config_file.load(TrainConfig, path)
 
     def _report(self, worker: Worker | None) -> None:
         if worker is not None and time.monotonic() >= self._next_report:

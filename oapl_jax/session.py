@@ -3,15 +3,13 @@
 import contextlib
 import dataclasses
 import pathlib
-import signal
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from oapl_jax import config as configuration
-from oapl_jax import run_dir, storage
+from oapl_jax import config_file, run_dir, storage
 from oapl_jax.checkpoint import Checkpoints
 from oapl_jax.config import TrainConfig
 from oapl_jax.detached import DetachedSamplers
@@ -20,6 +18,7 @@ from oapl_jax.learner.state import TrainState
 from oapl_jax.metrics import MetricsWriter, Progress
 from oapl_jax.offline import Rounds, StoppedError
 from oapl_jax.policy_store import Holds, Manifest, PolicyStore
+from oapl_jax.preemption import catch_sigterm
 from oapl_jax.rollouts.buffer import GroupBuffer, Window
 from oapl_jax.rollouts.lease import Lease, Leases
 from oapl_jax.rollouts.log import BatchRecord, RolloutLog
@@ -177,7 +176,7 @@ def open_session(
     root = storage.shared_path(config.run.shared_dir or directory)
     lease = _claim_run(stack, root, config)
     progress = stack.enter_context(Progress(config.run.steps, enabled=config.logging.progress))
-    is_preempted = stack.enter_context(_catch_sigterm())
+    is_preempted = stack.enter_context(catch_sigterm())
     stack.callback(job.grader.close)
     keep_every = [config.checkpoint.keep_every, config.window.sync_every * config.window.keep_checkpoints]
     checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep, keep_every)
@@ -276,7 +275,7 @@ def _follow_samplers(
 ) -> DetachedSamplers:
     """The samplers in other processes, which read the config and the policies in ``root``."""
     config = job.config
-    storage.replace(root / run_dir.CONFIG_FILE, configuration.to_yaml(config).encode())
+    storage.replace(root / run_dir.CONFIG_FILE, config_file.to_yaml(config).encode())
     digest = run_dir.digest(config)
 
     def publish(window: Window, params: Any) -> Metrics:
@@ -297,18 +296,3 @@ def _abstract(job: Job, state: TrainState) -> Any:
     """What a checkpoint holds: the learner's state and the lagged sampler weights."""
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, job.state_shardings)
     return abstract.stored, job.sync.abstract(state.params)
-
-
-@contextlib.contextmanager
-def _catch_sigterm() -> Any:
-    """Yields a function that tells whether SIGTERM came; only the main thread of a process can listen."""
-    received: list[int] = []
-    try:
-        previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
-    except ValueError:
-        yield lambda: False
-        return
-    try:
-        yield lambda: bool(received)
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -11,10 +11,9 @@ from typing import Any
 
 import jax
 
-from oapl_jax import config as configuration
-from oapl_jax import policy, run_dir
+from oapl_jax import config_file, policy, run_dir
 from oapl_jax.checkpoint import Checkpoints
-from oapl_jax.config import SftConfig
+from oapl_jax.config import EXIT_BAD_CONFIG, SftConfig
 from oapl_jax.data.pairs import load_pairs
 from oapl_jax.learner.batch import RowLayout, from_pairs, place
 from oapl_jax.learner.state import init_state, make_optimizer, make_schedule
@@ -29,7 +28,7 @@ SHOWN = ("learner/loss", "learner/grad_norm", "learner/entropy", "learner/learni
 
 def load_config(path: str) -> SftConfig:
     """Reads the config of a warm start; a ``ConfigError`` names its file."""
-    return configuration.load(SftConfig, path)
+    return config_file.load(SftConfig, path)
 
 
 def is_finished(config: SftConfig) -> bool:
@@ -119,16 +118,16 @@ def _abstract(state: Any, shardings: Any) -> Any:
 
 def main(argv: list[str]) -> None:
     """Command line."""
-    config, arguments = configuration.from_command_line(SftConfig, "oapl_jax.sft", argv)
+    config, arguments = config_file.from_command_line(SftConfig, "oapl_jax.sft", argv)
     if arguments.dry_run:
-        print(configuration.to_yaml(config))
+        print(config_file.to_yaml(config))
         return
     run_dir.use_compile_cache(config.run.compile_cache)
     try:
         print(f"model written to {run(config)}")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(configuration.EXIT_BAD_CONFIG) from None
+        raise SystemExit(EXIT_BAD_CONFIG) from None
 
 
 if __name__ == "__main__":

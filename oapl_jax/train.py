@@ -16,8 +16,7 @@ from typing import Any
 
 import jax
 
-from oapl_jax import config as configuration
-from oapl_jax import report, run_dir, storage
+from oapl_jax import config_file, report, run_dir, storage
 from oapl_jax.checkpoint import SaveError
 from oapl_jax.config import EXIT_BAD_CONFIG, TrainConfig
 from oapl_jax.evaluation.held_out import evaluate
@@ -28,12 +27,10 @@ from oapl_jax.model import hf, lora
 from oapl_jax.model_card import write_card
 from oapl_jax.offline import Rounds
 from oapl_jax.parity import check_parity
+from oapl_jax.preemption import EXIT_PREEMPTED
 from oapl_jax.session import Place, PreemptedError, Session, indices, open_session
 from oapl_jax.types import Metrics
 from oapl_jax.worker import Worker
-
-EXIT_PREEMPTED = 42
-"""Saved, please start me again: what launch/ restarts for free."""
 
 GUARDED = ("learner/loss", "learner/grad_norm")
 SUMMARY_FILE = "summary.json"
@@ -233,13 +230,13 @@ def _table(summary: dict[str, Any], directory: pathlib.Path) -> str:
 
 def main(argv: list[str]) -> None:
     """Command line; exit codes: 0 done, 1 the run failed, 2 the config is wrong, 42 saved after SIGTERM."""
-    config, arguments = configuration.from_command_line(TrainConfig, "oapl_jax.train", argv)
+    config, arguments = config_file.from_command_line(TrainConfig, "oapl_jax.train", argv)
     run_dir.use_compile_cache(config.run.compile_cache)
     try:
         if arguments.dry_run:
             job, state = make_job(config, make_warm_start=False)
             job.grader.close()
-            print(configuration.to_yaml(config))
+            print(config_file.to_yaml(config))
             print(describe(job, state))
             return
         print(_table(run(config), pathlib.Path(config.run.dir)))

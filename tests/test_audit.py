@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from oapl_jax import config as configuration
+from oapl_jax import config_file
 from oapl_jax.audit import AuditError, audit, main
+from oapl_jax.config import TrainConfig
 from oapl_jax.rollouts.log import BatchRecord, RolloutLog
 from rollouts.groups import group
 
@@ -25,7 +26,7 @@ CONFIG = {
 @pytest.fixture
 def run(tmp_path):
     """Four steps in two windows; group 1 of the second is not usable and was passed over."""
-    configuration.save(configuration.validate(configuration.TrainConfig, CONFIG, "test"), tmp_path / "config.yaml")
+    config_file.save(config_file.validate(TrainConfig, CONFIG, "test"), tmp_path / "config.yaml")
     log, record = RolloutLog(tmp_path / "rollouts"), BatchRecord(tmp_path / "batches.jsonl")
     for version, indices in ((0, [0, 1, 2, 3]), (1, [0, 2, 3, 4])):
         log.append([group(index, version, is_usable=(version, index) != (1, 1)) for index in range(5)])

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-from oapl_jax import config as configuration
-from oapl_jax.config import ConfigError, SftConfig, TrainConfig
+from oapl_jax import config_file
+from oapl_jax.config import SftConfig, TrainConfig
+from oapl_jax.config_file import ConfigError
 
 TOY = """
 run: {dir: runs/x, steps: 10}
@@ -31,7 +32,7 @@ def load(tmp_path):
     def load_text(text=TOY, *overrides, schema=TrainConfig):
         path = tmp_path / "run.yaml"
         path.write_text(text)
-        return configuration.load(schema, path, list(overrides))
+        return config_file.load(schema, path, list(overrides))
 
     return load_text
 
@@ -145,7 +146,7 @@ def test_a_missing_key_is_named(load):
 def test_a_missing_file_names_the_nearest(tmp_path):
     (tmp_path / "quickstart.yaml").write_text(TOY)
     with pytest.raises(ConfigError, match=r"quikstart\.yaml' does not exist; did you mean '.*quickstart\.yaml'\?"):
-        configuration.load(TrainConfig, tmp_path / "quikstart.yaml")
+        config_file.load(TrainConfig, tmp_path / "quikstart.yaml")
 
 
 def test_every_malformed_override_is_named(load):
@@ -251,8 +252,8 @@ def test_a_batch_that_groups_do_not_fill_names_the_nearest_that_they_do(load, ba
 )
 def test_a_saved_config_loads_to_an_equal_one(load, tmp_path, text, overrides, schema):
     config = load(text, *overrides, schema=schema)
-    configuration.save(config, tmp_path / "saved.yaml")
-    assert configuration.load(schema, tmp_path / "saved.yaml") == config
+    config_file.save(config, tmp_path / "saved.yaml")
+    assert config_file.load(schema, tmp_path / "saved.yaml") == config
 
 
 def test_configs_are_frozen(load):

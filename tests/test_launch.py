@@ -125,7 +125,7 @@ def test_what_happens_after_each_exit_code(exit_code, is_preempted, outcome):
 
 
 def test_the_program_and_its_launcher_agree_on_the_exit_code_of_a_saved_run():
-    (program,) = re.findall(r"^EXIT_PREEMPTED = (\d+)$", (ROOT / "oapl_jax/train.py").read_text(), re.MULTILINE)
+    (program,) = re.findall(r"^EXIT_PREEMPTED = (\d+)$", (ROOT / "oapl_jax/preemption.py").read_text(), re.MULTILINE)
     (launcher,) = re.findall(r"^EXIT_SAVED = (\d+)$", (ROOT / "launch/render.py").read_text(), re.MULTILINE)
     assert program == launcher
 

@@ -24,11 +24,14 @@ LAYERS = {
     "data": 1,
     "rewards": 1,
     "passk": 1,
-    "run_dir": 1,
+    "config_file": 1,
+    "preemption": 1,
+    "figures": 1,
     "storage": 1,
     "topology": 1,
     "hlo": 1,
     # what is stored and what is computed
+    "run_dir": 2,
     "rollouts": 2,
     "model": 2,
     # the two sides

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from oapl_jax import config as configuration
+from oapl_jax import config_file
 from oapl_jax.config import TrainConfig
 from oapl_jax.run_dir import identity, open_run
 
@@ -22,14 +22,14 @@ RAW = {
 def make_config(directory, **sections):
     raw = {name: {**RAW.get(name, {}), **sections.get(name, {})} for name in RAW | sections}
     raw["run"]["dir"] = str(directory)
-    return configuration.validate(TrainConfig, raw, "test")
+    return config_file.validate(TrainConfig, raw, "test")
 
 
 def test_a_new_directory_is_made_and_holds_the_resolved_config(tmp_path):
     config = make_config(tmp_path / "a" / "b")
     directory = open_run(config, TrainConfig)
     assert directory == tmp_path / "a" / "b"
-    assert configuration.load(TrainConfig, directory / "config.yaml") == config
+    assert config_file.load(TrainConfig, directory / "config.yaml") == config
 
 
 def test_the_same_config_opens_it_again(tmp_path):
@@ -53,7 +53,7 @@ def test_a_change_that_is_allowed_is_told_and_saved(tmp_path):
     open_run(make_config(tmp_path), TrainConfig)
     other = make_config(tmp_path, run={"allow_config_change": True}, learner={"learning_rate": 0.5})
     assert open_run(other, TrainConfig) == tmp_path
-    assert configuration.load(TrainConfig, tmp_path / "config.yaml") == other
+    assert config_file.load(TrainConfig, tmp_path / "config.yaml") == other
     with pytest.raises(ValueError, match=r"learner\.learning_rate: 0\.5 -> 1e-06"):
         open_run(make_config(tmp_path), TrainConfig)
 

@@ -2,7 +2,6 @@
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -10,25 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
+from oapl_jax import figures
 from oapl_jax.evaluation.scores import Comparison, Score, Value, shown_ks
 
 PASS_FILE, DIFFERENCE_FILE, VERSIONS_FILE = "passk.png", "difference.png", "versions.png"
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8F98")
-"""Okabe and Ito's, distinguishable by everyone."""
+_COLOURS = (figures.BLUE, figures.ORANGE, figures.GREEN, figures.PINK, figures.YELLOW, figures.SKY, figures.GREY)
 _MARKERS = "osD^vPX"
-_STYLE: Any = {
-    "font.size": 9.5,
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#E6E8EB",
-    "legend.frameon": False,
-}
 _COLUMNS = 3
 
 
@@ -48,7 +35,7 @@ def draw_differences(path: pathlib.Path, comparisons: Sequence[Comparison]) -> N
 def draw_versions(path: pathlib.Path, scores: Mapping[int, Sequence[Score]]) -> None:
     """pass@1 and pass@k of the largest k over the versions of one run, a panel for each benchmark."""
     benchmarks = dict.fromkeys(item.benchmark for members in scores.values() for item in members)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(figures.STYLE):
         figure, panels = _panels(list(benchmarks), "pass@k over the versions of the run; bars: 95 % over problems")
         for axes, benchmark in zip(panels, benchmarks, strict=True):
             found = {
@@ -72,7 +59,7 @@ def _draw(
     path: pathlib.Path, curves: dict[tuple[str, str], list[Value]], title: str, *, is_difference: bool = False
 ) -> None:
     benchmarks, labels = (list(dict.fromkeys(key[i] for key in curves)) for i in (0, 1))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(figures.STYLE):
         figure, panels = _panels(benchmarks, title)
         for axes, benchmark in zip(panels, benchmarks, strict=True):
             for i, label in enumerate(labels, start=is_difference):  # the baseline has the first colour

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -19,16 +18,13 @@ from oapl_jax.evaluation.held_out import EVALUATION_STREAM
 from oapl_jax.metrics import Progress
 from oapl_jax.model import qwen
 from oapl_jax.rollouts.log import RolloutLog
-from oapl_jax.sampler import kv_cache
 from oapl_jax.sampler.engine import Engine
-from oapl_jax.sampler.replicas import Replicas, free_bytes, replica_meshes
+from oapl_jax.sampler.engines import make_replica_engines
+from oapl_jax.sampler.replicas import Replicas, replica_meshes
 from oapl_jax.sampler.request import Request
 from oapl_jax.sampler.sampling import SamplingParams
 from oapl_jax.tokenizer import Tokenizer
 from oapl_jax.types import GradedRollout, Prompt, Rollout, RolloutGroup, Verdict
-
-PAGE_SIZE = 16
-"""Tokens of a page of the cache."""
 
 MAX_UNWRITTEN = 64
 """Problems whose samples may wait for the grader before the sampler waits too."""
@@ -45,37 +41,17 @@ def make_engines(
     sampler, replicas = config.sampler, replica_meshes(mesh)
     if sampler.rows % len(replicas):
         raise ValueError(f"sampler.rows={sampler.rows} do not divide over the {len(replicas)} replicas of the mesh")
-    compute_dtype = config.model.compute_dtype if sampler.dtype == "int8" else sampler.dtype
-    cache_dtype, rows = jnp.dtype(sampler.kv_dtype or compute_dtype), sampler.rows // len(replicas)
-    max_pages = -(-(max_prompt_tokens + sampler.max_response_tokens) // PAGE_SIZE)
-    weights = model.num_params * jnp.dtype(sampler.dtype).itemsize
-    budget = sampler.kv_memory * max(0, free_bytes(replicas[0]) - weights)
-    affordable = int(budget // kv_cache.page_bytes(model, PAGE_SIZE, cache_dtype))
-    graphdef = qwen.abstract(model, compute_dtype=compute_dtype)[0]
-    return tuple(
-        Engine(
-            graphdef,
-            model,
-            vocab_size=tokenizer.vocab_size,
-            stop_ids=tokenizer.stop_ids,
-            num_rows=rows,
-            max_prompt_tokens=max_prompt_tokens,
-            max_response_tokens=sampler.max_response_tokens,
-            decode_steps=sampler.decode_steps,
-            mesh=replica,
-            num_pages=min(rows * max_pages, affordable),
-            page_size=PAGE_SIZE,
-            cache_dtype=cache_dtype,
-            can_truncate=law(config).truncates,
-        )
-        for replica in replicas
+    return make_replica_engines(
+        sampler,
+        model,
+        replicas,
+        num_rows=sampler.rows,
+        compute_dtype=config.model.compute_dtype,
+        vocab_size=tokenizer.vocab_size,
+        stop_ids=tokenizer.stop_ids,
+        max_prompt_tokens=max_prompt_tokens,
+        can_truncate=SamplingParams.of(sampler).truncates,
     )
-
-
-def law(config: EvaluateConfig) -> SamplingParams:
-    """The law of the samples."""
-    sampler = config.sampler
-    return SamplingParams(sampler.temperature, sampler.top_k, sampler.top_p, sampler.min_p)
 
 
 def sample(
@@ -92,7 +68,7 @@ def sample(
     A problem's samples are in the log when all of them are graded, and then survive a kill.
     """
     done = tally.prompt_ids(directory, version)
-    sampling = law(config)
+    sampling = SamplingParams.of(config.sampler)
     log = RolloutLog(directory, dataclasses.asdict(sampling))
     directory.mkdir(parents=True, exist_ok=True)
     requests = [

@@ -37,8 +37,8 @@ class LowRank(nnx.Module):
     Attributes:
         base: the frozen parameter, ``[layers, *inputs, *outputs]``.
         down: ``[layers, *inputs, rank]``, float32; uniform as in PEFT, variance 1 / (3 inputs).
-        up: ``[layers, rank, *outputs]``, float32; zeros, so that training starts at the base.
-        scale: alpha / rank, which ``up`` also carries, for those who have the parameters only.
+        up: ``[layers, rank, *outputs]``, float32; zeros, so that training starts at the base. It carries ``scale``, which
+            is alpha / rank.
     """
 
     def __init__(self, base: nnx.Param, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
@@ -48,12 +48,11 @@ class LowRank(nnx.Module):
         inputs = {axis: size for axis, size in axes.items() if axis in summed}
         outputs = {axis: size for axis, size in axes.items() if axis not in stacked | inputs}
         limit = 1 / math.sqrt(math.prod(inputs.values()))
-        self.scale = alpha / rank
         self.base = base
         down, up = stacked | inputs | {"rank": rank}, stacked | {"rank": rank} | outputs
         numbers = jax.random.uniform(rngs.params(), tuple(down.values()), jnp.float32, -limit, limit)
         self.down = nnx.LoRAParam(numbers, axes=tuple(down))
-        self.up = nnx.LoRAParam(jnp.zeros(tuple(up.values()), jnp.float32), axes=tuple(up), scale=self.scale)
+        self.up = nnx.LoRAParam(jnp.zeros(tuple(up.values()), jnp.float32), axes=tuple(up), scale=alpha / rank)
 
 
 def adapt(layer: Any, config: LoraConfig, rngs: nnx.Rngs) -> None:

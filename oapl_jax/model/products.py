@@ -28,7 +28,7 @@ def einsum(spec: str, x: Float[Array, "..."], weight: nnx.Variable | LowRank, **
         kept = "".join(letter for letter in letters if letter in output)
         thin = output.removesuffix(kept) + "r"
         inner = einsum(f"{inputs},{letters.removesuffix(kept)}r->{thin}", x, weight.down)
-        return einsum(spec, x, weight.base, **options) + weight.scale * einsum(
+        return einsum(spec, x, weight.base, **options) + weight.up.scale * einsum(
             f"{thin},r{kept}->{output}", inner, weight.up
         )
     matrix = weight.get_value()

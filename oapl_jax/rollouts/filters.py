@@ -56,8 +56,8 @@ def apply(groups: Iterable[RolloutGroup], filters: FilterConfig, seed: int) -> t
         else:
             kept.append(left)
     if filters.prompts is not None:
-        chosen = choose(list(dict.fromkeys(group.prompt.id for group in kept)), filters.prompts, seed)
-        kept, before = [group for group in kept if group.prompt.id in set(chosen)], len(kept)
+        chosen = set(choose(list(dict.fromkeys(group.prompt.id for group in kept)), filters.prompts, seed))
+        kept, before = [group for group in kept if group.prompt.id in chosen], len(kept)
         counts.not_in_subset = before - len(kept)
     counts.kept = len(kept)
     return kept, counts

@@ -21,6 +21,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key
 
+from oapl_jax.config import EvaluateSamplerConfig, EvaluationConfig, SamplerConfig
+
 MOST_BLOCKS = 128
 """About the square root of a vocabulary; a power of two, so that a sharded vocabulary is split between blocks."""
 
@@ -54,6 +56,11 @@ class SamplingParams:
     """Keeps the fewest likeliest tokens whose mass reaches it; 1: all."""
     min_p: float = 0.0
     """Keeps tokens at least so likely as this fraction of the likeliest; 0: all."""
+
+    @classmethod
+    def of(cls, section: SamplerConfig | EvaluationConfig | EvaluateSamplerConfig) -> "SamplingParams":
+        """The law that a section of a config describes."""
+        return cls(section.temperature, section.top_k, section.top_p, section.min_p)
 
     @property
     def truncates(self) -> bool:

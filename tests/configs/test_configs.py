@@ -6,8 +6,7 @@ import shlex
 import pytest
 import yaml
 
-from oapl_jax import config as configuration
-from oapl_jax import sft, train
+from oapl_jax import config_file, sft, train
 from oapl_jax.config import EvaluateConfig, GenerateConfig, SftConfig, TrainConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -59,7 +58,7 @@ def test_there_are_configs_of_both_commands():
 
 @pytest.mark.parametrize("path", **names(FILES))
 def test_it_loads_and_names_files_that_exist(path):
-    config = configuration.load(schema_of(path), path)
+    config = config_file.load(schema_of(path), path)
     for source in (config.model.config, config.model.warm_start):
         assert source is None or (ROOT / source).is_file()
     assert not pathlib.Path(config.run.dir).is_absolute()
@@ -73,17 +72,17 @@ def test_it_begins_with_a_comment_that_names_its_command(path):
     assert commands, f"{path.name}: no command in its header"
     words = shlex.split(commands[0].strip("`.,;"))
     assert words[:5] == ["python", "-m", module_of(path), "--config", f"configs/{path.name}"]
-    configuration.load(schema_of(path), path, [word for word in words[5:] if "=" in word])
+    config_file.load(schema_of(path), path, [word for word in words[5:] if "=" in word])
 
 
 def test_run_directories_differ():
-    directories = [configuration.load(schema_of(path), path).run.dir for path in FILES]
+    directories = [config_file.load(schema_of(path), path).run.dir for path in FILES]
     assert len(set(directories)) == len(directories)
 
 
 @pytest.mark.parametrize("path", **names(TRAIN_FILES))
 def test_a_dry_run_prints_the_plan_and_makes_nothing(path, tmp_path, capsys):
-    config = configuration.load(TrainConfig, path)
+    config = config_file.load(TrainConfig, path)
     if not is_offline(config):
         pytest.skip(f"its model or data is not here: {config.model.path}, {config.data.path}")
     directory = tmp_path / "run"

@@ -9,8 +9,7 @@ import sys
 import jax
 import pytest
 
-from oapl_jax import config as configuration
-from oapl_jax import preflight, programs, topology
+from oapl_jax import config_file, preflight, programs, topology
 from oapl_jax.config import TrainConfig
 from preflight.tpu_compiler import needs_libtpu
 
@@ -73,7 +72,7 @@ def result_of(name, total, refusal=""):
 
 def test_the_verdict_and_the_way_out(monkeypatch):
     monkeypatch.chdir(ROOT)
-    config = configuration.load(TrainConfig, TINY[1], TINY[2:])
+    config = config_file.load(TrainConfig, TINY[1], TINY[2:])
     plan = programs.make_plan(config, jax.devices(), 16 * GIB)
     assert "FITS" in preflight.describe(result_of("train_step", 15 * GIB), plan)
     text = preflight.describe(result_of("train_step", 18 * GIB), plan)

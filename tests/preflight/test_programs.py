@@ -5,8 +5,7 @@ import pathlib
 import jax
 import pytest
 
-from oapl_jax import config as configuration
-from oapl_jax import policy, programs
+from oapl_jax import config_file, policy, programs
 from oapl_jax.config import MeshConfig, TrainConfig
 from oapl_jax.sharding import make_meshes
 
@@ -22,7 +21,7 @@ def in_the_root(monkeypatch):
 
 
 def plan(*overrides, path=TOY, usable=16 * GIB):
-    return programs.make_plan(configuration.load(TrainConfig, path, list(overrides)), jax.devices(), usable)
+    return programs.make_plan(config_file.load(TrainConfig, path, list(overrides)), jax.devices(), usable)
 
 
 def test_memory_of_a_colocated_run():
@@ -76,7 +75,7 @@ def test_the_programs_of_a_run():
 
 
 def test_a_replica_may_be_compiled_for_other_devices():
-    config = configuration.load(TrainConfig, TOY, ["mesh.trainer=data=4,tensor=1"])
+    config = config_file.load(TrainConfig, TOY, ["mesh.trainer=data=4,tensor=1"])
     others = jax.devices()[5:6]
     found = programs.make_plan(config, jax.devices(), 16 * GIB, lambda num_devices: others[:num_devices])
     assert {program.name: list(program.mesh.devices.flat) for program in found.programs}["decode"] == others

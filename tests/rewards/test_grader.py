@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from oapl_jax import grade as command
-from oapl_jax.config import ConfigError, RewardConfig, load_reward
+from oapl_jax.config import RewardConfig
+from oapl_jax.config_file import ConfigError, load_reward
 from oapl_jax.rewards import grader, isolation, tasks
 from oapl_jax.rewards.grader import RewardGrader
 from oapl_jax.rewards.pool import GraderPool

@@ -3,15 +3,15 @@
 import pytest
 
 import runs
-from oapl_jax import config as configuration
-from oapl_jax import sft
+from oapl_jax import config_file, sft
+from oapl_jax.config import SftConfig
 
 
 @pytest.fixture(scope="session", autouse=True)
 def toy_model(tmp_path_factory):
     """A toy model that has learned the form of an answer and guesses its digits: about one in ten is right."""
-    config = configuration.load(
-        configuration.SftConfig,
+    config = config_file.load(
+        SftConfig,
         runs.ROOT / "configs/chain_sft.yaml",
         [
             f"run.dir={tmp_path_factory.mktemp('sft') / 'run'}",

@@ -11,7 +11,8 @@ import time
 import numpy as np
 from safetensors.numpy import load_file
 
-from oapl_jax import config as configuration
+from oapl_jax import config_file
+from oapl_jax.config import TrainConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 BASE = {
@@ -33,11 +34,11 @@ def make_config(run_dir, **sections):
     """``BASE`` in this run directory, with some keys changed: ``make_config(d, mesh={"trainer": "fsdp=8"})``."""
     raw = {name: {**values, **sections.pop(name, {})} for name, values in BASE.items()} | sections
     raw["run"]["dir"] = str(run_dir)
-    return configuration.validate(configuration.TrainConfig, raw, source="tests")
+    return config_file.validate(TrainConfig, raw, source="tests")
 
 
 def write_config(path, config):
-    configuration.save(config, path)
+    config_file.save(config, path)
     return path
 
 

@@ -11,9 +11,9 @@ import time
 import numpy as np
 import pytest
 
-from oapl_jax import config as configuration
-from oapl_jax import sft, train
+from oapl_jax import config_file, sft, train
 from oapl_jax.audit import audit
+from oapl_jax.config import SftConfig
 from oapl_jax.policy_store import PolicyStore
 from oapl_jax.rollouts.lease import Leases
 from oapl_jax.rollouts.log import RolloutLog
@@ -148,8 +148,8 @@ def test_oapl_learns_from_a_pytorch_sampler(tmp_path):
     """Neither the engine nor its numbers are the learner's: the objective has the sampler's own log-probabilities."""
     pytest.importorskip("torch")
     directory = tmp_path / "run"
-    start_config = configuration.load(
-        configuration.SftConfig,
+    start_config = config_file.load(
+        SftConfig,
         ROOT / "configs/chain_sft.yaml",
         [f"run.dir={tmp_path / 'sft'}", f"model.config={ROOT / 'configs/toy_qwen3.json'}"],
     )

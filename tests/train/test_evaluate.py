@@ -10,8 +10,7 @@ import time
 import pytest
 
 import runs
-from oapl_jax import config as configuration
-from oapl_jax import evaluate, train
+from oapl_jax import config_file, evaluate, train
 from oapl_jax.config import EvaluateConfig, MeshConfig
 from oapl_jax.evaluation import tally
 from oapl_jax.model import hf
@@ -39,7 +38,7 @@ SECTIONS = {
 
 def make_config(directory, model, **run):
     raw = {**SECTIONS, "run": {"dir": str(directory), "seed": 3, **run}, "model": model}
-    return configuration.validate(EvaluateConfig, raw, source="tests")
+    return config_file.validate(EvaluateConfig, raw, source="tests")
 
 
 def tokens(directory, version=0):
@@ -71,7 +70,7 @@ def test_a_killed_evaluation_goes_on_and_has_each_problem_once(tmp_path):
     sampler = {**SECTIONS["sampler"], "rows": 8, "samples": 4}
     raw = {**SECTIONS, "benchmarks": {"problems": 60}, "model": runs.BASE["model"], "sampler": sampler}
     killed, whole = (
-        configuration.validate(EvaluateConfig, {**raw, "run": {"dir": str(tmp_path / name)}}, source="tests")
+        config_file.validate(EvaluateConfig, {**raw, "run": {"dir": str(tmp_path / name)}}, source="tests")
         for name in ("killed", "whole")
     )
     path = runs.write_config(tmp_path / "killed.yaml", killed)
@@ -105,7 +104,7 @@ def test_published_policies_are_evaluated_and_half_of_one_is_not(tmp_path):
         manifest = Manifest(Window(version, 0, 4), 4, "digest", {}, "log")
         store.publish(manifest, config, params, CharacterTokenizer())
     (directory / "policy" / "000002").mkdir()
-    configuration.save(runs.make_config(directory), directory / "config.yaml")
+    config_file.save(runs.make_config(directory), directory / "config.yaml")
     (directory / "summary.json").write_text("{}")
     evaluate.evaluate(make_config(tmp_path / "e", {"path": str(directory)}), watch=True)
     assert tally.versions(tmp_path / "e" / "rollouts") == [0, 1]
@@ -115,7 +114,7 @@ def test_published_policies_are_evaluated_and_half_of_one_is_not(tmp_path):
 def test_a_run_without_news_is_an_error_after_the_deadline(tmp_path):
     config = runs.make_config(tmp_path / "run")
     (tmp_path / "run").mkdir()
-    configuration.save(config, tmp_path / "run" / "config.yaml")
+    config_file.save(config, tmp_path / "run" / "config.yaml")
     watching = make_config(tmp_path / "e", {"path": str(tmp_path / "run")}, watch_deadline=0.1)
     with pytest.raises(TimeoutError, match=r"no new version within run\.watch_deadline=0\.1 s"):
         evaluate.evaluate(watching, watch=True)
@@ -128,15 +127,15 @@ def test_what_does_not_fit_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"run\.step needs a run directory"):
         evaluate.evaluate(make_config(tmp_path, model, step=3))
     raw = {"run": {"dir": "x"}, "model": model, "benchmarks": {"names": ["math500"], "folder": str(tmp_path)}}
-    config = configuration.validate(EvaluateConfig, raw, source="tests")
+    config = config_file.validate(EvaluateConfig, raw, source="tests")
     with pytest.raises(ValueError, match=r"has no copy of math500; put math500\.jsonl"):
         evaluate.evaluate(config)
-    with pytest.raises(configuration.ConfigError, match=r"exactly one of benchmarks\.names and the section data"):
-        configuration.validate(EvaluateConfig, {**raw, "data": {"task": "chain"}}, source="tests")
+    with pytest.raises(config_file.ConfigError, match=r"exactly one of benchmarks\.names and the section data"):
+        config_file.validate(EvaluateConfig, {**raw, "data": {"task": "chain"}}, source="tests")
 
 
 def test_settings_of_the_paper_are_the_configs_of_the_benchmarks():
     for name, samples, limit in (("math", 10, 16_384), ("code", 20, 65_536)):
-        sampler = configuration.load(EvaluateConfig, runs.ROOT / f"configs/evaluate_{name}.yaml").sampler
+        sampler = config_file.load(EvaluateConfig, runs.ROOT / f"configs/evaluate_{name}.yaml").sampler
         assert (sampler.samples, sampler.max_response_tokens) == (samples, limit)
         assert (sampler.temperature, sampler.top_p, sampler.top_k) == (0.6, 0.95, 0)

@@ -13,9 +13,9 @@ import pyarrow.parquet as pq
 import pytest
 
 import runs
-from oapl_jax import config as configuration
-from oapl_jax import generate, train
-from oapl_jax.config import ConfigError, GenerateConfig
+from oapl_jax import config_file, generate, train
+from oapl_jax.config import GenerateConfig
+from oapl_jax.config_file import ConfigError
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.types import Verdict
 
@@ -33,13 +33,13 @@ def make_config(run_dir, **sections) -> GenerateConfig:
         "logging": {"progress": False},
     }
     raw = {name: {**values, **sections.pop(name, {})} for name, values in base.items()} | sections
-    return configuration.validate(GenerateConfig, raw, source="tests")
+    return config_file.validate(GenerateConfig, raw, source="tests")
 
 
 def start(config: GenerateConfig, path: pathlib.Path) -> subprocess.Popen:
     """The command as a user gives it."""
     if not path.exists():
-        configuration.save(config, path)
+        config_file.save(config, path)
     command = [sys.executable, "-m", "oapl_jax.generate", "--config", str(path)]
     environment = {**os.environ, "PYTHONPATH": str(runs.ROOT)}
     return subprocess.Popen(command, cwd=runs.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -11,9 +11,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from oapl_jax import config as configuration
-from oapl_jax import export, train
-from oapl_jax.config import TrainConfig
+from oapl_jax import config_file, export, train
+from oapl_jax.config import MeshConfig, TrainConfig
 from oapl_jax.model import hf, qwen
 from oapl_jax.model.logprob import sequence_logprobs
 from oapl_jax.rollouts.log import RolloutLog
@@ -194,7 +193,7 @@ def test_prompts_are_what_the_chat_template_writes(groups, questions, transforme
 
 def test_logged_logprobs_match_a_rescoring(groups, model_folder):
     """Version 0 sampled with the weights of the folder."""
-    mesh, _ = make_meshes(configuration.MeshConfig(trainer="fsdp=1"))
+    mesh, _ = make_meshes(MeshConfig(trainer="fsdp=1"))
     config, params = hf.load_params(model_folder, mesh, TRAINER_RULES, "float32")
     graphdef = qwen.abstract(config)[0]
     score = jax.jit(
@@ -226,7 +225,7 @@ def test_transformers_reloads_the_export(finished, model_folder):
     )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert theirs.generation_config.eos_token_id == [IM_END, END_OF_TEXT]
-    mesh, _ = make_meshes(configuration.MeshConfig(trainer="fsdp=1"))
+    mesh, _ = make_meshes(MeshConfig(trainer="fsdp=1"))
     config, params = hf.load_params(export, mesh, TRAINER_RULES, "float32")
     tokenizer = transformers.AutoTokenizer.from_pretrained(export)
     assert len(tokenizer) == NUM_IDS
@@ -253,7 +252,7 @@ def test_the_newest_checkpoint_exports_to_the_same_folder(finished, tmp_path):
 def test_a_dry_run_counts_the_prompts_over_the_limit(shared, model_folder, questions, tmp_path, transformers_tokenizer):
     limit = 100
     path = shared / "math/gsm8k/train.jsonl"
-    template = configuration.load(TrainConfig, CONFIG).data.template
+    template = config_file.load(TrainConfig, CONFIG).data.template
     rows = read_lines(path)
     bare = len(transformers_tokenizer.encode(rendered(transformers_tokenizer, "", template)))
     texts = [rendered(transformers_tokenizer, row["question"], template) for row in rows]

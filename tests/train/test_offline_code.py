@@ -7,9 +7,9 @@ import pytest
 
 import runs
 from oapl_jax import codenet as command
-from oapl_jax import config as configuration
+from oapl_jax import config_file, train
 from oapl_jax import tokenizer as tokenizers
-from oapl_jax import train
+from oapl_jax.config import TrainConfig
 from oapl_jax.data import codenet
 from oapl_jax.data.codenet_toy import NUMBERS, write_corpus
 from oapl_jax.metrics import read_metrics
@@ -55,7 +55,7 @@ def test_people_s_programs_train_a_model_and_nothing_is_scored(tmp_path):
         "evaluation": {"every": 0, "prompts": 1, "samples": 1, "final_samples": 1},
         "logging": {"progress": False, "tensorboard": False},
     }
-    train.run(configuration.validate(configuration.TrainConfig, config, source="tests"))
+    train.run(config_file.validate(TrainConfig, config, source="tests"))
     lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["step"] > 0]
     assert len(lines) == 3
     assert all(np.isfinite(line["learner/loss"]) and line["learner/grad_norm"] > 0 for line in lines)

@@ -7,8 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from oapl_jax import config as configuration
-from oapl_jax import train
+from oapl_jax import config_file, train
+from oapl_jax.config import TrainConfig
 from oapl_jax.metrics import NonFiniteError
 from oapl_jax.parity import ParityError
 from oapl_jax.rollouts.log import RolloutLog
@@ -139,7 +139,7 @@ def test_epochs_train_on_each_window_again(tmp_path):
 
 def test_grpo_and_filtered_groups_train(tmp_path):
     sections = {**BASE, "objective": {"name": "grpo"}, "run": {"dir": str(tmp_path / "grpo"), "steps": 5}}
-    grpo = configuration.validate(configuration.TrainConfig, sections, source="test")
+    grpo = config_file.validate(TrainConfig, sections, source="test")
     assert train.run(grpo)["steps"] == 5
     config = make_config(
         tmp_path / "filtered", run={"steps": 3}, objective={"drop_equal_reward_groups": True}, window={"sync_every": 2}
