@@ -9,7 +9,8 @@ import sys
 import pytest
 import yaml
 
-from oapl_jax import config
+from oapl_jax import config_file
+from oapl_jax.config import TrainConfig
 
 ROOT = pathlib.Path(__file__).parent.parent
 SCRIPT = ROOT / "launch/gke_tpu.sh"
@@ -135,8 +136,8 @@ def test_the_command_of_the_pod_is_one_that_the_program_accepts():
     (container,) = pod_spec(manifest("v5p-64", "--spot", *words))["containers"]
     python, dash_m, module, *argv = container["command"]
     assert (python, dash_m, module) == ("python", "-m", "oapl_jax.train")
-    parsed, _ = config.from_command_line(
-        config.TrainConfig, module, [str(ROOT / a) if a.endswith("yaml") else a for a in argv]
+    parsed, _ = config_file.from_command_line(
+        TrainConfig, module, [str(ROOT / a) if a.endswith("yaml") else a for a in argv]
     )
     assert parsed.learner.learning_rate == 1e-4
     assert parsed.run.dir == "gs://bucket/runs/demo"
