@@ -8,12 +8,17 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
-from orbax.checkpoint import v1 as ocp
+
+from oapl_jax.processes import Processes
 
 Tree = TypeVar("Tree")
 Meta = dict[str, Any]
 """Small JSON-like facts saved beside the arrays."""
+
+PEER_SECONDS = 1800.0
+"""For how long another process may take to load a checkpoint."""
 
 GOLDEN_RATIO = 0x9E3779B9
 """2^32 divided by it, odd: spreads positions over all bits."""
@@ -32,20 +37,32 @@ class Checkpoints:
 
     Orbax commits a checkpoint by a rename when it is whole, so a killed run leaves none half-written.
     It does not notice bits that changed on disk later: a fingerprint of the arrays, computed on their
-    devices, is saved with them and compared when they are loaded.
+    devices, is saved with them and compared when they are loaded. (Orbax's newer interface, ``v1``, cannot save
+    where only some processes of a job have the arrays; it reads what is saved here.)
+
+    Args:
+        directory: of the checkpoints.
+        keep: see above.
+        keep_every: see above.
+        processes: those that have the arrays, all of which make the same calls; None: this one alone.
     """
 
-    def __init__(self, directory: pathlib.Path, keep: int, keep_every: Sequence[int] = ()):
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        keep: int,
+        keep_every: Sequence[int] = (),
+        processes: Processes | None = None,
+    ):
         self._directory = directory.absolute()
         self._keep, self._keep_every = keep, keep_every
-        self._checkpointer = self._open()
-        self._saving: Any = None
+        self._processes = processes if processes is not None and len(processes.members) > 1 else None
+        self._manager = self._open()
 
     @property
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint that is being or was saved."""
-        latest = self._checkpointer.latest
-        return None if latest is None else latest.step
+        return self._manager.latest_step()
 
     def save(self, step: int, tree: Any, meta: Meta) -> None:
         """Copies the arrays to host memory and writes them in the background.
@@ -61,12 +78,14 @@ class Checkpoints:
             # Here a host "copy" is a view of the very buffer that the next train step donates.
             arrays = {name: jnp.copy(array) for name, array in arrays.items()}
         with self._explain():
-            self._saving = self._checkpointer.save_checkpointables_async(step, {"arrays": arrays, "meta": meta})
+            self._manager.save(
+                step, args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
+            )
 
     def wait(self) -> None:
         """Returns when the last save is on disk."""
         with self._explain():
-            self._saving.result()
+            self._manager.wait_until_finished()
 
     def restore(self, abstract_tree: Tree, note: Callable[[str], None]) -> tuple[int, Tree, Meta] | None:
         """Loads the newest checkpoint that can be loaded; None where there is none.
@@ -81,19 +100,21 @@ class Checkpoints:
             LayoutError: a checkpoint is of another model or optimizer.
             RuntimeError: there are checkpoints and none can be loaded.
         """
-        steps = sorted((checkpoint.step for checkpoint in self._checkpointer.checkpoints), reverse=True)
+        steps = sorted(self._manager.all_steps(), reverse=True)
         for step in steps:
+            loaded, problem = None, None
             try:
-                tree, meta = self._load(step, abstract_tree)
+                loaded = self._load(step, abstract_tree)
             except LayoutError:
                 raise
             except Exception as error:
-                damaged = self._set_aside(step)
-                note(
-                    f"checkpoint {step} cannot be loaded ({_first_line(error)}); moved to {damaged}, trying the one before"
-                )
-            else:
-                return step, tree, meta
+                problem = _first_line(error)
+            if self._processes is not None:
+                problem = self._processes.any_of(problem)
+            if loaded is not None and problem is None:
+                return step, *loaded
+            damaged = self._set_aside(step)
+            note(f"checkpoint {step} cannot be loaded ({problem}); moved to {damaged}, trying the one before")
         if steps:
             raise RuntimeError(
                 f"none of the checkpoints {steps} in {self._directory} can be loaded; see the messages above"
@@ -103,7 +124,7 @@ class Checkpoints:
     def close(self) -> None:
         """Waits for the last save and ends the background threads."""
         with self._explain():
-            self._checkpointer.close()
+            self._manager.close()
 
     @contextlib.contextmanager
     def _explain(self) -> Iterator[None]:
@@ -114,41 +135,56 @@ class Checkpoints:
             raise SaveError(f"a checkpoint cannot be written to {self._directory}: {_first_line(error)}") from error
 
     def _load(self, step: int, abstract_tree: Tree) -> tuple[Tree, Meta]:
-        abstract = {"arrays": flatten(abstract_tree), "meta": None}
-        meta = self._checkpointer.load_checkpointables(step, {"meta": None})["meta"]
-        if meta["layout"] != _layout(abstract["arrays"]):
+        abstract = flatten(abstract_tree)
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        if meta["layout"] != _layout(abstract):
             raise LayoutError(
                 f"checkpoint {step} in {self._directory} has arrays of other names, shapes or types than this config's"
                 " model and optimizer; choose another run.dir for another model"
             )
-        arrays = self._checkpointer.load_checkpointables(step, abstract)["arrays"]
-        found = fingerprint([arrays[name] for name in abstract["arrays"]])
+        arrays = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract)))[
+            "arrays"
+        ]
+        found = fingerprint([arrays[name] for name in abstract])
         if found != meta["fingerprint"]:
             raise ValueError(f"fingerprint {found:#010x} of the arrays is not the saved {meta['fingerprint']:#010x}")
-        structure = jax.tree.structure(abstract_tree)
-        return jax.tree.unflatten(structure, [arrays[name] for name in abstract["arrays"]]), meta
+        return jax.tree.unflatten(jax.tree.structure(abstract_tree), [arrays[name] for name in abstract]), meta
 
-    def _set_aside(self, step: int) -> pathlib.Path:
-        self._checkpointer.close()
-        source, target = self._directory / str(step), self._directory / f"{step}.damaged"
-        times = 1
-        while target.exists():
-            times += 1
-            target = target.with_name(f"{step}.damaged-{times}")
-        source.rename(target)
-        self._checkpointer = self._open()
+    def _set_aside(self, step: int) -> str:
+        self._manager.close()
+
+        def rename() -> str:
+            source, target = self._directory / str(step), self._directory / f"{step}.damaged"
+            times = 1
+            while target.exists():
+                times += 1
+                target = target.with_name(f"{step}.damaged-{times}")
+            source.rename(target)
+            return str(target)
+
+        target = rename() if self._processes is None else self._processes.agree(rename, PEER_SECONDS)
+        self._manager = self._open()
         return target
 
-    def _open(self) -> ocp.training.Checkpointer:
+    def _open(self) -> ocp.CheckpointManager:
+        managers: Any = ocp.checkpoint_managers  # Orbax's policies do not satisfy Orbax's protocols for a type checker
+        kept = [managers.LatestN(self._keep), *(managers.EveryNSteps(steps) for steps in self._keep_every if steps)]
+        processes = ocp.options.MultiprocessingOptions()
+        if self._processes is not None:
+            members, name = self._processes.members, self._processes.name
+            processes = ocp.options.MultiprocessingOptions(members[0], set(members), barrier_sync_key_prefix=name)
+        if self._processes is None or self._processes.is_leader:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        if self._processes is not None:
+            self._processes.wait()
         # The default policies decide by themselves what to save and keep everything.
-        training: Any = ocp.training  # Orbax's policies do not satisfy Orbax's protocols for a type checker
-        policies = training.preservation_policies
-        kept = [policies.LatestN(self._keep), *(policies.EveryNSteps(steps) for steps in self._keep_every if steps)]
-        return training.Checkpointer(
-            self._directory,
-            save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=policies.AnyPreservationPolicy(kept),
+        options = ocp.CheckpointManagerOptions(
+            save_decision_policy=managers.FixedIntervalPolicy(1),
+            preservation_policy=managers.AnyPreservationPolicy(kept),
+            create=False,
+            multiprocessing_options=processes,
         )
+        return ocp.CheckpointManager(self._directory, options=options)
 
 
 def flatten(tree: Any) -> dict[str, Any]:

@@ -384,7 +384,7 @@ class WindowConfig(Section):
     keep_checkpoints: bool = False
     """Save after each sync, and keep that checkpoint for good."""
     shard_groups: Count = 8
-    """mode detached: groups that a sampler leases at once and writes as one file."""
+    """Samplers in other processes: groups that one leases at once and writes as one file."""
     lease_seconds: Positive = 30.0
     """Seconds without a beat after which a process counts as gone: others take over its shards, or its run."""
     parity_tolerance: Positive = 1e-3
@@ -579,7 +579,7 @@ class TrainConfig(Section):
         elif self.mode == "offline":
             inert = {"run": {"shared_dir"}, "window": set(WindowConfig.model_fields) - IN_EVERY_MODE}
         else:
-            inert = {"run": {"shared_dir"}, "window": {"shard_groups"}}
+            inert = {"run": {"shared_dir"}}
         problems = [
             f"{section}.{name}: has no effect with mode={self.mode}; remove it"
             for section, names in inert.items()

@@ -1,4 +1,4 @@
-"""The trainer's side of detached samplers: it publishes policies, and follows the rollout log.
+"""The trainer's side of samplers in other processes: it hands them policies, and follows the rollout log.
 
 To ``train.py`` this is what ``Worker`` is: something that fills the buffer with graded groups of the version
 that it was given. The samplers are processes of ``oapl_jax.sample``, or of any other engine.
@@ -10,7 +10,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 from oapl_jax import storage
 from oapl_jax.policy_store import Holds, PolicyStore
@@ -28,17 +28,51 @@ SAMPLERS_FOLDER = "samplers"
 LEASES_FOLDER = "leases/shards"
 
 
-class DetachedSamplers:
-    """Publishes each version, and puts what appears in its log into the buffer; owns a thread.
+class Samplers(Protocol):
+    """Samplers in other processes, as their trainer sees them."""
+
+    def open_window(self, window: Window, params: Any) -> Metrics:
+        """Has a window sampled with these weights."""
+        ...
+
+    def finish(self, policy_version: int) -> None:
+        """Tells them that no other window comes."""
+        ...
+
+
+class Published:
+    """Samplers that read policies from a store, and come and go as they like.
+
+    Args:
+        publish: writes a version for a window.
+        store: where to.
+        holds: who uses which version.
+    """
+
+    def __init__(self, publish: Callable[[Window, Any], Metrics], store: PolicyStore, holds: Holds):
+        self._publish, self._store, self._holds = publish, store, holds
+
+    def open_window(self, window: Window, params: Any) -> Metrics:
+        """Publishes the weights, and removes versions that nobody uses any longer."""
+        metrics = self._publish(window, params)
+        self._store.collect(self._holds)
+        return metrics
+
+    def finish(self, policy_version: int) -> None:
+        """The run is over."""
+        self._store.finish(policy_version)
+
+
+class LogFollower:
+    """Opens windows for samplers, and puts what appears in the log into the buffer; owns a thread.
 
     Args:
         root: the shared folder of the run.
         log: of the run.
         buffer: takes what is finished.
-        publish: writes a version for a window.
-        store: of the policies.
-        holds: who uses which of them.
+        samplers: who sample.
         note: takes a sentence for the user.
+        is_leader: False: another process does the same, and it is the one that moves damaged files away.
     """
 
     def __init__(
@@ -46,13 +80,13 @@ class DetachedSamplers:
         root: SharedPath,
         log: RolloutLog,
         buffer: GroupBuffer,
-        publish: Callable[[Window, Any], Metrics],
-        store: PolicyStore,
-        holds: Holds,
+        samplers: Samplers,
         note: Callable[[str], None],
+        *,
+        is_leader: bool = True,
     ):
-        self._root, self._log, self._buffer, self._publish = root, log, buffer, publish
-        self._store, self._holds, self._note = store, holds, note
+        self._root, self._log, self._buffer, self._samplers = root, log, buffer, samplers
+        self._note, self._is_leader = note, is_leader
         self._version = -1
         self._known: set[int] = set()
         self._failures: collections.Counter[SharedPath] = collections.Counter()
@@ -64,12 +98,13 @@ class DetachedSamplers:
         self._last_time = time.perf_counter()
 
     def begin(self, window: Window, params: Any) -> None:
-        """Publishes the weights of a window; call before the buffer's ``open_window``.
+        """Hands the weights of a window to the samplers; call before the buffer's ``open_window``.
 
         Files of its version that cannot be read, from before a restart, are moved away and said.
         """
-        self._published = self._publish(window, params)
-        self._store.collect(self._holds)
+        self._published = self._samplers.open_window(window, params)
+        if not self._is_leader:
+            return
         shards = self._root / LEASES_FOLDER
         for name in storage.names(shards):
             if name.partition("-")[0] < f"{window.policy_version - 1:06d}":
@@ -92,11 +127,10 @@ class DetachedSamplers:
             self._thread.join(STOP_DEADLINE)
         if self._thread.is_alive():
             raise TimeoutError(f"the follower of the rollout log did not end within {STOP_DEADLINE:g} s")
-        self._holds.close()
 
     def finish(self, policy_version: int) -> None:
         """Tells the samplers that the run is over."""
-        self._store.finish(policy_version)
+        self._samplers.finish(policy_version)
 
     def report(self) -> Metrics:
         """Metrics since the last report, summed over the samplers that have said something since."""
@@ -144,7 +178,7 @@ class DetachedSamplers:
         try:
             return self._log.read_part(version, part)
         except ValueError as error:
-            self._failures[path] += 1
+            self._failures[path] += self._is_leader
             if self._failures[path] >= attempts:
                 with contextlib.suppress(FileNotFoundError):  # the other thread was first
                     aside = storage.move_aside(path, ".damaged")

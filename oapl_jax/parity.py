@@ -1,14 +1,16 @@
 """The parity gate: a freshly synced sampler and the learner must give tokens the same log-probabilities."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from oapl_jax.job import Job
+from oapl_jax.job import Job, SamplerJob
 from oapl_jax.learner.batch import from_pairs, place
 from oapl_jax.learner.step import make_scorer
 from oapl_jax.sampler.replicas import Replicas
 from oapl_jax.sampler.request import Request
+from oapl_jax.sharding import to_host
 
 PARITY_STREAM = 2**32 - 2
 """Stream of the sampling keys, see ``evaluation.held_out.EVALUATION_STREAM``."""
@@ -18,18 +20,16 @@ class ParityError(RuntimeError):
     """Sampler and learner disagree about the policy."""
 
 
-def check_parity(job: Job, learner_params: Any, sampler_params: Any) -> float:
-    """Samples a batch of rollouts, scores them with the learner, and compares.
+class Drawn(NamedTuple):
+    """A rollout of the sampler."""
 
-    With a truncated law (top-k, top-p) the sampler's log-probabilities are higher by right; the
-    comparison then measures that too, and the tolerance has to allow for it.
+    prompt_ids: np.ndarray
+    token_ids: np.ndarray
+    logprobs: np.ndarray
 
-    Returns:
-        Mean absolute difference in nats a token.
 
-    Raises:
-        ParityError: it exceeds ``window.parity_tolerance``.
-    """
+def draw(job: SamplerJob, sampler_params: Any) -> list[Drawn]:
+    """Samples a batch of rollouts, or as many as are decoded at once."""
     config = job.config
     replicas: Replicas[np.ndarray] = Replicas(job.engines, job.sampler_lock, fixed_shapes=True)
     prompts = [job.prompts[i] for i in range(min(job.groups_per_batch, config.sampler.groups_in_flight))]
@@ -43,15 +43,31 @@ def check_parity(job: Job, learner_params: Any, sampler_params: Any) -> float:
         )
         for i, prompt in enumerate(prompts)
     ]
-    pairs = [(ids, rollout) for ids, rollouts in replicas.run(sampler_params, requests) for rollout in rollouts]
+    finished = replicas.run(sampler_params, requests)
+    return [Drawn(ids, rollout.token_ids, rollout.logprobs) for ids, rollouts in finished for rollout in rollouts]
+
+
+def check_parity(job: Job, learner_params: Any, drawn: Sequence[Drawn]) -> float:
+    """Scores the sampler's rollouts with the learner, and compares.
+
+    With a truncated law (top-k, top-p) the sampler's log-probabilities are higher by right; the
+    comparison then measures that too, and the tolerance has to allow for it.
+
+    Returns:
+        Mean absolute difference in nats a token.
+
+    Raises:
+        ParityError: it exceeds ``window.parity_tolerance``.
+    """
+    config = job.config
     batch = from_pairs(
-        [(ids, rollout.token_ids) for ids, rollout in pairs],
+        [(rollout.prompt_ids, rollout.token_ids) for rollout in drawn],
         job.rows,
-        sampler_logprobs=[rollout.logprobs for _, rollout in pairs],
+        sampler_logprobs=[rollout.logprobs for rollout in drawn],
     )
     score = make_scorer(job.graphdef, temperature=config.sampler.temperature, vocab_size=job.tokenizer.vocab_size)
     with job.trainer_lock:
-        logprobs = np.asarray(score(learner_params, place(batch, job.rows))).reshape(batch.tokens.shape)
+        logprobs = to_host(score(learner_params, place(batch, job.rows))).reshape(batch.tokens.shape)
     difference = np.abs(logprobs - batch.sampler_logprobs)[batch.response_mask]
     mean = float(difference.mean())
     if not mean <= config.window.parity_tolerance:

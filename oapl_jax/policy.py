@@ -39,20 +39,15 @@ def load(model: ModelConfig, path: str | None, mesh: Mesh, seed: int, adapters: 
     Raises:
         ValueError: what cannot be read, and where; a tokenizer larger than the model's vocabulary.
     """
+    config, tokenizer = outline(model, path)
     if path is None:
-        config = read_config(pathlib.Path(str(model.config)))
         placed = shardings(qwen.abstract(config, param_dtype=model.param_dtype)[1], mesh, TRAINER_RULES)
         params = qwen.initialize(config, jax.random.key(seed), placed, param_dtype=model.param_dtype)
     else:
         try:
-            config, params = hf.load_params(path, mesh, TRAINER_RULES, model.param_dtype)
+            _, params = hf.load_params(path, mesh, TRAINER_RULES, model.param_dtype)
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"model.path: {error}") from error
-    tokenizer = tokenizers.load(model.tokenizer, path)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise ValueError(
-            f"model.tokenizer={model.tokenizer!r} has {tokenizer.vocab_size} ids, the model only {config.vocab_size}"
-        )
     graphdef, shapes = abstract(model, config, mesh, adapters)
     if adapters is not None and adapters.rank:
         placed = lora.trained(shardings(shapes, mesh, TRAINER_RULES))
@@ -62,6 +57,23 @@ def load(model: ModelConfig, path: str | None, mesh: Mesh, seed: int, adapters: 
 
         params = lora.attached(params, jax.jit(make, out_shardings=placed)())
     return Policy(config, graphdef, params, tokenizer)
+
+
+def outline(model: ModelConfig, path: str | None) -> tuple[qwen.QwenConfig, Tokenizer]:
+    """Architecture and tokenizer, without the weights; arguments and errors as ``load``."""
+    if path is None:
+        config = read_config(pathlib.Path(str(model.config)))
+    else:
+        try:
+            config = hf.load_config(hf.resolve(path))
+        except (FileNotFoundError, ValueError) as error:
+            raise ValueError(f"model.path: {error}") from error
+    tokenizer = tokenizers.load(model.tokenizer, path)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(
+            f"model.tokenizer={model.tokenizer!r} has {tokenizer.vocab_size} ids, the model only {config.vocab_size}"
+        )
+    return config, tokenizer
 
 
 def abstract(model: ModelConfig, config: qwen.QwenConfig, mesh: Mesh, adapters: LoraConfig | None) -> tuple[Any, Any]:

@@ -7,7 +7,6 @@
 Any engine that reads Hugging Face folders can follow it (docs/bring_your_own_sampler.md).
 """
 
-import contextlib
 import hashlib
 import json
 import pathlib
@@ -21,6 +20,7 @@ from jax.typing import DTypeLike
 
 from oapl_jax import storage
 from oapl_jax.model import hf, qwen
+from oapl_jax.processes import Processes
 from oapl_jax.rollouts.buffer import Window
 from oapl_jax.rollouts.lease import Lease, Leases
 from oapl_jax.rollouts.schema import SCHEMA_VERSION
@@ -75,6 +75,7 @@ class PolicyStore:
         params: Any,
         tokenizer: Tokenizer,
         dtype: DTypeLike | None = None,
+        writers: Processes | None = None,
     ) -> Metrics:
         """Writes a version and points to it. One that is whole already, from before a restart, is only pointed to.
 
@@ -84,31 +85,38 @@ class PolicyStore:
             params: of ``nnx.split(Qwen(...))[1]``.
             tokenizer: saved with them.
             dtype: of the weights in the file; default as they are.
+            writers: the processes that have the parameters, all of which call this.
 
         Returns:
             ``sync/publish_seconds`` and ``sync/publish_bytes``.
 
         Raises:
-            ValueError: the version is there and was published for another window.
+            ValueError: the version is there and was published for another window; several writers and no local folder.
         """
         start, version = time.perf_counter(), manifest.window.policy_version
-        folder = self.folder(version)
-        with contextlib.suppress(PolicyGoneError):
-            found = self.manifest(version)
-            if found._replace(files={}) != manifest:
-                raise ValueError(
-                    f"{folder} was published for another window, config or log ({found._replace(files={})}, now {manifest});"
-                    " batches.jsonl or the rollout log was changed in between: choose another run.dir"
-                )
-            self._point_to(Current(version, is_finished=False))
+        folder, local = self.folder(version), storage.is_local(self.directory)
+        is_leader = writers is None or writers.is_leader
+        if not local and writers is not None and len(writers.members) > 1:
+            raise ValueError(
+                f"{self.directory}: several processes write a policy in one folder; mount the bucket, or train in one process"
+            )
+        if writers is None:
+            is_there = self._is_published(manifest)
+        else:
+            is_there = writers.agree(lambda: self._is_published(manifest), hf.WRITE_DEADLINE)
+        if is_there:
+            if is_leader:
+                self._point_to(Current(version, is_finished=False))
             return {"sync/publish_seconds": time.perf_counter() - start, "sync/publish_bytes": 0}
-        storage.remove(folder)  # half of it, from a writer that was killed
-        local = storage.is_local(self.directory)
         parent = pathlib.Path(str(self.directory)) if local else pathlib.Path(tempfile.gettempdir())
-        parent.mkdir(parents=True, exist_ok=True)
         staged = parent / f".{version:06d}.staged"
-        shutil.rmtree(staged, ignore_errors=True)
-        hf.save_folder(staged, config, params, tokenizer, dtype)
+        if is_leader:
+            storage.remove(folder)  # half of it, from a writer that was killed
+            parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(staged, ignore_errors=True)
+        hf.save_folder(staged, config, params, tokenizer, dtype, writers)
+        if not is_leader:
+            return {"sync/publish_seconds": time.perf_counter() - start}
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
             files = dict(pool.map(_describe, sorted(staged.iterdir())))
         storage.put_folder(staged, folder)
@@ -117,6 +125,20 @@ class PolicyStore:
         self._point_to(Current(version, is_finished=False))
         num_bytes = sum(file["bytes"] for file in files.values())
         return {"sync/publish_seconds": time.perf_counter() - start, "sync/publish_bytes": num_bytes}
+
+    def _is_published(self, manifest: Manifest) -> bool:
+        """The version is whole, from before a restart."""
+        folder = self.folder(manifest.window.policy_version)
+        try:
+            found = self.manifest(manifest.window.policy_version)
+        except PolicyGoneError:
+            return False
+        if found._replace(files={}) != manifest:
+            raise ValueError(
+                f"{folder} was published for another window, config or log ({found._replace(files={})}, now {manifest});"
+                " batches.jsonl or the rollout log was changed in between: choose another run.dir"
+            )
+        return True
 
     def finish(self, policy_version: int) -> None:
         """Tells the samplers that the run is over."""

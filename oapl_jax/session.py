@@ -2,9 +2,12 @@
 
 import contextlib
 import dataclasses
+import functools
+import hashlib
+import io
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,17 +15,20 @@ import jax
 from oapl_jax import config_file, run_dir, storage
 from oapl_jax.checkpoint import Checkpoints
 from oapl_jax.config import TrainConfig
-from oapl_jax.detached import DetachedSamplers
-from oapl_jax.job import Job
+from oapl_jax.crew import Crew
+from oapl_jax.detached import LogFollower, Published
+from oapl_jax.evaluation.held_out import summarize
+from oapl_jax.job import Job, make_sampler_job
 from oapl_jax.learner.state import TrainState
 from oapl_jax.metrics import MetricsWriter, Progress
 from oapl_jax.offline import Rounds, StoppedError
 from oapl_jax.policy_store import Holds, Manifest, PolicyStore
-from oapl_jax.preemption import catch_sigterm
+from oapl_jax.preemption import EXIT_PREEMPTED, catch_sigterm
+from oapl_jax.processes import forward_preemption
 from oapl_jax.rollouts.buffer import GroupBuffer, Window
 from oapl_jax.rollouts.lease import Lease, Leases
 from oapl_jax.rollouts.log import BatchRecord, RolloutLog
-from oapl_jax.types import Metrics
+from oapl_jax.types import Metrics, RolloutGroup
 from oapl_jax.worker import Worker
 
 
@@ -60,6 +66,10 @@ class Place:
         self.asked_again, self.left_over, self.cursor = self.left_over, [], 0
 
 
+PEER_SECONDS = 1800.0
+"""For how long another process of the job may take to say what it has at hand."""
+
+
 class PreemptedError(Exception):
     """SIGTERM came; the state is saved."""
 
@@ -75,14 +85,17 @@ class Session:
     """The lagged weights that the sampler holds: version ``place.policy_version``."""
     checkpoints: Checkpoints
     log: RolloutLog
-    record: BatchRecord
-    writer: MetricsWriter
+    record: BatchRecord | None
+    """None, as the writer and the lease, in a process that another one leads."""
+    writer: MetricsWriter | None
     progress: Progress
     buffer: GroupBuffer
-    lease: Lease
+    lease: Lease | None
     """On the run directory: one trainer at a time."""
-    source: Worker | DetachedSamplers | Rounds
+    source: Worker | LogFollower | Rounds
     """Fills the buffer."""
+    crew: Crew | None
+    """The processes of this run, if there are several."""
     is_preempted: Callable[[], bool]
     started: float
     """Time up to which ``place.seconds`` does not count yet."""
@@ -120,8 +133,64 @@ class Session:
         self.buffer.open_window(
             **opened._asdict(),
             logged=self.log.read(place.policy_version),
-            batches=[indices(self.record.groups(s)) or [] for s in range(place.window_step + 1, place.step + 1)],
+            batches=self._taken(),
         )
+
+    def take(self, step: int) -> list[RolloutGroup] | None:
+        """The groups of a step's batch, recorded; None after SIGTERM. Of several processes the leader chooses.
+
+        Raises:
+            TimeoutError, RuntimeError, ValueError: as ``GroupBuffer.take``; the groups of two processes differ.
+        """
+        chosen: list[RolloutGroup] = []
+
+        def choose() -> dict[str, Any] | None:
+            assert self.record is not None
+            recorded = indices(self.record.groups(step))  # by a run that was killed after this step
+            chosen.extend(self._take(recorded, self.is_preempted))
+            if self.is_preempted():
+                return None
+            self._check_lease()
+            self.record.record(step, self.place.policy_version, [group.id for group in chosen])
+            return {"indices": [group.index for group in chosen], "digest": self.crew and _digest(chosen)}
+
+        deadline = self.job.config.window.deadline + PEER_SECONDS
+        batch = self.job.trainers.agree(choose, deadline, self.look)
+        if batch is None:
+            return None
+        if not chosen:
+            chosen = self._take(batch["indices"], lambda: False)
+            if _digest(chosen) != batch["digest"]:
+                raise RuntimeError(
+                    f"step {step}: the rollout log here has not the groups that the first trainer reads in it; do all"
+                    f" processes see the same run.dir={self.job.config.run.dir!r}?"
+                )
+        return chosen
+
+    def look(self) -> None:
+        """What a process does while it waits for others, and once a step."""
+        self.is_preempted()
+        if self.crew is not None:
+            self.crew.look()
+
+    def evaluate(self, params: Any, num_samples: int) -> Metrics:
+        """``evaluation/*`` of the sampler's copy of some weights."""
+        if self.crew is not None:
+            return self.crew.evaluate(params, num_samples)
+        return summarize(self.job.count_held_out(params, num_samples), self.job.held_out)
+
+    def _take(self, recorded: list[int] | None, is_cancelled: Callable[[], bool]) -> list[RolloutGroup]:
+        return self.buffer.take(self.job.groups_per_batch, self.job.config.window.deadline, is_cancelled, recorded)
+
+    def _taken(self) -> list[list[int]]:
+        """Indices of the groups of each batch that the window has given already."""
+
+        def read() -> list[list[int]]:
+            assert self.record is not None
+            steps = range(self.place.window_step + 1, self.place.step + 1)
+            return [indices(self.record.groups(step)) or [] for step in steps]
+
+        return self.job.trainers.agree(read, PEER_SECONDS)
 
     def _open_round(self, rounds: Rounds) -> None:
         """Opens a window whose groups are all there before its first step."""
@@ -132,19 +201,23 @@ class Session:
             self.progress.note(f"SIGTERM: saved at step {place.step}; the same command again goes on from here")
             raise PreemptedError from None
         self.progress.expect(min(self.job.config.run.steps, place.window_step + rounds.expected_steps))
-        steps = range(place.window_step + 1, place.step + 1)
         self.buffer.open_window(
             place.policy_version,
             start_position=0,
             num_groups=rounds.steps_per_epoch * self.job.groups_per_batch,
             logged=groups,
-            batches=[indices(self.record.groups(step)) or [] for step in steps],
+            batches=self._taken(),
         )
 
     def sampler_copy(self) -> Any:
         """The learner's weights of now, as the sampler would have them."""
         with self.job.sampler_lock:
             return self.job.sync(self.state.params)[0]
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Adds a line of metrics."""
+        if self.writer is not None:
+            self.writer.write(step, metrics)
 
     def save(self) -> None:
         """Begins to save the arrays and the place."""
@@ -158,9 +231,9 @@ class Session:
         now = time.perf_counter()
         self.place.seconds, self.started = self.place.seconds + now - self.started, now
 
-    def check_lease(self) -> None:
+    def _check_lease(self) -> None:
         """Stops a trainer that was frozen for so long that another may have taken its run."""
-        if not self.lease.is_held:
+        if self.lease is not None and not self.lease.is_held:
             raise RuntimeError(
                 "this trainer could not show that it is alive for window.lease_seconds="
                 f"{self.job.config.window.lease_seconds:g} (frozen, or run.dir cannot be written), and another may have"
@@ -172,16 +245,22 @@ def open_session(
     stack: contextlib.ExitStack, job: Job, state: TrainState, directory: pathlib.Path, started: float
 ) -> Session:
     """Opens files and threads, and restores the newest checkpoint that can be read, where there is one."""
-    config = job.config
+    config, is_leader = job.config, job.trainers.is_leader
     root = storage.shared_path(config.run.shared_dir or directory)
-    lease = _claim_run(stack, root, config)
-    progress = stack.enter_context(Progress(config.run.steps, enabled=config.logging.progress))
-    is_preempted = stack.enter_context(catch_sigterm())
+    lease = _claim_run(stack, root, config) if is_leader else None
+    job.trainers.wait()  # until the leader has the run
+    is_shown, stream = is_leader and config.logging.progress, None if is_leader else io.StringIO()
+    progress = stack.enter_context(Progress(config.run.steps, enabled=is_shown, stream=stream))
+    is_preempted = forward_preemption(stack.enter_context(catch_sigterm()))
     stack.callback(job.grader.close)
     keep_every = [config.checkpoint.keep_every, config.window.sync_every * config.window.keep_checkpoints]
-    checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep, keep_every)
+    checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep, keep_every, job.trainers)
     stack.callback(checkpoints.close)
     log, policies = RolloutLog(root / "rollouts", dataclasses.asdict(job.sampling)), PolicyStore(root / "policy")
+    crew = None
+    if jax.process_count() > 1:
+        crew = Crew(job, root, log, is_preempted)
+        stack.push(functools.partial(_dismiss, crew))
 
     place, sampler_params, is_changed = Place(), None, False
     restored = checkpoints.restore(_abstract(job, state), progress.note)
@@ -195,17 +274,24 @@ def open_session(
         # Groups of the old config must not meet the new one's: a new window, under a version of its own.
         with job.sampler_lock:
             sampler_params, _ = job.sync(state.params)
-        place.next_window(max([place.policy_version, *log.versions(), *policies.versions()]) + 1)
+        newest = job.trainers.agree(lambda: max([0, *log.versions(), *policies.versions()]), PEER_SECONDS)
+        place.next_window(max(place.policy_version, newest) + 1)
 
-    record = BatchRecord(directory / "batches.jsonl", forget_after=place.step if is_changed else None)
-    writer = stack.enter_context(
-        MetricsWriter(
-            directory,
-            resume_step=None if restored is None else place.step,
-            tensorboard=config.logging.tensorboard,
-            wandb_project=config.logging.wandb_project,
-            config=config.model_dump(),
+    record = (
+        BatchRecord(directory / "batches.jsonl", forget_after=place.step if is_changed else None) if is_leader else None
+    )
+    writer = (
+        stack.enter_context(
+            MetricsWriter(
+                directory,
+                resume_step=None if restored is None else place.step,
+                tensorboard=config.logging.tensorboard,
+                wandb_project=config.logging.wandb_project,
+                config=config.model_dump(),
+            )
         )
+        if is_leader
+        else None
     )
     buffer = job.make_buffer()
     if config.mode == "offline":
@@ -214,9 +300,12 @@ def open_session(
         source = Rounds(job, directory, log, is_preempted, progress.note)
         buffer = source.make_buffer()
     elif config.mode == "detached":
-        source = _follow_samplers(job, root, log, buffer, policies, progress.note)
+        samplers = _publish_policies(stack, job, root, policies, progress.note)
+        source = LogFollower(root, log, buffer, samplers, progress.note, is_leader=is_leader)
+    elif crew is not None:
+        source = LogFollower(root, log, buffer, crew, progress.note, is_leader=is_leader)
     else:
-        source = _make_worker(job, log, buffer)
+        source = job.make_worker(buffer, log)
     stack.callback(source.stop)
     return Session(
         job,
@@ -231,9 +320,30 @@ def open_session(
         buffer,
         lease,
         source,
+        crew,
         is_preempted,
         started,
     )
+
+
+def serve(config: TrainConfig) -> int:
+    """A process of the job that only samples, until the trainers dismiss it; returns its exit code."""
+    job, root = make_sampler_job(config), pathlib.Path(config.run.dir)
+    log = RolloutLog(root / "rollouts", dataclasses.asdict(job.sampling))
+    with contextlib.ExitStack() as stack:
+        stack.callback(job.grader.close)
+        is_preempted = forward_preemption(stack.enter_context(catch_sigterm()))
+        return Crew(job, root, log, is_preempted).serve()
+
+
+def _dismiss(crew: Crew, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+    """Ends the processes that sample as this one ends."""
+    if error is None:
+        crew.dismiss(0)
+    elif isinstance(error, PreemptedError):
+        crew.dismiss(EXIT_PREEMPTED)
+    else:
+        crew.close()
 
 
 def _claim_run(stack: contextlib.ExitStack, root: storage.SharedPath, config: TrainConfig) -> Lease:
@@ -248,48 +358,42 @@ def _claim_run(stack: contextlib.ExitStack, root: storage.SharedPath, config: Tr
     return lease
 
 
-def _make_worker(job: Job, log: RolloutLog, buffer: GroupBuffer) -> Worker:
-    """The sampler in threads of this process."""
-    config = job.config
-    return Worker(
-        job.engines,
-        job.prompts,
-        job.make_groups(),
-        buffer,
-        log,
-        sampling=job.sampling,
-        group_size=config.sampler.group_size,
-        seed=config.run.seed,
-        device_lock=job.sampler_lock,
-        finish_old=config.window.unfinished == "finish",
-    )
-
-
-def _follow_samplers(
+def _publish_policies(
+    stack: contextlib.ExitStack,
     job: Job,
     root: storage.SharedPath,
-    log: RolloutLog,
-    buffer: GroupBuffer,
     policies: PolicyStore,
     note: Callable[[str], None],
-) -> DetachedSamplers:
-    """The samplers in other processes, which read the config and the policies in ``root``."""
+) -> Published:
+    """For samplers that read the config and the policies in ``root``."""
     config = job.config
-    storage.replace(root / run_dir.CONFIG_FILE, config_file.to_yaml(config).encode())
+    if job.trainers.is_leader:
+        storage.replace(root / run_dir.CONFIG_FILE, config_file.to_yaml(config).encode())
     digest = run_dir.digest(config)
 
     def publish(window: Window, params: Any) -> Metrics:
         manifest = Manifest(window, config.window.shard_groups, digest, {})
-        return policies.publish(manifest, job.model_config, params, job.tokenizer)
+        return policies.publish(manifest, job.model_config, params, job.tokenizer, writers=job.trainers)
 
     holds = Holds(root / "leases" / "policies", config.window.lease_seconds)
+    stack.callback(holds.close)
     note(f"samplers: python -m oapl_jax.sample --run {root}")
-    return DetachedSamplers(root, log, buffer, publish, policies, holds, note)
+    return Published(publish, policies, holds)
 
 
 def indices(group_ids: list[str] | None) -> list[int] | None:
     """Places in their window of groups by id."""
     return None if group_ids is None else [int(group_id.rpartition("-")[2]) for group_id in group_ids]
+
+
+def _digest(groups: Sequence[RolloutGroup]) -> str:
+    """Of what a train step reads of groups."""
+    digest = hashlib.sha256()
+    for group in groups:
+        for item in group.rollouts:
+            digest.update(item.rollout.token_ids.tobytes() + item.rollout.logprobs.tobytes())
+            digest.update(f"{group.id} {item.advantage!r} {item.grade.verdict}".encode())
+    return digest.hexdigest()
 
 
 def _abstract(job: Job, state: TrainState) -> Any:

@@ -65,12 +65,15 @@ def make_meshes(mesh_config: MeshConfig, devices: Sequence[Any] | None = None) -
         devices: ``jax.Device`` objects that may be used; default ``jax.devices()``.
 
     Raises:
-        ValueError: the axes do not fit the devices; names the words, the sizes and the device count.
+        ValueError: the axes do not fit the devices, or the processes that have them; names the words, the sizes and the
+            device count.
     """
-    devices = list(jax.devices() if devices is None else devices)
+    # Those of a process one after the other: a process that only samples takes no part in training.
+    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id)) if devices is None else list(devices)
     trainer = _parse_axes("mesh.trainer", mesh_config.trainer)
     if mesh_config.sampler is None:
         mesh = _make_mesh("mesh.trainer", mesh_config.trainer, trainer, devices)
+        _check_processes(mesh_config, mesh, mesh, devices)
         return mesh, mesh
     sampler = _parse_axes("mesh.sampler", mesh_config.sampler)
     if -1 in trainer.values() and -1 in sampler.values():
@@ -86,7 +89,37 @@ def make_meshes(mesh_config: MeshConfig, devices: Sequence[Any] | None = None) -
         )
     trainer_mesh = _make_mesh("mesh.trainer", mesh_config.trainer, trainer, devices[: len(devices) - reserved])
     remaining = devices[trainer_mesh.size :]
-    return trainer_mesh, _make_mesh("mesh.sampler", mesh_config.sampler, sampler, remaining)
+    sampler_mesh = _make_mesh("mesh.sampler", mesh_config.sampler, sampler, remaining)
+    _check_processes(mesh_config, trainer_mesh, sampler_mesh, devices)
+    return trainer_mesh, sampler_mesh
+
+
+def processes_of(mesh: Mesh) -> list[int]:
+    """Processes that have devices of a mesh, ascending."""
+    return sorted({device.process_index for device in np.asarray(mesh.devices).flat})
+
+
+def _check_processes(mesh_config: MeshConfig, trainer: Mesh, sampler: Mesh, devices: Sequence[Any]) -> None:
+    """Refuses meshes that do not follow the borders of several processes."""
+    everyone = sorted({device.process_index for device in devices})
+    if len(everyone) == 1:
+        return
+    words = f"mesh.trainer={mesh_config.trainer!r}, mesh.sampler={mesh_config.sampler!r}"
+    counts = f"{len(everyone)} processes have {len(devices)} devices"
+    trainers, samplers = processes_of(trainer), processes_of(sampler)
+    if trainer is not sampler and (both := set(trainers) & set(samplers)):
+        raise ValueError(
+            f"{words}: process {min(both)} would have devices of both; {counts}: give each process to one of the two, or"
+            " all to both (mesh.sampler=null)"
+        )
+    if idle := set(everyone) - {*trainers, *samplers}:
+        raise ValueError(f"{words}: process {min(idle)} would have nothing to do; {counts}: use them all")
+    for replica in np.asarray(sampler.devices).reshape(-1, sampler.shape["tensor"]):
+        if len(owners := {device.process_index for device in replica}) > 1:
+            raise ValueError(
+                f"{words}: a sampler's replica, tensor={sampler.shape['tensor']}, would be of processes {sorted(owners)};"
+                " it has to be within one"
+            )
 
 
 def _parse_axes(name: str, words: str) -> dict[str, int]:
@@ -238,6 +271,22 @@ def copy_program(leaves: Sequence[Any], targets: Sequence[Any], dtype: DTypeLike
     # Overlapping device sets: device_put may alias the shards that stay where they are, so copy first.
     is_disjoint = not set.union(*(s.device_set for s in sources)) & set.union(*(t.device_set for t in targets))
     return (_copy_fn(sources, dtype) if dtype is not None or not is_disjoint else None), False
+
+
+def to_host(array: jax.Array) -> np.ndarray:
+    """The whole array, also of devices of several processes; these call it together."""
+    if array.is_fully_addressable or array.is_fully_replicated:
+        return np.asarray(array)
+    mesh = array.sharding.mesh  # pyright: ignore[reportAttributeAccessIssue]
+    return np.asarray(jax.jit(lambda x: x, out_shardings=replicated(mesh))(array))
+
+
+def to_devices(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that each process has whole, on the devices of them all."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    # device_put would compare the values of all processes of the job, also of those that only sample.
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def placed(tree: Any, places: Any) -> Any:

@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from oapl_jax.model import lora
 from oapl_jax.model.quantized import quantize_weights
-from oapl_jax.sharding import SAMPLER_RULES, copy_program, device_bytes, reshard, shardings
+from oapl_jax.sharding import SAMPLER_RULES, Rules, copy_program, device_bytes, reshard, shardings
 from oapl_jax.types import Metrics
 
 Path = tuple[Any, ...]
@@ -23,15 +23,24 @@ class WeightSync:
     They take the sampler's precision on the trainer's devices, before they travel: an int8 sampler costs
     a quarter of the bytes of float32 between meshes, and never holds the floats. Adapters are merged there.
     A chunk is in place before the next is begun, so no device holds more than one beside the old and the new weights.
+    For a sampler of other processes the copy is made on the trainer's own mesh, and goes from there (``transfer.py``).
 
     Args:
         abstract_params: the trainer's parameters, for their logical axes and shapes.
-        sampler_mesh: where the sampler runs; may be the trainer's own mesh.
+        mesh: where the copy goes: the sampler's mesh, or the trainer's own.
         dtype: precision of the sampler's weights; int8: of its matrices (``quantize_weights``).
         chunk_mib: MiB of a chunk on a sampler's device at most, but for a single larger parameter (of all layers).
+        rules: logical axes -> axes of the mesh.
     """
 
-    def __init__(self, abstract_params: Any, sampler_mesh: Mesh, dtype: DTypeLike, chunk_mib: int = 1024):
+    def __init__(
+        self,
+        abstract_params: Any,
+        mesh: Mesh,
+        dtype: DTypeLike,
+        chunk_mib: int = 1024,
+        rules: Rules = SAMPLER_RULES,
+    ):
         is_int8, has_adapters = jnp.dtype(dtype) == jnp.int8, lora.has_adapters(abstract_params)
         self._dtype = None if is_int8 else dtype
 
@@ -40,7 +49,7 @@ class WeightSync:
             return quantize_weights(params) if is_int8 else jax.tree.map(lambda leaf: leaf.astype(dtype), params)
 
         self._convert = jax.jit(convert) if is_int8 or has_adapters else None
-        self.shardings = shardings(self._sampler_shapes(abstract_params), sampler_mesh, SAMPLER_RULES)
+        self.shardings = shardings(self._sampler_shapes(abstract_params), mesh, rules)
         self.chunks = _chunks(self.abstract(abstract_params), chunk_mib * 2**20)
 
     def abstract(self, abstract_params: Any) -> Any:

@@ -8,6 +8,7 @@ Departures from the paper are in docs/departures.md. The same command again resu
 """
 
 import contextlib
+import functools
 import json
 import pathlib
 import sys
@@ -16,19 +17,18 @@ from typing import Any
 
 import jax
 
-from oapl_jax import config_file, report, run_dir, storage
+from oapl_jax import config_file, processes, report, run_dir, storage
 from oapl_jax.checkpoint import SaveError
 from oapl_jax.config import EXIT_BAD_CONFIG, TrainConfig
-from oapl_jax.evaluation.held_out import evaluate
-from oapl_jax.job import Job, describe, make_job
+from oapl_jax.job import describe, is_trainer, make_job
 from oapl_jax.learner import batch as batches
 from oapl_jax.metrics import Stopwatch, check_finite
 from oapl_jax.model import hf, lora
 from oapl_jax.model_card import write_card
 from oapl_jax.offline import Rounds
-from oapl_jax.parity import check_parity
+from oapl_jax.parity import check_parity, draw
 from oapl_jax.preemption import EXIT_PREEMPTED
-from oapl_jax.session import Place, PreemptedError, Session, indices, open_session
+from oapl_jax.session import Place, PreemptedError, Session, open_session, serve
 from oapl_jax.types import Metrics
 from oapl_jax.worker import Worker
 
@@ -48,8 +48,11 @@ def run(config: TrainConfig) -> dict[str, Any]:
     """
     started = time.perf_counter()
     run_dir.check_run(config, TrainConfig)
+    _check_processes(config)
     job, state = make_job(config)
-    directory = run_dir.open_run(config, TrainConfig)
+    directory = pathlib.Path(config.run.dir)
+    if job.trainers.is_leader:
+        run_dir.open_run(config, TrainConfig)
     with contextlib.ExitStack() as stack:
         session = open_session(stack, job, state, directory, started)
         is_new = session.sampler_params is None
@@ -64,15 +67,29 @@ def run(config: TrainConfig) -> dict[str, Any]:
         _learn(session)
         session.source.finish(session.place.policy_version)
         session.source.stop()
-        after = _evaluate(job, session.sampler_copy(), config.evaluation.final_samples)
+        after = session.evaluate(session.sampler_copy(), config.evaluation.final_samples)
         session.count_seconds()
     summary = _summarize(session.place, after)
-    (directory / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
     params = lora.merged(session.state.params)
-    exported = hf.save_folder(directory / EXPORT_FOLDER, job.model_config, params, job.tokenizer)
-    write_card(exported, config, directory, session.place.step, config.model.param_dtype)
-    report.write_report(directory)
+    exported = hf.save_folder(directory / EXPORT_FOLDER, job.model_config, params, job.tokenizer, writers=job.trainers)
+    if job.trainers.is_leader:
+        (directory / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+        write_card(exported, config, directory, session.place.step, config.model.param_dtype)
+        report.write_report(directory)
     return summary
+
+
+def _check_processes(config: TrainConfig) -> None:
+    """Refuses what one process alone can do."""
+    if jax.process_count() == 1:
+        return
+    problems = {
+        "mode=offline": config.mode == "offline",
+        "window.max_groups_ahead": config.window.max_groups_ahead is not None,
+        "window.unfinished=finish": config.window.unfinished == "finish",
+    }
+    if found := [name for name, is_wanted in problems.items() if is_wanted]:
+        raise ValueError(f"{found[0]}: not in a job of {jax.process_count()} processes; remove it, or use one process")
 
 
 def _warm_up(session: Session) -> None:
@@ -88,10 +105,11 @@ def _warm_up(session: Session) -> None:
 def _begin(session: Session) -> None:
     """Before step 1: the parity gate, pass@k of the start, the first checkpoint."""
     job, place = session.job, session.place
-    parity = check_parity(job, session.state.params, session.sampler_params)
+    drawn = session.crew.draw if session.crew is not None else functools.partial(draw, job)
+    parity = check_parity(job, session.state.params, drawn(session.sampler_params))
     session.progress.note(f"parity gate: sampler and learner differ by {parity:.2g} nats a token")
-    place.before = _evaluate(job, session.sampler_params, job.config.evaluation.final_samples)
-    session.writer.write(0, place.before)
+    place.before = session.evaluate(session.sampler_params, job.config.evaluation.final_samples)
+    session.write(0, place.before)
     session.save()
     session.checkpoints.wait()  # before the first group is logged: a checkpoint ties the log to this config
 
@@ -106,15 +124,12 @@ def _learn(session: Session) -> None:
         start = time.perf_counter()
         step = place.step + 1
         with timer("learner/wait_seconds"):
-            recorded = indices(session.record.groups(step))  # by a run that was killed after this step
-            groups = buffer.take(job.groups_per_batch, config.window.deadline, session.is_preempted, recorded)
-        if session.is_preempted():
+            groups = session.take(step)
+        if groups is None:
             if session.checkpoints.latest_step != place.step:
                 session.save()
             session.progress.note(f"SIGTERM: saved at step {place.step}; the same command again goes on from here")
             raise PreemptedError
-        session.check_lease()
-        session.record.record(step, place.policy_version, [group.id for group in groups])
 
         # Train on the batch (paper Eq. 3).
         batch = batches.from_groups(groups, job.rows)
@@ -142,12 +157,12 @@ def _learn(session: Session) -> None:
 
         if config.evaluation.every and step % config.evaluation.every == 0 and step < last_step:
             with timer("evaluation/seconds"):
-                metrics |= _evaluate(job, session.sampler_copy(), config.evaluation.samples)
+                metrics |= session.evaluate(session.sampler_copy(), config.evaluation.samples)
         metrics |= timer.collect() | session.source.report()
         metrics["learner/seconds"] = time.perf_counter() - start
         metrics["learner/padding"] = batches.padding(batch, job.rows)
         metrics["learner/tokens_per_second"] = float(batch.response_mask.sum()) / metrics["learner/seconds"]
-        session.writer.write(step, metrics)
+        session.write(step, metrics)
         session.progress.update(step, metrics)
         is_kept = config.window.keep_checkpoints and step == place.window_step
         if step % config.checkpoint.every == 0 or step == last_step or not session.is_open or is_kept:
@@ -168,7 +183,7 @@ def _sync(session: Session) -> Metrics:
 def _end_epoch(session: Session, rounds: Rounds) -> Metrics:
     """Evaluates the model, writes it as a Hugging Face folder, and notes both."""
     place, job = session.place, session.job
-    metrics = _evaluate(job, session.sampler_copy(), job.config.evaluation.samples)
+    metrics = session.evaluate(session.sampler_copy(), job.config.evaluation.samples)
     epoch = (place.step - place.window_step) // rounds.steps_per_epoch
     folder = pathlib.Path(job.config.run.dir) / EPOCHS_FOLDER / f"{rounds.number:02}-{epoch:02}"
     hf.save_folder(folder, job.model_config, lora.merged(session.state.params), job.tokenizer)
@@ -176,20 +191,6 @@ def _end_epoch(session: Session, rounds: Rounds) -> Metrics:
     place.epochs.append({**done, **_pass_at(metrics)})
     session.progress.note(f"round {rounds.number}, epoch {epoch}: pass@1 {metrics['evaluation/pass@1']:.3f}")
     return metrics
-
-
-def _evaluate(job: Job, sampler_params: Any, num_samples: int) -> Metrics:
-    return evaluate(
-        job.engines,
-        sampler_params,
-        job.held_out,
-        job.tokenizer.decode,
-        job.grader,
-        sampling=job.evaluation_sampling,
-        num_samples=num_samples,
-        seed=job.config.run.seed,
-        device_lock=job.sampler_lock,
-    ).metrics
 
 
 def _summarize(place: Place, after: Metrics) -> dict[str, Any]:
@@ -228,23 +229,38 @@ def _table(summary: dict[str, Any], directory: pathlib.Path) -> str:
     return "\n".join(lines)
 
 
+def _take_part(config: TrainConfig) -> int:
+    """This process's part of the run: the learner's, or a sampler's in a job of several; returns the exit code."""
+    if not is_trainer(config):
+        return serve(config)
+    try:
+        summary = run(config)
+    except PreemptedError:
+        return EXIT_PREEMPTED
+    if jax.process_index() == 0:
+        print(_table(summary, pathlib.Path(config.run.dir)))
+    return 0
+
+
 def main(argv: list[str]) -> None:
     """Command line; exit codes: 0 done, 1 the run failed, 2 the config is wrong, 42 saved after SIGTERM."""
-    config, arguments = config_file.from_command_line(TrainConfig, "oapl_jax.train", argv)
-    run_dir.use_compile_cache(config.run.compile_cache)
+    config, arguments = config_file.from_command_line(TrainConfig, "oapl_jax.train", argv, processes.add_options)
     try:
+        processes.initialize(arguments)
+        run_dir.use_compile_cache(config.run.compile_cache)
         if arguments.dry_run:
             job, state = make_job(config, make_warm_start=False)
             job.grader.close()
             print(config_file.to_yaml(config))
             print(describe(job, state))
             return
-        print(_table(run(config), pathlib.Path(config.run.dir)))
+        with processes.telling_failures():
+            exit_code = _take_part(config)
+        if exit_code:
+            raise SystemExit(exit_code)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_CONFIG) from None
-    except PreemptedError:
-        raise SystemExit(EXIT_PREEMPTED) from None
     except (OSError, SaveError) as error:
         if isinstance(error, OSError) and error.errno not in storage.DISK_ERRORS:
             raise

@@ -30,10 +30,12 @@ LAYERS = {
     "storage": 1,
     "topology": 1,
     "hlo": 1,
+    "processes": 1,
     # what is stored and what is computed
     "run_dir": 2,
     "rollouts": 2,
     "model": 2,
+    "transfer": 2,
     # the two sides
     "policy": 3,
     "sampler": 3,
@@ -58,13 +60,14 @@ LAYERS = {
     "job": 6,
     "evaluate": 7,
     "parity": 7,
+    "crew": 8,
     "generate": 7,
     "offline": 7,
     "programs": 7,
     "sample": 7,
     "preflight": 8,
-    "session": 8,
-    "train": 9,
+    "session": 9,
+    "train": 10,
 }
 VAGUE = {"utils", "util", "common", "base", "helpers", "misc", "tools"}
 

@@ -18,14 +18,15 @@ EVALUATION_STREAM = 2**32 - 1
 """Stream of the sampling keys; policy versions, which number the training streams, never get there."""
 
 
-class Evaluation(NamedTuple):
-    """Counts by problem, and what is reported."""
+class Counts(NamedTuple):
+    """What was sampled, by problem ``[N]``."""
 
-    num_samples: np.ndarray
-    """[N] samples with a verdict."""
-    num_correct: np.ndarray
-    metrics: Metrics
-    """``evaluation/pass@k`` for powers of two up to the samples of the least-sampled problem, and the mean length."""
+    sampled: np.ndarray
+    graded: np.ndarray
+    """Samples with a verdict."""
+    correct: np.ndarray
+    tokens: np.ndarray
+    """Of the responses together."""
 
 
 def evaluate(
@@ -39,14 +40,26 @@ def evaluate(
     num_samples: int,
     seed: int,
     device_lock: AbstractContextManager,
-) -> Evaluation:
-    """Samples every prompt ``num_samples`` times and grades the responses.
+    part: int = 0,
+    num_parts: int = 1,
+) -> Counts:
+    """Samples prompts ``num_samples`` times each and grades the responses.
 
     The same seed draws the same random numbers for every policy, so that two evaluations of one run
-    differ by the policy alone. Samples whose verdict is invalid are left out of the counts.
+    differ by the policy alone. Of several processes that share the prompts, each counts zeros for those of the others.
 
-    Raises:
-        ValueError: every sample of a problem is invalid.
+    Args:
+        engines: of this process.
+        params: the policy.
+        prompts: all of them.
+        decode: token ids to text.
+        grader: of the responses.
+        sampling: law of the samples.
+        num_samples: of each prompt.
+        seed: of the run.
+        device_lock: see ``Scheduler``.
+        part: of the prompts, that is sampled here: each ``num_parts``-th, from this one on.
+        num_parts: processes that share them.
     """
     replicas: Replicas[tuple[int, Prompt]] = Replicas(engines, device_lock, fixed_shapes=True)
     requests = [
@@ -58,17 +71,31 @@ def evaluate(
             sampling,
             needs_logprobs=False,
         )
-        for i, prompt in enumerate(prompts)
+        for i, prompt in list(enumerate(prompts))[part::num_parts]
     ]
-    counts, correct = np.zeros(len(prompts), int), np.zeros(len(prompts), int)
-    lengths: list[int] = []
+    counts = Counts(*(np.zeros(len(prompts), int) for _ in Counts._fields))
     for (index, prompt), rollouts in replicas.run(params, requests):
         grades = grader.grade([(prompt, decode(r.token_ids.tolist()), r.finish_reason) for r in rollouts])
-        counts[index] += sum(grade.verdict is not Verdict.INVALID for grade in grades)
-        correct[index] += sum(grade.verdict is Verdict.CORRECT for grade in grades)
-        lengths += [len(rollout.token_ids) for rollout in rollouts]
-    if counts.min() == 0:
-        raise ValueError(f"evaluation: every sample of prompt {prompts[int(counts.argmin())].id} was invalid")
-    ks = [2**i for i in range(int(counts.min()).bit_length())]
-    metrics = {f"evaluation/{name}": value for name, value in passk.summarize(counts, correct, ks).items()}
-    return Evaluation(counts, correct, {**metrics, "evaluation/response_tokens": float(np.mean(lengths))})
+        counts.sampled[index] = len(rollouts)
+        counts.graded[index] = sum(grade.verdict is not Verdict.INVALID for grade in grades)
+        counts.correct[index] = sum(grade.verdict is Verdict.CORRECT for grade in grades)
+        counts.tokens[index] = sum(len(rollout.token_ids) for rollout in rollouts)
+    return counts
+
+
+def summarize(counts: Counts, prompts: Sequence[Prompt]) -> Metrics:
+    """``evaluation/pass@k`` for powers of two up to the samples of the least-sampled problem, and the mean length.
+
+    Samples whose verdict is invalid are left out.
+
+    Raises:
+        ValueError: every sample of a problem is invalid.
+    """
+    fewest = int(counts.graded.min())
+    if fewest == 0:
+        raise ValueError(f"evaluation: every sample of prompt {prompts[int(counts.graded.argmin())].id} was invalid")
+    ks = [2**i for i in range(fewest.bit_length())]
+    metrics = {
+        f"evaluation/{name}": value for name, value in passk.summarize(counts.graded, counts.correct, ks).items()
+    }
+    return {**metrics, "evaluation/response_tokens": float(counts.tokens.sum() / counts.sampled.sum())}

@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Int
 
 from oapl_jax.learner.packing import pack
-from oapl_jax.sharding import row_sharding, row_shards, token_sharding
+from oapl_jax.sharding import row_sharding, row_shards, to_devices, token_sharding
 from oapl_jax.types import FinishReason, Metrics, RolloutGroup, TrainBatch, Verdict
 
 SHORTEST_ROW = 16
@@ -144,8 +144,8 @@ def from_pairs(
 def place(batch: TrainBatch, layout: RowLayout) -> TrainBatch:
     """The batch on the devices of the layout's mesh, with a leading axis of micro-batches ``[A, B/A, ...]``."""
     rows = layout.micro_batch_rows or len(batch.tokens)
-    split = [array.reshape(-1, rows, array.shape[1]) for array in batch]
-    return jax.device_put(TrainBatch(*split), None if layout.mesh is None else shardings(layout.mesh))
+    split = TrainBatch(*[array.reshape(-1, rows, array.shape[1]) for array in batch])
+    return jax.device_put(split) if layout.mesh is None else jax.tree.map(to_devices, split, shardings(layout.mesh))
 
 
 def shardings(mesh: Mesh) -> TrainBatch:

@@ -9,7 +9,9 @@ from the devices to the file.
 ``LAYOUT`` is the only place that knows Hugging Face's names and shapes.
 """
 
+import collections
 import contextlib
+import functools
 import itertools
 import json
 import math
@@ -17,7 +19,8 @@ import pathlib
 import shutil
 import uuid
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import IO, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +33,8 @@ from safetensors import SafetensorError, safe_open
 
 from oapl_jax.config import LoraConfig
 from oapl_jax.model import lora, qwen
-from oapl_jax.sharding import Rules, shardings
+from oapl_jax.processes import Processes
+from oapl_jax.sharding import Rules, replicated, shardings
 from oapl_jax.tokenizer import Tokenizer
 
 CONFIG_FILE = "config.json"
@@ -41,6 +45,11 @@ ADAPTER_CONFIG_FILE = "adapter_config.json"
 ADAPTER_FILE = "adapter_model.safetensors"
 SHARD_BYTES = 5 * 10**9
 """Hugging Face's own limit of a weights file."""
+
+WRITE_DEADLINE = 1800.0
+"""For how long the writers of a folder wait for each other."""
+QUEUED_BLOCKS = 2
+"""Tensors on the devices that a writer has not written yet."""
 
 HOST_BYTES = 2**30
 """Parameters up to this size come to the host whole to be written, larger ones layer by layer."""
@@ -323,6 +332,7 @@ def save_folder(
     params: Any,
     tokenizer: Tokenizer | None = None,
     dtype: DTypeLike | None = None,
+    writers: Processes | None = None,
 ) -> pathlib.Path:
     """Writes a model folder that ``transformers``, vLLM and ``load_params`` read.
 
@@ -332,17 +342,20 @@ def save_folder(
     Args:
         folder: where.
         config: the architecture.
-        params: of ``nnx.split(Qwen(...))[1]``, on the devices of this process.
+        params: of ``nnx.split(Qwen(...))[1]``.
         tokenizer: saved with the weights.
         dtype: of the weights in the file; default as they are.
+        writers: the processes that have the parameters, all of which call this; each writes files of its own.
 
     Returns:
         The folder.
     """
     folder = pathlib.Path(folder)
-    with _written_beside(folder) as partial:
+    with _written_beside(folder, writers) as partial:
         dtype = jnp.dtype(params.embedding.dtype if dtype is None else dtype)
-        _write_weights(partial, config, params, dtype)
+        _write_weights(partial, config, params, dtype, writers)
+        if writers is not None and not writers.is_leader:
+            return folder
         _write_json(partial / CONFIG_FILE, config.to_hf() | {"torch_dtype": dtype.name})
         if tokenizer is not None:
             tokenizer.save(partial)
@@ -393,13 +406,24 @@ def save_adapter(
 
 
 @contextlib.contextmanager
-def _written_beside(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+def _written_beside(folder: pathlib.Path, writers: Processes | None = None) -> Iterator[pathlib.Path]:
     """A folder that takes the place of ``folder`` when it is whole, and is gone after an error."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
-    partial.mkdir()
+
+    def make() -> str:
+        partial = folder.parent / f".{folder.name}.{uuid.uuid4().hex[:8]}.partial"
+        partial.mkdir(parents=True)
+        return str(partial)
+
+    partial = pathlib.Path(make() if writers is None else writers.agree(make, WRITE_DEADLINE))
+    if writers is not None and not writers.is_leader:
+        yield partial
+        writers.wait()  # all files are there
+        writers.wait()  # and in their place
+        return
     try:
         yield partial
+        if writers is not None:
+            writers.wait()
         if folder.exists():
             replaced = partial.with_suffix(".replaced")
             folder.rename(replaced)
@@ -407,6 +431,8 @@ def _written_beside(folder: pathlib.Path) -> Iterator[pathlib.Path]:
             shutil.rmtree(replaced)
         else:
             partial.rename(folder)
+        if writers is not None:
+            writers.wait()
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -423,29 +449,87 @@ def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _write_weights(folder: pathlib.Path, config: qwen.QwenConfig, params: Any, dtype: np.dtype) -> None:
-    """One file, or several of at most ``SHARD_BYTES`` with an index."""
+def _write_weights(
+    folder: pathlib.Path, config: qwen.QwenConfig, params: Any, dtype: np.dtype, writers: Processes | None
+) -> None:
+    """One file, or several of at most ``SHARD_BYTES`` with an index: at least one for each writer."""
+    tensors = list(_all_tensors(config, params))
+    sizes = [math.prod(shape) * dtype.itemsize for _, _, shape, _ in tensors]
+    limit = min(SHARD_BYTES, -(-sum(sizes) // (1 if writers is None else len(writers.members))))
     shards: list[list[Any]] = [[]]
-    num_bytes = total = 0
-    for tensor in _all_tensors(config, params):
-        size = math.prod(tensor[2]) * dtype.itemsize
-        if num_bytes and num_bytes + size > SHARD_BYTES:
+    num_bytes = 0
+    for tensor, size in zip(tensors, sizes, strict=True):
+        if num_bytes and num_bytes + size > limit:
             shards.append([])
             num_bytes = 0
         shards[-1].append(tensor)
-        num_bytes, total = num_bytes + size, total + size
+        num_bytes += size
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
-        _write_safetensors(folder / WEIGHTS_FILE, shards[0], dtype)
+        names = [WEIGHTS_FILE]
+    elif writers is None or writers.is_leader:
+        weight_map = {tensor[0]: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        _write_json(folder / INDEX_FILE, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
+    files = dict(zip([folder / name for name in names], shards, strict=True))
+    if writers is not None and len(writers.members) > 1:
+        _write_together(files, dtype, writers)
         return
-    weight_map = {}
-    for i, shard in enumerate(shards, start=1):
-        file_name = f"model-{i:05d}-of-{len(shards):05d}.safetensors"
-        _write_safetensors(folder / file_name, shard, dtype)
-        weight_map |= {name: file_name for name, *_ in shard}
-    _write_json(folder / INDEX_FILE, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    for path, shard in files.items():
+        _write_safetensors(path, shard, dtype)
+
+
+def _write_together(files: dict[pathlib.Path, list[Any]], dtype: np.dtype, writers: Processes) -> None:
+    """Each process writes its share of the files, while tensors of all files come by turns to all hosts' devices."""
+    mine = list(files)[writers.rank :: len(writers.members)]
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(1))
+        handles = {path: stack.enter_context(path.open("wb")) for path in mine}
+        for path, handle in handles.items():
+            handle.write(_header(files[path], dtype))
+        pending: collections.deque[Future[None]] = collections.deque()
+        for row in itertools.zip_longest(*files.values()):
+            for path, tensor in zip(files, row, strict=True):
+                if tensor is None:
+                    continue
+                _, layout, _, (leaf, index) = tensor
+                array = leaf[...]
+                gathered = _gathered(array, np.array(index, np.int32), layout.order, dtype.name, array.sharding.mesh)
+                if path in handles:
+                    pending.append(pool.submit(_write_block, handles[path], gathered))
+                if len(pending) > QUEUED_BLOCKS:
+                    pending.popleft().result()
+        for block in pending:
+            block.result()
+
+
+@functools.partial(jax.jit, static_argnames=("order", "dtype", "mesh"))
+def _gathered(array: jax.Array, index: jax.Array, order: tuple[int, ...], dtype: str, mesh: Mesh) -> jax.Array:
+    """One tensor of a stacked parameter, with the dimensions of the file, on every device."""
+    tensor = array[tuple(index)].astype(dtype).transpose(order)
+    return jax.lax.with_sharding_constraint(tensor, replicated(mesh))
+
+
+def _write_block(file: IO[bytes], block: jax.Array) -> None:
+    file.write(np.ascontiguousarray(block.addressable_data(0)).view(np.uint8).data)
 
 
 def _write_safetensors(path: pathlib.Path, tensors: list[Any], dtype: np.dtype) -> None:
+    with path.open("wb") as file:
+        file.write(_header(tensors, dtype))
+        host: tuple[Any, np.ndarray] | None = None
+        for _, layout, _, (leaf, index) in tensors:
+            if leaf.nbytes > HOST_BYTES:
+                block = _arranged(leaf[...][index], layout.order, dtype)
+            else:
+                if host is None or host[0] is not leaf:  # the tensors of a parameter follow one another
+                    stacked = range(layout.num_stacked)
+                    order = (*stacked, *(layout.num_stacked + dim for dim in layout.order))
+                    host = leaf, _arranged(leaf[...], order, dtype)
+                block = host[1][index]
+            file.write(block.view(np.uint8).data)
+
+
+def _header(tensors: list[Any], dtype: np.dtype) -> bytes:
     """The format by hand, because the library's writer wants all tensors in memory at once.
 
     8 bytes: length of the header; the header: JSON of dtypes, shapes and offsets; then the data.
@@ -459,20 +543,7 @@ def _write_safetensors(path: pathlib.Path, tensors: list[Any], dtype: np.dtype) 
         offset = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)  # data starts aligned
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little"))
-        file.write(encoded)
-        host: tuple[Any, np.ndarray] | None = None
-        for _, layout, _, (leaf, index) in tensors:
-            if leaf.nbytes > HOST_BYTES:
-                block = _arranged(leaf[...][index], layout.order, dtype)
-            else:
-                if host is None or host[0] is not leaf:  # the tensors of a parameter follow one another
-                    stacked = range(layout.num_stacked)
-                    order = (*stacked, *(layout.num_stacked + dim for dim in layout.order))
-                    host = leaf, _arranged(leaf[...], order, dtype)
-                block = host[1][index]
-            file.write(block.view(np.uint8).data)
+    return len(encoded).to_bytes(8, "little") + encoded
 
 
 def _arranged(array: jax.Array, order: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

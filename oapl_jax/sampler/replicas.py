@@ -147,6 +147,7 @@ class Replicas(Generic[Tag]):
             scheduler.abort()
 
     def _split(self, params: Params) -> list[Params]:
-        if len(self._meshes) == 1:
+        everywhere = {device for leaf in jax.tree.leaves(params)[:1] for device in leaf.sharding.device_set}
+        if len(self._meshes) == 1 and everywhere <= set(np.asarray(self._meshes[0].devices).flat):
             return [params]
         return [replica_params(params, mesh) for mesh in self._meshes]
