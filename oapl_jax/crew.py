@@ -83,6 +83,9 @@ class Crew:
         """Trainers: rollouts for the parity gate, drawn by the first sampler."""
         digest, *_ = self._order("draw", params, {})
         arrays = np.load(io.BytesIO(self._read(PARITY_FILE, digest)))
+        self._job.trainers.wait()  # all have read it
+        if self._job.trainers.is_leader:
+            storage.remove(self._root / PARITY_FILE)
         count = len(Drawn._fields)
         return [Drawn(*(arrays[f"arr_{i + k}"] for k in range(count))) for i in range(0, len(arrays.files), count)]
 

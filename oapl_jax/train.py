@@ -261,6 +261,9 @@ def main(argv: list[str]) -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(EXIT_BAD_CONFIG) from None
+    except processes.PeerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except (OSError, SaveError) as error:
         if isinstance(error, OSError) and error.errno not in storage.DISK_ERRORS:
             raise

@@ -153,8 +153,8 @@ class Transfer:
 
         def pack(leaves: list[Array], start: Array) -> UInt16[Array, "rows lanes"]:
             parts = [
-                jax.lax.dynamic_slice_in_dim(leaf, start, piece.shape[0]) if piece.is_stacked else leaf
-                for piece, leaf in zip(pieces, leaves, strict=True)
+                jax.lax.dynamic_slice_in_dim(bits, start, piece.shape[0]) if piece.is_stacked else bits
+                for piece, bits in zip(pieces, map(_bits, leaves), strict=True)
             ]
             words = jnp.concatenate([_to_words(part) for part in parts])
             return jnp.pad(words, (0, num_words - words.size)).reshape(-1, LANES)
@@ -184,9 +184,11 @@ class Transfer:
             for piece, leaf in zip(pieces, leaves, strict=True):
                 local = self._local_shape(piece)
                 end = offset + _num_words(local, piece.dtype)
-                parts = _from_words(by_sender[:, offset:end], local, piece.dtype)
-                whole = _joined(parts.reshape(*sizes, *local), piece.spec)
-                filled.append(jax.lax.dynamic_update_slice_in_dim(leaf, whole, start, 0) if piece.is_stacked else whole)
+                parts = _from_words(by_sender[:, offset:end], local, piece.dtype.itemsize)
+                bits = _joined(parts.reshape(*sizes, *local), piece.spec)
+                if piece.is_stacked:
+                    bits = jax.lax.dynamic_update_slice_in_dim(_bits(leaf), bits, start, 0)
+                filled.append(jax.lax.bitcast_convert_type(bits, piece.dtype))
                 offset = end
             return filled
 
@@ -242,9 +244,14 @@ def _num_words(shape: tuple[int, ...], dtype: np.dtype) -> int:
     return -(-math.prod(shape) * dtype.itemsize // 2)
 
 
-def _to_words(part: Array) -> UInt16[Array, "words"]:
-    """The bits of an array; of 32-bit numbers all low halves before all high ones, of bytes two in a word."""
-    bits = jax.lax.bitcast_convert_type(part, f"uint{8 * part.dtype.itemsize}").reshape(-1)
+def _bits(array: Array) -> Array:
+    """As unsigned integers of the same width: compilers change NaNs, and widen bfloat16, where they see floats."""
+    return jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
+
+
+def _to_words(bits: Array) -> UInt16[Array, "words"]:
+    """Bits in words: of 32-bit numbers all low halves before all high ones, of bytes two in a word."""
+    bits = bits.reshape(-1)
     if bits.dtype.itemsize == 2:
         return bits
     if bits.dtype.itemsize == 4:
@@ -253,16 +260,16 @@ def _to_words(part: Array) -> UInt16[Array, "words"]:
     return low | high << 8
 
 
-def _from_words(words: UInt16[Array, "senders words"], shape: tuple[int, ...], dtype: np.dtype) -> Array:
+def _from_words(words: UInt16[Array, "senders words"], shape: tuple[int, ...], itemsize: int) -> Array:
     """``_to_words`` backwards: ``[senders, *shape]``."""
-    if dtype.itemsize == 2:
+    if itemsize == 2:
         bits = words
-    elif dtype.itemsize == 4:
+    elif itemsize == 4:
         low, high = jnp.split(words.astype(jnp.uint32), 2, axis=1)
         bits = low | high << 16
     else:
         bits = jnp.concatenate([words & 0xFF, words >> 8], axis=1).astype(jnp.uint8)[:, : math.prod(shape)]
-    return jax.lax.bitcast_convert_type(bits, dtype).reshape(-1, *shape)
+    return bits.reshape(-1, *shape)
 
 
 def _joined(parts: Array, spec: P) -> Array:
