@@ -69,10 +69,10 @@ def make_meshes(mesh_config: MeshConfig, devices: Sequence[Any] | None = None) -
             device count.
     """
     # Those of a process one after the other: a process that only samples takes no part in training.
-    devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id)) if devices is None else list(devices)
+    devices = sorted(jax.devices() if devices is None else devices, key=lambda device: device.process_index)
     trainer = _parse_axes("mesh.trainer", mesh_config.trainer)
     if mesh_config.sampler is None:
-        mesh = _make_mesh("mesh.trainer", mesh_config.trainer, trainer, devices)
+        mesh = _make_mesh("mesh.trainer", mesh_config.trainer, trainer, devices, has_replicas=True)
         _check_processes(mesh_config, mesh, mesh, devices)
         return mesh, mesh
     sampler = _parse_axes("mesh.sampler", mesh_config.sampler)
@@ -89,7 +89,7 @@ def make_meshes(mesh_config: MeshConfig, devices: Sequence[Any] | None = None) -
         )
     trainer_mesh = _make_mesh("mesh.trainer", mesh_config.trainer, trainer, devices[: len(devices) - reserved])
     remaining = devices[trainer_mesh.size :]
-    sampler_mesh = _make_mesh("mesh.sampler", mesh_config.sampler, sampler, remaining)
+    sampler_mesh = _make_mesh("mesh.sampler", mesh_config.sampler, sampler, remaining, has_replicas=True)
     _check_processes(mesh_config, trainer_mesh, sampler_mesh, devices)
     return trainer_mesh, sampler_mesh
 
@@ -114,12 +114,11 @@ def _check_processes(mesh_config: MeshConfig, trainer: Mesh, sampler: Mesh, devi
         )
     if idle := set(everyone) - {*trainers, *samplers}:
         raise ValueError(f"{words}: process {min(idle)} would have nothing to do; {counts}: use them all")
-    for replica in np.asarray(sampler.devices).reshape(-1, sampler.shape["tensor"]):
-        if len(owners := {device.process_index for device in replica}) > 1:
-            raise ValueError(
-                f"{words}: a sampler's replica, tensor={sampler.shape['tensor']}, would be of processes {sorted(owners)};"
-                " it has to be within one"
-            )
+    if (owners := _parted_replica(np.asarray(sampler.devices))) is not None:
+        raise ValueError(
+            f"{words}: a sampler's replica, tensor={sampler.shape['tensor']}, would be of processes {owners}; it has to be"
+            " within one"
+        )
 
 
 def _parse_axes(name: str, words: str) -> dict[str, int]:
@@ -133,7 +132,9 @@ def _parse_axes(name: str, words: str) -> dict[str, int]:
     return sizes
 
 
-def _make_mesh(name: str, words: str, sizes: dict[str, int], devices: Sequence[Any]) -> Mesh:
+def _make_mesh(
+    name: str, words: str, sizes: dict[str, int], devices: Sequence[Any], *, has_replicas: bool = False
+) -> Mesh:
     explicit = math.prod(size for size in sizes.values() if size != -1)
     takes_rest = -1 in sizes.values()
     if explicit > len(devices) or (takes_rest and len(devices) % explicit):
@@ -143,7 +144,18 @@ def _make_mesh(name: str, words: str, sizes: dict[str, int], devices: Sequence[A
             f" whose product {'divides' if takes_rest else 'is at most'} {len(devices)}, or use -1 for one axis"
         )
     shape = [len(devices) // explicit if size == -1 else size for size in sizes.values()]
-    return Mesh(_arranged(name, words, devices[: math.prod(shape)], shape), AXES)
+    arranged = _arranged(name, words, devices[: math.prod(shape)], shape)
+    if has_replicas and _parted_replica(arranged) is not None:
+        # Those of a process one after the other, although others may be nearer by wire.
+        arranged = np.array(devices[: math.prod(shape)], dtype=object).reshape(shape)
+    return Mesh(arranged, AXES)
+
+
+def _parted_replica(devices: np.ndarray) -> list[int] | None:
+    """Processes of the first row of the last axis, ``tensor``, that is not within one; None where all are."""
+    rows = devices.reshape(-1, devices.shape[-1])
+    owners = ({device.process_index for device in row} for row in rows)
+    return next((sorted(row) for row in owners if len(row) > 1), None)
 
 
 def _arranged(name: str, words: str, devices: Sequence[Any], shape: Sequence[int]) -> np.ndarray:
