@@ -339,8 +339,8 @@ class LearnerConfig(Section):
     same."""
     micro_batch_rows: Count | None = None
     """Rows per forward and backward pass; null: the whole batch. The gradient is the same."""
-    learning_rate: Positive = 1e-6
-    """Peak learning rate."""
+    learning_rate: Annotated[float, Field(ge=0)] = 1e-6
+    """Peak learning rate; 0: nothing is learned, to check a set-up by ``learner/log_ratio_abs``."""
     warmup_steps: CountOrZero = 0
     """Steps of linear warm-up."""
     schedule: Literal["constant", "cosine"] = "constant"
