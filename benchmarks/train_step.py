@@ -77,7 +77,7 @@ def our_step(config: Any, lengths: np.ndarray, max_tokens: int, **options: Any) 
         config: the architecture, a ``QwenConfig``.
         lengths: prompt and response tokens of each rollout, ``[N, 2]``.
         max_tokens: limit of a rollout.
-        **options: ``row_tokens`` and ``micro_batch_rows`` of ``RowLayout``; ``compute_dtype``.
+        **options: ``row_tokens`` and ``micro_batch_rows`` of ``RowLayout``; ``compute_dtype`` and ``remat`` of ``Qwen``.
     """
     import jax
 
@@ -90,7 +90,8 @@ def our_step(config: Any, lengths: np.ndarray, max_tokens: int, **options: Any) 
 
     mesh, _ = make_meshes(MeshConfig(trainer="fsdp=1"))
     compute_dtype = options.pop("compute_dtype", "float32")
-    graphdef, shapes = abstract(config, mesh=mesh, remat=Remat(True), compute_dtype=compute_dtype)
+    remat = options.pop("remat", Remat(True))
+    graphdef, shapes = abstract(config, mesh=mesh, remat=remat, compute_dtype=compute_dtype)
     params = initialize(config, jax.random.key(0), shardings(shapes, mesh, TRAINER_RULES))
     learner = LearnerConfig(learning_rate=1e-6)
     schedule = make_schedule(learner, 1000)

@@ -106,9 +106,10 @@ class ModelConfig(Section):
     """What the backward pass computes anew. none: nothing, all activations are kept; layer: all of a layer but its input;
     names: all but ``remat_names``; offload: the same, and these are kept in the host's memory."""
     remat_names: tuple[str, ...] = ()
-    """For ``names`` and ``offload``: of layer_input, query, key, value, attention, mlp."""
-    attention: Literal["xla", "splash", "cudnn"] | None = None
-    """Attention of training rows: plain XLA, the TPU's Pallas kernel, cuDNN's on GPUs; null: the device's own."""
+    """For ``names`` and ``offload``: of layer_input, query, key, value, attention, gate, up."""
+    attention: Literal["xla", "splash", "cudnn", "triton"] | None = None
+    """Attention of training rows: plain XLA, the TPU's Pallas kernel, cuDNN's or Triton's on GPUs; null: the device's
+    own."""
     scan_layers: bool = True
     """False: a Python loop over layers, for debugging."""
 
@@ -339,8 +340,8 @@ class LearnerConfig(Section):
     same."""
     micro_batch_rows: Count | None = None
     """Rows per forward and backward pass; null: the whole batch. The gradient is the same."""
-    learning_rate: Positive = 1e-6
-    """Peak learning rate."""
+    learning_rate: Annotated[float, Field(ge=0)] = 1e-6
+    """Peak learning rate; 0: nothing is learned, to check a set-up by ``learner/log_ratio_abs``."""
     warmup_steps: CountOrZero = 0
     """Steps of linear warm-up."""
     schedule: Literal["constant", "cosine"] = "constant"

@@ -89,6 +89,9 @@ class Crew:
         count = len(Drawn._fields)
         return [Drawn(*(arrays[f"arr_{i + k}"] for k in range(count))) for i in range(0, len(arrays.files), count)]
 
+    def tidy(self) -> None:
+        """Trainers: nothing; each version's weights took the place of the last one's."""
+
     def finish(self, policy_version: int) -> None:
         """Trainers: has nothing sampled any longer."""
         self._order("finish", None, {"policy_version": policy_version})
@@ -175,6 +178,7 @@ class Crew:
         self._worker.set_weights(window.policy_version, params)
         if not self._is_started:
             self._is_started = True
+            self._worker.warm_up(params, self._job.first_lengths)
             self._worker.start()
         self._shards.open_window(window)
 

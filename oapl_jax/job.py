@@ -75,6 +75,11 @@ class SamplerJob:
         """The law of evaluation samples."""
         return SamplingParams.of(self.config.evaluation)
 
+    @property
+    def first_lengths(self) -> set[int]:
+        """Tokens of the first prompts: for these the sampler compiles before it begins."""
+        return {len(self.prompts[i].token_ids) for i in range(self.config.sampler.groups_in_flight)}
+
     def make_groups(self) -> GroupMaker:
         """What grades the sampler's rollouts, with the objective's advantages."""
         return make_group_maker(self.config, self.tokenizer, self.grader)

@@ -76,7 +76,8 @@ def check_parity(job: Job, learner_params: Any, drawn: Sequence[Drawn]) -> float
             f" (largest {difference.max():.3g}, {difference.size} tokens); window.parity_tolerance is"
             f" {config.window.parity_tolerance:g}. The learner would regress onto that error. Likely causes: a sampler"
             f" precision below the learner's (sampler.dtype={config.sampler.dtype}, kv_dtype={config.sampler.kv_dtype},"
-            f" model.compute_dtype={config.model.compute_dtype}), or a truncated law (top_k={config.sampler.top_k},"
-            f" top_p={config.sampler.top_p}). Raise the tolerance only if the difference is explained"
+            f" model.compute_dtype={config.model.compute_dtype}), a truncated law (top_k={config.sampler.top_k},"
+            f" top_p={config.sampler.top_p}), or float32 products that a GPU or TPU rounds (set"
+            " JAX_DEFAULT_MATMUL_PRECISION=float32 in the environment). Raise the tolerance only if the difference is explained"
         )
     return mean

@@ -165,7 +165,8 @@ class PolicyStore:
             manifest = Manifest(**{**raw, "window": window._replace(asked_again=tuple(window.asked_again))})
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PolicyGoneError(f"{folder} has no manifest that can be read ({error})") from error
-        missing = sorted(manifest.files.keys() - set(storage.names(folder)))
+        # Not by a listing, which may be older than the files.
+        missing = [name for name in sorted(manifest.files) if not storage.exists(folder / name)]
         if missing:
             raise PolicyGoneError(f"{folder} lacks {missing[0]}, which its manifest names")
         return manifest

@@ -24,7 +24,7 @@ from oapl_jax.learner.batch import RowLayout
 from oapl_jax.learner.state import TrainState, abstract_state, make_optimizer, make_schedule
 from oapl_jax.learner.step import make_loss_fn, make_scorer, make_train_step
 from oapl_jax.model import qwen
-from oapl_jax.model.logprob import CHUNK_LOGITS, CHUNK_TOKENS
+from oapl_jax.model.logprob import chunk_tokens
 from oapl_jax.sampler import kv_cache
 from oapl_jax.sampler.engine import Engine
 from oapl_jax.sampler.engines import PAGE_SIZE, cache_dtype
@@ -34,6 +34,7 @@ from oapl_jax.sharding import (
     device_bytes,
     make_meshes,
     placed,
+    platform_of,
     row_shards,
     shardings,
 )
@@ -266,7 +267,7 @@ def _full_batch(layout: RowLayout, mesh: Mesh) -> TrainBatch:
 def num_chunks(tokens: float, model: qwen.QwenConfig, mesh: Mesh) -> int:
     """Chunks in which a device computes the logits of so many tokens."""
     num_ids = model.vocab_size // mesh.shape["tensor"]
-    return math.ceil(tokens / max(CHUNK_TOKENS, CHUNK_LOGITS // num_ids))
+    return math.ceil(tokens / chunk_tokens(num_ids, platform_of(mesh)))
 
 
 def _sampler_programs(plan: Plan, engine: Engine, sync: WeightSync, params: Any) -> list[Program]:

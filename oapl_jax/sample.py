@@ -15,6 +15,7 @@ import functools
 import importlib
 import os
 import pathlib
+import shutil
 import signal
 import socket
 import sys
@@ -49,6 +50,7 @@ from oapl_jax.worker import RequestRunner, Worker
 TRANSFORMERS = "oapl_jax.sampler.torch_generate:make"
 """PyTorch is no requirement of any other program, so it is imported by name."""
 POLL_SECONDS = 0.3
+"""Between two looks for a policy that is to come."""
 REPORT_SECONDS = 1.0
 DRAIN_SECONDS = 3.0
 IDLE_DEADLINE = 4 * 3600.0
@@ -105,8 +107,8 @@ class Sampler:
         self._resources.callback(holds.close)
         self._leases = (leases, holds)
         shards = ShardQueue(log, leases, acceptance(config), window.shard_groups)
-        worker, version, hold = None, -1, None
-        seen, end = None, time.monotonic() + IDLE_DEADLINE
+        worker, version, hold, since = None, -1, None, time.monotonic()
+        seen, end, delay = None, time.monotonic() + IDLE_DEADLINE, 0.0
         while not self._stop.is_set():
             if current.is_finished:
                 break
@@ -120,9 +122,11 @@ class Sampler:
                     continue
                 manifest, folder = fetched
                 if worker is None:
-                    worker, load = self._make_worker(config, folder, shards)
+                    worker, load, prompt_lengths = self._make_worker(config, folder, shards)
                     self._resources.callback(worker.stop, DRAIN_SECONDS)
-                    worker.set_weights(current.policy_version, load(folder))
+                    params = load(folder)
+                    worker.warm_up(params, prompt_lengths)
+                    worker.set_weights(current.policy_version, params)
                     worker.start()
                 else:
                     shards.open_window(None)
@@ -130,7 +134,9 @@ class Sampler:
                 shards.open_window(manifest.window)
                 if hold is not None:
                     hold.release()
-                version, hold = current.policy_version, held
+                if folder.is_relative_to(cache):  # a copy, which is in memory now
+                    shutil.rmtree(folder, ignore_errors=True)
+                version, hold, since = current.policy_version, held, time.monotonic()
                 _say(f"sampling version {version}")
             if shards.failure is not None:
                 raise shards.failure
@@ -139,12 +145,16 @@ class Sampler:
             if time.monotonic() > end:
                 raise TimeoutError(f"version {version} wanted nothing for {IDLE_DEADLINE:g} s; is its trainer running?")
             self._report(worker)
-            self._stop.wait(POLL_SECONDS)
+            self._stop.wait(delay)
+            start = time.monotonic()
             current = self._store.current() or current
+            delay = storage.next_look(time.monotonic() - start, start - since)
         _say(f"{shards.num_written} groups written, {shards.num_wasted} made in vain")
 
-    def _make_worker(self, config: TrainConfig, folder: pathlib.Path, shards: ShardQueue) -> tuple[Worker, Any]:
-        """The worker, and what loads a version's folder for it."""
+    def _make_worker(
+        self, config: TrainConfig, folder: pathlib.Path, shards: ShardQueue
+    ) -> tuple[Worker, Any, set[int]]:
+        """The worker, what loads a version's folder for it, and the lengths of the first prompts."""
         tokenizer = tokenizers.load(config.model.tokenizer, folder)
         grader = make_grader(config)
         self._resources.callback(grader.close)
@@ -168,7 +178,7 @@ class Sampler:
             seed=config.run.seed,
             device_lock=threading.RLock() if mesh.size > 1 else contextlib.nullcontext(),
         )
-        return worker, load
+        return worker, load, {len(prompts[i].token_ids) for i in range(config.sampler.groups_in_flight)}
 
     def _fetch(self, version: int, digest: str, cache: pathlib.Path) -> tuple[Manifest, pathlib.Path] | None:
         """A version's manifest and files; None where it is no longer what the pointer names.

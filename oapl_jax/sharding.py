@@ -231,6 +231,11 @@ def _mesh_axis(name: str, axis: str, size: int, mesh: Mesh, rules: Rules) -> str
     )
 
 
+def platform_of(mesh: Mesh | None) -> str:
+    """Of a mesh's devices; None: of the default device."""
+    return jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+
+
 def row_shards(mesh: Mesh) -> int:
     """Parts that the rows of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

@@ -26,16 +26,34 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 """What a file system without hard links (Cloud Storage FUSE, some network disks) answers."""
 
+QUICKEST_LOOK, USUAL_LOOK, SLOWEST_LOOK = 0.01, 0.3, 1.0
+"""Seconds between two looks: at least; where a look is cheap, at most; where it is not."""
+
 
 def shared_path(address: str | pathlib.Path | epath.Path) -> SharedPath:
     """``pathlib`` for a local path, ``epath`` for an address with ``://``."""
     return epath.Path(str(address)) if "://" in str(address) else pathlib.Path(str(address))
 
 
-def create(path: SharedPath, content: bytes) -> bool:
-    """Writes a file that is not there yet, durably and whole; False, and nothing changed, where it is there.
+def next_look(cost: float, waited: float) -> float:
+    """Seconds until one should look again for what another process writes, so that little time is lost by waiting.
+
+    Args:
+        cost: seconds that a look takes; a fifth of the time at most is spent looking.
+        waited: seconds since something was found; what comes is seen at most a fiftieth of that too late.
+    """
+    return min(SLOWEST_LOOK, max(4 * cost, min(USUAL_LOOK, max(QUICKEST_LOOK, waited / 50))))
+
+
+def create(path: SharedPath, content: bytes, *, is_durable: bool = True) -> bool:
+    """Writes a file that is not there yet, whole; False, and nothing changed, where it is there.
 
     Of several processes that try, one gets True.
+
+    Args:
+        path: of the file.
+        content: of the file.
+        is_durable: it survives a crash of the machine when this returns; False for what only tells that one is alive.
 
     Raises:
         OSError: full disk, no permission, no network.
@@ -47,7 +65,7 @@ def create(path: SharedPath, content: bytes) -> bool:
         return False
     local = pathlib.Path(str(path))
     local.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _write_beside(local, content)
+    temporary = _write_beside(local, content, is_durable)
     try:
         os.link(temporary, local)
     except FileExistsError:
@@ -57,17 +75,23 @@ def create(path: SharedPath, content: bytes) -> bool:
             raise
         try:
             with local.open("xb") as file:
-                _write_durably(file, content)
+                _write(file, content, is_durable)
         except FileExistsError:
             return False
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(local.parent)
+    if is_durable:
+        sync_folder(local.parent)
     return True
 
 
-def replace(path: SharedPath, content: bytes) -> None:
-    """Writes a file, durably: readers see the old content or the new one.
+def replace(path: SharedPath, content: bytes, *, is_durable: bool = True) -> None:
+    """Writes a file: readers see the old content or the new one.
+
+    Args:
+        path: of the file.
+        content: of the file.
+        is_durable: as in ``create``.
 
     Raises:
         OSError: full disk, no permission, no network.
@@ -77,9 +101,10 @@ def replace(path: SharedPath, content: bytes) -> None:
         return
     local = pathlib.Path(str(path))
     local.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _write_beside(local, content)
+    temporary = _write_beside(local, content, is_durable)
     temporary.replace(local)
-    sync_folder(local.parent)
+    if is_durable:
+        sync_folder(local.parent)
 
 
 def read(path: SharedPath) -> bytes:
@@ -190,18 +215,19 @@ def _store(path: SharedPath) -> Any:
             raise ValueError(f"{path}: {error}; pip install it to use {protocol}://") from error
 
 
-def _write_beside(path: pathlib.Path, content: bytes) -> pathlib.Path:
+def _write_beside(path: pathlib.Path, content: bytes, is_durable: bool) -> pathlib.Path:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
         with temporary.open("wb") as file:
-            _write_durably(file, content)
+            _write(file, content, is_durable)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
     return temporary
 
 
-def _write_durably(file: Any, content: bytes) -> None:
+def _write(file: Any, content: bytes, is_durable: bool) -> None:
     file.write(content)
     file.flush()
-    os.fsync(file.fileno())
+    if is_durable:
+        os.fsync(file.fileno())

@@ -97,8 +97,7 @@ def _warm_up(session: Session) -> None:
     if not isinstance(session.source, Worker):
         return
     start, job = time.perf_counter(), session.job
-    lengths = {len(job.prompts[i].token_ids) for i in range(job.config.sampler.groups_in_flight)}
-    session.source.warm_up(session.sampler_params, lengths)
+    session.source.warm_up(session.sampler_params, job.first_lengths)
     session.progress.note(f"sampler: compiled in {time.perf_counter() - start:.1f} s")
 
 

@@ -40,6 +40,9 @@ MAX_UNGRADED_GROUPS = 1024
 DRAIN_SECONDS = 20.0
 """After ``stop``, for how long finished rollouts that still wait are graded and logged."""
 
+MAX_REMEMBERED_PROMPTS = 2**16
+"""Prompts whose response length is remembered: toy tasks have no end of them."""
+
 MAX_GRADED_AT_ONCE = 32
 """Groups that are graded and written together: one file for many, yet one slow answer holds up only these."""
 
@@ -176,7 +179,7 @@ class Worker:
         self._prompts, self._make_groups, self._buffer, self._log = prompts, make_groups, buffer, log
         self._sampling, self._group_size, self._seed = sampling, group_size, seed
         self._mean_tokens: dict[str, float] = {}
-        """Mean response length of a prompt when it was last sampled: what to expect of it now."""
+        """Mean response length of a prompt when it was last sampled: what to expect of it now; of the newest prompts."""
         self._weights: tuple[int, Any] = (-1, None)
         self._finished: queue.Queue[tuple[Ticket, Prompt, list[Rollout]]] = queue.Queue(MAX_UNGRADED_GROUPS)
         self._stopping = threading.Event()
@@ -273,7 +276,10 @@ class Worker:
                 self._idle_seconds += time.perf_counter() - start
                 continue
             for (ticket, prompt), rollouts in self._replicas.step(params):
+                self._mean_tokens.pop(prompt.id, None)
                 self._mean_tokens[prompt.id] = sum(len(r.token_ids) for r in rollouts) / len(rollouts)
+                if len(self._mean_tokens) > MAX_REMEMBERED_PROMPTS:
+                    del self._mean_tokens[next(iter(self._mean_tokens))]
                 self._buffer.mark_sampled(ticket)
                 self._hand_over((ticket, prompt, rollouts))
         self._replicas.abort()

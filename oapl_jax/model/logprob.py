@@ -14,10 +14,13 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from oapl_jax.sharding import BATCH_AXES
+from oapl_jax.sharding import BATCH_AXES, platform_of
 
 CHUNK_TOKENS = 512
 """Tokens whose logits exist at once on a device: enough for a product that is not bound by reading the weights."""
+
+GPU_CHUNK_TOKENS = 2048
+"""The same on a GPU, where memory is less short: the sum of the unembedding's gradient is read and written once a chunk."""
 
 CHUNK_LOGITS = 2**24
 """Logits that may exist at once in any case: a small vocabulary needs no loop."""
@@ -106,16 +109,22 @@ def token_logprobs(
         temperature: > 0.
         vocab_size: number of ids that can be drawn, at most V.
         mesh: the trainer's, which splits rows, tokens and vocabulary; None: the arrays are on one device.
-        chunk: tokens of a device whose logits exist at once; None: by ``CHUNK_TOKENS`` and ``CHUNK_LOGITS``.
+        chunk: tokens of a device whose logits exist at once; None: ``chunk_tokens``.
 
     Returns:
         Log-probabilities and entropies in nats, float32, ``[B, T]`` each. The entropy has no gradient.
     """
+    platform = platform_of(mesh)
     mesh = None if mesh is None or mesh.size == 1 else mesh
     num_ids = unembedding.shape[letters.index("V")] // (1 if mesh is None else mesh.shape["tensor"])
-    law = _Law(letters, temperature, vocab_size, chunk or max(CHUNK_TOKENS, CHUNK_LOGITS // num_ids), mesh)
+    law = _Law(letters, temperature, vocab_size, chunk or chunk_tokens(num_ids, platform), mesh)
     logprobs, entropy = _score(law, hidden, unembedding, targets, mask)  # pyright: ignore[reportGeneralTypeIssues]
     return logprobs, jax.lax.stop_gradient(entropy)
+
+
+def chunk_tokens(num_ids: int, platform: str) -> int:
+    """Tokens of a chunk, where a device has the logits of so many ids of each."""
+    return max(GPU_CHUNK_TOKENS if platform == "gpu" else CHUNK_TOKENS, CHUNK_LOGITS // num_ids)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -40,6 +40,9 @@ SAVED_NAMES = ("layer_input", "query", "key", "value", "attention", "gate", "up"
 """Values of a layer that ``Remat`` may name: its input, and the results of its products, but for the two that are added
 to the residual stream. All of them saved, only norms, rope and scores are computed anew."""
 
+CUDNN_ATTENTION = "dot_product_attention_fwd_wrapper"
+"""JAX's primitive for the forward pass of cuDNN's attention: its result, and the sums that its backward pass needs."""
+
 
 @dataclasses.dataclass(frozen=True)
 class QwenConfig:
@@ -211,7 +214,13 @@ class Remat:
         """For ``jax.checkpoint``."""
         policies = jax.checkpoint_policies
         if not self.offload:
-            return policies.save_only_these_names(*self.saved)
+            by_name = policies.save_only_these_names(*self.saved)
+            if "attention" not in self.saved:
+                return by_name
+            # With its result alone the backward pass would run cuDNN's forward pass again, for sums that have no name.
+            return policies.save_from_both_policies(
+                by_name, lambda primitive, *_, **__: primitive.name == CUDNN_ATTENTION
+            )
         return policies.save_and_offload_only_these_names(
             names_which_can_be_saved=[],
             names_which_can_be_offloaded=list(self.saved),
@@ -529,10 +538,12 @@ class Qwen(nnx.Module):
             if kind is None:
                 context = 1 if self.mesh is None else self.mesh.shape["context"]
                 kind = row_attention.choose(
-                    jax.default_backend() if self.mesh is None else self.mesh.devices.flat[0].platform,
+                    jax.devices()[0] if self.mesh is None else self.mesh.devices.flat[0],
                     query.dtype,
                     query.shape[1] // context,
+                    key.shape[1],
                     query.shape[3],
+                    is_packed=segment_ids is not None,
                 )
             return row_attention.attend_rows(query, key, value, segment_ids, kind=kind, mesh=self.mesh), cache
 

@@ -1,6 +1,7 @@
-"""Causal attention within the rollouts of packed rows, for training: XLA, the TPU's splash kernel, cuDNN's.
+"""Causal attention within the rollouts of packed rows, for training: XLA, the TPU's splash kernel, cuDNN's, Triton's.
 
 Each is linear in memory: scores exist for a block of queries at a time, in the forward and in the backward pass.
+(But for cuDNN's where rollouts share a row or devices share its queries: it takes a mask then.)
 On a mesh, rows are split over ``data`` and ``fsdp``, heads over ``tensor``, and queries over ``context``: each
 device has its own queries, and gathers the keys and values of the whole row, which are few.
 """
@@ -11,6 +12,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.pallas.ops.gpu import attention as triton
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 from jax.sharding import Mesh, NamedSharding
@@ -20,7 +22,7 @@ from jaxtyping import Array, Float, Int
 from oapl_jax.model.attention import attend
 from oapl_jax.sharding import BATCH_AXES
 
-RowAttentionKind = Literal["xla", "splash", "cudnn"]
+RowAttentionKind = Literal["xla", "splash", "cudnn", "triton"]
 
 MOST_BLOCKS = 8
 """XLA: blocks of queries of a row. A block sees the keys up to its end only, so more blocks save up to half of the work."""
@@ -33,21 +35,46 @@ SPLASH_BLOCK = 512
 
 LANES = 128
 
+TRITON_BLOCKS = triton.BlockSizes(128, 64, 64, 64, 64, 64)
+"""Queries and keys of a block in the forward pass, and twice in the backward pass: the most that all GPUs have room for."""
 
-def choose(platform: str, dtype: Any, num_queries: int, head_dim: int) -> RowAttentionKind:
-    """The fastest kind that a platform has for rows of so many queries a device.
+TRITON_CAPABILITY = 8
+"""Triton compiles for NVIDIA's GPUs of this compute capability and later (Ampere), and cuDNN has its attention there."""
+
+
+def choose(
+    device: Any, dtype: Any, num_queries: int, num_keys: int, head_dim: int, *, is_packed: bool
+) -> RowAttentionKind:
+    """The fastest kind that a device has for its rows.
+
+    cuDNN's is the fastest on a GPU, but it would take packed rows by a mask, with a gradient of the mask: T x T numbers
+    each. And its gradients are known to be NaN where a masked row's length is an odd multiple of 64 (PyTorch's issue
+    196678).
 
     Args:
-        platform: of the devices.
+        device: one of the devices (``jax.Device``).
         dtype: of queries, keys and values.
         num_queries: T over the size of the axis ``context``.
+        num_keys: T.
         head_dim: C.
+        is_packed: a row may have several rollouts.
     """
-    if platform == "tpu" and num_queries % LANES == 0 and head_dim % 64 == 0:
+    if device.platform == "tpu" and num_queries % LANES == 0 and head_dim % 64 == 0:
         return "splash"
-    if platform == "gpu" and jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0:
-        return "cudnn"
+    if has_triton(device) and jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0:
+        is_whole = num_queries == num_keys
+        if is_whole and not is_packed:
+            return "cudnn"
+        if num_keys % TRITON_BLOCKS.block_q == 0:
+            return "triton" if is_whole else "cudnn"
     return "xla"
+
+
+def has_triton(device: Any) -> bool:
+    """Whether a device (``jax.Device``) is a GPU that Triton's kernels are compiled for."""
+    # AMD's capabilities are words.
+    major = device.compute_capability.split(".")[0] if device.platform == "gpu" else ""
+    return major.isdigit() and int(major) >= TRITON_CAPABILITY
 
 
 def attend_rows(
@@ -69,20 +96,26 @@ def attend_rows(
         segment_ids: which rollout of the row a token belongs to; None: there is one, and padding only after it.
         kind: see ``choose``.
         mesh: the trainer's; None: the arrays are on one device.
-        interpret: run the TPU's kernel on any platform, slowly.
+        interpret: run the TPU's or Triton's kernel on any platform, slowly.
 
     Returns:
         In the query's dtype; scores and softmax are float32.
     """
     mesh = None if mesh is None or mesh.size == 1 else mesh
+    is_packed = segment_ids is not None
     with jax.named_scope("attention"):
-        if segment_ids is None and (kind == "splash" or mesh is not None):
+        if segment_ids is None and (kind in ("splash", "triton") or mesh is not None):
             segment_ids = jnp.ones(query.shape[:2], jnp.int32)
         key, value = (_divisible_heads(x, query.shape[2], mesh) for x in (key, value))
         if kind == "splash":
             kernel = _splash_kernel(query.shape[1], query.shape[2], mesh, interpret)
             return _on_devices(_splash, mesh, query, key, value, segment_ids, kernel)
-        return _on_devices({"xla": _xla, "cudnn": _cudnn}[kind], mesh, query, key, value, segment_ids)
+        fns = {
+            "xla": _xla,
+            "cudnn": functools.partial(_cudnn, is_packed=is_packed),
+            "triton": functools.partial(_triton, interpret=interpret),
+        }
+        return _on_devices(fns[kind], mesh, query, key, value, segment_ids)
 
 
 def _divisible_heads(x: Float[Array, "B T K C"], num_query_heads: int, mesh: Mesh | None) -> Float[Array, "B T J C"]:
@@ -144,12 +177,31 @@ def _mask(num_queries: int, num_keys: int, query_ids: Any, key_ids: Any, start: 
     return mask if query_ids is None else mask & (query_ids[:, :, None] == key_ids[:, None])
 
 
-def _cudnn(query: Array, key: Array, value: Array, query_ids: Any, key_ids: Any, start: Any) -> Array:
-    is_whole = isinstance(start, int)
-    mask = None
-    if query_ids is not None or not is_whole:
+def _cudnn(
+    query: Array, key: Array, value: Array, query_ids: Any, key_ids: Any, start: Any, *, is_packed: bool
+) -> Array:
+    is_whole, mask = isinstance(start, int), None
+    if is_packed or not is_whole:
         mask = _mask(query.shape[1], key.shape[1], query_ids, key_ids, start)[:, None]
     return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=is_whole, implementation="cudnn")
+
+
+def _triton(
+    query: Array, key: Array, value: Array, query_ids: Any, key_ids: Any, start: Any, *, interpret: bool
+) -> Array:
+    T, S, size = query.shape[1], key.shape[1], TRITON_BLOCKS.block_q
+    if T != S or T % size:
+        raise ValueError(
+            f"model.attention=triton needs rows of a multiple of {size} tokens that no axis context splits, not {T} of"
+            f" {S} tokens a device; set learner.row_tokens, or model.attention=null"
+        )
+    del key_ids, start
+    # It has one key and value head for each query head.
+    key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
+    scale = query.shape[-1] ** -0.5
+    return triton.mha(
+        query, key, value, query_ids, sm_scale=scale, causal=True, block_sizes=TRITON_BLOCKS, interpret=interpret
+    )
 
 
 def _splash(query: Array, key: Array, value: Array, query_ids: Any, key_ids: Any, start: Any, kernel: Any) -> Array:

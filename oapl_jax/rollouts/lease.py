@@ -8,7 +8,8 @@ No clock is compared with another: a process that wants a lease takes it over wh
 the file unchanged for ``expires`` seconds, or at once when the holder was a process of this host that
 is gone. A holder that cannot renew in time (stopped, disk full) knows by its own clock that it may
 have lost the lease. It may know late, though: what a holder writes has to be such that writing it
-twice does no harm, such as a file that is created only where it does not exist yet.
+twice does no harm, such as a file that is created only where it does not exist yet. For the same reason
+leases are not synced to disk: a crash of the machine may undo them.
 """
 
 import contextlib
@@ -25,6 +26,8 @@ from oapl_jax import storage
 from oapl_jax.storage import SharedPath
 
 HEARTBEATS_PER_EXPIRY = 4
+MAX_SEEN = 4096
+"""Leases of others that are watched; the one whose last news is oldest is forgotten and watched anew."""
 STOP_SECONDS = 10.0
 """How long ``close`` waits for a heartbeat that is being written."""
 
@@ -102,7 +105,7 @@ class Leases:
         if generation > 0 and not self._is_free(name, generation - 1):
             return None
         lease = Lease(self, name, generation)
-        if not storage.create(self.path(name, generation), self._content(0, is_released=False)):
+        if not storage.create(self.path(name, generation), self._content(0, is_released=False), is_durable=False):
             return None
         self._seen.pop(name, None)
         self._held[name] = lease
@@ -135,7 +138,8 @@ class Leases:
 
     def rewrite(self, lease: Lease, beat: int, *, is_released: bool) -> None:
         """Replaces the file of a lease that is held."""
-        storage.replace(self.path(lease.name, lease.generation), self._content(beat, is_released=is_released))
+        content = self._content(beat, is_released=is_released)
+        storage.replace(self.path(lease.name, lease.generation), content, is_durable=False)
 
     def forget(self, lease: Lease) -> None:
         """Beats no more for a lease."""
@@ -154,7 +158,10 @@ class Leases:
         now = time.monotonic()
         seen = self._seen.get(name)
         if seen is None or seen[:2] != (generation, content):
+            self._seen.pop(name, None)
             self._seen[name] = (generation, content, now)
+            if len(self._seen) > MAX_SEEN:  # of windows that are over
+                del self._seen[next(iter(self._seen))]
             return False
         return now - seen[2] > self.expires
 

@@ -1,5 +1,6 @@
 """The rollout log: append-only Parquet files, a folder for each policy version."""
 
+import contextlib
 import io
 import itertools
 import json
@@ -44,7 +45,7 @@ class RolloutLog:
             part = max(self.parts(version), default=-1) + 1
         while not self.create(part, groups):
             part += 1
-        self._next_part[version] = part + 1
+        self._next_part = {version: part + 1}  # of the newest only: the log of a long run has many
         return self.path(version, part)
 
     def create(self, part: int, groups: Sequence[RolloutGroup]) -> bool:
@@ -60,7 +61,10 @@ class RolloutLog:
         Raises:
             ValueError: for an unreadable file, another schema, or a group that was written twice.
         """
-        groups = list(itertools.chain.from_iterable(self.read_part(version, part) for part in self.parts(version)))
+        groups: list[RolloutGroup] = []
+        for part in self.parts(version):
+            with contextlib.suppress(FileNotFoundError):  # moved away, and still listed by an object store
+                groups += self.read_part(version, part)
         groups.sort(key=lambda group: group.index)
         for before, after in itertools.pairwise(groups):
             if before.index == after.index:
@@ -87,6 +91,7 @@ class RolloutLog:
         """The groups of one file.
 
         Raises:
+            FileNotFoundError: there is none.
             ValueError: it is torn, or of another schema.
         """
         path = self.path(version, part)
@@ -151,7 +156,7 @@ class BatchRecord:
         self._recorded = {rows[line]["step"]: rows[line]["groups"] for line in kept}
 
     def groups(self, step: int) -> list[str] | None:
-        """Ids of the groups of a step's batch; None where none is recorded."""
+        """Ids of the groups of a step's batch, as a former process recorded it; None where it did not."""
         return self._recorded.get(step)
 
     def record(self, step: int, version: int, group_ids: list[str]) -> None:
@@ -169,7 +174,6 @@ class BatchRecord:
                     f" {group_ids} now; the rollout log or the config was changed in between"
                 )
             return
-        self._recorded[step] = group_ids
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, "policy_version": version, "groups": group_ids}) + "\n")
             file.flush()
@@ -180,6 +184,8 @@ def _read_table(path: SharedPath, columns: list[str] | None = None) -> pa.Table:
     try:
         # A single file: no dataset discovery, which would read the folder's name as a column.
         return pq.ParquetFile(io.BytesIO(storage.read(path))).read(columns=columns)
+    except FileNotFoundError:
+        raise
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a readable Parquet file ({error}); move it away to go on without it") from error
 

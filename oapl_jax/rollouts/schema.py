@@ -5,7 +5,6 @@ import json
 import math
 from collections.abc import Iterable
 
-import numpy as np
 import pyarrow as pa
 
 from oapl_jax.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, RolloutGroup, Verdict
@@ -76,7 +75,9 @@ def from_table(table: pa.Table, source: str) -> list[RolloutGroup]:
             f"{source}: rollout log of schema version {found} with columns {table.schema.names};"
             f" this program reads version {SCHEMA_VERSION} (docs/rollout_log.md)"
         )
-    rows = sorted(table.to_pylist(), key=lambda row: (row["group_id"], row["rollout_index"]))
+    if table.num_rows == 0:
+        return []
+    rows = sorted(_rows(table, source), key=lambda row: (row["group_id"], row["rollout_index"]))
     grouped = [list(members) for _, members in itertools.groupby(rows, key=lambda row: row["group_id"])]
     for members in grouped:
         indices = [row["rollout_index"] for row in members]
@@ -85,6 +86,26 @@ def from_table(table: pa.Table, source: str) -> list[RolloutGroup]:
                 f"{source}: group {members[0]['group_id']} has rollouts {indices}; each must be there once, from 0 on"
             )
     return [_group(members) for members in grouped]
+
+
+def _rows(table: pa.Table, source: str) -> list[dict]:
+    """The rows as Python values, but for lists: these become arrays without a Python object for each token."""
+    columns = {}
+    for field in SCHEMA:
+        column = table.column(field.name).combine_chunks()
+        if not pa.types.is_list(field.type):
+            columns[field.name] = column.to_pylist()
+            continue
+        try:
+            column = column.cast(field.type)
+        except pa.ArrowException as error:
+            raise ValueError(f"{source}: column {field.name} is {column.type}, not {field.type} ({error})") from error
+        values = column.values
+        if column.null_count or (values.null_count and pa.types.is_integer(values.type)):
+            raise ValueError(f"{source}: column {field.name} has nulls; no list and no token may be null")
+        values, bounds = values.to_numpy(zero_copy_only=False), column.offsets.to_numpy()
+        columns[field.name] = [values[start:end].copy() for start, end in itertools.pairwise(bounds)]
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
 def _row(group: RolloutGroup, rollout_index: int, item: GradedRollout) -> dict:
@@ -113,7 +134,7 @@ def _group(rows: list[dict]) -> RolloutGroup:
     first = rows[0]
     prompt = Prompt(
         id=first["prompt_id"],
-        token_ids=np.asarray(first["prompt_token_ids"], np.int32),
+        token_ids=first["prompt_token_ids"],
         text=first["prompt"],
         answer=first["answer"],
     )
@@ -128,8 +149,8 @@ def _group(rows: list[dict]) -> RolloutGroup:
 
 def _graded(row: dict) -> GradedRollout:
     rollout = Rollout(
-        token_ids=np.asarray(row["token_ids"], np.int32),
-        logprobs=np.asarray(row["logprobs"], np.float32),
+        token_ids=row["token_ids"],
+        logprobs=row["logprobs"],
         finish_reason=FinishReason(row["finish_reason"]),
     )
     grade = Grade(Verdict(row["verdict"]), _nan_if_null(row["reward"]), row["verdict_detail"])

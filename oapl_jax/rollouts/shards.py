@@ -12,13 +12,14 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
+from oapl_jax import storage
 from oapl_jax.rollouts.buffer import Ticket, Window
 from oapl_jax.rollouts.lease import Lease, Leases
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.types import RolloutGroup
 
-LOOK_SECONDS = 0.5
-"""Between two looks for a shard to claim."""
+RETRY_SECONDS = 0.5
+"""Between two tries to write a shard."""
 WRITE_DEADLINE = 600.0
 """For how long a whole shard is tried to be written."""
 
@@ -38,11 +39,11 @@ class ShardQueue:
         self._changed = threading.Condition()
         self._num_changes = 0
         self._window: Window | None = None
-        self._num_accepted: dict[int, int] = {}  # of each file of the window's version
+        self._num_accepted: dict[int, int] = {}  # of each file of the window's version that was seen
         self._held: dict[int, Lease] = {}
         self._graded: dict[int, dict[int, RolloutGroup]] = {}
         self._todo: collections.deque[int] = collections.deque()
-        self._next_look = 0.0
+        self._next_look, self._last_news = 0.0, 0.0
         self.failure: BaseException | None = None
         self.num_written = 0
         """Groups that this process has written."""
@@ -53,7 +54,8 @@ class ShardQueue:
         """Gives the old window's shards back and begins another, or none."""
         with self._changed:
             held, self._held = self._held, {}
-            self._window, self._num_accepted, self._next_look = window, {}, 0.0
+            self._window, self._num_accepted = window, {}
+            self._next_look, self._last_news = 0.0, time.monotonic()
             self._graded, self._todo = {}, collections.deque()
             self._notify()
         for lease in held.values():
@@ -65,10 +67,7 @@ class ShardQueue:
             if self._window is None or policy_version != self._window.policy_version:
                 return None
             if not self._todo and time.monotonic() >= self._next_look:
-                is_claimed = False
-                with contextlib.suppress(OSError):  # a full or unreachable disk: the next look may find it well
-                    is_claimed = self._claim(self._window)
-                self._next_look = time.monotonic() + (0.0 if is_claimed else LOOK_SECONDS)
+                self._look(self._window)
             if not self._todo:
                 return None
             index = self._todo.popleft()
@@ -100,13 +99,15 @@ class ShardQueue:
                     whole.append((shard, self._held[shard], self._graded.pop(shard)))
         for shard, lease, members in whole:
             is_first = self._write(shard, [members[index] for index in sorted(members)])
-            lease.release()
             with self._changed:
                 self.num_written += len(members) if is_first else 0
                 self.num_wasted += 0 if is_first else len(members)
-                self._next_look = 0.0
+                self._next_look, self._last_news = 0.0, time.monotonic()
                 if self._held.get(shard) is lease:
                     del self._held[shard]
+                    if is_first:
+                        self._num_accepted[shard] = sum(map(self._is_accepted, members.values()))
+            lease.release()
 
     def _write(self, shard: int, groups: Sequence[RolloutGroup]) -> bool:
         """Creates the shard's file; a disk that cannot be written is tried again, because the groups are whole."""
@@ -120,7 +121,7 @@ class ShardQueue:
                 if not is_told:
                     print(f"shard {shard} cannot be written ({error}); trying for {WRITE_DEADLINE:g} s", flush=True)
                 is_told = True
-            time.sleep(LOOK_SECONDS)
+            time.sleep(RETRY_SECONDS)
 
     def put(self, group: RolloutGroup) -> None:
         """A group was appended: wakes the sampler, which may claim more."""
@@ -133,8 +134,10 @@ class ShardQueue:
         return self._num_changes
 
     def wait_for_change(self, since: int, timeout: float) -> None:
-        """Sleeps until ``num_changes`` is no longer ``since``, at most ``timeout`` seconds."""
+        """Sleeps until ``num_changes`` is no longer ``since`` or it is time to look, at most ``timeout`` seconds."""
         with self._changed:
+            if self._next_look > (now := time.monotonic()):
+                timeout = min(timeout, self._next_look - now)
             self._changed.wait_for(lambda: self._num_changes != since, timeout)
 
     def fail(self, error: BaseException) -> None:
@@ -147,12 +150,23 @@ class ShardQueue:
         self._num_changes += 1
         self._changed.notify_all()
 
+    def _look(self, window: Window) -> None:
+        """Claims a shard where there is one, and says when to look again."""
+        start, is_claimed = time.monotonic(), False
+        with contextlib.suppress(OSError):  # a full or unreachable disk: the next look may find it well
+            is_claimed = self._claim(window)
+        now = time.monotonic()
+        if is_claimed:
+            self._next_look, self._last_news = 0.0, now
+        else:
+            self._next_look = now + storage.next_look(now - start, now - self._last_news)
+
     def _claim(self, window: Window) -> bool:
         """Claims the first shard that is not written and that nobody holds, where the window still needs one.
 
         Groups count without a gap from the first on: a learner that takes them in order waits for the shard of a
-        damaged file that was moved away, whatever comes after it. A shard in progress is expected to bring only groups that are accepted; where it does not, another
-        is claimed when it is written.
+        damaged file that was moved away, whatever comes after it. A shard in progress is expected to bring only
+        groups that are accepted; where it does not, another is claimed when it is written.
         """
         version = window.policy_version
         self._read_log(version)
@@ -160,27 +174,38 @@ class ShardQueue:
         for shard in itertools.count():
             if expected >= window.num_groups:
                 return False
-            if shard in self._num_accepted:
-                expected += self._num_accepted[shard]
-                continue
-            if shard not in self._held and (lease := self._leases.claim(f"{version:06d}-{shard:06d}")) is not None:
-                if shard in self._log.parts(version):  # it was written between the look at the log and the claim
+            if shard not in self._num_accepted and shard not in self._held:
+                lease = self._leases.claim(f"{version:06d}-{shard:06d}")
+                if lease is not None and not self._is_written(version, shard):
+                    self._held[shard] = lease
+                    self._graded[shard] = {}
+                    self._todo.extend(range(shard * self._size, (shard + 1) * self._size))
+                    return True
+                if lease is not None:  # written since the look at the log, or listed late by an object store
                     lease.release()
-                    return self._claim(window)
-                self._held[shard] = lease
-                self._graded[shard] = {}
-                self._todo.extend(range(shard * self._size, (shard + 1) * self._size))
-                return True
-            expected += self._size
+                    self._count(version, shard)
+            expected += self._num_accepted.get(shard, self._size)
         raise AssertionError("not reached")
 
     def _read_log(self, version: int) -> None:
+        """Counts the groups of files that were not seen before; forgets those of files that were moved away."""
         parts = self._log.parts(version)
-        self._num_accepted = {part: self._num_accepted[part] for part in parts if part in self._num_accepted}
+        for part in self._num_accepted.keys() - set(parts):
+            if not self._is_written(version, part):
+                del self._num_accepted[part]
         for part in parts:
-            if part not in self._num_accepted:
-                try:
-                    groups = self._log.read_part(version, part)
-                except ValueError:
-                    groups = []  # damaged: the trainer moves it away, and the shard is sampled again
-                self._num_accepted[part] = sum(map(self._is_accepted, groups))
+            if part not in self._num_accepted and part not in self._held:  # ours, being written, is counted then
+                self._count(version, part)
+
+    def _count(self, version: int, part: int) -> None:
+        try:
+            groups = self._log.read_part(version, part)
+        except FileNotFoundError:  # moved away, and still listed
+            return
+        except ValueError:
+            groups = []  # damaged: the trainer moves it away, and the shard is sampled again
+        self._num_accepted[part] = sum(map(self._is_accepted, groups))
+
+    def _is_written(self, version: int, shard: int) -> bool:
+        """Asks for the file itself: an object store may list it late, or when it is gone."""
+        return storage.exists(self._log.path(version, shard))

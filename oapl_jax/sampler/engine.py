@@ -50,7 +50,7 @@ class Prepared(NamedTuple):
 
     params: Params
     layers: list[Layer] | None
-    """For ``dense``; see ``Qwen.joined_layers``."""
+    """For ``dense``, and on a GPU; see ``joins_layers`` and ``Qwen.joined_layers``."""
     head: Float[Array, "V D"] | None
     """For ``dense``; see ``Qwen.head_by_id``."""
 
@@ -120,6 +120,15 @@ class Decoded(NamedTuple):
     top_logprobs: Any = None
 
 
+def joins_layers(mesh: Mesh) -> bool:
+    """Whether decode steps read a copy of the layers, one by one, for another reason than ``dense``.
+
+    On a GPU a scan cuts each layer out of the stack before it multiplies: its weights are read twice and written once
+    in every step. Layers that are split over devices are not joined.
+    """
+    return mesh.size == 1 and mesh.devices.flat[0].platform == "gpu"
+
+
 class Engine:
     """The compiled programs for one architecture and one shape of the decode state.
 
@@ -138,6 +147,7 @@ class Engine:
         page_size: tokens of a page.
         cache_dtype: precision of keys and values; int8 is only read by ``dense`` and ``xla``.
         attention: how decode steps read the cache; None: ``dense`` on CPU, else ``choose_implementation``.
+        join_layers: decode steps read a copy of the layers; None: where ``joins_layers`` says so. ``dense`` always does.
         can_truncate: False: no request has a top-k or a top-p, and there is less to compile.
         with_entropy: also return the entropy of the law that each token was drawn from.
         num_top: also return this many likeliest tokens of that law.
@@ -159,6 +169,7 @@ class Engine:
         page_size: int = 16,
         cache_dtype: DTypeLike = jnp.float32,
         attention: AttentionKind | None = None,
+        join_layers: bool | None = None,
         can_truncate: bool = True,
         with_entropy: bool = False,
         num_top: int = 0,
@@ -183,9 +194,10 @@ class Engine:
                 f" of {page_size} tokens, the cache has {self.num_pages}; shorten the limits, or give the cache more"
             )
         platform = mesh.devices.flat[0].platform
-        is_int8 = jnp.dtype(cache_dtype) == jnp.int8
-        paged = "xla" if is_int8 else choose_implementation(platform, model_config.head_dim)
+        paged = choose_implementation(mesh.devices.flat[0], cache_dtype, model_config.head_dim)
         self.attention: AttentionKind = attention or ("dense" if platform == "cpu" else paged)
+        self._is_joined = joins_layers(mesh) if join_layers is None else join_layers
+        self._is_joined |= self.attention == "dense"
         is_sharded = mesh.shape["tensor"] > 1
         draw_fn = functools.partial(
             draw,
@@ -196,7 +208,7 @@ class Engine:
             num_top=num_top,
         )
         stops = jnp.asarray(self.stop_ids)
-        self._join = jax.jit(functools.partial(_join, graphdef))
+        self._join = jax.jit(functools.partial(_join, graphdef, self.attention == "dense"))
         self._num_top, self._with_entropy = num_top, with_entropy
         replicated: Any = NamedSharding(mesh, PartitionSpec())
         self._prefill = jax.jit(
@@ -273,7 +285,7 @@ class Engine:
         """A policy version in the form that ``prefill`` and ``generate`` take; once for each version.
 
         Where attention is ``dense`` this copies the layers, and an output matrix that has to be transposed: on a
-        CPU, where memory is not what is short. Elsewhere nothing is copied.
+        CPU, where memory is not what is short. On a GPU it copies the layers. Elsewhere nothing is copied.
 
         Raises:
             ValueError: the parameters are those of another architecture; names the first that differs.
@@ -374,7 +386,7 @@ class Engine:
         return self._generate.lower(policy, rows, table, self._integers(), state=state)
 
     def _prepared(self, params: Params, join: Any) -> Prepared:
-        return Prepared(params, *(join(params) if self.attention == "dense" else (None, None)))
+        return Prepared(params, *(join(params) if self._is_joined else (None, None)))
 
     def law(self, sampling: Sequence[SamplingParams]) -> Law:
         """Host arrays of the laws of several sequences."""
@@ -404,9 +416,9 @@ def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
     return {"/".join(str(key.key) for key in path): param.get_value().shape for path, param in leaves}
 
 
-def _join(graphdef: nnx.GraphDef, params: Params) -> tuple[list[Layer], Float[Array, "V D"] | None]:
+def _join(graphdef: nnx.GraphDef, with_head: bool, params: Params) -> tuple[list[Layer], Float[Array, "V D"] | None]:
     model = nnx.merge(graphdef, params)
-    return model.joined_layers(), model.head_by_id()
+    return model.joined_layers(), model.head_by_id() if with_head else None
 
 
 def _prefill(

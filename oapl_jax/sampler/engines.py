@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from oapl_jax.config import EvaluateSamplerConfig, SamplerConfig
 from oapl_jax.model import qwen
 from oapl_jax.sampler import kv_cache
-from oapl_jax.sampler.engine import Engine
+from oapl_jax.sampler.engine import Engine, joins_layers
 from oapl_jax.sampler.replicas import free_bytes
 
 PAGE_SIZE = 16
@@ -50,7 +50,7 @@ def make_replica_engines(
     graphdef = qwen.abstract(model, compute_dtype=_compute_dtype(sampler, compute_dtype))[0]
     max_pages = -(-(max_prompt_tokens + sampler.max_response_tokens) // PAGE_SIZE)
     # A replica's own weights are not there yet when the engines are made.
-    weights = model.num_params * jnp.dtype(sampler.dtype).itemsize
+    weights = model.num_params * jnp.dtype(sampler.dtype).itemsize * (2 if joins_layers(meshes[0]) else 1)
     free = free_bytes(meshes[0]) if device_free is None else device_free * meshes[0].size
     affordable = int(sampler.kv_memory * max(0, free - weights) // kv_cache.page_bytes(model, PAGE_SIZE, cached))
     return tuple(

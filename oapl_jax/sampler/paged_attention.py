@@ -21,10 +21,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.experimental.pallas.ops.gpu import paged_attention as gpu_kernel
 from jax.experimental.pallas.ops.tpu import paged_attention as tpu_kernel
 from jax.sharding import Mesh, PartitionSpec
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from oapl_jax.model.attention import MASKED
 from oapl_jax.model.quantized import Int8, dequantize
+from oapl_jax.model.row_attention import has_triton
 from oapl_jax.sharding import BATCH_AXES
 
 Implementation = Literal["tpu", "gpu", "xla"]
@@ -45,14 +47,20 @@ GPU_MAX_SPLITS = 16
 """Parts of a sequence that the GPU kernel computes side by side and then merges; its default."""
 
 
-def choose_implementation(platform: str, head_dim: int = TPU_LANES) -> Implementation:
-    """The implementation for devices of a platform (``jax.Device.platform``) and a head width.
+def choose_implementation(device: Any, dtype: DTypeLike, head_dim: int) -> Implementation:
+    """The implementation for a device (``jax.Device``), the dtype of the pages and a head width.
 
-    ``"tpu"`` has its kernel, for heads whose width is a multiple of 128. The kernel for GPUs has only run
-    interpreted on a CPU, so ``"gpu"`` (and every other platform) gets ``"xla"`` until it is measured on
-    hardware to be right and faster.
+    A TPU has its kernel, for heads whose width is a multiple of 128. A GPU has one for 16 bits and widths that are a
+    power of two; float32 it would round to TF32. It was compiled for GPUs and has run interpreted, on no GPU; the
+    parity gate before the first step compares what it gives with the learner. Everything else gets ``"xla"``.
     """
-    return "tpu" if platform == "tpu" and head_dim % TPU_LANES == 0 else "xla"
+    if jnp.dtype(dtype) == jnp.int8:
+        return "xla"
+    if device.platform == "tpu" and head_dim % TPU_LANES == 0:
+        return "tpu"
+    if has_triton(device) and jnp.dtype(dtype).itemsize == 2 and head_dim >= 16 and head_dim.bit_count() == 1:
+        return "gpu"
+    return "xla"
 
 
 def paged_attend(

@@ -339,7 +339,9 @@ class Scheduler(Generic[Tag]):
         engine = self._engine
         sequences = [(n, sequence) for n, prefill in enumerate(batch) for sequence in prefill.sequences]
         num_prompts, padded = 1 << (len(batch) - 1).bit_length(), engine.padded_length(len(batch[0].prefix))
-        start = self._empty_start(num_prompts, padded, len(sequences))
+        # With fixed shapes the rest of a group, which waited for slots, runs the program of the whole group.
+        group_size = min(batch[0].sequences[0].group.request.num_rollouts, engine.num_slots)
+        start = self._empty_start(num_prompts, padded, max(len(sequences), group_size if self._fixed_shapes else 0))
         for n, prefill in enumerate(batch):
             to_write = slice(prefill.num_shared, len(prefill.prefix) // engine.page_size)
             start.full_pages[n, to_write] = prefill.sequences[0].pages[to_write]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
@@ -154,6 +155,22 @@ def test_remat_and_layer_loop_change_no_number(name, options):
     actual = loss_and_gradient(qwen.abstract(config, **options)[0], params, token_ids)
     assert np.abs(jax.tree.leaves(expected[1])[0]).max() > 1e-3
     assert_trees_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("saved", "runs"), [((), 2), (("query", "gate"), 2), (("attention",), 1)])
+def test_attention_that_is_saved_runs_cudnns_forward_pass_once(saved, runs, monkeypatch):
+    """What is traced for a GPU; on a CPU JAX only lacks a cuDNN to ask for its version."""
+    monkeypatch.setattr(fused_attention_stablehlo, "check_cudnn_version", lambda: 91000)
+    options = {"compute_dtype": jnp.bfloat16, "remat": qwen.Remat(True, saved), "attention": "cudnn"}
+    graphdef, params = qwen.abstract(tiny.config(DENSE), **options)
+    tokens = tiny.rows(2, 16)
+
+    def loss(params):
+        model = nnx.merge(graphdef, params)
+        hidden, _ = model.hidden(tokens, tiny.positions(tokens), model.attend_rows())
+        return hidden.astype(jnp.float32).sum()
+
+    assert str(jax.make_jaxpr(jax.grad(loss))(params)).count(f"{qwen.CUDNN_ATTENTION}[") == runs
 
 
 def test_a_later_token_changes_no_earlier_state():

@@ -1,6 +1,7 @@
 """Attention of packed rows: each kind, on each mesh, against loops in NumPy."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -87,6 +88,8 @@ def test_xla_gradient_is_the_slope():
         ("splash", "fsdp=1"),
         ("splash", "fsdp=2,context=2,tensor=2"),
         ("splash", "tensor=8"),
+        ("triton", "fsdp=1"),
+        ("triton", "fsdp=2,tensor=4"),
     ],
 )
 def test_every_kind_on_every_mesh_equals_plain_xla(kind, words):
@@ -108,16 +111,42 @@ def test_the_tpus_kernel_refuses_rows_that_it_cannot_split():
         attend_rows(query, key, value, segment_ids, kind="splash", interpret=True)
 
 
+def test_tritons_kernel_refuses_rows_that_it_cannot_split():
+    query, key, value, segment_ids = (jnp.asarray(x) for x in inputs(T=96, C=64))
+    with pytest.raises(ValueError, match="triton needs rows of a multiple of 128 tokens"):
+        attend_rows(query, key, value, segment_ids, kind="triton", interpret=True)
+
+
+def test_tritons_kernel_lowers_for_gpus():
+    query, key, value, segment_ids = (jnp.asarray(x) for x in inputs(C=64))
+
+    def loss(query, key, value):
+        return attend_rows(query, key, value, segment_ids, kind="triton").astype(jnp.float32).sum()
+
+    gradient = jax.jit(jax.grad(loss, (0, 1, 2)))
+    traced = gradient.trace(*(x.astype("bfloat16") for x in (query, key, value)))
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("__gpu$xla.gpu.triton") == 3
+
+
 @pytest.mark.parametrize(
-    ("platform", "dtype", "num_queries", "head_dim", "kind"),
+    ("platform", "capability", "dtype", "num_queries", "num_keys", "head_dim", "is_packed", "kind"),
     [
-        ("tpu", "bfloat16", 4096, 128, "splash"),
-        ("tpu", "bfloat16", 4096, 64, "splash"),
-        ("tpu", "bfloat16", 100, 128, "xla"),
-        ("gpu", "bfloat16", 100, 128, "cudnn"),
-        ("gpu", "float32", 4096, 128, "xla"),
-        ("cpu", "bfloat16", 4096, 128, "xla"),
+        ("tpu", None, "bfloat16", 4096, 4096, 128, True, "splash"),
+        ("tpu", None, "bfloat16", 4096, 8192, 64, False, "splash"),
+        ("tpu", None, "bfloat16", 100, 100, 128, True, "xla"),
+        ("gpu", "9.0", "bfloat16", 100, 100, 128, False, "cudnn"),
+        ("gpu", "9.0", "bfloat16", 4096, 4096, 128, True, "triton"),
+        ("gpu", "9.0", "bfloat16", 4160, 4160, 128, True, "xla"),
+        ("gpu", "9.0", "bfloat16", 4096, 8192, 128, True, "cudnn"),
+        ("gpu", "9.0", "bfloat16", 2080, 4160, 128, False, "xla"),
+        ("gpu", "9.0", "float32", 4096, 4096, 128, False, "xla"),
+        ("gpu", "7.5", "bfloat16", 4096, 4096, 128, False, "xla"),
+        ("gpu", "gfx90a", "bfloat16", 4096, 4096, 128, True, "xla"),
+        ("cpu", None, "bfloat16", 4096, 4096, 128, True, "xla"),
     ],
 )
-def test_the_kind_follows_device_and_shape(platform, dtype, num_queries, head_dim, kind):
-    assert choose(platform, dtype, num_queries, head_dim) == kind
+def test_the_kind_follows_device_and_shape(
+    platform, capability, dtype, num_queries, num_keys, head_dim, is_packed, kind
+):
+    device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+    assert choose(device, dtype, num_queries, num_keys, head_dim, is_packed=is_packed) == kind

@@ -1,6 +1,7 @@
 """Every implementation against a transcription in float64, kernels in Pallas's interpreter and lowered for their platform."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -135,8 +136,22 @@ def test_head_widths_that_the_tpu_kernel_does_not_take_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("platform", "head_dim", "implementation"),
-    [("tpu", 128, "tpu"), ("tpu", 64, "xla"), ("gpu", 128, "xla"), ("cpu", 128, "xla")],
+    ("platform", "capability", "dtype", "head_dim", "implementation"),
+    [
+        ("tpu", None, "bfloat16", 128, "tpu"),
+        ("tpu", None, "float32", 128, "tpu"),
+        ("tpu", None, "bfloat16", 64, "xla"),
+        ("tpu", None, "int8", 128, "xla"),
+        ("gpu", "9.0", "bfloat16", 64, "gpu"),
+        ("gpu", "10.0", "bfloat16", 128, "gpu"),
+        ("gpu", "7.5", "bfloat16", 128, "xla"),
+        ("gpu", "gfx90a", "bfloat16", 128, "xla"),
+        ("gpu", "9.0", "float32", 128, "xla"),
+        ("gpu", "9.0", "bfloat16", 96, "xla"),
+        ("gpu", "9.0", "int8", 128, "xla"),
+        ("cpu", None, "bfloat16", 128, "xla"),
+    ],
 )
-def test_choice(platform, head_dim, implementation):
-    assert choose_implementation(platform, head_dim) == implementation
+def test_choice(platform, capability, dtype, head_dim, implementation):
+    device = types.SimpleNamespace(platform=platform, compute_capability=capability)
+    assert choose_implementation(device, dtype, head_dim) == implementation

@@ -2,22 +2,27 @@
 
 import json
 import os
+import pathlib
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
-from oapl_jax import config_file, sft, train
+from oapl_jax import config_file, sft, storage, train
 from oapl_jax.audit import audit
 from oapl_jax.config import SftConfig
 from oapl_jax.policy_store import PolicyStore
 from oapl_jax.rollouts.lease import Leases
 from oapl_jax.rollouts.log import RolloutLog
+from oapl_jax.sample import Sampler
 from rollouts.groups import bits
+from rollouts.late_listings import make_place
 from runs import ROOT, finish, make_config, read_lines, start, weights, write_config
 
 pytestmark = pytest.mark.slow
@@ -73,6 +78,68 @@ def test_a_detached_run_is_the_online_run_bit_for_bit(detached, tmp_path):
     for name, tensor in weights(online).items():
         np.testing.assert_array_equal(tensor, weights(directory)[name], err_msg=name)
     assert audit(directory) == audit(online) == "10 steps, 3 windows, 40 groups, 320 rollouts: all as recorded"
+
+
+def test_a_run_over_an_object_store_that_lists_late_is_the_online_run_bit_for_bit(tmp_path):
+    """Two samplers, in threads; a torn file lies in the way, and is listed for a while after it was moved away."""
+    root = storage.shared_path(make_place())
+    torn = RolloutLog(root / "rollouts").path(1, 1)
+    storage.replace(torn, b"PAR1 torn")
+    directory, online = tmp_path / "run", tmp_path / "online"
+    config = make_config(directory, mode="detached", run={"shared_dir": str(root)}, window=DETACHED)
+    failures, stop = [], threading.Event()
+
+    def sample():
+        try:
+            Sampler(root, "jax", "data=1", 120.0, stop).run()
+        except BaseException as error:
+            failures.append(error)
+            raise
+
+    samplers = [threading.Thread(target=sample) for _ in range(2)]
+    for sampler in samplers:
+        sampler.start()
+    try:
+        train.run(config)
+    finally:
+        stop.set()
+        for sampler in samplers:
+            sampler.join(60)
+    assert not failures
+    assert storage.exists(torn.with_name(torn.name + ".damaged"))
+    train.run(make_config(online))
+    assert read_lines(directory / "batches.jsonl") == read_lines(online / "batches.jsonl")
+    for name, tensor in weights(online).items():
+        np.testing.assert_array_equal(tensor, weights(directory)[name], err_msg=name)
+    assert audit(directory).startswith("10 steps, 3 windows, 40 groups")
+
+
+@pytest.mark.parametrize("mode", ["online", "detached"])
+def test_without_learning_sampler_and_learner_agree_in_every_window(mode, tmp_path):
+    """Learning rate 0 over five windows: the log-ratio is numerical noise; a drift would be a sync that loses something."""
+    directory = tmp_path / "run"
+    config = make_config(
+        directory,
+        mode=mode,
+        learner={"learning_rate": 0.0},
+        window={"sync_every": 2, **(DETACHED if mode == "detached" else {})},
+        evaluation={"every": 0, "final_samples": 1},
+    )
+    sampler = start_sampler(directory) if mode == "detached" else None
+    try:
+        train.run(config)
+        if sampler is not None:
+            code, output = finish(sampler)
+            assert code == 0, output
+    finally:
+        if sampler is not None:
+            sampler.kill()
+    rows = read_lines(directory / "metrics.jsonl")[1:]
+    assert [row["window/version"] for row in rows] == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert max(row["learner/log_ratio_abs"] for row in rows) < 1e-4, "nats a response"
+    start = load_file(pathlib.Path(str(config.model.path)) / "model.safetensors")
+    for name, tensor in weights(directory).items():
+        np.testing.assert_array_equal(tensor, start[name], err_msg=name)
 
 
 def test_what_a_detached_run_leaves(detached):
