@@ -9,7 +9,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from oapl_jax import storage
 from oapl_jax.policy_store import Holds, PolicyStore
@@ -29,6 +29,7 @@ SAMPLERS_FOLDER = "samplers"
 LEASES_FOLDER = "leases/shards"
 
 
+@runtime_checkable
 class Samplers(Protocol):
     """Samplers in other processes, as their trainer sees them."""
 

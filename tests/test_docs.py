@@ -28,7 +28,7 @@ def type_name_of(arrow_type):
 
 def test_the_layers_of_the_architecture_page_are_those_of_the_test():
     page = (ROOT / "docs/architecture.md").read_text()
-    rows = re.findall(r"^\| (\d) \| ([`\w, ]+) \|", page, re.MULTILINE)
+    rows = re.findall(r"^\| (\d+) \| ([`\w, ]+) \|", page, re.MULTILINE)
     assert {room: int(layer) for layer, rooms in rows for room in re.findall(r"`(\w+)`", rooms)} == LAYERS
 
 

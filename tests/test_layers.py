@@ -174,7 +174,7 @@ def normal(distribution: str) -> str:
 
 
 def test_the_tree_in_agents_md_is_the_tree():
-    listed = re.findall(r"^  (\d) ([\w/]+\.py) ", (ROOT / "AGENTS.md").read_text(), re.MULTILINE)
+    listed = re.findall(r"^  (\d+) ([\w/]+\.py) ", (ROOT / "AGENTS.md").read_text(), re.MULTILINE)
     files = {path.relative_to(ROOT / PACKAGE).as_posix() for path in real_modules().values()}
     assert {name for _, name in listed} == files
     for layer, name in listed:

@@ -51,6 +51,15 @@ def start(config_path, *overrides):
     )
 
 
+def start_sampler(run_dir, *options):
+    """``python -m oapl_jax.sample`` on one device."""
+    command = [sys.executable, "-m", "oapl_jax.sample", "--run", str(run_dir), "--mesh", "data=1", *options]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
 def finish(process, timeout=240):
     output, _ = process.communicate(timeout=timeout)
     return process.returncode, output

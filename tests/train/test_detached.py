@@ -1,12 +1,9 @@
 """Samplers in other processes: the same run as with the sampler inside, whatever becomes of them."""
 
 import json
-import os
 import pathlib
 import shutil
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -23,21 +20,12 @@ from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.sample import Sampler
 from rollouts.groups import bits
 from rollouts.late_listings import make_place
-from runs import ROOT, finish, make_config, read_lines, start, weights, write_config
+from runs import ROOT, finish, make_config, read_lines, start, start_sampler, weights, write_config
 
 pytestmark = pytest.mark.slow
 
 DEADLINE = 240
 DETACHED = {"shard_groups": 2, "lease_seconds": 10.0}
-
-
-def start_sampler(run_dir, *options):
-    """``python -m oapl_jax.sample`` on one device."""
-    command = [sys.executable, "-m", "oapl_jax.sample", "--run", str(run_dir), "--mesh", "data=1", *options]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
 
 
 def wait_until(is_so, process=None, deadline=DEADLINE):

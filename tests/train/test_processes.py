@@ -10,15 +10,16 @@ from safetensors.numpy import load_file
 
 from jobs import finish_job, start_job
 from oapl_jax.audit import audit
-from runs import ROOT, make_config, read_lines, signal_after, write_config
+from oapl_jax.policy_store import PolicyStore
+from runs import ROOT, finish, make_config, read_lines, signal_after, start_sampler, write_config
 
 pytestmark = pytest.mark.slow
 
 MODEL = {"vocab_size": 24, "num_attention_heads": 4, "num_key_value_heads": 4}
 
 
-def start_run(run_dir, **sections):
-    """Four processes of four devices each: the trainer has eight, each replica of the sampler four."""
+def start_run(run_dir, num_processes=4, devices_each=4, **sections):
+    """By default the trainer has eight devices of two processes, each replica of the sampler four of one."""
     model = run_dir.parent / "model.json"
     model.write_text(json.dumps(json.loads((ROOT / "configs/toy_qwen3.json").read_text()) | MODEL))
     config = make_config(
@@ -33,7 +34,7 @@ def start_run(run_dir, **sections):
         },
     )
     path = write_config(run_dir.with_suffix(".yaml"), config)
-    return start_job(["-m", "oapl_jax.train", "--config", str(path)], 4, 4)
+    return start_job(["-m", "oapl_jax.train", "--config", str(path)], num_processes, devices_each)
 
 
 def weights(run_dir):
@@ -77,6 +78,28 @@ def test_it_is_the_run_that_its_log_makes_without_interruption(preempted, tmp_pa
     for name, tensor in weights(preempted).items():
         np.testing.assert_array_equal(tensor, weights(tmp_path / "run")[name], err_msg=name)
     assert read_lines(preempted / "batches.jsonl") == read_lines(tmp_path / "run/batches.jsonl")
+
+
+def test_all_processes_may_do_both(tmp_path):
+    codes, outputs = finish_job(start_run(tmp_path / "run", 2, 2, run={"steps": 5}, mesh={"trainer": "fsdp=4"}))
+    assert codes == [0, 0], "\n".join(outputs)
+    assert audit(tmp_path / "run").startswith("5 steps, 2 windows")
+    assert len(list((tmp_path / "run/samplers").iterdir())) == 2
+
+
+def test_a_trainer_of_two_processes_publishes_for_a_detached_sampler(tmp_path):
+    directory = tmp_path / "run"
+    job = start_run(directory, 2, 2, mode="detached", run={"steps": 5}, mesh={"trainer": "fsdp=4"})
+    sampler = start_sampler(directory)
+    try:
+        codes, outputs = finish_job(job)
+        assert codes == [0, 0], "\n".join(outputs)
+        assert finish(sampler)[0] == 0
+    finally:
+        sampler.kill()
+    assert audit(directory).startswith("5 steps, 2 windows")
+    manifest = PolicyStore(directory / "policy").manifest(1)
+    assert len([name for name in manifest.files if name.endswith(".safetensors")]) >= 2
 
 
 def test_a_process_that_fails_ends_all_with_its_reason(tmp_path):
