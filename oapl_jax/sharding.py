@@ -6,6 +6,7 @@ meaning is split over, so one model serves every mesh.
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -144,11 +145,25 @@ def _make_mesh(
             f" whose product {'divides' if takes_rest else 'is at most'} {len(devices)}, or use -1 for one axis"
         )
     shape = [len(devices) // explicit if size == -1 else size for size in sizes.values()]
-    arranged = _arranged(name, words, devices[: math.prod(shape)], shape)
-    if has_replicas and _parted_replica(arranged) is not None:
-        # Those of a process one after the other, although others may be nearer by wire.
-        arranged = np.array(devices[: math.prod(shape)], dtype=object).reshape(shape)
+    devices = devices[: math.prod(shape)]
+    arranged = _arranged(name, words, devices, shape)
+    if has_replicas and devices[0].platform == "tpu" and _parted_replica(arranged) is not None:
+        arranged = _within_processes(devices, shape)
     return Mesh(arranged, AXES)
+
+
+def _within_processes(devices: Sequence[Any], shape: Sequence[int]) -> np.ndarray:
+    """Devices of a process one after the other, each beside its neighbour in the slice; processes in their order."""
+    ordered: list[Any] = []
+    for _, group in itertools.groupby(devices, key=lambda device: device.process_index):
+        first, *rest = group
+        ordered.append(first)
+        while rest:
+            here = ordered[-1].coords
+            nearest = min(rest, key=lambda device: sum(abs(a - b) for a, b in zip(device.coords, here, strict=True)))
+            rest.remove(nearest)
+            ordered.append(nearest)
+    return np.array(ordered, dtype=object).reshape(shape)
 
 
 def _parted_replica(devices: np.ndarray) -> list[int] | None:

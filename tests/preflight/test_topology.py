@@ -96,6 +96,7 @@ def test_a_mesh_follows_the_wires(name, num_slices, words):
         for one, other in itertools.pairwise(ring):
             assert topology.slice_of(one) == topology.slice_of(other)
             assert sum(abs(a - b) for a, b in zip(one.coords, other.coords, strict=True)) == 1
+            assert one.process_index == other.process_index  # colocated: a row is a replica of the sampler
 
 
 @needs_libtpu
