@@ -84,8 +84,8 @@ def train(config: str, run_dir: pathlib.Path, core: int, overrides: list[str]) -
     return start(["oapl_jax.train", "--config", config, f"run.dir={run_dir}", *overrides], core)
 
 
-def start(words: list[str], core: int) -> subprocess.Popen[str]:
-    """A command of the package on one core, with one thread where libraries ask."""
+def start(words: list[str], core: int | None) -> subprocess.Popen[str]:
+    """A command of the package on one core (None: on all), with one thread where libraries ask."""
     return subprocess.Popen(
         [sys.executable, "-m", *words],
         cwd=ROOT,
@@ -93,7 +93,7 @@ def start(words: list[str], core: int) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, [core]),
+        preexec_fn=None if core is None else lambda: os.sched_setaffinity(0, [core]),
     )
 
 
