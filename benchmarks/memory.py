@@ -20,9 +20,9 @@ import time
 from typing import Any
 
 import numpy as np
+from overlap import start
 
 from oapl_jax.metrics import METRICS_FILE
-from overlap import start
 from sampler import ROOT, machine
 
 DEADLINE = 7200
@@ -68,7 +68,7 @@ def watch(mode: str, steps: int) -> dict[str, Any]:
                 process.kill()
     result: dict[str, Any] = {}
     for name, points in samples.items():
-        late = np.array([point for point in points if point[0] >= steps / 3])
+        late = np.array([point for point in points if steps / 3 <= point[0] < steps])  # the export is not counted
         result[f"{name}_growth"] = round(float(np.polyfit(late[:, 0], late[:, 1], 1)[0] * 1000), 3)
         result[f"{name}_mib"] = [round(late[0, 1], 1), round(late[-1, 1], 1)]
     return result
