@@ -8,7 +8,7 @@ first core and ``python -m oapl_jax.sample`` on the second, with windows of seve
 and reading policies included. The first window, in which programs are compiled, is not counted.
 
 The roles are balanced where the serial run samples for half of its time (``sampling_share``): so it is with the default
-config and ``OVERRIDES``, one group in flight and 256 rollouts a step.
+config and ``OVERRIDES``: one group in flight, two tokens a call, 256 rollouts a step.
 
 * ``speedup``: steps a second of the second over those of the first; 2 where the roles are balanced and nothing is lost.
 * ``learner_idle``, ``sampler_idle``: shares of the time of the overlapped run.
@@ -28,7 +28,7 @@ from typing import Any
 from oapl_jax.metrics import METRICS_FILE, read_metrics
 from sampler import ROOT, machine
 
-OVERRIDES = ["sampler.groups_in_flight=1", "learner.batch_rollouts=256"]
+OVERRIDES = ["sampler.groups_in_flight=1", "sampler.decode_steps=2", "learner.batch_rollouts=256"]
 DEADLINE = 1800
 """Seconds for one run."""
 
@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object last")
     parser.add_argument("--config", default="configs/quickstart.yaml", help="of oapl_jax.train")
-    parser.add_argument("--steps", type=int, default=80, help="learner steps of each run")
+    parser.add_argument("--steps", type=int, default=60, help="learner steps of each run")
     parser.add_argument("--window", type=int, default=20, help="window.sync_every of the overlapped run")
     parser.add_argument("--repeats", type=int, default=3, help="how often both runs are made")
     parser.add_argument(
@@ -84,8 +84,8 @@ def train(config: str, run_dir: pathlib.Path, core: int, overrides: list[str]) -
     return start(["oapl_jax.train", "--config", config, f"run.dir={run_dir}", *overrides], core)
 
 
-def start(words: list[str], core: int) -> subprocess.Popen[str]:
-    """A command of the package on one core, with one thread where libraries ask."""
+def start(words: list[str], core: int | None) -> subprocess.Popen[str]:
+    """A command of the package on one core (None: on all), with one thread where libraries ask."""
     return subprocess.Popen(
         [sys.executable, "-m", *words],
         cwd=ROOT,
@@ -93,7 +93,7 @@ def start(words: list[str], core: int) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        preexec_fn=lambda: os.sched_setaffinity(0, [core]),
+        preexec_fn=None if core is None else lambda: os.sched_setaffinity(0, [core]),
     )
 
 

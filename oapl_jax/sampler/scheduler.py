@@ -217,9 +217,10 @@ class Scheduler(Generic[Tag]):
         engine, policy = self._engine, self._prepare(params)
         num_programs = 0
         with self._device_lock:
-            for padded in sorted({engine.padded_length(length) for length in prompt_lengths}):
+            lengths = {engine.padded_length(length): length for length in prompt_lengths}
+            for padded, length in sorted(lengths.items()):
                 for count in _doublings(1 if self._fixed_shapes else engine.prompts_at_once(padded)):
-                    prefix = engine.prefill(policy, [np.zeros(padded, np.int32)] * count)
+                    prefix = engine.prefill(policy, [np.zeros(length, np.int32)] * count)
                     start = self._empty_start(count, padded, count * group_size)
                     self._state = engine.insert(prefix, self._state, start)
                     num_programs += 2
