@@ -22,7 +22,7 @@ from oapl_jax import detached, storage
 from oapl_jax.evaluation.held_out import Counts, summarize
 from oapl_jax.job import SamplerJob, acceptance
 from oapl_jax.parity import Drawn, draw
-from oapl_jax.processes import check_peers, hear, tell
+from oapl_jax.processes import KEPT_KEYS, check_peers, forget, hear, tell
 from oapl_jax.rollouts.buffer import Window
 from oapl_jax.rollouts.lease import Leases
 from oapl_jax.rollouts.log import RolloutLog
@@ -147,6 +147,8 @@ class Crew:
         order = {"kind": kind, "values": values, "has_params": params is not None}
         if self._job.trainers.is_leader:
             tell(self._key("order"), order)
+            forget(self._key("order", self._num_orders - KEPT_KEYS))
+            forget(self._key("result", self._num_orders - KEPT_KEYS))
         if params is not None and self._job.transfer is not None:
             self._job.transfer.send(params)
         if self._worker is not None:
@@ -185,8 +187,8 @@ class Crew:
     def _tell(self, result: Any) -> None:
         tell(f"{self._key('result')}/{jax.process_index()}", result)
 
-    def _key(self, kind: str) -> str:
-        return f"{kind}/{self._num_orders}"
+    def _key(self, kind: str, number: int | None = None) -> str:
+        return f"{kind}/{self._num_orders if number is None else number}"
 
     def _read(self, name: str, digest: str) -> bytes:
         end = time.monotonic() + FILE_SECONDS

@@ -1,7 +1,7 @@
 """The processes of one JAX job (``jax.distributed``): how one joins, and what they say to each other.
 
 Arrays travel between devices. Everything else is small and rare, and goes through the job's coordination
-service, which the first process hosts: JSON values by key, and barriers. Every wait has a deadline, and ends at
+service, which the first process hosts: JSON values by key. Every wait has a deadline, and ends at
 once when a process has said that it failed. A process that dies without a word ends the whole job: JAX notices
 after ``HEARTBEAT_SECONDS``.
 """
@@ -25,8 +25,8 @@ SLICE_SECONDS = 0.5
 """Longest single wait: between two, the process looks at its own signals and at the failures of others."""
 BARRIER_SECONDS = 1800.0
 """Others may be compiling, or reading weights."""
-KEPT_KEYS = 1000
-"""Of messages that were heard long ago; older ones are deleted."""
+KEPT_KEYS = 100
+"""Messages of a kind before the newest that are kept for who has not heard them yet: by far more than may be."""
 
 FAILED_KEY = "failed"
 PREEMPTED_KEY = "preempted"
@@ -122,8 +122,7 @@ class Processes:
             return hear(key, deadline, look)
         value = make()
         tell(key, value)
-        if self._num_agreed > KEPT_KEYS:
-            _client().key_value_delete(f"{self.name}/{self._num_agreed - KEPT_KEYS}")
+        forget(f"{self.name}/{self._num_agreed - KEPT_KEYS}")
         return value
 
     def any_of(self, value: Any, deadline: float = BARRIER_SECONDS) -> Any:
@@ -138,21 +137,29 @@ class Processes:
         """Returns when all members are here.
 
         Raises:
-            RuntimeError: one does not come.
+            PeerError: a process has failed.
+            TimeoutError: one does not come.
         """
         if len(self.members) == 1:
             return
         self._num_barriers += 1
         key = f"{self.name}/barrier/{self._num_barriers}"
-        try:
-            _client().wait_at_barrier(key, int(deadline * 1000), process_ids=list(self.members))
-        except jax.errors.JaxRuntimeError as error:
-            raise RuntimeError(f"processes {self.members} were to meet, and not all came: {error}") from error
+        # JAX's own barrier does not look at failures while it waits.
+        if _client().key_value_increment(f"{key}/arrived", 1) == len(self.members):
+            tell(f"{key}/open", True)
+        hear(f"{key}/open", deadline)
+        if self.is_leader and self._num_barriers > 1:  # all have left the one before
+            forget(f"{self.name}/barrier/{self._num_barriers - 1}")
 
 
 def tell(key: str, value: Any) -> None:
     """Leaves a value for all processes of the job."""
     _client().key_value_set(key, json.dumps(value), allow_overwrite=True)
+
+
+def forget(key: str) -> None:
+    """Deletes a key, and those below it."""
+    _client().key_value_delete(key)
 
 
 def heard(key: str) -> Any:
