@@ -102,7 +102,7 @@ class Processes:
         """Place of this process among them."""
         return self.members.index(jax.process_index())
 
-    def agree(self, make: Callable[[], Any], deadline: float, look: Callable[[], None] = lambda: None) -> Any:
+    def agree(self, make: Callable[[], Any], deadline: float, look: Callable[[], object] = lambda: None) -> Any:
         """What the leader makes (as JSON has it), in every member.
 
         Args:
@@ -172,7 +172,7 @@ def heard(key: str) -> Any:
         raise
 
 
-def hear(key: str, deadline: float, look: Callable[[], None] = lambda: None) -> Any:
+def hear(key: str, deadline: float, look: Callable[[], object] = lambda: None) -> Any:
     """The value of a key, when someone tells it.
 
     Args:

@@ -147,7 +147,7 @@ class Session:
         def choose() -> dict[str, Any] | None:
             assert self.record is not None
             recorded = indices(self.record.groups(step))  # by a run that was killed after this step
-            chosen.extend(self._take(recorded, self.is_preempted))
+            chosen.extend(self._take(recorded, may_end=True))
             if self.is_preempted():
                 return None
             self._check_lease()
@@ -159,7 +159,7 @@ class Session:
         if batch is None:
             return None
         if not chosen:
-            chosen = self._take(batch["indices"], lambda: False)
+            chosen = self._take(batch["indices"], may_end=False)
             if _digest(chosen) != batch["digest"]:
                 raise RuntimeError(
                     f"step {step}: the rollout log here has not the groups that the first trainer reads in it; do all"
@@ -167,11 +167,11 @@ class Session:
                 )
         return chosen
 
-    def look(self) -> None:
-        """What a process does while it waits for others, and once a step."""
-        self.is_preempted()
+    def look(self) -> bool:
+        """What a process does while it waits for others; whether SIGTERM came to one of them."""
         if self.crew is not None:
             self.crew.look()
+        return self.is_preempted()
 
     def evaluate(self, params: Any, num_samples: int) -> Metrics:
         """``evaluation/*`` of the sampler's copy of some weights."""
@@ -179,8 +179,9 @@ class Session:
             return self.crew.evaluate(params, num_samples)
         return summarize(self.job.count_held_out(params, num_samples), self.job.held_out)
 
-    def _take(self, recorded: list[int] | None, is_cancelled: Callable[[], bool]) -> list[RolloutGroup]:
-        return self.buffer.take(self.job.groups_per_batch, self.job.config.window.deadline, is_cancelled, recorded)
+    def _take(self, recorded: list[int] | None, *, may_end: bool) -> list[RolloutGroup]:
+        deadline = self.job.config.window.deadline
+        return self.buffer.take(self.job.groups_per_batch, deadline, lambda: self.look() and may_end, recorded)
 
     def _taken(self) -> list[list[int]]:
         """Indices of the groups of each batch that the window has given already."""
