@@ -29,7 +29,7 @@ from oapl_jax.sampler.engine import Engine
 from oapl_jax.sampler.engines import PAGE_SIZE, make_replica_engines
 from oapl_jax.sampler.replicas import replica_meshes
 from oapl_jax.sampler.sampling import SamplingParams
-from oapl_jax.sharding import SAMPLER_RULES, TRAINER_RULES, make_meshes, processes_of, shardings
+from oapl_jax.sharding import SAMPLER_RULES, TRAINER_RULES, check_processes, make_meshes, processes_of, shardings
 from oapl_jax.sync import WeightSync
 from oapl_jax.tokenizer import Tokenizer
 from oapl_jax.transfer import Transfer
@@ -161,7 +161,9 @@ def is_trainer(config: TrainConfig) -> bool:
     Raises:
         ValueError: the meshes do not fit the devices or the processes.
     """
-    return jax.process_index() in processes_of(make_meshes(config.mesh)[0])
+    trainer_mesh, sampler_mesh = make_meshes(config.mesh)
+    check_processes(config.mesh, trainer_mesh, sampler_mesh)
+    return jax.process_index() in processes_of(trainer_mesh)
 
 
 def make_sampler_job(config: TrainConfig) -> SamplerJob:

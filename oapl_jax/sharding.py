@@ -66,15 +66,13 @@ def make_meshes(mesh_config: MeshConfig, devices: Sequence[Any] | None = None) -
         devices: ``jax.Device`` objects that may be used; default ``jax.devices()``.
 
     Raises:
-        ValueError: the axes do not fit the devices, or the processes that have them; names the words, the sizes and the
-            device count.
+        ValueError: the axes do not fit the devices; names the words, the sizes and the device count.
     """
     # Those of a process one after the other: a process that only samples takes no part in training.
     devices = sorted(jax.devices() if devices is None else devices, key=lambda device: device.process_index)
     trainer = _parse_axes("mesh.trainer", mesh_config.trainer)
     if mesh_config.sampler is None:
         mesh = _make_mesh("mesh.trainer", mesh_config.trainer, trainer, devices, has_replicas=True)
-        _check_processes(mesh_config, mesh, mesh, devices)
         return mesh, mesh
     sampler = _parse_axes("mesh.sampler", mesh_config.sampler)
     if -1 in trainer.values() and -1 in sampler.values():
@@ -91,7 +89,6 @@ def make_meshes(mesh_config: MeshConfig, devices: Sequence[Any] | None = None) -
     trainer_mesh = _make_mesh("mesh.trainer", mesh_config.trainer, trainer, devices[: len(devices) - reserved])
     remaining = devices[trainer_mesh.size :]
     sampler_mesh = _make_mesh("mesh.sampler", mesh_config.sampler, sampler, remaining, has_replicas=True)
-    _check_processes(mesh_config, trainer_mesh, sampler_mesh, devices)
     return trainer_mesh, sampler_mesh
 
 
@@ -100,20 +97,23 @@ def processes_of(mesh: Mesh) -> list[int]:
     return sorted({device.process_index for device in np.asarray(mesh.devices).flat})
 
 
-def _check_processes(mesh_config: MeshConfig, trainer: Mesh, sampler: Mesh, devices: Sequence[Any]) -> None:
-    """Refuses meshes that do not follow the borders of several processes."""
-    everyone = sorted({device.process_index for device in devices})
-    if len(everyone) == 1:
+def check_processes(mesh_config: MeshConfig, trainer: Mesh, sampler: Mesh) -> None:
+    """Whether the meshes of a run follow the borders of its processes.
+
+    Raises:
+        ValueError: they do not; names the meshes and the process.
+    """
+    if jax.process_count() == 1:
         return
     words = f"mesh.trainer={mesh_config.trainer!r}, mesh.sampler={mesh_config.sampler!r}"
-    counts = f"{len(everyone)} processes have {len(devices)} devices"
+    counts = f"{jax.process_count()} processes have {jax.device_count()} devices"
     trainers, samplers = processes_of(trainer), processes_of(sampler)
     if trainer is not sampler and (both := set(trainers) & set(samplers)):
         raise ValueError(
             f"{words}: process {min(both)} would have devices of both; {counts}: give each process to one of the two, or"
             " all to both (mesh.sampler=null)"
         )
-    if idle := set(everyone) - {*trainers, *samplers}:
+    if idle := set(range(jax.process_count())) - {*trainers, *samplers}:
         raise ValueError(f"{words}: process {min(idle)} would have nothing to do; {counts}: use them all")
     if (owners := _parted_replica(np.asarray(sampler.devices))) is not None:
         raise ValueError(

@@ -64,8 +64,10 @@ def test_metrics_are_those_of_the_page(finished):
     documented = set(re.findall(r"^\| `([a-z]+/[a-z0-9_@]+)`", page, re.MULTILINE))
     written = {name for row in read_lines(directory / "metrics.jsonl") for name in row} - {"step"}
     assert written <= documented
-    of_detached = set(re.findall(r"^\| `([a-z]+/[a-z0-9_@]+)` \| mode detached", page, re.MULTILINE))
-    assert {n for n in documented - of_detached if not n.startswith("evaluation/")} <= written
+    of_others = set(
+        re.findall(r"^\| `([a-z]+/[a-z0-9_@]+)` \| (?:mode detached|several processes)", page, re.MULTILINE)
+    )
+    assert {n for n in documented - of_others if not n.startswith("evaluation/")} <= written
 
 
 def test_the_run_leaves_what_people_look_at(finished):
