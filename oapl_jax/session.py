@@ -278,22 +278,10 @@ def open_session(
         newest = job.trainers.agree(lambda: max([0, *log.versions(), *policies.versions()]), PEER_SECONDS)
         place.next_window(max(place.policy_version, newest) + 1)
 
-    record = (
-        BatchRecord(directory / "batches.jsonl", forget_after=place.step if is_changed else None) if is_leader else None
-    )
-    writer = (
-        stack.enter_context(
-            MetricsWriter(
-                directory,
-                resume_step=None if restored is None else place.step,
-                tensorboard=config.logging.tensorboard,
-                wandb_project=config.logging.wandb_project,
-                config=config.model_dump(),
-            )
-        )
-        if is_leader
-        else None
-    )
+    record = writer = None
+    if is_leader:
+        record = BatchRecord(directory / "batches.jsonl", forget_after=place.step if is_changed else None)
+        writer = stack.enter_context(_open_writer(config, directory, None if restored is None else place.step))
     buffer = job.make_buffer()
     if config.mode == "offline":
         if is_changed:
@@ -301,8 +289,8 @@ def open_session(
         source = Rounds(job, directory, log, is_preempted, progress.note)
         buffer = source.make_buffer()
     elif config.mode == "detached":
-        samplers = _publish_policies(stack, job, root, policies, progress.note)
-        source = LogFollower(root, log, buffer, samplers, progress.note, is_leader=is_leader)
+        published = _publish_policies(stack, job, root, policies, progress.note)
+        source = LogFollower(root, log, buffer, published, progress.note, is_leader=is_leader)
     elif crew is not None:
         source = LogFollower(root, log, buffer, crew, progress.note, is_leader=is_leader)
     else:
@@ -324,6 +312,16 @@ def open_session(
         crew,
         is_preempted,
         started,
+    )
+
+
+def _open_writer(config: TrainConfig, directory: pathlib.Path, resume_step: int | None) -> MetricsWriter:
+    return MetricsWriter(
+        directory,
+        resume_step=resume_step,
+        tensorboard=config.logging.tensorboard,
+        wandb_project=config.logging.wandb_project,
+        config=config.model_dump(),
     )
 
 

@@ -48,7 +48,6 @@ def run(config: TrainConfig) -> dict[str, Any]:
     """
     started = time.perf_counter()
     run_dir.check_run(config, TrainConfig)
-    _check_processes(config)
     job, state = make_job(config)
     directory = pathlib.Path(config.run.dir)
     if job.trainers.is_leader:
@@ -79,7 +78,7 @@ def run(config: TrainConfig) -> dict[str, Any]:
     return summary
 
 
-def _check_processes(config: TrainConfig) -> None:
+def _check_alone(config: TrainConfig) -> None:
     """Refuses what one process alone can do."""
     if jax.process_count() == 1:
         return
@@ -230,6 +229,7 @@ def _table(summary: dict[str, Any], directory: pathlib.Path) -> str:
 
 def _take_part(config: TrainConfig) -> int:
     """This process's part of the run: the learner's, or a sampler's in a job of several; returns the exit code."""
+    _check_alone(config)
     if not is_trainer(config):
         return serve(config)
     try:
