@@ -75,7 +75,7 @@ $(TORCH_STAMP): requirements-torch.txt | $(DEV_STAMP)
 	@$(PIP) install -q -r requirements-torch.txt && touch $@ \
 	  || echo "PyTorch could not be installed: the comparisons with it will be skipped"
 
-# For preflight only, in a folder that JAX does not look into by itself (oapl_jax/topology.py).
+# For preflight only, in a folder that JAX does not look into by itself (oapl_jax/preflight/topology.py).
 $(TPU_STAMP): requirements-tpu.txt | $(BIN)/python
 	@echo "installing requirements-tpu.txt into $(VENV)/tpu"
 	@$(PIP) install -q --no-deps --upgrade --target $(VENV)/tpu -r requirements-tpu.txt && touch $@ \

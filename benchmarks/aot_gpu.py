@@ -8,7 +8,7 @@ XLA compiles for a card that is only described; nothing runs. It needs an enviro
 
 A train step is 65,536 tokens of which three quarters are response; decoding is one step of the sampler's loop of 32 at
 full length, and of the card's roofline it reads each weight and all keys and values once. ``moved_gb`` is what the
-program's instructions read and write in the card's memory (``oapl_jax/hlo.py``), with a kernel's keys and values added,
+program's instructions read and write in the card's memory (``oapl_jax/preflight/hlo.py``), with a kernel's keys and values added,
 so it says which of two programs is better and not how long either takes. Without a card nothing is tuned: the products
 are Triton's, where a card would choose cuBLAS for some.
 """
@@ -29,18 +29,18 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from oapl_jax import hlo
-from oapl_jax.config import LearnerConfig, MeshConfig, ObjectiveConfig
+from oapl_jax.build.programs import forward_flops
+from oapl_jax.config.schema import LearnerConfig, MeshConfig, ObjectiveConfig
+from oapl_jax.distributed.sharding import SAMPLER_RULES, TRAINER_RULES, make_meshes, placed, shardings
 from oapl_jax.learner import batch as batches
 from oapl_jax.learner.batch import RowLayout
 from oapl_jax.learner.state import abstract_state, make_optimizer, make_schedule
 from oapl_jax.learner.step import make_loss_fn, make_train_step
 from oapl_jax.model.logprob import chunk_tokens
 from oapl_jax.model.qwen import SAVED_NAMES, Remat, abstract
-from oapl_jax.programs import forward_flops
+from oapl_jax.preflight import hlo
 from oapl_jax.sampler.engine import Engine
 from oapl_jax.sampler.kv_cache import page_bytes
-from oapl_jax.sharding import SAMPLER_RULES, TRAINER_RULES, make_meshes, placed, shardings
 from oapl_jax.types import TrainBatch
 
 H200 = """

@@ -31,10 +31,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from oapl_jax.config import MeshConfig
+from oapl_jax.config.schema import MeshConfig
+from oapl_jax.distributed.sharding import SAMPLER_RULES, make_meshes, replicated, shardings
 from oapl_jax.model import qwen
 from oapl_jax.sampler.engine import DecodeState, Engine
-from oapl_jax.sharding import SAMPLER_RULES, make_meshes, replicated, shardings
 
 GIB = 2**30
 NUM_ROWS, PAGE_SIZE, MAX_TOKENS, DECODE_STEPS = 128, 64, 32768, 32

@@ -4,7 +4,7 @@
 
 A slice of 32 v5e chips, half of which train (fsdp=16) and half of which sample (data=4, tensor=4), bfloat16. For each
 model the programs of its largest parameter without layers and of the largest piece of one with layers: ``pack`` on
-trainers, ``move`` from these to those, ``unpack`` on samplers (``oapl_jax/transfer.py``). GiB of a device:
+trainers, ``move`` from these to those, ``unpack`` on samplers (``oapl_jax/distributed/transfer.py``). GiB of a device:
 ``arguments``, and ``temporaries`` beside them. No program holds more of the model than its piece.
 """
 
@@ -15,12 +15,13 @@ import pathlib
 import sys
 from typing import Any
 
-from oapl_jax import policy, topology
-from oapl_jax.config import MeshConfig
+from oapl_jax.build import policy
+from oapl_jax.config.schema import MeshConfig
+from oapl_jax.distributed.sharding import SAMPLER_RULES, TRAINER_RULES, make_meshes, shardings
+from oapl_jax.distributed.transfer import Piece, Transfer
 from oapl_jax.model import qwen
-from oapl_jax.sharding import SAMPLER_RULES, TRAINER_RULES, make_meshes, shardings
-from oapl_jax.sync import WeightSync
-from oapl_jax.transfer import Piece, Transfer
+from oapl_jax.preflight import topology
+from oapl_jax.weights.sync import WeightSync
 from sampler import ROOT, machine
 
 GIB = 2**30

@@ -161,12 +161,12 @@ def ours(attention: str, join_layers: bool | None, model: str, rows: int, prompt
 
     import jax
 
-    from oapl_jax.config import MeshConfig
+    from oapl_jax.config.schema import MeshConfig
+    from oapl_jax.distributed.sharding import SAMPLER_RULES, make_meshes, shardings
     from oapl_jax.model.qwen import abstract, initialize
+    from oapl_jax.rollouts.sampling import Request
     from oapl_jax.sampler.engine import Engine
-    from oapl_jax.sampler.request import Request
     from oapl_jax.sampler.scheduler import Scheduler
-    from oapl_jax.sharding import SAMPLER_RULES, make_meshes, shardings
 
     config = read_model(model)
     mesh, _ = make_meshes(MeshConfig(trainer="tensor=1"))
@@ -205,7 +205,7 @@ def ours(attention: str, join_layers: bool | None, model: str, rows: int, prompt
 def transformers(model: str, rows: int, prompt_tokens: int, new_tokens: int) -> Any:
     """PyTorch with transformers."""
     import torch
-    from peer_transformers import LAW, TokenLogprobs
+    from peer_transformers import DISTRIBUTION, TokenLogprobs
     from transformers import AutoConfig, AutoModelForCausalLM, LogitsProcessorList
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -223,7 +223,7 @@ def transformers(model: str, rows: int, prompt_tokens: int, new_tokens: int) -> 
             attention_mask=torch.ones_like(prompts),
             num_return_sequences=GROUP_SIZE,
             max_new_tokens=length,
-            **LAW,
+            **DISTRIBUTION,
             logits_processor=LogitsProcessorList([logprobs]),
         )
         drawn = logprobs.all(sequences).cpu()

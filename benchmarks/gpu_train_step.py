@@ -115,8 +115,8 @@ def summary(reports: list[Report], flops: float, tokens: int, peak_tflops: float
 
 def step_flops(model: str, lengths: np.ndarray) -> tuple[float, int]:
     """Floating point operations of a step's mathematics, and its tokens."""
-    from oapl_jax.policy import read_config
-    from oapl_jax.programs import forward_flops
+    from oapl_jax.build.policy import read_config
+    from oapl_jax.build.programs import forward_flops
 
     config, total = read_config(ROOT / MODELS[model]), lengths.sum(axis=1)
     pairs = float((total * (total + 1) / 2).sum())
@@ -140,8 +140,8 @@ def ours(are_products_saved: bool, config_file: pathlib.Path, lengths: np.ndarra
     import jax
     from train_step import our_step
 
+    from oapl_jax.build.policy import read_config
     from oapl_jax.model.qwen import SAVED_NAMES, Remat
-    from oapl_jax.policy import read_config
 
     remat = Remat(True, SAVED_NAMES if are_products_saved else ())
     options = {"micro_batch_rows": rows, "compute_dtype": "bfloat16", "remat": remat}

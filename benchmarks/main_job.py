@@ -20,9 +20,10 @@ from typing import Any
 
 import jax
 
-from oapl_jax import config_file, train
-from oapl_jax.config import EXIT_BAD_CONFIG, TrainConfig
-from oapl_jax.metrics import METRICS_FILE, read_metrics
+from oapl_jax import train
+from oapl_jax.config import config_file
+from oapl_jax.config.schema import EXIT_BAD_CONFIG, TrainConfig
+from oapl_jax.io.metrics import METRICS_FILE, read_metrics
 from oapl_jax.types import Metrics
 
 POLL_SECONDS = 0.02

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from overlap import start
 
-from oapl_jax.metrics import METRICS_FILE
+from oapl_jax.io.metrics import METRICS_FILE
 from sampler import ROOT, machine
 
 DEADLINE = 7200

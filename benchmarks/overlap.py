@@ -4,7 +4,7 @@
 
 ``serial`` is the on-policy limit of the same config in one process on one core: with ``window.sync_every=1`` the sampler
 has nothing to do while the learner trains, and the learner nothing while it samples. ``overlapped`` is a trainer on the
-first core and ``python -m oapl_jax.sample`` on the second, with windows of several steps; the sampler lags, publishing
+first core and ``python -m oapl_jax sample`` on the second, with windows of several steps; the sampler lags, publishing
 and reading policies included. The first window, in which programs are compiled, is not counted.
 
 The roles are balanced where the serial run samples for half of its time (``sampling_share``): so it is with the default
@@ -25,7 +25,7 @@ import sys
 import tempfile
 from typing import Any
 
-from oapl_jax.metrics import METRICS_FILE, read_metrics
+from oapl_jax.io.metrics import METRICS_FILE, read_metrics
 from sampler import ROOT, machine
 
 OVERRIDES = ["sampler.groups_in_flight=1", "sampler.decode_steps=2", "learner.batch_rollouts=256"]

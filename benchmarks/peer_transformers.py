@@ -18,7 +18,7 @@ from transformers import (
 
 from sampler import MODEL, Report, Workload, make_workload, serve, versions
 
-LAW = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+DISTRIBUTION = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
 
 PAGE_SIZE, BATCH_TOKENS = 32, 256
@@ -80,7 +80,7 @@ def one_batch(model, workload: Workload):
             attention_mask=torch.ones_like(prompts),
             num_return_sequences=group_size,
             max_new_tokens=max_length,
-            **LAW,
+            **DISTRIBUTION,
             logits_processor=LogitsProcessorList([logprobs]),
         )
         drawn = logprobs.all(sequences)
@@ -95,7 +95,7 @@ def one_batch(model, workload: Workload):
 def continuous_batching(model, workload: Workload):
     """Each rollout is a request with a limit of its own; full pages of a prompt are shared."""
     pages = -(-(workload.prompts.shape[1] + workload.max_length) // PAGE_SIZE)
-    law = GenerationConfig(**LAW, eos_token_id=-1, pad_token_id=0)
+    distribution = GenerationConfig(**DISTRIBUTION, eos_token_id=-1, pad_token_id=0)
 
     def run(seed: int) -> Report:
         config = ContinuousBatchingConfig(
@@ -106,7 +106,7 @@ def continuous_batching(model, workload: Workload):
             seed=seed,
         )
         # A manager of its own for each run: prompts are not in the cache from the run before.
-        with model.continuous_batching_context_manager(law, continuous_batching_config=config) as manager:
+        with model.continuous_batching_context_manager(distribution, continuous_batching_config=config) as manager:
             wanted = {}
             for prompt, lengths in zip(workload.prompts.tolist(), workload.lengths.tolist(), strict=True):
                 for length in lengths:

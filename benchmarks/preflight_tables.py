@@ -48,7 +48,7 @@ def main() -> None:
             if not report.is_file():
                 command = f"{sys.executable} -m oapl_jax.preflight --config {words} --json {report}"
                 subprocess.run(shlex.split(command), stdout=sys.stderr, check=False)
-            print(f"`python -m oapl_jax.preflight --config {words}`\n")
+            print(f"`python -m oapl_jax preflight --config {words}`\n")
             print(table(json.loads(report.read_text())) + "\n", flush=True)
 
 

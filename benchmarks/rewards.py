@@ -20,9 +20,9 @@ import subprocess
 import sys
 import time
 
-from oapl_jax.config import RewardConfig
+from oapl_jax.config.schema import RewardConfig
 from oapl_jax.rewards import tasks
-from oapl_jax.rewards.code import Judge, Limits, Settings, parse_tests
+from oapl_jax.rewards.code.programs import Judge, Limits, Settings, parse_tests
 from oapl_jax.rewards.worker import Bench
 
 PROGRAM = "n = int(input())\nprint(sum(map(int, input().split())))\n"

@@ -171,12 +171,12 @@ def ours(workload: Workload) -> Callable[[int], Report]:
 
     import jax
 
-    from oapl_jax.config import MeshConfig
+    from oapl_jax.config.schema import MeshConfig
+    from oapl_jax.distributed.sharding import SAMPLER_RULES, make_meshes, shardings
     from oapl_jax.model.qwen import QwenConfig, abstract, initialize
+    from oapl_jax.rollouts.sampling import Request, Stats
     from oapl_jax.sampler.engine import Engine
-    from oapl_jax.sampler.request import Request
-    from oapl_jax.sampler.scheduler import Scheduler, Stats
-    from oapl_jax.sharding import SAMPLER_RULES, make_meshes, shardings
+    from oapl_jax.sampler.scheduler import Scheduler
 
     config = QwenConfig.from_hf({"model_type": "qwen3", **MODEL})
     mesh, _ = make_meshes(MeshConfig(trainer="tensor=1"))

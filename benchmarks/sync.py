@@ -30,14 +30,14 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 import jax
 import numpy as np
 
-from oapl_jax import tokenizer as tokenizers
-from oapl_jax.config import MeshConfig
+from oapl_jax.config.schema import MeshConfig
+from oapl_jax.data import tokenizer as tokenizers
+from oapl_jax.distributed.sharding import TRAINER_RULES, make_meshes, shardings
 from oapl_jax.model import qwen
-from oapl_jax.policy_store import Manifest, PolicyStore
 from oapl_jax.rollouts.buffer import Window
-from oapl_jax.sharding import TRAINER_RULES, make_meshes, shardings
-from oapl_jax.sync import WeightSync
 from oapl_jax.types import Metrics
+from oapl_jax.weights.policies import Manifest, PolicyStore
+from oapl_jax.weights.sync import WeightSync
 from sampler import machine
 
 SIZES = {"0.2B": (768, 2048, 20), "0.6B": (1024, 3072, 40)}

@@ -1,6 +1,6 @@
 """vLLM as the engine of a detached sampler (docs/bring_your_own_sampler.md).
 
-    PYTHONPATH=examples python -m oapl_jax.sample --run RUN --engine vllm_sampler:make
+    PYTHONPATH=examples python -m oapl_jax sample --run RUN --engine vllm_sampler:make
 
 ``EngineRunner`` is the part that every engine shares, and is tested; ``VllmEngine`` needs a GPU and was not run by us.
 """
@@ -12,11 +12,9 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from oapl_jax.config import TrainConfig
-from oapl_jax.sampler.request import Request
-from oapl_jax.sampler.sampling import SamplingParams
-from oapl_jax.sampler.scheduler import Stats
-from oapl_jax.tokenizer import Tokenizer
+from oapl_jax.config.schema import TrainConfig
+from oapl_jax.data.tokenizer import Tokenizer
+from oapl_jax.rollouts.sampling import Request, SamplingDistribution, Stats
 from oapl_jax.types import FinishReason, Rollout
 
 
@@ -26,13 +24,15 @@ class Response(NamedTuple):
     token_ids: list[int]
     """With the stop token, where one was drawn."""
     logprobs: list[float]
-    """Of each token under the law that was sampled: after temperature, top-k, top-p and masks."""
+    """Of each token under the distribution that was sampled: after temperature, top-k, top-p and masks."""
 
 
 class Engine(Protocol):
     """What is asked of an engine that has one policy version loaded."""
 
-    def generate(self, prompts: list[list[int]], group_size: int, law: SamplingParams) -> list[list[Response]]:
+    def generate(
+        self, prompts: list[list[int]], group_size: int, distribution: SamplingDistribution
+    ) -> list[list[Response]]:
         """``group_size`` independent responses to each prompt."""
         ...
 
@@ -100,18 +100,20 @@ class VllmEngine:
             max_model_len=config.data.max_prompt_tokens + config.sampler.max_response_tokens,
             # Without this they are those of the raw logits, before temperature and truncation.
             logprobs_mode="processed_logprobs",
-            # The folder's generation_config.json may truncate the law.
+            # The folder's generation_config.json may truncate the distribution.
             generation_config="vllm",
         )
 
-    def generate(self, prompts: list[list[int]], group_size: int, law: SamplingParams) -> list[list[Response]]:
+    def generate(
+        self, prompts: list[list[int]], group_size: int, distribution: SamplingDistribution
+    ) -> list[list[Response]]:
         """See ``Engine``."""
-        params = self._vllm.SamplingParams(
+        params = self._vllm.SamplingDistribution(
             n=group_size,
-            temperature=law.temperature,
-            top_k=law.top_k,
-            top_p=law.top_p,
-            min_p=law.min_p,
+            temperature=distribution.temperature,
+            top_k=distribution.top_k,
+            top_p=distribution.top_p,
+            min_p=distribution.min_p,
             max_tokens=self._config.sampler.max_response_tokens,
             stop_token_ids=list(self._tokenizer.stop_ids),
             # The embedding may have more rows than the tokenizer has ids.

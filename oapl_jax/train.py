@@ -17,20 +17,21 @@ from typing import Any
 
 import jax
 
-from oapl_jax import config_file, processes, report, run_dir, storage
-from oapl_jax.checkpoint import SaveError
-from oapl_jax.config import EXIT_BAD_CONFIG, TrainConfig
-from oapl_jax.job import describe, is_trainer, make_job
+from oapl_jax.build.job import describe, is_trainer, make_job
+from oapl_jax.config import config_file
+from oapl_jax.config.schema import TrainConfig
+from oapl_jax.distributed import processes
+from oapl_jax.io import console, run_dir
+from oapl_jax.io.metrics import Stopwatch, check_finite
 from oapl_jax.learner import batch as batches
-from oapl_jax.metrics import Stopwatch, check_finite
 from oapl_jax.model import hf, lora
-from oapl_jax.model_card import write_card
-from oapl_jax.offline import Rounds
-from oapl_jax.parity import check_parity, draw
-from oapl_jax.preemption import EXIT_PREEMPTED
-from oapl_jax.session import Place, PreemptedError, Session, open_session, serve
-from oapl_jax.types import Metrics
-from oapl_jax.worker import Worker
+from oapl_jax.report import report
+from oapl_jax.run.parity import check_parity, draw
+from oapl_jax.run.session import Place, Session, open_session, serve
+from oapl_jax.sources.local import Worker
+from oapl_jax.sources.offline import Rounds
+from oapl_jax.types import Metrics, PreemptedError
+from oapl_jax.weights.model_card import write_card
 
 GUARDED = ("learner/loss", "learner/grad_norm")
 SUMMARY_FILE = "summary.json"
@@ -227,48 +228,26 @@ def _table(summary: dict[str, Any], directory: pathlib.Path) -> str:
     return "\n".join(lines)
 
 
-def _take_part(config: TrainConfig) -> int:
-    """This process's part of the run: the learner's, or a sampler's in a job of several; returns the exit code."""
-    _check_alone(config)
-    if not is_trainer(config):
-        return serve(config)
-    try:
+def main(argv: list[str]) -> int | None:
+    """Command line; exit codes: 0 done, 1 the run failed, 2 the config is wrong, 42 saved after SIGTERM."""
+    config, arguments = config_file.from_command_line(TrainConfig, "train", argv, processes.add_options)
+    processes.initialize(arguments)
+    run_dir.use_compile_cache(config.run.compile_cache)
+    if arguments.dry_run:
+        job, state = make_job(config, make_warm_start=False)
+        job.grader.close()
+        print(config_file.to_yaml(config))
+        print(describe(job, state))
+        return None
+    with processes.telling_failures():
+        _check_alone(config)
+        if not is_trainer(config):
+            return serve(config)
         summary = run(config)
-    except PreemptedError:
-        return EXIT_PREEMPTED
     if jax.process_index() == 0:
         print(_table(summary, pathlib.Path(config.run.dir)))
-    return 0
-
-
-def main(argv: list[str]) -> None:
-    """Command line; exit codes: 0 done, 1 the run failed, 2 the config is wrong, 42 saved after SIGTERM."""
-    config, arguments = config_file.from_command_line(TrainConfig, "oapl_jax.train", argv, processes.add_options)
-    try:
-        processes.initialize(arguments)
-        run_dir.use_compile_cache(config.run.compile_cache)
-        if arguments.dry_run:
-            job, state = make_job(config, make_warm_start=False)
-            job.grader.close()
-            print(config_file.to_yaml(config))
-            print(describe(job, state))
-            return
-        with processes.telling_failures():
-            exit_code = _take_part(config)
-        if exit_code:
-            raise SystemExit(exit_code)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_BAD_CONFIG) from None
-    except processes.PeerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
-    except (OSError, SaveError) as error:
-        if isinstance(error, OSError) and error.errno not in storage.DISK_ERRORS:
-            raise
-        print(f"error: the disk: {error}; with room on it, the same command again goes on", file=sys.stderr)
-        raise SystemExit(1) from None
+    return None
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(console.run(main, sys.argv[1:]))

@@ -61,7 +61,7 @@ class Grade:
 
 @dataclasses.dataclass(frozen=True)
 class Rollout:
-    """One sampled response with the log-probabilities of the law it was drawn from."""
+    """One sampled response with the log-probabilities of the distribution it was drawn from."""
 
     token_ids: Int[np.ndarray, "R"]
     """Response tokens; the stop token, when one was drawn, is the last of them."""
@@ -69,7 +69,7 @@ class Rollout:
     """Log-probability of each token in nats, float32, after temperature, top-k, top-p and masking."""
     finish_reason: FinishReason
     entropy: Float[np.ndarray, "R"] | None = None
-    """Entropy in nats of the law of each token, where the sampler was asked for it."""
+    """Entropy in nats of the distribution of each token, where the sampler was asked for it."""
     top_ids: Int[np.ndarray, "R n"] | None = None
     """The n likeliest tokens at each place, likeliest first, where the sampler was asked for them."""
     top_logprobs: Float[np.ndarray, "R n"] | None = None
@@ -112,6 +112,14 @@ class RolloutGroup:
     def usable(self) -> tuple[GradedRollout, ...]:
         """The rollouts that the learner may train on."""
         return tuple(rollout for rollout in self.rollouts if rollout.is_usable)
+
+
+class RunError(RuntimeError):
+    """A command cannot go on; the message says why and what to do."""
+
+
+class PreemptedError(Exception):
+    """SIGTERM came, and the state is saved."""
 
 
 class TrainBatch(NamedTuple):

@@ -59,13 +59,13 @@ def _write_submissions(
     root: pathlib.Path, rng: np.random.Generator, problem: str, numbers: tuple[int, int], count: int
 ) -> None:
     accepted = rng.uniform(0.1, 0.9)
-    law = [accepted, *((1 - accepted) * np.array([0.55, 0.15, 0.2, 0.1]))]
+    distribution = [accepted, *((1 - accepted) * np.array([0.55, 0.15, 0.2, 0.1]))]
     (root / "data" / problem).mkdir(parents=True)
     with (root / "metadata" / f"{problem}.csv").open("w", newline="") as file:
         rows = csv.DictWriter(file, SUBMISSION_COLUMNS, restval="")
         rows.writeheader()
         for i in range(count):
-            status, language = STATUSES[rng.choice(5, p=law)], "Python" if rng.random() < 0.9 else "C++"
+            status, language = STATUSES[rng.choice(5, p=distribution)], "Python" if rng.random() < 0.9 else "C++"
             name, suffix = f"s{int(problem[1:]):04d}{i:05d}", "py" if language == "Python" else "cpp"
             rows.writerow({"submission_id": name, "problem_id": problem, "language": language, "status": status})
             folder = root / "data" / problem / language

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from oapl_jax.config import DataConfig, TrainConfig
+from oapl_jax.config.schema import DataConfig, TrainConfig
 from oapl_jax.data import rows, tasks
 from oapl_jax.data.catalogue import DATASETS
 from oapl_jax.data.dataset import Problem

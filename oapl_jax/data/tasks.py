@@ -33,7 +33,7 @@ class PromptEncoder(Protocol):
 
 
 class Draw(NamedTuple):
-    """One sample of a task's law."""
+    """One sample of a task's distribution."""
 
     question: str
     response: str
@@ -43,7 +43,7 @@ class Draw(NamedTuple):
 
 
 class Task(abc.ABC):
-    """A law of questions and demonstrations. Held-out: the tenth whose key's crc32 is divisible by 10."""
+    """A distribution of questions and demonstrations. Held-out: the tenth whose key's crc32 is divisible by 10."""
 
     name: str
     max_response_tokens: int

@@ -4,7 +4,7 @@ import contextlib
 import pathlib
 from typing import NamedTuple
 
-from oapl_jax.config import DataConfig, DatasetName, EvaluateConfig, RewardConfig, reward_of
+from oapl_jax.config.schema import DataConfig, DatasetName, EvaluateConfig, RewardConfig, reward_of
 from oapl_jax.data.prompts import first_prompts
 from oapl_jax.data.tasks import PromptEncoder
 from oapl_jax.rewards.grader import Grader, grader_of

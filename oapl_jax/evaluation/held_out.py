@@ -6,12 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from oapl_jax import passk
+from oapl_jax.evaluation import passk
 from oapl_jax.rewards.grader import Grader
+from oapl_jax.rollouts.sampling import Request, SamplingDistribution
 from oapl_jax.sampler.engine import Engine
 from oapl_jax.sampler.replicas import Replicas
-from oapl_jax.sampler.request import Request
-from oapl_jax.sampler.sampling import SamplingParams
 from oapl_jax.types import Metrics, Prompt, Verdict
 
 EVALUATION_STREAM = 2**32 - 1
@@ -36,7 +35,7 @@ def evaluate(
     decode: Callable[[list[int]], str],
     grader: Grader,
     *,
-    sampling: SamplingParams,
+    sampling: SamplingDistribution,
     num_samples: int,
     seed: int,
     device_lock: AbstractContextManager,
@@ -54,7 +53,7 @@ def evaluate(
         prompts: all of them.
         decode: token ids to text.
         grader: of the responses.
-        sampling: law of the samples.
+        sampling: distribution of the samples.
         num_samples: of each prompt.
         seed: of the run.
         device_lock: see ``Scheduler``.

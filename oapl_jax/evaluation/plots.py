@@ -9,12 +9,20 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
-from oapl_jax import figures
+from oapl_jax.evaluation import plot_style
 from oapl_jax.evaluation.scores import Comparison, Score, Value, shown_ks
 
 PASS_FILE, DIFFERENCE_FILE, VERSIONS_FILE = "passk.png", "difference.png", "versions.png"
 
-_COLOURS = (figures.BLUE, figures.ORANGE, figures.GREEN, figures.PINK, figures.YELLOW, figures.SKY, figures.GREY)
+_COLOURS = (
+    plot_style.BLUE,
+    plot_style.ORANGE,
+    plot_style.GREEN,
+    plot_style.PINK,
+    plot_style.YELLOW,
+    plot_style.SKY,
+    plot_style.GREY,
+)
 _MARKERS = "osD^vPX"
 _COLUMNS = 3
 
@@ -35,7 +43,7 @@ def draw_differences(path: pathlib.Path, comparisons: Sequence[Comparison]) -> N
 def draw_versions(path: pathlib.Path, scores: Mapping[int, Sequence[Score]]) -> None:
     """pass@1 and pass@k of the largest k over the versions of one run, a panel for each benchmark."""
     benchmarks = dict.fromkeys(item.benchmark for members in scores.values() for item in members)
-    with matplotlib.rc_context(figures.STYLE):
+    with matplotlib.rc_context(plot_style.STYLE):
         figure, panels = _panels(list(benchmarks), "pass@k over the versions of the run; bars: 95 % over problems")
         for axes, benchmark in zip(panels, benchmarks, strict=True):
             found = {
@@ -59,7 +67,7 @@ def _draw(
     path: pathlib.Path, curves: dict[tuple[str, str], list[Value]], title: str, *, is_difference: bool = False
 ) -> None:
     benchmarks, labels = (list(dict.fromkeys(key[i] for key in curves)) for i in (0, 1))
-    with matplotlib.rc_context(figures.STYLE):
+    with matplotlib.rc_context(plot_style.STYLE):
         figure, panels = _panels(benchmarks, title)
         for axes, benchmark in zip(panels, benchmarks, strict=True):
             for i, label in enumerate(labels, start=is_difference):  # the baseline has the first colour

@@ -11,19 +11,18 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from oapl_jax.config import EvaluateConfig
+from oapl_jax.build.engines import make_replica_engines
+from oapl_jax.config.schema import EvaluateConfig
+from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.evaluation import tally
 from oapl_jax.evaluation.benchmarks import Graded
 from oapl_jax.evaluation.held_out import EVALUATION_STREAM
-from oapl_jax.metrics import Progress
+from oapl_jax.io.metrics import Progress
 from oapl_jax.model import qwen
 from oapl_jax.rollouts.log import RolloutLog
+from oapl_jax.rollouts.sampling import Request, SamplingDistribution
 from oapl_jax.sampler.engine import Engine
-from oapl_jax.sampler.engines import make_replica_engines
 from oapl_jax.sampler.replicas import Replicas, replica_meshes
-from oapl_jax.sampler.request import Request
-from oapl_jax.sampler.sampling import SamplingParams
-from oapl_jax.tokenizer import Tokenizer
 from oapl_jax.types import GradedRollout, Prompt, Rollout, RolloutGroup, Verdict
 
 MAX_UNWRITTEN = 64
@@ -50,7 +49,7 @@ def make_engines(
         vocab_size=tokenizer.vocab_size,
         stop_ids=tokenizer.stop_ids,
         max_prompt_tokens=max_prompt_tokens,
-        can_truncate=SamplingParams.of(sampler).truncates,
+        can_truncate=SamplingDistribution.of(sampler).truncates,
     )
 
 
@@ -68,7 +67,7 @@ def sample(
     A problem's samples are in the log when all of them are graded, and then survive a kill.
     """
     done = tally.prompt_ids(directory, version)
-    sampling = SamplingParams.of(config.sampler)
+    sampling = SamplingDistribution.of(config.sampler)
     log = RolloutLog(directory, dataclasses.asdict(sampling))
     directory.mkdir(parents=True, exist_ok=True)
     requests = [

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float
 
-from oapl_jax import passk
+from oapl_jax.evaluation import passk
 from oapl_jax.evaluation.tally import Tally
 
 MAX_K = 256

@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow.compute as pc
 from jaxtyping import Int
 
-from oapl_jax.config import CodeDataset, MathDataset
-from oapl_jax.rewards import math
+from oapl_jax.config.schema import CodeDataset, MathDataset
+from oapl_jax.io.storage import SharedPath
+from oapl_jax.rewards.math import answers
 from oapl_jax.rollouts.log import RolloutLog
-from oapl_jax.storage import SharedPath
 from oapl_jax.types import FinishReason, Verdict
 
 COLUMNS = ("prompt_id", "answer", "rollout_index", "verdict", "finish_reason", "response", "token_ids")
@@ -131,7 +131,7 @@ def _problem(name: str, samples: Sequence[tuple], has_votes: bool) -> Problem:
         if verdict == Verdict.CORRECT:
             num_correct += 1  # equal to the gold answer, so equal to one another, however they are written
         else:
-            votes[None if finish_reason == FinishReason.LENGTH else math.vote(response)] += 1
+            votes[None if finish_reason == FinishReason.LENGTH else answers.vote(response)] += 1
     num_silent = votes.pop(None, 0)
     counted = [(count, 0.0) for count in votes.values()] + ([(num_correct, 1.0)] if num_correct else [])
     return Problem(name, is_correct, tuple(counted), num_silent)

@@ -8,8 +8,8 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Int
 
+from oapl_jax.distributed.sharding import row_sharding, row_shards, to_devices, token_sharding
 from oapl_jax.learner.packing import pack
-from oapl_jax.sharding import row_sharding, row_shards, to_devices, token_sharding
 from oapl_jax.types import FinishReason, Metrics, RolloutGroup, TrainBatch, Verdict
 
 SHORTEST_ROW = 16

@@ -9,9 +9,9 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from oapl_jax.config import LearnerConfig
+from oapl_jax.config.schema import LearnerConfig
+from oapl_jax.distributed.sharding import TRAINER_RULES, shardings
 from oapl_jax.model import lora
-from oapl_jax.sharding import TRAINER_RULES, shardings
 
 FINAL_FRACTION = 0.1
 """Where a cosine schedule ends, as a fraction of the peak."""

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
-from oapl_jax.config import WITHOUT_SAMPLER, ObjectiveConfig
+from oapl_jax.config.schema import WITHOUT_SAMPLER, ObjectiveConfig
 from oapl_jax.learner.state import TrainState
 from oapl_jax.model import lora
 from oapl_jax.model.logprob import sequence_logprobs

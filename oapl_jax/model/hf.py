@@ -31,11 +31,11 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from oapl_jax.config import LoraConfig
+from oapl_jax.config.schema import LoraConfig
+from oapl_jax.data.tokenizer import Tokenizer
+from oapl_jax.distributed.processes import Processes
+from oapl_jax.distributed.sharding import Rules, replicated, shardings
 from oapl_jax.model import lora, qwen
-from oapl_jax.processes import Processes
-from oapl_jax.sharding import Rules, replicated, shardings
-from oapl_jax.tokenizer import Tokenizer
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -151,7 +151,7 @@ def load_params(
     Args:
         source: a model folder, or the name of one on the Hugging Face hub.
         mesh: where the parameters go.
-        rules: logical axes -> mesh axes, see ``oapl_jax/sharding.py``.
+        rules: logical axes -> mesh axes, see ``oapl_jax/distributed/sharding.py``.
         param_dtype: the tensors are cast to it, shard by shard.
 
     Returns:

@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens, in chunks, so that ``[B, T, V]`` logits never exist.
 
-Learner, parity gate and scorers all use ``sequence_logprobs``: one definition of the policy's law.
+Learner, parity gate and scorers all use ``sequence_logprobs``: one definition of the policy's distribution.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from oapl_jax.sharding import BATCH_AXES, platform_of
+from oapl_jax.distributed.sharding import BATCH_AXES, platform_of
 
 CHUNK_TOKENS = 512
 """Tokens whose logits exist at once on a device: enough for a product that is not bound by reading the weights."""
@@ -42,7 +42,7 @@ def sequence_logprobs(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Teacher-forced log-probabilities and entropies of whole rows.
 
-    ``logprobs[:, t]`` scores ``tokens[:, t]`` given the tokens before it; ``entropy[:, t]`` is of the law
+    ``logprobs[:, t]`` scores ``tokens[:, t]`` given the tokens before it; ``entropy[:, t]`` is of the distribution
     that token t was drawn from. Position 0 (nothing before it) and everything outside ``mask`` is 0.
 
     Args:
@@ -50,7 +50,7 @@ def sequence_logprobs(
         params: of ``nnx.split(model)``, or the tree that gradients are taken of.
         tokens: rows of prompt + response.
         mask: which positions are scored, usually the responses; never the first of a rollout.
-        temperature: of the sampled law.
+        temperature: of the sampled distribution.
         vocab_size: length of the tokenizer, see ``token_logprobs``.
         positions: of each token in its rollout; None: a row is one rollout, padded on the right.
         segment_ids: which rollout of the row a token belongs to; None: as for ``positions``.
@@ -93,7 +93,7 @@ def token_logprobs(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Log-probability of each target, and entropy, under ``softmax(logits / temperature)``.
 
-    The law is restricted to ids below ``vocab_size``: checkpoints pad their embedding beyond the
+    The distribution is restricted to ids below ``vocab_size``: checkpoints pad their embedding beyond the
     tokenizer, and the sampler never draws those ids. A target at or beyond it has log-probability -inf.
 
     Each device gathers its own tokens inside the mask, and scores them chunk by chunk. The backward pass computes
@@ -117,8 +117,8 @@ def token_logprobs(
     platform = platform_of(mesh)
     mesh = None if mesh is None or mesh.size == 1 else mesh
     num_ids = unembedding.shape[letters.index("V")] // (1 if mesh is None else mesh.shape["tensor"])
-    law = _Law(letters, temperature, vocab_size, chunk or chunk_tokens(num_ids, platform), mesh)
-    logprobs, entropy = _score(law, hidden, unembedding, targets, mask)  # pyright: ignore[reportGeneralTypeIssues]
+    scoring = _Scoring(letters, temperature, vocab_size, chunk or chunk_tokens(num_ids, platform), mesh)
+    logprobs, entropy = _score(scoring, hidden, unembedding, targets, mask)  # pyright: ignore[reportGeneralTypeIssues]
     return logprobs, jax.lax.stop_gradient(entropy)
 
 
@@ -128,7 +128,7 @@ def chunk_tokens(num_ids: int, platform: str) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Law:
+class _Scoring:
     """What is no array."""
 
     letters: str
@@ -139,20 +139,20 @@ class _Law:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _score(law: _Law, hidden: Array, unembedding: Array, targets: Array, mask: Array) -> tuple[Array, Array]:
-    return _score_forward(law, hidden, unembedding, targets, mask)[0]
+def _score(scoring: _Scoring, hidden: Array, unembedding: Array, targets: Array, mask: Array) -> tuple[Array, Array]:
+    return _score_forward(scoring, hidden, unembedding, targets, mask)[0]
 
 
-def _score_forward(law: _Law, hidden: Array, unembedding: Array, targets: Array, mask: Array) -> Any:
-    run = _on_devices(law, _forward, [ROWS, _gathered(law), ROWS, ROWS], (ROWS, ROWS, ROWS))
+def _score_forward(scoring: _Scoring, hidden: Array, unembedding: Array, targets: Array, mask: Array) -> Any:
+    run = _on_devices(scoring, _forward, [ROWS, _gathered(scoring), ROWS, ROWS], (ROWS, ROWS, ROWS))
     logprobs, entropy, normalizer = run(hidden, unembedding.astype(hidden.dtype), targets, mask)
     return (logprobs, entropy), (hidden, unembedding, targets, mask, normalizer)
 
 
-def _score_backward(law: _Law, saved: Any, cotangents: tuple[Array, Array]) -> Any:
+def _score_backward(scoring: _Scoring, saved: Any, cotangents: tuple[Array, Array]) -> Any:
     hidden, unembedding, *rows = saved
-    gradient_spec = P(*({"D": "fsdp", "V": "tensor"}[letter] for letter in law.letters))
-    run = _on_devices(law, _backward, [ROWS, _gathered(law), *[ROWS] * 4], (ROWS, gradient_spec))
+    gradient_spec = P(*({"D": "fsdp", "V": "tensor"}[letter] for letter in scoring.letters))
+    run = _on_devices(scoring, _backward, [ROWS, _gathered(scoring), *[ROWS] * 4], (ROWS, gradient_spec))
     gradients = run(hidden, unembedding.astype(hidden.dtype), *rows, cotangents[0])
     return gradients[0], gradients[1].astype(unembedding.dtype), None, None
 
@@ -163,36 +163,36 @@ ROWS = P(BATCH_AXES, "context")
 """Each device scores its own tokens."""
 
 
-def _gathered(law: _Law) -> P:
+def _gathered(scoring: _Scoring) -> P:
     """The unembedding, gathered from fsdp."""
-    return P(*({"D": None, "V": "tensor"}[letter] for letter in law.letters))
+    return P(*({"D": None, "V": "tensor"}[letter] for letter in scoring.letters))
 
 
-def _on_devices(law: _Law, run: Any, in_specs: list[P], out_specs: tuple[P, ...]) -> Any:
-    """``run`` with the law as its first argument, on the part of the arrays that each device has."""
-    run = functools.partial(run, law)
-    if law.mesh is None:
+def _on_devices(scoring: _Scoring, run: Any, in_specs: list[P], out_specs: tuple[P, ...]) -> Any:
+    """``run`` with the scoring as its first argument, on the part of the arrays that each device has."""
+    run = functools.partial(run, scoring)
+    if scoring.mesh is None:
         return run
-    return jax.shard_map(run, mesh=law.mesh, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False)
+    return jax.shard_map(run, mesh=scoring.mesh, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False)
 
 
-def _forward(law: _Law, hidden: Array, weight: Array, targets: Array, mask: Array) -> tuple[Array, ...]:
+def _forward(scoring: _Scoring, hidden: Array, weight: Array, targets: Array, mask: Array) -> tuple[Array, ...]:
     """Log-probabilities, entropies and logarithms of the normalizer, ``[B, T]`` of one device."""
-    places, num_chunks = _places(law, mask)
+    places, num_chunks = _places(scoring, mask)
 
     def score(index: Array, outputs: tuple[Array, ...]) -> tuple[Array, ...]:
         at = places[index]
-        logits, ids = _logits(law, _take(hidden, at), weight)
+        logits, ids = _logits(scoring, _take(hidden, at), weight)
         target = _take(targets, at)
         highest = jax.lax.stop_gradient(jnp.max(logits, axis=-1))
-        highest = highest if law.mesh is None else jax.lax.pmax(highest, "tensor")
+        highest = highest if scoring.mesh is None else jax.lax.pmax(highest, "tensor")
         exps = jnp.exp(logits - highest[:, None])
-        total = _over_vocabulary(law, exps.sum(axis=-1))
+        total = _over_vocabulary(scoring, exps.sum(axis=-1))
         normalizer = highest + jnp.log(total)
         # A masked sum and not a gather: only one of the devices that share a vocabulary has the target.
-        target_logit = _over_vocabulary(law, jnp.where(ids == target[:, None], logits, 0.0).sum(axis=-1))
-        logprobs = jnp.where(target < law.vocab_size, target_logit - normalizer, -jnp.inf)
-        entropy = normalizer - _over_vocabulary(law, (exps * logits).sum(axis=-1)) / total
+        target_logit = _over_vocabulary(scoring, jnp.where(ids == target[:, None], logits, 0.0).sum(axis=-1))
+        logprobs = jnp.where(target < scoring.vocab_size, target_logit - normalizer, -jnp.inf)
+        entropy = normalizer - _over_vocabulary(scoring, (exps * logits).sum(axis=-1)) / total
         return tuple(
             old.at[at].set(new, mode="drop") for old, new in zip(outputs, (logprobs, entropy, normalizer), strict=True)
         )
@@ -204,46 +204,46 @@ def _forward(law: _Law, hidden: Array, weight: Array, targets: Array, mask: Arra
 
 
 def _backward(
-    law: _Law, hidden: Array, weight: Array, targets: Array, mask: Array, normalizer: Array, cotangent: Array
+    scoring: _Scoring, hidden: Array, weight: Array, targets: Array, mask: Array, normalizer: Array, cotangent: Array
 ) -> tuple[Array, Array]:
     """Gradients of the hidden states, and of the unembedding in float32, its D split over fsdp."""
-    places, num_chunks = _places(law, mask)
-    D, V = hidden.shape[-1], weight.shape[law.letters.index("V")]
+    places, num_chunks = _places(scoring, mask)
+    D, V = hidden.shape[-1], weight.shape[scoring.letters.index("V")]
 
     def add(index: Array, gradients: tuple[Array, Array]) -> tuple[Array, Array]:
         at = places[index]
         states, target = _take(hidden, at), _take(targets, at)
-        logits, ids = _logits(law, states, weight)
-        # d logprob / d logits = (one-hot - law) / temperature; an impossible target has no gradient.
-        slope = jnp.where(target < law.vocab_size, _take(cotangent, at), 0.0) / law.temperature
+        logits, ids = _logits(scoring, states, weight)
+        # d logprob / d logits = (one-hot - distribution) / temperature; an impossible target has no gradient.
+        slope = jnp.where(target < scoring.vocab_size, _take(cotangent, at), 0.0) / scoring.temperature
         error = (ids == target[:, None]) - jnp.exp(logits - _take(normalizer, at)[:, None])
         error = (slope[:, None] * error).astype(hidden.dtype)
-        for_states = jnp.einsum(f"NV,{law.letters}->ND", error, weight, preferred_element_type=jnp.float32)
+        for_states = jnp.einsum(f"NV,{scoring.letters}->ND", error, weight, preferred_element_type=jnp.float32)
         # Transposed first, behind a barrier: XLA on CPUs is slow at products whose first operand is transposed in them.
         states = jax.lax.optimization_barrier(states.T)
         for_weight = jnp.einsum("DN,NV->DV", states, error, preferred_element_type=jnp.float32)
-        for_states = _over_vocabulary(law, for_states).astype(hidden.dtype)
+        for_states = _over_vocabulary(scoring, for_states).astype(hidden.dtype)
         return gradients[0].at[at].set(for_states, mode="drop"), gradients[1] + for_weight
 
     with jax.named_scope("token_logprobs_backward"):
         nothing = jnp.zeros((mask.size, D), hidden.dtype), jnp.zeros((D, V), jnp.float32)
         for_hidden, for_weight = jax.lax.fori_loop(0, num_chunks, add, nothing)
-        if law.mesh is not None:
+        if scoring.mesh is not None:
             for_weight = jax.lax.psum(for_weight, ("data", "context"))
             for_weight = jax.lax.psum_scatter(for_weight, "fsdp", scatter_dimension=0, tiled=True)
-        return for_hidden.reshape(hidden.shape), for_weight if law.letters == "DV" else for_weight.T
+        return for_hidden.reshape(hidden.shape), for_weight if scoring.letters == "DV" else for_weight.T
 
 
-def _places(law: _Law, mask: Array) -> tuple[Int[Array, "A N"], Array]:
+def _places(scoring: _Scoring, mask: Array) -> tuple[Int[Array, "A N"], Array]:
     """Where a device's tokens inside the mask are, in chunks, and how many chunks there are, the same on all devices.
 
     Places beyond the last are out of range.
     """
-    size = min(law.chunk, mask.size)
+    size = min(scoring.chunk, mask.size)
     num_places = -(-mask.size // size) * size
     places = jnp.nonzero(mask.ravel(), size=num_places, fill_value=mask.size)[0]
     num_chunks = -(-mask.sum() // size)
-    if law.mesh is not None:
+    if scoring.mesh is not None:
         num_chunks = jax.lax.pmax(num_chunks, (*BATCH_AXES, "context"))
     return places.reshape(-1, size), num_chunks
 
@@ -253,14 +253,14 @@ def _take(array: Array, places: Array) -> Array:
     return array.reshape(-1, *array.shape[2:]).at[places].get(mode="fill", fill_value=0)
 
 
-def _logits(law: _Law, states: Array, weight: Array) -> tuple[Float[Array, "N V"], Int[Array, "V"]]:
+def _logits(scoring: _Scoring, states: Array, weight: Array) -> tuple[Float[Array, "N V"], Int[Array, "V"]]:
     """Logits of the ids that a device has, float32, and which these are."""
-    logits = jnp.einsum(f"ND,{law.letters}->NV", states, weight, preferred_element_type=jnp.float32)
+    logits = jnp.einsum(f"ND,{scoring.letters}->NV", states, weight, preferred_element_type=jnp.float32)
     ids = jnp.arange(logits.shape[-1])
-    if law.mesh is not None:
+    if scoring.mesh is not None:
         ids += jax.lax.axis_index("tensor") * logits.shape[-1]
-    return jnp.where(ids < law.vocab_size, logits / law.temperature, IMPOSSIBLE), ids
+    return jnp.where(ids < scoring.vocab_size, logits / scoring.temperature, IMPOSSIBLE), ids
 
 
-def _over_vocabulary(law: _Law, x: Array) -> Array:
-    return x if law.mesh is None else jax.lax.psum(x, "tensor")
+def _over_vocabulary(scoring: _Scoring, x: Array) -> Array:
+    return x if scoring.mesh is None else jax.lax.psum(x, "tensor")

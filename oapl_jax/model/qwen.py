@@ -2,7 +2,7 @@
 
 Layers are stacked: each parameter of a layer is one array with a leading ``layers`` axis, and the layers
 run as one ``lax.scan``, so that compile time does not grow with depth. Every parameter carries the
-logical names of its dimensions as ``axes``; ``oapl_jax/sharding.py`` maps them to a mesh.
+logical names of its dimensions as ``axes``; ``oapl_jax/distributed/sharding.py`` maps them to a mesh.
 
     graphdef, params = nnx.split(Qwen(config, rngs=nnx.Rngs(0)))
     hidden, _ = nnx.merge(graphdef, params).hidden(tokens, positions)
@@ -25,14 +25,14 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from oapl_jax.config import LoraConfig
+from oapl_jax.config.schema import LoraConfig
+from oapl_jax.distributed.sharding import BATCH_AXES
 from oapl_jax.model import lora as low_rank
 from oapl_jax.model import row_attention
 from oapl_jax.model.lora import LowRank
-from oapl_jax.model.products import einsum, lookup, ragged_dot
+from oapl_jax.model.matmul import einsum, lookup, ragged_dot
 from oapl_jax.model.quantized import Int8
 from oapl_jax.model.row_attention import RowAttentionKind
-from oapl_jax.sharding import BATCH_AXES
 
 MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe")
 

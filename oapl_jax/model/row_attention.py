@@ -19,8 +19,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
+from oapl_jax.distributed.sharding import BATCH_AXES
 from oapl_jax.model.attention import attend
-from oapl_jax.sharding import BATCH_AXES
 
 RowAttentionKind = Literal["xla", "splash", "cudnn", "triton"]
 

@@ -18,7 +18,7 @@ def sequence_losses(
 ) -> Float[Array, "B M"]:
     """-min(s A, clip(s, 1 - clip_low, 1 + clip_high) A) of each rollout, its Eqs. 5 and 7; arguments as for OAPL.
 
-    s = (pi(y|x) / pi_old(y|x))^(1/|y|), where pi_old is the law that drew y: the sampler's. A is GRPO's. Where the clip
+    s = (pi(y|x) / pi_old(y|x))^(1/|y|), where pi_old is the distribution that drew y: the sampler's. A is GRPO's. Where the clip
     binds the gradient is zero.
     """
     with jax.named_scope("gspo"):

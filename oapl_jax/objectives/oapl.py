@@ -56,7 +56,7 @@ def sequence_losses(
 
     Args:
         logprobs: the learner's; ``[:, t]`` scores token t. Values outside the responses are ignored, even NaN.
-        sampler_logprobs: of the law that was sampled.
+        sampler_logprobs: of the distribution that was sampled.
         response_ids: m + 1 at the response tokens of rollout m, the stop token included; 0 elsewhere.
         advantages: A* of each rollout.
         beta2: weight of the log-ratio.

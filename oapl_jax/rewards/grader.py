@@ -7,8 +7,10 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from oapl_jax.config import GenerateConfig, RewardConfig, TrainConfig
-from oapl_jax.rewards import code, layouts, math, tasks, toy
+from oapl_jax.config.schema import GenerateConfig, RewardConfig, TrainConfig
+from oapl_jax.rewards import tasks, toy
+from oapl_jax.rewards.code import layouts, programs
+from oapl_jax.rewards.math import answers
 from oapl_jax.rewards.pool import GraderPool
 from oapl_jax.types import FinishReason, Grade, Prompt, Verdict
 
@@ -142,7 +144,7 @@ class RewardGrader:
         if levels:
             warnings.warn(
                 f"programs of the model are run at isolation level {', '.join(levels)}, below namespaces;"
-                f" python -m oapl_jax.rewards.check says why and what that leaves open",
+                f" python -m oapl_jax check-sandbox says why and what that leaves open",
                 WeakIsolationWarning,
                 stacklevel=2,
             )
@@ -161,14 +163,14 @@ class RewardGrader:
 
     def _gold(self, prompt: Prompt) -> str:
         try:
-            return math.extract_gold(prompt.answer, self._reward.gold)
+            return answers.extract_gold(prompt.answer, self._reward.gold)
         except ValueError as error:
             raise ValueError(f"row {prompt.id}: {error} (reward.gold={self._reward.gold})") from error
 
     def _count_tests(self, prompt: Prompt) -> int:
         if prompt.id not in self._num_tests:
             try:
-                self._num_tests[prompt.id] = len(code.parse_tests(layouts.read_tests(prompt.answer)))
+                self._num_tests[prompt.id] = len(programs.parse_tests(layouts.read_tests(prompt.answer)))
             except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(f"row {prompt.id}: its tests cannot be used: {error}") from error
         return self._num_tests[prompt.id]

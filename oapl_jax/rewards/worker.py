@@ -54,9 +54,9 @@ class Bench:
     def __init__(self, setup: Setup) -> None:
         """Imports and warms what the setup asks for, before the first deadline runs."""
         if "math" in setup.kinds:
-            from oapl_jax.rewards import math
+            from oapl_jax.rewards.math import answers
 
-            math.grade_answer("1", r"\boxed{\frac{2}{2}}")
+            answers.grade_answer("1", r"\boxed{\frac{2}{2}}")
         self._setup = setup
         self._kinds: dict[str, Callable[[dict], Grade]] = {
             "math": _grade_math,
@@ -78,20 +78,19 @@ class Bench:
         return dataclasses.replace(grade, cpu_ms=round(cpu_ms, 3), detail=detail)
 
     def _grade_code(self, task: dict) -> Grade:
-        from oapl_jax.rewards import code
+        from oapl_jax.rewards.code import programs
 
-        program = task["program"] if "program" in task else code.extract_program(task["response"])
+        program = task["program"] if "program" in task else programs.extract_program(task["response"])
         tests = _parsed_tests(task["tests"])
         if program is None:
             return Grade(Verdict.WRONG, task["no_program_reward"], "no program: the response has no fenced block")
-        judge = self._judge
-        limits = code.Limits(**task["limits"])
-        results = judge.judge(program, tests, limits, stop_early=task["stop_early"])
-        return code.make_grade(results, len(tests), task["rewards"], judge.level)
+        limits = programs.Limits(**task["limits"])
+        results = self._judge.judge(program, tests, limits, stop_early=task["stop_early"])
+        return programs.make_grade(results, len(tests), task["rewards"], self._judge.level)
 
     @functools.cached_property
     def _judge(self) -> Any:
-        from oapl_jax.rewards.code import Judge, Settings
+        from oapl_jax.rewards.code.programs import Judge, Settings
 
         setup = self._setup
         return Judge(Settings(setup.isolation, tuple(setup.packages), setup.python), setup.exec_mode)
@@ -99,22 +98,22 @@ class Bench:
 
 @functools.lru_cache(maxsize=CACHED_TESTS)
 def _parsed_tests(tests: str) -> list:
-    from oapl_jax.rewards import code, layouts
+    from oapl_jax.rewards.code import layouts, programs
 
-    return code.parse_tests(layouts.read_tests(tests))
+    return programs.parse_tests(layouts.read_tests(tests))
 
 
 def _grade_math(task: dict) -> Grade:
-    from oapl_jax.rewards import math
+    from oapl_jax.rewards.math import answers
 
-    is_correct, detail = math.grade_answer(task["gold"], task["response"], task["answer"])
+    is_correct, detail = answers.grade_answer(task["gold"], task["response"], task["answer"])
     return Grade(Verdict.CORRECT if is_correct else Verdict.WRONG, float(is_correct), detail)
 
 
 def _check_gold(task: dict) -> Grade:
-    from oapl_jax.rewards import math
+    from oapl_jax.rewards.math import answers
 
-    is_usable = math.is_usable_gold(task["gold"])
+    is_usable = answers.is_usable_gold(task["gold"])
     return Grade(Verdict.CORRECT if is_usable else Verdict.WRONG, float(is_usable))
 
 

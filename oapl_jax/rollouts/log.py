@@ -13,9 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from oapl_jax import storage
+from oapl_jax.io import storage
+from oapl_jax.io.storage import SharedPath
 from oapl_jax.rollouts import schema
-from oapl_jax.storage import SharedPath
 from oapl_jax.types import FinishReason, RolloutGroup, Verdict
 
 PART = re.compile(r"part-(\d+)\.parquet")
@@ -29,7 +29,7 @@ class RolloutLog:
 
         Args:
             directory: of the versions; need not exist.
-            sampling: parameters of the law that groups are drawn with from now on, to be written with them.
+            sampling: parameters of the distribution that groups are drawn with from now on, to be written with them.
         """
         self.directory, self.sampling = directory, sampling
         self._next_part: dict[int, int] = {}

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from oapl_jax.rewards import layouts
+from oapl_jax.rewards.code import layouts
 from oapl_jax.types import GradedRollout, RolloutGroup
 
 GROUPS_AT_ONCE = 64

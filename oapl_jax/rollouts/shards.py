@@ -12,9 +12,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from oapl_jax import storage
+from oapl_jax.io import storage
+from oapl_jax.io.lease import Lease, Leases
 from oapl_jax.rollouts.buffer import Ticket, Window
-from oapl_jax.rollouts.lease import Lease, Leases
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.types import RolloutGroup
 

@@ -22,12 +22,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from oapl_jax.distributed.sharding import placed
 from oapl_jax.model.qwen import Layer, QwenConfig, abstract
+from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.sampler import kv_cache
+from oapl_jax.sampler.draw import Distributions, Draw, draw, uniforms
 from oapl_jax.sampler.kv_cache import KVPages, PromptKV
 from oapl_jax.sampler.paged_attention import choose_implementation, paged_attend
-from oapl_jax.sampler.sampling import Draw, Law, SamplingParams, draw, uniforms
-from oapl_jax.sharding import placed
 
 Params = Any
 """The state half of ``nnx.split(Qwen(...))``."""
@@ -76,7 +77,7 @@ class Start(NamedTuple):
     """int32 ``[B]``, first position beyond the limit of the response."""
     given: Any
     """int32 ``[B]``, the token that follows the prompt, for a sequence that goes on; -1: it is drawn."""
-    law: Law
+    distribution: Distributions
     full_pages: Any
     """int32 ``[N, M]``, page id of each page of the padded prompts; out of range: not written (it is not full)."""
     tail_pages: Any
@@ -98,7 +99,7 @@ class DecodeState(NamedTuple):
     """``token`` was drawn by ``insert`` and ``generate`` has not returned it yet."""
     is_done: Bool[Array, "B"]
     key: Key[Array, "B"]
-    law: Law
+    distribution: Distributions
 
 
 class Decoded(NamedTuple):
@@ -149,8 +150,8 @@ class Engine:
         attention: how decode steps read the cache; None: ``dense`` on CPU, else ``choose_implementation``.
         join_layers: decode steps read a copy of the layers; None: where ``joins_layers`` says so. ``dense`` always does.
         can_truncate: False: no request has a top-k or a top-p, and there is less to compile.
-        with_entropy: also return the entropy of the law that each token was drawn from.
-        num_top: also return this many likeliest tokens of that law.
+        with_entropy: also return the entropy of the distribution that each token was drawn from.
+        num_top: also return this many likeliest tokens of that distribution.
     """
 
     def __init__(
@@ -255,7 +256,7 @@ class Engine:
                 is_fresh=jnp.zeros(slots, bool),
                 is_done=jnp.ones(slots, bool),
                 key=jax.vmap(jax.random.key)(integers),
-                law=Law(floats, integers, floats, floats),
+                distribution=Distributions(floats, integers, floats, floats),
             )
 
         return jax.jit(make, out_shardings=self._shardings())()
@@ -388,11 +389,11 @@ class Engine:
     def _prepared(self, params: Params, join: Any) -> Prepared:
         return Prepared(params, *(join(params) if self._is_joined else (None, None)))
 
-    def law(self, sampling: Sequence[SamplingParams]) -> Law:
-        """Host arrays of the laws of several sequences."""
+    def distributions(self, sampling: Sequence[SamplingDistribution]) -> Distributions:
+        """Host arrays of the distributions of several sequences."""
         fields = ("temperature", np.float32), ("top_k", np.int32), ("top_p", np.float32), ("min_p", np.float32)
         columns: list[Any] = [np.array([getattr(params, name) for params in sampling], kind) for name, kind in fields]
-        return Law(*columns)
+        return Distributions(*columns)
 
     def _integers(self, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=NamedSharding(self.mesh, PartitionSpec()))
@@ -446,7 +447,7 @@ def _insert(draw_fn: Any, stops: Int[Array, "_"], prefix: Prefix, state: DecodeS
         page_size, slots = state.pages.k.shape[2], start.slots
         keys = jax.vmap(_sequence_key)(start.seeds)
         positions = prefix.length[start.source]
-        first = draw_fn(uniforms(keys, positions), prefix.logits[start.source].T, start.law)
+        first = draw_fn(uniforms(keys, positions), prefix.logits[start.source].T, start.distribution)
         is_fresh = start.given < 0
         token = jnp.where(is_fresh, first.token, start.given)
         tail_start = positions // page_size * page_size
@@ -454,7 +455,7 @@ def _insert(draw_fn: Any, stops: Int[Array, "_"], prefix: Prefix, state: DecodeS
             state.pages, prefix.kv, start.full_pages, start.source, tail_start, start.tail_pages
         )
         new = (token, first, positions, start.ends, is_fresh, _is_last(token, positions, start.ends, stops))
-        state_of_slots = (*new, keys, start.law)
+        state_of_slots = (*new, keys, start.distribution)
         return DecodeState(
             pages,
             *jax.tree.map(lambda whole, part: whole.at[slots].set(part, mode="drop"), tuple(state)[1:], state_of_slots),
@@ -504,7 +505,7 @@ def _generate(
             else kv_cache.attend_dense(old, started.position, i - 1)
         )
         hidden, cache = model.hidden(rows.token[:, None], rows.position[:, None], attend, cache, policy.layers)
-        drawn = draw_fn(uniform[i - 1], model.logits_by_id(hidden[:, 0], policy.head), rows.law)
+        drawn = draw_fn(uniform[i - 1], model.logits_by_id(hidden[:, 0], policy.head), rows.distribution)
         is_live = ~rows.is_done
         position = jnp.where(is_live, rows.position + 1, rows.position)
         rows = rows._replace(

@@ -24,10 +24,10 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from oapl_jax.distributed.sharding import BATCH_AXES
 from oapl_jax.model.attention import MASKED
 from oapl_jax.model.quantized import Int8, dequantize
 from oapl_jax.model.row_attention import has_triton
-from oapl_jax.sharding import BATCH_AXES
 
 Implementation = Literal["tpu", "gpu", "xla"]
 

@@ -15,9 +15,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from oapl_jax.rollouts.sampling import Request, Stats
 from oapl_jax.sampler.engine import Engine, Params
-from oapl_jax.sampler.request import Request
-from oapl_jax.sampler.scheduler import Scheduler, Stats, run
+from oapl_jax.sampler.scheduler import Scheduler, run
 from oapl_jax.types import Rollout
 
 Tag = TypeVar("Tag")

@@ -23,10 +23,10 @@ from typing import Any, Generic, TypeVar
 import jax
 import numpy as np
 
+from oapl_jax.rollouts.sampling import Request, SamplingDistribution
 from oapl_jax.sampler.engine import Engine, Params, Prepared, Start
 from oapl_jax.sampler.page_pool import PagePool
-from oapl_jax.sampler.request import LiveGroup, LiveSequence, Request
-from oapl_jax.sampler.sampling import SamplingParams
+from oapl_jax.sampler.sequence import LiveGroup, LiveSequence
 from oapl_jax.types import Rollout
 
 Tag = TypeVar("Tag")
@@ -36,30 +36,6 @@ QUEUE = 4
 
 REFILL_FRACTION = 8
 """Where a chunk may end early it does so when one in so many of its sequences has ended and others wait."""
-
-
-@dataclasses.dataclass
-class Stats:
-    """What a scheduler has done since it was made."""
-
-    tokens: int = 0
-    """Tokens drawn."""
-    prefill_tokens: int = 0
-    """Prompt tokens run through the model, without padding."""
-    row_steps: int = 0
-    """Decode steps x rows of the programs that ran."""
-    live_row_steps: int = 0
-    """Those that drew a token of a rollout."""
-    preemptions: int = 0
-    expired: int = 0
-    """Requests dropped by their timeout."""
-    host_gap_seconds: float = 0.0
-    """Time in which nothing was enqueued on the device although sequences were live."""
-
-    @property
-    def slot_use(self) -> float:
-        """Share of the decoded rows that drew a token of a rollout."""
-        return self.live_row_steps / max(1, self.row_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -250,13 +226,13 @@ class Scheduler(Generic[Tag]):
                 f"{name}: max_tokens={request.max_tokens}; one number for each of {request.num_rollouts} rollouts or for"
                 f" all, from 1 to {engine.max_response_tokens}"
             )
-        if request.needs_logprobs and request.sampling.temperature == 0:
+        if request.needs_logprobs and request.distribution.temperature == 0:
             raise ValueError(
                 f"{name}: temperature=0 has no log-probabilities to learn from; set needs_logprobs=False, or a"
                 " temperature above 0"
             )
-        if request.sampling.truncates and not engine.can_truncate:
-            raise ValueError(f"{name}: {request.sampling} on an engine that was made with can_truncate=False")
+        if request.distribution.truncates and not engine.can_truncate:
+            raise ValueError(f"{name}: {request.distribution} on an engine that was made with can_truncate=False")
         if request.stop_strings and self._decode is None:
             raise ValueError(f"{name}: stop_strings={request.stop_strings} need a scheduler that was given `decode`")
         return limits
@@ -353,9 +329,9 @@ class Scheduler(Generic[Tag]):
             start.given[i] = sequence.tokens[-1][-1] if sequence.num_tokens else -1
             if len(batch[n].prefix) % engine.page_size:
                 start.tail_pages[i] = sequence.pages[-1]
-        laws = [sequence.group.request.sampling for _, sequence in sequences]
-        laws += [SamplingParams()] * (len(start.slots) - len(laws))
-        start = start._replace(law=engine.law(laws))
+        distributions = [sequence.group.request.distribution for _, sequence in sequences]
+        distributions += [SamplingDistribution()] * (len(start.slots) - len(distributions))
+        start = start._replace(distribution=engine.distributions(distributions))
         self._count_gap()
         with self._device_lock:
             prefix = engine.prefill(policy, [prefill.prefix for prefill in batch])
@@ -373,7 +349,7 @@ class Scheduler(Generic[Tag]):
             seeds=np.zeros((rows, 4), np.uint32),
             ends=integers.copy(),
             given=np.full(rows, -1, np.int32),
-            law=engine.law([SamplingParams()] * rows),
+            distribution=engine.distributions([SamplingDistribution()] * rows),
             full_pages=np.full((num_prompts, padded_length // engine.page_size), engine.num_pages, np.int32),
             tail_pages=np.full(rows, engine.num_pages, np.int32),
         )

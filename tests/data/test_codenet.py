@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from oapl_jax import codenet as command
+from oapl_jax.cli import codenet as command
 from oapl_jax.data import codenet
 from oapl_jax.data.codenet_toy import NUMBERS, STATUSES, write_corpus
 from oapl_jax.rollouts.log import RolloutLog

@@ -11,11 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from oapl_jax.config import CodeDataset, DataConfig, MathDataset, RewardConfig, TrainConfig
+from oapl_jax.config.schema import CodeDataset, DataConfig, MathDataset, RewardConfig, TrainConfig
 from oapl_jax.data.catalogue import DATASETS
 from oapl_jax.data.prompts import held_out, load_prompts
-from oapl_jax.rewards import code, layouts, math
+from oapl_jax.rewards.code import layouts, programs
 from oapl_jax.rewards.grader import RewardGrader
+from oapl_jax.rewards.math import answers
 from oapl_jax.rewards.pool import GraderPool
 from oapl_jax.rewards.tasks import make_setup
 from oapl_jax.types import FinishReason, Verdict
@@ -108,10 +109,10 @@ def test_a_local_copy_becomes_prompts(tmp_path, name, rows, num_graded, right, s
     assert prompt.id == f"{name}/test/0"
     if DATASETS[name].reward == "math":
         assert r"\boxed{}" in prompt.text
-        assert math.grade_answer(prompt.answer, right).is_correct
+        assert answers.grade_answer(prompt.answer, right).is_correct
     else:
         assert "```" in prompt.text or "code block" in prompt.text
-        assert code.parse_tests(layouts.read_tests(prompt.answer))
+        assert programs.parse_tests(layouts.read_tests(prompt.answer))
 
 
 @pytest.mark.slow

@@ -8,10 +8,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from oapl_jax.config import DataConfig, SftDataConfig, TrainConfig
+from oapl_jax.config.schema import DataConfig, SftDataConfig, TrainConfig
 from oapl_jax.data.pairs import load_pairs
 from oapl_jax.data.prompts import held_out, load_prompts
-from oapl_jax.tokenizer import CharacterTokenizer
+from oapl_jax.data.tokenizer import CharacterTokenizer
 
 CHARACTERS = CharacterTokenizer()
 ROWS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(20)]

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from oapl_jax.data import tasks
+from oapl_jax.data.tokenizer import CHARS, CharacterTokenizer
 from oapl_jax.rewards import toy
-from oapl_jax.tokenizer import CHARS, CharacterTokenizer
 
 CHARACTERS = CharacterTokenizer()
 GRADERS = {"chain": toy.grade_chain, "countdown": toy.grade_countdown}

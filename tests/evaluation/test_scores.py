@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from oapl_jax import evaluate
+from oapl_jax.cli import evaluate
 from oapl_jax.evaluation import scores, tables, tally
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, RolloutGroup, Verdict

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from model import tiny
-from oapl_jax.config import LearnerConfig, MeshConfig, ObjectiveConfig
+from oapl_jax.config.schema import LearnerConfig, MeshConfig, ObjectiveConfig
+from oapl_jax.distributed.sharding import TRAINER_RULES, make_meshes, shardings
 from oapl_jax.learner.batch import RowLayout, from_pairs, place
 from oapl_jax.learner.state import init_state, make_optimizer, make_schedule
 from oapl_jax.learner.step import make_loss_fn, make_train_step, sft_loss_fn
 from oapl_jax.model import qwen
-from oapl_jax.sharding import TRAINER_RULES, make_meshes, shardings
 
 CONFIG = tiny.config("qwen3_tied")
 BETA2, TEMPERATURE, VOCAB = 0.3, 0.8, 45
@@ -51,7 +51,7 @@ def make_step(mesh="fsdp=1", learner=LEARNER, loss="oapl"):
 
 @functools.cache
 def make_batch(num_pairs=6, num_rows=8, seed=0):
-    """Rows of several lengths; the sampler's law is near the learner's."""
+    """Rows of several lengths; the sampler's distribution is near the learner's."""
     rng = np.random.default_rng(seed)
     sizes = [(int(rng.integers(1, 5)), int(rng.integers(1, 9))) for _ in range(num_pairs)]
     pairs = [tuple(rng.integers(0, VOCAB, n).astype(np.int32) for n in size) for size in sizes]
@@ -103,11 +103,11 @@ def norm(tree):
 def reference_loss(params, batch):
     """OAPL over whole logits, a loop over rows and tokens."""
     logits = tiny.logits(tiny.split(CONFIG)[0], params, jnp.asarray(batch.tokens))
-    law = jax.nn.log_softmax(logits[..., :VOCAB].astype(jnp.float32) / TEMPERATURE)
+    distribution = jax.nn.log_softmax(logits[..., :VOCAB].astype(jnp.float32) / TEMPERATURE)
     losses = []
     for row in np.flatnonzero(batch.segment_mask[:, 0]):
         places = np.flatnonzero(batch.response_mask[row])
-        ratio = sum(law[row, t - 1, batch.tokens[row, t]] - batch.sampler_logprobs[row, t] for t in places)
+        ratio = sum(distribution[row, t - 1, batch.tokens[row, t]] - batch.sampler_logprobs[row, t] for t in places)
         losses.append((BETA2 * ratio - batch.advantages[row, 0]) ** 2)
     return sum(losses) / len(losses)
 

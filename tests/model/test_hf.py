@@ -12,10 +12,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import tiny
-from oapl_jax import sharding
-from oapl_jax.config import MeshConfig
+from oapl_jax.config.schema import MeshConfig
+from oapl_jax.data.tokenizer import CharacterTokenizer
+from oapl_jax.distributed import sharding
 from oapl_jax.model import hf, qwen
-from oapl_jax.tokenizer import CharacterTokenizer
 
 NAMES = ["qwen2_tied", "qwen2_untied", "qwen3_wide_heads", "moe"]
 DENSE = "qwen3_wide_heads"

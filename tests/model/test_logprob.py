@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import tiny
-from oapl_jax.config import MeshConfig
+from oapl_jax.config.schema import MeshConfig
+from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.model import logprob
-from oapl_jax.sharding import make_meshes
 
 B, T, D, V = 3, 7, 16, 40
 
@@ -101,14 +101,16 @@ def test_sequence_logprobs_score_each_token_given_those_before_it():
     mask = jnp.ones((2, 9), bool).at[0, 6:].set(False).at[1, :3].set(False)
     logprobs, entropy = tiny.sequence_logprobs(graphdef, params, tokens, mask, temperature=0.8, vocab_size=45)
     logits = np.float64(tiny.logits(graphdef, params, tokens))[..., :45] / 0.8
-    law = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    distribution = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     assert np.all(np.asarray(logprobs)[~mask] == 0)
     assert np.all(np.asarray(entropy)[~mask] == 0)
     assert np.all(logprobs[:, 0] == 0)
     for row, place in [(0, 1), (0, 5), (1, 3), (1, 8)]:
         if tokens[row, place] < 45:
-            assert logprobs[row, place] == pytest.approx(np.log(law[row, place - 1, tokens[row, place]]), abs=1e-5)
-        expected = -(law[row, place - 1] * np.log(law[row, place - 1])).sum()
+            assert logprobs[row, place] == pytest.approx(
+                np.log(distribution[row, place - 1, tokens[row, place]]), abs=1e-5
+            )
+        expected = -(distribution[row, place - 1] * np.log(distribution[row, place - 1])).sum()
         assert entropy[row, place] == pytest.approx(expected, abs=1e-5)
 
 

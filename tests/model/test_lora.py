@@ -9,12 +9,12 @@ import pytest
 from flax import nnx
 
 from model import tiny
-from oapl_jax.config import LearnerConfig, LoraConfig, MeshConfig, ObjectiveConfig
+from oapl_jax.config.schema import LearnerConfig, LoraConfig, MeshConfig, ObjectiveConfig
+from oapl_jax.distributed.sharding import TRAINER_RULES, make_meshes, shardings
 from oapl_jax.learner.batch import RowLayout, from_pairs, place
 from oapl_jax.learner.state import init_state, make_optimizer, make_schedule
 from oapl_jax.learner.step import make_loss_fn, make_train_step
 from oapl_jax.model import hf, lora, qwen
-from oapl_jax.sharding import TRAINER_RULES, make_meshes, shardings
 
 LORA = LoraConfig(rank=3, alpha=5.0)
 SOME = LoraConfig(rank=2, alpha=8.0, targets=("q_proj", "o_proj", "down_proj"))

@@ -10,15 +10,15 @@ import pytest
 from flax import nnx
 
 from model import tiny
-from oapl_jax.config import MeshConfig
+from oapl_jax.config.schema import MeshConfig
+from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.learner.batch import RowLayout, from_pairs
 from oapl_jax.model.quantized import Int8, dequantize, quantize, quantize_weights
+from oapl_jax.rollouts.sampling import Request
 from oapl_jax.sampler import kv_cache
 from oapl_jax.sampler.engine import Engine
 from oapl_jax.sampler.paged_attention import paged_attend
-from oapl_jax.sampler.request import Request
 from oapl_jax.sampler.scheduler import Scheduler
-from oapl_jax.sharding import make_meshes
 
 OUTPUT_CHANNELS = {
     "embedding": (0,),

@@ -95,7 +95,7 @@ def test_unusable_rewards_are_refused(rewards):
 
 
 def test_minimiser_is_the_kl_regularised_optimum_from_off_policy_data():
-    """3-armed bandit: pi* is proportional to pi_s * exp(r / beta), whatever law the data came from."""
+    """3-armed bandit: pi* is proportional to pi_s * exp(r / beta), whatever distribution the data came from."""
     rewards, beta = np.array([1.0, 0.2, -0.4]), 0.7
     sampler = np.log([0.1, 0.6, 0.3])
     value = beta * np.log(np.sum(np.exp(sampler + rewards / beta)))

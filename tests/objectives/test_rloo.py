@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oapl_jax.config import ObjectiveConfig
+from oapl_jax.config.schema import ObjectiveConfig
 from oapl_jax.learner.step import make_advantage_fn, make_loss_fn
 from oapl_jax.objectives import rloo
 from oapl_jax.types import TrainBatch

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from oapl_jax import hlo
+from oapl_jax.preflight import hlo
 
 FLOAT = 4
 

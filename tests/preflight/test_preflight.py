@@ -9,8 +9,10 @@ import sys
 import jax
 import pytest
 
-from oapl_jax import config_file, preflight, programs, topology
-from oapl_jax.config import TrainConfig
+from oapl_jax.build import programs
+from oapl_jax.config import config_file
+from oapl_jax.config.schema import TrainConfig
+from oapl_jax.preflight import preflight, topology
 from preflight.tpu_compiler import needs_libtpu
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -87,7 +89,7 @@ def test_the_verdict_and_the_way_out(monkeypatch):
 
 def run(*words):
     """The command in a process of its own: libtpu is loaded once, and 8 CPU devices are not wanted."""
-    return python("-m", "oapl_jax.preflight", *words)
+    return python("-m", "oapl_jax", "preflight", *words)
 
 
 def python(*words):

@@ -5,9 +5,10 @@ import pathlib
 import jax
 import pytest
 
-from oapl_jax import config_file, policy, programs
-from oapl_jax.config import MeshConfig, TrainConfig
-from oapl_jax.sharding import make_meshes
+from oapl_jax.build import policy, programs
+from oapl_jax.config import config_file
+from oapl_jax.config.schema import MeshConfig, TrainConfig
+from oapl_jax.distributed.sharding import make_meshes
 
 ROOT = pathlib.Path(__file__).parents[2]
 GIB = 2**30

@@ -5,10 +5,10 @@ import math
 
 import pytest
 
-from oapl_jax import topology
-from oapl_jax.config import MeshConfig
-from oapl_jax.sharding import make_meshes
-from oapl_jax.topology import GENERATIONS, parse
+from oapl_jax.config.schema import MeshConfig
+from oapl_jax.distributed.sharding import make_meshes
+from oapl_jax.preflight import topology
+from oapl_jax.preflight.topology import GENERATIONS, parse
 from preflight.tpu_compiler import needs_libtpu
 
 

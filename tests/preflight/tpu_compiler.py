@@ -2,7 +2,7 @@
 
 import pytest
 
-from oapl_jax import topology
+from oapl_jax.preflight import topology
 
 needs_libtpu = pytest.mark.skipif(
     topology.find_libtpu() is None, reason="libtpu is not installed: `make tpu` installs it"

@@ -1,7 +1,7 @@
 import pytest
 
-from oapl_jax.rewards.sandbox import Settings
-from oapl_jax.rewards.self_test import try_level
+from oapl_jax.rewards.code.sandbox.sandbox import Settings
+from oapl_jax.rewards.code.sandbox.self_test import try_level
 
 
 @pytest.fixture(scope="session")

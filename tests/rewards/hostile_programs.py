@@ -12,8 +12,8 @@ import subprocess
 import threading
 import time
 
-from oapl_jax.rewards.code import Judge, parse_tests
-from oapl_jax.rewards.sandbox import Limits
+from oapl_jax.rewards.code.programs import Judge, parse_tests
+from oapl_jax.rewards.code.sandbox.sandbox import Limits
 
 OURS = pathlib.Path(__file__).parent / "hostile"
 LIMITS = Limits(cpu_s=2, wall_s=4, memory_mb=768)

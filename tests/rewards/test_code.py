@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from oapl_jax.rewards import code, layouts
-from oapl_jax.rewards.code import Judge, Limits, Settings, Status
-from oapl_jax.rewards.confined import values
+from oapl_jax.rewards.code import layouts, programs
+from oapl_jax.rewards.code.programs import Judge, Limits, Settings, Status
+from oapl_jax.rewards.code.sandbox.confined import values
 
 pytestmark = pytest.mark.usefixtures("sandboxed")
 
@@ -29,7 +29,7 @@ def lcb():
 
 def status(judge, program, tests, limits=LIMITS):
     """What became of the first test that failed, or `accepted`."""
-    return str(judge.judge(program, code.parse_tests(tests), limits, stop_early=True)[-1].status)
+    return str(judge.judge(program, programs.parse_tests(tests), limits, stop_early=True)[-1].status)
 
 
 def prints(given, expected):
@@ -51,7 +51,7 @@ def prints(given, expected):
     ],
 )
 def test_the_program_is_the_last_closed_block_after_thinking(response, program):
-    assert code.extract_program(response) == program
+    assert programs.extract_program(response) == program
 
 
 SCRIPTS = {
@@ -224,17 +224,17 @@ def test_assertions(judge, program, source, is_right):
 
 
 def test_a_test_that_asks_nothing_is_no_verdict(judge):
-    with pytest.raises(code.SandboxError, match="never asks the program"):
+    with pytest.raises(programs.SandboxError, match="never asks the program"):
         status(judge, "def f(): pass", [{"assert": "if False:\n    f()"}])
 
 
 def test_a_test_that_cannot_be_split_is_no_verdict(judge):
-    with pytest.raises(code.SandboxError, match="hands over a function"):
+    with pytest.raises(programs.SandboxError, match="hands over a function"):
         status(judge, "def f(g): return g(1)", [{"assert": "assert f(lambda x: x) == 1"}])
 
 
 def test_several_tests_and_the_early_end(judge):
-    tests = code.parse_tests([{"stdin": str(n), "stdout": str(min(n, 2))} for n in range(5)])
+    tests = programs.parse_tests([{"stdin": str(n), "stdout": str(min(n, 2))} for n in range(5)])
     program = "print(input())"
     assert [r.status for r in judge.judge(program, tests, LIMITS, stop_early=True)] == ["accepted"] * 3 + [
         "wrong_answer"
@@ -243,15 +243,15 @@ def test_several_tests_and_the_early_end(judge):
 
 
 def test_grades_by_all_by_fraction_and_by_status():
-    good, bad = code.Result(Status.ACCEPTED, "", 0.001), code.Result(Status.TIME_LIMIT, "2 s", 2.0)
+    good, bad = programs.Result(Status.ACCEPTED, "", 0.001), programs.Result(Status.TIME_LIMIT, "2 s", 2.0)
     rewards = {"accepted": 1.0, "time_limit": -0.5}
     for results, expected in (([good, good], (1.0, 1.0, 1.0)), ([good, bad], (0.0, 0.5, -0.5))):
-        grades = [code.make_grade(results, 2, kind, "namespaces") for kind in ("all", "fraction", rewards)]
+        grades = [programs.make_grade(results, 2, kind, "namespaces") for kind in ("all", "fraction", rewards)]
         assert tuple(grade.reward for grade in grades) == expected
         assert {grade.verdict for grade in grades} == {"correct" if expected[0] else "wrong"}
     assert grades[0].detail == "time_limit in test 1: 2 s"
-    with pytest.raises(code.SandboxError, match="0 of 2 tests were run"):
-        code.make_grade([], 2, "all", "namespaces")
+    with pytest.raises(programs.SandboxError, match="0 of 2 tests were run"):
+        programs.make_grade([], 2, "all", "namespaces")
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_grades_by_all_by_fraction_and_by_status():
 )
 def test_tests_that_are_none(tests, message):
     with pytest.raises(ValueError, match=message):
-        code.parse_tests(tests)
+        programs.parse_tests(tests)
 
 
 TACO = {"inputs": ["1\n", ["2", "3"]], "outputs": ["1\n", ["2", "3"]]}
@@ -311,7 +311,7 @@ def test_layouts_of_data_sets(layout, tests):
         layout = {**layout, "private_test_cases": packed('[{"input": "3", "output": "4", "testtype": "functional"}]')}
     assert layouts.read_tests(layout) == tests
     assert layouts.read_tests(json.dumps(layout)) == tests
-    code.parse_tests(tests)
+    programs.parse_tests(tests)
 
 
 def packed(value):
@@ -392,7 +392,7 @@ def test_helpers_of_a_humaneval_prompt_are_not_the_programs():
         "test": "def check(candidate):\n    assert poly(candidate(1.5)) == 1\n",
         "entry_point": "solve",
     }
-    (test,) = code.parse_tests(layouts.read_tests(row))
+    (test,) = programs.parse_tests(layouts.read_tests(row))
     assert test.remote == ("solve",)
 
 

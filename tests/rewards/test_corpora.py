@@ -11,9 +11,10 @@ import os
 
 import pytest
 
-from oapl_jax.config import RewardConfig
-from oapl_jax.rewards import layouts, tasks
-from oapl_jax.rewards.code import Judge, Limits, Settings, Status, parse_tests
+from oapl_jax.config.schema import RewardConfig
+from oapl_jax.rewards import tasks
+from oapl_jax.rewards.code import layouts
+from oapl_jax.rewards.code.programs import Judge, Limits, Settings, Status, parse_tests
 from oapl_jax.rewards.pool import GraderPool
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("sandboxed"), pytest.mark.timeout(3000)]

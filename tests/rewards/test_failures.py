@@ -12,9 +12,10 @@ import time
 
 import pytest
 
-from oapl_jax import grade as command
-from oapl_jax.config import RewardConfig
-from oapl_jax.rewards import code, tasks
+from oapl_jax.cli import grade as command
+from oapl_jax.config.schema import RewardConfig
+from oapl_jax.rewards import tasks
+from oapl_jax.rewards.code import programs
 from oapl_jax.rewards.pool import GraderPool
 from oapl_jax.types import Verdict
 
@@ -125,26 +126,26 @@ def test_a_grader_that_stood_still(pool):
 def test_the_clock_of_the_machine_decides_nothing(monkeypatch, seconds):
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + seconds)
-    judge = code.Judge(code.Settings())
-    (result,) = judge.judge(QUICK, [code.StdioTest("", "7")], code.Limits(), stop_early=True)
+    judge = programs.Judge(programs.Settings())
+    (result,) = judge.judge(QUICK, [programs.StdioTest("", "7")], programs.Limits(), stop_early=True)
     judge.close()
     assert result.status == "accepted"
 
 
 def test_a_jump_of_the_steady_clock_is_no_verdict(monkeypatch):
-    judge, real, began = code.Judge(code.Settings()), time.monotonic, time.monotonic()
-    judge.judge(QUICK, [code.StdioTest("", "7")], code.Limits(), stop_early=True)
+    judge, real, began = programs.Judge(programs.Settings()), time.monotonic, time.monotonic()
+    judge.judge(QUICK, [programs.StdioTest("", "7")], programs.Limits(), stop_early=True)
     began = real()
     monkeypatch.setattr(time, "monotonic", lambda: real() + 3600 * (real() > began + 0.5))
-    with pytest.raises(code.SandboxError, match="jumped by 3600"):
-        judge.judge(SLOW, [code.StdioTest("", "7")], code.Limits(), stop_early=True)
+    with pytest.raises(programs.SandboxError, match="jumped by 3600"):
+        judge.judge(SLOW, [programs.StdioTest("", "7")], programs.Limits(), stop_early=True)
     judge.close()
 
 
 def test_nothing_is_left_of_sandboxes_that_were_closed():
-    judge, tests = code.Judge(code.Settings()), [code.StdioTest(str(n), str(n)) for n in range(10)]
+    judge, tests = programs.Judge(programs.Settings()), [programs.StdioTest(str(n), str(n)) for n in range(10)]
     descriptors = len(os.listdir("/proc/self/fd"))
     for _ in range(4):
-        assert len(judge.judge("print(input())", tests, code.Limits(), stop_early=True)) == 10
+        assert len(judge.judge("print(input())", tests, programs.Limits(), stop_early=True)) == 10
         judge.close()
     assert len(os.listdir("/proc/self/fd")) == descriptors

@@ -9,10 +9,11 @@ import re
 import numpy as np
 import pytest
 
-from oapl_jax import grade as command
-from oapl_jax.config import RewardConfig
-from oapl_jax.config_file import ConfigError, load_reward
-from oapl_jax.rewards import grader, isolation, tasks
+from oapl_jax.cli import grade as command
+from oapl_jax.config.config_file import ConfigError, load_reward
+from oapl_jax.config.schema import RewardConfig
+from oapl_jax.rewards import grader, tasks
+from oapl_jax.rewards.code.sandbox import isolation
 from oapl_jax.rewards.grader import RewardGrader
 from oapl_jax.rewards.pool import GraderPool
 from oapl_jax.types import FinishReason, Grade, Prompt, Verdict
@@ -183,7 +184,7 @@ def test_options_without_effect_are_refused(values, message):
         RewardConfig.model_validate(values)
 
 
-# ---- python -m oapl_jax.grade ----
+# ---- python -m oapl_jax grade ----
 
 ROWS = [
     {"id": 1, "kind": "math", "gold": "1/2", "response": "so \\boxed{0.5}"},

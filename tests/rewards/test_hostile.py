@@ -9,10 +9,11 @@ import time
 import pytest
 
 import hostile_programs as hostile
-from oapl_jax.config import RewardConfig
-from oapl_jax.rewards import self_test, tasks
-from oapl_jax.rewards.code import Judge, Settings
-from oapl_jax.rewards.isolation import LEVELS
+from oapl_jax.config.schema import RewardConfig
+from oapl_jax.rewards import tasks
+from oapl_jax.rewards.code.programs import Judge, Settings
+from oapl_jax.rewards.code.sandbox import self_test
+from oapl_jax.rewards.code.sandbox.isolation import LEVELS
 from oapl_jax.rewards.pool import GraderPool
 from oapl_jax.types import Verdict
 

@@ -5,8 +5,9 @@ import random
 
 import pytest
 
-from oapl_jax.config import RewardConfig
-from oapl_jax.rewards import math, tasks
+from oapl_jax.config.schema import RewardConfig
+from oapl_jax.rewards import tasks
+from oapl_jax.rewards.math import answers
 from oapl_jax.rewards.pool import GraderPool
 from oapl_jax.rewards.setup import Setup
 from oapl_jax.types import Verdict
@@ -17,11 +18,11 @@ from oapl_jax.types import Verdict
 )
 def test_places_of_the_answer(place, answers):
     responses = [r"so \boxed{1}", "so\n#### 2", "it is 3"]
-    assert [math.extract_answer(response, place) for response in responses] == answers
+    assert [answers.extract_answer(response, place) for response in responses] == answers
 
 
 def is_correct(gold, response):
-    return math.grade_answer(gold, response).is_correct
+    return answers.grade_answer(gold, response).is_correct
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def is_correct(gold, response):
     ],
 )
 def test_extraction(response, answer):
-    assert math.extract_answer(response) == answer
+    assert answers.extract_answer(response) == answer
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,7 @@ def test_extraction(response, answer):
     ],
 )
 def test_right_answers(gold, response):
-    assert is_correct(gold, response), math.grade_answer(gold, response)
+    assert is_correct(gold, response), answers.grade_answer(gold, response)
 
 
 @pytest.mark.parametrize(
@@ -99,26 +100,26 @@ def test_right_answers(gold, response):
     ],
 )
 def test_wrong_answers(gold, response):
-    assert not is_correct(gold, response), math.grade_answer(gold, response)
+    assert not is_correct(gold, response), answers.grade_answer(gold, response)
 
 
 def test_gold_of_gsm8k_is_after_the_last_hashes():
-    assert math.extract_gold("a #### 3\nb\n#### 1,234 ", "last_hash") == "1234"
-    assert math.extract_gold(" 1,234 ", "whole") == "1,234"
+    assert answers.extract_gold("a #### 3\nb\n#### 1,234 ", "last_hash") == "1234"
+    assert answers.extract_gold(" 1,234 ", "whole") == "1,234"
     with pytest.raises(ValueError, match="the answer has no '####': 'none'"):
-        math.extract_gold("none", "last_hash")
+        answers.extract_gold("none", "last_hash")
 
 
 def test_usable_golds():
     for gold in ("5", "-1,234.5", r"\frac{1}{2}", r"$x \in [1, 2)$", r"\text{east}", r"so \boxed{7}"):
-        assert math.is_usable_gold(gold), gold
+        assert answers.is_usable_gold(gold), gold
     for gold in ("", "  ", r"\frac{1}{2}{", "(" * 40 + "1" + ")" * 40):
-        assert not math.is_usable_gold(gold), gold
+        assert not answers.is_usable_gold(gold), gold
 
 
 def test_a_gold_that_does_not_parse_is_never_a_wrong_verdict():
     with pytest.raises(ValueError, match=r"gold answer '\\\\boxed\{\}' does not parse"):
-        math.grade_answer(r"\boxed{}", r"\boxed{42}")
+        answers.grade_answer(r"\boxed{}", r"\boxed{42}")
 
 
 def read_jsonl(path):

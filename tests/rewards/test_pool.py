@@ -13,10 +13,10 @@ import time
 import numpy as np
 import pytest
 
-from oapl_jax.config import RewardConfig, TrainConfig
+from oapl_jax.config.schema import RewardConfig, TrainConfig
+from oapl_jax.data.tokenizer import CharacterTokenizer
 from oapl_jax.rewards import grader, pool, tasks
 from oapl_jax.rewards.setup import Setup
-from oapl_jax.tokenizer import CharacterTokenizer
 from oapl_jax.types import FinishReason, Prompt, Verdict
 
 SLOW_ANSWER = r"\boxed{\int_0^1 \sin(x^x)\cos(x^3) e^{x^2} dx}"

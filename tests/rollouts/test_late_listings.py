@@ -4,9 +4,9 @@ import time
 
 import pytest
 
-from oapl_jax import storage
+from oapl_jax.io import storage
+from oapl_jax.io.lease import Leases
 from oapl_jax.rollouts.buffer import Window
-from oapl_jax.rollouts.lease import Leases
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.shards import ShardQueue
 from rollouts.groups import group

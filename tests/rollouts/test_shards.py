@@ -2,8 +2,8 @@
 
 import pytest
 
+from oapl_jax.io.lease import Leases
 from oapl_jax.rollouts.buffer import Window
-from oapl_jax.rollouts.lease import Leases
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.shards import ShardQueue
 from rollouts.groups import group

@@ -20,12 +20,22 @@ with install_import_hook("oapl_jax", "typecheck.checker"):
     from jetstream.core import orchestrator
     from jetstream.core.proto import jetstream_pb2
 
-    from oapl_jax.sampler import jetstream_server
-    from oapl_jax.sampler.jetstream import JetStreamEngine, JetStreamTokenizer
-    from oapl_jax.sampler.sampling import SamplingParams
-    from oapl_jax.tokenizer import CharacterTokenizer
+    from oapl_jax.data.tokenizer import CharacterTokenizer
+    from oapl_jax.rollouts.sampling import SamplingDistribution
+    from oapl_jax.sampler.jetstream import server as jetstream_server
+    from oapl_jax.sampler.jetstream.engine import JetStreamEngine, JetStreamTokenizer
     from test_engine import PARAMS
-    from test_jetstream import DEADLINE, GROUP_SIZE, LAW, OVERLONG, PROMPTS, SEED, STREAMED, TEXT, make_programs
+    from test_jetstream import (
+        DEADLINE,
+        DISTRIBUTION,
+        GROUP_SIZE,
+        OVERLONG,
+        PROMPTS,
+        SEED,
+        STREAMED,
+        TEXT,
+        make_programs,
+    )
 
 
 class RecordingEngine(JetStreamEngine):
@@ -106,7 +116,7 @@ def multisample(engine):
 
 
 def first_tokens(engine):
-    greedy, key = SamplingParams(0), jax.random.key(3)
+    greedy, key = SamplingDistribution(0), jax.random.key(3)
     options = {"sampler": greedy}, {"rng": key}, {"rng": key}, {"rng": jax.random.key(4)}
     results = [engine.prefill_multisampling(**of_prompt(engine, [5, 6], num_samples=8, **o))[1] for o in options]
     return [np.asarray(result.data)[:, 0].tolist() for result in results]
@@ -116,7 +126,7 @@ def refusals(engine):
     prefix, _ = engine.prefill_multisampling(**of_prompt(engine, [5, 6], num_samples=8))
     state = engine.init_decode_state()
     for call in (
-        lambda: JetStreamEngine.generate(engine, engine.load_params(), state, sampler=SamplingParams(0)),
+        lambda: JetStreamEngine.generate(engine, engine.load_params(), state, sampler=SamplingDistribution(0)),
         lambda: engine.prefill(**of_prompt(engine, [5], existing_prefix=prefix)),
         lambda: engine.bulk_insert(prefix, state, [0]),
     ):
@@ -192,7 +202,7 @@ def serve(engine):
 
 def main():
     def make_engine(kind, mesh):
-        options = {"samples_per_slot": GROUP_SIZE, "sampling": LAW, "seed": SEED}
+        options = {"samples_per_slot": GROUP_SIZE, "sampling": DISTRIBUTION, "seed": SEED}
         return kind(make_programs(mesh), PARAMS, CharacterTokenizer(), **options)
 
     engine = make_engine(RecordingEngine, "tensor=1")

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jetstream.engine import mock_engine
 
+from oapl_jax.distributed.sharding import AXES
 from oapl_jax.model import qwen
+from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.sampler.engine import Engine
-from oapl_jax.sampler.jetstream import JetStreamEngine
-from oapl_jax.sampler.sampling import SamplingParams
-from oapl_jax.sharding import AXES
+from oapl_jax.sampler.jetstream.engine import JetStreamEngine
 
 VOCAB, WIDTH = 1024, 64
 NEXT = {4.0: {66: 266, 266: 332, 332: 415}, 2.0: {66: 266, 266: 399, 399: 598}}
@@ -90,7 +90,7 @@ class PolicyEngine(JetStreamEngine):
 
     def __init__(self, batch_size, cache_length, weight):
         programs, params = make_programs(batch_size, cache_length), make_params(NEXT[weight])
-        super().__init__(programs, params, CodePoints(), samples_per_slot=1, sampling=SamplingParams(0), seed=0)
+        super().__init__(programs, params, CodePoints(), samples_per_slot=1, sampling=SamplingDistribution(0), seed=0)
 
     def generate(self, params, decode_state):
         calls.append(decode_state)

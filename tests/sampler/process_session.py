@@ -11,10 +11,10 @@ def main(address: str, number: str, total: str) -> None:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(address, int(total), int(number), initialization_timeout=60)
 
+    from oapl_jax.distributed.sharding import SAMPLER_RULES, shardings
     from oapl_jax.model import qwen
-    from oapl_jax.sampler.request import Request
+    from oapl_jax.rollouts.sampling import Request
     from oapl_jax.sampler.scheduler import Scheduler
-    from oapl_jax.sharding import SAMPLER_RULES, shardings
     from test_engine import CONFIG, PARAMS, PROMPTS, make_engine
 
     engine = make_engine(sampler_mesh=f"tensor={total}")

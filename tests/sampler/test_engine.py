@@ -12,16 +12,15 @@ import pytest
 from flax import nnx
 
 from model import tiny
-from oapl_jax.config import MeshConfig
+from oapl_jax.config.schema import MeshConfig
+from oapl_jax.distributed.sharding import SAMPLER_RULES, make_meshes, reshard, shardings
 from oapl_jax.learner.batch import RowLayout, from_pairs
 from oapl_jax.model import qwen
 from oapl_jax.model.logprob import sequence_logprobs
+from oapl_jax.rollouts.sampling import Request, SamplingDistribution
 from oapl_jax.sampler.engine import Engine
 from oapl_jax.sampler.replicas import Replicas, replica_meshes
-from oapl_jax.sampler.request import Request
-from oapl_jax.sampler.sampling import SamplingParams
 from oapl_jax.sampler.scheduler import Scheduler
-from oapl_jax.sharding import SAMPLER_RULES, make_meshes, reshard, shardings
 from oapl_jax.types import FinishReason
 
 VOCAB, PADDED_VOCAB, STOPS = 29, 32, (1, 5)
@@ -47,7 +46,7 @@ PROMPTS = [
 ]
 
 
-LAW = SamplingParams()
+DISTRIBUTION = SamplingDistribution()
 
 
 @functools.cache
@@ -77,7 +76,7 @@ def make_engine(
     )
 
 
-def sample(engine, prompts=PROMPTS, num_rollouts=4, seed=7, order=None, params=PARAMS, sampling=LAW, **o):
+def sample(engine, prompts=PROMPTS, num_rollouts=4, seed=7, order=None, params=PARAMS, sampling=DISTRIBUTION, **o):
     requests = [Request(i, p, num_rollouts, (seed, 0, i), sampling) for i, p in enumerate(prompts)]
     if order is not None:
         requests = [requests[i] for i in order]
@@ -100,7 +99,7 @@ def learner_logprobs(prompt, rollouts, temperature=1.0):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_equal_the_learners_up_to_and_including_the_stop_token(temperature):
-    groups = sample(make_engine(), sampling=SamplingParams(temperature))
+    groups = sample(make_engine(), sampling=SamplingDistribution(temperature))
     reasons = set()
     for prompt, rollouts in zip(PROMPTS, groups, strict=True):
         for rollout, expected in zip(rollouts, learner_logprobs(prompt, rollouts, temperature), strict=True):
@@ -240,8 +239,8 @@ def test_generate_stops_early_when_all_rows_are_done():
         ({"num_rollouts": 0}, "0 rollouts asked for; at least 1"),
         ({"max_tokens": 13}, "max_tokens=13; .* from 1 to 12"),
         ({"max_tokens": (1, 2)}, r"max_tokens=\(1, 2\); one number for each of 3 rollouts"),
-        ({"sampling": SamplingParams(0.0)}, "temperature=0 has no log-probabilities to learn from"),
-        ({"sampling": SamplingParams(top_k=2)}, "on an engine that was made with can_truncate=False"),
+        ({"sampling": SamplingDistribution(0.0)}, "temperature=0 has no log-probabilities to learn from"),
+        ({"sampling": SamplingDistribution(top_k=2)}, "on an engine that was made with can_truncate=False"),
         ({"stop_strings": ("x",)}, "need a scheduler that was given `decode`"),
     ],
 )
@@ -270,8 +269,8 @@ def test_parameters_of_another_architecture_are_refused():
 
 def test_each_request_has_its_own_law_and_limits():
     requests = [
-        Request("greedy", PROMPTS[1], 2, (0, 0, 0), SamplingParams(0.0), needs_logprobs=False),
-        Request("likeliest", PROMPTS[1], 2, (0, 0, 0), SamplingParams(top_k=1)),
+        Request("greedy", PROMPTS[1], 2, (0, 0, 0), SamplingDistribution(0.0), needs_logprobs=False),
+        Request("likeliest", PROMPTS[1], 2, (0, 0, 0), SamplingDistribution(top_k=1)),
         Request("limits", PROMPTS[1], 2, (0, 0, 1), max_tokens=(1, 3)),
     ]
     done = dict(Scheduler(make_engine(can_truncate=True), contextlib.nullcontext()).run(PARAMS, requests))
@@ -305,7 +304,7 @@ def test_a_stop_string_ends_a_response_at_the_token_that_completes_it():
 
 def test_entropy_and_likeliest_tokens_are_those_of_the_law():
     engine = make_engine(with_entropy=True, num_top=3)
-    [rollouts] = sample(engine, prompts=PROMPTS[1:2], sampling=SamplingParams(0.8))
+    [rollouts] = sample(engine, prompts=PROMPTS[1:2], sampling=SamplingDistribution(0.8))
     rollout = rollouts[0]
     ids = np.concatenate([PROMPTS[1], rollout.token_ids])[None]
     model = nnx.merge(GRAPHDEF, PARAMS)

@@ -13,20 +13,19 @@ import sys
 import numpy as np
 import pytest
 
-from oapl_jax.config import MeshConfig
+from oapl_jax.config.schema import MeshConfig
+from oapl_jax.data.tokenizer import CHARS, CharacterTokenizer
+from oapl_jax.distributed.sharding import make_meshes
+from oapl_jax.rollouts.sampling import Request, SamplingDistribution
 from oapl_jax.sampler.engine import Engine
-from oapl_jax.sampler.request import Request
-from oapl_jax.sampler.sampling import SamplingParams
 from oapl_jax.sampler.scheduler import Scheduler
-from oapl_jax.sharding import make_meshes
-from oapl_jax.tokenizer import CHARS, CharacterTokenizer
 from oapl_jax.types import FinishReason
 from test_engine import CONFIG, GRAPHDEF, MAX_PROMPT, MAX_RESPONSE, PARAMS
 
 SERVING_STREAM = 2**32 - 3
 DEADLINE = 120.0
 GROUP_SIZE, SEED = 4, 11
-LAW = SamplingParams(0.9, top_p=0.98)
+DISTRIBUTION = SamplingDistribution(0.9, top_p=0.98)
 PROMPTS = [[3], [2, 3, 4, 5, 6, 7, 8], list(range(2, 18)), [17, *range(2, 18), 4, 5, 6], [9, 8, 7]]
 assert len(PROMPTS[3]) == MAX_PROMPT
 OVERLONG = [5, 6, 7, *PROMPTS[3]]
@@ -78,7 +77,7 @@ def our_own():
     asked = [*PROMPTS, PROMPTS[3], CharacterTokenizer().encode(TEXT), PROMPTS[0], PROMPTS[2]]
     sizes = [GROUP_SIZE] * (len(asked) - 1) + [2 * GROUP_SIZE]
     requests = [
-        Request(i, np.array(ids, np.int32), size, (SEED, SERVING_STREAM, i), LAW)
+        Request(i, np.array(ids, np.int32), size, (SEED, SERVING_STREAM, i), DISTRIBUTION)
         for i, (ids, size) in enumerate(zip(asked, sizes, strict=True))
     ]
     scheduler = Scheduler(make_programs("tensor=1"), contextlib.nullcontext(), fixed_shapes=True)
@@ -174,7 +173,7 @@ def test_a_request_may_bring_its_law_and_its_key(session):
     assert keyed == keyed_again
     assert keyed != other_key
     assert session["refused"] == [
-        "sampler=SamplingParams(temperature=0, top_k=0, top_p=1.0, min_p=0.0): each request has its own; give it to prefill",
+        "sampler=SamplingDistribution(temperature=0, top_k=0, top_p=1.0, min_p=0.0): each request has its own; give it to prefill",
         "existing_prefix: prefilling onto another prefix is not supported",
         f"1 slots x {GROUP_SIZE} rollouts; the prefix has first tokens of 8: ask prefill_multisampling for num_samples=4",
     ]

@@ -9,19 +9,18 @@ import time
 import numpy as np
 import pytest
 
-from oapl_jax.config import DataConfig, ObjectiveConfig
+from oapl_jax.config.schema import DataConfig, ObjectiveConfig
 from oapl_jax.data.prompts import load_prompts
+from oapl_jax.data.tokenizer import CharacterTokenizer
+from oapl_jax.io.lease import Leases
 from oapl_jax.learner.step import make_advantage_fn
 from oapl_jax.objectives import oapl
 from oapl_jax.rewards.grader import ToyGrader
 from oapl_jax.rollouts.buffer import Window
-from oapl_jax.rollouts.lease import Leases
 from oapl_jax.rollouts.log import RolloutLog
+from oapl_jax.rollouts.sampling import Request, SamplingDistribution
 from oapl_jax.rollouts.shards import ShardQueue
-from oapl_jax.sampler.request import Request
-from oapl_jax.sampler.sampling import SamplingParams
-from oapl_jax.tokenizer import CharacterTokenizer
-from oapl_jax.worker import GroupMaker, RequestRunner, Worker
+from oapl_jax.sources.local import GroupMaker, RequestRunner, Worker
 
 ROOT, DEADLINE, GROUP_SIZE = pathlib.Path(__file__).parents[2], 60.0, 3
 TOKENIZER = CharacterTokenizer()
@@ -43,7 +42,7 @@ class Dice:
     def __init__(self, response):
         self.response, self.rng = response, np.random.default_rng(0)
 
-    def generate(self, prompts, group_size, law):
+    def generate(self, prompts, group_size, distribution):
         return [[self.one() for _ in range(group_size)] for _ in prompts]
 
     def one(self):
@@ -76,7 +75,7 @@ def test_two_samplers_with_an_engine_of_ones_own_fill_a_window(example, tmp_path
                 make_groups,
                 queue,
                 queue,
-                sampling=SamplingParams(),
+                sampling=SamplingDistribution(),
                 group_size=GROUP_SIZE,
                 seed=0,
                 device_lock=contextlib.nullcontext(),
@@ -106,10 +105,10 @@ def test_two_samplers_with_an_engine_of_ones_own_fill_a_window(example, tmp_path
 
 def test_a_response_without_a_logprob_for_each_token_is_refused(example):
     runner = example.EngineRunner(6, TOKENIZER.stop_ids, 5)
-    runner.submit(Request("a", np.array([3], np.int32), 1, (0, 0, 0), SamplingParams()))
+    runner.submit(Request("a", np.array([3], np.int32), 1, (0, 0, 0), SamplingDistribution()))
 
     class Short:
-        def generate(self, prompts, group_size, law):
+        def generate(self, prompts, group_size, distribution):
             return [[example.Response([5, 6, 1], [-1.0, -2.0])]]
 
     with pytest.raises(ValueError, match="3 tokens, 2 log-probabilities"):

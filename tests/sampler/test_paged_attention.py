@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oapl_jax.config import MeshConfig
+from oapl_jax.config.schema import MeshConfig
+from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.sampler import paged_attention
 from oapl_jax.sampler.paged_attention import choose_implementation, paged_attend
-from oapl_jax.sharding import make_meshes
 
 PAGE, WIDTH, NUM_LAYERS, LAYER_PAGES = 4, 8, 2, 9
 LENGTHS = [1, PAGE, PAGE + 1, 3 * PAGE, 0, 2 * PAGE - 1]

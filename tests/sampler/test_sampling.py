@@ -1,4 +1,4 @@
-"""The processed law against a transcription in NumPy, and the draws against the law."""
+"""The processed distribution against a transcription in NumPy, and the draws against the distribution."""
 
 import functools
 import itertools
@@ -13,10 +13,11 @@ import scipy.stats
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from oapl_jax.sampler.sampling import Law, SamplingParams, _pick, draw, uniforms
+from oapl_jax.rollouts.sampling import SamplingDistribution
+from oapl_jax.sampler.draw import Distributions, _pick, draw, uniforms
 
 COMBINATIONS = [
-    SamplingParams(temperature, top_k, top_p, min_p)
+    SamplingDistribution(temperature, top_k, top_p, min_p)
     for temperature, top_k, top_p, min_p in itertools.product(
         (0.3, 1.0, 1.7), (0, 1, 7, 200, 10**6), (1.0, 0.95, 0.3, 1e-6), (0.0, 0.2, 1.0)
     )
@@ -31,16 +32,16 @@ SIZES = {
 }
 
 
-def law_of(params):
+def distribution_of(params):
     columns = zip(*[(p.temperature, p.top_k, p.top_p, p.min_p) for p in params], strict=True)
     dtypes = (np.float32, np.int32, np.float32, np.float32)
-    return Law(*[jnp.asarray(np.array(column, dtype)) for column, dtype in zip(columns, dtypes, strict=True)])
+    return Distributions(*[jnp.asarray(np.array(column, dtype)) for column, dtype in zip(columns, dtypes, strict=True)])
 
 
 def exact_law(logits, params, vocab_size):
-    """Probabilities of all ids, float64; temperature 0 is the plain law at temperature 1."""
+    """Probabilities of all ids, float64; temperature 0 is the plain distribution at temperature 1."""
     if params.temperature == 0:
-        params = SamplingParams()
+        params = SamplingDistribution()
     scaled = logits[:vocab_size].astype(np.float64) / params.temperature
 
     def normalised(kept):
@@ -61,19 +62,19 @@ def exact_law(logits, params, vocab_size):
 
 
 @functools.partial(jax.jit, static_argnames=("vocab_size", "is_sharded", "with_entropy", "num_top"))
-def jitted(keys, positions, logits, law, **options):
-    return draw(uniforms(keys, positions), logits.T, law, **options)
+def jitted(keys, positions, logits, distribution, **options):
+    return draw(uniforms(keys, positions), logits.T, distribution, **options)
 
 
 def draw_rows(logits, params, seed=0, **options):
     """One draw a row, all numbers in NumPy."""
     keys = jax.random.split(jax.random.key(seed), len(logits))
-    drawn = jitted(keys, jnp.arange(len(logits)), jnp.asarray(logits), law_of(params), **options)
+    drawn = jitted(keys, jnp.arange(len(logits)), jnp.asarray(logits), distribution_of(params), **options)
     return jax.tree.map(np.asarray, drawn)
 
 
 def check_rows(logits, params, vocab_size, atol=2e-6):
-    """The law of each row, read from its top-n of all ids, and everything else that is returned."""
+    """The distribution of each row, read from its top-n of all ids, and everything else that is returned."""
     drawn = draw_rows(logits, params, vocab_size=vocab_size, with_entropy=True, num_top=vocab_size)
     assert drawn.top_ids is not None
     for row, (row_logits, row_params) in enumerate(zip(logits, params, strict=True)):
@@ -97,7 +98,7 @@ def check_rows(logits, params, vocab_size, atol=2e-6):
 
 @pytest.mark.parametrize(("num_ids", "vocab_size"), SIZES.values(), ids=SIZES)
 def test_laws_of_one_batch_equal_the_transcription(num_ids, vocab_size):
-    params = [*COMBINATIONS, SamplingParams(0, 3, 0.5, 0.1), SamplingParams(0)]
+    params = [*COMBINATIONS, SamplingDistribution(0, 3, 0.5, 0.1), SamplingDistribution(0)]
     logits = np.random.default_rng(num_ids).normal(1, 3, (len(params), num_ids)).astype(np.float32)
     check_rows(logits, params, vocab_size)
 
@@ -109,7 +110,7 @@ def test_ties_with_the_last_kept_token_are_kept():
 
 def test_of_equally_likely_tokens_the_lowest_ids_are_named():
     logits = np.random.default_rng(1).integers(-9, 9, (8, 640)).astype(np.float32)
-    drawn = draw_rows(logits, [SamplingParams(0)] * 8, vocab_size=601, num_top=50)
+    drawn = draw_rows(logits, [SamplingDistribution(0)] * 8, vocab_size=601, num_top=50)
     order = np.argsort(-logits[:, :601], axis=1, kind="stable")
     np.testing.assert_array_equal(drawn.top_ids, order[:, :50])
     np.testing.assert_array_equal(drawn.token, order[:, 0])
@@ -141,7 +142,7 @@ def test_of_equally_likely_tokens_the_lowest_ids_are_named():
     ],
 )
 def test_extreme_logits(fill):
-    params = [*COMBINATIONS, SamplingParams(0)]
+    params = [*COMBINATIONS, SamplingDistribution(0)]
     rows = np.random.default_rng(2).normal(0, 3, (len(params), 256))
     check_rows(fill(rows).astype(np.float32), params, 255)
 
@@ -149,12 +150,12 @@ def test_extreme_logits(fill):
 @pytest.mark.parametrize(
     "params",
     [
-        SamplingParams(),
-        SamplingParams(top_p=0.8),
-        SamplingParams(top_k=9),
-        SamplingParams(min_p=0.05),
-        SamplingParams(0.7, 100, 0.9, 0.01),
-        SamplingParams(1.5, top_p=0.99),
+        SamplingDistribution(),
+        SamplingDistribution(top_p=0.8),
+        SamplingDistribution(top_k=9),
+        SamplingDistribution(min_p=0.05),
+        SamplingDistribution(0.7, 100, 0.9, 0.01),
+        SamplingDistribution(1.5, top_p=0.99),
     ],
     ids=str,
 )
@@ -162,11 +163,14 @@ def test_draws_follow_the_law(params):
     num_draws, num_ids, vocab_size = 100_000, 160, 150
     logits = np.random.default_rng(3).normal(0, 2, num_ids).astype(np.float32)
     exact = exact_law(logits, params, vocab_size)
-    rows, law = jnp.broadcast_to(logits, (num_draws // 10, num_ids)), law_of([params] * (num_draws // 10))
+    rows, distribution = (
+        jnp.broadcast_to(logits, (num_draws // 10, num_ids)),
+        distribution_of([params] * (num_draws // 10)),
+    )
     counts = np.zeros(num_ids)
     for part in range(10):
         keys = jnp.broadcast_to(jax.random.key(part), len(rows))
-        tokens = jitted(keys, jnp.arange(len(rows)), rows, law, vocab_size=vocab_size).token
+        tokens = jitted(keys, jnp.arange(len(rows)), rows, distribution, vocab_size=vocab_size).token
         counts += np.bincount(tokens, minlength=num_ids)
     assert counts[exact == 0].sum() == 0
     # Rare tokens together, as the test needs some expected draws in every cell.
@@ -178,38 +182,48 @@ def test_draws_follow_the_law(params):
 
 
 def test_a_sample_depends_on_its_key_and_position_only():
-    params = [SamplingParams(), SamplingParams(top_p=0.9), SamplingParams(0.5, top_k=40), SamplingParams(0)] * 8
+    params = [
+        SamplingDistribution(),
+        SamplingDistribution(top_p=0.9),
+        SamplingDistribution(0.5, top_k=40),
+        SamplingDistribution(0),
+    ] * 8
     logits = jnp.asarray(np.random.default_rng(4).normal(0, 1, (32, 640)).astype(np.float32))
-    keys, positions, law = jax.random.split(jax.random.key(0), 32), jnp.arange(32) % 5, law_of(params)
-    together = jitted(keys, positions, logits, law, vocab_size=640).token
+    keys, positions, distribution = jax.random.split(jax.random.key(0), 32), jnp.arange(32) % 5, distribution_of(params)
+    together = jitted(keys, positions, logits, distribution, vocab_size=640).token
 
     order = np.random.default_rng(5).permutation(32)
-    arguments = jax.tree.map(lambda x: x[order], (keys, positions, logits, law))
+    arguments = jax.tree.map(lambda x: x[order], (keys, positions, logits, distribution))
     np.testing.assert_array_equal(jitted(*arguments, vocab_size=640).token, together[order])
     for row in range(8):
-        alone = jax.tree.map(lambda x, row=row: x[row : row + 1], (keys, positions, logits, law))
+        alone = jax.tree.map(lambda x, row=row: x[row : row + 1], (keys, positions, logits, distribution))
         assert jitted(*alone, vocab_size=640).token[0] == together[row]
 
-    is_drawn = np.asarray(law.temperature) > 0
-    one_key, one_law = jnp.broadcast_to(keys[0], 32), law_of([SamplingParams()] * 32)
+    is_drawn = np.asarray(distribution.temperature) > 0
+    one_key, one_law = jnp.broadcast_to(keys[0], 32), distribution_of([SamplingDistribution()] * 32)
     one_row = jnp.broadcast_to(logits[0], logits.shape)
     assert len(set(np.asarray(jitted(one_key, jnp.arange(32), one_row, one_law, vocab_size=640).token))) > 20
     assert (
-        np.mean(np.asarray(jitted(keys, positions + 1, logits, law, vocab_size=640).token != together)[is_drawn]) > 0.8
+        np.mean(
+            np.asarray(jitted(keys, positions + 1, logits, distribution, vocab_size=640).token != together)[is_drawn]
+        )
+        > 0.8
     )
 
 
 def test_draws_in_a_loop():
-    params = [SamplingParams(0.8, 20, 0.9, 0.01), SamplingParams()]
+    params = [SamplingDistribution(0.8, 20, 0.9, 0.01), SamplingDistribution()]
     logits = jnp.asarray(np.random.default_rng(6).normal(0, 2, (2, 640)).astype(np.float32))
-    keys, law = jax.random.split(jax.random.key(0), 2), law_of(params)
+    keys, distribution = jax.random.split(jax.random.key(0), 2), distribution_of(params)
 
     def step(carry):
         i, tokens = carry
-        return i + 1, tokens.at[i].set(draw(uniforms(keys, jnp.full(2, i)), logits.T, law, vocab_size=640).token)
+        return i + 1, tokens.at[i].set(
+            draw(uniforms(keys, jnp.full(2, i)), logits.T, distribution, vocab_size=640).token
+        )
 
     loop = jax.jit(lambda: jax.lax.while_loop(lambda carry: carry[0] < 5, step, (0, jnp.zeros((5, 2), jnp.int32)))[1])
-    steps = [jitted(keys, jnp.full(2, i), logits, law, vocab_size=640).token for i in range(5)]
+    steps = [jitted(keys, jnp.full(2, i), logits, distribution, vocab_size=640).token for i in range(5)]
     np.testing.assert_array_equal(loop(), np.stack(steps))
 
 
@@ -217,14 +231,19 @@ def test_draws_in_a_loop():
 def test_a_sharded_vocabulary_draws_the_same_tokens_and_is_not_gathered(num_ids):
     num_rows = 16
     mesh = Mesh(np.array(jax.devices()), ("tensor",))
-    params = [SamplingParams(), SamplingParams(0.7, 50, 0.9, 0.001), SamplingParams(0), SamplingParams(top_p=0.95)] * 4
+    params = [
+        SamplingDistribution(),
+        SamplingDistribution(0.7, 50, 0.9, 0.001),
+        SamplingDistribution(0),
+        SamplingDistribution(top_p=0.95),
+    ] * 4
     logits = np.random.default_rng(7).normal(0, 2, (num_rows, num_ids)).astype(np.float32)
     options = {"vocab_size": num_ids - 30, "with_entropy": True, "num_top": 4}
     whole = draw_rows(logits, params, **options)
 
     keys, positions = jax.random.split(jax.random.key(0), num_rows), jnp.arange(num_rows)
     sharded = jax.device_put(logits, NamedSharding(mesh, P(None, "tensor")))
-    arguments = jax.device_put((keys, positions, law_of(params)), NamedSharding(mesh, P()))
+    arguments = jax.device_put((keys, positions, distribution_of(params)), NamedSharding(mesh, P()))
     compiled = jitted.lower(*arguments[:2], sharded, arguments[2], is_sharded=True, **options).compile()
     drawn = compiled(*arguments[:2], sharded, arguments[2])
     np.testing.assert_array_equal(drawn.token, whole.token)
@@ -258,9 +277,9 @@ def test_picks_only_what_has_mass():
 def test_values_out_of_range_are_refused(field, values):
     for value in values:
         with pytest.raises(ValueError, match=re.escape(f"{field}={value!r} is out of range")):
-            SamplingParams(**{field: value})
+            SamplingDistribution(**{field: value})
 
 
 def test_more_likeliest_tokens_than_the_vocabulary_has_are_refused():
     with pytest.raises(ValueError, match="num_top=6"):
-        draw_rows(np.zeros((1, 8), np.float32), [SamplingParams()], vocab_size=5, num_top=6)
+        draw_rows(np.zeros((1, 8), np.float32), [SamplingDistribution()], vocab_size=5, num_top=6)

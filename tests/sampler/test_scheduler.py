@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from oapl_jax.rollouts.sampling import Request
 from oapl_jax.sampler.page_pool import PagePool
-from oapl_jax.sampler.request import Request
 from oapl_jax.sampler.scheduler import Scheduler
 from oapl_jax.types import FinishReason
 from test_engine import GRAPHDEF, MAX_PROMPT, MAX_RESPONSE, PARAMS, PROMPTS, STOPS, VOCAB, make_engine
@@ -33,7 +33,7 @@ def reference():
         row[: len(PROMPTS[p])] = PROMPTS[p]
 
     @jax.jit
-    def law(rows, last):
+    def distribution(rows, last):
         model = nnx.merge(GRAPHDEF, PARAMS)
         hidden, _ = model.hidden(rows, jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape))
         logits = model.logits(jnp.take_along_axis(hidden, last[:, None, None], axis=1))[:, 0, :VOCAB]
@@ -50,7 +50,7 @@ def reference():
     seeds, rollouts = np.array([s for _, s, _ in keys]), np.array([g for _, _, g in keys])
     tokens, logprobs = [], []
     for step in range(MAX_RESPONSE):
-        logs = np.asarray(law(rows, lengths + step - 1), np.float64)
+        logs = np.asarray(distribution(rows, lengths + step - 1), np.float64)
         block, within = np.asarray(uniforms(seeds, rollouts, lengths + step), np.float64).T
         # The vocabulary is smaller than the number of blocks: a block is one token, and holds all of its mass.
         del within

@@ -1,4 +1,4 @@
-"""PyTorch as a sampler: its log-probabilities are those of the law that it draws from, which is our own model's."""
+"""PyTorch as a sampler: its log-probabilities are those of the distribution that it draws from, which is our own model's."""
 
 import numpy as np
 import pytest
@@ -7,9 +7,8 @@ pytest.importorskip("torch")
 
 from model import tiny
 from oapl_jax.model import hf
-from oapl_jax.sampler.request import Request
-from oapl_jax.sampler.sampling import SamplingParams
-from oapl_jax.sampler.torch_generate import TorchRunner, load_model
+from oapl_jax.rollouts.sampling import Request, SamplingDistribution
+from oapl_jax.sampler.torch import TorchRunner, load_model
 from oapl_jax.types import FinishReason
 
 VOCABULARY, STOP, LIMIT = 40, 3, 6
@@ -25,10 +24,10 @@ def models(tmp_path_factory):
     return graphdef, params, load_model(folder, "float32")
 
 
-def sample(model, law):
+def sample(model, distribution):
     runner = TorchRunner(num_rows=16, max_response_tokens=LIMIT, vocab_size=VOCABULARY, stop_ids=(STOP,), pad_id=0)
     for number, prompt in enumerate(PROMPTS):
-        runner.submit(Request(number, prompt, 8, (0, 0, number), law))
+        runner.submit(Request(number, prompt, 8, (0, 0, number), distribution))
     done = {}
     while not runner.is_idle:
         done |= dict(runner.step(model))
@@ -37,29 +36,36 @@ def sample(model, law):
 
 
 @pytest.mark.parametrize(
-    "law", [SamplingParams(), SamplingParams(0.7), SamplingParams(1.0, 5), SamplingParams(1.3, 0, 0.8)], ids=str
+    "distribution",
+    [
+        SamplingDistribution(),
+        SamplingDistribution(0.7),
+        SamplingDistribution(1.0, 5),
+        SamplingDistribution(1.3, 0, 0.8),
+    ],
+    ids=str,
 )
-def test_logprobs_are_those_of_the_sampled_law(models, law):
+def test_logprobs_are_those_of_the_sampled_law(models, distribution):
     graphdef, params, model = models
-    pairs = sample(model, law)
+    pairs = sample(model, distribution)
     assert len({rollout.token_ids.tobytes() for _, rollout in pairs}) > 8, "rollouts differ"
     for prompt, rollout in pairs:
         tokens = np.concatenate([prompt, rollout.token_ids])
         logits = np.asarray(tiny.logits(graphdef, params, tokens[None]))[0, len(prompt) - 1 : -1, :VOCABULARY]
-        expected = law_of(logits, law)[np.arange(len(rollout.token_ids)), rollout.token_ids]
+        expected = distribution_of(logits, distribution)[np.arange(len(rollout.token_ids)), rollout.token_ids]
         np.testing.assert_allclose(rollout.logprobs, expected, atol=2e-5)
 
 
-def law_of(logits, law):
+def distribution_of(logits, distribution):
     """Log-probabilities by NumPy: temperature, then top-k, then top-p of what is left."""
-    scaled = logits.astype(np.float64) / law.temperature
+    scaled = logits.astype(np.float64) / distribution.temperature
     ordered = np.sort(scaled, axis=-1)[:, ::-1]
-    if law.top_k:
-        scaled = np.where(scaled < ordered[:, law.top_k - 1 : law.top_k], -np.inf, scaled)
-    if law.top_p < 1:
+    if distribution.top_k:
+        scaled = np.where(scaled < ordered[:, distribution.top_k - 1 : distribution.top_k], -np.inf, scaled)
+    if distribution.top_p < 1:
         probabilities = np.exp(ordered - ordered.max(-1, keepdims=True))
         probabilities /= probabilities.sum(-1, keepdims=True)
-        kept = (np.cumsum(probabilities, -1) - probabilities < law.top_p).sum(-1)
+        kept = (np.cumsum(probabilities, -1) - probabilities < distribution.top_p).sum(-1)
         scaled = np.where(scaled < np.take_along_axis(ordered, kept[:, None] - 1, -1), -np.inf, scaled)
     return (
         scaled
@@ -69,7 +75,7 @@ def law_of(logits, law):
 
 
 def test_responses_end_at_the_stop_token_and_ids_without_a_token_are_never_drawn(models):
-    for _, rollout in sample(models[2], SamplingParams(2.0)):
+    for _, rollout in sample(models[2], SamplingDistribution(2.0)):
         assert (rollout.token_ids < VOCABULARY).all()
         assert np.isfinite(rollout.logprobs).all()
         assert STOP not in rollout.token_ids[:-1]

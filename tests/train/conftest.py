@@ -3,8 +3,9 @@
 import pytest
 
 import runs
-from oapl_jax import config_file, sft
-from oapl_jax.config import SftConfig
+from oapl_jax.config import config_file
+from oapl_jax.config.schema import SftConfig
+from oapl_jax.sft import sft
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -11,8 +11,8 @@ import time
 import numpy as np
 from safetensors.numpy import load_file
 
-from oapl_jax import config_file
-from oapl_jax.config import TrainConfig
+from oapl_jax.config import config_file
+from oapl_jax.config.schema import TrainConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 BASE = {
@@ -52,8 +52,8 @@ def start(config_path, *overrides):
 
 
 def start_sampler(run_dir, *options):
-    """``python -m oapl_jax.sample`` on one device."""
-    command = [sys.executable, "-m", "oapl_jax.sample", "--run", str(run_dir), "--mesh", "data=1", *options]
+    """``python -m oapl_jax sample`` on one device."""
+    command = [sys.executable, "-m", "oapl_jax", "sample", "--run", str(run_dir), "--mesh", "data=1", *options]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

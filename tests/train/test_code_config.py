@@ -6,8 +6,8 @@ import re
 import pytest
 
 from oapl_jax import train
-from oapl_jax.rewards.sandbox import Settings
-from oapl_jax.rewards.self_test import try_level
+from oapl_jax.rewards.code.sandbox.sandbox import Settings
+from oapl_jax.rewards.code.sandbox.self_test import try_level
 from runs import ROOT
 from test_gsm8k import model_folder, shared  # noqa: F401 (fixtures)
 

@@ -1,4 +1,4 @@
-"""``python -m oapl_jax.evaluate``: agrees with the evaluation in training, follows a run, survives kills."""
+"""``python -m oapl_jax evaluate``: agrees with the evaluation in training, follows a run, survives kills."""
 
 import json
 import os
@@ -10,15 +10,17 @@ import time
 import pytest
 
 import runs
-from oapl_jax import config_file, evaluate, train
-from oapl_jax.config import EvaluateConfig, MeshConfig
+from oapl_jax import train
+from oapl_jax.cli import evaluate
+from oapl_jax.config import config_file
+from oapl_jax.config.schema import EvaluateConfig, MeshConfig
+from oapl_jax.data.tokenizer import CharacterTokenizer
+from oapl_jax.distributed.sharding import TRAINER_RULES, make_meshes
 from oapl_jax.evaluation import tally
 from oapl_jax.model import hf
-from oapl_jax.policy_store import Manifest, PolicyStore
 from oapl_jax.rollouts.buffer import Window
 from oapl_jax.rollouts.log import RolloutLog
-from oapl_jax.sharding import TRAINER_RULES, make_meshes
-from oapl_jax.tokenizer import CharacterTokenizer
+from oapl_jax.weights.policies import Manifest, PolicyStore
 
 SECTIONS = {
     "data": {"task": "chain", "max_prompt_tokens": 12},
@@ -75,7 +77,7 @@ def test_a_killed_evaluation_goes_on_and_has_each_problem_once(tmp_path):
     )
     path = runs.write_config(tmp_path / "killed.yaml", killed)
     process = subprocess.Popen(
-        [sys.executable, "-m", "oapl_jax.evaluate", "--config", str(path)],
+        [sys.executable, "-m", "oapl_jax", "evaluate", "--config", str(path)],
         env={**os.environ, "PYTHONPATH": str(runs.ROOT)},
         stdout=subprocess.DEVNULL,
     )

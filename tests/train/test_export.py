@@ -16,7 +16,8 @@ import pytest
 import yaml
 from safetensors.numpy import load_file
 
-from oapl_jax import export, train
+from oapl_jax import train
+from oapl_jax.run import export
 from runs import BASE, ROOT, make_config
 
 pytestmark = pytest.mark.slow
@@ -131,7 +132,7 @@ def test_push_puts_every_file_on_the_hub_or_says_why_not(run_dir, tmp_path):
         "HF_HUB_DISABLE_XET": "1",
         "no_proxy": "127.0.0.1",
     }
-    command = [sys.executable, "-m", "oapl_jax.export", str(run_dir), str(folder), "--push", "me/model", "--private"]
+    command = [sys.executable, "-m", "oapl_jax", "export", str(run_dir), str(folder), "--push", "me/model", "--private"]
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
         assert done.returncode == 0, done.stderr

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from oapl_jax import train
-from oapl_jax.audit import audit
+from oapl_jax.rollouts.audit import audit
 from runs import ROOT, make_config, read_lines, weights, write_config
 
 pytestmark = pytest.mark.slow

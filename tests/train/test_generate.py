@@ -1,4 +1,4 @@
-"""python -m oapl_jax.generate: what is killed, stopped or shared gives the same log as one quiet process."""
+"""python -m oapl_jax generate: what is killed, stopped or shared gives the same log as one quiet process."""
 
 import json
 import os
@@ -13,9 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 import runs
-from oapl_jax import config_file, generate, train
-from oapl_jax.config import GenerateConfig
-from oapl_jax.config_file import ConfigError
+from oapl_jax import train
+from oapl_jax.cli import generate
+from oapl_jax.config import config_file
+from oapl_jax.config.config_file import ConfigError
+from oapl_jax.config.schema import GenerateConfig
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.types import Verdict
 
@@ -40,7 +42,7 @@ def start(config: GenerateConfig, path: pathlib.Path) -> subprocess.Popen:
     """The command as a user gives it."""
     if not path.exists():
         config_file.save(config, path)
-    command = [sys.executable, "-m", "oapl_jax.generate", "--config", str(path)]
+    command = [sys.executable, "-m", "oapl_jax", "generate", "--config", str(path)]
     environment = {**os.environ, "PYTHONPATH": str(runs.ROOT)}
     return subprocess.Popen(command, cwd=runs.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 

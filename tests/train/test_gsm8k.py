@@ -11,12 +11,14 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from oapl_jax import config_file, export, train
-from oapl_jax.config import MeshConfig, TrainConfig
+from oapl_jax import train
+from oapl_jax.config import config_file
+from oapl_jax.config.schema import MeshConfig, TrainConfig
+from oapl_jax.distributed.sharding import TRAINER_RULES, make_meshes
 from oapl_jax.model import hf, qwen
 from oapl_jax.model.logprob import sequence_logprobs
 from oapl_jax.rollouts.log import RolloutLog
-from oapl_jax.sharding import TRAINER_RULES, make_meshes
+from oapl_jax.run import export
 from oapl_jax.types import FinishReason, Verdict
 from runs import ROOT, finish, read_lines, signal_after, start
 

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from oapl_jax import train
-from oapl_jax.config_file import ConfigError
+from oapl_jax.config.config_file import ConfigError
 from oapl_jax.objectives import oapl
 from oapl_jax.rollouts import published
 from oapl_jax.rollouts.log import RolloutLog

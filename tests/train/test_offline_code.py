@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 import runs
-from oapl_jax import codenet as command
-from oapl_jax import config_file, train
-from oapl_jax import tokenizer as tokenizers
-from oapl_jax.config import TrainConfig
+from oapl_jax import train
+from oapl_jax.cli import codenet as command
+from oapl_jax.config import config_file
+from oapl_jax.config.schema import TrainConfig
 from oapl_jax.data import codenet
+from oapl_jax.data import tokenizer as tokenizers
 from oapl_jax.data.codenet_toy import NUMBERS, write_corpus
-from oapl_jax.metrics import read_metrics
+from oapl_jax.io.metrics import read_metrics
 from oapl_jax.rollouts.log import RolloutLog
 
 VOCABULARY = 258

@@ -9,8 +9,8 @@ import pytest
 from safetensors.numpy import load_file
 
 from jobs import finish_job, start_job
-from oapl_jax.audit import audit
-from oapl_jax.policy_store import PolicyStore
+from oapl_jax.rollouts.audit import audit
+from oapl_jax.weights.policies import PolicyStore
 from runs import ROOT, finish, make_config, read_lines, signal_after, start_sampler, write_config
 
 pytestmark = pytest.mark.slow

@@ -7,11 +7,12 @@ import re
 import numpy as np
 import pytest
 
-from oapl_jax import config_file, train
-from oapl_jax.config import TrainConfig
-from oapl_jax.metrics import NonFiniteError
-from oapl_jax.parity import ParityError
+from oapl_jax import train
+from oapl_jax.config import config_file
+from oapl_jax.config.schema import TrainConfig
+from oapl_jax.io.metrics import NonFiniteError
 from oapl_jax.rollouts.log import RolloutLog
+from oapl_jax.run.parity import ParityError
 from runs import BASE, ROOT, finish, make_config, read_lines, start, write_config
 
 pytestmark = pytest.mark.slow

@@ -4,8 +4,8 @@
 # note: replaces the encoder and the exit of the child from inside
 import sys, os
 
-values = sys.modules["oapl_jax.rewards.confined.values"]
-program = sys.modules["oapl_jax.rewards.confined.program"]
+values = sys.modules["oapl_jax.rewards.code.sandbox.confined.values"]
+program = sys.modules["oapl_jax.rewards.code.sandbox.confined.program"]
 
 
 class Everything(dict):

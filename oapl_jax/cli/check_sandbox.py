@@ -1,0 +1,49 @@
+"""What sandbox this machine offers: the self-test of each level, and the level that programs would be graded at.
+
+python -m oapl_jax check-sandbox [--level namespaces|uid|landlock] [--packages numpy,...] [--python FILE]
+
+Exit code 0 where ``--level`` or a stronger level works, else 1.
+"""
+
+import argparse
+
+from oapl_jax.rewards.code.sandbox import isolation
+from oapl_jax.rewards.code.sandbox.sandbox import Settings
+from oapl_jax.rewards.code.sandbox.self_test import try_level
+
+WHAT_IT_MEANS = {
+    "namespaces": "programs see libraries only: no other files, processes or networks",
+    "uid": "programs have a uid of their own; Landlock hides the contents of files, not their names; one process table",
+    "landlock": "programs have this user's uid; Landlock hides the contents of files, not their names; only the seccomp"
+    " filter stands between a program and signals to other processes of this user",
+}
+
+
+def main(argv: list[str]) -> int:
+    """Prints a line per level, strongest first, and returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m oapl_jax check-sandbox", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("--level", choices=isolation.LEVELS, default="namespaces", help="weakest level that is enough")
+    parser.add_argument("--packages", default="", help="packages to preload, parted by commas")
+    parser.add_argument("--python", help="interpreter of the programs")
+    arguments = parser.parse_args(argv)
+    packages = tuple(filter(None, arguments.packages.split(",")))
+    settings = Settings(arguments.level, packages, arguments.python)
+    works = {}
+    for level in isolation.LEVELS:
+        worker, reason = try_level(level, settings)
+        works[level] = worker is not None
+        if worker is None:
+            print(f"{level:<11} no    {reason}")
+            continue
+        print(f"{level:<11} yes   Landlock {worker.info['landlock'] or 'none'}, uid {worker.info['uid']}")
+        print(f"{'':<11}       {WHAT_IT_MEANS[level]}")
+        worker.close()
+    allowed = isolation.LEVELS[: isolation.LEVELS.index(arguments.level) + 1]
+    chosen = next((level for level in allowed if works[level]), None)
+    if chosen is None:
+        print(f"\nno program would be graded: nothing works that is as strong as reward.isolation={arguments.level}")
+        return 1
+    print(f"\nprograms would be graded at level {chosen}")
+    return 0

@@ -1,0 +1,254 @@
+"""pass@k, avg@k and maj@k of policies on benchmarks: sampled, or read from rollout logs.
+
+    python -m oapl_jax evaluate --config configs/evaluate_math.yaml [section.key=value ...] [--watch]
+    python -m oapl_jax evaluate --log [LABEL=]LOG [--log [LABEL=]LOG ...] --out DIR
+
+The first command samples a policy (a Hugging Face folder, or a run's checkpoint) on benchmarks; with ``--watch`` each new
+checkpoint of a run until the run ends. The second one reads the rollout logs of evaluations, generations or runs, and
+compares every other log with the first. Both write results.json, results.csv and pictures (docs/evaluation.md).
+"""
+
+import argparse
+import contextlib
+import pathlib
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from oapl_jax.build import policy
+from oapl_jax.config import config_file
+from oapl_jax.config.schema import EvaluateConfig, TrainConfig
+from oapl_jax.data import tokenizer as tokenizers
+from oapl_jax.distributed.sharding import make_meshes
+from oapl_jax.evaluation import benchmarks, plots, sampling, scores, tables, tally
+from oapl_jax.io import run_dir
+from oapl_jax.run import export
+from oapl_jax.weights.policies import PolicyGoneError, PolicyStore
+from oapl_jax.weights.sync import WeightSync
+
+ROLLOUTS = "rollouts"
+POLICY_FOLDER = "policy"
+"""Of a run whose samplers are other processes."""
+POLL_SECONDS = 2.0
+SUMMARY_FILE = "summary.json"
+"""Of a training run: it has ended."""
+
+
+def evaluate(config: EvaluateConfig, *, watch: bool = False) -> str:
+    """Samples what is not sampled yet, writes tables and pictures, and returns the table.
+
+    Raises:
+        ValueError: what the config got wrong.
+        TimeoutError: with ``watch``, no new version came in time.
+    """
+    run_dir.check_run(config, EvaluateConfig)
+    directory = pathlib.Path(config.run.dir)
+    label = config.run.label or _label(str(config.model.path or config.model.config or config.model.warm_start))
+    with contextlib.ExitStack() as stack:
+        sampler = _Sampler(config, stack)
+        for version, path in _versions(config, watch):
+            sampler.run(version, path)
+            table = report([(label, directory / ROLLOUTS)], directory)
+            if watch:
+                print(f"\nversion {version}:\n{table}", flush=True)
+    return table
+
+
+def _label(path: str) -> str:
+    """The last part of a path; of an export of a run the run's name."""
+    place = pathlib.PurePath(path)
+    return place.parent.name if place.name.startswith("export") and place.parent.name else place.name
+
+
+class _Sampler:
+    """Programs and problems, made with the first policy and kept for the next ones, which have the same shapes."""
+
+    def __init__(self, config: EvaluateConfig, stack: contextlib.ExitStack):
+        self._config, self._stack = config, stack
+        self._mesh, self._sampler_mesh = make_meshes(config.mesh)
+        self._made: tuple[Any, ...] | None = None
+
+    def run(self, version: int, path: str | None) -> None:
+        """Samples the policy at ``path`` under ``version``; None: random weights."""
+        config = self._config
+        loaded = policy.load(config.model, path, self._mesh, config.run.seed)
+        if self._made is None:
+            problems = benchmarks.load(config, loaded.tokenizer, self._stack)
+            run_dir.open_run(config, EvaluateConfig)
+            engines = sampling.make_engines(
+                config, loaded.config, loaded.tokenizer, self._sampler_mesh, sampling.longest(problems)
+            )
+            self._made = problems, engines, WeightSync(loaded.params, self._sampler_mesh, config.sampler.dtype)
+        problems, engines, sync = self._made
+        params = sync(loaded.params)[0]
+        log = pathlib.Path(config.run.dir) / ROLLOUTS
+        sampling.sample(config, problems, engines, params, loaded.tokenizer, log, version)
+
+
+def _versions(config: EvaluateConfig, watch: bool) -> Iterator[tuple[int, str | None]]:
+    """Each policy to evaluate, with its version: of a run the step of the checkpoint, else 0."""
+    path = config.model.path
+    is_run = path is not None and (pathlib.Path(path) / run_dir.CONFIG_FILE).is_file()
+    if not is_run:
+        if watch or config.run.step is not None:
+            raise ValueError(f"{'--watch' if watch else 'run.step'} needs a run directory; model.path={path!r} is none")
+        yield 0, path
+        return
+    source = pathlib.Path(str(path))
+    if not watch:
+        step = export.steps(source)[-1:] if config.run.step is None else [config.run.step]
+        yield from _exported(config, source, step[0] if step else None)
+        return
+    for step in _new_steps(config, source):
+        try:
+            yield from _published(config, source, step) if _publishes(source) else _exported(config, source, step)
+        except (ValueError, PolicyGoneError):
+            if step in _present(source):
+                raise
+            print(f"version {step}: the run has removed it before it was its turn; left out", flush=True)
+
+
+def _exported(config: EvaluateConfig, source: pathlib.Path, step: int | None) -> Iterator[tuple[int, str]]:
+    """The checkpoint as a folder, for as long as it is sampled."""
+    folder = pathlib.Path(config.run.dir) / f"policy-{step}"
+    export.export(source, folder, step)
+    try:
+        yield int(step or 0), str(folder)
+    finally:
+        shutil.rmtree(folder)
+
+
+def _published(config: EvaluateConfig, source: pathlib.Path, version: int) -> Iterator[tuple[int, str]]:
+    store = PolicyStore(source / POLICY_FOLDER)
+    yield version, str(store.fetch(version, pathlib.Path(config.run.dir) / "fetched"))
+
+
+def _publishes(source: pathlib.Path) -> bool:
+    """Whether a run publishes its policies, for samplers in other processes."""
+    return (source / POLICY_FOLDER).is_dir()
+
+
+def _present(source: pathlib.Path) -> list[int]:
+    """Versions that a run has now: its published policies, else the steps of its checkpoints."""
+    if not _publishes(source):
+        return export.steps(source)
+    store = PolicyStore(source / POLICY_FOLDER)
+    return [version for version in store.versions() if _is_whole(store, version)]
+
+
+def _is_whole(store: PolicyStore, version: int) -> bool:
+    try:
+        store.manifest(version)
+    except PolicyGoneError:
+        return False
+    return True
+
+
+def _new_steps(config: EvaluateConfig, source: pathlib.Path) -> Iterator[int]:
+    """Versions that were not evaluated yet, as they appear, until the run has ended."""
+    seen: set[int] = set()
+    deadline = time.monotonic() + config.run.watch_deadline
+    while True:
+        has_ended = (source / SUMMARY_FILE).exists()  # before the look at the steps, or the last could be missed
+        new = [step for step in _present(source) if step not in seen]
+        for step in new:
+            seen.add(step)
+            yield step
+            deadline = time.monotonic() + config.run.watch_deadline
+        if has_ended and not new:
+            if not seen:
+                raise ValueError(f"{str(source)!r} has ended and has no checkpoint; there is nothing to evaluate")
+            return
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"{source}: no new version within run.watch_deadline={config.run.watch_deadline:g} s, and no {SUMMARY_FILE}"
+            )
+        if not new:
+            time.sleep(POLL_SECONDS)
+
+
+def report(logs: Sequence[tuple[str, pathlib.Path]], out: pathlib.Path) -> str:
+    """Reads rollout logs, writes tables and pictures into ``out``, and returns the table.
+
+    Args:
+        logs: labels and logs; a log of several versions gives a policy for each.
+        out: the folder.
+
+    Raises:
+        ValueError: two logs of one label, no rollouts, or a file that cannot be read.
+    """
+    tallies: dict[str, list[tally.Tally]] = {}
+    by_version: dict[int, list[scores.Score]] = {}
+    found: list[scores.Score] = []
+    for label, log in logs:
+        numbers = tally.versions(log)
+        for version in numbers:
+            name = label if len(numbers) == 1 else f"{label}@{version}"
+            if name in tallies:
+                raise ValueError(f"two logs are called {name!r}; name them by --log LABEL=LOG")
+            tallies[name] = tally.read(log, version)
+            mine = scores.score(name, tallies[name])
+            found += mine
+            if len(logs) == 1 and len(numbers) > 1:
+                by_version[version] = mine
+    labels = list(tallies)
+    comparisons = [
+        comparison
+        for label in labels[1:]
+        for comparison in scores.compare(label, tallies[label], labels[0], tallies[labels[0]])
+    ]
+    tables.write(out, found, comparisons)
+    plots.draw_pass(out / plots.PASS_FILE, found)
+    if comparisons:
+        plots.draw_differences(out / plots.DIFFERENCE_FILE, comparisons)
+    if by_version:
+        plots.draw_versions(out / plots.VERSIONS_FILE, by_version)
+    lines = [line for label in labels for line in tables.shortages(label, tallies[label])]
+    return "\n".join([tables.render(found, comparisons), *([""] if lines else []), *lines])
+
+
+def _add_watch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--watch", action="store_true", help="evaluate each new version of the run at model.path")
+
+
+def _plan(config: EvaluateConfig) -> str:
+    """Loads the problems and their graders, and says how many samples there will be."""
+    path = config.model.path
+    if path is not None and (pathlib.Path(path) / run_dir.CONFIG_FILE).is_file():
+        path = str(export.source(config_file.load(TrainConfig, pathlib.Path(path) / run_dir.CONFIG_FILE).model))
+    with contextlib.ExitStack() as stack:
+        problems = benchmarks.load(config, tokenizers.load(config.model.tokenizer, path), stack)
+    sampler = config.sampler
+    return (
+        f"{len(problems):,} problems x {sampler.samples} samples of at most {sampler.max_response_tokens:,} tokens;"
+        f" the longest prompt has {sampling.longest(problems):,}"
+    )
+
+
+def _parse_log(word: str) -> tuple[str, pathlib.Path]:
+    """``LABEL=LOG`` or ``LOG``, which may also be the directory of a run or of an evaluation."""
+    label, equals, rest = word.partition("=")
+    path = pathlib.Path(rest if equals else word)
+    log = path / ROLLOUTS if (path / ROLLOUTS).is_dir() else path
+    return (label if equals else path.name), log
+
+
+def main(argv: list[str]) -> None:
+    """Command line; exit codes: 0 done, 1 nothing new came in time, 2 the arguments are wrong."""
+    if "--log" in argv:
+        parser = argparse.ArgumentParser(prog="oapl-jax evaluate", description="Evaluates rollout logs.")
+        parser.add_argument("--log", action="append", required=True, metavar="[LABEL=]LOG", help="a log, or a run")
+        parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of tables and pictures")
+        arguments = parser.parse_args(argv)
+        print(report([_parse_log(word) for word in arguments.log], arguments.out))
+        return
+    config, arguments = config_file.from_command_line(EvaluateConfig, "evaluate", argv, _add_watch)
+    run_dir.use_compile_cache(config.run.compile_cache)
+    if arguments.dry_run:
+        print(config_file.to_yaml(config))
+        print(_plan(config))
+        return
+    table = evaluate(config, watch=arguments.watch)
+    if not arguments.watch:
+        print(table)

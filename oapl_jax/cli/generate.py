@@ -1,0 +1,216 @@
+"""Responses of a policy to the prompts of a dataset, into a rollout log (docs/offline.md).
+
+    python -m oapl_jax generate --config configs/countdown_generate.yaml [--dry-run] [section.key=value ...]
+
+The same command, in any number of processes on any number of hosts that share ``run.dir``, shares the work
+and goes on with what is missing (``generator.py``).
+"""
+
+import contextlib
+import dataclasses
+import functools
+import json
+import pathlib
+import threading
+import time
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from oapl_jax.build import policy
+from oapl_jax.build.job import make_engines, start_of
+from oapl_jax.config import config_file
+from oapl_jax.config.schema import GenerateConfig
+from oapl_jax.data.prompts import load_prompts
+from oapl_jax.distributed.sharding import make_meshes
+from oapl_jax.io import run_dir, storage
+from oapl_jax.io.lease import Leases
+from oapl_jax.io.metrics import Progress
+from oapl_jax.io.preemption import catch_sigterm
+from oapl_jax.objectives import oapl
+from oapl_jax.rewards.grader import make_grader
+from oapl_jax.rollouts import filters, published
+from oapl_jax.rollouts.log import RolloutLog
+from oapl_jax.rollouts.sampling import SamplingDistribution
+from oapl_jax.run import export
+from oapl_jax.sampler.replicas import replica_meshes
+from oapl_jax.sources.generator import Generator, Work
+from oapl_jax.sources.local import GroupMaker
+from oapl_jax.types import PreemptedError, Prompt
+from oapl_jax.weights.sync import WeightSync
+
+POLL_SECONDS = 0.5
+BETA1 = 1.0
+"""Of the V* that is logged; offline training computes its own."""
+LEASES_FOLDER = "leases"
+POLICY_FOLDER = "policy"
+WORK_FILE = "generation.json"
+SUMMARY_FILE = "summary.json"
+
+
+def run(config: GenerateConfig) -> dict[str, Any] | None:
+    """Does this process's share, and the last one's summary; None when it was stopped before the end.
+
+    Raises:
+        ValueError: the config or the data got something wrong; the message says what.
+        TimeoutError: see ``Generator.run``.
+    """
+    run_dir.check_run(config, GenerateConfig)
+    directory = pathlib.Path(config.run.dir)
+    with contextlib.ExitStack() as stack:
+        leases = stack.enter_context(Leases(directory / LEASES_FOLDER, config.generation.lease_seconds))
+        is_stopped = stack.enter_context(catch_sigterm())
+        trainer_mesh, sampler_mesh = make_meshes(config.mesh)
+        with _alone(leases, "policy", config.generation.deadline):
+            model, path = _start(config, directory)
+        loaded = policy.load(model, path, trainer_mesh, config.run.seed)
+        params, _ = WeightSync(loaded.params, sampler_mesh, config.sampler.dtype)(loaded.params)
+        source = load_prompts(config.data, loaded.tokenizer, config.run.seed)
+        prompts = _choose(source, config)
+        grader = make_grader(config)
+        stack.callback(grader.close)
+        grader.check_golds([] if config.data.task else prompts)
+        work = Work(
+            RolloutLog(directory / "rollouts", dataclasses.asdict(SamplingDistribution.of(config.sampler))),
+            config.generation.policy_version,
+            prompts,
+            config.generation.groups_per_file,
+        )
+        with _alone(leases, "work", config.generation.deadline):
+            _check_work(directory / WORK_FILE, work)
+            run_dir.open_run(config, GenerateConfig)
+        engines = make_engines(
+            config, loaded.config, loaded.tokenizer.vocab_size, loaded.tokenizer.stop_ids, replica_meshes(sampler_mesh)
+        )
+        value = functools.partial(oapl.optimal_value, beta1=BETA1)
+        make_groups = GroupMaker(
+            loaded.tokenizer.decode, grader, lambda rewards, _: oapl.advantages(rewards, BETA1), value
+        )
+        generator = Generator(
+            work,
+            leases,
+            engines,
+            params,
+            make_groups,
+            sampling=SamplingDistribution.of(config.sampler),
+            group_size=config.sampler.group_size,
+            seed=config.run.seed,
+            device_lock=threading.RLock() if sampler_mesh.size > 1 else contextlib.nullcontext(),
+            deadline=config.generation.deadline,
+        )
+        progress = stack.enter_context(Progress(len(prompts), enabled=config.logging.progress, unit="group"))
+        if source.num_dropped:
+            progress.note(f"prompts: {source.num_dropped} over data.max_prompt_tokens were dropped")
+        start = time.perf_counter()
+
+        def report(num_done: int) -> None:
+            speed = generator.num_tokens / (time.perf_counter() - start)
+            progress.update(num_done, {"learner/tokens_per_second": speed})
+
+        if not generator.run(report, is_stopped):
+            return None
+        with _alone(leases, "summary", config.generation.deadline):
+            return _summarize(config, directory, work)
+
+
+def _start(config: GenerateConfig, directory: pathlib.Path) -> tuple[Any, str | None]:
+    """The model section to load by, and the folder of the weights; those of a run's checkpoint are written first."""
+    path = None if config.model.path is None else pathlib.Path(config.model.path)
+    if path is None or not (path / run_dir.CONFIG_FILE).is_file():
+        return start_of(config)
+    folder = directory / POLICY_FOLDER
+    if not folder.exists():
+        export.export(path, folder)
+    return config.model, str(folder)
+
+
+def _choose(source: Any, config: GenerateConfig) -> list[Prompt]:
+    """The prompts of the work, in the order of the data."""
+    number = config.generation.prompts
+    if config.data.task is not None:
+        assert number is not None  # the config says so
+        return [source[i] for i in range(number)]
+    if number is None:
+        return list(source.prompts)
+    if number > len(source):
+        raise ValueError(f"generation.prompts={number}: the data has only {len(source)} prompts; lower it, or say null")
+    chosen = set(filters.choose([prompt.id for prompt in source.prompts], number, config.run.seed))
+    return [prompt for prompt in source.prompts if prompt.id in chosen]
+
+
+def _check_work(path: pathlib.Path, work: Work) -> None:
+    """Ties the directory to the prompts: data that was changed in between would mix two works.
+
+    Raises:
+        ValueError: the prompts are not those that the work was begun with.
+    """
+    checksum = 0
+    for prompt in work.prompts:
+        answer = zlib.crc32(prompt.answer.encode(), zlib.crc32(prompt.id.encode(), checksum))
+        checksum = zlib.crc32(np.asarray(prompt.token_ids, np.int32).tobytes(), answer)
+    now = {"prompts": len(work.prompts), "groups_per_file": work.groups_per_file, "checksum": checksum}
+    if path.exists():
+        before = json.loads(path.read_text())
+        if before != now:
+            raise ValueError(
+                f"{path}: this directory was begun with other prompts ({before}, now {now}); the data or its order was"
+                " changed. Choose another run.dir"
+            )
+        return
+    storage.replace(path, json.dumps(now).encode() + b"\n")
+
+
+def _summarize(config: GenerateConfig, directory: pathlib.Path, work: Work) -> dict[str, Any]:
+    """Counts of the log, and of what the filters would leave; writes the published layout where it is wanted."""
+    path, is_filtered = directory / SUMMARY_FILE, config.filter.changed_from_default() or config.generation.published
+    if path.exists() and not is_filtered:  # another process was the first to end
+        return json.loads(path.read_text())
+    summary: dict[str, Any] = work.log.count(work.version)
+    if is_filtered:
+        kept, counts = filters.apply(work.log.read(work.version), config.filter, config.run.seed)
+        summary["filter"] = dataclasses.asdict(counts)
+        if config.generation.published:
+            published.write(pathlib.Path(config.generation.published), kept)
+    storage.replace(path, json.dumps(summary, indent=2).encode() + b"\n")
+    return summary
+
+
+@contextlib.contextmanager
+def _alone(leases: Leases, name: str, deadline: float) -> Iterator[None]:
+    """Holds a lease while the block runs; waits for the process that has it."""
+    end = time.monotonic() + deadline
+    while (lease := leases.claim(name)) is None:
+        if time.monotonic() > end:
+            raise TimeoutError(f"waited {deadline:g} s (generation.deadline) for another process to finish {name!r}")
+        time.sleep(POLL_SECONDS)
+    try:
+        yield
+    finally:
+        lease.release()
+
+
+def main(argv: list[str]) -> None:
+    """Command line; exit codes: 0 all is in the log, 2 the config is wrong, 42 stopped by SIGTERM."""
+    config, arguments = config_file.from_command_line(GenerateConfig, "oapl_jax.generate", argv)
+    if arguments.dry_run:
+        print(config_file.to_yaml(config))
+        return
+    run_dir.use_compile_cache(config.run.compile_cache)
+    summary = run(config)
+    if summary is None:
+        raise PreemptedError
+    print(describe(summary, pathlib.Path(config.run.dir) / "rollouts"))
+
+
+def describe(summary: dict[str, Any], log: pathlib.Path) -> str:
+    """The summary for people."""
+    lines = [
+        f"{summary['groups']:,} groups, {summary['rollouts']:,} responses in {log}",
+        f"correct {summary['correct']:.3f}  reward {summary['reward']:.3f}  cut {summary['cut']:.3f}"
+        f"  invalid {summary['invalid']:.3f}",
+    ]
+    if "filter" in summary:
+        lines.append(f"filter: {filters.FilterCounts(**summary['filter'])}")
+    return "\n".join(lines)

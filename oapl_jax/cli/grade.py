@@ -1,0 +1,128 @@
+r"""Grades rows by themselves: for finding out why a reward is what it is.
+
+python -m oapl_jax grade IN.jsonl OUT.jsonl [--config C.yaml]
+
+A row of IN is ``{"id", "kind": "math", "gold", "response"}`` or ``{"id", "kind": "code", "program" or "response",
+"tests": [{"stdin", "stdout"} | {"call", "args", "expected"} | {"assert"}], "limits": {"cpu_s", "wall_s", "memory_mb"}}``,
+its row of OUT, in the same order, ``{"id", "status", "reward", "detail", "level", "cpu_ms"}``. ``limits`` may be left
+out, or any of it. The options are those of the section ``reward`` of C, such as the config of a run.
+
+Exit codes: 0 all rows are graded (whatever the verdicts), 1 some are invalid, 2 the rows or the config are wrong.
+"""
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+from oapl_jax.config import config_file
+from oapl_jax.config.schema import RewardConfig
+from oapl_jax.rewards import tasks
+from oapl_jax.rewards.code import layouts, programs
+from oapl_jax.rewards.grader import compose
+from oapl_jax.rewards.pool import GraderPool
+from oapl_jax.types import Grade, Verdict
+
+ROWS_AT_ONCE = 256
+"""Rows in memory, per worker."""
+KEYS = {
+    "math": ({"id", "kind", "gold", "response"}, set()),
+    "code": ({"id", "kind", "tests"}, {"program", "response", "limits"}),
+}
+LIMITS = {"cpu_s", "wall_s", "memory_mb"}
+
+
+def grade_file(source: pathlib.Path, target: pathlib.Path, reward: RewardConfig) -> dict[str, int]:
+    """Grades the rows of a file into another; the number of each verdict.
+
+    Raises:
+        ValueError: naming the line that is not a row.
+    """
+    counts = dict.fromkeys(Verdict, 0)
+    # Everything is checked before anything is graded.
+    kinds = [row["kind"] for row, _ in _rows(source, reward)]
+    setup = tasks.make_setup(reward, tuple(sorted(set(kinds))))
+    rows, num_rows = _rows(source, reward), len(kinds)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with (
+        GraderPool(reward.workers, reward.retries, setup) as pool,
+        target.open("w", encoding="utf-8") as out,
+        Progress(*columns, console=Console(stderr=True)) as bar,
+    ):
+        shown, done = bar.add_task("grading", total=num_rows), 0
+        while chunk := list(itertools.islice(rows, ROWS_AT_ONCE * reward.workers)):
+            graded = pool.grade(
+                [task for _, task in chunk], lambda count, done=done: bar.update(shown, completed=done + count)
+            )
+            for (row, _), grade in zip(chunk, graded, strict=True):
+                weight = reward.functions.get(row["kind"], 1.0)
+                total = compose(reward, [weight], [grade], row.get("response", ""))
+                counts[total.verdict] += 1
+                out.write(json.dumps(_result(row["id"], total)) + "\n")
+            done += len(chunk)
+    return {verdict.value: count for verdict, count in counts.items()}
+
+
+def _rows(source: pathlib.Path, reward: RewardConfig) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """Each row with its task."""
+    with source.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                yield row, _task(row, reward)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{source} line {number}: {error}") from error
+
+
+def _task(row: Any, reward: RewardConfig) -> dict[str, Any]:
+    if not isinstance(row, dict) or row.get("kind") not in KEYS:
+        raise ValueError(f"a row is an object whose 'kind' is math or code, is {str(row)[:100]!r}")
+    needed, optional = KEYS[row["kind"]]
+    missing, unknown = needed - set(row), set(row) - needed - optional
+    if missing or unknown:
+        raise ValueError(f"missing keys {sorted(missing)}, unknown keys {sorted(unknown)}")
+    if row["kind"] == "math":
+        return tasks.math_task(reward, str(row["gold"]), row["response"])
+    sources = {key: row[key] for key in ("program", "response") if key in row}
+    limits = row.get("limits") or {}
+    if len(sources) != 1:
+        raise ValueError("give either program or response")
+    if set(limits) - LIMITS or not all(isinstance(value, (int, float)) and value > 0 for value in limits.values()):
+        raise ValueError(f"limits: should be positive numbers for {', '.join(sorted(LIMITS))}; is {limits}")
+    num_tests = len(programs.parse_tests(layouts.read_tests(row["tests"])))
+    return tasks.code_task(reward, json.dumps(row["tests"]), num_tests, limits, **sources)
+
+
+def _result(name: Any, grade: Grade) -> dict[str, Any]:
+    values = dataclasses.asdict(grade)
+    reward = None if math.isnan(grade.reward) else grade.reward
+    return {
+        "id": name,
+        "status": grade.verdict.value,
+        "reward": reward,
+        **{key: values[key] for key in ("detail", "level", "cpu_ms")},
+    }
+
+
+def main(argv: list[str]) -> int:
+    """Command line; the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m oapl_jax grade", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", metavar="IN.jsonl", type=pathlib.Path)
+    parser.add_argument("target", metavar="OUT.jsonl", type=pathlib.Path)
+    parser.add_argument("--config", help="YAML file with a section 'reward'")
+    arguments = parser.parse_args(argv)
+    reward = config_file.load_reward(arguments.config) if arguments.config else RewardConfig()
+    counts = grade_file(arguments.source, arguments.target, reward)
+    print(", ".join(f"{count:,} {verdict}" for verdict, count in counts.items()))
+    return 1 if counts["invalid"] else 0

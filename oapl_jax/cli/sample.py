@@ -1,0 +1,49 @@
+"""``oapl-jax sample --run RUN``: a detached sampler of a run (sources/sample.py)."""
+
+import argparse
+import os
+import signal
+import sys
+import threading
+
+from oapl_jax.io import storage
+from oapl_jax.sources.sample import Sampler, say
+
+EXIT_SECONDS = 8.0
+"""After SIGTERM: for how long the work in hand is finished before the process just ends."""
+
+
+def main(argv: list[str]) -> None:
+    """Exit codes: 0 the run is over, or SIGTERM; 1 failed; 2 this process cannot sample for the run."""
+    parser = argparse.ArgumentParser(prog="oapl-jax sample", description="A detached sampler of a run.")
+    parser.add_argument("--run", required=True, help="the run's directory, or its run.shared_dir")
+    parser.add_argument("--engine", default="jax", help="jax, transformers, or package.module:function; default jax")
+    parser.add_argument("--mesh", default="data=-1", help="axes of this process's devices; default data=-1")
+    parser.add_argument("--wait", type=float, default=600.0, metavar="SECONDS", help="for a run that has not begun")
+    arguments = parser.parse_args(argv)
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    sampler = Sampler(storage.shared_path(arguments.run), arguments.engine, arguments.mesh, arguments.wait, stop)
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            sampler.run()
+        except BaseException as error:
+            failures.append(error)
+
+    # Signals are seen by the main thread only, and only while it is not inside a compilation.
+    thread = threading.Thread(target=run, name="main loop", daemon=True)
+    thread.start()
+    while thread.is_alive() and not stop.is_set():
+        thread.join(0.2)
+    if stop.is_set():
+        thread.join(EXIT_SECONDS)
+        if thread.is_alive():
+            say("SIGTERM: what is in hand is given back")
+            sampler.give_back()
+        sys.stdout.flush()
+        os._exit(0)  # a compilation in another thread would be waited for
+    if failures:
+        raise failures[0]

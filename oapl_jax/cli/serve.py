@@ -1,0 +1,202 @@
+"""A policy on JetStream's gRPC server, for looking at it by hand and for clients of JetStream.
+
+    python -m oapl_jax serve --model PATH [--port 9000] [--group-size 1] [--temperature 1.0] ...
+    python -m oapl_jax serve --ask TEXT [--port 9000] [--max-tokens 64]
+
+The first command serves a Hugging Face folder, such as the ``export`` of a run, until it is stopped; the
+second one asks it. Each request gets ``--group-size`` responses of one prompt. The i-th request draws with
+the keys of ``Request(seed=(SEED, SERVING_STREAM, i))``, so that a server that is started and asked again
+says the same again. The server is JetStream's: it listens on all interfaces, without encryption.
+"""
+
+import argparse
+import os
+import signal
+import socket
+import threading
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from oapl_jax.build import policy
+from oapl_jax.config.schema import MeshConfig, ModelConfig
+from oapl_jax.distributed.sharding import make_meshes
+from oapl_jax.model import hf, qwen
+from oapl_jax.rollouts.sampling import SamplingDistribution
+from oapl_jax.sampler.engine import Engine
+from oapl_jax.sampler.replicas import free_bytes
+from oapl_jax.types import RunError
+
+DECODE_STEPS = 16
+"""Tokens of a response between two messages to its client."""
+
+ASK_DEADLINE = 600.0
+"""Seconds that an answer may take."""
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    """Reads the command line; on a mistake prints it and exits with 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m oapl_jax serve", description="Serves a policy by JetStream's gRPC server, or asks one."
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--model", metavar="PATH", help="serve this Hugging Face folder, or name on the hub")
+    what.add_argument("--ask", metavar="TEXT", help="ask the server on --port, and print its responses")
+    parser.add_argument("--port", type=int, default=9000)
+    parser.add_argument("--max-tokens", type=_count, default=64, help="with --ask: limit of each response")
+    parser.add_argument("--group-size", type=_count, default=1, help="responses to each request")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
+    parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--max-prompt-tokens", type=_count, default=1024)
+    parser.add_argument("--max-response-tokens", type=_count, default=1024)
+    parser.add_argument("--slots", type=_count, default=8, help="requests that are answered at once")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokenizer", default="model", help="model (the one in PATH), characters, a folder or a name")
+    parser.add_argument("--chat", action="store_true", help="put text into the chat template, if there is one")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: float32 on CPU, else bfloat16")
+    arguments = parser.parse_args(argv)
+    if not 0 < arguments.port < 2**16:
+        parser.error(f"--port {arguments.port}: give 1 to 65535")
+    if not 0 <= arguments.seed < 2**32:
+        parser.error(f"--seed {arguments.seed}: give 0 to {2**32 - 1}")
+    return arguments
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: at least 1")
+    return number
+
+
+def load(arguments: argparse.Namespace) -> Any:
+    """The ``JetStreamEngine`` that the arguments name, on all devices of this machine that it can use.
+
+    Raises:
+        ValueError: what does not exist, does not fit, or is out of range.
+    """
+    sampling = SamplingDistribution(arguments.temperature, top_p=arguments.top_p)
+    _check_port(arguments.port)
+    try:
+        config = hf.load_config(hf.resolve(arguments.model))
+    except FileNotFoundError as error:
+        raise ValueError(f"--model {arguments.model}: {error}") from error
+    is_cpu = jax.devices()[0].platform == "cpu"
+    dtype = arguments.dtype or ("float32" if is_cpu else "bfloat16")
+    mesh = make_meshes(MeshConfig(trainer=f"tensor={_num_devices(config)}"))[0]
+    model = ModelConfig(path=arguments.model, tokenizer=arguments.tokenizer, param_dtype=dtype, compute_dtype=dtype)
+    _, _, params, tokenizer = policy.load(model, arguments.model, mesh, arguments.seed)
+    engine = Engine(
+        qwen.abstract(config, param_dtype=dtype, compute_dtype=dtype)[0],
+        config,
+        vocab_size=tokenizer.vocab_size,
+        stop_ids=tokenizer.stop_ids,
+        num_rows=arguments.slots * arguments.group_size,
+        max_prompt_tokens=arguments.max_prompt_tokens,
+        max_response_tokens=arguments.max_response_tokens,
+        decode_steps=DECODE_STEPS,
+        mesh=mesh,
+        cache_dtype=jnp.dtype(dtype),
+    )
+    free = free_bytes(mesh)
+    if engine.cache_bytes > free:
+        raise ValueError(
+            f"the KV cache of {arguments.slots} slots x {arguments.group_size} responses x {arguments.max_prompt_tokens} +"
+            f" {arguments.max_response_tokens} tokens takes {engine.cache_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} are"
+            " free; lower --slots, --group-size, --max-prompt-tokens or --max-response-tokens"
+        )
+    from oapl_jax.sampler.jetstream.engine import JetStreamEngine
+
+    served = JetStreamEngine(
+        engine,
+        params,
+        tokenizer,
+        samples_per_slot=arguments.group_size,
+        sampling=sampling,
+        seed=arguments.seed,
+        is_chat=arguments.chat,
+    )
+    served.warm_up()
+    return served
+
+
+def _check_port(port: int) -> None:
+    """Two servers of gRPC would silently share a port."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("", port))
+        except OSError as error:
+            raise ValueError(f"--port {port} cannot be used: {error.strerror}; choose another") from error
+
+
+def _num_devices(config: qwen.QwenConfig) -> int:
+    """The most devices that the model's heads, vocabulary and ffn divide over."""
+    widths = [config.num_attention_heads, config.vocab_size, config.moe_intermediate_size or config.intermediate_size]
+    counts = range(jax.local_device_count(), 0, -1)
+    return next(count for count in counts if not any(width % count for width in widths))
+
+
+def serve(arguments: argparse.Namespace) -> None:
+    """Serves until SIGTERM or SIGINT; a second one ends the process at once."""
+    engine = load(arguments)
+    from oapl_jax.sampler.jetstream import server as jetstream_server
+
+    is_stopped = threading.Event()
+
+    def stop(number: int, frame: Any) -> None:
+        for name in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(name, signal.SIG_DFL)
+        is_stopped.set()
+
+    server = jetstream_server.start(engine, arguments.port)
+    for name in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, stop)
+    print(
+        f"serving {arguments.model} on port {arguments.port}; ask it:"
+        f" python -m oapl_jax serve --port {arguments.port} --ask '12+3=' --max-tokens 64",
+        flush=True,
+    )
+    is_stopped.wait()
+    server.stop()
+    print("stopped", flush=True)
+
+
+def ask(text: str, port: int, max_tokens: int) -> list[str]:
+    """The responses of a server on this machine.
+
+    Raises:
+        ValueError: nothing answers, or the server refuses the request; says why.
+    """
+    import grpc  # with the next one a tenth of a second; JetStream's protocol needs nothing else of it
+    from jetstream.core.proto import jetstream_pb2, jetstream_pb2_grpc
+
+    message: Any = jetstream_pb2.DecodeRequest  # pyright: ignore[reportAttributeAccessIssue]
+    request = message(text_content=message.TextContent(text=text), max_tokens=max_tokens)
+    outputs: list[str] = []
+    with grpc.insecure_channel(f"localhost:{port}") as channel:
+        try:
+            for response in jetstream_pb2_grpc.OrchestratorStub(channel).Decode(request, timeout=ASK_DEADLINE):
+                samples = response.stream_content.samples
+                outputs = outputs or [""] * len(samples)
+                outputs = [output + sample.text for output, sample in zip(outputs, samples, strict=True)]
+        except grpc.RpcError as error:
+            status: Any = error
+            raise ValueError(f"localhost:{port}: {status.code().name}: {status.details()}") from error
+    return outputs
+
+
+def main(argv: list[str]) -> None:
+    """Command line; exit code 2 where the arguments are wrong, 1 where a server gives no answer."""
+    arguments = parse(argv)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if arguments.ask is None:
+        serve(arguments)
+        return
+    try:
+        outputs = ask(arguments.ask, arguments.port, arguments.max_tokens)
+    except ValueError as error:
+        raise RunError(str(error)) from None
+    for i, output in enumerate(outputs):
+        print(output if len(outputs) == 1 else f"[{i}] {output}")

@@ -1,0 +1,16 @@
+"""``oapl-jax sft --config C.yaml``: supervised fine-tuning."""
+
+from oapl_jax.config import config_file
+from oapl_jax.config.schema import SftConfig
+from oapl_jax.io import run_dir
+from oapl_jax.sft.sft import run
+
+
+def main(argv: list[str]) -> None:
+    """Exit codes: 0 done, 2 the config is wrong."""
+    config, arguments = config_file.from_command_line(SftConfig, "sft", argv)
+    if arguments.dry_run:
+        print(config_file.to_yaml(config))
+        return
+    run_dir.use_compile_cache(config.run.compile_cache)
+    print(f"model written to {run(config)}")

@@ -1,0 +1,171 @@
+"""Configs from YAML files and dotted overrides, and a report of every mistake in them at once.
+
+Nothing else parses configuration. A file is read with OmegaConf (which knows that ``1e-6`` is a
+number and resolves ``${...}``), overridden by ``section.key=value`` words from the command line,
+and validated by the models of ``config.py``. The commands print a ``ConfigError`` and exit with code 2.
+"""
+
+import argparse
+import difflib
+import pathlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+from yaml import YAMLError
+
+from oapl_jax.config.schema import RewardConfig, Section
+
+
+class ConfigError(ValueError):
+    """Every mistake of a configuration, one a line, as a person should read it."""
+
+
+AnyConfig = TypeVar("AnyConfig", bound=Section)
+
+
+def load(schema: type[AnyConfig], path: str | pathlib.Path, overrides: list[str] | None = None) -> AnyConfig:
+    """Reads a YAML file, applies ``section.key=value`` overrides and validates.
+
+    Raises:
+        ConfigError: with every mistake: its dotted path, the value, what is allowed.
+    """
+    overrides = overrides or []
+    problems = [problem for word in overrides if (problem := _override_problem(word))]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return validate(schema, _read(path, overrides), source=str(path))
+
+
+def _read(path: str | pathlib.Path, overrides: list[str]) -> Any:
+    if not pathlib.Path(path).is_file():
+        raise ConfigError(f"config file {str(path)!r} does not exist{_nearest_file(pathlib.Path(path))}")
+    try:
+        read = OmegaConf.load(path)
+        if not OmegaConf.is_dict(read):
+            raise ValueError("it is not a mapping of sections such as 'run:' and 'model:'")
+        merged = OmegaConf.merge(read, OmegaConf.from_dotlist(overrides))
+        return OmegaConf.to_container(merged, resolve=True)
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+        raise ConfigError(f"config file {str(path)!r} cannot be read: {error}") from error
+
+
+def load_reward(path: str | pathlib.Path) -> RewardConfig:
+    """The section ``reward`` of any YAML file, such as the config of a run; what else is in the file is not read.
+
+    Raises:
+        ConfigError: as ``load``; or where the file has no such section.
+    """
+    raw = _read(path, [])
+    if not isinstance(raw, dict) or "reward" not in raw:
+        raise ConfigError(f"{path}: has no section 'reward'")
+    return validate(RewardConfig, raw["reward"], source=f"{path}, section reward")
+
+
+def validate(schema: type[AnyConfig], raw: Any, source: str) -> AnyConfig:
+    """Validates a plain nested dict; ``source`` names it in the error."""
+    try:
+        return schema.model_validate(raw)
+    except ValidationError as error:
+        lines = [line for details in error.errors() for line in _describe(schema, details).split("\n")]
+        head = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''} in {source}"
+        raise ConfigError("\n  ".join([head, *lines])) from None
+
+
+def save(config: Section, path: pathlib.Path) -> None:
+    """Writes the resolved config as YAML that ``load`` reads back to an equal config; whole or not at all."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(to_yaml(config))
+    temporary.replace(path)
+
+
+def to_yaml(config: Section) -> str:
+    """The resolved config as YAML text."""
+    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump()))
+
+
+def from_command_line(
+    schema: type[AnyConfig],
+    command: str,
+    argv: list[str],
+    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> tuple[AnyConfig, argparse.Namespace]:
+    """Parses ``--config FILE [--dry-run] [section.key=value ...]``; raises ``ConfigError`` on a mistake.
+
+    Args:
+        schema: of the file.
+        command: that is run.
+        argv: words of the command line.
+        add_options: adds further options of this command.
+    """
+    summary = (schema.__doc__ or "").splitlines()[0]
+    parser = argparse.ArgumentParser(prog=f"oapl-jax {command}", description=summary)
+    parser.add_argument("--config", required=True, help="YAML file, see configs/")
+    parser.add_argument("--dry-run", action="store_true", help="load everything, print config and plan, and exit")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the file")
+    add_options(parser)
+    arguments = parser.parse_intermixed_args(argv)
+    return load(schema, arguments.config, arguments.overrides), arguments
+
+
+def _override_problem(word: str) -> str | None:
+    key, equals, _ = word.partition("=")
+    if not equals or not all(key.split(".")):
+        return f"override {word!r}: write it as section.key=value"
+    try:
+        OmegaConf.from_dotlist([word])
+    except (YAMLError, OmegaConfBaseException) as error:
+        return f"override {word!r}: its value cannot be read: {' '.join(str(error).split())}"
+    return None
+
+
+def _describe(schema: type[Section], error: ErrorDetails) -> str:
+    """One mistake as one line: dotted path, what is wrong, value, nearest valid name."""
+    location = tuple(str(part) for part in error["loc"])
+    path = ".".join(location) or "config"
+    if error["type"] == "extra_forbidden":
+        return f"{path}: unknown key (value {error['input']!r}){_nearest_key(schema, location)}"
+    if error["type"] == "missing":
+        return f"{path}: is required and missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if error["type"] == "value_error":
+        return f"{path}: {message}" if location else message
+    if error["type"] == "string_pattern_mismatch":
+        message = "should be axes such as 'fsdp=4' or 'data=2,tensor=4' (data, fsdp, tensor; -1: all that are left)"
+    if error["type"] == "literal_error":
+        close = difflib.get_close_matches(str(error["input"]), _quoted(error.get("ctx", {}).get("expected", "")), 1)
+        message += f"; did you mean {close[0]!r}?" if close else ""
+    return f"{path}: {message} (value {error['input']!r})"
+
+
+def _nearest_key(schema: type[Section], location: tuple[str, ...]) -> str:
+    """The valid name nearest to an unknown one: in its section, else the same name in another section."""
+    known = _fields_at(schema, location[:-1])
+    close = difflib.get_close_matches(location[-1], known, 1)
+    if close:
+        return f"; did you mean {'.'.join([*location[:-1], close[0]])!r}?"
+    elsewhere = [f"{s}.{location[-1]}" for s in _fields_at(schema, ()) if location[-1] in _fields_at(schema, (s,))]
+    return f"; did you mean {elsewhere[0]!r}?" if elsewhere else f"; known here: {', '.join(known)}"
+
+
+def _fields_at(schema: type[Section], location: tuple[str, ...]) -> list[str]:
+    for part in location:
+        field = schema.model_fields.get(part)
+        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+            return []
+        schema = field.annotation
+    return list(schema.model_fields)
+
+
+def _quoted(expected: str) -> list[str]:
+    return [part for part in expected.split("'") if part.isidentifier()]
+
+
+def _nearest_file(path: pathlib.Path) -> str:
+    folder = path.parent if path.parent.is_dir() else pathlib.Path("configs")
+    names = [str(p) for p in folder.glob("*.yaml")] if folder.is_dir() else []
+    close = difflib.get_close_matches(str(path), names, 1, cutoff=0.4)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,54 @@
+"""How a command ends: one function turns what it raised into a line for the user and an exit code."""
+
+import contextlib
+import enum
+import sys
+from collections.abc import Callable
+
+from oapl_jax.io import storage
+from oapl_jax.types import PreemptedError, RunError
+
+
+class ExitCode(enum.IntEnum):
+    """Exit codes of all commands."""
+
+    DONE = 0
+    FAILED = 1
+    """The command began its work and could not finish it."""
+    USAGE = 2
+    """The config, the arguments or the data are wrong: nothing was changed."""
+    PREEMPTED = 42
+    """Stopped by SIGTERM with everything saved: start the same command again (``launch/`` does so for free)."""
+
+
+def run(command: Callable[[list[str]], int | None], argv: list[str]) -> int:
+    """Runs a command and returns its exit code.
+
+    Errors that a user can understand become one message on standard error; any other one leaves with its traceback.
+
+    Args:
+        command: ``main`` of a module of ``cli/``; it may return an exit code.
+        argv: words of the command line.
+    """
+    try:
+        return int(command(argv) or ExitCode.DONE)
+    except PreemptedError:
+        return ExitCode.PREEMPTED
+    except ValueError as error:
+        return _end(ExitCode.USAGE, str(error))
+    except (RunError, TimeoutError) as error:
+        return _end(ExitCode.FAILED, str(error))
+    except BrokenPipeError:  # `oapl-jax ... | head`
+        return ExitCode.DONE
+    except FileNotFoundError as error:
+        return _end(ExitCode.USAGE, f"{error.filename!r} does not exist")
+    except OSError as error:
+        if error.errno not in storage.DISK_ERRORS:
+            raise
+        return _end(ExitCode.FAILED, f"the disk: {error}; with room on it, the same command again goes on")
+
+
+def _end(code: ExitCode, message: str) -> ExitCode:
+    with contextlib.suppress(OSError):
+        print(f"error: {message}", file=sys.stderr, flush=True)
+    return code

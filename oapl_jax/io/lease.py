@@ -1,0 +1,226 @@
+"""Leases: several processes, on one host or many, share work by files in one folder.
+
+A lease on ``NAME`` is the file ``NAME.GENERATION`` of the highest generation. It is won by being the
+one that creates the next generation's file, which a file system grants once; it is kept by rewriting
+the file with a higher beat; it is lost when another process creates the generation after it.
+
+No clock is compared with another: a process that wants a lease takes it over when it has itself seen
+the file unchanged for ``expires`` seconds, or at once when the holder was a process of this host that
+is gone. A holder that cannot renew in time (stopped, disk full) knows by its own clock that it may
+have lost the lease. It may know late, though: what a holder writes has to be such that writing it
+twice does no harm, such as a file that is created only where it does not exist yet. For the same reason
+leases are not synced to disk: a crash of the machine may undo them.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import socket
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+from oapl_jax.io import storage
+from oapl_jax.io.storage import SharedPath
+
+HEARTBEATS_PER_EXPIRY = 4
+MAX_SEEN = 4096
+"""Leases of others that are watched; the one whose last news is oldest is forgotten and watched anew."""
+STOP_SECONDS = 10.0
+"""How long ``close`` waits for a heartbeat that is being written."""
+
+
+class Lease:
+    """One claimed name; made by ``Leases.claim``."""
+
+    def __init__(self, leases: "Leases", name: str, generation: int):
+        self._leases, self.name, self.generation = leases, name, generation
+        self._beat = 0
+        self._is_lost = False
+        self._renewed = time.monotonic()
+        self._writing = threading.Lock()
+
+    @property
+    def is_held(self) -> bool:
+        """False when another process has taken it over, or could have: it was not renewed in time."""
+        return not self._is_lost and time.monotonic() - self._renewed < self._leases.expires
+
+    def renew(self) -> bool:
+        """Writes a beat, and says whether the lease is still held. The heartbeat thread does this by itself."""
+        with self._writing:
+            start = time.monotonic()
+            # A full or unreachable disk is a missed beat: the next may succeed in time.
+            with contextlib.suppress(OSError):
+                if not self.is_held or storage.exists(self._leases.path(self.name, self.generation + 1)):
+                    self._is_lost = True
+                    return False
+                self._leases.rewrite(self, self._beat + 1, is_released=False)
+                self._beat, self._renewed = self._beat + 1, start
+        return self.is_held
+
+    def release(self) -> None:
+        """Gives the name back: others may claim it at once."""
+        self._leases.forget(self)
+        with self._writing:
+            # On a full disk others have to wait for the expiry.
+            with contextlib.suppress(OSError):
+                if not self._is_lost and not storage.exists(self._leases.path(self.name, self.generation + 1)):
+                    self._leases.rewrite(self, self._beat + 1, is_released=True)
+            self._is_lost = True
+
+
+class Leases:
+    """The leases in a folder, and a thread that keeps those of this process alive.
+
+    Args:
+        directory: the same for all processes; made where it does not exist.
+        expires: seconds without a beat after which others take a lease over.
+    """
+
+    def __init__(self, directory: SharedPath, expires: float = 30.0):
+        self.expires = expires
+        self._directory = directory
+        self._held: dict[str, Lease] = {}
+        self._seen: dict[str, tuple[int, str, float]] = {}
+        """Generation and content of others' leases, and when this process first saw them so."""
+        self._owner = _this_process()
+        self._stopping = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="leases", daemon=True)
+
+    def __enter__(self) -> "Leases":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+    def claim(self, name: str) -> Lease | None:
+        """The lease on a name; None while another process, or this one, holds it."""
+        if name in self._held:
+            return None
+        generation = 0
+        while storage.exists(self.path(name, generation)):
+            generation += 1
+        if generation > 0 and not self._is_free(name, generation - 1):
+            return None
+        lease = Lease(self, name, generation)
+        if not storage.create(self.path(name, generation), self._content(0, is_released=False), is_durable=False):
+            return None
+        self._seen.pop(name, None)
+        self._held[name] = lease
+        if self._heart.ident is None:
+            self._heart.start()
+        return lease
+
+    def claim_from_the_dead(self, name: str) -> Lease | None:
+        """The lease on a name, after a wait where its holder may be gone; None as soon as the holder shows a beat."""
+        end, first = time.monotonic() + 1.5 * self.expires, None
+        while (lease := self.claim(name)) is None:
+            seen = self._seen.get(name)
+            first = first or seen
+            if time.monotonic() > end or (seen is not None and first is not None and seen[:2] != first[:2]):
+                return None
+            time.sleep(min(0.2, self.expires / 20))
+        return lease
+
+    def close(self) -> None:
+        """Releases all leases of this process and ends its heartbeat; may be called twice."""
+        self._stopping.set()
+        if self._heart.ident is not None:
+            self._heart.join(STOP_SECONDS)
+        for lease in list(self._held.values()):
+            lease.release()
+
+    def path(self, name: str, generation: int) -> SharedPath:
+        """The file of a generation."""
+        return self._directory / f"{name}.{generation}"
+
+    def rewrite(self, lease: Lease, beat: int, *, is_released: bool) -> None:
+        """Replaces the file of a lease that is held."""
+        content = self._content(beat, is_released=is_released)
+        storage.replace(self.path(lease.name, lease.generation), content, is_durable=False)
+
+    def forget(self, lease: Lease) -> None:
+        """Beats no more for a lease."""
+        if self._held.get(lease.name) is lease:
+            del self._held[lease.name]
+
+    def _is_free(self, name: str, generation: int) -> bool:
+        """Whether the newest generation was released, or its holder is dead or silent."""
+        try:
+            content = storage.read(self.path(name, generation)).decode(errors="replace")
+        except FileNotFoundError:  # being replaced on a file system without atomic rename
+            return False
+        holder = _parse(content)
+        if holder.get("is_released") or self._is_dead(holder):
+            return True
+        now = time.monotonic()
+        seen = self._seen.get(name)
+        if seen is None or seen[:2] != (generation, content):
+            self._seen.pop(name, None)
+            self._seen[name] = (generation, content, now)
+            if len(self._seen) > MAX_SEEN:  # of windows that are over
+                del self._seen[next(iter(self._seen))]
+            return False
+        return now - seen[2] > self.expires
+
+    def _is_dead(self, holder: dict[str, Any]) -> bool:
+        """A process of this host that is gone; of other hosts only silence can tell."""
+        if holder.get("host") != self._owner["host"]:
+            return False
+        return _start_time(holder["pid"]) != holder["started"]
+
+    def _content(self, beat: int, *, is_released: bool) -> bytes:
+        return json.dumps({**self._owner, "beat": beat, "is_released": is_released}).encode() + b"\n"
+
+    def _beat(self) -> None:
+        while not self._stopping.wait(self.expires / HEARTBEATS_PER_EXPIRY):
+            for lease in list(self._held.values()):
+                if not lease.renew():
+                    self.forget(lease)
+
+
+def _parse(content: str) -> dict[str, Any]:
+    """The holder; empty where the file is torn, which time alone can resolve."""
+    try:
+        holder = json.loads(content)
+        return {"host": str(holder["host"]), "pid": int(holder["pid"]), **holder}
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def _this_process() -> dict[str, Any]:
+    """Process ids mean something within one host and one container only."""
+    try:
+        namespace = str(pathlib.Path("/proc/self/ns/pid").readlink())
+    except OSError:
+        namespace = ""
+    return {
+        "host": f"{socket.gethostname()} {namespace}",
+        "pid": os.getpid(),
+        "started": _start_time(os.getpid()),
+    }
+
+
+def _start_time(pid: int) -> str | None:
+    """When a process of this host started, in the kernel's ticks; None where there is no such process."""
+    try:
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        if pathlib.Path("/proc/self/stat").exists():
+            return None
+        return _is_running(pid)
+    is_zombie = fields[0] in ("Z", "X")
+    return None if is_zombie else fields[19]
+
+
+def _is_running(pid: int) -> str | None:
+    """Without /proc: whether there is such a process, its start unknown."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return "unknown"

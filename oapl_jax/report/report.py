@@ -1,0 +1,305 @@
+"""The report of a run: one HTML file that opens anywhere, and its curves as a picture.
+
+``python -m oapl_jax report RUN_DIR`` reads the run directory and writes ``report.html`` and
+``curves.png`` into it; training calls ``write_report`` when it ends. A run that is still going, or
+that lacks a piece, gets a report that says what is missing.
+"""
+
+import base64
+import dataclasses
+import io
+import itertools
+import json
+import math
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jinja2
+import matplotlib
+import numpy as np
+import pyarrow.parquet as pq
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+
+from oapl_jax.evaluation.plot_style import BLUE, GREEN, GREY, ORANGE, STYLE
+from oapl_jax.io.metrics import METRICS_FILE, read_metrics
+from oapl_jax.types import Metrics
+
+REPORT_FILE = "report.html"
+CURVES_FILE = "curves.png"
+
+_SYNC = "#B9BEC6"
+_STYLE: Any = STYLE | {
+    "axes.edgecolor": GREY,
+    "legend.fontsize": 9,
+    "lines.linewidth": 1.8,
+    "lines.solid_capstyle": "round",
+}
+_SAMPLED_GROUPS = 2
+_SAMPLED_ROLLOUTS = 8
+_LONGEST_TEXT = 3000
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord:
+    """What a run directory tells; empty where a file is missing."""
+
+    name: str
+    config: str
+    lines: list[Metrics]
+    summary: dict[str, Any]
+    samples: list[dict[str, Any]]
+    """Groups of rollouts to show: of the first window and of the newest."""
+
+
+def write_report(run_dir: pathlib.Path) -> pathlib.Path:
+    """Writes ``curves.png`` and ``report.html`` into the run directory; returns the path of the latter."""
+    record = read_run(run_dir)
+    picture = draw_curves(record)
+    (run_dir / CURVES_FILE).write_bytes(picture)
+    path = run_dir / REPORT_FILE
+    path.write_text(_render(record, picture), encoding="utf-8")
+    return path
+
+
+def read_run(run_dir: pathlib.Path) -> RunRecord:
+    """Reads config.yaml, metrics.jsonl, summary.json and a few rollouts."""
+    metrics_file, config, summary = (run_dir / name for name in (METRICS_FILE, "config.yaml", "summary.json"))
+    return RunRecord(
+        name=run_dir.resolve().name,
+        config=config.read_text(encoding="utf-8") if config.exists() else "",
+        lines=read_metrics(metrics_file) if metrics_file.exists() else [],
+        summary=json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {},
+        samples=_read_samples(run_dir / "rollouts"),
+    )
+
+
+def draw_curves(record: RunRecord) -> bytes:
+    """All panels as one PNG: what was learned, how the regression fits, how the run went."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(13.5, 9.6), dpi=140, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
+        for axes, draw in zip(figure.subplots(3, 3).flat, _PANELS, strict=True):
+            draw(axes, record)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def _draw_reward(axes: Axes, record: RunRecord) -> None:
+    _title(axes, "Reward of training rollouts", "mean over a batch")
+    reward, pass_rate = (_series(record, f"rollouts/{name}")[1] for name in ("reward", "pass_rate"))
+    if np.array_equal(reward, pass_rate):
+        _draw_series(axes, record, {"reward (1 if correct)": "rollouts/reward"})
+    else:
+        _draw_series(axes, record, {"reward": "rollouts/reward", "pass rate": "rollouts/pass_rate"})
+
+
+def _draw_held_out(axes: Axes, record: RunRecord) -> None:
+    _title(axes, "Held-out pass@k", "share of prompts")
+    names = {f"k = {k}": f"evaluation/pass@{k}" for k in (1, 4, 16)}
+    _draw_series(axes, _with_ends(record), names, smooth=False, marker="o", markersize=4)
+    if axes.has_data():
+        axes.set_ylim(0, 1.02)
+
+
+def _with_ends(record: RunRecord) -> RunRecord:
+    """Adds the evaluations before and after training, which the summary holds, to those in its course."""
+    ends = [("before", 0), ("after", record.summary.get("steps", 0))]
+    lines = [
+        {"step": step} | {f"evaluation/{name}": value for name, value in record.summary.get(when, {}).items()}
+        for when, step in ends
+    ]
+    return dataclasses.replace(record, lines=lines + record.lines)
+
+
+def _draw_pass_at_k(axes: Axes, record: RunRecord) -> None:
+    _title(axes, "Held-out pass@k, before and after", "share of prompts")
+    curves = {when: _by_k(record.summary.get(when, {})) for when in ("before", "after")}
+    for (when, by_k), color in zip(curves.items(), (GREY, BLUE), strict=True):
+        if by_k:
+            axes.plot(list(by_k), list(by_k.values()), "o-", color=color, markersize=4, label=when)
+    if not axes.has_data():
+        return _say_missing(axes, "summary.json")
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(sorted({k for by_k in curves.values() for k in by_k})))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda k, _: f"{k:.0f}"))
+    axes.set_xlabel("k, samples per prompt")
+    axes.set_ylim(0, 1.02)
+    _legend(axes)
+    return None
+
+
+def _draw_residual(axes: Axes, record: RunRecord) -> None:
+    _title(axes, "Residual of the regression", "mean |·|, reward units")
+    _draw_series(axes, record, {"residual": "learner/residual", "advantage": "learner/advantage_abs"})
+    if axes.has_data():
+        axes.set_ylim(bottom=0)
+
+
+def _draw_log_ratio(axes: Axes, record: RunRecord) -> None:
+    _title(axes, "Log-ratio, learner to sampler", "nats per response")
+    # A running mean would wash out the fall to zero at each sync.
+    names = {"mean": "learner/log_ratio", "mean |·|": "learner/log_ratio_abs"}
+    _draw_series(axes, record, names, smooth=False, linewidth=1.2)
+    if axes.has_data():
+        axes.axhline(0, color=GREY, linewidth=0.8)
+
+
+def _draw_entropy(axes: Axes, record: RunRecord) -> None:
+    _title(axes, "Entropy of the policy", "nats per token")
+    _draw_series(axes, record, {"entropy": "learner/entropy"})
+
+
+def _draw_lag(axes: Axes, record: RunRecord) -> None:
+    syncs = _series(record, "sync/seconds")[0]
+    _title(axes, "Lag of the sampler", f"learner steps since the sync; syncs: {syncs.size}")
+    _draw_series(axes, record, {"lag": "window/lag"}, smooth=False)
+
+
+def _draw_length(axes: Axes, record: RunRecord) -> None:
+    _title(axes, "Response length", "tokens")
+    names = {"training": "rollouts/response_tokens", "held-out": "evaluation/response_tokens"}
+    _draw_series(axes, record, names)
+
+
+def _draw_time(axes: Axes, record: RunRecord) -> None:
+    _title(axes, "Time of a learner step", "seconds")
+    names = {"whole step": "learner/seconds", "waiting for rollouts": "learner/wait_seconds"}
+    _draw_series(axes, record, names, smooth=False, linewidth=1.2)
+    seconds = _series(record, "learner/seconds")[1]
+    if seconds.size:
+        # The first step compiles and would flatten all others.
+        axes.set_ylim(0, 1.5 * float(np.quantile(seconds[1:] if seconds.size > 1 else seconds, 0.98)) or None)
+
+
+_PANELS: tuple[Callable[[Axes, RunRecord], None], ...] = (
+    _draw_reward,
+    _draw_held_out,
+    _draw_pass_at_k,
+    _draw_residual,
+    _draw_log_ratio,
+    _draw_entropy,
+    _draw_lag,
+    _draw_length,
+    _draw_time,
+)
+
+
+def _title(axes: Axes, title: str, unit: str) -> None:
+    axes.set_title(title, pad=22)
+    axes.text(0, 1.035, unit, transform=axes.transAxes, color="#5B616B", fontsize=9)
+
+
+def _draw_series(axes: Axes, record: RunRecord, names: dict[str, str], smooth: bool = True, **options: Any) -> None:
+    """Lines over learner steps; noisy ones as a running mean over a pale original."""
+    for (label, name), color in zip(names.items(), (BLUE, ORANGE, GREEN), strict=False):
+        steps, values = _series(record, name)
+        if smooth and values.size >= 3:
+            axes.plot(steps, values, color=color, alpha=0.22, linewidth=1)
+            values = _running_mean(values)
+        marker = {"marker": "o", "markersize": 4} if 0 < values.size < 3 else {}
+        if values.size:
+            axes.plot(steps, values, color=color, label=label, **(marker | options))
+    if not axes.has_data():
+        return _say_missing(axes, ", ".join(names.values()))
+    axes.set_xlabel("learner step")
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    for step in _series(record, "sync/seconds")[0]:
+        axes.axvline(step, color=_SYNC, linewidth=1, zorder=0.5)
+    if len(axes.get_legend_handles_labels()[0]) > 1:
+        _legend(axes)
+    return None
+
+
+def _legend(axes: Axes) -> None:
+    """Beside the unit, above the data."""
+    axes.legend(loc="lower right", bbox_to_anchor=(1.01, 0.995), ncols=3, handlelength=1.1, columnspacing=1.1)
+
+
+def _say_missing(axes: Axes, what: str) -> None:
+    axes.set_axis_off()
+    axes.text(0.5, 0.5, f"not recorded\n{what}", transform=axes.transAxes, ha="center", va="center", color=GREY)
+
+
+def _series(record: RunRecord, name: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a metric where it was written and is finite, by step."""
+    found = {line["step"]: line[name] for line in record.lines if math.isfinite(line.get(name, math.nan))}
+    steps = sorted(found)
+    return np.array(steps, float), np.array([found[step] for step in steps], float)
+
+
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Centred mean over about a thirtieth of the run, over fewer values at the ends."""
+    half = values.size // 60
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(values.size)
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, values.size)
+    return (sums[high] - sums[low]) / (high - low)
+
+
+def _by_k(pass_at_k: dict[str, float]) -> dict[int, float]:
+    return {int(name.removeprefix("pass@")): value for name, value in pass_at_k.items() if name.startswith("pass@")}
+
+
+def _read_samples(rollouts: pathlib.Path) -> list[dict[str, Any]]:
+    """A few groups of the oldest and of the newest rollout file."""
+    files = sorted(rollouts.glob("*/*.parquet"))
+    if not files:
+        return []
+    labelled = [("first window", files[0]), ("newest window", files[-1])] if len(files) > 1 else [("", files[0])]
+    return [{"window": label} | group for label, file in labelled for group in _read_groups(file)]
+
+
+def _read_groups(file: pathlib.Path) -> list[dict[str, Any]]:
+    columns = ["group_id", "policy_version", "prompt", "answer", "response", "verdict", "reward", "value"]
+    columns += ["advantage", "logprobs", "finish_reason"]
+    batch = next(pq.ParquetFile(file).iter_batches(batch_size=256, columns=columns), None)
+    rows = batch.to_pylist() if batch is not None else []
+    groups = [list(members) for _, members in itertools.groupby(rows, key=lambda row: row["group_id"])]
+    return [_show_group(members) for members in groups[:_SAMPLED_GROUPS]]
+
+
+def _show_group(members: list[dict[str, Any]]) -> dict[str, Any]:
+    first = members[0]
+    rollouts = [
+        row | {"response": _shorten(row["response"]), "logprob": sum(row["logprobs"]), "tokens": len(row["logprobs"])}
+        for row in members[:_SAMPLED_ROLLOUTS]
+    ]
+    shown = {name: first[name] for name in ("group_id", "policy_version", "answer", "value")}
+    return shown | {"prompt": _shorten(first["prompt"]), "rollouts": rollouts, "num_rollouts": len(members)}
+
+
+def _shorten(text: str) -> str:
+    if len(text) <= _LONGEST_TEXT:
+        return text
+    half = _LONGEST_TEXT // 2
+    return f"{text[:half]}\n… {len(text) - 2 * half:,} characters left out …\n{text[-half:]}"
+
+
+def _render(record: RunRecord, picture: bytes) -> str:
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters |= {"number": _number, "duration": _duration}
+    template = environment.from_string(pathlib.Path(__file__).with_name("report.html.jinja").read_text("utf-8"))
+    before, after = (_by_k(record.summary.get(when, {})) for when in ("before", "after"))
+    return template.render(
+        run=record,
+        before=before,
+        after=after,
+        ks=sorted(before | after),
+        last_step=int(record.lines[-1]["step"]) if record.lines else None,
+        picture=base64.b64encode(picture).decode(),
+    )
+
+
+def _number(value: float | None, decimals: int = 3) -> str:
+    return "-" if value is None else f"{value:,.{decimals}f}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s"

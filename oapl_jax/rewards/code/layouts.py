@@ -1,0 +1,158 @@
+"""The tests of published data sets, in the form that ``code.parse_tests`` takes.
+
+| data set | its layout |
+|---|---|
+| APPS, TACO, LiveCodeBench's harness | ``{inputs, outputs, fn_name?}`` |
+| DeepCoder | the above, ``[{type, input, output, fn_name?}]``, or LiveCodeBench's |
+| LiveCodeBench | ``[{input, output, testtype, metadata?}]``, or a row with public and private test cases |
+| LeetCode | ``{functional}``: source that calls ``check`` |
+| HumanEval | ``{prompt, test, entry_point}`` |
+| MBPP | ``{test_list, test_setup_code?, test_imports?}`` |
+"""
+
+import ast
+import base64
+import json
+import pickle
+import pickletools
+import zlib
+from typing import Any
+
+MAX_UNPACKED = 1 << 30
+"""Bytes of the largest packed tests that are read: a small file may expand a thousandfold."""
+STRING_OPCODES = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE"}
+HARMLESS_OPCODES = {"PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT", "STOP"}
+
+
+def read_tests(layout: Any) -> list[dict]:
+    """The tests of one row, whichever layout it has.
+
+    Raises:
+        ValueError: where the layout is none of those above.
+    """
+    if isinstance(layout, str):
+        layout = json.loads(layout)
+    if isinstance(layout, list):
+        return [_one_test(test, None) for test in layout]
+    if isinstance(layout, dict):
+        for keys, reader in _READERS:
+            if keys <= set(layout):
+                return reader(layout)
+    raise ValueError(
+        f"the layout of the tests is not known (oapl_jax/rewards/code/layouts.py lists them): {layout!r:.200}"
+    )
+
+
+def _one_test(test: Any, function: str | None) -> dict:
+    """A test of a list: ours as it is, else DeepCoder's or LiveCodeBench's."""
+    if not isinstance(test, dict) or "input" not in test:
+        return test
+    metadata = test.get("metadata") or {}
+    metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
+    function = test.get("fn_name") or metadata.get("func_name") or function
+    if test.get("type") == "function_call":
+        return _call(str(function), test["input"], test["output"])
+    if test.get("testtype") == "functional":
+        arguments = [json.loads(line) for line in test["input"].split("\n")]
+        return {"call": function, "args": arguments, "expected": json.loads(test["output"])}
+    return {"stdin": _text(test["input"]), "stdout": _text(test["output"])}
+
+
+def _text(value: Any) -> str:
+    """TACO gives some outputs as lists."""
+    return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _call(function: str, arguments: Any, output: Any) -> dict:
+    """APPS and those that took it over wrap some return values in a list, and do not say which: both are right."""
+    if isinstance(arguments, str):  # a JSON value a line
+        arguments = [json.loads(line) for line in arguments.split("\n")]
+        output = json.loads(output) if isinstance(output, str) else output
+    right = [output, output[0]] if isinstance(output, list) and output else [output]
+    return {"call": function, "args": arguments, "any_of": right}
+
+
+def _inputs_and_outputs(row: dict) -> list[dict]:
+    pairs = zip(row["inputs"], row["outputs"], strict=True)
+    if row.get("fn_name"):
+        return [_call(row["fn_name"], arguments, output) for arguments, output in pairs]
+    return [{"stdin": _text(given), "stdout": _text(output)} for given, output in pairs]
+
+
+def _live_code_bench(row: dict) -> list[dict]:
+    metadata = row.get("metadata") or {}
+    metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
+    tests = json.loads(row["public_test_cases"])
+    private = row.get("private_test_cases") or "[]"
+    try:
+        tests += json.loads(private)
+    except json.JSONDecodeError:
+        tests += json.loads(unpack(private))
+    return [_one_test(test, metadata.get("func_name")) for test in tests]
+
+
+def pack(text: str) -> str:
+    """``base64(zlib(pickle(text)))``: how LiveCodeBench, and the paper's authors after it, store tests."""
+    return base64.b64encode(zlib.compress(pickle.dumps(text))).decode()
+
+
+def unpack(packed: str) -> str:
+    """The inverse of ``pack``. The pickle is read and not run: it may hold one string and nothing else.
+
+    Raises:
+        ValueError: for anything else, and for a text beyond ``MAX_UNPACKED`` bytes.
+    """
+    try:
+        decompressor = zlib.decompressobj()
+        data = decompressor.decompress(base64.b64decode(packed, validate=True), MAX_UNPACKED)
+    except (ValueError, zlib.error) as error:  # binascii's error is a ValueError
+        raise ValueError(f"is not base64 of a zlib stream: {error}") from None
+    if not decompressor.eof:
+        raise ValueError(f"is a zlib stream that is cut off, or of more than {MAX_UNPACKED:,} bytes")
+    return _pickled_string(data)
+
+
+def _pickled_string(data: bytes) -> str:
+    """The string of a pickle whose only value is a string, by its opcodes: nothing is looked up, called or built."""
+    strings, is_ended = [], False
+    try:
+        for opcode, argument, _ in pickletools.genops(data):
+            if opcode.name in STRING_OPCODES:
+                strings.append(argument)
+            elif opcode.name not in HARMLESS_OPCODES:
+                raise ValueError(f"its pickle has {opcode.name} {argument!r:.80}; only a string may be in it")
+            is_ended = opcode.name == "STOP"
+    except (ValueError, UnicodeDecodeError, IndexError) as error:
+        raise ValueError(f"is refused: {error}") from None
+    if len(strings) != 1 or not is_ended:
+        raise ValueError(f"is refused: its pickle has {len(strings)} strings; exactly one may be in it")
+    return strings[0]
+
+
+def _human_eval(row: dict) -> list[dict]:
+    """The tests with the helpers that the prompt gives them; these must not be the program's to define."""
+    tests, entry_point = row["test"], row["entry_point"]
+    used = {node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)}
+    helpers, imports = [], []
+    for node in ast.parse(row["prompt"]).body:
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            imports.append(ast.unparse(node))
+        elif isinstance(node, ast.FunctionDef) and node.name in used - {entry_point}:
+            helpers.append(ast.unparse(node))
+    source = "\n".join([*(imports if helpers else ()), *helpers, tests])
+    return [{"assert": source if f"check({entry_point})" in tests else f"{source}\ncheck({entry_point})\n"}]
+
+
+def _mbpp(row: dict) -> list[dict]:
+    before = [row.get("test_setup_code") or "", *(row.get("test_imports") or ())]
+    return [{"assert": "\n".join([*before, test])} for test in row["test_list"]]
+
+
+_READERS = (
+    ({"inputs", "outputs"}, _inputs_and_outputs),
+    ({"public_test_cases"}, _live_code_bench),
+    ({"functional"}, lambda row: [{"assert": row["functional"]}]),
+    ({"prompt", "test", "entry_point"}, _human_eval),
+    ({"test_list"}, _mbpp),
+    ({"tests"}, lambda row: read_tests(row["tests"])),
+)

@@ -1,0 +1,410 @@
+"""A warm worker that runs programs, one confined child per run, and what came of each.
+
+The grader's side. Its worker is ``confined/driver.py``, started as ``isolation.py`` says; a child gets its source and
+standard input as sealed memory files and answers on pipes. Nothing that a child writes is trusted: it is data with a
+limit, and its exit status says only why there is less of it.
+
+A process has a sandbox for itself and uses it from its main thread, which must last as long: the worker is
+killed when the thread that started it ends.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import importlib.resources
+import json
+import math
+import os
+import select
+import signal
+import socket
+import struct
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from oapl_jax.rewards.code.sandbox import isolation
+from oapl_jax.rewards.code.sandbox.isolation import Unavailable
+from oapl_jax.rewards.code.sandbox.seccomp import compile_filter
+
+START_TIMEOUT = 60.0
+KILL_TIMEOUT = 5.0
+"""Seconds that a worker has to report the end of a child that is to be killed."""
+STALL_SECONDS = 2.0
+"""A wait that lasts so much longer than it should was the machine's or the clock's doing, not the program's."""
+MAX_STDERR = 1 << 20
+KEPT_STDERR = 4096
+MAX_RESULT = 16 << 20
+"""Bytes of all frames of a child; parsed they may take thirty times as much."""
+INTERPRETER_MB = 256
+"""Memory on top of a program's limit for the interpreter and what is preloaded."""
+ADDRESS_SPACE = 4
+"""Address space, in units of the memory: libraries reserve more than they use."""
+CPU_MARGIN = 1.25
+"""The kernel counts ticks for its limit, which may be ahead of what it reports as used; the report is what counts."""
+MAX_TASKS = 64
+"""Threads of a program."""
+NEWEST_LANDLOCK = 99
+_CONFINED = "oapl_jax.rewards.code.sandbox.confined"
+
+
+class SandboxError(Exception):
+    """The sandbox failed, not the program: there is no verdict."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What one run of a program may take."""
+
+    cpu_s: float = 6.0
+    wall_s: float = 12.0
+    memory_mb: int = 1024
+    output_kb: int = 1024
+    """Standard output beyond what the right answer has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What every worker is started with."""
+
+    level: str = "namespaces"
+    """The weakest that is accepted."""
+    packages: tuple[str, ...] = ()
+    """Imported before the first program, and readable by all."""
+    python: str | None = None
+    """Interpreter of programs; None: this one."""
+    landlock_abi: int = NEWEST_LANDLOCK
+    """Newest version of Landlock to use, for trying what an older kernel would do."""
+
+
+class Child:
+    """One run of a program: what it has written so far, and how it ended."""
+
+    def __init__(self, name: int, pipes: dict[str, int], max_output: int, memory_mb: int) -> None:
+        self.name, self.pipes, self.memory_mb = name, pipes, memory_mb
+        self.stdout, self.stderr = bytearray(), bytearray()
+        self.outbox = bytearray()
+        """Frames that wait to be read by the child."""
+        self.killed_for = ""
+        """``time`` or ``output`` where the grader ended it."""
+        self.is_done = False
+        self.status = 0
+        self.cpu_s = 0.0
+        self.failure = ""
+        self._results = bytearray()
+        self._left = {"stdout": max_output, "stderr": MAX_STDERR, "results": MAX_RESULT}
+
+    def receive(self, pipe: str, data: bytes) -> bool:
+        """Keeps what came; False where it is too much."""
+        self._left[pipe] -= len(data)
+        buffer = {"stdout": self.stdout, "stderr": self.stderr, "results": self._results}[pipe]
+        if pipe == "stderr":
+            buffer += data
+            del buffer[:-KEPT_STDERR]
+        elif self._left[pipe] >= 0:
+            buffer += data
+        return self._left[pipe] >= 0
+
+    def next_frame(self) -> bytes | None:
+        """Takes the body of the first whole frame, if one is there."""
+        if len(self._results) < 4:
+            return None
+        (length,) = struct.unpack_from("<I", self._results)
+        if len(self._results) < 4 + length:
+            return None
+        body = bytes(self._results[4 : 4 + length])
+        del self._results[: 4 + length]
+        return body
+
+    @property
+    def has_unread_results(self) -> bool:
+        """Whether something follows the frames that were taken."""
+        return bool(self._results)
+
+    def end_requests(self) -> None:
+        """Closes the pipe of requests, which ends a child that serves them."""
+        if "requests" in self.pipes:
+            os.close(self.pipes.pop("requests"))
+
+    def close(self) -> None:
+        """Closes our ends of the pipes."""
+        for descriptor in self.pipes.values():
+            os.close(descriptor)
+        self.pipes.clear()
+
+
+class Sandbox:
+    """One worker of a given level."""
+
+    def __init__(self, level: str, settings: Settings) -> None:
+        """Starts the worker and waits until it is confined and warm.
+
+        Raises:
+            Unavailable: where it does not start, with its last words.
+        """
+        self.level = level
+        self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._next_name = 0
+        interpreter = isolation.find_interpreter(settings.python)
+        errors = os.memfd_create("stderr")
+        try:
+            with theirs:
+                launch = isolation.prepare(
+                    level, interpreter, settings.packages, theirs.fileno(), read_confined("driver")
+                )
+                self.process = subprocess.Popen(
+                    launch.command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=errors,
+                    **launch.options,
+                )
+            self.info = self._greet(launch, settings)
+        except (OSError, ValueError, Unavailable) as error:
+            said = os.pread(errors, KEPT_STDERR, 0).decode(errors="replace").strip().splitlines()
+            self.close()
+            raise Unavailable(said[-1] if said else str(error) or type(error).__name__) from error
+        finally:
+            os.close(errors)
+
+    def _greet(self, launch: isolation.Launch, settings: Settings) -> dict[str, Any]:
+        packages = [_CONFINED.rsplit(".", count)[0] for count in (2, 1, 0)]
+        modules = [*((name, "") for name in packages)]
+        modules += [(f"{_CONFINED}.{name}", read_confined(name)) for name in ("values", "program")]
+        hello = {
+            "readable": launch.readable,
+            "landlock_abi": settings.landlock_abi,
+            "site": launch.site,
+            "modules": modules,
+            "packages": list(settings.packages),
+        }
+        instructions = _memory_file(compile_filter())
+        try:
+            socket.send_fds(self._control, [json.dumps(hello).encode()], [instructions])
+        finally:
+            os.close(instructions)
+        self._control.settimeout(START_TIMEOUT)
+        answer = self._control.recv(1 << 16)
+        if not answer:
+            raise OSError("the worker ended")
+        self._control.settimeout(KILL_TIMEOUT)
+        return json.loads(answer)
+
+    def start(
+        self,
+        mode: str,
+        source: str,
+        limits: Limits,
+        *,
+        stdin: str = "",
+        remote: Sequence[str] = (),
+        expected_output: int = 0,
+    ) -> Child:
+        """Starts a child (``confined/program.py`` has the modes); ``converse`` sees it to its end.
+
+        Raises:
+            SandboxError: where it cannot be started.
+        """
+        mine: dict[str, int] = {}
+        given: list[int] = []
+        try:
+            given.append(_memory_file(stdin.encode("utf-8", "surrogatepass")))
+            for pipe in ("stdout", "stderr"):
+                mine[pipe], end = os.pipe()
+                given.append(end)
+            given.append(_memory_file(source.encode("utf-8", "surrogatepass")))
+            if mode in ("serve", "test"):
+                mine["results"], end = os.pipe()
+                given.append(end)
+                end, mine["requests"] = os.pipe()
+                given.append(end)
+            self._next_name += 1
+            memory = (limits.memory_mb + INTERPRETER_MB) << 20
+            request = {
+                "id": self._next_name,
+                "mode": mode,
+                "remote": list(remote),
+                "limits": {
+                    "cpu_s": math.ceil(CPU_MARGIN * limits.cpu_s),
+                    "data": memory,
+                    "address_space": ADDRESS_SPACE * memory,
+                    "tasks": MAX_TASKS
+                    + (_tasks_of_user() if self.level == "landlock" or not isolation.is_root() else 0),
+                },
+            }
+            socket.send_fds(self._control, [json.dumps(request).encode()], given)
+        except OSError as error:
+            for descriptor in mine.values():
+                os.close(descriptor)
+            raise SandboxError(f"a run could not be started: {error}") from error
+        finally:
+            for descriptor in given:
+                os.close(descriptor)
+        for descriptor in mine.values():
+            os.set_blocking(descriptor, False)
+        max_output = (limits.output_kb << 10) + 4 * expected_output
+        return Child(self._next_name, mine, max_output, limits.memory_mb)
+
+    def kill(self, child: Child, reason: str) -> None:
+        """Has the worker kill the child; its end is still to come."""
+        if not child.killed_for and not child.is_done:
+            child.killed_for = reason
+            try:
+                self._control.send(b'{"kill": true}')
+            except OSError as error:
+                raise SandboxError(f"the sandbox's worker is gone: {error}") from error
+
+    def fileno(self) -> int:
+        """Readable when a child has ended."""
+        return self._control.fileno()
+
+    def take_end(self, child: Child) -> None:
+        """Reads the worker's report of the child's end."""
+        try:
+            message = self._control.recv(1 << 16)
+        except OSError as error:
+            raise SandboxError(f"the sandbox's worker is gone: {error}") from error
+        if not message:
+            raise SandboxError("the sandbox's worker died")
+        report = json.loads(message)
+        if report["id"] != child.name:
+            return
+        child.is_done = True
+        if report["failure"]:
+            raise SandboxError(report["failure"])
+        child.status, child.cpu_s = report["status"], report["cpu"]
+
+    def close(self) -> None:
+        """Kills the worker and whatever runs in it; may be called twice."""
+        self._control.close()
+        if hasattr(self, "process"):
+            self.process.kill()
+            self.process.wait(KILL_TIMEOUT)
+
+
+Runs = Sequence[tuple[Sandbox, Child]]
+OnFrame = Callable[[Child, Any], None]
+OnEnd = Callable[[Child], None]
+
+
+def converse(runs: Runs, wall_s: float, on_frame: OnFrame | None = None, on_end: OnEnd | None = None) -> None:
+    """Serves the pipes of children until all have ended; past ``wall_s`` seconds they are killed.
+
+    Args:
+        runs: the children, each of a sandbox of its own.
+        wall_s: seconds for all together.
+        on_frame: takes each frame that a child sends; what it adds to an ``outbox`` is sent. ValueError in it ends the
+            child that sent the frame.
+        on_end: is told of each child that has ended.
+
+    Raises:
+        SandboxError: the worker died, did not answer, or could not run the child; or the machine stood still.
+    """
+    deadline = time.monotonic() + wall_s
+    give_up = float("inf")
+    try:
+        while open_runs := [(sandbox, child) for sandbox, child in runs if not (child.is_done and _is_drained(child))]:
+            now = time.monotonic()
+            if now > give_up:
+                raise SandboxError(f"a child was to be killed and did not end in {KILL_TIMEOUT:g} s")
+            if now > deadline and give_up == float("inf"):
+                give_up = now + KILL_TIMEOUT
+                for sandbox, child in open_runs:
+                    sandbox.kill(child, "time")
+            wait = max(0.0, min(deadline if give_up == float("inf") else give_up, now + 1.0) - now) + 0.001
+            _serve(open_runs, wait, on_frame, on_end)
+            if (stalled := time.monotonic() - now - wait) > STALL_SECONDS:
+                raise SandboxError(f"the machine or its clock jumped by {stalled:.1f} s")
+    finally:
+        for _, child in runs:
+            child.close()
+
+
+def _is_drained(child: Child) -> bool:
+    return not child.pipes.keys() - {"requests"}
+
+
+def _serve(runs: Runs, wait: float, on_frame: OnFrame | None, on_end: OnEnd | None) -> None:
+    """One wait, and everything that is ready after it."""
+    poll, sources = select.poll(), {}
+    for sandbox, child in runs:
+        if not child.is_done:
+            poll.register(sandbox.fileno(), select.POLLIN)
+            sources[sandbox.fileno()] = (sandbox, child, "end")
+        for pipe, descriptor in child.pipes.items():
+            if pipe != "requests" or child.outbox:
+                poll.register(descriptor, select.POLLOUT if pipe == "requests" else select.POLLIN)
+                sources[descriptor] = (sandbox, child, pipe)
+    for descriptor, _ in poll.poll(wait * 1000):
+        sandbox, child, pipe = sources[descriptor]
+        if pipe == "end":
+            sandbox.take_end(child)
+            if child.is_done and on_end is not None:
+                on_end(child)
+        elif pipe not in child.pipes:
+            continue  # closed by what came before it in this round
+        elif pipe == "requests":
+            _write(child)
+        else:
+            _read(sandbox, child, pipe, on_frame)
+
+
+def _write(child: Child) -> None:
+    try:
+        del child.outbox[: os.write(child.pipes["requests"], child.outbox)]
+    except BlockingIOError:
+        pass
+    except BrokenPipeError:
+        child.outbox.clear()
+
+
+def _read(sandbox: Sandbox, child: Child, pipe: str, on_frame: OnFrame | None) -> None:
+    data = os.read(child.pipes[pipe], 1 << 18)
+    if not data:
+        os.close(child.pipes.pop(pipe))
+    elif not child.receive(pipe, data):
+        sandbox.kill(child, "output")
+    elif pipe == "results" and on_frame is not None and not child.killed_for:
+        try:
+            while (body := child.next_frame()) is not None:
+                on_frame(child, json.loads(body))
+        except (ValueError, RecursionError, MemoryError):
+            sandbox.kill(child, "frame")
+
+
+def is_over_cpu(child: Child, limits: Limits) -> bool:
+    """Whether the child used up its CPU time, ended for it or not."""
+    was_killed = child.status == -signal.SIGKILL and child.cpu_s > limits.cpu_s / CPU_MARGIN
+    return child.status == -signal.SIGXCPU or was_killed or child.cpu_s > limits.cpu_s
+
+
+def _memory_file(data: bytes) -> int:
+    """A sealed file in memory: nobody can change it, and no disk is needed."""
+    descriptor = os.memfd_create("given", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+    with contextlib.ExitStack() as stack:
+        stack.callback(os.close, descriptor)
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+        os.lseek(descriptor, 0, os.SEEK_SET)
+        seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
+        stack.pop_all()
+    return descriptor
+
+
+def read_confined(name: str) -> str:
+    """The source of a module of the child's side."""
+    return importlib.resources.files(_CONFINED).joinpath(f"{name}.py").read_text(encoding="utf-8")
+
+
+def _tasks_of_user() -> int:
+    """Threads that run under our uid: its limit counts them all."""
+    count = 0
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit():
+            with contextlib.suppress(OSError):
+                if entry.stat().st_uid == os.getuid():
+                    count += len(os.listdir(f"/proc/{entry.name}/task"))
+    return count

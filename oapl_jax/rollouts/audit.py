@@ -1,0 +1,173 @@
+"""Proves from the files of a run that it trained on what it should have.
+
+    python -m oapl_jax audit RUN
+
+Reads the rollout log, the record of the batches and the metrics, and checks every step: its groups are in the
+log, complete, of the one policy version of its window, with finite log-probabilities and advantages; none was
+trained on more often than the config says; the lag is below ``sync_every``.
+Exit code 1 names the first place where it is not so. It needs no devices and changes nothing.
+"""
+
+import collections
+import json
+import math
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from oapl_jax.config import config_file
+from oapl_jax.config.schema import TrainConfig
+from oapl_jax.io import storage
+from oapl_jax.io.metrics import METRICS_FILE, read_metrics
+from oapl_jax.io.run_dir import CONFIG_FILE
+from oapl_jax.rollouts.log import RolloutLog
+from oapl_jax.types import RolloutGroup, RunError
+
+BATCHES_FILE = "batches.jsonl"
+
+
+class AuditError(RunError):
+    """What is wrong, and where."""
+
+
+def audit(run: pathlib.Path) -> str:
+    """Checks a run, finished or not; returns what was proved as a sentence.
+
+    Raises:
+        AuditError: the first thing that is not as it should be.
+        ValueError: there is no such run.
+    """
+    if not (run / CONFIG_FILE).is_file():
+        raise ValueError(f"{str(run)!r} is no run directory: it has no {CONFIG_FILE}")
+    config = config_file.load(TrainConfig, run / CONFIG_FILE)
+    log = RolloutLog(storage.shared_path(config.run.shared_dir or run) / "rollouts")
+    groups: dict[str, RolloutGroup] = {}
+    damaged: list[str] = []
+    num_damaged = 0
+    uses: collections.Counter[str] = collections.Counter()
+    version, window_step, step, num_rollouts, num_windows = -1, 0, 0, 0, 0
+    for place, line in _lines(run / BATCHES_FILE):
+        step += 1
+        _require(line["step"] == step, place, f"step {line['step']} follows step {step - 1}")
+        if line["policy_version"] != version:
+            is_due = version < 0 or config.offline is not None or step - 1 - window_step == config.window.sync_every
+            _require(
+                line["policy_version"] > version and is_due,
+                place,
+                f"step {step} is of version {line['policy_version']}, {step - 1 - window_step} steps after the sync to"
+                f" {version}; window.sync_every is {config.window.sync_every}",
+            )
+            version, window_step = line["policy_version"], step - 1
+            num_windows += 1
+            groups, damaged = _read(log, version)
+            num_damaged += len(damaged)
+        lag = step - 1 - window_step
+        _require(lag < _most_steps(config), place, f"step {step} lags {lag}, not below {_most_steps(config):g}")
+        absent = [name for name in line["groups"] if name not in groups]
+        _require(not absent or not damaged, place, f"group {absent[:1]} was trained on, and {'; '.join(damaged)}")
+        _check_batch(config, line["groups"], groups, version, place)
+        uses.update(line["groups"])
+        num_rollouts += sum(len(groups[name].usable) for name in line["groups"])
+    most = max(config.window.epochs, config.window.max_uses)
+    if config.offline is not None:
+        most = max(data.epochs for data in config.offline.rounds)
+    for name, times in uses.items():
+        _require(times <= most, BATCHES_FILE, f"group {name} was trained on {times} times; the config says {most}")
+    if config.window.order == "index" and most == 1:
+        _check_order(run)
+    _check_metrics(run, step, config)
+    left = f"; damaged files, of which nothing was trained on: {num_damaged}" if num_damaged else ""
+    return f"{step} steps, {num_windows} windows, {len(uses)} groups, {num_rollouts} rollouts: all as recorded{left}"
+
+
+def _most_steps(config: TrainConfig) -> float:
+    """Of a window; an offline round has as many as its data make."""
+    return config.window.sync_every if config.offline is None else math.inf
+
+
+def _check_batch(
+    config: TrainConfig, names: list[str], groups: dict[str, RolloutGroup], version: int, place: str
+) -> None:
+    wanted = config.learner.batch_rollouts // config.sampler.group_size
+    _require(len(names) == wanted, place, f"{len(names)} groups; a batch has {wanted}")
+    _require(len(set(names)) == len(names), place, "a group is in the batch twice")
+    for name in names:
+        _require(name in groups, place, f"group {name} is not in rollouts/{version:06d}")
+        group = groups[name]
+        where = f"rollouts/{version:06d}, group {name}"
+        _require(group.policy_version == version, where, f"is of version {group.policy_version}")
+        size = len(group.rollouts)
+        is_whole = size == config.sampler.group_size or (
+            config.offline is not None and size < config.sampler.group_size
+        )
+        _require(is_whole, where, f"has {size} rollouts of {config.sampler.group_size}")
+        _require(len(group.usable) > 1, where, "has fewer than two usable rollouts and was trained on")
+        for index, item in enumerate(group.rollouts):
+            tokens, logprobs = item.rollout.token_ids, item.rollout.logprobs
+            inside = f"{where}, rollout {index}"
+            _require(len(tokens) == len(logprobs), inside, f"{len(tokens)} tokens, {len(logprobs)} log-probabilities")
+            if item.is_usable:
+                is_finite = bool(np.isfinite(logprobs).all()) and math.isfinite(item.advantage)
+                _require(is_finite, inside, "a log-probability or the advantage is not finite")
+                _require(
+                    len(tokens) > 0 and bool((logprobs <= 1e-4).all()), inside, "no tokens, or a probability above 1"
+                )
+
+
+def _check_order(run: pathlib.Path) -> None:
+    """In the order of the index the groups of a window ascend."""
+    before: dict[int, int] = {}
+    for place, line in _lines(run / BATCHES_FILE):
+        indices = [int(name.rpartition("-")[2]) for name in line["groups"]]
+        last = before.get(line["policy_version"], -1)
+        _require([last, *indices] == sorted({last, *indices}), place, "the groups are not in the order of their index")
+        before[line["policy_version"]] = indices[-1]
+
+
+def _check_metrics(run: pathlib.Path, steps: int, config: TrainConfig) -> None:
+    """Each step has one line, whose version and lag are those of its batch; a killed run lacks the last ones."""
+    if not (run / METRICS_FILE).exists():
+        return
+    batches = {line["step"]: line["policy_version"] for _, line in _lines(run / BATCHES_FILE)}
+    for line, row in enumerate((row for row in read_metrics(run / METRICS_FILE) if row["step"] > 0), start=1):
+        place = f"{METRICS_FILE}, step {row['step']}"
+        _require(row["step"] == line and line <= steps, place, f"is line {line} of {steps} recorded steps")
+        same = row["window/version"] == batches[line]
+        _require(same, place, f"is of version {row['window/version']:g}, its batch of {batches[line]}")
+        _require(row["window/lag"] < _most_steps(config), place, f"lags {row['window/lag']:g}")
+
+
+def _read(log: RolloutLog, version: int) -> tuple[dict[str, RolloutGroup], list[str]]:
+    """The groups of a version by id, and what is wrong with files that cannot be read: nobody may need them."""
+    groups: dict[str, RolloutGroup] = {}
+    damaged: list[str] = []
+    for part in log.parts(version):
+        try:
+            read = log.read_part(version, part)
+        except ValueError as error:
+            damaged.append(str(error))
+            continue
+        for group in read:
+            _require(group.id not in groups, str(log.path(version, part)), f"group {group.id} is in the log twice")
+            groups[group.id] = group
+    return groups, damaged
+
+
+def _lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    """Each whole line with its place; a last line that a crash tore is no step."""
+    if not path.exists():
+        return
+    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
+        if line.endswith("\n"):
+            place = f"{path.name}, line {number}"
+            try:
+                yield place, json.loads(line)
+            except ValueError as error:
+                raise AuditError(f"{place}: {error}") from error
+
+
+def _require(is_so: bool, place: str, problem: str) -> None:
+    if not is_so:
+        raise AuditError(f"{place}: {problem}")

@@ -1,0 +1,105 @@
+"""What is asked of a sampler, and what every sampler is: our engine, PyTorch, vLLM.
+
+A sampler draws rollouts and does not grade them. Callers know this file, not the engines.
+"""
+
+import dataclasses
+from typing import Generic, TypeVar
+
+import numpy as np
+from jaxtyping import Int
+
+from oapl_jax.config.schema import EvaluateSamplerConfig, EvaluationConfig, SamplerConfig
+
+Tag = TypeVar("Tag")
+
+COLDEST, HOTTEST = 1e-6, 1e6
+"""Temperatures whose inverse and whose quotients are float32 numbers."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingDistribution:
+    """One request's distribution: temperature first, then top-k, then top-p of what top-k kept, then min-p.
+
+    Tokens that tie with the last one kept are kept too.
+
+    Raises:
+        ValueError: a value is out of its range.
+    """
+
+    temperature: float = 1.0
+    """0: greedy."""
+    top_k: int = 0
+    """0: all."""
+    top_p: float = 1.0
+    """Keeps the fewest likeliest tokens whose mass reaches it; 1: all."""
+    min_p: float = 0.0
+    """Keeps tokens at least so likely as this fraction of the likeliest; 0: all."""
+
+    @classmethod
+    def of(cls, section: SamplerConfig | EvaluationConfig | EvaluateSamplerConfig) -> "SamplingDistribution":
+        """The distribution that a section of a config describes."""
+        return cls(section.temperature, section.top_k, section.top_p, section.min_p)
+
+    @property
+    def truncates(self) -> bool:
+        """Has a top-k or a top-p, whose cuts have to be searched for."""
+        return self.top_k > 0 or self.top_p < 1
+
+    def __post_init__(self):
+        temperature_fits = self.temperature == 0 or COLDEST <= self.temperature <= HOTTEST
+        for name, fits, range_ in (
+            ("temperature", temperature_fits, f"0 (greedy), or {COLDEST:g} to {HOTTEST:g}"),
+            ("top_k", 0 <= self.top_k < 2**31, "0 (all) to 2147483647"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, to 1 (all)"),
+            ("min_p", 0 <= self.min_p <= 1, "0 (all) to 1"),
+        ):
+            if not fits:
+                raise ValueError(f"sampling: {name}={getattr(self, name)!r} is out of range; give {range_}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request(Generic[Tag]):
+    """G rollouts of one prompt."""
+
+    tag: Tag
+    """Whatever the caller knows the group by; comes back with its rollouts."""
+    prompt_token_ids: Int[np.ndarray, "_P"]
+    num_rollouts: int
+    seed: tuple[int, int, int]
+    """Root seed, stream, index in it; rollout g draws with ``key(root)`` folded with stream, index and g."""
+    distribution: SamplingDistribution = SamplingDistribution()
+    max_tokens: int | tuple[int, ...] | None = None
+    """Limit of the responses, or of each; None: the engine's."""
+    needs_logprobs: bool = True
+    """False for greedy requests, whose rollouts have NaN for log-probabilities."""
+    stop_strings: tuple[str, ...] = ()
+    """A response ends with the token that completes one of them."""
+    expected_tokens: float | None = None
+    """Likely length of a response, for the order; None: the limit."""
+    timeout: float | None = None
+    """Seconds after which the request is dropped; see ``Scheduler.expired``."""
+
+
+@dataclasses.dataclass
+class Stats:
+    """What a scheduler has done since it was made."""
+
+    tokens: int = 0
+    """Tokens drawn."""
+    prefill_tokens: int = 0
+    """Prompt tokens run through the model, without padding."""
+    row_steps: int = 0
+    """Decode steps x rows of the programs that ran."""
+    live_row_steps: int = 0
+    """Those that drew a token of a rollout."""
+    preemptions: int = 0
+    expired: int = 0
+    """Requests dropped by their timeout."""
+    host_gap_seconds: float = 0.0
+    """Time in which nothing was enqueued on the device although sequences were live."""
+
+    @property
+    def slot_use(self) -> float:
+        """Share of the decoded rows that drew a token of a rollout."""
+        return self.live_row_steps / max(1, self.row_steps)

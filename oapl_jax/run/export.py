@@ -1,0 +1,173 @@
+"""A checkpoint of a run as a Hugging Face folder, which ``transformers`` and vLLM load.
+
+    python -m oapl_jax export RUN_DIR [OUT] [--step STEP] [--dtype bfloat16|float32] [--push OWNER/NAME [--private]]
+    python -m oapl_jax export RUN_DIR [OUT] [--step STEP] --adapter
+
+The folder has the weights (safetensors, in shards where they are large), config, generation config, tokenizer and a
+model card with the run's config and results. Of a run that trained adapters it has them merged; ``--adapter`` writes
+them alone, for ``peft``. With ``--push`` the folder is also put on the hub, by the hub's own login.
+Everything passes through host memory, which has to hold the learner's weights: devices that a run is using
+are left alone. Start it where the run was started, because paths in its config may be relative.
+"""
+
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, SingleDeviceSharding
+from orbax.checkpoint import v1 as ocp
+
+from oapl_jax.build import policy
+from oapl_jax.config import config_file
+from oapl_jax.config.schema import MeshConfig, ModelConfig, TrainConfig
+from oapl_jax.data import tokenizer as tokenizers
+from oapl_jax.distributed.sharding import make_meshes
+from oapl_jax.io.run_dir import CONFIG_FILE
+from oapl_jax.learner.state import TrainState, abstract_state, make_optimizer, make_schedule
+from oapl_jax.model import hf, lora, qwen
+from oapl_jax.sft import sft
+from oapl_jax.weights import checkpoints
+from oapl_jax.weights.model_card import write_card
+from oapl_jax.weights.sync import WeightSync
+
+CHECKPOINTS_FOLDER = "checkpoints"
+LEARNER_WEIGHTS = "0/params/"
+"""How the names of their arrays in a checkpoint begin."""
+
+
+def export(
+    run_dir: pathlib.Path,
+    out: pathlib.Path | None = None,
+    step: int | None = None,
+    dtype: str | None = None,
+    *,
+    adapter: bool = False,
+) -> pathlib.Path:
+    """Writes the learner's weights of a checkpoint, with config, tokenizer and generation config.
+
+    Args:
+        run_dir: of ``oapl_jax.train``.
+        out: the folder to write, replaced where it is a model; default ``RUN_DIR/export-STEP``.
+        step: of the checkpoint; default the newest.
+        dtype: of the weights in the file; default as they were trained.
+        adapter: only the adapters.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: there is no run or no such checkpoint, it is damaged or of another model, ``out`` is something else,
+            or adapters are wanted and none were trained.
+    """
+    saved = run_dir / CONFIG_FILE
+    if not saved.is_file():
+        raise ValueError(f"{str(run_dir)!r} is no run directory: it has no {CONFIG_FILE}")
+    train = config_file.load(TrainConfig, saved)
+    model = train.model
+    step = _choose(steps(run_dir), run_dir, step)
+    out = run_dir / f"export-{step}" if out is None else out
+    if adapter and not train.lora.rank:
+        raise ValueError(f"{str(run_dir)!r} trained all weights (lora.rank=0), and has no adapters to export")
+    if out.exists() and not any((out / name).is_file() for name in (hf.CONFIG_FILE, hf.ADAPTER_CONFIG_FILE)):
+        raise ValueError(f"{str(out)!r} exists and is no model folder; it would be replaced: choose another")
+    start = source(model)
+    config = policy.read_config(pathlib.Path(str(model.config))) if start is None else hf.load_config(start)
+    mesh, _ = make_meshes(MeshConfig(trainer="fsdp=1"), jax.devices("cpu"))
+    params = _load((run_dir / CHECKPOINTS_FOLDER / str(step)).absolute(), _abstract(config, train, mesh))
+    if adapter:
+        base = str(start if model.path is None else model.path)
+        return hf.save_adapter(out, config, params, train.lora, base)
+    if train.lora.rank:
+        frozen = policy.load(model, None if start is None else str(start), mesh, train.run.seed, train.lora).params
+        params = lora.merged(lora.with_trained(frozen, params))
+    tokenizer = tokenizers.load(model.tokenizer, start)
+    folder = hf.save_folder(out, config, params, tokenizer, dtype)
+    write_card(folder, train, run_dir, step, dtype or train.model.param_dtype)
+    return folder
+
+
+def push(folder: pathlib.Path, name: str, *, private: bool = False) -> str:
+    """Puts a model folder on the Hugging Face hub, as one commit; returns its address.
+
+    Raises:
+        ValueError: the hub cannot be reached, or refuses; says why.
+    """
+    from huggingface_hub import HfApi  # half a second, which other exports need not pay
+
+    api = HfApi()
+    try:
+        address = str(api.create_repo(name, private=private or None, exist_ok=True))
+        api.upload_folder(
+            repo_id=name, folder_path=folder, commit_message=f"{folder.resolve().name} by oapl_jax.export"
+        )
+    except Exception as error:  # the hub's library raises whatever its transport does
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(
+            f"--push {name}: the hub refuses or cannot be reached ({reason}); the folder {folder} is complete: log in by"
+            " `hf auth login` or HF_TOKEN, and push it again"
+        ) from error
+    return address
+
+
+def source(model: ModelConfig) -> pathlib.Path | None:
+    """The model folder that the run started from; None where it started from random weights."""
+    if model.warm_start is not None:
+        return pathlib.Path(sft.load_config(model.warm_start).run.dir) / sft.EXPORT_FOLDER
+    return None if model.path is None else hf.resolve(model.path)
+
+
+def _abstract(config: qwen.QwenConfig, train: TrainConfig, mesh: Mesh) -> tuple[TrainState, Any]:
+    """Shapes of what a checkpoint holds, see ``oapl_jax/run/session.py``: the learner's state, the sampler's weights."""
+    optimizer = make_optimizer(train.learner, make_schedule(train.learner, train.run.steps))
+    params = policy.abstract(train.model, config, mesh, train.lora)[1]
+    return abstract_state(params, optimizer).stored, WeightSync(params, mesh, train.sampler.dtype).abstract(params)
+
+
+def _load(folder: pathlib.Path, abstract_tree: tuple[TrainState, Any]) -> Any:
+    """What was trained. All arrays are read, one at a time, because their fingerprint is of them all."""
+    host = SingleDeviceSharding(jax.devices("cpu")[0])
+    kept = []
+
+    def arrays() -> Iterator[jax.Array]:
+        for name, leaf in checkpoints.flatten(abstract_tree).items():
+            array = _load_array(folder, name, jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host))
+            if name.startswith(LEARNER_WEIGHTS):
+                kept.append(array)
+            yield array
+
+    fingerprint = checkpoints.fingerprint(arrays())
+    saved = ocp.load_checkpointables(str(folder), {"meta": None})["meta"]["fingerprint"]
+    if fingerprint != saved:
+        raise ValueError(f"{folder} is damaged: fingerprint {fingerprint:#010x} is not the saved {saved:#010x}")
+    return jax.tree.unflatten(jax.tree.structure(abstract_tree[0].params), kept)
+
+
+def _load_array(folder: pathlib.Path, name: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
+    wanted = f"array {name} of shape {abstract.shape} that this run's config implies"
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    try:
+        with context:
+            array = ocp.load_checkpointables(str(folder), {"arrays": {name: abstract}})["arrays"][name]
+    except Exception as error:  # Orbax raises whatever its storage does
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300]
+        raise ValueError(f"{folder}: cannot load {wanted} ({reason}); it is damaged or of another model") from error
+    if not isinstance(array, jax.Array):
+        raise ValueError(f"{folder}: has no {wanted}; it is of another model")
+    return array
+
+
+def steps(run_dir: pathlib.Path) -> list[int]:
+    """Steps of whole checkpoints: an unfinished or damaged one has more than digits in its name."""
+    return sorted(int(path.name) for path in (run_dir / CHECKPOINTS_FOLDER).glob("*") if path.name.isdigit())
+
+
+def _choose(steps: list[int], run_dir: pathlib.Path, step: int | None) -> int:
+    if not steps:
+        raise ValueError(f"{str(run_dir)!r} has no checkpoint yet")
+    if step is None:
+        return steps[-1]
+    if step not in steps:
+        raise ValueError(f"{str(run_dir)!r} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
+    return step

@@ -1,0 +1,312 @@
+"""The distribution that tokens are drawn from, and the draw.
+
+Every step of decoding runs this over all V x B logits, so it takes few passes over them and neither
+sorts them nor makes a random number for each. Ids come first, ``[V, B]``: every sum and maximum over ids
+is then one of whole rows of memory, and what there is one of for each sequence broadcasts as it is.
+
+* The vocabulary is N blocks of W ids. One uniform number picks a block by the blocks' masses, another
+  one a token of that block: the inverse of the distribution function, on two levels. It takes one
+  pass for the maxima of the blocks and one for their masses.
+* Top-k, top-p and min-p each keep the logits from some cut upwards. The cuts of top-k and top-p are
+  found by bisection down to neighbouring float32 numbers where need be, so they are exact; each of
+  its 10 to 30 steps is a pass. Where no row asks for them there is no pass.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Key
+
+MOST_BLOCKS = 128
+"""About the square root of a vocabulary; a power of two, so that a sharded vocabulary is split between blocks."""
+
+FEWEST_BLOCKS = 32
+"""A vocabulary that no power of two from here on divides is copied with padding; real models have none such."""
+
+RESOLUTION = 1e-5
+"""Parts of a mass beyond which one weight more or less stands out from the rounding of a float32 sum."""
+
+RowFn = Callable[[Float[Array, "B"]], Float[Array, "B"]]
+
+
+class Distributions(NamedTuple):
+    """``SamplingDistribution`` of each row. What the other fields say of a row with temperature 0 is not read."""
+
+    temperature: Float[Array, "B"]
+    top_k: Int[Array, "B"]
+    top_p: Float[Array, "B"]
+    min_p: Float[Array, "B"]
+
+
+class Draw(NamedTuple):
+    """One token a row; every number is about the processed distribution: truncated, renormalised.
+
+    A greedy distribution has no log-probability to learn from: ``logprob`` of such a row is NaN, and its other
+    numbers are about the distribution at temperature 1 without truncation.
+    """
+
+    token: Int[Array, "B"]
+    logprob: Float[Array, "B"]
+    """Of the token, in nats, float32."""
+    entropy: Float[Array, "B"] | None
+    """In nats, float32."""
+    top_ids: Int[Array, "B n"] | None
+    """The likeliest tokens, likeliest first; of equally likely ones the lowest id."""
+    top_logprobs: Float[Array, "B n"] | None
+    """-inf for those that are not kept."""
+
+
+def draw(
+    uniform: Float[Array, "2 B"],
+    logits: Float[Array, "V B"],
+    distribution: Distributions,
+    *,
+    vocab_size: int,
+    is_sharded: bool = False,
+    can_truncate: bool = True,
+    with_entropy: bool = False,
+    num_top: int = 0,
+) -> Draw:
+    """Draws one token a sequence.
+
+    Args:
+        uniform: of ``uniforms``: all the randomness there is.
+        logits: unprocessed.
+        distribution: of each sequence.
+        vocab_size: the tokenizer's length; ids from it on are padding and never drawn.
+        is_sharded: the vocabulary is split over devices: what is needed of it is then found by sums over
+            all of it, because a gather would bring all logits to every device.
+        can_truncate: False: no sequence has a top-k or a top-p, and there is less to compile.
+        with_entropy: also return the entropy; one more pass.
+        num_top: also return this many likeliest tokens, at most ``vocab_size``.
+    """
+    if not 0 <= num_top <= vocab_size <= logits.shape[0]:
+        raise ValueError(f"need num_top={num_top} <= vocab_size={vocab_size} <= logits' {logits.shape[0]} ids")
+    with jax.named_scope("draw"):
+        logits_NWB = _to_blocks(logits.astype(jnp.float32), vocab_size)
+        # The barriers keep XLA from taking what follows over all logits anew, as one reduction and not two.
+        block_tops = jax.lax.optimization_barrier(jnp.max(logits_NWB, axis=1))
+        top = jnp.max(block_tops, axis=0)
+        is_greedy = distribution.temperature == 0
+        inverse_temperature = 1 / jnp.where(is_greedy, 1, distribution.temperature)
+        cut = _cut(logits_NWB, block_tops, inverse_temperature, distribution, can_truncate=can_truncate)
+
+        def log_weights(part: Float[Array, "... B"]) -> Float[Array, "... B"]:
+            """Log-probabilities of some logits, up to a constant of each sequence."""
+            return jnp.where(part >= cut, (part - top) * inverse_temperature, -jnp.inf)
+
+        masses = jax.lax.optimization_barrier(jnp.sum(jnp.exp(log_weights(logits_NWB)), axis=1))
+        mass = jnp.sum(masses, axis=0)
+        log_mass = jnp.log(mass)
+
+        block = _pick(masses, _cumulate(masses), uniform[0] * mass)
+        block = jnp.where(is_greedy | (block < 0), jnp.argmax(block_tops, axis=0), block)
+        logits_WB = _take_blocks(logits_NWB, block[None], is_sharded=is_sharded)[0]
+        weights = jnp.exp(log_weights(logits_WB))
+        cumulative = jnp.cumsum(weights, axis=0)
+        within = _pick(weights, cumulative, uniform[1] * cumulative[-1])
+        within = jnp.where(is_greedy | (within < 0), jnp.argmax(logits_WB, axis=0), within)
+        logit = jnp.take_along_axis(logits_WB, within[None], axis=0)[0]
+        logprob = jnp.where(is_greedy, jnp.nan, log_weights(logit) - log_mass)
+
+        entropy = top_ids = top_logprobs = None
+        if with_entropy:
+            logs = log_weights(logits_NWB)
+            energy = jnp.sum(jnp.where(logs > -jnp.inf, jnp.exp(logs) * logs, 0), axis=(0, 1))
+            entropy = log_mass - energy / mass
+        if num_top:
+            top_ids, top_logits = _likeliest(logits_NWB, block_tops, num_top, is_sharded=is_sharded)
+            top_logprobs = (log_weights(top_logits.T) - log_mass).T
+        token = block * logits_NWB.shape[1] + within
+        return Draw(token.astype(jnp.int32), logprob, entropy, top_ids, top_logprobs)
+
+
+def uniforms(keys: Key[Array, "B"], positions: Int[Array, "B"]) -> Float[Array, "2 B"]:
+    """Two numbers for each token to draw, strictly between 0 and 1: one that is 0 would draw tokens next to impossible.
+
+    They follow from ``fold_in(keys[b], positions[b])``: a sample depends on its own key and on the positions
+    of its tokens, not on its place in the batch or its neighbours.
+    """
+    bits = jax.vmap(lambda key, position: jax.random.bits(jax.random.fold_in(key, position), (2,)))(keys, positions)
+    return (((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23).T
+
+
+class Bracket(NamedTuple):
+    """Where a cut has been narrowed to."""
+
+    step: Int[Array, ""]
+    reaches: Int[Array, "B"]
+    """Ordinal of the highest cut known to reach the goal."""
+    fails: Int[Array, "B"]
+    """Ordinal of the lowest one known not to."""
+    at_reaches: Float[Array, "B"]
+    at_fails: Float[Array, "B"]
+
+
+def _to_blocks(logits: Float[Array, "V B"], vocab_size: int) -> Float[Array, "N W B"]:
+    """Consecutive ids in blocks; -inf for padding."""
+    num_ids = logits.shape[0]
+    num_blocks = math.gcd(num_ids, MOST_BLOCKS)
+    if vocab_size < num_ids:
+        logits = jnp.where(jnp.arange(num_ids)[:, None] < vocab_size, logits, -jnp.inf)
+    if num_blocks < FEWEST_BLOCKS:
+        num_blocks = MOST_BLOCKS
+        logits = jnp.pad(logits, ((0, -num_ids % num_blocks), (0, 0)), constant_values=-jnp.inf)
+    return logits.reshape(num_blocks, -1, logits.shape[1])
+
+
+def _take_blocks(
+    logits_NWB: Float[Array, "N W B"], blocks: Int[Array, "n B"], *, is_sharded: bool
+) -> Float[Array, "n W B"]:
+    if not is_sharded:
+        return jnp.take_along_axis(logits_NWB, blocks[:, None], axis=0)
+    is_taken = blocks[:, None] == jnp.arange(logits_NWB.shape[0])[:, None]
+    return jnp.sum(jnp.where(is_taken[:, :, None], logits_NWB, 0), axis=1)
+
+
+def _likeliest(
+    logits_NWB: Float[Array, "N W B"], block_tops: Float[Array, "N B"], num_top: int, *, is_sharded: bool
+) -> tuple[Int[Array, "B n"], Float[Array, "B n"]]:
+    """Ids and logits of the n highest logits: they lie in the n blocks with the highest maxima."""
+    num_blocks, width, num_rows = logits_NWB.shape
+    # In the order of ids, so that of equal logits the lowest id comes first.
+    blocks = jnp.sort(jax.lax.top_k(block_tops.T, min(num_top, num_blocks))[1], axis=1).T
+    candidates = _take_blocks(logits_NWB, blocks, is_sharded=is_sharded)
+    ids = blocks[:, None] * width + jnp.arange(width)[:, None]
+    logits, indices = jax.lax.top_k(candidates.reshape(-1, num_rows).T, num_top)
+    return jnp.take_along_axis(ids.reshape(-1, num_rows).T, indices, axis=1), logits
+
+
+def _cumulate(masses: Float[Array, "N B"]) -> Float[Array, "N B"]:
+    """Cumulative sums by a product, which takes one reduction over a sharded axis and not one for each doubling."""
+    ones = jnp.tril(jnp.ones((masses.shape[0], masses.shape[0]), jnp.float32))
+    return jnp.matmul(ones, masses, precision=jax.lax.Precision.HIGHEST)
+
+
+def _pick(masses: Float[Array, "N B"], cumulative: Float[Array, "N B"], level: Float[Array, "B"]) -> Int[Array, "B"]:
+    """The first entry at which the cumulative mass exceeds the level; never one without mass, -1 if none has any.
+
+    Rounding can lift the level to the cumulative mass of the last entry, and sums of different order
+    need not be monotone: the entry has to have mass, and the last one that has it is the limit.
+    """
+    index = jnp.arange(masses.shape[0])[:, None]
+    has_mass = masses > 0
+    first = jnp.min(jnp.where(has_mass & (cumulative > level), index, masses.shape[0]), axis=0)
+    return jnp.minimum(first, jnp.max(jnp.where(has_mass, index, -1), axis=0))
+
+
+def _cut(
+    logits_NWB: Float[Array, "N W B"],
+    block_tops: Float[Array, "N B"],
+    inverse_temperature: Float[Array, "B"],
+    distribution: Distributions,
+    *,
+    can_truncate: bool,
+) -> Float[Array, "B"]:
+    """The lowest logit that each row keeps, or -inf."""
+    top = jnp.max(block_tops, axis=0)
+    num_blocks, num_ids = block_tops.shape[0], math.prod(logits_NWB.shape[:2])
+    is_drawn = distribution.temperature != 0
+    everything = jnp.full_like(top, -jnp.inf)
+
+    def cut_of_top_k() -> Float[Array, "B"]:
+        def count(cut: Float[Array, "B"]) -> Float[Array, "B"]:
+            # In float32, exact to 2^24: XLA sums it several times as fast as integers on CPU.
+            return jnp.sum((logits_NWB >= cut).astype(jnp.float32), axis=(0, 1))
+
+        is_cut = is_drawn & (distribution.top_k > 0) & (distribution.top_k < num_ids)
+        # Each block has a logit that is at least the lowest maximum.
+        low = jnp.where(is_cut & (distribution.top_k <= num_blocks), jnp.min(block_tops, axis=0), -jnp.inf)
+        goal = jnp.where(is_cut, distribution.top_k, num_ids).astype(jnp.float32)
+        at_low = jnp.full_like(top, num_ids)
+        return _highest_cut(count, jnp.ones_like, goal, low=low, at_low=at_low, high=top)
+
+    def cut_of_top_p() -> Float[Array, "B"]:
+        weights = jnp.exp((logits_NWB - top) * inverse_temperature)
+
+        def mass_from(cut: Float[Array, "B"]) -> Float[Array, "B"]:
+            return jnp.sum(jnp.where(logits_NWB >= cut, weights, 0), axis=(0, 1))
+
+        def weight_at(cut: Float[Array, "B"]) -> Float[Array, "B"]:
+            weight = jnp.exp((cut - top) * inverse_temperature)
+            return jnp.where(weight > RESOLUTION * mass, weight, 0)
+
+        mass = mass_from(by_top_k)
+        top_p = jnp.where(is_drawn, distribution.top_p, 1)
+        # All tokens of less than this mass have less than 1 - top_p together, so that the cut is not among
+        # them; half of it covers rounding. -inf where top_p is 1.
+        spare = (1 - top_p) * mass / num_ids / 2
+        low = jnp.maximum(by_top_k, top + jnp.log(spare) / inverse_temperature)
+        return _highest_cut(mass_from, weight_at, top_p * mass, low=low, at_low=mass, high=top)
+
+    by_top_k = by_top_p = everything
+    if can_truncate:
+        by_top_k = jax.lax.cond(jnp.any(is_drawn & (distribution.top_k > 0)), cut_of_top_k, lambda: everything)
+        by_top_p = jax.lax.cond(jnp.any(is_drawn & (distribution.top_p < 1)), cut_of_top_p, lambda: by_top_k)
+    by_min_p = top + jnp.log(distribution.min_p) / inverse_temperature
+    return jnp.where(is_drawn, jnp.maximum(by_top_p, by_min_p), -jnp.inf)
+
+
+def _highest_cut(
+    measure: RowFn,
+    least: RowFn,
+    goal: Float[Array, "B"],
+    *,
+    low: Float[Array, "B"],
+    at_low: Float[Array, "B"],
+    high: Float[Array, "B"],
+) -> Float[Array, "B"]:
+    """A cut that keeps what the highest one keeps at which a measure still reaches its goal.
+
+    Args:
+        measure: of the logits from a cut upwards.
+        least: what the measure gains at least by a logit at a cut; 0: less than rounding.
+        goal: positive.
+        low: a cut at which the goal is reached.
+        at_low: the measure at ``low``, or more.
+        high: the highest logit.
+    """
+
+    def is_open(bracket: Bracket) -> Array:
+        # Ended where the goal is just met, where one logit is left between the two cuts, and, with ties
+        # at the cut, where the two are neighbours among the numbers.
+        one = 1.5 * least(_from_ordinal(bracket.reaches))
+        is_ended = (bracket.at_reaches == goal) | (bracket.at_reaches - bracket.at_fails < one)
+        return ~is_ended & (bracket.reaches + 1 < bracket.fails)
+
+    def halve(bracket: Bracket) -> Bracket:
+        step, reaches, fails, at_reaches, at_fails = bracket
+        # Logits that matter span tens: halving their values parts neighbours soonest. Halving the bits
+        # every fourth time bounds the passes whatever the spread is.
+        value = _from_ordinal(reaches) / 2 + _from_ordinal(fails) / 2
+        by_value = jnp.clip(_to_ordinal(value), reaches + 1, fails - 1)
+        by_bits = (reaches >> 1) + (fails >> 1) + (reaches & fails & 1)  # their sum would overflow
+        middle = jnp.where((step % 4 == 3) | jnp.isinf(value), by_bits, by_value)
+        at_middle = measure(_from_ordinal(middle))
+        # A row that has ended stays, so that no row depends on its neighbours.
+        rises, falls = is_open(bracket) & (at_middle >= goal), is_open(bracket) & (at_middle < goal)
+        return Bracket(
+            step + 1,
+            jnp.where(rises, middle, reaches),
+            jnp.where(falls, middle, fails),
+            jnp.where(rises, at_middle, at_reaches),
+            jnp.where(falls, at_middle, at_fails),
+        )
+
+    bracket = Bracket(jnp.int32(0), _to_ordinal(low), _to_ordinal(high) + 1, at_low, jnp.zeros_like(goal))
+    ended = jax.lax.while_loop(lambda bracket: jnp.any(is_open(bracket)), halve, bracket)
+    return _from_ordinal(ended.reaches)
+
+
+def _to_ordinal(x: Float[Array, "B"]) -> Int[Array, "B"]:
+    """Integers in the order of float32 numbers: the magnitude bits of negative ones are inverted."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+def _from_ordinal(ordinal: Int[Array, "B"]) -> Float[Array, "B"]:
+    bits = jnp.where(ordinal < 0, ordinal ^ 0x7FFFFFFF, ordinal)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)

@@ -1,0 +1,149 @@
+"""JetStream's gRPC server over a policy.
+
+The server, its queues and its threads are JetStream's own. ``CheckedOrchestrator`` stands between them
+and the client, because JetStream 0.2.2 has no answer to a request that it cannot serve (an error in one
+of its threads kills the process), looks at ``max_tokens`` only once a chunk, and decodes text token by
+token, which breaks characters of several tokens: so it gives JetStream token ids, and takes token ids.
+"""
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Iterator
+from typing import Any
+
+import grpc
+from jetstream.core.proto import jetstream_pb2
+
+from oapl_jax.sampler.jetstream.engine import JetStreamEngine, JetStreamTokenizer
+
+
+@contextlib.contextmanager
+def _root_logger_kept() -> Iterator[None]:
+    """JetStream's orchestrator sets the root logger to DEBUG, on standard output, when it is imported."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    yield
+    root.setLevel(level)
+    root.handlers = handlers
+
+
+with _root_logger_kept():
+    from jetstream.core import config_lib, orchestrator, server_lib
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""How a tokenizer shows a character whose bytes have not all come."""
+
+Request = Any
+"""``jetstream_pb2.DecodeRequest``."""
+
+Response = Any
+"""``jetstream_pb2.DecodeResponse``."""
+
+
+class CheckedOrchestrator(orchestrator.LLMOrchestrator):
+    """JetStream's servicer: refuses what cannot be served, keeps ``max_tokens`` exactly, decodes text whole."""
+
+    def __init__(self, driver: orchestrator.Driver):
+        super().__init__(driver)
+        self._engine: Any = driver._generate_engines[0]
+        self._tokenizer: JetStreamTokenizer = self._engine.build_tokenizer(self._engine.get_tokenizer())
+
+    async def Decode(self, request: Request, context: Any = None) -> AsyncIterator[Response]:  # noqa: N802 - JetStream's
+        """Streams the responses to a prompt; a request that is refused ends with ``INVALID_ARGUMENT``."""
+        programs = self._engine.programs
+        try:
+            prompt = self._prompt(request)
+        except ValueError as error:
+            await orchestrator._abort_or_raise(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            return
+        limit = min(request.max_tokens, programs.max_response_tokens)
+        # The end of a chunk: with less the orchestrator would keep back all of the last one.
+        max_tokens = -(-limit // programs.decode_steps) * programs.decode_steps
+        has_text = request.HasField("text_content")
+        outputs = [_Output(self._tokenizer, limit, has_text) for _ in range(self._engine.samples_per_slot)]
+        stream: Any = super().Decode(_request(prompt, max_tokens), context)
+        async with contextlib.aclosing(stream) as responses:
+            async for response in responses:
+                for output, sample in zip(outputs, response.stream_content.samples, strict=True):
+                    output.take(sample)
+                yield response
+                if all(output.is_full for output in outputs):
+                    break
+        if any(output.rest for output in outputs):
+            yield _response([output.rest for output in outputs])
+
+    def _prompt(self, request: Request) -> list[int]:
+        """The prompt of a request that can be served.
+
+        Raises:
+            ValueError: it cannot.
+        """
+        programs = self._engine.programs
+        if request.session_cache:
+            raise ValueError(f"session_cache={request.session_cache!r} is not supported; leave it out")
+        if request.max_tokens < 1:
+            raise ValueError(f"max_tokens={request.max_tokens}; ask for at least 1")
+        if request.HasField("text_content"):
+            token_ids = self._tokenizer.encode_text(request.text_content.text)
+        elif request.HasField("token_content"):
+            token_ids = list(request.token_content.token_ids)
+        else:
+            raise ValueError("the request is empty; give text_content or token_content")
+        if not 0 < len(token_ids) <= programs.max_prompt_tokens:
+            raise ValueError(f"prompt of {len(token_ids)} tokens; the limit is 1 to {programs.max_prompt_tokens}")
+        outside = [i for i in token_ids if not 0 <= i < programs.vocab_size]
+        if outside:
+            raise ValueError(f"token id {outside[0]} of the prompt; the tokenizer has 0 to {programs.vocab_size - 1}")
+        return token_ids
+
+
+class _Output:
+    """What one response of a request has said so far."""
+
+    def __init__(self, tokenizer: JetStreamTokenizer, limit: int, has_text: bool):
+        self._tokenizer, self._limit, self._has_text = tokenizer, limit, has_text
+        self._token_ids: list[int] = []
+        self._text = ""
+        self.rest = ""
+        """The end of the text, as long as it may be a part of a character."""
+
+    @property
+    def is_full(self) -> bool:
+        return len(self._token_ids) == self._limit
+
+    def take(self, sample: Any) -> None:
+        """Cuts what the orchestrator sends to the limit, and adds its text."""
+        token_ids = list(sample.token_ids)[: self._limit - len(self._token_ids)]
+        self._token_ids += token_ids
+        sample.token_ids[:] = token_ids
+        if self._has_text:
+            whole = self._tokenizer.decode(self._token_ids)
+            sure = whole.rstrip(UNFINISHED)
+            sample.text, self.rest = sure[len(self._text) :], whole[len(sure) :]
+            self._text = sure
+
+
+def _request(token_ids: list[int], max_tokens: int) -> Request:
+    message: Any = jetstream_pb2.DecodeRequest  # pyright: ignore[reportAttributeAccessIssue]
+    return message(token_content=message.TokenContent(token_ids=token_ids), max_tokens=max_tokens)
+
+
+def _response(texts: list[str]) -> Response:
+    message: Any = jetstream_pb2.DecodeResponse  # pyright: ignore[reportAttributeAccessIssue]
+    samples = [message.StreamContent.Sample(text=text) for text in texts]
+    return message(stream_content=message.StreamContent(samples=samples))
+
+
+def start(engine: JetStreamEngine, port: int) -> Any:
+    """Starts JetStream's server on a port of all interfaces, without encryption, as JetStream does.
+
+    Returns:
+        A ``server_lib.JetStreamServer``, which has ``stop``.
+    """
+    # server_lib makes the servicer itself; this name is where it looks for the class.
+    orchestrator.LLMOrchestrator = CheckedOrchestrator
+    devices = list(engine.mesh.devices.flat)
+    config: Any = config_lib.ServerConfig(
+        interleaved_slices=(f"devices={len(devices)}",), interleaved_engine_create_fns=(lambda _: engine,)
+    )
+    return server_lib.run(port, config=config, devices=devices)

@@ -1,0 +1,126 @@
+"""The state of requests that are under way: their groups and their sequences."""
+
+import collections
+import dataclasses
+from collections.abc import Callable, Collection
+from typing import Generic, TypeVar
+
+import numpy as np
+from jaxtyping import Int
+
+from oapl_jax.rollouts.sampling import Request
+from oapl_jax.sampler.engine import Decoded
+from oapl_jax.types import FinishReason, Rollout
+
+Tag = TypeVar("Tag")
+
+
+@dataclasses.dataclass(eq=False)
+class LiveGroup(Generic[Tag]):
+    """A request some of whose rollouts have not ended."""
+
+    request: Request[Tag]
+    deadline: float | None
+    """In the time of ``time.monotonic``."""
+    block: int
+    """Groups of an earlier block start before it."""
+    finished: dict[int, Rollout] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(eq=False)
+class LiveSequence(Generic[Tag]):
+    """One rollout that has not ended."""
+
+    group: LiveGroup[Tag]
+    index: int
+    limit: int
+    tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
+    logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
+    entropy: list[np.ndarray] = dataclasses.field(default_factory=list)
+    top_ids: list[np.ndarray] = dataclasses.field(default_factory=list)
+    top_logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
+    num_tokens: int = 0
+    slot: int | None = None
+    """None: it waits for pages and a prefill."""
+    pages: list[int] = dataclasses.field(default_factory=list)
+    unread: collections.deque[int] = dataclasses.field(default_factory=collections.deque)
+    """For each chunk that decodes it and has not been read, the steps that it makes unless it ends."""
+    started: int = -1
+    """Order in which it began to decode; -1: it has a slot and has not yet."""
+    has_ended: bool = False
+
+    @property
+    def prompt_length(self) -> int:
+        """P."""
+        return len(self.group.request.prompt_token_ids)
+
+    @property
+    def next_write(self) -> int:
+        """Position of the last token known, which the next step writes to the cache."""
+        return self.prompt_length + max(self.num_tokens, 1) - 1
+
+    @property
+    def end(self) -> int:
+        """First position beyond the limit."""
+        return self.prompt_length + self.limit
+
+    @property
+    def surely_ends(self) -> bool:
+        """The unread chunks reach its limit, if nothing ended it before."""
+        return bool(self.unread) and self.next_write + sum(self.unread) + 1 >= self.end
+
+    def prefix(self) -> Int[np.ndarray, "_P"]:
+        """What has to be in the cache before it can go on: all but the last token."""
+        return np.concatenate([self.group.request.prompt_token_ids, *self.tokens])[: self.next_write]
+
+    def take(self, decoded: Decoded, row: int, decode: Callable[[list[int]], str] | None) -> bool:
+        """Appends what a chunk has decoded in one of its rows.
+
+        Args:
+            decoded: the chunk.
+            row: the sequence's.
+            decode: token ids to text; needed where the request has stop strings.
+
+        Returns:
+            Whether the sequence has ended.
+        """
+        is_valid, is_done = decoded.is_valid[row], bool(decoded.is_done[row])
+        tokens = decoded.tokens[row, is_valid]
+        count = len(tokens)
+        if self.group.request.stop_strings and count:
+            assert decode is not None
+            count, is_stopped = self._find_stop(tokens, decode)
+            is_done = is_done or is_stopped
+        columns = (
+            (self.tokens, decoded.tokens),
+            (self.logprobs, decoded.logprobs),
+            (self.entropy, decoded.entropy),
+            (self.top_ids, decoded.top_ids),
+            (self.top_logprobs, decoded.top_logprobs),
+        )
+        for parts, values in columns:
+            if values is not None:
+                parts.append(values[row, is_valid][:count])
+        self.num_tokens += count
+        return is_done
+
+    def rollout(self, stop_ids: Collection[int]) -> Rollout:
+        """What it is when it has ended."""
+        token_ids = np.concatenate(self.tokens).astype(np.int32)
+        # Shorter than its limit without a stop token: at a stop string.
+        is_stop = token_ids[-1] in stop_ids or len(token_ids) < self.limit
+        rest = [np.concatenate(parts) if parts else None for parts in (self.entropy, self.top_ids, self.top_logprobs)]
+        reason = FinishReason.STOP if is_stop else FinishReason.LENGTH
+        return Rollout(token_ids, np.concatenate(self.logprobs), reason, *rest)
+
+    def _find_stop(self, new: np.ndarray, decode: Callable[[list[int]], str]) -> tuple[int, bool]:
+        """How many of the new tokens belong to the response, and whether they complete a stop string."""
+        tokens = np.concatenate([*self.tokens, new]).tolist()
+
+        def has_stop(count: int) -> bool:
+            text = decode(tokens[: self.num_tokens + count])
+            return any(stop in text for stop in self.group.request.stop_strings)
+
+        if not has_stop(len(new)):
+            return len(new), False
+        return next(count for count in range(1, len(new) + 1) if has_stop(count)), True

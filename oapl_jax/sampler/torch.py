@@ -1,0 +1,166 @@
+"""PyTorch's ``generate`` as the engine of a detached sampler, with the log-probabilities of the distribution it samples.
+
+A foreign engine for a JAX trainer, and the shortest whole example of one. It is what the paper's idea allows, not
+what is fast: prompts of one length are decoded together, and a batch lasts as long as its longest response.
+
+The draws come from PyTorch's global generator, so a group that is sampled again is another one. The log has what
+was drawn.
+"""
+
+import collections
+import functools
+import pathlib
+from collections.abc import Iterable
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+import torch  # pyright: ignore[reportMissingImports]  (a test extra)
+from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
+
+from oapl_jax.config.schema import TrainConfig
+from oapl_jax.data.tokenizer import Tokenizer
+from oapl_jax.rollouts.sampling import Request, SamplingDistribution, Stats
+from oapl_jax.types import FinishReason, Rollout
+
+Tag = TypeVar("Tag")
+
+
+def load_model(folder: pathlib.Path, dtype: str) -> Any:
+    """A published policy, on the GPU where there is one."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def make(config: TrainConfig, tokenizer: Tokenizer) -> tuple["TorchRunner", Any]:
+    """The runner of a process, and what loads a published policy for it."""
+    runner = TorchRunner(
+        num_rows=config.sampler.groups_in_flight * config.sampler.group_size,
+        max_response_tokens=config.sampler.max_response_tokens,
+        vocab_size=tokenizer.vocab_size,
+        stop_ids=tokenizer.stop_ids,
+        pad_id=tokenizer.pad_id,
+    )
+    return runner, functools.partial(load_model, dtype=config.sampler.dtype)
+
+
+class TorchRunner(Generic[Tag]):
+    """Runs requests in batches; to a worker it is what ``Replicas`` is.
+
+    Args:
+        num_rows: rollouts decoded at once.
+        max_response_tokens: limit of a response.
+        vocab_size: the tokenizer's length; ids beyond it are padding of the embedding and never drawn.
+        stop_ids: tokens that end a response.
+        pad_id: fills the rows of responses that have ended.
+    """
+
+    def __init__(
+        self, *, num_rows: int, max_response_tokens: int, vocab_size: int, stop_ids: tuple[int, ...], pad_id: int
+    ):
+        self._num_rows, self._max_response_tokens, self._vocab_size = num_rows, max_response_tokens, vocab_size
+        self._stop_ids, self._pad_id = stop_ids, pad_id
+        self._waiting: collections.deque[Request[Tag]] = collections.deque()
+        self.stats = Stats()
+        torch.seed()
+
+    @property
+    def is_idle(self) -> bool:
+        """No request waits; none is ever under way between two steps."""
+        return not self._waiting
+
+    @property
+    def wants_more(self) -> bool:
+        """The next batch is not full."""
+        return sum(request.num_rollouts for request in self._waiting) < self._num_rows
+
+    @property
+    def num_live(self) -> int:
+        """Rollouts that are asked for."""
+        return sum(request.num_rollouts for request in self._waiting)
+
+    def submit(self, request: Request[Tag]) -> None:
+        """Puts a request in the queue."""
+        self._waiting.append(request)
+
+    def abort(self) -> None:
+        """Drops all requests."""
+        self._waiting.clear()
+
+    def warm_up(self, params: Any, prompt_lengths: Iterable[int], group_size: int) -> None:
+        """Nothing: PyTorch compiles nothing."""
+
+    def step(self, params: Any) -> list[tuple[Tag, list[Rollout]]]:
+        """Generates all rollouts of the first requests that have prompts of one length and one distribution."""
+        first = self._waiting[0]
+
+        def is_alike(request: Request[Tag]) -> bool:
+            return (len(request.prompt_token_ids), request.distribution) == (
+                len(first.prompt_token_ids),
+                first.distribution,
+            )
+
+        batch, num_rows = [], 0
+        for request in [request for request in self._waiting if is_alike(request)]:
+            if batch and num_rows + request.num_rollouts > self._num_rows:
+                break
+            batch.append(request)
+            num_rows += request.num_rollouts
+            self._waiting.remove(request)
+        prompts = np.concatenate([np.tile(item.prompt_token_ids, (item.num_rollouts, 1)) for item in batch])
+        rollouts = iter(self._generate(params, prompts, first.distribution))
+        return [(request.tag, [next(rollouts) for _ in range(request.num_rollouts)]) for request in batch]
+
+    def _generate(self, model: Any, prompts: np.ndarray, distribution: SamplingDistribution) -> list[Rollout]:
+        inputs = torch.as_tensor(prompts, dtype=torch.long, device=model.device)
+        with torch.inference_mode():
+            output = model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                generation_config=self._generation_config(distribution),
+                logits_processor=LogitsProcessorList([_OnlyVocabulary(self._vocab_size)]),
+            )
+            tokens = output.sequences[:, inputs.shape[1] :]
+            # The scores are the logits after all processors: their softmax is the distribution that was drawn from.
+            distributions = torch.stack(output.scores, dim=1).float().log_softmax(-1)
+            logprobs = distributions.gather(-1, tokens[..., None])[..., 0]
+        rows = zip(tokens.cpu().numpy(), logprobs.cpu().numpy(), strict=True)
+        rollouts = [self._cut(ids, scores) for ids, scores in rows]
+        self.stats.tokens += sum(len(rollout.token_ids) for rollout in rollouts)
+        self.stats.prefill_tokens += prompts.size
+        self.stats.row_steps += tokens.numel()
+        self.stats.live_row_steps += sum(len(rollout.token_ids) for rollout in rollouts)
+        return rollouts
+
+    def _cut(self, ids: np.ndarray, logprobs: np.ndarray) -> Rollout:
+        """A row up to its first stop token, which belongs to it."""
+        (stops,) = np.nonzero(np.isin(ids, self._stop_ids))
+        length = int(stops[0]) + 1 if len(stops) else len(ids)
+        reason = FinishReason.STOP if len(stops) else FinishReason.LENGTH
+        return Rollout(ids[:length].astype(np.int32), logprobs[:length].astype(np.float32), reason)
+
+    def _generation_config(self, distribution: SamplingDistribution) -> GenerationConfig:
+        """Nothing of the folder's own, which may truncate the distribution."""
+        return GenerationConfig(
+            do_sample=True,
+            temperature=distribution.temperature,
+            top_k=distribution.top_k,
+            top_p=distribution.top_p,
+            min_p=distribution.min_p or None,
+            max_new_tokens=self._max_response_tokens,
+            eos_token_id=list(self._stop_ids),
+            pad_token_id=self._pad_id,
+            output_scores=True,
+            return_dict_in_generate=True,
+        )
+
+
+class _OnlyVocabulary(LogitsProcessor):
+    """Rules out the ids that the tokenizer does not have."""
+
+    def __init__(self, vocab_size: int):
+        self._vocab_size = vocab_size
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        """Logits with minus infinity at the padding of the embedding."""
+        scores[:, self._vocab_size :] = -torch.inf
+        return scores

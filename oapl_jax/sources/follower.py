@@ -1,0 +1,246 @@
+"""The trainer's side of samplers in other processes: it hands them policies, and follows the rollout log.
+
+To ``train.py`` this is what ``Worker`` is: something that fills the buffer with graded groups of the version
+that it was given. The samplers are processes of ``oapl_jax.sample``, or of any other engine.
+"""
+
+import contextlib
+import json
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+from oapl_jax.io import storage
+from oapl_jax.io.storage import SharedPath
+from oapl_jax.rollouts.buffer import GroupBuffer, Window
+from oapl_jax.rollouts.log import RolloutLog
+from oapl_jax.types import Metrics, RolloutGroup
+from oapl_jax.weights.policies import Holds, PolicyStore
+
+STOP_DEADLINE = 60.0
+DAMAGED_SECONDS = 0.5
+"""For how long a file cannot be read before it is moved away: without hard links it is seen while it is written."""
+
+REPORT_SECONDS = 1.0
+"""Between two looks at what the samplers say of themselves."""
+
+SAMPLERS_FOLDER = "samplers"
+LEASES_FOLDER = "leases/shards"
+
+
+@runtime_checkable
+class Samplers(Protocol):
+    """Samplers in other processes, as their trainer sees them."""
+
+    def open_window(self, window: Window, params: Any) -> Metrics:
+        """Has a window sampled with these weights."""
+        ...
+
+    def tidy(self) -> None:
+        """Once a window, in another thread: removes what older ones have left."""
+        ...
+
+    def finish(self, policy_version: int) -> None:
+        """Tells them that no other window comes."""
+        ...
+
+
+class Published:
+    """Samplers that read policies from a store, and come and go as they like.
+
+    Args:
+        publish: writes a version for a window.
+        store: where to.
+        holds: who uses which version.
+    """
+
+    def __init__(self, publish: Callable[[Window, Any], Metrics], store: PolicyStore, holds: Holds):
+        self._publish, self._store, self._holds = publish, store, holds
+
+    def open_window(self, window: Window, params: Any) -> Metrics:
+        """Publishes the weights."""
+        return self._publish(window, params)
+
+    def tidy(self) -> None:
+        """Removes versions that nobody uses any longer."""
+        self._store.collect(self._holds)
+
+    def finish(self, policy_version: int) -> None:
+        """The run is over."""
+        self._store.finish(policy_version)
+
+
+class LogFollower:
+    """Opens windows for samplers, and puts what appears in the log into the buffer; owns a thread.
+
+    Args:
+        root: the shared folder of the run.
+        log: of the run.
+        buffer: takes what is finished.
+        samplers: who sample.
+        note: takes a sentence for the user.
+        is_leader: False: another process does the same, and it is the one that moves damaged files away.
+    """
+
+    def __init__(
+        self,
+        root: SharedPath,
+        log: RolloutLog,
+        buffer: GroupBuffer,
+        samplers: Samplers,
+        note: Callable[[str], None],
+        *,
+        is_leader: bool = True,
+    ):
+        self._root, self._log, self._buffer, self._samplers = root, log, buffer, samplers
+        self._note, self._is_leader = note, is_leader
+        self._version = -1
+        self._untidy = -1
+        """Version before which leases and policies are to be removed; -1: done."""
+        self._known: set[int] = set()
+        self._failures: dict[SharedPath, float] = {}
+        """Files of the version that could not be read, and when that was seen first."""
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._guard, name="follower", daemon=True)
+        self._num_damaged = 0
+        self._published: Metrics = {}
+        self._reports: dict[str, dict[str, float]] = {}
+        self._next_reports = 0.0
+        self._last_report: dict[str, dict[str, float]] = {}
+        self._last_time = time.perf_counter()
+
+    def begin(self, window: Window, params: Any) -> None:
+        """Hands the weights of a window to the samplers; call before the buffer's ``open_window``.
+
+        Files of its version that cannot be read, from before a restart, are moved away and said. What is left
+        over of older versions is removed by the thread that follows, while samplers and learner work.
+        """
+        self._published = self._samplers.open_window(window, params)
+        if not self._is_leader:
+            return
+        self._untidy = window.policy_version
+        for part in self._log.parts(window.policy_version):
+            self._read_part(window.policy_version, part, patience=0.0)
+
+    def start(self) -> None:
+        """Begins to follow."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread.
+
+        Raises:
+            TimeoutError: it does not end.
+        """
+        self._stopping.set()
+        if self._thread.ident is not None:
+            self._thread.join(STOP_DEADLINE)
+        if self._thread.is_alive():
+            raise TimeoutError(f"the follower of the rollout log did not end within {STOP_DEADLINE:g} s")
+
+    def finish(self, policy_version: int) -> None:
+        """Tells the samplers that the run is over."""
+        self._samplers.finish(policy_version)
+
+    def report(self) -> Metrics:
+        """Metrics since the last report, summed over the samplers that have said something since."""
+        now, seconds = time.perf_counter(), max(time.perf_counter() - self._last_time, 1e-9)
+        reports = self._reports
+        none = {"beat": -1.0, "tokens": 0.0, "idle_seconds": 0.0}
+        before = {name: self._last_report.get(name, none) for name in reports}
+        live = [name for name in reports if reports[name]["beat"] != before[name]["beat"]]
+
+        def total(key: str) -> float:
+            return sum(reports[name][key] - before[name][key] for name in live)
+
+        self._last_report, self._last_time = reports, now
+        published, self._published = self._published, {}
+        return {
+            "sampler/processes": len(live),
+            "sampler/tokens_per_second": total("tokens") / seconds,
+            "sampler/idle_seconds": total("idle_seconds"),
+            "window/damaged_files": self._num_damaged,
+            **published,
+        }
+
+    def _guard(self) -> None:
+        try:
+            last_news, delay = time.monotonic(), 0.0
+            while not self._stopping.wait(delay):
+                start = time.monotonic()
+                if self._follow():
+                    last_news, delay = time.monotonic(), storage.QUICKEST_LOOK
+                    continue
+                now = time.monotonic()
+                delay = storage.next_look(now - start, now - last_news)
+                if now >= self._next_reports:
+                    self._reports = _read_reports(self._root / SAMPLERS_FOLDER)
+                    self._next_reports = time.monotonic() + REPORT_SECONDS
+                self._tidy()
+            self._tidy()
+        except BaseException as error:
+            self._buffer.fail(error)
+
+    def _tidy(self) -> None:
+        """Once a window: removes policies that nobody holds, and leases of shards, of versions before the last one."""
+        version, self._untidy = self._untidy, -1
+        if version < 0:
+            return
+        self._samplers.tidy()
+        shards = self._root / LEASES_FOLDER
+        for name in storage.names(shards):
+            if name.partition("-")[0] < f"{version - 1:06d}":
+                storage.remove(shards / name)
+
+    def _follow(self) -> bool:
+        """Puts new files into the buffer; whether there was something new."""
+        version = self._buffer.policy_version  # not what ``begin`` was given: the buffer takes no other's groups
+        is_news = version != self._version
+        if is_news:
+            self._version, self._known, self._failures = version, set(), {}
+        parts = self._log.parts(version)
+        self._known.intersection_update(parts)  # a file that was moved away may come again
+        for part in parts:
+            if part not in self._known and (groups := self._read_part(version, part, DAMAGED_SECONDS)) is not None:
+                self._known.add(part)
+                is_news = True
+                for group in groups:
+                    self._buffer.put(group)
+        return is_news
+
+    def _read_part(self, version: int, part: int, patience: float) -> list[RolloutGroup] | None:
+        """The groups of a file; None where it cannot be read: after ``patience`` seconds of that it is moved away."""
+        path = self._log.path(version, part)
+        try:
+            return self._log.read_part(version, part)
+        except FileNotFoundError:  # moved away, and still listed by an object store
+            return None
+        except ValueError as error:
+            now = time.monotonic()
+            if self._is_leader and now - self._failures.setdefault(path, now) >= patience:
+                with contextlib.suppress(FileNotFoundError):  # somebody was first
+                    aside = storage.move_aside(path, ".damaged")
+                    self._num_damaged += 1
+                    self._note(f"{error}; moved to {aside.name}, its groups are sampled again")
+                self._failures.pop(path, None)
+            return None
+
+
+def write_report(root: SharedPath, name: str, beat: int, tokens: int, idle_seconds: float) -> None:
+    """A sampler's sums since it started, for the trainer's metrics and for people."""
+    values = {"beat": beat, "tokens": tokens, "idle_seconds": round(idle_seconds, 3)}
+    content = json.dumps(values).encode() + b"\n"
+    storage.replace(root / SAMPLERS_FOLDER / f"{name}.json", content, is_durable=False)
+
+
+def _read_reports(folder: SharedPath) -> dict[str, dict[str, float]]:
+    reports = {}
+    for name in storage.names(folder):
+        if name.endswith(".json") and not name.startswith("."):
+            try:
+                found = json.loads(storage.read(folder / name))
+                reports[name] = {key: float(found[key]) for key in ("beat", "tokens", "idle_seconds")}
+            except (OSError, ValueError, KeyError):
+                continue  # it is being replaced, or of another program
+    return reports

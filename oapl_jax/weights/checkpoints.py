@@ -1,0 +1,239 @@
+"""Checkpoints of a run: saved in the background, verified when loaded, with a fall-back to the one before."""
+
+import contextlib
+import hashlib
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from jaxtyping import Array, UInt32
+
+from oapl_jax.distributed.processes import Processes
+from oapl_jax.types import RunError
+
+Tree = TypeVar("Tree")
+Meta = dict[str, Any]
+"""Small JSON-like facts saved beside the arrays."""
+
+PEER_SECONDS = 1800.0
+"""For how long another process may take to load a checkpoint."""
+
+GOLDEN_RATIO = 0x9E3779B9
+"""2^32 divided by it, odd: spreads positions over all bits."""
+
+
+class LayoutError(ValueError):
+    """A checkpoint is sound, but not of this model."""
+
+
+class SaveError(RunError):
+    """A checkpoint cannot be written; those before it are as they were."""
+
+
+class Checkpoints:
+    """``checkpoints/STEP`` under a run directory: the newest ``keep``, and those of steps that one of ``keep_every`` divides.
+
+    Orbax commits a checkpoint by a rename when it is whole, so a killed run leaves none half-written.
+    It does not notice bits that changed on disk later: a fingerprint of the arrays, computed on their
+    devices, is saved with them and compared when they are loaded. (Orbax's newer interface, ``v1``, cannot save
+    where only some processes of a job have the arrays; it reads what is saved here.)
+
+    Args:
+        directory: of the checkpoints.
+        keep: see above.
+        keep_every: see above.
+        processes: those that have the arrays, all of which make the same calls; None: this one alone.
+    """
+
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        keep: int,
+        keep_every: Sequence[int] = (),
+        processes: Processes | None = None,
+    ):
+        self._directory = directory.absolute()
+        self._keep, self._keep_every = keep, keep_every
+        self._processes = processes if processes is not None and len(processes.members) > 1 else None
+        self._manager = self._open()
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest checkpoint that is being or was saved."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, tree: Any, meta: Meta) -> None:
+        """Copies the arrays to host memory and writes them in the background.
+
+        The caller may donate or change the arrays when this returns. An error of the save before is raised here.
+
+        Raises:
+            SaveError: full disk, no permission.
+        """
+        arrays = flatten(tree)
+        meta = {**meta, "layout": _layout(arrays), "fingerprint": fingerprint(list(arrays.values()))}
+        if jax.default_backend() == "cpu":
+            # Here a host "copy" is a view of the very buffer that the next train step donates.
+            arrays = {name: jnp.copy(array) for name, array in arrays.items()}
+        with self._explain():
+            self._manager.save(
+                step, args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
+            )
+
+    def wait(self) -> None:
+        """Returns when the last save is on disk."""
+        with self._explain():
+            self._manager.wait_until_finished()
+
+    def restore(self, abstract_tree: Tree, note: Callable[[str], None]) -> tuple[int, Tree, Meta] | None:
+        """Loads the newest checkpoint that can be loaded; None where there is none.
+
+        A damaged one is renamed to ``STEP.damaged``, said through ``note``, and the one before is tried.
+
+        Args:
+            abstract_tree: ``jax.ShapeDtypeStruct`` leaves with shardings.
+            note: takes a sentence for the user.
+
+        Raises:
+            LayoutError: a checkpoint is of another model or optimizer.
+            RuntimeError: there are checkpoints and none can be loaded.
+        """
+        steps = sorted(self._manager.all_steps(), reverse=True)
+        for step in steps:
+            loaded, problem = None, None
+            try:
+                loaded = self._load(step, abstract_tree)
+            except LayoutError:
+                raise
+            except Exception as error:
+                problem = _first_line(error)
+            if self._processes is not None:
+                problem = self._processes.any_of(problem)
+            if loaded is not None and problem is None:
+                return step, *loaded
+            damaged = self._set_aside(step)
+            note(f"checkpoint {step} cannot be loaded ({problem}); moved to {damaged}, trying the one before")
+        if steps:
+            raise RuntimeError(
+                f"none of the checkpoints {steps} in {self._directory} can be loaded; see the messages above"
+            )
+        return None
+
+    def close(self) -> None:
+        """Waits for the last save and ends the background threads."""
+        with self._explain():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _explain(self) -> Iterator[None]:
+        """Orbax raises whatever its storage does, from this save or from the one before."""
+        try:
+            yield
+        except Exception as error:
+            raise SaveError(f"a checkpoint cannot be written to {self._directory}: {_first_line(error)}") from error
+
+    def _load(self, step: int, abstract_tree: Tree) -> tuple[Tree, Meta]:
+        abstract = flatten(abstract_tree)
+        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        if meta["layout"] != _layout(abstract):
+            raise LayoutError(
+                f"checkpoint {step} in {self._directory} has arrays of other names, shapes or types than this config's"
+                " model and optimizer; choose another run.dir for another model"
+            )
+        arrays = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract)))[
+            "arrays"
+        ]
+        found = fingerprint([arrays[name] for name in abstract])
+        if found != meta["fingerprint"]:
+            raise ValueError(f"fingerprint {found:#010x} of the arrays is not the saved {meta['fingerprint']:#010x}")
+        return jax.tree.unflatten(jax.tree.structure(abstract_tree), [arrays[name] for name in abstract]), meta
+
+    def _set_aside(self, step: int) -> str:
+        self._manager.close()
+
+        def rename() -> str:
+            source, target = self._directory / str(step), self._directory / f"{step}.damaged"
+            times = 1
+            while target.exists():
+                times += 1
+                target = target.with_name(f"{step}.damaged-{times}")
+            source.rename(target)
+            return str(target)
+
+        target = rename() if self._processes is None else self._processes.agree(rename, PEER_SECONDS)
+        self._manager = self._open()
+        return target
+
+    def _open(self) -> ocp.CheckpointManager:
+        managers: Any = ocp.checkpoint_managers  # Orbax's policies do not satisfy Orbax's protocols for a type checker
+        kept = [managers.LatestN(self._keep), *(managers.EveryNSteps(steps) for steps in self._keep_every if steps)]
+        processes = ocp.options.MultiprocessingOptions()
+        if self._processes is not None:
+            members, name = self._processes.members, self._processes.name
+            processes = ocp.options.MultiprocessingOptions(members[0], set(members), barrier_sync_key_prefix=name)
+        if self._processes is None or self._processes.is_leader:
+            self._directory.mkdir(parents=True, exist_ok=True)
+        if self._processes is not None:
+            self._processes.wait()
+        # The default policies decide by themselves what to save and keep everything.
+        options = ocp.CheckpointManagerOptions(
+            save_decision_policy=managers.FixedIntervalPolicy(1),
+            preservation_policy=managers.AnyPreservationPolicy(kept),
+            create=False,
+            multiprocessing_options=processes,
+        )
+        return ocp.CheckpointManager(self._directory, options=options)
+
+
+def flatten(tree: Any) -> dict[str, Any]:
+    """Leaves by the name of their path, in the order of ``jax.tree.leaves``."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in jax.tree.leaves_with_path(tree)
+    }
+
+
+def fingerprint(leaves: Iterable[Array]) -> int:
+    """32-bit checksum of the bits of arrays: any changed element changes it; independent of sharding.
+
+    Each array is summed up on its own devices: the learner's and the sampler's may be different ones.
+    """
+    total = 0
+    for leaf in leaves:
+        # One after the other: on CPU, many programs with collectives in flight starve each other of threads.
+        total = (31 * total + int(jax.block_until_ready(_checksum(leaf)))) % 2**32
+    return total
+
+
+def _layout(arrays: dict[str, Any]) -> str:
+    """Digest of names, shapes and types."""
+    described = [(name, tuple(array.shape), str(array.dtype)) for name, array in arrays.items()]
+    return hashlib.sha256(repr(described).encode()).hexdigest()[:16]
+
+
+@jax.jit
+def _checksum(leaf: Array) -> UInt32[Array, ""]:
+    """Elements are mixed with their position before the sum.
+
+    A product with it would not do: floats often differ in high bits only, and 1.0 and 2.0 exchanged at a
+    distance of 256 would go unnoticed.
+    """
+    bits = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
+    position, stride = jnp.uint32(0), 1
+    for axis in reversed(range(leaf.ndim)):
+        position = position + jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride % 2**32)
+        stride *= leaf.shape[axis]
+    return jnp.sum(_mix(bits + position * jnp.uint32(GOLDEN_RATIO)), dtype=jnp.uint32)
+
+
+def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
+    """MurmurHash3's last stage: one to one, and every bit of the input changes half of the output's."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"[:300]

@@ -1,0 +1,97 @@
+"""The README.md of an exported model: what it was made from and with, and what the run measured."""
+
+import json
+import pathlib
+from typing import Any
+
+from oapl_jax.config import config_file
+from oapl_jax.config.schema import TrainConfig
+from oapl_jax.io.metrics import METRICS_FILE, read_metrics
+
+CARD_FILE = "README.md"
+SUMMARY_FILE = "summary.json"
+PAPER = "https://arxiv.org/abs/2602.19362"
+_TAGS = ("reinforcement-learning", "oapl", "jax")
+
+
+def write_card(folder: pathlib.Path, config: TrainConfig, run_dir: pathlib.Path, step: int, dtype: str) -> None:
+    """Writes the card into a model folder.
+
+    Args:
+        folder: of the model.
+        config: of the run.
+        run_dir: its directory, for what it measured; a run that has not ended may have measured nothing yet.
+        step: of the checkpoint.
+        dtype: of the weights in the files.
+    """
+    name = config.objective.name
+    objective = f"OAPL ([arXiv 2602.19362]({PAPER}))" if name == "oapl" else f"the objective `{name}`"
+    parts = [
+        _front_matter(config),
+        f"# {run_dir.resolve().name}, step {step}",
+        f"Trained with oapl_jax by {objective}: {step:,} of {config.run.steps:,} learner steps of"
+        f" {config.learner.batch_rollouts} rollouts, from `{_start(config)}`, on `{_data(config)}`. Weights: {dtype}.",
+        "## Results",
+        _results(config, run_dir, step),
+        "## Use",
+        "A Hugging Face model folder: `transformers`, vLLM and `python -m oapl_jax evaluate` load it as it is.",
+        "## Config of the run",
+        f"```yaml\n{config_file.to_yaml(config).strip()}\n```",
+    ]
+    (folder / CARD_FILE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def _front_matter(config: TrainConfig) -> str:
+    """What the hub reads. Only names that may be on the hub are given: it refuses paths."""
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags:"]
+    lines += [f"- {tag}" for tag in _TAGS]
+    if config.model.path is not None and _is_hub_name(config.model.path):
+        lines.append(f"base_model: {config.model.path}")
+    if config.data.path is not None and config.data.format == "datasets" and _is_hub_name(config.data.path):
+        lines += ["datasets:", f"- {config.data.path}"]
+    return "\n".join([*lines, "---"])
+
+
+def _is_hub_name(path: str) -> bool:
+    return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not pathlib.Path(path).exists()
+
+
+def _start(config: TrainConfig) -> str:
+    model = config.model
+    return str(model.path or model.warm_start or f"{model.config} (random weights)")
+
+
+def _data(config: TrainConfig) -> str:
+    data = config.data
+    return str(data.task or data.dataset or data.path)
+
+
+def _results(config: TrainConfig, run_dir: pathlib.Path, step: int) -> str:
+    """pass@k before the run and at this step, where the run measured it."""
+    before, at_step = _measured(run_dir, 0), _measured(run_dir, step)
+    summary_file = run_dir / SUMMARY_FILE
+    if summary_file.exists():
+        summary: dict[str, Any] = json.loads(summary_file.read_text(encoding="utf-8"))
+        before = summary.get("before") or before
+        at_step = summary["after"] if summary.get("steps") == step else at_step
+    if not at_step:
+        return f"The run did not evaluate step {step}; `python -m oapl_jax evaluate` does."
+    names = [name for name in at_step if name in before] or list(at_step)
+    distribution = config.evaluation
+    rows = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
+    for title, values in (("before", before), (f"step {step}", at_step)):
+        if values:
+            rows.append(f"| {title} | " + " | ".join(f"{values[name]:.3f}" for name in names) + " |")
+    told = (
+        f"Unbiased pass@k on {distribution.prompts} held-out prompts at most, at temperature {distribution.temperature:g} and top-p"
+        f" {distribution.top_p:g}, responses of at most {config.sampler.max_response_tokens:,} tokens."
+    )
+    return "\n".join(rows) + f"\n\n{told}"
+
+
+def _measured(run_dir: pathlib.Path, step: int) -> dict[str, float]:
+    if not (run_dir / METRICS_FILE).exists():
+        return {}
+    lines = [line for line in read_metrics(run_dir / METRICS_FILE) if line["step"] == step]
+    found = lines[-1] if lines else {}
+    return {name.removeprefix("evaluation/"): value for name, value in found.items() if "pass@" in name}

@@ -1,0 +1,250 @@
+"""Published policies: ``policy/VERSION/`` as Hugging Face folders, with a manifest, and a pointer to the newest.
+
+    policy/000003/model.safetensors, config.json, tokenizer files
+    policy/000003/manifest.json     written last: a version without it is not there
+    policy/current.json             the version that samplers should use
+
+Any engine that reads Hugging Face folders can follow it (docs/bring_your_own_sampler.md).
+"""
+
+import hashlib
+import json
+import pathlib
+import shutil
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from jax.typing import DTypeLike
+
+from oapl_jax.data.tokenizer import Tokenizer
+from oapl_jax.distributed.processes import Processes
+from oapl_jax.io import storage
+from oapl_jax.io.lease import Lease, Leases
+from oapl_jax.io.storage import SharedPath
+from oapl_jax.model import hf, qwen
+from oapl_jax.rollouts.buffer import Window
+from oapl_jax.rollouts.schema import SCHEMA_VERSION
+from oapl_jax.types import Metrics
+
+MANIFEST_FILE = "manifest.json"
+CURRENT_FILE = "current.json"
+HASHING_THREADS = 4
+KEPT = 2
+"""Newest versions that are kept whether anyone holds them or not."""
+
+
+class PolicyGoneError(Exception):
+    """The version is not there, or no longer: read the pointer again."""
+
+
+class Current(NamedTuple):
+    """What the pointer says."""
+
+    policy_version: int
+    is_finished: bool
+    """The run is over: samplers end."""
+
+
+class Manifest(NamedTuple):
+    """What a published version is."""
+
+    window: Window
+    """What is to be sampled with it."""
+    shard_groups: int
+    """Groups of a file of the rollout log: file k has the groups from k * shard_groups on."""
+    config: str
+    """Digest of the run's config: a sampler of another one must not go on."""
+    files: dict[str, dict[str, Any]]
+    """``bytes`` and ``sha256`` of each file."""
+    schema_version: int = SCHEMA_VERSION
+    """Of the rollout log that the trainer reads."""
+
+
+class PolicyStore:
+    """The folder ``policy`` of a run; one writer, any number of readers."""
+
+    def __init__(self, directory: SharedPath):
+        self.directory = directory
+
+    def publish(
+        self,
+        manifest: Manifest,
+        config: qwen.QwenConfig,
+        params: Any,
+        tokenizer: Tokenizer,
+        dtype: DTypeLike | None = None,
+        writers: Processes | None = None,
+    ) -> Metrics:
+        """Writes a version and points to it. One that is whole already, from before a restart, is only pointed to.
+
+        Args:
+            manifest: with no files yet.
+            config: the architecture.
+            params: of ``nnx.split(Qwen(...))[1]``.
+            tokenizer: saved with them.
+            dtype: of the weights in the file; default as they are.
+            writers: the processes that have the parameters, all of which call this.
+
+        Returns:
+            ``sync/publish_seconds`` and ``sync/publish_bytes``.
+
+        Raises:
+            ValueError: the version is there and was published for another window; several writers and no local folder.
+        """
+        start, version = time.perf_counter(), manifest.window.policy_version
+        folder, local = self.folder(version), storage.is_local(self.directory)
+        is_leader = writers is None or writers.is_leader
+        if not local and writers is not None and len(writers.members) > 1:
+            raise ValueError(
+                f"{self.directory}: several processes write a policy in one folder; mount the bucket, or train in one process"
+            )
+        if writers is None:
+            is_there = self._is_published(manifest)
+        else:
+            is_there = writers.agree(lambda: self._is_published(manifest), hf.WRITE_DEADLINE)
+        if is_there:
+            if is_leader:
+                self._point_to(Current(version, is_finished=False))
+            return {"sync/publish_seconds": time.perf_counter() - start, "sync/publish_bytes": 0}
+        parent = pathlib.Path(str(self.directory)) if local else pathlib.Path(tempfile.gettempdir())
+        staged = parent / f".{version:06d}.staged"
+        if is_leader:
+            storage.remove(folder)  # half of it, from a writer that was killed
+            parent.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(staged, ignore_errors=True)
+        hf.save_folder(staged, config, params, tokenizer, dtype, writers)
+        if not is_leader:
+            return {"sync/publish_seconds": time.perf_counter() - start}
+        with ThreadPoolExecutor(HASHING_THREADS) as pool:
+            files = dict(pool.map(_describe, sorted(staged.iterdir())))
+        storage.put_folder(staged, folder)
+        written = manifest._replace(files=files)._asdict() | {"window": manifest.window._asdict()}
+        storage.replace(folder / MANIFEST_FILE, json.dumps(written, indent=1).encode())
+        self._point_to(Current(version, is_finished=False))
+        num_bytes = sum(file["bytes"] for file in files.values())
+        return {"sync/publish_seconds": time.perf_counter() - start, "sync/publish_bytes": num_bytes}
+
+    def _is_published(self, manifest: Manifest) -> bool:
+        """The version is whole, from before a restart."""
+        folder = self.folder(manifest.window.policy_version)
+        try:
+            found = self.manifest(manifest.window.policy_version)
+        except PolicyGoneError:
+            return False
+        if found._replace(files={}) != manifest:
+            raise ValueError(
+                f"{folder} was published for another window, config or log ({found._replace(files={})}, now {manifest});"
+                " batches.jsonl or the rollout log was changed in between: choose another run.dir"
+            )
+        return True
+
+    def finish(self, policy_version: int) -> None:
+        """Tells the samplers that the run is over."""
+        self._point_to(Current(policy_version, is_finished=True))
+
+    def current(self) -> Current | None:
+        """What the pointer says; None before the first version."""
+        try:
+            found = json.loads(storage.read(self.directory / CURRENT_FILE))
+            return Current(int(found["policy_version"]), bool(found["is_finished"]))
+        except (FileNotFoundError, ValueError, KeyError):
+            return None
+
+    def manifest(self, version: int) -> Manifest:
+        """The manifest of a version all of whose files are there, at their size.
+
+        Raises:
+            PolicyGoneError: there is no such version, or it is not whole.
+        """
+        folder = self.folder(version)
+        try:
+            raw = json.loads(storage.read(folder / MANIFEST_FILE))
+            window = Window(**raw["window"])
+            manifest = Manifest(**{**raw, "window": window._replace(asked_again=tuple(window.asked_again))})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise PolicyGoneError(f"{folder} has no manifest that can be read ({error})") from error
+        # Not by a listing, which may be older than the files.
+        missing = [name for name in sorted(manifest.files) if not storage.exists(folder / name)]
+        if missing:
+            raise PolicyGoneError(f"{folder} lacks {missing[0]}, which its manifest names")
+        return manifest
+
+    def fetch(self, version: int, cache: pathlib.Path) -> pathlib.Path:
+        """A local folder with the version's files, each checked against the manifest.
+
+        Args:
+            version: a published one.
+            cache: where a copy goes, if the store is not local.
+
+        Raises:
+            PolicyGoneError: it is not there, or was removed meanwhile.
+            ValueError: a file's content is not what the manifest says.
+        """
+        manifest, folder = self.manifest(version), self.folder(version)
+        try:
+            local = storage.get_folder(folder, list(manifest.files), cache / f"{version:06d}")
+            with ThreadPoolExecutor(HASHING_THREADS) as pool:
+                found = dict(pool.map(_describe, [local / name for name in manifest.files]))
+        except FileNotFoundError as error:
+            raise PolicyGoneError(f"{folder} was removed meanwhile ({error})") from error
+        for name, facts in manifest.files.items():
+            if found[name] != facts:
+                raise ValueError(f"{folder / name} is damaged: it is {found[name]}, its manifest says {facts}")
+        return local
+
+    def versions(self) -> list[int]:
+        """Versions that have a folder, ascending."""
+        return sorted(int(name) for name in storage.names(self.directory) if name.isdigit())
+
+    def folder(self, version: int) -> SharedPath:
+        """Where a version is."""
+        return self.directory / f"{version:06d}"
+
+    def collect(self, holds: "Holds") -> list[int]:
+        """Removes versions before the newest ``KEPT`` that no sampler holds; returns them."""
+        removed = [version for version in self.versions()[:-KEPT] if not holds.is_held(version)]
+        for version in removed:
+            # The manifest first: what is half removed is not there.
+            storage.remove(self.folder(version) / MANIFEST_FILE)
+            storage.remove(self.folder(version))
+        return removed
+
+    def _point_to(self, current: Current) -> None:
+        storage.replace(self.directory / CURRENT_FILE, json.dumps(current._asdict()).encode() + b"\n")
+
+
+class Holds:
+    """Who uses which version: a lease for each pair, so that a holder that is gone holds nothing."""
+
+    def __init__(self, directory: SharedPath, expires: float):
+        self._directory = directory
+        self._leases = Leases(directory, expires)
+
+    def hold(self, version: int, name: str) -> Lease | None:
+        """Says that a process of this name uses a version, until released."""
+        return self._leases.claim(f"{version:06d}-{name}")
+
+    def is_held(self, version: int) -> bool:
+        """Whether a process that beats uses it. One that has fallen silent is noticed after the expiry."""
+        prefix = f"{version:06d}-"
+        holders = {name.rpartition(".")[0] for name in storage.names(self._directory) if name.startswith(prefix)}
+        held = False
+        for holder in sorted(holders):
+            if (lease := self._leases.claim(holder)) is None:
+                held = True
+            else:
+                lease.release()
+                storage.remove(self._leases.path(holder, lease.generation))
+        return held
+
+    def close(self) -> None:
+        """Holds nothing any longer."""
+        self._leases.close()
+
+
+def _describe(path: pathlib.Path) -> tuple[str, dict[str, Any]]:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return path.name, {"bytes": path.stat().st_size, "sha256": digest}

@@ -1,0 +1,118 @@
+"""Every file in configs/ is a config that works, headed by its own command."""
+
+import pathlib
+import shlex
+
+import pytest
+import yaml
+
+from oapl_jax import train
+from oapl_jax.config import config_file
+from oapl_jax.config.schema import EvaluateConfig, GenerateConfig, SftConfig, TrainConfig
+from oapl_jax.sft import sft
+
+ROOT = pathlib.Path(__file__).parents[2]
+FILES = sorted((ROOT / "configs").glob("*.yaml"))
+SCHEMAS = {
+    "oapl_jax.train": TrainConfig,
+    "oapl_jax.sft": SftConfig,
+    "oapl_jax.generate": GenerateConfig,
+    "oapl_jax.evaluate": EvaluateConfig,
+}
+
+
+def module_of(path):
+    """The command that a file is for, by the sections that only it has."""
+    sections = yaml.safe_load(path.read_text())
+    if "generation" in sections:
+        return "oapl_jax.generate"
+    if "benchmarks" in sections:
+        return "oapl_jax.evaluate"
+    return "oapl_jax.train" if "sampler" in sections else "oapl_jax.sft"
+
+
+def schema_of(path):
+    return SCHEMAS[module_of(path)]
+
+
+TRAIN_FILES = [path for path in FILES if module_of(path) == "oapl_jax.train"]
+
+
+def names(paths):
+    return {"argvalues": paths, "ids": [path.stem for path in paths]}
+
+
+def is_offline(config):
+    """The model and the data come with this checkout."""
+    sources = [config.model.path, config.data.path]
+    return all(source is None or (ROOT / source).exists() for source in sources)
+
+
+@pytest.fixture(autouse=True)
+def in_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def test_there_are_configs_of_both_commands():
+    assert ROOT / "configs/quickstart.yaml" in TRAIN_FILES
+    assert len(TRAIN_FILES) < len(FILES)
+
+
+@pytest.mark.parametrize("path", **names(FILES))
+def test_it_loads_and_names_files_that_exist(path):
+    config = config_file.load(schema_of(path), path)
+    for source in (config.model.config, config.model.warm_start):
+        assert source is None or (ROOT / source).is_file()
+    assert not pathlib.Path(config.run.dir).is_absolute()
+
+
+@pytest.mark.parametrize("path", **names(FILES))
+def test_it_begins_with_a_comment_that_names_its_command(path):
+    lines = path.read_text().splitlines()
+    header = [line.removeprefix("#").strip() for line in lines[: next(i for i, x in enumerate(lines) if x[:1] != "#")]]
+    commands = [line[line.index("python -m") :] for line in header if "python -m oapl_jax" in line]
+    assert commands, f"{path.name}: no command in its header"
+    words = shlex.split(commands[0].strip("`.,;"))
+    assert words[:5] == ["python", "-m", module_of(path), "--config", f"configs/{path.name}"]
+    config_file.load(schema_of(path), path, [word for word in words[5:] if "=" in word])
+
+
+def test_run_directories_differ():
+    directories = [config_file.load(schema_of(path), path).run.dir for path in FILES]
+    assert len(set(directories)) == len(directories)
+
+
+@pytest.mark.parametrize("path", **names(TRAIN_FILES))
+def test_a_dry_run_prints_the_plan_and_makes_nothing(path, tmp_path, capsys):
+    config = config_file.load(TrainConfig, path)
+    if not is_offline(config):
+        pytest.skip(f"its model or data is not here: {config.model.path}, {config.data.path}")
+    directory = tmp_path / "run"
+    train.main(["--config", str(path), "--dry-run", f"run.dir={directory}"])
+    printed = capsys.readouterr().out
+    assert f"batch_rollouts: {config.learner.batch_rollouts}" in printed, "the resolved config"
+    plan = printed[printed.index("  model  ") :]
+    for word in ("parameters", "trainer mesh", "sampler mesh", "tokens a step", "weights", "KV cache", "optimizer"):
+        assert word in plan
+    assert f"{config.run.steps:,} steps" in plan
+    assert not directory.exists()
+
+
+def test_the_plan_of_the_quickstart_has_the_right_numbers(capsys, tmp_path):
+    train.main(
+        ["--config", "configs/quickstart.yaml", "--dry-run", f"run.dir={tmp_path / 'run'}", "mesh.trainer=fsdp=1"]
+    )
+    plan = {line[:14].strip(): line[16:] for line in capsys.readouterr().out.splitlines() if line[14:16] == "  "}
+    num_parameters = 18 * 80 + 3 * (2 * 80 * 64 + 2 * 80 * 32 + 2 * 32 + 3 * 80 * 208 + 2 * 80) + 80
+    assert f"qwen3, {num_parameters:,} parameters" in plan["model"]
+    assert "200 steps in 4 windows of 50" in plan["run"]
+    assert "128 rollouts = 16 prompts x G=8, at most 2,304 tokens a step" in plan["batch"]
+    assert f"weights {4 * num_parameters:,} + optimizer " in plan["trainer bytes"]
+    rows, layers, length, width = 16 * 8, 3, 2 * 16, 32  # two pages hold the 12 + 6 tokens
+    cache = 2 * 4 * rows * layers * length * width
+    assert f"weights {4 * num_parameters:,} + KV cache {cache:,}" in plan["sampler bytes"]
+
+
+def test_a_supervised_dry_run_prints_the_config(capsys):
+    sft.main(["--config", "configs/chain_sft.yaml", "--dry-run"])
+    assert "task: chain" in capsys.readouterr().out

@@ -1,0 +1,65 @@
+"""One of four processes of ``test_transfer.py``: two have the weights, two get them; prints what went wrong, or nothing."""
+
+import argparse
+import json
+import pathlib
+import sys
+
+import jax
+import numpy as np
+
+from oapl_jax.config.schema import MeshConfig
+from oapl_jax.distributed import processes
+from oapl_jax.distributed.sharding import SAMPLER_RULES, TRAINER_RULES, make_meshes, processes_of, shardings, to_devices
+from oapl_jax.distributed.transfer import Transfer
+from oapl_jax.model import qwen
+from oapl_jax.weights.sync import WeightSync
+
+ROOT = pathlib.Path(__file__).parents[2]
+CONFIG = {
+    **json.loads((ROOT / "configs/toy_qwen3.json").read_text()),
+    "vocab_size": 24,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def main(argv):
+    parser = argparse.ArgumentParser()
+    processes.add_options(parser)
+    parser.add_argument("--trainer")
+    parser.add_argument("--sampler")
+    parser.add_argument("--dtype")
+    parser.add_argument("--chunk", type=int)
+    arguments = parser.parse_args(argv)
+    processes.initialize(arguments)
+    trainer_mesh, sampler_mesh = make_meshes(MeshConfig(trainer=arguments.trainer, sampler=arguments.sampler))
+    abstract = qwen.abstract(qwen.QwenConfig.from_hf(CONFIG))[1]
+    sync = WeightSync(abstract, trainer_mesh, arguments.dtype, rules=TRAINER_RULES)
+    source = sync.abstract(abstract)
+    everyone = processes.Processes("all", range(jax.process_count()))
+    transfer = Transfer(source, shardings(source, sampler_mesh, SAMPLER_RULES), arguments.chunk, everyone.wait)
+    # Every process knows the weights: all bits at random, NaNs and minus zeros among them.
+    bits = np.random.default_rng(0)
+    values = [
+        np.frombuffer(bits.bytes(leaf.size * leaf.dtype.itemsize), leaf.dtype).reshape(leaf.shape)
+        for leaf in jax.tree.leaves(source)
+    ]
+    assert any(np.isnan(value.astype(np.float32)).any() for value in values) or arguments.dtype == "int8"
+    for _ in range(2):  # the second with compiled programs
+        if jax.process_index() in processes_of(trainer_mesh):
+            leaves = [to_devices(v, s.sharding) for v, s in zip(values, jax.tree.leaves(source), strict=True)]
+            transfer.send(jax.tree.unflatten(jax.tree.structure(source), leaves))
+        else:
+            received = transfer.receive()
+            for value, leaf in zip(values, jax.tree.leaves(received), strict=True):
+                for shard in leaf.addressable_shards:
+                    got, wanted = np.asarray(shard.data), np.ascontiguousarray(value[shard.index])
+                    assert got.dtype == wanted.dtype
+                    assert got.tobytes() == wanted.tobytes()
+    everyone.wait()
+
+
+if __name__ == "__main__":
+    with processes.telling_failures():
+        main(sys.argv[1:])

@@ -1,0 +1,137 @@
+"""Leases: one holder at a time, given up by release, by death and by silence."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+
+from oapl_jax.io.lease import Leases
+
+HOLD = """
+import pathlib, sys, time
+from oapl_jax.rollouts.lease import Leases
+leases = Leases(pathlib.Path(sys.argv[1]), expires=float(sys.argv[2]))
+assert leases.claim("work") is not None
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def holder(directory, expires: float) -> subprocess.Popen:
+    """A process that has claimed ``work`` and keeps it."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(directory), str(expires)], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def claim_all(directory, names, queue):
+    with Leases(directory) as leases:
+        queue.put([name for name in names if leases.claim(name) is not None])
+        time.sleep(1.0)  # hold them until all have tried
+
+
+def test_a_name_is_held_once_and_free_after_release(tmp_path):
+    with Leases(tmp_path) as first, Leases(tmp_path) as second:
+        lease = first.claim("a")
+        assert lease is not None
+        assert lease.is_held
+        assert second.claim("a") is None
+        assert first.claim("a") is None
+        assert second.claim("b") is not None
+        lease.release()
+        assert not lease.is_held
+        taken = second.claim("a")
+        assert taken is not None
+        assert taken.generation == 1
+        assert taken.is_held
+
+
+def test_closing_releases_everything(tmp_path):
+    with Leases(tmp_path) as first:
+        assert first.claim("a")
+        assert first.claim("b")
+    with Leases(tmp_path) as second:
+        assert second.claim("a")
+        assert second.claim("b")
+
+
+def test_four_processes_that_claim_at_once_share_the_names_without_overlap(tmp_path):
+    names = [f"shard-{i}" for i in range(50)]
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=claim_all, args=(tmp_path, names, queue)) for _ in range(4)]
+    for process in processes:
+        process.start()
+    claimed = [name for _ in processes for name in queue.get(timeout=60)]
+    for process in processes:
+        process.join(60)
+    # All are claimed; none twice while it was held (a name that a process released may be claimed again).
+    assert set(claimed) == set(names)
+    generations = [len(list(tmp_path.glob(f"{name}.*"))) for name in names]
+    assert sum(generations) == len(claimed)
+
+
+def test_a_dead_process_of_this_host_loses_its_lease_at_once(tmp_path):
+    process = holder(tmp_path, expires=600)
+    with Leases(tmp_path, expires=600) as leases:
+        assert leases.claim("work") is None
+        process.kill()
+        process.wait()
+        assert leases.claim("work") is not None
+
+
+def test_a_stopped_process_loses_its_lease_after_the_expiry_only(tmp_path):
+    process = holder(tmp_path, expires=1.0)
+    try:
+        with Leases(tmp_path, expires=1.0) as leases:
+            end = time.monotonic() + 2.0
+            while time.monotonic() < end:  # it beats: two expiries pass and it keeps its lease
+                assert leases.claim("work") is None
+                time.sleep(0.1)
+            os.kill(process.pid, signal.SIGSTOP)
+            start = time.monotonic()
+            while (lease := leases.claim("work")) is None:
+                assert time.monotonic() - start < 30
+                time.sleep(0.05)
+            assert time.monotonic() - start > 0.7  # its last beat may be a quarter of the expiry old
+            os.kill(process.pid, signal.SIGCONT)
+            time.sleep(0.6)
+            assert lease.is_held
+            assert leases.claim("work") is None
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_a_holder_that_was_overtaken_knows(tmp_path):
+    with Leases(tmp_path, expires=600) as leases:
+        lease = leases.claim("a")
+        assert lease is not None
+        leases.path("a", 1).write_text("another's")
+        assert not lease.renew()
+        assert not lease.is_held
+        lease.release()  # writes nothing over the other's
+        assert leases.path("a", 1).read_text() == "another's"
+
+
+def test_a_torn_file_is_taken_over_when_it_was_silent_long_enough(tmp_path):
+    tmp_path.joinpath("a.0").write_text("")
+    with Leases(tmp_path, expires=0.2) as leases:
+        assert leases.claim("a") is None
+        time.sleep(0.3)
+        assert leases.claim("a") is not None
+
+
+def test_a_lease_that_could_not_be_renewed_in_time_is_no_longer_held(tmp_path, monkeypatch):
+    with Leases(tmp_path, expires=0.4) as leases:
+        lease = leases.claim("a")
+        assert lease is not None
+        monkeypatch.setattr(leases, "rewrite", lambda *a, **k: (_ for _ in ()).throw(OSError("disk full")))
+        time.sleep(0.6)
+        assert not lease.is_held
+        monkeypatch.undo()

@@ -1,0 +1,146 @@
+"""The audit finds what it says it proves, and names the place."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from oapl_jax.config import config_file
+from oapl_jax.config.schema import TrainConfig
+from oapl_jax.rollouts.audit import AuditError, audit, main
+from oapl_jax.rollouts.log import BatchRecord, RolloutLog
+from rollouts.groups import group
+
+CONFIG = {
+    "run": {"dir": "unused", "steps": 4},
+    "model": {"config": "model.json", "tokenizer": "characters"},
+    "data": {"task": "chain"},
+    "sampler": {"group_size": 2, "max_response_tokens": 6},
+    "learner": {"batch_rollouts": 4},
+    "window": {"sync_every": 2},
+    "evaluation": {"every": 0},
+}
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Four steps in two windows; group 1 of the second is not usable and was passed over."""
+    config_file.save(config_file.validate(TrainConfig, CONFIG, "test"), tmp_path / "config.yaml")
+    log, record = RolloutLog(tmp_path / "rollouts"), BatchRecord(tmp_path / "batches.jsonl")
+    for version, indices in ((0, [0, 1, 2, 3]), (1, [0, 2, 3, 4])):
+        log.append([group(index, version, is_usable=(version, index) != (1, 1)) for index in range(5)])
+        for half in range(2):
+            ids = [f"{version:06d}-{index:08d}" for index in indices[2 * half : 2 * half + 2]]
+            record.record(2 * version + half + 1, version, ids)
+    rows = [{"step": step, "window/version": (step - 1) // 2, "window/lag": (step - 1) % 2} for step in range(1, 5)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path
+
+
+def edit_line(path, number, **values):
+    lines = path.read_text().splitlines()
+    lines[number - 1] = json.dumps({**json.loads(lines[number - 1]), **values})
+    path.write_text("\n".join(lines) + "\n")
+
+
+def rewrite(run, version, groups):
+    (path,) = (run / "rollouts" / f"{version:06d}").glob("*.parquet")
+    path.unlink()
+    RolloutLog(run / "rollouts").append(groups)
+
+
+def with_rollout(item, **values):
+    """The group with its first rollout changed."""
+    first, *rest = item.rollouts
+    changed = dataclasses.replace(first, rollout=dataclasses.replace(first.rollout, **values))
+    return dataclasses.replace(item, rollouts=(changed, *rest))
+
+
+def test_a_sound_run_is_proved(run, capsys):
+    main([str(run)])
+    assert capsys.readouterr().out == "4 steps, 2 windows, 8 groups, 16 rollouts: all as recorded\n"
+
+
+def test_a_run_that_was_killed_is_proved_as_far_as_it_came(run):
+    with (run / "batches.jsonl").open("a") as file:
+        file.write('{"step": 5, "policy_ver')
+    (run / "metrics.jsonl").write_text((run / "metrics.jsonl").read_text()[:-30])
+    assert audit(run).startswith("4 steps")
+
+
+@pytest.mark.parametrize(
+    ("line", "values", "told"),
+    [
+        (2, {"groups": ["000000-00000001", "000000-00000002"]}, "group 000000-00000001 was trained on 2 times"),
+        (2, {"groups": ["000000-00000002", "000000-00000002"]}, "line 2: a group is in the batch twice"),
+        (2, {"groups": ["000000-00000002"]}, "line 2: 1 groups; a batch has 2"),
+        (
+            2,
+            {"groups": ["000000-00000002", "000000-00000009"]},
+            "line 2: group 000000-00000009 is not in rollouts/000000",
+        ),
+        (
+            2,
+            {"groups": ["000000-00000003", "000000-00000002"]},
+            "line 2: the groups are not in the order of their index",
+        ),
+        (3, {"groups": ["000001-00000000", "000001-00000001"]}, "group 000001-00000001: has fewer than two usable"),
+        (
+            4,
+            {"groups": ["000001-00000003", "000000-00000003"]},
+            "line 4: group 000000-00000003 is not in rollouts/000001",
+        ),
+        (3, {"policy_version": 0}, "line 3: step 3 lags 2"),
+        (2, {"policy_version": 1}, "line 2: step 2 is of version 1, 1 steps after the sync to 0"),
+        (3, {"step": 4}, "line 3: step 4 follows step 2"),
+    ],
+)
+def test_a_wrong_record_is_found(run, line, values, told, capsys):
+    edit_line(run / "batches.jsonl", line, **values)
+    with pytest.raises(SystemExit) as caught:
+        main([str(run)])
+    assert caught.value.code == 1
+    assert told in capsys.readouterr().err
+
+
+def test_metrics_of_another_version_or_lag_are_found(run):
+    edit_line(run / "metrics.jsonl", 3, **{"window/version": 0})
+    with pytest.raises(AuditError, match="step 3: is of version 0, its batch of 1"):
+        audit(run)
+    edit_line(run / "metrics.jsonl", 3, **{"window/version": 1, "window/lag": 2})
+    with pytest.raises(AuditError, match="step 3: lags 2"):
+        audit(run)
+
+
+def test_a_wrong_group_is_found(run):
+    sound = [group(index) for index in range(5)]
+    logprobs = sound[2].rollouts[0].rollout.logprobs
+    cases = {
+        "group 000000-00000002, rollout 0: a log-probability": with_rollout(sound[2], logprobs=logprobs * np.nan),
+        "group 000000-00000002, rollout 0: no tokens, or a probability above 1": with_rollout(
+            sound[2], logprobs=np.abs(logprobs) + 1
+        ),
+        "group 000000-00000002: has 1 rollouts of 2": dataclasses.replace(sound[2], rollouts=sound[2].rollouts[:1]),
+    }
+    for told, bad in cases.items():
+        rewrite(run, 0, [*sound[:2], bad, *sound[3:]])
+        with pytest.raises(AuditError, match=told):
+            audit(run)
+    rewrite(run, 0, sound)
+    audit(run)
+
+
+def test_a_damaged_file_that_no_batch_needs_is_said(run):
+    (run / "rollouts" / "000001" / "part-000099.parquet").write_bytes(b"PAR1 torn")
+    assert audit(run).endswith("; damaged files, of which nothing was trained on: 1")
+
+
+def test_a_damaged_file_and_a_folder_that_is_no_run(run, tmp_path):
+    (path,) = (run / "rollouts" / "000001").glob("*.parquet")
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(AuditError, match=r"part-000000\.parquet: not a readable Parquet file"):
+        audit(run)
+    with pytest.raises(SystemExit) as caught:
+        main([str(tmp_path / "nothing")])
+    assert caught.value.code == 2

@@ -1,0 +1,114 @@
+"""Published policies are whole or not there, are pointed to last, and stay while somebody holds them."""
+
+import json
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from model import tiny
+from oapl_jax.config.schema import MeshConfig
+from oapl_jax.data.tokenizer import CharacterTokenizer
+from oapl_jax.distributed.sharding import SAMPLER_RULES, make_meshes
+from oapl_jax.model import hf
+from oapl_jax.rollouts.buffer import Window
+from oapl_jax.weights.policies import Current, Holds, Manifest, PolicyGoneError, PolicyStore
+
+CONFIG = tiny.config("qwen3_tied")
+
+
+def manifest(version, start=0):
+    return Manifest(Window(version, start, 8, (3, 1)), 2, "digest", {})
+
+
+def publish(store, version, **options):
+    return store.publish(manifest(version, **options), CONFIG, tiny.split(CONFIG)[1], CharacterTokenizer())
+
+
+@pytest.fixture
+def store(tmp_path):
+    return PolicyStore(tmp_path / "policy")
+
+
+def test_what_is_published_is_pointed_to_and_loads_bit_for_bit(store, tmp_path):
+    assert store.current() is None
+    metrics = publish(store, 3)
+    assert metrics["sync/publish_bytes"] > 1000
+    assert store.current() == Current(3, is_finished=False)
+    found = store.manifest(3)
+    assert found.window == Window(3, 0, 8, (3, 1))
+    assert set(found.files) >= {"model.safetensors", "config.json", "character_tokenizer.json"}
+    folder = store.fetch(3, tmp_path / "cache")
+    mesh = make_meshes(MeshConfig(trainer="tensor=2"))[0]
+    _, params = hf.load_params(folder, mesh, SAMPLER_RULES, "float32")
+    for one, other in zip(jax.tree.leaves(params), jax.tree.leaves(tiny.split(CONFIG)[1]), strict=True):
+        np.testing.assert_array_equal(one, other)
+    store.finish(3)
+    assert store.current() == Current(3, is_finished=True)
+
+
+def test_a_version_that_is_there_is_only_pointed_to_again(store):
+    publish(store, 0)
+    publish(store, 1)
+    weights = store.folder(0) / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert publish(store, 0)["sync/publish_bytes"] == 0
+    assert weights.stat().st_mtime_ns == before
+    assert store.current() == Current(0, is_finished=False), "a resumed trainer may be a version behind"
+    with pytest.raises(ValueError, match="was published for another window"):
+        publish(store, 0, start=5)
+
+
+def test_half_a_version_is_not_there_and_is_written_anew(store, tmp_path):
+    publish(store, 0)
+    (store.folder(0) / "manifest.json").unlink()
+    with pytest.raises(PolicyGoneError, match="no manifest"):
+        store.fetch(0, tmp_path)
+    assert publish(store, 0)["sync/publish_bytes"] > 0
+    (store.folder(0) / "model.safetensors").unlink()
+    with pytest.raises(PolicyGoneError, match=r"lacks model\.safetensors, which its manifest names"):
+        store.fetch(0, tmp_path)
+    publish(store, 0)
+    store.fetch(0, tmp_path)
+    with pytest.raises(PolicyGoneError):
+        store.manifest(1)
+
+
+def test_a_damaged_file_is_named(store, tmp_path):
+    publish(store, 0)
+    path = store.folder(0) / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-7] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors is damaged"):
+        store.fetch(0, tmp_path)
+
+
+def test_a_torn_pointer_is_no_pointer(store):
+    publish(store, 0)
+    (store.directory / "current.json").write_text('{"policy_ver')
+    assert store.current() is None
+
+
+def test_old_versions_are_collected_when_no_one_holds_them(store, tmp_path):
+    trainer, sampler = Holds(tmp_path / "holds", 0.6), Holds(tmp_path / "holds", 0.6)
+    for version in range(4):
+        publish(store, version)
+    held = sampler.hold(0, "a")
+    assert store.collect(trainer) == [1], "the two newest stay, and the one that is held"
+    assert store.versions() == [0, 2, 3]
+    held.release()
+    assert store.collect(trainer) == [0]
+
+    silent = sampler.hold(2, "b")
+    publish(store, 4)
+    assert store.collect(trainer) == []
+    sampler.close()  # it beats no longer
+    assert silent is not None
+    end = time.monotonic() + 20
+    while store.collect(trainer) != [2]:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    trainer.close()
+    assert json.loads((store.directory / "current.json").read_text())["policy_version"] == 4
