@@ -40,6 +40,14 @@ def load(model: ModelConfig, path: str | None, mesh: Mesh, seed: int, adapters: 
         ValueError: what cannot be read, and where; a tokenizer larger than the model's vocabulary.
     """
     config, tokenizer = outline(model, path)
+    graphdef, _ = abstract(model, config, mesh, adapters)
+    return Policy(config, graphdef, load_params(model, path, config, mesh, seed, adapters), tokenizer)
+
+
+def load_params(
+    model: ModelConfig, path: str | None, config: qwen.QwenConfig, mesh: Mesh, seed: int, adapters: LoraConfig | None
+) -> Any:
+    """The parameters alone; arguments and errors as ``load``."""
     if path is None:
         placed = shardings(qwen.abstract(config, param_dtype=model.param_dtype)[1], mesh, TRAINER_RULES)
         params = qwen.initialize(config, jax.random.key(seed), placed, param_dtype=model.param_dtype)
@@ -48,15 +56,14 @@ def load(model: ModelConfig, path: str | None, mesh: Mesh, seed: int, adapters: 
             _, params = hf.load_params(path, mesh, TRAINER_RULES, model.param_dtype)
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"model.path: {error}") from error
-    graphdef, shapes = abstract(model, config, mesh, adapters)
     if adapters is not None and adapters.rank:
-        placed = lora.trained(shardings(shapes, mesh, TRAINER_RULES))
+        placed = lora.trained(shardings(abstract(model, config, mesh, adapters)[1], mesh, TRAINER_RULES))
 
         def make() -> Any:
             return lora.trained(nnx.split(qwen.Qwen(config, rngs=nnx.Rngs(seed), lora=adapters))[1])
 
         params = lora.attached(params, jax.jit(make, out_shardings=placed)())
-    return Policy(config, graphdef, params, tokenizer)
+    return params
 
 
 def outline(model: ModelConfig, path: str | None) -> tuple[qwen.QwenConfig, Tokenizer]:

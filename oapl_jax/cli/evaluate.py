@@ -10,20 +10,29 @@ compares every other log with the first. Both write results.json, results.csv an
 
 import argparse
 import contextlib
+import dataclasses
 import pathlib
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from oapl_jax.build import policy
+from oapl_jax.build.sampler import make_engines
 from oapl_jax.config import config_file
 from oapl_jax.config.schema import EvaluateConfig, TrainConfig
 from oapl_jax.data import tokenizer as tokenizers
+from oapl_jax.distributed.memory import usable_bytes
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.evaluation import benchmarks, plots, sampling, scores, tables, tally
 from oapl_jax.io import run_dir
+from oapl_jax.io.metrics import Progress
+from oapl_jax.rollouts.grading import Grading
+from oapl_jax.rollouts.log import RolloutLog
+from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.run import export
+from oapl_jax.run.start import is_run, model_path
+from oapl_jax.sampler.sampler import JaxSampler
+from oapl_jax.types import Prompt
 from oapl_jax.weights.policies import PolicyGoneError, PolicyStore
 from oapl_jax.weights.sync import WeightSync
 
@@ -46,9 +55,9 @@ def evaluate(config: EvaluateConfig, *, watch: bool = False) -> str:
     directory = pathlib.Path(config.run.dir)
     label = config.run.label or _label(str(config.model.path or config.model.config or config.model.warm_start))
     with contextlib.ExitStack() as stack:
-        sampler = _Sampler(config, stack)
+        evaluation = _Evaluation(config, stack)
         for version, path in _versions(config, watch):
-            sampler.run(version, path)
+            evaluation.run(version, path)
             table = report([(label, directory / ROLLOUTS)], directory)
             if watch:
                 print(f"\nversion {version}:\n{table}", flush=True)
@@ -61,39 +70,64 @@ def _label(path: str) -> str:
     return place.parent.name if place.name.startswith("export") and place.parent.name else place.name
 
 
-class _Sampler:
-    """Programs and problems, made with the first policy and kept for the next ones, which have the same shapes."""
+class _Evaluation:
+    """Sampler, problems and graders, made with the first policy and kept for the next ones, which have its shapes."""
 
     def __init__(self, config: EvaluateConfig, stack: contextlib.ExitStack):
         self._config, self._stack = config, stack
         self._mesh, self._sampler_mesh = make_meshes(config.mesh)
-        self._made: tuple[Any, ...] | None = None
+        self._distribution = SamplingDistribution.of(config.sampler)
+        self._made: tuple[list[Prompt], JaxSampler, Grading, WeightSync] | None = None
 
     def run(self, version: int, path: str | None) -> None:
         """Samples the policy at ``path`` under ``version``; None: random weights."""
         config = self._config
         loaded = policy.load(config.model, path, self._mesh, config.run.seed)
-        if self._made is None:
-            problems = benchmarks.load(config, loaded.tokenizer, self._stack)
-            run_dir.open_run(config, EvaluateConfig)
-            engines = sampling.make_engines(
-                config, loaded.config, loaded.tokenizer, self._sampler_mesh, sampling.longest(problems)
+        prompts, sampler, grading, sync = self._made or self._make(loaded)
+        sampler.set_weights(sync(loaded.params)[0])
+        del loaded
+        log = RolloutLog(pathlib.Path(config.run.dir) / ROLLOUTS, dataclasses.asdict(self._distribution))
+        with Progress(len(prompts), enabled=config.logging.progress) as progress:
+            sampling.sample(
+                sampler,
+                prompts,
+                grading,
+                log,
+                version,
+                distribution=self._distribution,
+                num_samples=config.sampler.samples,
+                seed=config.run.seed,
+                progress=progress,
             )
-            self._made = problems, engines, WeightSync(loaded.params, self._sampler_mesh, config.sampler.dtype)
-        problems, engines, sync = self._made
-        params = sync(loaded.params)[0]
-        log = pathlib.Path(config.run.dir) / ROLLOUTS
-        sampling.sample(config, problems, engines, params, loaded.tokenizer, log, version)
+
+    def _make(self, loaded: policy.Policy) -> tuple[list[Prompt], JaxSampler, Grading, WeightSync]:
+        config, tokenizer, mesh = self._config, loaded.tokenizer, self._sampler_mesh
+        problems = benchmarks.load(config, tokenizer, self._stack)
+        run_dir.open_run(config, EvaluateConfig)
+        engines = make_engines(
+            config.sampler,
+            loaded.config,
+            mesh,
+            compute_dtype=config.model.compute_dtype,
+            vocab_size=tokenizer.vocab_size,
+            stop_ids=tokenizer.stop_ids,
+            max_prompt_tokens=sampling.longest(problems),
+            free=usable_bytes(mesh),
+        )
+        grading = sampling.make_grading(problems, tokenizer.decode)
+        self._stack.callback(grading.close)
+        sync = WeightSync(loaded.params, mesh, config.sampler.dtype)
+        self._made = [problem.prompt for problem in problems], JaxSampler(engines, mesh), grading, sync
+        return self._made
 
 
 def _versions(config: EvaluateConfig, watch: bool) -> Iterator[tuple[int, str | None]]:
     """Each policy to evaluate, with its version: of a run the step of the checkpoint, else 0."""
     path = config.model.path
-    is_run = path is not None and (pathlib.Path(path) / run_dir.CONFIG_FILE).is_file()
-    if not is_run:
+    if not is_run(path):
         if watch or config.run.step is not None:
             raise ValueError(f"{'--watch' if watch else 'run.step'} needs a run directory; model.path={path!r} is none")
-        yield 0, path
+        yield 0, model_path(config.model)
         return
     source = pathlib.Path(str(path))
     if not watch:
@@ -214,11 +248,11 @@ def _add_watch(parser: argparse.ArgumentParser) -> None:
 
 def _plan(config: EvaluateConfig) -> str:
     """Loads the problems and their graders, and says how many samples there will be."""
-    path = config.model.path
-    if path is not None and (pathlib.Path(path) / run_dir.CONFIG_FILE).is_file():
-        path = str(export.source(config_file.load(TrainConfig, pathlib.Path(path) / run_dir.CONFIG_FILE).model))
+    model = config.model
+    if is_run(model.path):
+        model = config_file.load(TrainConfig, pathlib.Path(str(model.path)) / run_dir.CONFIG_FILE).model
     with contextlib.ExitStack() as stack:
-        problems = benchmarks.load(config, tokenizers.load(config.model.tokenizer, path), stack)
+        problems = benchmarks.load(config, tokenizers.load(config.model.tokenizer, model_path(model)), stack)
     sampler = config.sampler
     return (
         f"{len(problems):,} problems x {sampler.samples} samples of at most {sampler.max_response_tokens:,} tokens;"

@@ -1,9 +1,7 @@
-"""Responses of a policy to the prompts of a dataset, into a rollout log (docs/offline.md).
+"""``oapl-jax generate --config C.yaml``: responses of a policy to the prompts of a data set (docs/offline.md).
 
-    python -m oapl_jax generate --config configs/countdown_generate.yaml [--dry-run] [section.key=value ...]
-
-The same command, in any number of processes on any number of hosts that share ``run.dir``, shares the work
-and goes on with what is missing (``generator.py``).
+The same command, in any number of processes on any number of hosts that share ``run.dir``, shares the work and goes on
+with what is missing (``sources/generation.py``).
 """
 
 import contextlib
@@ -11,7 +9,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -20,10 +17,11 @@ from typing import Any
 import numpy as np
 
 from oapl_jax.build import policy
-from oapl_jax.build.job import make_engines, start_of
+from oapl_jax.build.sampler import make_engines
 from oapl_jax.config import config_file
 from oapl_jax.config.schema import GenerateConfig
 from oapl_jax.data.prompts import load_prompts
+from oapl_jax.distributed.memory import usable_bytes
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.io import run_dir, storage
 from oapl_jax.io.lease import Leases
@@ -32,22 +30,37 @@ from oapl_jax.io.preemption import catch_sigterm
 from oapl_jax.objectives import oapl
 from oapl_jax.rewards.grader import make_grader
 from oapl_jax.rollouts import filters, published
+from oapl_jax.rollouts.grading import Grading
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.run import export
-from oapl_jax.sampler.replicas import replica_meshes
-from oapl_jax.sources.generator import Generator, Work
-from oapl_jax.sources.local import GroupMaker
+from oapl_jax.run.start import is_run, make_warm_start, model_path
+from oapl_jax.sampler.sampler import JaxSampler
+from oapl_jax.sources.generation import Generation, generate
+from oapl_jax.sources.turns import SamplerTurns
 from oapl_jax.types import PreemptedError, Prompt
 from oapl_jax.weights.sync import WeightSync
 
 POLL_SECONDS = 0.5
 BETA1 = 1.0
-"""Of the V* that is logged; offline training computes its own."""
+"""Temperature of the V* that is logged; offline training computes its own."""
 LEASES_FOLDER = "leases"
 POLICY_FOLDER = "policy"
 WORK_FILE = "generation.json"
 SUMMARY_FILE = "summary.json"
+
+
+def main(argv: list[str]) -> None:
+    """Exit codes: 0 all is in the log, 2 the config is wrong, 42 stopped by SIGTERM."""
+    config, arguments = config_file.from_command_line(GenerateConfig, "generate", argv)
+    if arguments.dry_run:
+        print(config_file.to_yaml(config))
+        return
+    run_dir.use_compile_cache(config.run.compile_cache)
+    summary = run(config)
+    if summary is None:
+        raise PreemptedError
+    print(describe(summary, pathlib.Path(config.run.dir) / "rollouts"))
 
 
 def run(config: GenerateConfig) -> dict[str, Any] | None:
@@ -55,75 +68,74 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
 
     Raises:
         ValueError: the config or the data got something wrong; the message says what.
-        TimeoutError: see ``Generator.run``.
+        TimeoutError: see ``generation.generate``.
     """
     run_dir.check_run(config, GenerateConfig)
-    directory = pathlib.Path(config.run.dir)
+    directory, sampler, deadline = pathlib.Path(config.run.dir), config.sampler, config.generation.deadline
+    distribution = SamplingDistribution.of(sampler)
     with contextlib.ExitStack() as stack:
         leases = stack.enter_context(Leases(directory / LEASES_FOLDER, config.generation.lease_seconds))
         is_stopped = stack.enter_context(catch_sigterm())
-        trainer_mesh, sampler_mesh = make_meshes(config.mesh)
-        with _alone(leases, "policy", config.generation.deadline):
-            model, path = _start(config, directory)
-        loaded = policy.load(model, path, trainer_mesh, config.run.seed)
-        params, _ = WeightSync(loaded.params, sampler_mesh, config.sampler.dtype)(loaded.params)
-        source = load_prompts(config.data, loaded.tokenizer, config.run.seed)
+        with _alone(leases, "policy", deadline):
+            path = _start(config, directory)
+        trainer_mesh, mesh = make_meshes(config.mesh)
+        loaded = policy.load(config.model, path, trainer_mesh, config.run.seed)
+        weights, _ = WeightSync(loaded.params, mesh, sampler.dtype)(loaded.params)
+        tokenizer = loaded.tokenizer
+        source = load_prompts(config.data, tokenizer, config.run.seed)
         prompts = _choose(source, config)
         grader = make_grader(config)
-        stack.callback(grader.close)
+        value = functools.partial(oapl.optimal_value, beta1=BETA1)
+        grading = Grading(tokenizer.decode, grader, lambda rewards, _: oapl.advantages(rewards, BETA1), value)
+        stack.callback(grading.close)
         grader.check_golds([] if config.data.task else prompts)
-        work = Work(
-            RolloutLog(directory / "rollouts", dataclasses.asdict(SamplingDistribution.of(config.sampler))),
-            config.generation.policy_version,
-            prompts,
-            config.generation.groups_per_file,
-        )
-        with _alone(leases, "work", config.generation.deadline):
+        log = RolloutLog(directory / "rollouts", dataclasses.asdict(distribution))
+        size = config.generation.groups_per_file
+        work = Generation(log, leases, config.generation.policy_version, prompts, size, deadline)
+        with _alone(leases, "work", deadline):
             _check_work(directory / WORK_FILE, work)
             run_dir.open_run(config, GenerateConfig)
         engines = make_engines(
-            config, loaded.config, loaded.tokenizer.vocab_size, loaded.tokenizer.stop_ids, replica_meshes(sampler_mesh)
+            sampler,
+            loaded.config,
+            mesh,
+            compute_dtype=config.model.compute_dtype,
+            vocab_size=tokenizer.vocab_size,
+            stop_ids=tokenizer.stop_ids,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            free=usable_bytes(mesh),
         )
-        value = functools.partial(oapl.optimal_value, beta1=BETA1)
-        make_groups = GroupMaker(
-            loaded.tokenizer.decode, grader, lambda rewards, _: oapl.advantages(rewards, BETA1), value
-        )
-        generator = Generator(
-            work,
-            leases,
-            engines,
-            params,
-            make_groups,
-            sampling=SamplingDistribution.of(config.sampler),
-            group_size=config.sampler.group_size,
-            seed=config.run.seed,
-            device_lock=threading.RLock() if sampler_mesh.size > 1 else contextlib.nullcontext(),
-            deadline=config.generation.deadline,
-        )
+        del loaded
         progress = stack.enter_context(Progress(len(prompts), enabled=config.logging.progress, unit="group"))
         if source.num_dropped:
             progress.note(f"prompts: {source.num_dropped} over data.max_prompt_tokens were dropped")
-        start = time.perf_counter()
-
-        def report(num_done: int) -> None:
-            speed = generator.num_tokens / (time.perf_counter() - start)
-            progress.update(num_done, {"learner/tokens_per_second": speed})
-
-        if not generator.run(report, is_stopped):
+        is_done = generate(
+            work,
+            SamplerTurns(JaxSampler(engines, mesh)),
+            grading,
+            weights,
+            distribution=distribution,
+            group_size=sampler.group_size,
+            seed=config.run.seed,
+            report=lambda done, speed: progress.update(done, {"learner/tokens_per_second": speed}),
+            is_stopped=is_stopped,
+        )
+        if not is_done:
             return None
-        with _alone(leases, "summary", config.generation.deadline):
+        with _alone(leases, "summary", deadline):
             return _summarize(config, directory, work)
 
 
-def _start(config: GenerateConfig, directory: pathlib.Path) -> tuple[Any, str | None]:
-    """The model section to load by, and the folder of the weights; those of a run's checkpoint are written first."""
-    path = None if config.model.path is None else pathlib.Path(config.model.path)
-    if path is None or not (path / run_dir.CONFIG_FILE).is_file():
-        return start_of(config)
+def _start(config: GenerateConfig, directory: pathlib.Path) -> str | None:
+    """The folder of the weights, None: random ones; those of a run's checkpoint and of a warm start are made first."""
+    path = config.model.path
+    if not is_run(path):
+        make_warm_start(config)
+        return model_path(config.model)
     folder = directory / POLICY_FOLDER
     if not folder.exists():
-        export.export(path, folder)
-    return config.model, str(folder)
+        export.export(pathlib.Path(str(path)), folder)
+    return str(folder)
 
 
 def _choose(source: Any, config: GenerateConfig) -> list[Prompt]:
@@ -140,7 +152,7 @@ def _choose(source: Any, config: GenerateConfig) -> list[Prompt]:
     return [prompt for prompt in source.prompts if prompt.id in chosen]
 
 
-def _check_work(path: pathlib.Path, work: Work) -> None:
+def _check_work(path: pathlib.Path, work: Generation) -> None:
     """Ties the directory to the prompts: data that was changed in between would mix two works.
 
     Raises:
@@ -162,7 +174,7 @@ def _check_work(path: pathlib.Path, work: Work) -> None:
     storage.replace(path, json.dumps(now).encode() + b"\n")
 
 
-def _summarize(config: GenerateConfig, directory: pathlib.Path, work: Work) -> dict[str, Any]:
+def _summarize(config: GenerateConfig, directory: pathlib.Path, work: Generation) -> dict[str, Any]:
     """Counts of the log, and of what the filters would leave; writes the published layout where it is wanted."""
     path, is_filtered = directory / SUMMARY_FILE, config.filter.changed_from_default() or config.generation.published
     if path.exists() and not is_filtered:  # another process was the first to end
@@ -189,19 +201,6 @@ def _alone(leases: Leases, name: str, deadline: float) -> Iterator[None]:
         yield
     finally:
         lease.release()
-
-
-def main(argv: list[str]) -> None:
-    """Command line; exit codes: 0 all is in the log, 2 the config is wrong, 42 stopped by SIGTERM."""
-    config, arguments = config_file.from_command_line(GenerateConfig, "oapl_jax.generate", argv)
-    if arguments.dry_run:
-        print(config_file.to_yaml(config))
-        return
-    run_dir.use_compile_cache(config.run.compile_cache)
-    summary = run(config)
-    if summary is None:
-        raise PreemptedError
-    print(describe(summary, pathlib.Path(config.run.dir) / "rollouts"))
 
 
 def describe(summary: dict[str, Any], log: pathlib.Path) -> str:

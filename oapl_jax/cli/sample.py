@@ -1,4 +1,4 @@
-"""``oapl-jax sample --run RUN``: a detached sampler of a run (sources/sample.py)."""
+"""``oapl-jax sample --run RUN``: a detached sampler of a run (sources/sampling_process.py)."""
 
 import argparse
 import os
@@ -7,7 +7,7 @@ import sys
 import threading
 
 from oapl_jax.io import storage
-from oapl_jax.sources.sample import Sampler, say
+from oapl_jax.sources.sampling_process import SamplingProcess, say
 
 EXIT_SECONDS = 8.0
 """After SIGTERM: for how long the work in hand is finished before the process just ends."""
@@ -24,7 +24,9 @@ def main(argv: list[str]) -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    sampler = Sampler(storage.shared_path(arguments.run), arguments.engine, arguments.mesh, arguments.wait, stop)
+    sampler = SamplingProcess(
+        storage.shared_path(arguments.run), arguments.engine, arguments.mesh, arguments.wait, stop
+    )
     failures: list[BaseException] = []
 
     def run() -> None:

@@ -21,11 +21,11 @@ import jax.numpy as jnp
 
 from oapl_jax.build import policy
 from oapl_jax.config.schema import MeshConfig, ModelConfig
+from oapl_jax.distributed.memory import usable_bytes
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.model import hf, qwen
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.sampler.engine import Engine
-from oapl_jax.sampler.replicas import free_bytes
 from oapl_jax.types import RunError
 
 DECODE_STEPS = 16
@@ -99,7 +99,8 @@ def load(arguments: argparse.Namespace) -> Any:
         mesh=mesh,
         cache_dtype=jnp.dtype(dtype),
     )
-    free = free_bytes(mesh)
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    free = usable_bytes(mesh) * mesh.size - weights
     if engine.cache_bytes > free:
         raise ValueError(
             f"the KV cache of {arguments.slots} slots x {arguments.group_size} responses x {arguments.max_prompt_tokens} +"

@@ -93,8 +93,18 @@ def make_meshes(mesh_config: MeshConfig, devices: Sequence[Any] | None = None) -
 
 
 def processes_of(mesh: Mesh) -> list[int]:
-    """Processes that have devices of a mesh, ascending."""
+    """Team that have devices of a mesh, ascending."""
     return sorted({device.process_index for device in np.asarray(mesh.devices).flat})
+
+
+def is_here(mesh: Mesh) -> bool:
+    """Whether this process has devices of a mesh."""
+    return jax.process_index() in processes_of(mesh)
+
+
+def num_processes() -> int:
+    """Processes of the JAX job."""
+    return jax.process_count()
 
 
 def check_processes(mesh_config: MeshConfig, trainer: Mesh, sampler: Mesh) -> None:
@@ -167,7 +177,7 @@ def _within_processes(devices: Sequence[Any], shape: Sequence[int]) -> np.ndarra
 
 
 def _parted_replica(devices: np.ndarray) -> list[int] | None:
-    """Processes of the first row of the last axis, ``tensor``, that is not within one; None where all are."""
+    """Team of the first row of the last axis, ``tensor``, that is not within one; None where all are."""
     rows = devices.reshape(-1, devices.shape[-1])
     owners = ({device.process_index for device in row} for row in rows)
     return next((sorted(row) for row in owners if len(row) > 1), None)

@@ -1,16 +1,14 @@
 """pass@k of a policy on held-out prompts, in the course of training."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from concurrent.futures import Future
+from typing import NamedTuple
 
 import numpy as np
 
 from oapl_jax.evaluation import passk
-from oapl_jax.rewards.grader import Grader
-from oapl_jax.rollouts.sampling import Request, SamplingDistribution
-from oapl_jax.sampler.engine import Engine
-from oapl_jax.sampler.replicas import Replicas
+from oapl_jax.rollouts.grading import Grading
+from oapl_jax.rollouts.sampling import Request, Sampler, SamplingDistribution, run
 from oapl_jax.types import Metrics, Prompt, Verdict
 
 EVALUATION_STREAM = 2**32 - 1
@@ -18,67 +16,56 @@ EVALUATION_STREAM = 2**32 - 1
 
 
 class Counts(NamedTuple):
-    """What was sampled, by problem ``[N]``."""
+    """What became of the samples, by problem ``[N]``."""
 
     sampled: np.ndarray
     graded: np.ndarray
     """Samples with a verdict."""
     correct: np.ndarray
     tokens: np.ndarray
-    """Of the responses together."""
+    """Tokens of all responses to the problem."""
 
 
 def evaluate(
-    engines: Sequence[Engine],
-    params: Any,
+    sampler: Sampler,
     prompts: Sequence[Prompt],
-    decode: Callable[[list[int]], str],
-    grader: Grader,
+    grading: Grading,
     *,
-    sampling: SamplingDistribution,
+    distribution: SamplingDistribution,
     num_samples: int,
     seed: int,
-    device_lock: AbstractContextManager,
     part: int = 0,
     num_parts: int = 1,
 ) -> Counts:
-    """Samples prompts ``num_samples`` times each and grades the responses.
+    """Samples each prompt ``num_samples`` times with the sampler's weights, and grades responses while it samples.
 
-    The same seed draws the same random numbers for every policy, so that two evaluations of one run
-    differ by the policy alone. Of several processes that share the prompts, each counts zeros for those of the others.
+    The same seed draws the same random numbers for every policy, so two evaluations of one run differ by the policy
+    alone. Processes can share the prompts: each counts zeros for those of the others.
 
     Args:
-        engines: of this process.
-        params: the policy.
+        sampler: idle, with the weights of the policy.
         prompts: all of them.
-        decode: token ids to text.
-        grader: of the responses.
-        sampling: distribution of the samples.
+        grading: of this process.
+        distribution: of the samples.
         num_samples: of each prompt.
         seed: of the run.
-        device_lock: see ``Scheduler``.
-        part: of the prompts, that is sampled here: each ``num_parts``-th, from this one on.
-        num_parts: processes that share them.
+        part: this process takes each ``num_parts``-th prompt, from this one on.
+        num_parts: processes that share the prompts.
     """
-    replicas: Replicas[tuple[int, Prompt]] = Replicas(engines, device_lock, fixed_shapes=True)
     requests = [
-        Request(
-            (i, prompt),
-            prompt.token_ids,
-            num_samples,
-            (seed, EVALUATION_STREAM, i),
-            sampling,
-            needs_logprobs=False,
-        )
+        Request(i, prompt.token_ids, num_samples, (seed, EVALUATION_STREAM, i), distribution, needs_logprobs=False)
         for i, prompt in list(enumerate(prompts))[part::num_parts]
     ]
     counts = Counts(*(np.zeros(len(prompts), int) for _ in Counts._fields))
-    for (index, prompt), rollouts in replicas.run(params, requests):
-        grades = grader.grade([(prompt, decode(r.token_ids.tolist()), r.finish_reason) for r in rollouts])
+    waiting: list[tuple[int, Future]] = []
+    for index, rollouts in run(sampler, requests):
         counts.sampled[index] = len(rollouts)
+        counts.tokens[index] = sum(len(rollout.token_ids) for rollout in rollouts)
+        waiting.append((index, grading.submit(grading.grade, [(prompts[index], rollouts)])))
+    for index, future in waiting:
+        ((_, grades),) = future.result()
         counts.graded[index] = sum(grade.verdict is not Verdict.INVALID for grade in grades)
         counts.correct[index] = sum(grade.verdict is Verdict.CORRECT for grade in grades)
-        counts.tokens[index] = sum(len(rollout.token_ids) for rollout in rollouts)
     return counts
 
 

@@ -33,8 +33,8 @@ from safetensors import SafetensorError, safe_open
 
 from oapl_jax.config.schema import LoraConfig
 from oapl_jax.data.tokenizer import Tokenizer
-from oapl_jax.distributed.processes import Processes
 from oapl_jax.distributed.sharding import Rules, replicated, shardings
+from oapl_jax.distributed.team import Team
 from oapl_jax.model import lora, qwen
 
 CONFIG_FILE = "config.json"
@@ -332,7 +332,7 @@ def save_folder(
     params: Any,
     tokenizer: Tokenizer | None = None,
     dtype: DTypeLike | None = None,
-    writers: Processes | None = None,
+    writers: Team | None = None,
 ) -> pathlib.Path:
     """Writes a model folder that ``transformers``, vLLM and ``load_params`` read.
 
@@ -406,7 +406,7 @@ def save_adapter(
 
 
 @contextlib.contextmanager
-def _written_beside(folder: pathlib.Path, writers: Processes | None = None) -> Iterator[pathlib.Path]:
+def _written_beside(folder: pathlib.Path, writers: Team | None = None) -> Iterator[pathlib.Path]:
     """A folder that takes the place of ``folder`` when it is whole, and is gone after an error."""
 
     def make() -> str:
@@ -450,7 +450,7 @@ def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
 
 
 def _write_weights(
-    folder: pathlib.Path, config: qwen.QwenConfig, params: Any, dtype: np.dtype, writers: Processes | None
+    folder: pathlib.Path, config: qwen.QwenConfig, params: Any, dtype: np.dtype, writers: Team | None
 ) -> None:
     """One file, or several of at most ``SHARD_BYTES`` with an index: at least one for each writer."""
     tensors = list(_all_tensors(config, params))
@@ -478,7 +478,7 @@ def _write_weights(
         _write_safetensors(path, shard, dtype)
 
 
-def _write_together(files: dict[pathlib.Path, list[Any]], dtype: np.dtype, writers: Processes) -> None:
+def _write_together(files: dict[pathlib.Path, list[Any]], dtype: np.dtype, writers: Team) -> None:
     """Each process writes its share of the files, while tensors of all files come by turns to all hosts' devices."""
     mine = list(files)[writers.rank :: len(writers.members)]
     with contextlib.ExitStack() as stack:

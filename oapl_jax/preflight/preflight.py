@@ -16,9 +16,10 @@ from typing import Any
 
 import jax
 
-from oapl_jax.build.programs import Plan, Program, kv_bytes, make_plan, shortage
 from oapl_jax.config.schema import TrainConfig
+from oapl_jax.distributed.sharding import row_shards
 from oapl_jax.preflight import hlo, topology
+from oapl_jax.preflight.programs import Plan, Program, make_plan, rollout_bytes
 from oapl_jax.preflight.topology import GIB, Chip, Topology
 
 TOO_LARGE = "RESOURCE_EXHAUSTED"
@@ -162,7 +163,7 @@ def _refused(program: Program, message: str, seconds: float, chip: Chip) -> Resu
 
 def advice(result: Result, plan: Plan) -> list[str]:
     """Settings that would make a program smaller, the most fitting first."""
-    config, memory = plan.config, plan.memory
+    config, memory, rows = plan.assembly.config, plan.assembly.account, plan.assembly.learner.rows
     is_samplers = result.name in ("prefill", "decode")
     found = []
     if (is_samplers or memory.is_colocated) and 0 < result.missing < memory.kv_cache:
@@ -171,52 +172,56 @@ def advice(result: Result, plan: Plan) -> list[str]:
     if result.name == "train_step" and config.model.remat == "none":
         found.append("model.remat=layer: activations are computed twice and not kept")
     if result.name in ("train_step", "score"):
-        rows = plan.rows.micro_batch_rows or plan.rows.num_rows(plan.rows.num_rollouts)
-        shards = plan.trainer_mesh.shape["data"] * plan.trainer_mesh.shape["fsdp"]
-        if rows > shards:
-            found.append(f"learner.micro_batch_rows={max(shards, rows // 2)} (now {rows}): fewer rows at once")
-    if is_samplers and config.evaluation.every:
-        found.append("evaluation.every=0: no second cache in the course of training")
+        num_rows, shards = (
+            rows.micro_batch_rows or rows.num_rows(rows.num_rollouts),
+            row_shards(plan.assembly.trainer_mesh),
+        )
+        if num_rows > shards:
+            found.append(f"learner.micro_batch_rows={max(shards, num_rows // 2)} (now {num_rows}): fewer rows at once")
+    if is_samplers and memory.evaluation_weights:
+        found.append("evaluation.every a multiple of window.sync_every: no second policy beside the window's")
     if is_samplers:
         found.append("sampler.dtype=int8, or fewer sampler.groups_in_flight")
     found.append("a larger tensor axis of the mesh, or more chips")
-    if memory.is_colocated and memory.sampler > memory.state:
+    if memory.is_colocated and memory.sampler > memory.learner:
         found.append("mesh.sampler=...: devices of its own for the sampler")
     return found
 
 
 def kv_capacity(plan: Plan) -> dict[str, float]:
     """What the sampler's cache holds: rollouts of full length at once, over all replicas, and of how many rows."""
-    engine = plan.engine
-    if engine is None:
+    if not plan.assembly.engines:
         return {"rollouts": 0, "rows": 0, "tokens": 0}
-    tokens = engine.num_pages * engine.page_size
+    engine, num_replicas = plan.assembly.engines[0], plan.assembly.num_replicas
     return {
-        "rollouts": plan.num_replicas * (engine.num_pages // engine.max_pages),
-        "rows": plan.num_replicas * engine.num_rows,
-        "tokens": plan.num_replicas * tokens,
+        "rollouts": num_replicas * (engine.num_pages // engine.max_pages),
+        "rows": num_replicas * engine.num_rows,
+        "tokens": num_replicas * engine.num_pages * engine.page_size,
     }
 
 
 def describe_plan(plan: Plan, slices: Topology) -> str:
     """What is asked for, and what lies on a device before anything is compiled."""
-    config, memory, usable = plan.config, plan.memory, slices.chip.usable_bytes
-    sampler = f"{_mesh(plan.sampler_mesh)}, " if not memory.is_colocated else "the trainer's mesh, "
+    run, usable = plan.assembly, slices.chip.usable_bytes
+    memory = run.account
+    sampler = "the trainer's mesh, " if memory.is_colocated else f"{_mesh(run.sampler_mesh)}, "
     lines = [
         f"{slices.name}: {slices.num_slices} x {slices.shape}, {slices.num_devices} devices of {usable / GIB:.2f} GiB",
-        f"model    {plan.model.model_type}, {plan.model.num_params:,} parameters, from {plan.source}",
-        f"trainer  {_mesh(plan.trainer_mesh)}",
-        f"sampler  {sampler}{plan.num_replicas} replicas of {plan.sampler_mesh.shape['tensor']} devices",
-        f"batch    {config.learner.batch_rollouts} rollouts of at most {plan.max_tokens:,} tokens",
+        f"model    {run.architecture.model_type}, {run.architecture.num_params:,} parameters, from {plan.source}",
+        f"trainer  {_mesh(run.trainer_mesh)}",
+        f"sampler  {sampler}{run.num_replicas} replicas of {run.sampler_mesh.shape['tensor']} devices",
+        f"batch    {run.config.learner.batch_rollouts} rollouts of at most {run.learner.rows.max_tokens:,} tokens",
         f"resident GiB a device: weights {memory.weights / GIB:.2f} + optimizer {memory.optimizer / GIB:.2f}"
         f" + gradient {memory.gradient / GIB:.2f}; sampler's weights {memory.sampler_weights / GIB:.2f}"
-        f" + KV cache {memory.kv_cache / GIB:.2f}" + ("" if memory.is_colocated else ", on devices of their own"),
+        f" + those of an evaluation {memory.evaluation_weights / GIB:.2f} + KV cache {memory.kv_cache / GIB:.2f}"
+        + ("" if memory.is_colocated else ", on devices of their own"),
     ]
-    capacity = kv_capacity(plan)
-    lines.append(
-        f"KV cache {capacity['tokens']:,.0f} tokens: {capacity['rollouts']:,.0f} rollouts of full length at once"
-        f" ({kv_bytes(plan) / GIB:.2f} GiB a device each), for {capacity['rows']:,.0f} rows"
-    )
+    if run.engines:
+        capacity = kv_capacity(plan)
+        lines.append(
+            f"KV cache {capacity['tokens']:,.0f} tokens: {capacity['rollouts']:,.0f} rollouts of full length at once"
+            f" ({rollout_bytes(run) / GIB:.2f} GiB a device each), for {capacity['rows']:,.0f} rows"
+        )
     return "\n".join(lines)
 
 
@@ -264,21 +269,21 @@ def check(config: TrainConfig, slices: Topology, *, dry_run: bool) -> dict[str, 
     plan = make_plan(config, topology.devices(slices), usable, functools.partial(topology.slice_alone, slices))
     print(describe_plan(plan, slices), flush=True)
     results = []
-    missing = shortage(plan, usable)
-    if missing > 0 or plan.engine is None:
+    missing, has_room = plan.assembly.account.shortage(usable), bool(plan.assembly.engines)
+    if missing > 0 or not has_room:
         what = f"{missing / GIB:.2f} GiB short" if missing > 0 else "no room for the keys and values of one rollout"
         print(f"DOES NOT FIT before anything is compiled: {what}; more chips, or a larger fsdp or tensor axis")
     elif not dry_run:
         for program in plan.programs:
             results.append(compile_program(program, slices))
             print("\n" + describe(results[-1], plan), flush=True)
-    fits = missing <= 0 and plan.engine is not None and all(result.fits for result in results)
+    fits = missing <= 0 and has_room and all(result.fits for result in results)
     print("\n" + ("FITS" if fits else "DOES NOT FIT"))
     return {
         "fits": fits,
         "topology": slices._asdict() | {"devices": slices.num_devices, "usable_bytes": usable},
-        "parameters": plan.model.num_params,
-        "memory": dataclasses.asdict(plan.memory),
+        "parameters": plan.assembly.architecture.num_params,
+        "memory": dataclasses.asdict(plan.assembly.account),
         "kv_cache": kv_capacity(plan),
         "programs": [_as_json(result) for result in results],
         "config": config.model_dump(),

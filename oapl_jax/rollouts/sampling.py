@@ -4,12 +4,14 @@ A sampler draws rollouts and does not grade them. Callers know this file, not th
 """
 
 import dataclasses
-from typing import Generic, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
 
 from oapl_jax.config.schema import EvaluateSamplerConfig, EvaluationConfig, SamplerConfig
+from oapl_jax.types import Rollout
 
 Tag = TypeVar("Tag")
 
@@ -38,7 +40,7 @@ class SamplingDistribution:
 
     @classmethod
     def of(cls, section: SamplerConfig | EvaluationConfig | EvaluateSamplerConfig) -> "SamplingDistribution":
-        """The distribution that a section of a config describes."""
+        """The sampling distribution that a section of a config describes."""
         return cls(section.temperature, section.top_k, section.top_p, section.min_p)
 
     @property
@@ -77,8 +79,6 @@ class Request(Generic[Tag]):
     """A response ends with the token that completes one of them."""
     expected_tokens: float | None = None
     """Likely length of a response, for the order; None: the limit."""
-    timeout: float | None = None
-    """Seconds after which the request is dropped; see ``Scheduler.expired``."""
 
 
 @dataclasses.dataclass
@@ -94,8 +94,6 @@ class Stats:
     live_row_steps: int = 0
     """Those that drew a token of a rollout."""
     preemptions: int = 0
-    expired: int = 0
-    """Requests dropped by their timeout."""
     host_gap_seconds: float = 0.0
     """Time in which nothing was enqueued on the device although sequences were live."""
 
@@ -103,3 +101,75 @@ class Stats:
     def slot_use(self) -> float:
         """Share of the decoded rows that drew a token of a rollout."""
         return self.live_row_steps / max(1, self.row_steps)
+
+
+@runtime_checkable
+class Sampler(Protocol):
+    """Draws rollouts with the weights that it was given last; ``SamplerTurns`` gives it to one caller at a time.
+
+    A caller sets weights, submits requests and steps until they are finished. A rollout depends on its request and on
+    the weights only, not on what else is under way.
+    """
+
+    @property
+    def stats(self) -> Stats:
+        """What it has done since it was made."""
+        ...
+
+    def set_weights(self, weights: Any) -> None:
+        """Uses these weights from now on. Nothing may be in flight.
+
+        Args:
+            weights: parameters on the sampler's devices, or whatever the engine loads.
+        """
+        ...
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no request waits or is in flight."""
+        ...
+
+    @property
+    def wants_more(self) -> bool:
+        """Whether another request would keep it busier."""
+        ...
+
+    @property
+    def num_live(self) -> int:
+        """Number of rollouts that are being decoded."""
+        ...
+
+    def submit(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+            ValueError: the request cannot be run; names what is wrong.
+        """
+        ...
+
+    def step(self) -> list[tuple[Any, list[Rollout]]]:
+        """Decodes for a while; returns the tags and rollouts of the requests that are finished."""
+        ...
+
+    def abort(self) -> None:
+        """Drops all requests."""
+        ...
+
+    def warm_up(self, prompt_lengths: Iterable[int], group_size: int) -> None:
+        """Compiles what requests of these prompt lengths and this group size need."""
+        ...
+
+    def release(self) -> None:
+        """Frees the weights and the cache until weights are set again. Nothing may be in flight."""
+        ...
+
+
+def run(sampler: Sampler, requests: Iterable[Request[Tag]]) -> Iterator[tuple[Tag, list[Rollout]]]:
+    """Runs requests to their end, and yields each one as it is finished."""
+    waiting = iter(requests)
+    request = next(waiting, None)
+    while request is not None or not sampler.is_idle:
+        while request is not None and sampler.wants_more:
+            sampler.submit(request)
+            request = next(waiting, None)
+        yield from sampler.step()

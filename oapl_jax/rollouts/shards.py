@@ -1,4 +1,4 @@
-"""The work of a window in shards, which detached samplers share by leases.
+"""The groups of a window in shards, which several samplers share by leases.
 
 Shard k has the groups from ``k * size`` on, and becomes file k of the rollout log, which only one process can
 create. So a group is in the log once, whatever happens to leases: a sampler that was stopped and wakes up, or
@@ -25,17 +25,27 @@ WRITE_DEADLINE = 600.0
 
 
 class ShardQueue:
-    """Tickets for one detached sampler, and the way of its groups to the log: to its worker it is buffer and log.
+    """One sampler's tickets, and the way of its groups to the log: a sampling loop's queue and log in one.
 
     Args:
         log: of the run.
         leases: of the shards, under ``VERSION-SHARD``.
         is_accepted: which groups the learner wants; shards are claimed until the window has enough of them.
         size: groups of a shard.
+        num_groups: groups that there are, where their number is fixed (a data set to be generated); None: a window may
+            need more of them than it wants, because some are not accepted.
     """
 
-    def __init__(self, log: RolloutLog, leases: Leases, is_accepted: Callable[[RolloutGroup], bool], size: int):
+    def __init__(
+        self,
+        log: RolloutLog,
+        leases: Leases,
+        is_accepted: Callable[[RolloutGroup], bool],
+        size: int,
+        num_groups: int | None = None,
+    ):
         self._log, self._leases, self._is_accepted, self._size = log, leases, is_accepted, size
+        self._num_groups = num_groups
         self._changed = threading.Condition()
         self._num_changes = 0
         self._window: Window | None = None
@@ -43,7 +53,7 @@ class ShardQueue:
         self._held: dict[int, Lease] = {}
         self._graded: dict[int, dict[int, RolloutGroup]] = {}
         self._todo: collections.deque[int] = collections.deque()
-        self._next_look, self._last_news = 0.0, 0.0
+        self._next_poll, self._last_news = 0.0, 0.0
         self.failure: BaseException | None = None
         self.num_written = 0
         """Groups that this process has written."""
@@ -55,7 +65,7 @@ class ShardQueue:
         with self._changed:
             held, self._held = self._held, {}
             self._window, self._num_accepted = window, {}
-            self._next_look, self._last_news = 0.0, time.monotonic()
+            self._next_poll, self._last_news = 0.0, time.monotonic()
             self._graded, self._todo = {}, collections.deque()
             self._notify()
         for lease in held.values():
@@ -66,8 +76,8 @@ class ShardQueue:
         with self._changed:
             if self._window is None or policy_version != self._window.policy_version:
                 return None
-            if not self._todo and time.monotonic() >= self._next_look:
-                self._look(self._window)
+            if not self._todo and time.monotonic() >= self._next_poll:
+                self._poll(self._window)
             if not self._todo:
                 return None
             index = self._todo.popleft()
@@ -77,6 +87,12 @@ class ShardQueue:
         """Whether groups of this version are under way."""
         with self._changed:
             return self._window is not None and policy_version == self._window.policy_version and bool(self._held)
+
+    @property
+    def num_logged(self) -> int:
+        """Accepted groups of the window that were seen in the log."""
+        with self._changed:
+            return sum(self._num_accepted.values())
 
     def mark_sampled(self, ticket: Ticket) -> None:
         """Nothing: a group counts when it is graded."""
@@ -95,14 +111,14 @@ class ShardQueue:
                     self.num_wasted += 1
                     continue
                 self._graded[shard][group.index] = group
-                if len(self._graded[shard]) == self._size:
+                if len(self._graded[shard]) == len(self._groups_of(shard)):
                     whole.append((shard, self._held[shard], self._graded.pop(shard)))
         for shard, lease, members in whole:
             is_first = self._write(shard, [members[index] for index in sorted(members)])
             with self._changed:
                 self.num_written += len(members) if is_first else 0
                 self.num_wasted += 0 if is_first else len(members)
-                self._next_look, self._last_news = 0.0, time.monotonic()
+                self._next_poll, self._last_news = 0.0, time.monotonic()
                 if self._held.get(shard) is lease:
                     del self._held[shard]
                     if is_first:
@@ -111,16 +127,16 @@ class ShardQueue:
 
     def _write(self, shard: int, groups: Sequence[RolloutGroup]) -> bool:
         """Creates the shard's file; a disk that cannot be written is tried again, because the groups are whole."""
-        end, is_told = time.monotonic() + WRITE_DEADLINE, False
+        end, is_said = time.monotonic() + WRITE_DEADLINE, False
         while True:
             try:
                 return self._log.create(shard, groups)
             except OSError as error:
                 if time.monotonic() > end:
                     raise
-                if not is_told:
+                if not is_said:
                     print(f"shard {shard} cannot be written ({error}); trying for {WRITE_DEADLINE:g} s", flush=True)
-                is_told = True
+                is_said = True
             time.sleep(RETRY_SECONDS)
 
     def put(self, group: RolloutGroup) -> None:
@@ -136,8 +152,8 @@ class ShardQueue:
     def wait_for_change(self, since: int, timeout: float) -> None:
         """Sleeps until ``num_changes`` is no longer ``since`` or it is time to look, at most ``timeout`` seconds."""
         with self._changed:
-            if self._next_look > (now := time.monotonic()):
-                timeout = min(timeout, self._next_look - now)
+            if self._next_poll > (now := time.monotonic()):
+                timeout = min(timeout, self._next_poll - now)
             self._changed.wait_for(lambda: self._num_changes != since, timeout)
 
     def fail(self, error: BaseException) -> None:
@@ -150,16 +166,16 @@ class ShardQueue:
         self._num_changes += 1
         self._changed.notify_all()
 
-    def _look(self, window: Window) -> None:
+    def _poll(self, window: Window) -> None:
         """Claims a shard where there is one, and says when to look again."""
         start, is_claimed = time.monotonic(), False
         with contextlib.suppress(OSError):  # a full or unreachable disk: the next look may find it well
             is_claimed = self._claim(window)
         now = time.monotonic()
         if is_claimed:
-            self._next_look, self._last_news = 0.0, now
+            self._next_poll, self._last_news = 0.0, now
         else:
-            self._next_look = now + storage.next_look(now - start, now - self._last_news)
+            self._next_poll = now + storage.next_look(now - start, now - self._last_news)
 
     def _claim(self, window: Window) -> bool:
         """Claims the first shard that is not written and that nobody holds, where the window still needs one.
@@ -179,13 +195,18 @@ class ShardQueue:
                 if lease is not None and not self._is_written(version, shard):
                     self._held[shard] = lease
                     self._graded[shard] = {}
-                    self._todo.extend(range(shard * self._size, (shard + 1) * self._size))
+                    self._todo.extend(self._groups_of(shard))
                     return True
                 if lease is not None:  # written since the look at the log, or listed late by an object store
                     lease.release()
                     self._count(version, shard)
-            expected += self._num_accepted.get(shard, self._size)
+            expected += self._num_accepted.get(shard, len(self._groups_of(shard)))
         raise AssertionError("not reached")
+
+    def _groups_of(self, shard: int) -> range:
+        """Indices of a shard's groups; the last one of a fixed number has fewer."""
+        end = (shard + 1) * self._size
+        return range(shard * self._size, end if self._num_groups is None else min(end, self._num_groups))
 
     def _read_log(self, version: int) -> None:
         """Counts the groups of files that were not seen before; forgets those of files that were moved away."""
@@ -198,6 +219,9 @@ class ShardQueue:
                 self._count(version, part)
 
     def _count(self, version: int, part: int) -> None:
+        if self._num_groups is not None:  # all of them are accepted
+            self._num_accepted[part] = len(self._groups_of(part))
+            return
         try:
             groups = self._log.read_part(version, part)
         except FileNotFoundError:  # moved away, and still listed

@@ -1,13 +1,9 @@
 """A checkpoint of a run as a Hugging Face folder, which ``transformers`` and vLLM load.
 
-    python -m oapl_jax export RUN_DIR [OUT] [--step STEP] [--dtype bfloat16|float32] [--push OWNER/NAME [--private]]
-    python -m oapl_jax export RUN_DIR [OUT] [--step STEP] --adapter
-
 The folder has the weights (safetensors, in shards where they are large), config, generation config, tokenizer and a
-model card with the run's config and results. Of a run that trained adapters it has them merged; ``--adapter`` writes
-them alone, for ``peft``. With ``--push`` the folder is also put on the hub, by the hub's own login.
-Everything passes through host memory, which has to hold the learner's weights: devices that a run is using
-are left alone. Start it where the run was started, because paths in its config may be relative.
+model card with the run's config and results. Of a run that trained adapters it has them merged; or the adapters alone,
+for ``peft``. Everything passes through host memory, which has to hold the learner's weights: devices that a run is
+using are left alone. Relative paths in the run's config are those of the folder in which it was started.
 """
 
 import pathlib
@@ -20,13 +16,12 @@ from orbax.checkpoint import v1 as ocp
 
 from oapl_jax.build import policy
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import MeshConfig, ModelConfig, TrainConfig
-from oapl_jax.data import tokenizer as tokenizers
+from oapl_jax.config.schema import MeshConfig, TrainConfig
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.io.run_dir import CONFIG_FILE
 from oapl_jax.learner.state import TrainState, abstract_state, make_optimizer, make_schedule
 from oapl_jax.model import hf, lora, qwen
-from oapl_jax.sft import sft
+from oapl_jax.run.start import model_path, outline
 from oapl_jax.weights import checkpoints
 from oapl_jax.weights.model_card import write_card
 from oapl_jax.weights.sync import WeightSync
@@ -71,17 +66,15 @@ def export(
         raise ValueError(f"{str(run_dir)!r} trained all weights (lora.rank=0), and has no adapters to export")
     if out.exists() and not any((out / name).is_file() for name in (hf.CONFIG_FILE, hf.ADAPTER_CONFIG_FILE)):
         raise ValueError(f"{str(out)!r} exists and is no model folder; it would be replaced: choose another")
-    start = source(model)
-    config = policy.read_config(pathlib.Path(str(model.config))) if start is None else hf.load_config(start)
+    start = model_path(model)
+    config, tokenizer = outline(model)
     mesh, _ = make_meshes(MeshConfig(trainer="fsdp=1"), jax.devices("cpu"))
     params = _load((run_dir / CHECKPOINTS_FOLDER / str(step)).absolute(), _abstract(config, train, mesh))
     if adapter:
-        base = str(start if model.path is None else model.path)
-        return hf.save_adapter(out, config, params, train.lora, base)
+        return hf.save_adapter(out, config, params, train.lora, str(start))
     if train.lora.rank:
-        frozen = policy.load(model, None if start is None else str(start), mesh, train.run.seed, train.lora).params
+        frozen = policy.load_params(model, start, config, mesh, train.run.seed, train.lora)
         params = lora.merged(lora.with_trained(frozen, params))
-    tokenizer = tokenizers.load(model.tokenizer, start)
     folder = hf.save_folder(out, config, params, tokenizer, dtype)
     write_card(folder, train, run_dir, step, dtype or train.model.param_dtype)
     return folder
@@ -110,15 +103,8 @@ def push(folder: pathlib.Path, name: str, *, private: bool = False) -> str:
     return address
 
 
-def source(model: ModelConfig) -> pathlib.Path | None:
-    """The model folder that the run started from; None where it started from random weights."""
-    if model.warm_start is not None:
-        return pathlib.Path(sft.load_config(model.warm_start).run.dir) / sft.EXPORT_FOLDER
-    return None if model.path is None else hf.resolve(model.path)
-
-
 def _abstract(config: qwen.QwenConfig, train: TrainConfig, mesh: Mesh) -> tuple[TrainState, Any]:
-    """Shapes of what a checkpoint holds, see ``oapl_jax/run/session.py``: the learner's state, the sampler's weights."""
+    """Shapes of what a checkpoint holds, see ``Run.save``: the learner's state, the sampler's weights."""
     optimizer = make_optimizer(train.learner, make_schedule(train.learner, train.run.steps))
     params = policy.abstract(train.model, config, mesh, train.lora)[1]
     return abstract_state(params, optimizer).stored, WeightSync(params, mesh, train.sampler.dtype).abstract(params)

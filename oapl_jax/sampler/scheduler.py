@@ -23,7 +23,7 @@ from typing import Any, Generic, TypeVar
 import jax
 import numpy as np
 
-from oapl_jax.rollouts.sampling import Request, SamplingDistribution
+from oapl_jax.rollouts.sampling import Request, SamplingDistribution, Stats
 from oapl_jax.sampler.engine import Engine, Params, Prepared, Start
 from oapl_jax.sampler.page_pool import PagePool
 from oapl_jax.sampler.sequence import LiveGroup, LiveSequence
@@ -145,7 +145,7 @@ class Scheduler(Generic[Tag]):
                 asked of a greedy request, stop strings without a decoder.
         """
         limits = self._check(request)
-        deadline = None if request.timeout is None else time.monotonic() + request.timeout
+        deadline = None
         group = LiveGroup(request, deadline, self._num_submitted // (QUEUE * self._engine.num_rows))
         self._num_submitted += request.num_rollouts
         self._has_deadlines = self._has_deadlines or deadline is not None

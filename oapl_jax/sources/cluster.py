@@ -1,9 +1,9 @@
 """A run over several processes of one JAX job: the trainers give orders, the processes that sample carry them out.
 
-All trainers run the learner's loop, step by step the same; the first of them decides and the others hear of it
-(``Processes.agree``). Processes that sample follow its orders: take these weights and sample this window, count
-held-out prompts, draw for the parity gate. A process may be both, with one mesh for the two. Weights travel from
-devices to devices; rollouts through the log, which all processes see, in shards that are leased as by detached samplers.
+All trainers run the same loop, step by step; the first of them decides and the others follow (``Team.agree``).
+Processes that sample carry out orders: take these weights and sample this window, count held-out prompts, draw for the
+parity gate. A process may be both, with one mesh for the two. Weights travel from devices to devices; rollouts go
+through the log, which all processes see, in shards that are leased as by detached samplers.
 """
 
 import contextlib
@@ -15,87 +15,76 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import numpy as np
 
-from oapl_jax.build.job import SamplerJob, acceptance
-from oapl_jax.distributed.processes import KEPT_KEYS, check_peers, forget, hear, tell
-from oapl_jax.evaluation.held_out import Counts, summarize
+from oapl_jax.distributed.messages import check_peers, delete, put, wait_for
+from oapl_jax.distributed.team import KEPT_KEYS, Team
+from oapl_jax.evaluation.held_out import Counts
 from oapl_jax.io import storage
 from oapl_jax.io.lease import Leases
-from oapl_jax.io.storage import SharedPath
 from oapl_jax.rollouts.buffer import Window
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.shards import ShardQueue
-from oapl_jax.run.parity import Drawn, draw
 from oapl_jax.sources import follower
+from oapl_jax.sources.probe import Drawn, draw
+from oapl_jax.sources.setup import SamplingSetup, acceptance
 from oapl_jax.types import Metrics
 
 ORDER_DEADLINE = 4 * 3600.0
-"""For how long a process that samples waits for the next order, and a trainer for what an order brings."""
+"""How long a process that samples waits for the next order, and a trainer for the result of one."""
 REPORT_SECONDS = 1.0
 DRAIN_SECONDS = 3.0
 PARITY_FILE = "parity.npz"
 FILE_SECONDS = 120.0
-"""For how long a file that another process has written may take to be seen."""
+"""How long a file that another process has written may take to be seen."""
 
 
-class Crew:
-    """This process's part in a run of several; owns the threads of its sampler, where it has one.
+class Cluster:
+    """This process's part in a run of several; owns its sampling loop, where it samples.
 
     Args:
-        job: of this process.
-        root: folder of the run, which all processes see.
+        setup: of this process.
         log: of the run.
-        look: called again and again while this process waits.
+        poll: called again and again while this process waits.
     """
 
-    def __init__(self, job: SamplerJob, root: SharedPath, log: RolloutLog, look: Callable[[], object]):
-        self._job, self._root, self._look = job, root, look
+    def __init__(self, setup: SamplingSetup, log: RolloutLog, poll: Callable[[], object]):
+        self._setup, self._root, self._poll = setup, setup.root, poll
         self._num_orders = 0
         self._name = f"{socket.gethostname()}-{os.getpid()}"
         self._beat, self._next_report = 0, 0.0
-        self._leases = Leases(root / follower.LEASES_FOLDER, job.config.window.lease_seconds)
-        self._shards = ShardQueue(log, self._leases, acceptance(job.config), job.config.window.shard_groups)
-        self._worker = job.make_worker(self._shards, self._shards) if job.engines else None
-        self._is_started = False
+        window = setup.config.window
+        self._leases = Leases(self._root / follower.LEASES_FOLDER, window.lease_seconds)
+        self._shards = ShardQueue(log, self._leases, acceptance(setup.config), window.shard_groups)
+        self._loop = setup.make_loop(self._shards, self._shards) if setup.turns is not None else None
 
-    def open_window(self, window: Window, params: Any) -> Metrics:
-        """Trainers: has a window sampled with these weights.
-
-        Args:
-            window: which.
-            params: the sampler's copy, as ``Job.sync`` makes it.
-
-        Returns:
-            ``sync/transfer_seconds``.
-        """
+    def open_window(self, window: Window, weights: Any) -> Metrics:
+        """Trainers: has a window sampled with these weights, of ``WeightSync``; ``sync/transfer_seconds``."""
         start = time.perf_counter()
-        self._order("window", params, window._asdict())
+        self._order("window", weights, window._asdict())
         return {"sync/transfer_seconds": time.perf_counter() - start}
 
-    def evaluate(self, params: Any, num_samples: int) -> Metrics:
-        """Trainers: counts of the held-out prompts, which the samplers share, summed up."""
-        parts = self._order("evaluate", params, {"num_samples": num_samples})
-        counts = Counts(*(np.sum([part[name] for part in parts], axis=0) for name in Counts._fields))
-        return summarize(counts, self._job.held_out)
+    def evaluate(self, weights: Any, num_samples: int) -> Counts:
+        """Trainers: counts of the held-out prompts, which the samplers share."""
+        parts = self._order("evaluate", weights, {"num_samples": num_samples})
+        return Counts(*(np.sum([part[name] for part in parts], axis=0) for name in Counts._fields))
 
-    def draw(self, params: Any) -> list[Drawn]:
+    def draw(self, weights: Any) -> list[Drawn]:
         """Trainers: rollouts for the parity gate, drawn by the first sampler."""
-        digest, *_ = self._order("draw", params, {})
+        digest, *_ = self._order("draw", weights, {})
         arrays = np.load(io.BytesIO(self._read(PARITY_FILE, digest)))
-        self._job.trainers.wait()  # all have read it
-        if self._job.trainers.is_leader:
+        self._setup.trainers.wait()  # all have read it
+        if self._setup.trainers.is_leader:
             storage.remove(self._root / PARITY_FILE)
         count = len(Drawn._fields)
         return [Drawn(*(arrays[f"arr_{i + k}"] for k in range(count))) for i in range(0, len(arrays.files), count)]
 
     def tidy(self) -> None:
-        """Trainers: nothing; each version's weights took the place of the last one's."""
+        """Nothing is left: each version's weights took the place of the last one's."""
 
-    def finish(self, policy_version: int) -> None:
+    def finish(self) -> None:
         """Trainers: has nothing sampled any longer."""
-        self._order("finish", None, {"policy_version": policy_version})
+        self._order("finish", None, {})
 
     def dismiss(self, exit_code: int) -> None:
         """Trainers: ends the processes that sample, with this code."""
@@ -112,81 +101,82 @@ class Crew:
         with contextlib.closing(self):
             while True:
                 self._num_orders += 1
-                order = hear(self._key("order"), ORDER_DEADLINE, self.look)
-                params = None
-                if order["has_params"]:
-                    assert self._job.transfer is not None
-                    with self._job.sampler_lock:
-                        params = self._job.transfer.receive()
-                self._carry_out(order, params)
+                order = wait_for(self._key("order"), ORDER_DEADLINE, self.poll)
+                weights = None
+                if order["has_weights"]:
+                    assert self._setup.transfer is not None
+                    with self._setup.device_lock:
+                        weights = self._setup.transfer.receive()
+                self._carry_out(order, weights)
                 if order["kind"] == "stop":
                     return order["values"]["exit_code"]
 
-    def look(self) -> None:
-        """Sees to this process's sampler: reports, and raises what its threads have raised."""
-        self._look()
+    def poll(self) -> None:
+        """Reports on this process's sampler, and raises what its threads have raised."""
+        self._poll()
         check_peers()
         if self._shards.failure is not None:
             raise self._shards.failure
-        if self._is_started and self._worker is not None and time.monotonic() >= self._next_report:
+        if self._loop is not None and self._loop.is_running and time.monotonic() >= self._next_report:
             self._next_report, self._beat = time.monotonic() + REPORT_SECONDS, self._beat + 1
-            tokens, idle_seconds = self._worker.sums
             with contextlib.suppress(OSError):  # for people; a full disk must not end the sampling
-                follower.write_report(self._root, self._name, self._beat, tokens, idle_seconds)
+                follower.write_report(self._root, self._name, self._beat, *self._loop.sums)
 
     def close(self) -> None:
         """Ends the threads of the sampler, and gives its shards back."""
-        worker, self._worker = self._worker, None
-        if worker is not None and self._is_started:
+        loop, self._loop = self._loop, None
+        if loop is not None and loop.is_running:
             self._shards.open_window(None)
-            worker.stop(DRAIN_SECONDS)
+            loop.stop(DRAIN_SECONDS)
         self._leases.close()
 
-    def _order(self, kind: str, params: Any, values: dict[str, Any]) -> list[Any]:
-        """Gives an order, and carries it out where this process samples; returns what each sampler tells."""
+    def _order(self, kind: str, weights: Any, values: dict[str, Any]) -> list[Any]:
+        """Gives an order, and carries it out where this process samples; returns the result of each sampler."""
         self._num_orders += 1
-        order = {"kind": kind, "values": values, "has_params": params is not None}
-        if self._job.trainers.is_leader:
-            tell(self._key("order"), order)
-            forget(self._key("order", self._num_orders - KEPT_KEYS))
-            forget(self._key("result", self._num_orders - KEPT_KEYS))
-        if params is not None and self._job.transfer is not None:
-            self._job.transfer.send(params)
-        if self._worker is not None:
-            self._carry_out(order, params)
+        order = {"kind": kind, "values": values, "has_weights": weights is not None}
+        if self._setup.trainers.is_leader:
+            put(self._key("order"), order)
+            delete(self._key("order", self._num_orders - KEPT_KEYS))
+            delete(self._key("result", self._num_orders - KEPT_KEYS))
+        if weights is not None and self._setup.transfer is not None:
+            self._setup.transfer.send(weights)
+        if self._loop is not None:
+            self._carry_out(order, weights)
         if kind not in ("evaluate", "draw"):
             return []
-        tellers = self._job.samplers.members if kind == "evaluate" else self._job.samplers.members[:1]
-        return [hear(f"{self._key('result')}/{process}", ORDER_DEADLINE, self.look) for process in tellers]
+        samplers: Team = self._setup.samplers
+        members = samplers.members if kind == "evaluate" else samplers.members[:1]
+        return [wait_for(f"{self._key('result')}/{process}", ORDER_DEADLINE, self.poll) for process in members]
 
-    def _carry_out(self, order: dict[str, Any], params: Any) -> None:
-        kind, values, samplers = order["kind"], order["values"], self._job.samplers
+    def _carry_out(self, order: dict[str, Any], weights: Any) -> None:
+        kind, values, samplers = order["kind"], order["values"], self._setup.samplers
         if kind == "window":
-            window = Window(**{**values, "asked_again": tuple(values["asked_again"])})
-            self._sample(window, params)
+            self._sample(Window(**{**values, "asked_again": tuple(values["asked_again"])}), weights)
         elif kind == "evaluate":
-            counts = self._job.count_held_out(params, values["num_samples"], samplers.rank, len(samplers.members))
-            self._tell({name: column.tolist() for name, column in counts._asdict().items()})
+            counts = self._setup.count_held_out(weights, values["num_samples"], samplers.rank, samplers.size)
+            self._put_result({name: column.tolist() for name, column in counts._asdict().items()})
         elif kind == "draw" and samplers.is_leader:
             content = io.BytesIO()
-            np.savez(content, *(array for drawn in draw(self._job, params) for array in drawn))
+            np.savez(content, *(array for drawn in draw(self._setup, weights) for array in drawn))
             storage.replace(self._root / PARITY_FILE, content.getvalue())
-            self._tell(hashlib.sha256(content.getvalue()).hexdigest())
+            self._put_result(hashlib.sha256(content.getvalue()).hexdigest())
         elif kind == "finish":
             self._shards.open_window(None)
 
-    def _sample(self, window: Window, params: Any) -> None:
-        assert self._worker is not None
+    def _sample(self, window: Window, weights: Any) -> None:
+        assert self._loop is not None
+        assert self._setup.turns is not None
         self._shards.open_window(None)
-        self._worker.set_weights(window.policy_version, params)
-        if not self._is_started:
-            self._is_started = True
-            self._worker.warm_up(params, self._job.first_lengths)
-            self._worker.start()
+        if not self._loop.is_running:
+            with self._setup.turns.take() as sampler:
+                sampler.set_weights(weights)
+                sampler.warm_up(self._setup.first_lengths, self._setup.config.sampler.group_size)
+        self._loop.set_weights(window.policy_version, weights)
+        self._loop.start()
         self._shards.open_window(window)
 
-    def _tell(self, result: Any) -> None:
-        tell(f"{self._key('result')}/{jax.process_index()}", result)
+    def _put_result(self, result: Any) -> None:
+        put(f"{self._key('result')}/{self._setup.samplers.members[self._setup.samplers.rank]}", result)
 
     def _key(self, kind: str, number: int | None = None) -> str:
         return f"{kind}/{self._num_orders if number is None else number}"

@@ -1,20 +1,21 @@
-"""The trainer's side of samplers in other processes: it hands them policies, and follows the rollout log.
+"""Windows that other processes fill: the trainer hands them weights, and follows the rollout log.
 
-To ``train.py`` this is what ``Worker`` is: something that fills the buffer with graded groups of the version
-that it was given. The samplers are processes of ``oapl_jax.sample``, or of any other engine.
+The samplers are processes of ``oapl-jax sample``, of any other engine, or other processes of the same JAX job.
 """
 
 import contextlib
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from oapl_jax.io import storage
 from oapl_jax.io.storage import SharedPath
 from oapl_jax.rollouts.buffer import GroupBuffer, Window
 from oapl_jax.rollouts.log import RolloutLog
+from oapl_jax.rollouts.source import Taken, Weights, WindowPlan
+from oapl_jax.sources.local import describe, take
 from oapl_jax.types import Metrics, RolloutGroup
 from oapl_jax.weights.policies import Holds, PolicyStore
 
@@ -23,7 +24,7 @@ DAMAGED_SECONDS = 0.5
 """For how long a file cannot be read before it is moved away: without hard links it is seen while it is written."""
 
 REPORT_SECONDS = 1.0
-"""Between two looks at what the samplers say of themselves."""
+"""Between two readings of the samplers' reports."""
 
 SAMPLERS_FOLDER = "samplers"
 LEASES_FOLDER = "leases/shards"
@@ -33,16 +34,16 @@ LEASES_FOLDER = "leases/shards"
 class Samplers(Protocol):
     """Samplers in other processes, as their trainer sees them."""
 
-    def open_window(self, window: Window, params: Any) -> Metrics:
+    def open_window(self, window: Window, weights: Any) -> Metrics:
         """Has a window sampled with these weights."""
         ...
 
     def tidy(self) -> None:
-        """Once a window, in another thread: removes what older ones have left."""
+        """Removes what older windows have left; called once a window, in another thread."""
         ...
 
-    def finish(self, policy_version: int) -> None:
-        """Tells them that no other window comes."""
+    def finish(self) -> None:
+        """No other window comes."""
         ...
 
 
@@ -51,36 +52,40 @@ class Published:
 
     Args:
         publish: writes a version for a window.
-        store: where to.
+        store: where it goes.
         holds: who uses which version.
     """
 
     def __init__(self, publish: Callable[[Window, Any], Metrics], store: PolicyStore, holds: Holds):
         self._publish, self._store, self._holds = publish, store, holds
+        self._version = 0
 
-    def open_window(self, window: Window, params: Any) -> Metrics:
+    def open_window(self, window: Window, weights: Any) -> Metrics:
         """Publishes the weights."""
-        return self._publish(window, params)
+        self._version = window.policy_version
+        return self._publish(window, weights)
 
     def tidy(self) -> None:
         """Removes versions that nobody uses any longer."""
         self._store.collect(self._holds)
 
-    def finish(self, policy_version: int) -> None:
-        """The run is over."""
-        self._store.finish(policy_version)
+    def finish(self) -> None:
+        """Marks the newest version as the last."""
+        self._store.finish(self._version)
 
 
 class LogFollower:
-    """Opens windows for samplers, and puts what appears in the log into the buffer; owns a thread.
+    """A ``GroupSource``: puts what appears in the log into the buffer; owns a thread.
 
     Args:
         root: the shared folder of the run.
         log: of the run.
-        buffer: takes what is finished.
-        samplers: who sample.
-        note: takes a sentence for the user.
-        is_leader: False: another process does the same, and it is the one that moves damaged files away.
+        buffer: of the window.
+        samplers: fill the log.
+        note: prints a sentence for the user.
+        sync_every: learner steps of a window.
+        deadline: seconds that ``take`` waits.
+        is_leader: False: another process does the same, and moves damaged files away.
     """
 
     def __init__(
@@ -91,10 +96,13 @@ class LogFollower:
         samplers: Samplers,
         note: Callable[[str], None],
         *,
+        sync_every: int,
+        deadline: float,
         is_leader: bool = True,
     ):
         self._root, self._log, self._buffer, self._samplers = root, log, buffer, samplers
         self._note, self._is_leader = note, is_leader
+        self._sync_every, self._deadline = sync_every, deadline
         self._version = -1
         self._untidy = -1
         """Version before which leases and policies are to be removed; -1: done."""
@@ -110,41 +118,31 @@ class LogFollower:
         self._last_report: dict[str, dict[str, float]] = {}
         self._last_time = time.perf_counter()
 
-    def begin(self, window: Window, params: Any) -> None:
-        """Hands the weights of a window to the samplers; call before the buffer's ``open_window``.
+    def open_window(self, window: Window, weights: Weights, taken: Sequence[Sequence[int]]) -> WindowPlan:
+        """Hands the weights to the samplers.
 
-        Files of its version that cannot be read, from before a restart, are moved away and said. What is left
-        over of older versions is removed by the thread that follows, while samplers and learner work.
+        Files of the version that cannot be read, from before a restart, are moved away, and the user is told. The
+        thread that follows removes what is left of older versions, while samplers and learner work.
         """
-        self._published = self._samplers.open_window(window, params)
-        if not self._is_leader:
-            return
-        self._untidy = window.policy_version
-        for part in self._log.parts(window.policy_version):
-            self._read_part(window.policy_version, part, patience=0.0)
+        self._published = self._samplers.open_window(window, weights.sampler)
+        version = window.policy_version
+        if self._is_leader:
+            self._untidy = version
+            for part in self._log.parts(version):
+                self._read_part(version, part, patience=0.0)
+        self._buffer.open_window(**window._asdict(), logged=self._log.read(version), batches=taken)
+        if self._thread.ident is None:
+            self._thread.start()
+        return WindowPlan(self._sync_every)
 
-    def start(self) -> None:
-        """Begins to follow."""
-        self._thread.start()
-
-    def stop(self) -> None:
-        """Ends the thread.
-
-        Raises:
-            TimeoutError: it does not end.
-        """
-        self._stopping.set()
-        if self._thread.ident is not None:
-            self._thread.join(STOP_DEADLINE)
-        if self._thread.is_alive():
-            raise TimeoutError(f"the follower of the rollout log did not end within {STOP_DEADLINE:g} s")
-
-    def finish(self, policy_version: int) -> None:
-        """Tells the samplers that the run is over."""
-        self._samplers.finish(policy_version)
+    def take(
+        self, num_groups: int, is_cancelled: Callable[[], bool], recorded: Sequence[int] | None = None
+    ) -> Taken | None:
+        """See ``GroupBuffer.take``."""
+        return take(self._buffer, num_groups, self._deadline, is_cancelled, recorded)
 
     def report(self) -> Metrics:
-        """Metrics since the last report, summed over the samplers that have said something since."""
+        """Metrics since the last report, summed over the samplers that have reported since."""
         now, seconds = time.perf_counter(), max(time.perf_counter() - self._last_time, 1e-9)
         reports = self._reports
         none = {"beat": -1.0, "tokens": 0.0, "idle_seconds": 0.0}
@@ -161,8 +159,25 @@ class LogFollower:
             "sampler/tokens_per_second": total("tokens") / seconds,
             "sampler/idle_seconds": total("idle_seconds"),
             "window/damaged_files": self._num_damaged,
+            **describe(self._buffer),
             **published,
         }
+
+    def finish(self) -> None:
+        """Tells the samplers that the run is over."""
+        self._samplers.finish()
+
+    def close(self) -> None:
+        """Ends the thread.
+
+        Raises:
+            TimeoutError: it does not end.
+        """
+        self._stopping.set()
+        if self._thread.ident is not None:
+            self._thread.join(STOP_DEADLINE)
+        if self._thread.is_alive():
+            raise TimeoutError(f"the follower of the rollout log did not end within {STOP_DEADLINE:g} s")
 
     def _guard(self) -> None:
         try:
@@ -195,7 +210,9 @@ class LogFollower:
 
     def _follow(self) -> bool:
         """Puts new files into the buffer; whether there was something new."""
-        version = self._buffer.policy_version  # not what ``begin`` was given: the buffer takes no other's groups
+        version = (
+            self._buffer.policy_version
+        )  # not that of the last ``open_window``: the buffer takes no other's groups
         is_news = version != self._version
         if is_news:
             self._version, self._known, self._failures = version, set(), {}
@@ -242,5 +259,5 @@ def _read_reports(folder: SharedPath) -> dict[str, dict[str, float]]:
                 found = json.loads(storage.read(folder / name))
                 reports[name] = {key: float(found[key]) for key in ("beat", "tokens", "idle_seconds")}
             except (OSError, ValueError, KeyError):
-                continue  # it is being replaced, or of another program
+                continue  # it is being replaced, or was written by another program
     return reports

@@ -1,8 +1,8 @@
-"""The producer of an offline run: a round's data instead of a sampler (docs/offline.md).
+"""Windows of finished data: an offline run's rounds (docs/offline.md).
 
-A round is a window: its data are made before its first step, with the policy that the round starts from, or
-read from a finished log; then they are the rollout log of policy version ``round``, and the buffer gives them
-to the learner, pass after pass.
+A round is a window. Its data are made before its first step, with the policy that the round starts from, or read from
+a finished log. Then they are the rollout log of policy version ``round``, and the buffer gives them to the learner,
+epoch after epoch.
 """
 
 import dataclasses
@@ -16,17 +16,20 @@ import jax
 import numpy as np
 
 from oapl_jax.build import policy
-from oapl_jax.build.job import Job, acceptance
+from oapl_jax.build.learner import Learner
 from oapl_jax.config.schema import WITHOUT_SAMPLER, RoundConfig
 from oapl_jax.io import storage
 from oapl_jax.io.lease import Leases
 from oapl_jax.learner import batch as batches
 from oapl_jax.learner.step import make_scorer
 from oapl_jax.rollouts import filters, import_rollouts
-from oapl_jax.rollouts.buffer import Consumption, GroupBuffer, Ticket
+from oapl_jax.rollouts.buffer import Consumption, GroupBuffer, Ticket, Window
 from oapl_jax.rollouts.log import RolloutLog
-from oapl_jax.sources.generator import Generator, Work
-from oapl_jax.types import FinishReason, Grade, Metrics, Prompt, RolloutGroup, Verdict
+from oapl_jax.rollouts.source import Taken, Weights, WindowPlan
+from oapl_jax.sources.generation import Generation, generate
+from oapl_jax.sources.local import describe, take
+from oapl_jax.sources.setup import SamplingSetup, acceptance
+from oapl_jax.types import FinishReason, Grade, Metrics, PreemptedError, Prompt, RolloutGroup, Verdict
 
 GROUPS_PER_FILE = 8
 GROUPS_PER_SCORING = 64
@@ -37,18 +40,16 @@ LEASES_FOLDER = "leases"
 GENERATED_FOLDER = "generated"
 
 
-class StoppedError(Exception):
-    """The making of a round's data was stopped; the next start goes on with it."""
-
-
-class Rounds:
-    """Makes the data of each round, and stands where the online worker stands.
+class OfflineRounds:
+    """A ``GroupSource``: makes the data of each round, and gives them out.
 
     Args:
-        job: of the run.
+        setup: of the process, for rounds that are generated.
+        learner: scores responses that lack log-probabilities.
+        device_lock: held while the learner's devices work.
         directory: of the run.
         log: the run's rollout log.
-        is_stopped: looked at while data are generated.
+        is_stopped: polled while data are generated.
         note: prints a line.
 
     Raises:
@@ -57,168 +58,156 @@ class Rounds:
 
     def __init__(
         self,
-        job: Job,
+        setup: SamplingSetup,
+        learner: Learner,
+        device_lock: Any,
         directory: pathlib.Path,
         log: RolloutLog,
         is_stopped: Callable[[], bool],
         note: Callable[[str], None],
     ):
-        assert job.config.offline is not None
-        self._job, self._config, self._directory, self._log = job, job.config.offline, directory, log
+        assert setup.config.offline is not None
+        self._setup, self._learner, self._device_lock = setup, learner, device_lock
+        self._config, self._directory, self._log = setup.config.offline, directory, log
         self._is_stopped, self._note = is_stopped, note
         self._scorers: dict[str, tuple[Any, Any]] = {}
         """Structure and parameters of models that made the data of other programs."""
         for i, data in enumerate(self._config.rounds):
             if data.log is not None and not pathlib.Path(data.log).expanduser().exists():
                 raise ValueError(f"offline.rounds.{i}.log={data.log!r} does not exist")
-        self.steps_per_epoch = 0
-        """Of the round that is open."""
-        self.number = 0
-
-    @property
-    def num_steps(self) -> int:
-        """Learner steps of the round that is open."""
-        return self.steps_per_epoch * self._config.rounds[self.number].epochs
-
-    @property
-    def expected_steps(self) -> int:
-        """Of this round and of those to come, were they as large as this one."""
-        return self.steps_per_epoch * sum(data.epochs for data in self._config.rounds[self.number :])
-
-    @property
-    def is_last(self) -> bool:
-        """Whether no round comes after the one that is open."""
-        return self.number == len(self._config.rounds) - 1
-
-    def make_buffer(self) -> GroupBuffer:
-        """An empty buffer that keeps groups for as many passes as a round has."""
         epochs = max(data.epochs for data in self._config.rounds)
-        return GroupBuffer(
-            acceptance(self._job.config), None, Consumption(epochs=epochs, seed=self._job.config.run.seed)
+        self._buffer = GroupBuffer(
+            acceptance(setup.config), None, Consumption(epochs=epochs, seed=setup.config.run.seed)
         )
 
-    def open(self, number: int, params: Any, sampler_params: Any, *, is_begun: bool) -> list[RolloutGroup]:
-        """Makes the data of a round where they are not there yet, and returns them in the order of their index.
+    def open_window(self, window: Window, weights: Weights, taken: Sequence[Sequence[int]]) -> WindowPlan:
+        """Makes the data of the round where they are not there yet.
 
         Groups that the filter leaves out have no rollouts: the buffer passes over them.
-
-        Args:
-            number: of the round, from 0.
-            params: the learner's, at the start of the round.
-            sampler_params: the same on the sampler's mesh.
-            is_begun: the round has made steps: ``params`` are no longer those of its start.
 
         Raises:
             ValueError: the data cannot be used, or are too few for one batch, or those of a round that has begun
                 are gone.
-            StoppedError: ``is_stopped`` said so.
+            PreemptedError: ``is_stopped`` said so; the next start goes on with the data.
         """
+        number = window.policy_version
         data, path = self._config.rounds[number], self._path(number)
         if not path.exists():
-            if is_begun:
+            if taken:
                 raise ValueError(f"{path} is gone, and round {number} has made steps: its data cannot be made again")
-            self._make(number, data, params, sampler_params)
+            self._make(number, data, weights)
         groups = self._log.read(number)
-        kept, counts = filters.apply(groups, data.filter, self._job.config.run.seed)
-        usable = sum(map(acceptance(self._job.config), kept))
-        per_batch = self._job.groups_per_batch
-        self.number, self.steps_per_epoch = number, usable // per_batch
-        if self.steps_per_epoch == 0:
+        kept, counts = filters.apply(groups, data.filter, self._setup.config.run.seed)
+        usable = sum(map(acceptance(self._setup.config), kept))
+        per_batch = self._setup.groups_per_batch
+        steps = usable // per_batch
+        if steps == 0:
             raise ValueError(
                 f"round {number}: {usable} groups can be trained on, a batch has {per_batch} ({counts});"
                 " give it more data, or lower learner.batch_rollouts"
             )
-        self._note(
-            f"round {number}: {usable:,} groups, {self.steps_per_epoch:,} steps an epoch, {data.epochs} epochs ({counts})"
-        )
+        self._note(f"round {number}: {usable:,} groups, {steps:,} steps an epoch, {data.epochs} epochs ({counts})")
         left = {group.index: group for group in kept}
-        return [left.get(group.index, dataclasses.replace(group, rollouts=())) for group in groups]
+        self._buffer.open_window(
+            number,
+            start_position=0,
+            num_groups=steps * per_batch,
+            logged=[left.get(group.index, dataclasses.replace(group, rollouts=())) for group in groups],
+            batches=taken,
+        )
+        return WindowPlan(
+            steps * data.epochs,
+            epoch_steps=steps,
+            is_next_slow=True,
+            is_last=number == len(self._config.rounds) - 1,
+            # Were the rounds to come as large as this one.
+            expected_steps=steps * sum(later.epochs for later in self._config.rounds[number:]),
+        )
 
-    def start(self) -> None:
-        """Nothing runs beside the learner."""
-
-    def stop(self) -> None:
-        """Nothing to end."""
-
-    def finish(self, policy_version: int) -> None:
-        """Nobody waits for word of the end."""
+    def take(
+        self, num_groups: int, is_cancelled: Callable[[], bool], recorded: Sequence[int] | None = None
+    ) -> Taken | None:
+        """See ``GroupBuffer.take``."""
+        return take(self._buffer, num_groups, self._setup.config.window.deadline, is_cancelled, recorded)
 
     def report(self) -> Metrics:
-        """The sampler rests while the learner learns."""
-        return {}
+        """``window/*``; the sampler rests while the learner learns."""
+        return describe(self._buffer)
 
-    def ends_epoch(self, step: int) -> bool:
-        """Whether a pass is over with this step of the round, counted from 1."""
-        return step % self.steps_per_epoch == 0
+    def finish(self) -> None:
+        """Nobody waits for the end."""
+
+    def close(self) -> None:
+        """Nothing runs beside the learner."""
 
     def _path(self, number: int) -> pathlib.Path:
         return self._directory / ROUNDS_FOLDER / f"{number:06d}.json"
 
-    def _make(self, number: int, data: RoundConfig, params: Any, sampler_params: Any) -> None:
+    def _make(self, number: int, data: RoundConfig, weights: Weights) -> None:
         """Puts the data of a round into the rollout log, and then says so in a file."""
         record: dict[str, Any] = {"round": number, "source": data.log or "generated"}
         is_scored = self._config.logprobs == "scored"
         if data.log is None:
             work = RolloutLog(self._directory / GENERATED_FOLDER, self._log.sampling) if is_scored else self._log
-            self._generate(number, data, work, sampler_params)
+            self._generate(number, work, weights.sampler)
             source = self._directory / GENERATED_FOLDER / f"{number:06d}"
         else:
             source = pathlib.Path(data.log).expanduser()
         if data.log is not None or is_scored:
-            record |= self._take_in(number, data, source, params)
+            record |= self._take_in(number, data, source, weights.learner)
         else:
-            _, counts = filters.apply(self._log.read(number), data.filter, self._job.config.run.seed)
+            _, counts = filters.apply(self._log.read(number), data.filter, self._setup.config.run.seed)
             record["filter"] = dataclasses.asdict(counts)
         storage.replace(self._path(number), json.dumps(record, indent=2).encode() + b"\n")
 
-    def _generate(self, number: int, data: RoundConfig, log: RolloutLog, sampler_params: Any) -> None:
+    def _generate(self, number: int, log: RolloutLog, weights: Any) -> None:
         """Draws a group for each prompt of the round; what a killed run has drawn is kept."""
-        job = self._job
         prompts = self._prompts(number)
-        work = Work(log, number, prompts, GROUPS_PER_FILE)
-        start = last = time.monotonic()
+
+        config = self._setup.config
+        last = time.monotonic()
+
+        def report(num_done: int, tokens_per_second: float) -> None:
+            nonlocal last
+            if time.monotonic() - last > SECONDS_BETWEEN_NOTES:
+                last = time.monotonic()
+                self._note(
+                    f"round {number}: {num_done:,} of {len(prompts):,} groups, {tokens_per_second:,.0f} tokens/s"
+                )
+
+        assert self._setup.turns is not None
         with Leases(self._directory / LEASES_FOLDER) as leases:
-            generator = Generator(
-                work,
-                leases,
-                job.engines,
-                sampler_params,
-                job.make_groups(),
-                sampling=job.sampling,
-                group_size=job.config.sampler.group_size,
-                seed=job.config.run.seed,
-                device_lock=job.sampler_lock,
-                deadline=job.config.window.deadline,
+            is_done = generate(
+                Generation(log, leases, number, prompts, GROUPS_PER_FILE, config.window.deadline),
+                self._setup.turns,
+                self._setup.grading,
+                weights,
+                distribution=self._setup.distribution,
+                group_size=config.sampler.group_size,
+                seed=config.run.seed,
+                report=report,
+                is_stopped=self._is_stopped,
             )
-
-            def report(num_done: int) -> None:
-                nonlocal last
-                now = time.monotonic()
-                if now - last > SECONDS_BETWEEN_NOTES:
-                    last = now
-                    speed = generator.num_tokens / (now - start)
-                    self._note(f"round {number}: {num_done:,} of {len(prompts):,} groups, {speed:,.0f} tokens/s")
-
-            if not generator.run(report, self._is_stopped):
-                raise StoppedError
+        if not is_done:
+            raise PreemptedError
 
     def _prompts(self, number: int) -> list[Prompt]:
         """The next prompts of the stream after those of the rounds before: a random subset, drawn anew each epoch."""
-        prompts = self._job.prompts
+        prompts = self._setup.prompts
         sizes = [data.prompts or len(prompts) for data in self._config.rounds if data.log is None]
         before = sum(data.log is None for data in self._config.rounds[:number])
-        if not self._job.config.data.task and sizes[before] > len(prompts):
+        if not self._setup.config.data.task and sizes[before] > len(prompts):
             raise ValueError(
                 f"offline.rounds.{number}.prompts={sizes[before]}: the data has only {len(prompts)} prompts; say null"
             )
         first = sum(sizes[:before])
-        if not self._job.config.data.task:  # an epoch of its own, or a prompt could be there twice
+        if not self._setup.config.data.task:  # an epoch of its own, or a prompt could be there twice
             first = before * len(prompts)
         return [prompts[first + i] for i in range(sizes[before])]
 
     def _take_in(self, number: int, data: RoundConfig, source: pathlib.Path, params: Any) -> dict[str, Any]:
         """Reads, checks, cuts, filters and scores finished data, and writes them to the rollout log."""
-        config, tokenizer = self._job.config, self._job.tokenizer
+        config, tokenizer = self._setup.config, self._setup.tokenizer
         bad = import_rollouts.BadRows(self._config.bad_rows)
         expectations = import_rollouts.Expectations(
             vocab_size=tokenizer.vocab_size,
@@ -253,7 +242,7 @@ class Rounds:
         self, responses: import_rollouts.Responses, bad: import_rollouts.BadRows
     ) -> import_rollouts.Responses:
         """Without what is too long; responses are cut where the config says so, and are wrong then."""
-        config, members = self._job.config, []
+        config, members = self._setup.config, []
         limit, overlong = config.sampler.max_response_tokens, self._config.overlong
         length = len(responses.prompt.token_ids)
         if length > config.data.max_prompt_tokens:
@@ -288,12 +277,12 @@ class Rounds:
             finish_reason=FinishReason.LENGTH,
         )
         grade = Grade(Verdict.WRONG, min(0.0, member.grade.reward), "cut for training")
-        return import_rollouts.Response(rollout, self._job.tokenizer.decode(rollout.token_ids.tolist()), grade)
+        return import_rollouts.Response(rollout, self._setup.tokenizer.decode(rollout.token_ids.tolist()), grade)
 
     def _group(self, number: int, index: int, responses: import_rollouts.Responses) -> RolloutGroup:
         """Not yet scored: whatever lacks log-probabilities is not usable."""
         members = responses.members
-        return self._job.make_groups().group(
+        return self._setup.grading.group(
             Ticket(number, index, index),
             responses.prompt,
             [member.rollout for member in members],
@@ -311,12 +300,12 @@ class Rounds:
             if is_all or np.isnan(item.rollout.logprobs).all()
         ]
         pairs = [(groups[i].prompt.token_ids, groups[i].rollouts[j].rollout.token_ids) for i, j in todo]
-        if self._job.config.objective.name in WITHOUT_SAMPLER:
+        if self._setup.config.objective.name in WITHOUT_SAMPLER:
             scores, num_scored = [np.zeros(len(response), np.float32) for _, response in pairs], 0
         else:
             scores, num_scored = self._score(pairs, data, params), len(pairs)
         found = dict(zip(todo, scores, strict=True))
-        make = self._job.make_groups().group
+        make = self._setup.grading.group
         scored = []
         for i, group in enumerate(groups):
             rollouts = [
@@ -332,18 +321,20 @@ class Rounds:
         self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], data: RoundConfig, params: Any
     ) -> list[np.ndarray]:
         """Log-probabilities of the responses, by the model that made the data, at ``sampler.temperature``."""
-        job, scores = self._job, [np.zeros(0, np.float32)] * len(pairs)
+        setup, scores = self._setup, [np.zeros(0, np.float32)] * len(pairs)
         if not pairs:
             return scores
         graphdef, params = self._scorer(data, params)
-        layout = dataclasses.replace(job.rows, row_tokens=None)
-        score = make_scorer(graphdef, temperature=job.config.sampler.temperature, vocab_size=job.tokenizer.vocab_size)
+        layout = dataclasses.replace(self._learner.rows, row_tokens=None)
+        score = make_scorer(
+            graphdef, temperature=setup.config.sampler.temperature, vocab_size=setup.tokenizer.vocab_size
+        )
         # Those of one length together: a batch is as long as its longest row.
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
         for start in range(0, len(order), layout.num_rollouts):
             members = order[start : start + layout.num_rollouts]
             batch = batches.from_pairs([pairs[i] for i in members], layout)
-            with job.trainer_lock:
+            with self._device_lock:
                 logprobs = np.asarray(jax.device_get(score(params, batches.place(batch, layout))))
             rows = logprobs.reshape(batch.tokens.shape)
             for row, i in enumerate(members):
@@ -353,10 +344,10 @@ class Rounds:
     def _scorer(self, data: RoundConfig, params: Any) -> tuple[Any, Any]:
         """Structure and parameters of the model that made the data."""
         if data.scorer is None:
-            return self._job.graphdef, params
+            return self._learner.graphdef, params
         if data.scorer not in self._scorers:
-            config = self._job.config
+            config = self._setup.config
             section = config.model.model_copy(update={"path": data.scorer, "warm_start": None, "config": None})
-            loaded = policy.load(section, data.scorer, self._job.trainer_mesh, config.run.seed)
+            loaded = policy.load(section, data.scorer, self._learner.mesh, config.run.seed)
             self._scorers = {data.scorer: (loaded.graphdef, loaded.params)}
         return self._scorers[data.scorer]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
 
-from oapl_jax.distributed.processes import Processes
+from oapl_jax.distributed.team import Team
 from oapl_jax.types import RunError
 
 Tree = TypeVar("Tree")
@@ -53,7 +53,7 @@ class Checkpoints:
         directory: pathlib.Path,
         keep: int,
         keep_every: Sequence[int] = (),
-        processes: Processes | None = None,
+        processes: Team | None = None,
     ):
         self._directory = directory.absolute()
         self._keep, self._keep_every = keep, keep_every
@@ -111,7 +111,7 @@ class Checkpoints:
             except Exception as error:
                 problem = _first_line(error)
             if self._processes is not None:
-                problem = self._processes.any_of(problem)
+                problem = self._processes.first_of(problem)
             if loaded is not None and problem is None:
                 return step, *loaded
             damaged = self._set_aside(step)

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 from jax.typing import DTypeLike
 
 from oapl_jax.data.tokenizer import Tokenizer
-from oapl_jax.distributed.processes import Processes
+from oapl_jax.distributed.team import Team
 from oapl_jax.io import storage
 from oapl_jax.io.lease import Lease, Leases
 from oapl_jax.io.storage import SharedPath
@@ -75,7 +75,7 @@ class PolicyStore:
         params: Any,
         tokenizer: Tokenizer,
         dtype: DTypeLike | None = None,
-        writers: Processes | None = None,
+        writers: Team | None = None,
     ) -> Metrics:
         """Writes a version and points to it. One that is whole already, from before a restart, is only pointed to.
 

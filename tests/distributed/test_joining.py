@@ -4,7 +4,8 @@ import argparse
 
 import pytest
 
-from oapl_jax.distributed import processes
+from oapl_jax.distributed import start
+from oapl_jax.distributed.team import Team
 
 
 @pytest.mark.parametrize(
@@ -21,7 +22,7 @@ from oapl_jax.distributed import processes
     ],
 )
 def test_the_environment_says_whether_there_are_several(environment, expected):
-    assert processes.is_one_of_several(environment) is expected
+    assert start.is_one_of_several(environment) is expected
 
 
 @pytest.mark.parametrize(
@@ -34,13 +35,13 @@ def test_the_environment_says_whether_there_are_several(environment, expected):
 )
 def test_half_a_description_is_refused(words):
     parser = argparse.ArgumentParser()
-    processes.add_options(parser)
+    start.add_options(parser)
     with pytest.raises(ValueError, match="give all three, or none, or --coordinator auto"):
-        processes.initialize(parser.parse_args(words), environment={})
+        start.initialize(parser.parse_args(words), environment={})
 
 
 def test_one_process_agrees_with_itself():
-    alone = processes.Processes("alone", [0])
+    alone = Team("alone", [0])
     assert alone.is_leader
     assert alone.rank == 0
     assert alone.agree(lambda: {"groups": [1, 2]}, deadline=0.0) == {"groups": [1, 2]}

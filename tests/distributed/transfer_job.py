@@ -9,8 +9,9 @@ import jax
 import numpy as np
 
 from oapl_jax.config.schema import MeshConfig
-from oapl_jax.distributed import processes
+from oapl_jax.distributed import messages, start
 from oapl_jax.distributed.sharding import SAMPLER_RULES, TRAINER_RULES, make_meshes, processes_of, shardings, to_devices
+from oapl_jax.distributed.team import Team
 from oapl_jax.distributed.transfer import Transfer
 from oapl_jax.model import qwen
 from oapl_jax.weights.sync import WeightSync
@@ -26,18 +27,18 @@ CONFIG = {
 
 def main(argv):
     parser = argparse.ArgumentParser()
-    processes.add_options(parser)
+    start.add_options(parser)
     parser.add_argument("--trainer")
     parser.add_argument("--sampler")
     parser.add_argument("--dtype")
     parser.add_argument("--chunk", type=int)
     arguments = parser.parse_args(argv)
-    processes.initialize(arguments)
+    start.initialize(arguments)
     trainer_mesh, sampler_mesh = make_meshes(MeshConfig(trainer=arguments.trainer, sampler=arguments.sampler))
     abstract = qwen.abstract(qwen.QwenConfig.from_hf(CONFIG))[1]
     sync = WeightSync(abstract, trainer_mesh, arguments.dtype, rules=TRAINER_RULES)
     source = sync.abstract(abstract)
-    everyone = processes.Processes("all", range(jax.process_count()))
+    everyone = Team("all", range(jax.process_count()))
     transfer = Transfer(source, shardings(source, sampler_mesh, SAMPLER_RULES), arguments.chunk, everyone.wait)
     # Every process knows the weights: all bits at random, NaNs and minus zeros among them.
     bits = np.random.default_rng(0)
@@ -61,5 +62,5 @@ def main(argv):
 
 
 if __name__ == "__main__":
-    with processes.telling_failures():
+    with messages.reporting_failures():
         main(sys.argv[1:])

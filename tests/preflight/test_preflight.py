@@ -9,10 +9,9 @@ import sys
 import jax
 import pytest
 
-from oapl_jax.build import programs
 from oapl_jax.config import config_file
 from oapl_jax.config.schema import TrainConfig
-from oapl_jax.preflight import preflight, topology
+from oapl_jax.preflight import preflight, programs, topology
 from preflight.tpu_compiler import needs_libtpu
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -149,8 +148,8 @@ def test_a_program_that_the_compiler_refuses_is_weighed_by_its_words():
 REFUSED = """
 import json
 import jax
-from oapl_jax import preflight, topology
-from oapl_jax.programs import Program
+from oapl_jax.preflight import preflight, topology
+from oapl_jax.preflight.programs import Program
 
 slices = topology.parse("v5e-1")
 (device,) = topology.devices(slices)

@@ -5,10 +5,12 @@ import pathlib
 import jax
 import pytest
 
-from oapl_jax.build import policy, programs
+from oapl_jax.build import policy
+from oapl_jax.build.sampler import kv_shards
 from oapl_jax.config import config_file
 from oapl_jax.config.schema import MeshConfig, TrainConfig
 from oapl_jax.distributed.sharding import make_meshes
+from oapl_jax.preflight import programs
 
 ROOT = pathlib.Path(__file__).parents[2]
 GIB = 2**30
@@ -27,24 +29,26 @@ def plan(*overrides, path=TOY, usable=16 * GIB):
 
 def test_memory_of_a_colocated_run():
     found = plan("mesh.trainer=fsdp=8", *MODEL)
-    num_params = found.model.num_params
+    num_params = found.assembly.architecture.num_params
     assert num_params == 494_032_768
     # A few kv biases and norms are not divided.
-    assert found.memory.weights == pytest.approx(4 * num_params / 8, rel=1e-3)
-    assert found.memory.optimizer == pytest.approx(2 * found.memory.weights, rel=1e-3)
-    assert found.memory.gradient == found.memory.weights
-    assert found.memory.sampler_weights == 2 * num_params
-    assert found.num_replicas == 8
+    assert found.assembly.account.weights == pytest.approx(4 * num_params / 8, rel=1e-3)
+    assert found.assembly.account.optimizer == pytest.approx(2 * found.assembly.account.weights, rel=1e-3)
+    assert found.assembly.account.gradient == found.assembly.account.weights
+    assert found.assembly.account.sampler_weights == 2 * num_params
+    assert found.assembly.num_replicas == 8
     # Rows of one replica: 16 groups of 8 over 8 replicas, 1,024 tokens each; 2 kv heads of 64 in 24 layers.
-    assert found.memory.kv_cache == 16 * 1024 * 2 * 24 * 2 * 64 * 2
-    assert programs.kv_bytes(found) == 1024 * 2 * 24 * 2 * 64 * 2
+    assert found.assembly.account.kv_cache == 16 * 1024 * 2 * 24 * 2 * 64 * 2
+    assert programs.rollout_bytes(found.assembly) == 1024 * 2 * 24 * 2 * 64 * 2
 
 
 def test_memory_of_a_sampler_of_its_own():
     found = plan("mesh.trainer=fsdp=4", "mesh.sampler=data=2,tensor=2", *MODEL)
-    assert not found.memory.is_colocated
-    assert found.memory.weights == pytest.approx(4 * found.model.num_params / 4, rel=1e-3)
-    assert found.memory.sampler_weights == pytest.approx(2 * found.model.num_params / 2, rel=1e-3)
+    assert not found.assembly.account.is_colocated
+    assert found.assembly.account.weights == pytest.approx(4 * found.assembly.architecture.num_params / 4, rel=1e-3)
+    assert found.assembly.account.sampler_weights == pytest.approx(
+        2 * found.assembly.architecture.num_params / 2, rel=1e-3
+    )
     assert {program.name: program.beside for program in found.programs}["train_step"] == 0
 
 
@@ -52,20 +56,20 @@ def test_memory_of_a_sampler_of_its_own():
 def test_kv_heads_that_do_not_divide_are_on_every_device(tensor, shards):
     """Qwen2.5-0.5B has two."""
     mesh, _ = make_meshes(MeshConfig(trainer=f"tensor={tensor}"), jax.devices())
-    assert programs.kv_shards(policy.read_config(QWEN_05B), mesh) == shards
+    assert kv_shards(policy.read_config(QWEN_05B), mesh) == shards
 
 
 def test_what_cannot_fit_is_known_before_anything_is_compiled():
     found = plan("mesh.trainer=fsdp=1", *MODEL, usable=7 * GIB)
     # float32 weights, two moments and a gradient are 7.36 GiB on the one device.
-    assert programs.shortage(found, 7 * GIB) > 0.36 * GIB
+    assert found.assembly.account.shortage(7 * GIB) > 0.36 * GIB
     assert not found.programs
 
 
 def test_no_room_for_one_rollout():
     found = plan("mesh.trainer=fsdp=8", *MODEL, usable=2 * GIB, path=TOY)
-    assert found.engine is not None
-    assert plan("mesh.trainer=fsdp=8", *MODEL, usable=1.62 * GIB).engine is None
+    assert found.assembly.engines
+    assert plan("mesh.trainer=fsdp=8", *MODEL, usable=1.62 * GIB).assembly.engines == ()
 
 
 def test_the_programs_of_a_run():
@@ -80,7 +84,7 @@ def test_a_replica_may_be_compiled_for_other_devices():
     others = jax.devices()[5:6]
     found = programs.make_plan(config, jax.devices(), 16 * GIB, lambda num_devices: others[:num_devices])
     assert {program.name: list(program.mesh.devices.flat) for program in found.programs}["decode"] == others
-    assert found.num_replicas == 4
+    assert found.assembly.num_replicas == 4
 
 
 def test_abstract_programs_compile_as_they_are():
@@ -88,12 +92,12 @@ def test_abstract_programs_compile_as_they_are():
     found = plan("mesh.trainer=data=2,fsdp=4", "model.scan_layers=true")
     chosen = [program for program in found.programs if program.name in ("train_step", "sync")]
     compiled = {program.name: program.lower().compile().memory_analysis() for program in chosen}
-    memory = found.memory
+    memory = found.assembly.account
     # Per device 16 rows of 18 tokens: two integers (positions are not read where a row is one rollout), a byte and a
     # float for each, and a float and a byte for the rollout.
     batch = 16 * (18 * (2 * 4 + 1 + 4) + 4 + 1)
-    assert compiled["train_step"].argument_size_in_bytes == pytest.approx(memory.state + batch, abs=256)
-    assert compiled["train_step"].alias_size_in_bytes == pytest.approx(memory.state, abs=256)
+    assert compiled["train_step"].argument_size_in_bytes == pytest.approx(memory.learner + batch, abs=256)
+    assert compiled["train_step"].alias_size_in_bytes == pytest.approx(memory.learner, abs=256)
     assert compiled["sync"].argument_size_in_bytes == memory.weights
     assert compiled["sync"].output_size_in_bytes == pytest.approx(memory.sampler_weights, rel=0.01)
 
@@ -126,13 +130,13 @@ def test_parameters_of_the_known_models(name, num_params):
 def test_the_large_configs_have_all_programs(name):
     found = plan("mesh.trainer=fsdp=4,tensor=2", path=f"configs/{name}.yaml", usable=95 * GIB)
     assert len(found.programs) == 5
-    assert found.engine.num_pages >= found.engine.max_pages
+    assert found.assembly.engines[0].num_pages >= found.assembly.engines[0].max_pages
 
 
 def test_a_model_of_the_hub_is_found_among_the_known_ones():
     found = plan("mesh.trainer=fsdp=8", "model.path=Qwen/Qwen2.5-0.5B-Instruct", "model.warm_start=null", *SHORT)
     assert found.source == "configs/models/qwen2.5_0.5b_instruct.json"
-    assert found.model == policy.read_config(QWEN_05B)
+    assert found.assembly.architecture == policy.read_config(QWEN_05B)
 
 
 def test_a_model_of_the_hub_that_is_not_known_is_refused():

@@ -145,7 +145,7 @@ def processes_of(judge: Judge) -> set[int]:
 
 
 def survivors(judge: Judge, before: set[int]) -> set[int]:
-    """Processes of a judge that were not there before and do not end within two seconds."""
+    """Team of a judge that were not there before and do not end within two seconds."""
     give_up = time.monotonic() + 2
     while (left := processes_of(judge) - before) and time.monotonic() < give_up:
         time.sleep(0.02)

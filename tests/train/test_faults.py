@@ -132,7 +132,7 @@ def options():
 
 @pytest.mark.timeout(1800)  # on a busy machine
 def test_thirty_faults_change_nothing(tmp_path, monkeypatch):
-    # Processes that are started again find their programs compiled.
+    # Team that are started again find their programs compiled.
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "programs"))
     monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     directory = tmp_path / "run"

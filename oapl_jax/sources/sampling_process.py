@@ -1,16 +1,13 @@
-"""A detached sampler: fills a run's rollout log with the policies that its trainer publishes.
+"""The loop of a detached sampler: fills a run's rollout log with the policies that its trainer publishes.
 
-    python -m oapl_jax sample --run DIR [--engine jax|transformers|package.module:function] [--mesh AXES]
-
-It leases shards of the window's groups, generates, grades, writes them, and follows to the next version. Any
-number may come and go, on any machine that sees DIR (a folder, ``gs://`` or ``s3://``); none is needed for the
-others. It ends with the run, or within ten seconds of SIGTERM, with code 0. Paths in the run's config are
-those of the trainer: start it in the same folder where they are relative.
+It leases shards of the window's groups, generates, grades, writes them, and follows to the next version. Any number of
+such processes may come and go, on any machine that sees the run's shared folder (``gs://`` or ``s3://`` too); none is
+needed for the others. Paths in the run's config are those of the trainer: start it in the same folder where they are
+relative.
 """
 
 import contextlib
 import dataclasses
-import functools
 import importlib
 import os
 import pathlib
@@ -20,17 +17,18 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
 
-from oapl_jax.build.job import acceptance, make_engines, make_group_maker
+from oapl_jax.build.sampler import make_engines
 from oapl_jax.config import config_file
 from oapl_jax.config.schema import MeshConfig, TrainConfig
 from oapl_jax.data import tokenizer as tokenizers
 from oapl_jax.data.prompts import load_prompts
 from oapl_jax.data.tokenizer import Tokenizer
+from oapl_jax.distributed.memory import usable_bytes
 from oapl_jax.distributed.sharding import SAMPLER_RULES, make_meshes
 from oapl_jax.io import run_dir, storage
 from oapl_jax.io.lease import Leases
@@ -38,12 +36,14 @@ from oapl_jax.io.storage import SharedPath
 from oapl_jax.model import hf
 from oapl_jax.rewards.grader import make_grader
 from oapl_jax.rollouts.log import RolloutLog
-from oapl_jax.rollouts.sampling import SamplingDistribution
+from oapl_jax.rollouts.sampling import Sampler, SamplingDistribution
 from oapl_jax.rollouts.schema import SCHEMA_VERSION
 from oapl_jax.rollouts.shards import ShardQueue
-from oapl_jax.sampler.replicas import replica_meshes
+from oapl_jax.sampler.sampler import JaxSampler
 from oapl_jax.sources import follower
-from oapl_jax.sources.local import RequestRunner, Worker
+from oapl_jax.sources.sampling_loop import SamplingLoop
+from oapl_jax.sources.setup import acceptance, make_grading
+from oapl_jax.sources.turns import SamplerTurns
 from oapl_jax.weights.policies import Current, Holds, Manifest, PolicyGoneError, PolicyStore
 
 TRANSFORMERS = "oapl_jax.sampler.torch:make"
@@ -56,8 +56,8 @@ IDLE_DEADLINE = 4 * 3600.0
 """For how long a sampler waits for a trainer that wants nothing: it may be stopped, or be at a long step."""
 
 
-class Sampler:
-    """One process's part of a run: owns its leases, its worker and its place among the versions.
+class SamplingProcess:
+    """One process's part of a run: owns its leases and its sampling loop.
 
     Args:
         root: the run's shared folder.
@@ -84,7 +84,7 @@ class Sampler:
             TimeoutError: the run does not begin, or a version that is pointed to does not come.
         """
         with self._resources:
-            current = self._wait_for(self._store.current, "a published policy")
+            current = self._wait_for_policy()
             if current is None or current.is_finished:
                 return
             config = self._read_config()
@@ -104,7 +104,7 @@ class Sampler:
         self._resources.callback(holds.close)
         self._leases = (leases, holds)
         shards = ShardQueue(log, leases, acceptance(config), window.shard_groups)
-        worker, version, hold, since = None, -1, None, time.monotonic()
+        loop, version, hold, since = None, -1, None, time.monotonic()
         seen, end, delay = None, time.monotonic() + IDLE_DEADLINE, 0.0
         while not self._stop.is_set():
             if current.is_finished:
@@ -118,16 +118,15 @@ class Sampler:
                     current = self._store.current() or current
                     continue
                 manifest, folder = fetched
-                if worker is None:
-                    worker, load, prompt_lengths = self._make_worker(config, folder, shards)
-                    self._resources.callback(worker.stop, DRAIN_SECONDS)
-                    params = load(folder)
-                    worker.warm_up(params, prompt_lengths)
-                    worker.set_weights(current.policy_version, params)
-                    worker.start()
+                shards.open_window(None)
+                if loop is None:
+                    loop, load, weights = self._make_loop(config, folder, shards)
+                    self._resources.callback(loop.stop, DRAIN_SECONDS)
                 else:
-                    shards.open_window(None)
-                    worker.set_weights(current.policy_version, load(folder))
+                    weights = load(folder)
+                loop.set_weights(current.policy_version, weights)
+                del weights
+                loop.start()
                 shards.open_window(manifest.window)
                 if hold is not None:
                     hold.release()
@@ -141,41 +140,62 @@ class Sampler:
                 seen, end = (version, shards.num_written), time.monotonic() + IDLE_DEADLINE
             if time.monotonic() > end:
                 raise TimeoutError(f"version {version} wanted nothing for {IDLE_DEADLINE:g} s; is its trainer running?")
-            self._report(worker)
+            self._report(loop)
             self._stop.wait(delay)
             start = time.monotonic()
             current = self._store.current() or current
             delay = storage.next_look(time.monotonic() - start, start - since)
         say(f"{shards.num_written} groups written, {shards.num_wasted} made in vain")
 
-    def _make_worker(
+    def _make_loop(
         self, config: TrainConfig, folder: pathlib.Path, shards: ShardQueue
-    ) -> tuple[Worker, Any, set[int]]:
-        """The worker, what loads a version's folder for it, and the lengths of the first prompts."""
+    ) -> tuple[SamplingLoop, Callable[[pathlib.Path], Any], Any]:
+        """The loop, with a sampler that has compiled its programs, what loads folders for it, and this folder's weights."""
         tokenizer = tokenizers.load(config.model.tokenizer, folder)
-        grader = make_grader(config)
-        self._resources.callback(grader.close)
+        grading = make_grading(config, tokenizer, make_grader(config))
+        self._resources.callback(grading.close)
         prompts = load_prompts(config.data, tokenizer, config.run.seed)
-        mesh, _ = make_meshes(MeshConfig(trainer=self._mesh_axes))
-        if self._engine != "jax":
-            engines, load = _make_foreign_engine(self._engine, config, tokenizer)
+        if self._engine == "jax":
+            sampler, load = self._make_sampler(config, folder, tokenizer)
         else:
-            engines = make_engines(
-                config, hf.load_config(folder), tokenizer.vocab_size, tokenizer.stop_ids, replica_meshes(mesh)
-            )
-            load = functools.partial(_load, mesh=mesh, config=config)
-        worker = Worker(
-            engines,
+            sampler, load = _make_foreign_sampler(self._engine, config, tokenizer)
+        weights = load(folder)
+        sampler.set_weights(weights)
+        lengths = {len(prompts[i].token_ids) for i in range(config.sampler.groups_in_flight)}
+        sampler.warm_up(lengths, config.sampler.group_size)
+        loop = SamplingLoop(
+            SamplerTurns(sampler),
             prompts,
-            make_group_maker(config, tokenizer, grader),
+            grading,
             shards,
             shards,
-            sampling=SamplingDistribution.of(config.sampler),
+            distribution=SamplingDistribution.of(config.sampler),
             group_size=config.sampler.group_size,
             seed=config.run.seed,
-            device_lock=threading.RLock() if mesh.size > 1 else contextlib.nullcontext(),
         )
-        return worker, load, {len(prompts[i].token_ids) for i in range(config.sampler.groups_in_flight)}
+        return loop, load, weights
+
+    def _make_sampler(
+        self, config: TrainConfig, folder: pathlib.Path, tokenizer: Tokenizer
+    ) -> tuple[Sampler, Callable[[pathlib.Path], Any]]:
+        """Our sampler on this process's devices, and what loads weights straight into its sharding."""
+        mesh, _ = make_meshes(MeshConfig(trainer=self._mesh_axes))
+        engines = make_engines(
+            config.sampler,
+            hf.load_config(folder),
+            mesh,
+            compute_dtype=config.model.compute_dtype,
+            vocab_size=tokenizer.vocab_size,
+            stop_ids=tokenizer.stop_ids,
+            max_prompt_tokens=config.data.max_prompt_tokens,
+            free=usable_bytes(mesh),
+            num_copies=2,  # the next version is loaded while the last one samples
+        )
+
+        def load(folder: pathlib.Path) -> Any:
+            return jax.block_until_ready(hf.load_params(folder, mesh, SAMPLER_RULES, config.sampler.dtype)[1])
+
+        return JaxSampler(engines, mesh), load
 
     def _fetch(self, version: int, digest: str, cache: pathlib.Path) -> tuple[Manifest, pathlib.Path] | None:
         """A version's manifest and files; None where it is no longer what the pointer names.
@@ -202,13 +222,15 @@ class Sampler:
             return None
         raise TimeoutError(f"waited {self._wait_seconds:g} s for version {version}: {problem}")
 
-    def _wait_for(self, look: Any, what: str) -> Any:
+    def _wait_for_policy(self) -> Current | None:
         end = time.monotonic() + self._wait_seconds
         while not self._stop.is_set():
-            if (found := look()) is not None:
+            if (found := self._store.current()) is not None:
                 return found
             if time.monotonic() > end:
-                raise TimeoutError(f"waited {self._wait_seconds:g} s for {what} in {self._root}; is a trainer running?")
+                raise TimeoutError(
+                    f"waited {self._wait_seconds:g} s for a published policy in {self._root}; is a trainer running?"
+                )
             self._stop.wait(POLL_SECONDS)
         return None
 
@@ -218,21 +240,15 @@ class Sampler:
             path.write_bytes(storage.read(self._root / run_dir.CONFIG_FILE))
             return config_file.load(TrainConfig, path)
 
-    def _report(self, worker: Worker | None) -> None:
-        if worker is not None and time.monotonic() >= self._next_report:
+    def _report(self, loop: SamplingLoop | None) -> None:
+        if loop is not None and time.monotonic() >= self._next_report:
             self._next_report, self._beat = time.monotonic() + REPORT_SECONDS, self._beat + 1
-            tokens, idle_seconds = worker.sums
             with contextlib.suppress(OSError):  # for people; a full disk must not end the sampling
-                follower.write_report(self._root, self._name, self._beat, tokens, idle_seconds)
+                follower.write_report(self._root, self._name, self._beat, *loop.sums)
 
 
-def _load(folder: pathlib.Path, mesh: Mesh, config: TrainConfig) -> Any:
-    """The weights, straight into the sampler's sharding."""
-    return jax.block_until_ready(hf.load_params(folder, mesh, SAMPLER_RULES, config.sampler.dtype)[1])
-
-
-def _make_foreign_engine(name: str, config: TrainConfig, tokenizer: Tokenizer) -> tuple[RequestRunner, Any]:
-    """A runner, and what loads a folder for it, of ``package.module:function``."""
+def _make_foreign_sampler(name: str, config: TrainConfig, tokenizer: Tokenizer) -> tuple[Sampler, Any]:
+    """What ``package.module:function`` makes: a sampler, and what loads a folder for it."""
     module, _, function = TRANSFORMERS.partition(":") if name == "transformers" else name.partition(":")
     try:
         make = getattr(importlib.import_module(module), function or "make")

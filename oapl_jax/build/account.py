@@ -1,0 +1,80 @@
+"""The account of memory: what lies on a device from the start of a run to its end."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+from oapl_jax.distributed.sharding import device_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Account:
+    """Bytes on each device. Trainer and sampler may share their devices; else these are two kinds of device."""
+
+    weights: float
+    optimizer: float
+    gradient: float
+    """While a train step runs, at least."""
+    sampler_weights: float
+    prepared_weights: float
+    """The sampler's own copy of the layers, where its programs read one (``sampler/cpu``)."""
+    evaluation_weights: float
+    """The policy that an evaluation in the middle of a window samples, beside that of the window."""
+    kv_cache: float
+    is_colocated: bool
+
+    @property
+    def learner(self) -> float:
+        """Weights and optimizer state of the learner."""
+        return self.weights + self.optimizer
+
+    @property
+    def sampler(self) -> float:
+        """All that the sampler holds."""
+        return self.sampler_weights + self.prepared_weights + self.evaluation_weights + self.kv_cache
+
+    @property
+    def beside_train_step(self) -> float:
+        """What lies on a trainer's device while the train step runs, and is not its argument."""
+        return self.sampler if self.is_colocated else 0
+
+    def shortage(self, usable: float) -> float:
+        """Bytes that a device lacks before anything is compiled; negative: left over."""
+        trainer = self.learner + self.gradient
+        return (trainer + self.sampler if self.is_colocated else max(trainer, self.sampler)) - usable
+
+    def describe(self) -> dict[str, str]:
+        """Lines for people."""
+        trainer = f"weights {_size(self.weights)}, optimizer {_size(self.optimizer)}, gradient {_size(self.gradient)}"
+        sampler = [f"weights {_size(self.sampler_weights)}", f"KV cache {_size(self.kv_cache)}"]
+        if self.prepared_weights:
+            sampler.append(f"prepared layers {_size(self.prepared_weights)}")
+        if self.evaluation_weights:
+            sampler.append(f"weights of an evaluation {_size(self.evaluation_weights)}")
+        total = self.learner + self.gradient + self.beside_train_step
+        return {
+            "trainer": trainer,
+            "sampler": ", ".join(sampler),
+            "a device": f"{_size(total)} for certain"
+            if self.is_colocated
+            else f"{_size(total)} for certain of a trainer's, {_size(self.sampler)} of a sampler's",
+        }
+
+
+def learner_bytes(state: Any) -> tuple[int, int, int]:
+    """Weights, optimizer state and gradient of a ``TrainState`` of shapes with shardings, on one device."""
+    return device_bytes(state.params), device_bytes(state.opt_state), device_bytes(state.stored.params)
+
+
+def tree_bytes(tree: Any) -> int:
+    """Bytes of arrays or shapes over all devices, each counted once."""
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _size(num_bytes: float) -> str:
+    for unit, divisor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if num_bytes >= divisor:
+            return f"{num_bytes / divisor:.2f} {unit}"
+    return f"{num_bytes:.0f} B"

@@ -1,0 +1,99 @@
+"""The learner's programs, from shapes alone: optimizer, state, train step, scorer, rows."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import optax
+from jax.sharding import Mesh
+
+from oapl_jax.build import policy
+from oapl_jax.config.schema import LearnerConfig, LoraConfig, ModelConfig
+from oapl_jax.distributed.sharding import TRAINER_RULES, placed, shardings
+from oapl_jax.learner import batch as batches
+from oapl_jax.learner.state import TrainState, abstract_state, init_state, make_optimizer, make_schedule
+from oapl_jax.learner.step import LossFn, make_scorer, make_train_step
+from oapl_jax.model import qwen
+from oapl_jax.types import TrainBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Learner:
+    """What trains a model; the arrays are in a ``TrainState``."""
+
+    mesh: Mesh
+    graphdef: Any
+    optimizer: optax.GradientTransformation
+    shapes: TrainState
+    """With the shardings of the state."""
+    rows: batches.RowLayout
+    train_step: Any
+    """``(state, batch on devices) -> (state, metrics)``; the state is donated."""
+    temperature: float
+    vocab_size: int
+
+    @functools.cached_property
+    def score(self) -> Any:
+        """``(params, batch on devices) -> log-probabilities`` of the response tokens."""
+        return make_scorer(self.graphdef, temperature=self.temperature, vocab_size=self.vocab_size)
+
+    def place(self, batch: TrainBatch) -> TrainBatch:
+        """A batch on the devices."""
+        return batches.place(batch, self.rows)
+
+    def init(self, params: Any) -> TrainState:
+        """The state at step 0 with these parameters, which it takes over."""
+        return init_state(params, self.optimizer, self.mesh)[0]
+
+
+def make_learner(
+    model: ModelConfig,
+    lora: LoraConfig,
+    learner: LearnerConfig,
+    architecture: qwen.QwenConfig,
+    mesh: Mesh,
+    *,
+    num_steps: int,
+    max_tokens: int,
+    loss_fn: LossFn,
+    beta2: float,
+    temperature: float,
+    vocab_size: int,
+) -> Learner:
+    """The programs that these sections of a config describe.
+
+    Args:
+        model: precisions, remat, kind of attention.
+        lora: adapters.
+        learner: optimizer and batch.
+        architecture: of the model.
+        mesh: the trainer's.
+        num_steps: of the whole run, for the learning rate.
+        max_tokens: limit of a prompt and its response.
+        loss_fn: the objective.
+        beta2: weight of the log-ratio in the residual that the metrics report.
+        temperature: of the policy.
+        vocab_size: the tokenizer's length.
+
+    Raises:
+        ValueError: the rows do not divide over the mesh, or the model has no matrix that an adapter is for.
+    """
+    rows = batches.RowLayout(learner.batch_rollouts, max_tokens, learner.row_tokens, learner.micro_batch_rows, mesh)
+    graphdef, params = policy.abstract(model, architecture, mesh, lora)
+    schedule = make_schedule(learner, num_steps)
+    optimizer = make_optimizer(learner, schedule)
+    shapes = abstract_state(params, optimizer)
+    state_shardings = shardings(shapes, mesh, TRAINER_RULES)
+    train_step = make_train_step(
+        graphdef,
+        optimizer,
+        schedule,
+        loss_fn,
+        beta2=beta2,
+        temperature=temperature,
+        vocab_size=vocab_size,
+        mesh=mesh,
+        shardings=state_shardings,
+    )
+    state = placed(shapes, state_shardings)
+    return Learner(mesh, graphdef, optimizer, state, rows, train_step, temperature, vocab_size)

@@ -1,0 +1,124 @@
+"""The sampler's programs: an engine for each replica, with a cache sized by the memory that is left."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+
+from oapl_jax.config.schema import EvaluateSamplerConfig, SamplerConfig
+from oapl_jax.distributed.sharding import is_here, platform_of
+from oapl_jax.model import qwen
+from oapl_jax.rollouts.sampling import SamplingDistribution
+from oapl_jax.sampler import kv_cache
+from oapl_jax.sampler.engine import Engine, joins_layers
+from oapl_jax.sampler.sampler import replica_meshes
+
+PAGE_SIZE = 16
+"""Tokens of a page of the cache."""
+
+
+class NoRoomError(ValueError):
+    """The memory has no room for the keys and values of one rollout."""
+
+
+def make_engines(
+    sampler: SamplerConfig | EvaluateSamplerConfig,
+    model: qwen.QwenConfig,
+    mesh: Mesh,
+    *,
+    compute_dtype: DTypeLike,
+    vocab_size: int,
+    stop_ids: Sequence[int],
+    max_prompt_tokens: int,
+    free: float,
+    others: Sequence[SamplingDistribution] = (),
+    num_copies: int = 1,
+    meshes: Sequence[Mesh] | None = None,
+) -> tuple[Engine, ...]:
+    """An engine for each replica of the sampler's mesh that this process has.
+
+    Args:
+        sampler: precisions, limit of a response, memory of the cache.
+        model: the policy's architecture.
+        mesh: the whole sampler's.
+        compute_dtype: of products where ``sampler.dtype`` is int8.
+        vocab_size: the tokenizer's length.
+        stop_ids: tokens that end a response.
+        max_prompt_tokens: limit of a prompt.
+        free: bytes on each device that weights and cache share.
+        others: sampling distributions that may be asked for besides that of ``sampler``.
+        num_copies: of the weights, at most.
+        meshes: of the replicas, where the devices are only described; None: those of this process.
+
+    Raises:
+        NoRoomError: the memory has no room for one sequence.
+        ValueError: the rows do not divide over the replicas.
+    """
+    num_replicas = mesh.size // mesh.shape["tensor"]
+    key, num_rows = _rows(sampler)
+    if meshes is None:
+        meshes = [replica for replica in replica_meshes(mesh) if is_here(replica)]
+    if num_rows % num_replicas:
+        raise ValueError(f"{key}: {num_rows} rows do not divide over the {num_replicas} replicas of the sampler's mesh")
+    if not meshes:
+        return ()
+    rows, cached = num_rows // num_replicas, cache_dtype(sampler, compute_dtype)
+    graphdef = qwen.abstract(model, compute_dtype=_compute_dtype(sampler, compute_dtype))[0]
+    max_pages = -(-(max_prompt_tokens + sampler.max_response_tokens) // PAGE_SIZE)
+    copies = num_copies + prepares_layers(meshes[0])
+    weights = model.num_params * jnp.dtype(sampler.dtype).itemsize * copies
+    left = sampler.kv_memory * max(0.0, free * meshes[0].size - weights)
+    affordable = int(left // kv_cache.page_bytes(model, PAGE_SIZE, cached))
+    if affordable < max_pages:
+        raise NoRoomError(
+            f"no room for one rollout: {max_prompt_tokens} + {sampler.max_response_tokens} tokens need {max_pages} pages"
+            f" of {PAGE_SIZE} tokens, and the memory that is left has {affordable}; shorten the limits, raise"
+            " sampler.kv_memory, or split the sampler over more devices"
+        )
+    return tuple(
+        Engine(
+            graphdef,
+            model,
+            vocab_size=vocab_size,
+            stop_ids=stop_ids,
+            num_rows=rows,
+            max_prompt_tokens=max_prompt_tokens,
+            max_response_tokens=sampler.max_response_tokens,
+            decode_steps=sampler.decode_steps,
+            mesh=replica,
+            num_pages=min(rows * max_pages, affordable),
+            page_size=PAGE_SIZE,
+            cache_dtype=cached,
+            can_truncate=any(asked.truncates for asked in (SamplingDistribution.of(sampler), *others)),
+        )
+        for replica in meshes
+    )
+
+
+def prepares_layers(mesh: Mesh) -> bool:
+    """Whether a sampler on this replica reads a copy of the layers that it has made for itself."""
+    return platform_of(mesh) == "cpu" or joins_layers(mesh)
+
+
+def cache_dtype(sampler: SamplerConfig | EvaluateSamplerConfig, compute_dtype: DTypeLike) -> jnp.dtype:
+    """Precision of keys and values."""
+    return jnp.dtype(sampler.kv_dtype or _compute_dtype(sampler, compute_dtype))
+
+
+def kv_shards(model: qwen.QwenConfig, mesh: Mesh) -> int:
+    """Devices that share a replica's cache; where they do not divide the kv heads, each has all of it."""
+    tensor = mesh.shape["tensor"]
+    return tensor if model.num_key_value_heads % tensor == 0 else 1
+
+
+def _rows(sampler: SamplerConfig | EvaluateSamplerConfig) -> tuple[str, int]:
+    """Sequences decoded at once, over all replicas, and how the config says it."""
+    if isinstance(sampler, EvaluateSamplerConfig):
+        return f"sampler.rows={sampler.rows}", sampler.rows
+    key = f"sampler.groups_in_flight={sampler.groups_in_flight} x group_size={sampler.group_size}"
+    return key, sampler.groups_in_flight * sampler.group_size
+
+
+def _compute_dtype(sampler: SamplerConfig | EvaluateSamplerConfig, compute_dtype: DTypeLike) -> DTypeLike:
+    return compute_dtype if sampler.dtype == "int8" else sampler.dtype

@@ -1,0 +1,245 @@
+"""The programs of a run as preflight compiles them: the run's own assembly, lowered for devices that are only described."""
+
+import dataclasses
+import functools
+import math
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from oapl_jax.build import policy
+from oapl_jax.build.assembly import Assembly, make_assembly
+from oapl_jax.build.sampler import PAGE_SIZE, kv_shards
+from oapl_jax.config import config_file
+from oapl_jax.config.schema import SftConfig, TrainConfig
+from oapl_jax.distributed.sharding import platform_of, row_shards
+from oapl_jax.learner import batch as batches
+from oapl_jax.learner.batch import RowLayout
+from oapl_jax.model import qwen
+from oapl_jax.model.logprob import chunk_tokens
+from oapl_jax.types import TrainBatch
+from oapl_jax.weights.sync import WeightSync
+
+MODELS = pathlib.Path("configs/models")
+"""Architectures of models on the Hugging Face hub, so that preflight needs no network."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """One compiled program of a run."""
+
+    name: str
+    lower: Callable[[], Any]
+    """Traces it for its devices; ``.compile()`` of what it returns needs their compiler."""
+    mesh: Mesh
+    beside: float
+    """Bytes of a device that are taken while it runs and are not its arguments."""
+    model_flops: float
+    """Of the model's mathematics, over all devices: nothing computed twice, attention to visible tokens only."""
+    kernel_flops: float
+    """The share of attention in them, which is not in the program's text where kernels do it."""
+    kernel_bytes: float
+    """Bytes that attention kernels read on a device: of the cache, in decode steps."""
+    expected_trips: tuple[float, ...] = ()
+    """Of loops whose end only the run knows, the outer ones first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """A run on given devices."""
+
+    assembly: Assembly
+    source: str
+    """Where the architecture was read from."""
+    programs: tuple[Program, ...]
+    """None where the memory is too little before anything is compiled."""
+
+
+def make_plan(
+    config: TrainConfig,
+    devices: Sequence[Any],
+    usable: float,
+    replica_devices: Callable[[int], Sequence[Any] | None] = lambda num_devices: None,
+) -> Plan:
+    """Builds the programs of a run on these devices.
+
+    The tokenizer is not read: all rows of the vocabulary count as in use.
+
+    Args:
+        config: of the run.
+        devices: real ones or described ones.
+        usable: memory of each in bytes.
+        replica_devices: see ``make_assembly``.
+
+    Raises:
+        ValueError: what the config got wrong; the message names it.
+    """
+    source = _model_config(config)
+    architecture = policy.read_config(pathlib.Path(source))
+    eos = architecture.eos_token_id
+    assembly = make_assembly(
+        config,
+        architecture,
+        architecture.vocab_size,
+        eos if isinstance(eos, tuple) else (0 if eos is None else eos,),
+        devices=devices,
+        usable=usable,
+        replica_devices=replica_devices,
+        may_lack_room=True,
+    )
+    if not assembly.engines or assembly.account.shortage(usable) > 0:
+        return Plan(assembly, source, ())
+    return Plan(assembly, source, (*_learner_programs(assembly), *_sampler_programs(assembly)))
+
+
+def rollout_bytes(assembly: Assembly) -> float:
+    """Bytes on each device of a replica that the keys and values of one rollout of full length take."""
+    engine, rows = assembly.engines[0], assembly.learner.rows
+    page_bytes = engine.cache_bytes / engine.num_pages / kv_shards(assembly.architecture, engine.mesh)
+    return -(-rows.max_tokens // PAGE_SIZE) * page_bytes
+
+
+def _learner_programs(assembly: Assembly) -> list[Program]:
+    config, learner, account = assembly.config, assembly.learner, assembly.account
+    mesh, rows = learner.mesh, learner.rows
+    batch = _full_batch(rows, mesh)
+    num_micro_batches, num_rows, length = batch.tokens.shape
+    # Rows are full of rollouts of full length, and all tokens are scored.
+    tokens = num_micro_batches * num_rows * length
+    pairs = tokens * (rows.max_tokens + 1) / 2
+    forward, attention = forward_flops(assembly.architecture, tokens, pairs, tokens)
+    chunks = num_chunks(num_rows * length / row_shards(mesh) / mesh.shape["context"], assembly.architecture, mesh)
+    micro_batches = (num_micro_batches,) if num_micro_batches > 1 else ()
+    make = functools.partial(Program, mesh=mesh, kernel_bytes=0)
+    return [
+        make(
+            "train_step",
+            functools.partial(learner.train_step.lower, learner.shapes, batch),
+            beside=account.beside_train_step,
+            # The backward pass has two products for each one of the forward pass, one where the weights are frozen.
+            model_flops=(2 if config.lora.rank else 3) * (forward - attention) + 3 * attention,
+            kernel_flops=3 * attention,
+            expected_trips=(*micro_batches, chunks),
+        ),
+        make(
+            "score",
+            functools.partial(learner.score.lower, learner.shapes.params, batch),
+            beside=account.optimizer + account.beside_train_step,
+            model_flops=forward,
+            kernel_flops=attention,
+            expected_trips=(chunks,),
+        ),
+    ]
+
+
+def _full_batch(layout: RowLayout, mesh: Mesh) -> TrainBatch:
+    """The largest batch, as shapes on the trainer's mesh."""
+    num_rows, length = layout.num_rows(layout.num_rollouts), layout.row_length(layout.max_tokens)
+    at_once = layout.micro_batch_rows or num_rows
+    places = batches.shardings(mesh)
+
+    def array(name: str, dtype: Any, width: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((num_rows // at_once, at_once, width), dtype, sharding=getattr(places, name))
+
+    integers = {name: array(name, jnp.int32, length) for name in ("tokens", "positions", "segment_ids")}
+    return TrainBatch(
+        **integers,
+        response_mask=array("response_mask", bool, length),
+        sampler_logprobs=array("sampler_logprobs", jnp.float32, length),
+        advantages=array("advantages", jnp.float32, layout.max_segments),
+        segment_mask=array("segment_mask", bool, layout.max_segments),
+    )
+
+
+def num_chunks(tokens: float, model: qwen.QwenConfig, mesh: Mesh) -> int:
+    """Chunks in which a device computes the logits of so many tokens."""
+    num_ids = model.vocab_size // mesh.shape["tensor"]
+    return math.ceil(tokens / chunk_tokens(num_ids, platform_of(mesh)))
+
+
+def _sampler_programs(assembly: Assembly) -> list[Program]:
+    config, architecture, account = assembly.config, assembly.architecture, assembly.account
+    engine, params = assembly.engines[0], assembly.learner.shapes.params
+    replica_params = WeightSync(params, engine.mesh, config.sampler.dtype).abstract(params)
+    beside = account.evaluation_weights + (account.learner if account.is_colocated else 0)
+    length = engine.padded_length(engine.max_prompt_tokens)
+    prompts = engine.prompts_at_once(length)
+    prefill = forward_flops(architecture, prompts * length, prompts * length * (length + 1) / 2, prompts)
+    tokens = engine.num_rows * engine.decode_steps
+    # Rows are on average half-way through their response, as far as there are pages.
+    visible = min(
+        config.data.max_prompt_tokens + config.sampler.max_response_tokens / 2,
+        engine.num_pages * PAGE_SIZE / engine.num_rows,
+    )
+    decode = forward_flops(architecture, tokens, tokens * visible, tokens)
+    kv_token = account.kv_cache / engine.num_pages / PAGE_SIZE
+    programs = [
+        Program(
+            "prefill",
+            functools.partial(engine.lower_prefill, replica_params),
+            engine.mesh,
+            beside=beside + account.kv_cache,
+            model_flops=prefill[0],
+            kernel_flops=prefill[1],
+            kernel_bytes=0,
+        ),
+        Program(
+            "decode",
+            functools.partial(engine.lower_generate, replica_params),
+            engine.mesh,
+            beside=beside,
+            model_flops=decode[0],
+            kernel_flops=decode[1],
+            kernel_bytes=tokens * visible * kv_token,
+            expected_trips=(engine.decode_steps,),
+        ),
+    ]
+    copy = assembly.sync.program(params)
+    if copy is not None:
+        # The sampler has its old weights until the new ones are complete.
+        taken = account.optimizer + account.beside_train_step
+        lower = functools.partial(copy[0].lower, copy[1])
+        programs.append(Program("sync", lower, assembly.trainer_mesh, taken, 0, 0, 0))
+    return programs
+
+
+def forward_flops(model: qwen.QwenConfig, tokens: float, pairs: float, scored: float) -> tuple[float, float]:
+    """FLOPs of a forward pass of a dense model, and of its attention alone; an addition counts as a multiplication does.
+
+    Args:
+        model: the architecture.
+        tokens: that go through the layers.
+        pairs: (token, token that it sees), over all sequences.
+        scored: tokens whose logits are computed.
+    """
+    embedding = model.vocab_size * model.hidden_size
+    num_matrix_weights = model.num_params - embedding * (1 if model.tie_word_embeddings else 2)
+    attention = 4.0 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * pairs
+    return 2.0 * num_matrix_weights * tokens + 2.0 * embedding * scored + attention, attention
+
+
+def _model_config(config: TrainConfig) -> str:
+    """The ``config.json`` of the model's architecture.
+
+    Raises:
+        ValueError: a model on the hub that is not among ``MODELS``.
+    """
+    section = config.model
+    if section.warm_start is not None:
+        section = config_file.load(SftConfig, section.warm_start).model
+    if section.config is not None:
+        return section.config
+    local = pathlib.Path(str(section.path)) / "config.json"
+    known = MODELS / f"{local.parent.name.lower().replace('-', '_')}.json"
+    for file in (local, known):
+        if file.is_file():
+            return str(file)
+    names = ", ".join(sorted(path.stem for path in MODELS.glob("*.json")))
+    raise ValueError(
+        f"model.path={section.path!r} is no folder, and preflight downloads nothing: put its config.json at {known}"
+        f" (there are: {names}), or name a file: model.path=null model.config=FILE model.tokenizer={section.path}"
+    )

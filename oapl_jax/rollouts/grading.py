@@ -1,0 +1,93 @@
+"""From rollouts to graded groups. A process has one ``Grading``, which all who sample share."""
+
+import math
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from oapl_jax.rewards.grader import Grader
+from oapl_jax.rollouts.buffer import Ticket
+from oapl_jax.types import Grade, GradedRollout, Prompt, Rollout, RolloutGroup, Verdict
+
+AdvantageFn = Callable[[Float[np.ndarray, "G"], Bool[np.ndarray, "G"]], Float[np.ndarray, "G"]]
+"""From the rewards of a group, and whether each response is correct, to the advantages; float64."""
+
+
+class Grading:
+    """Decodes, grades and gives advantages; owns the grader and a thread.
+
+    Args:
+        decode: token ids to text.
+        grader: judges texts.
+        advantages: of a group, by the objective.
+        value: rewards of a group to V*(x).
+    """
+
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        grader: Grader,
+        advantages: AdvantageFn,
+        value: Callable[[Float[np.ndarray, "G"]], float],
+    ):
+        self.decode, self._grader, self._advantages, self._value = decode, grader, advantages, value
+        self._is_grading = threading.Lock()
+        self._thread = ThreadPoolExecutor(1, "grading")
+
+    def grade(self, items: Sequence[tuple[Prompt, Sequence[Rollout]]]) -> list[tuple[list[str], list[Grade]]]:
+        """Texts and grades of the rollouts of several prompts at once; callers wait for each other."""
+        texts = [[self.decode(rollout.token_ids.tolist()) for rollout in rollouts] for _, rollouts in items]
+        flat = [
+            (prompt, text, rollout.finish_reason)
+            for (prompt, rollouts), group_texts in zip(items, texts, strict=True)
+            for text, rollout in zip(group_texts, rollouts, strict=True)
+        ]
+        with self._is_grading:
+            grades = iter(self._grader.grade(flat))
+        return [(group_texts, [next(grades) for _ in group_texts]) for group_texts in texts]
+
+    def groups(self, items: Sequence[tuple[Ticket, Prompt, list[Rollout]]]) -> list[RolloutGroup]:
+        """Graded groups with their advantages."""
+        graded = self.grade([(prompt, rollouts) for _, prompt, rollouts in items])
+        return [
+            self.group(ticket, prompt, rollouts, texts, grades)
+            for (ticket, prompt, rollouts), (texts, grades) in zip(items, graded, strict=True)
+        ]
+
+    def submit(self, work: Callable[..., Any], *arguments: Any) -> Future:
+        """Runs ``work`` in the grading thread, so that the sampler goes on meanwhile."""
+        return self._thread.submit(work, *arguments)
+
+    def close(self) -> None:
+        """Ends the thread and the grader."""
+        self._thread.shutdown(cancel_futures=True)
+        self._grader.close()
+
+    def group(
+        self,
+        ticket: Ticket,
+        prompt: Prompt,
+        rollouts: Sequence[Rollout],
+        texts: Sequence[str],
+        grades: Sequence[Grade],
+    ) -> RolloutGroup:
+        """V* and advantages over the rollouts whose verdict and log-probabilities can be used."""
+        is_usable = np.array(
+            [
+                grade.verdict is not Verdict.INVALID
+                and math.isfinite(grade.reward)
+                and np.isfinite(rollout.logprobs).all()
+                for grade, rollout in zip(grades, rollouts, strict=True)
+            ]
+        )
+        advantages, value = np.full(len(rollouts), np.nan), math.nan
+        if is_usable.any():
+            rewards = np.array([grade.reward for grade in grades], np.float64)[is_usable]
+            is_correct = np.array([grade.verdict is Verdict.CORRECT for grade in grades])[is_usable]
+            advantages[is_usable], value = self._advantages(rewards, is_correct), self._value(rewards)
+        graded = map(GradedRollout, rollouts, texts, grades, advantages.tolist())
+        return RolloutGroup(ticket.index, ticket.policy_version, prompt, tuple(graded), value)

@@ -1,0 +1,76 @@
+"""Evaluations in the course of a run, and the metrics that wait for them."""
+
+import collections
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from oapl_jax.evaluation.held_out import Counts, summarize
+from oapl_jax.io.metrics import MetricsWriter
+from oapl_jax.types import Metrics, Prompt
+
+
+class Evaluator:
+    """Evaluates policies on the held-out prompts, one after the other, while the learner may go on.
+
+    Args:
+        count: samples and grades with some weights; see ``SamplingSetup.count_held_out``.
+        prompts: the held-out ones.
+        has_thread: False where ``count`` is a collective of several processes, which must not be called from a thread
+            of its own: then evaluations are over when they are started.
+    """
+
+    def __init__(self, count: Callable[[Any, int], Counts], prompts: list[Prompt], *, has_thread: bool):
+        self._count, self._prompts = count, prompts
+        self._thread = ThreadPoolExecutor(1, "evaluation") if has_thread else None
+
+    def start(self, weights: Any, num_samples: int) -> "Future[Metrics]":
+        """Begins to evaluate these weights, which must not change."""
+        if self._thread is not None:
+            return self._thread.submit(self._evaluate, weights, num_samples)
+        done: Future[Metrics] = Future()
+        done.set_result(self._evaluate(weights, num_samples))
+        return done
+
+    def close(self) -> None:
+        """Waits for the evaluation that is under way."""
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+
+    def _evaluate(self, weights: Any, num_samples: int) -> Metrics:
+        start = time.perf_counter()
+        metrics = summarize(self._count(weights, num_samples), self._prompts)
+        return {**metrics, "evaluation/seconds": time.perf_counter() - start}
+
+
+class StepLog:
+    """Writes the metrics of each step in order; a step whose evaluation goes on keeps the later ones waiting.
+
+    Args:
+        writer: None in a process that another one leads.
+    """
+
+    def __init__(self, writer: MetricsWriter | None):
+        self._writer = writer
+        self._waiting: collections.deque[tuple[int, Metrics, Future[Metrics] | None]] = collections.deque()
+
+    def add(self, step: int, metrics: Metrics, evaluation: "Future[Metrics] | None" = None) -> None:
+        """Takes a step's metrics, and writes what is complete."""
+        self._waiting.append((step, metrics, evaluation))
+        self._write(may_wait=False)
+
+    def flush(self) -> None:
+        """Waits for evaluations, and writes everything: a checkpoint must not be ahead of the metrics."""
+        self._write(may_wait=True)
+
+    def _write(self, *, may_wait: bool) -> None:
+        while self._waiting:
+            step, metrics, evaluation = self._waiting[0]
+            if evaluation is not None and not may_wait and not evaluation.done():
+                return
+            if evaluation is not None:
+                metrics = metrics | evaluation.result()
+            self._waiting.popleft()
+            if self._writer is not None:
+                self._writer.write(step, metrics)

@@ -1,0 +1,546 @@
+"""A run in progress: what is opened at its start, restored, and saved on its way."""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import io
+import pathlib
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+
+from oapl_jax.build import policy
+from oapl_jax.build.assembly import Assembly, make_assembly
+from oapl_jax.config import config_file
+from oapl_jax.config.schema import TrainConfig
+from oapl_jax.data.tokenizer import Tokenizer
+from oapl_jax.distributed.messages import forward_preemption
+from oapl_jax.distributed.sharding import num_processes
+from oapl_jax.io import run_dir, storage
+from oapl_jax.io.console import ExitCode
+from oapl_jax.io.lease import Lease, Leases
+from oapl_jax.io.metrics import MetricsWriter, Progress
+from oapl_jax.io.preemption import catch_sigterm
+from oapl_jax.learner.state import TrainState
+from oapl_jax.model import hf, lora
+from oapl_jax.rollouts.buffer import Consumption, GroupBuffer, Window
+from oapl_jax.rollouts.log import BatchRecord, RolloutLog
+from oapl_jax.rollouts.source import GroupSource, Taken, Weights, WindowPlan
+from oapl_jax.run.evaluator import Evaluator, StepLog
+from oapl_jax.run.parity import check_parity
+from oapl_jax.run.progress import RunProgress
+from oapl_jax.run.start import make_warm_start, model_path, outline
+from oapl_jax.sampler.sampler import JaxSampler
+from oapl_jax.sources.cluster import Cluster
+from oapl_jax.sources.follower import LogFollower, Published
+from oapl_jax.sources.local import LocalSource
+from oapl_jax.sources.offline import OfflineRounds
+from oapl_jax.sources.probe import draw
+from oapl_jax.sources.setup import SamplingSetup, acceptance, make_setup
+from oapl_jax.sources.turns import SamplerTurns
+from oapl_jax.types import Metrics, PreemptedError, RolloutGroup
+from oapl_jax.weights.checkpoints import Checkpoints
+from oapl_jax.weights.policies import Holds, Manifest, PolicyStore
+
+MakeSource = Callable[[SamplingSetup], GroupSource]
+
+PEER_SECONDS = 1800.0
+"""How long another process of the job may take to say what it has at hand."""
+EPOCHS_FOLDER = "epochs"
+
+
+@dataclasses.dataclass
+class Run:
+    """Everything that the loop reads from and writes to; opened by ``open_run``."""
+
+    assembly: Assembly
+    setup: SamplingSetup
+    progress: RunProgress
+    state: TrainState
+    sampler_weights: Any
+    """The lagged weights that the sampler holds: version ``progress.policy_version``."""
+    source: GroupSource
+    evaluator: Evaluator
+    draw: Callable[[Any], Any]
+    """Draws rollouts for the parity gate with some weights."""
+    checkpoints: Checkpoints
+    log: StepLog
+    record: BatchRecord | None
+    """None, as the lease, in a process that another one leads."""
+    bar: Progress
+    lease: Lease | None
+    """On the run directory: one trainer at a time."""
+    poll: Callable[[], bool]
+    """Sees to what runs beside the learner; whether SIGTERM came to a process of the run."""
+    started: float
+    """Time up to which ``progress.seconds`` does not count yet."""
+    num_dropped_before: int
+    """Groups that were dropped before this process started."""
+    plan: WindowPlan | None = None
+    """Of the window that is open."""
+
+    @property
+    def config(self) -> TrainConfig:
+        """The run's."""
+        return self.assembly.config
+
+    @property
+    def trainer_lock(self) -> AbstractContextManager:
+        """Held while a program runs on the trainer's mesh: the sampler's lock where the two share their devices."""
+        return self.setup.device_lock if self.assembly.is_colocated else contextlib.nullcontext()
+
+    @property
+    def last_step(self) -> int:
+        """Where the run ends; an offline run ends with its rounds, if these come first."""
+        steps, plan = self.config.run.steps, self.plan
+        return steps if plan is None or not plan.is_last else min(steps, self.progress.window_step + plan.num_steps)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last step was made."""
+        return self.progress.step >= self.last_step
+
+    @property
+    def ends_window(self) -> bool:
+        """Whether the sync is due after the last step that was made."""
+        assert self.plan is not None
+        return self.progress.step - self.progress.window_step == self.plan.num_steps
+
+    @property
+    def ends_epoch(self) -> bool:
+        """Whether an epoch over a round's data ended with the last step."""
+        return self.plan is not None and self.plan.ends_epoch(self.progress.step - self.progress.window_step)
+
+    def begin(self) -> None:
+        """Before step 1: the parity gate, pass@k of the start, the first checkpoint."""
+        scored = self.draw(self.sampler_weights)
+        with self.trainer_lock:
+            parity = check_parity(self.config, self.assembly.learner, self.state.params, scored)
+        self.bar.note(f"parity gate: sampler and learner differ by {parity:.2g} nats a token")
+        before = self.evaluator.start(self.sampler_weights, self.config.evaluation.final_samples).result()
+        self.progress.before = before
+        self.log.add(0, before)
+        self.save()
+        self.checkpoints.wait()  # before the first group is logged: a checkpoint ties the log to this config
+
+    def open_window(self) -> None:
+        """Opens the window where the run stands; groups of its version that a killed run has logged are used again."""
+        progress, window = self.progress, self.config.window
+        steps = min(window.sync_every, self.config.run.steps - progress.window_step, window.sync_every // window.epochs)
+        wanted = Window(
+            progress.policy_version,
+            progress.window_position,
+            steps * self.setup.groups_per_batch,
+            tuple(progress.asked_again),
+        )
+        self.plan = self.source.open_window(wanted, Weights(self.state.params, self.sampler_weights), self._taken())
+        if self.plan.expected_steps is not None:
+            self.bar.expect(min(self.config.run.steps, progress.window_step + self.plan.expected_steps))
+
+    def take(self) -> list[RolloutGroup]:
+        """The groups of the next step's batch, recorded. Of several processes the leader chooses.
+
+        Raises:
+            PreemptedError: SIGTERM came; the state is saved.
+            TimeoutError, RuntimeError, ValueError: as ``GroupSource.take``; the groups of two processes differ.
+        """
+        step = self.progress.step + 1
+        chosen: list[Taken] = []
+
+        def choose() -> dict[str, Any] | None:
+            assert self.record is not None
+            recorded = indices(self.record.groups(step))  # by a run that was killed after this step
+            taken = self.source.take(self.setup.groups_per_batch, self.poll, recorded)
+            if taken is None or self.poll():
+                return None
+            self._check_lease()
+            self.record.record(step, self.progress.policy_version, [group.id for group in taken.groups])
+            chosen.append(taken)
+            return {"indices": [group.index for group in taken.groups], "digest": _digest(taken.groups)}
+
+        batch = self.setup.trainers.agree(choose, self.config.window.deadline + PEER_SECONDS, self.poll)
+        if batch is None:
+            self._save_preempted()
+            raise PreemptedError
+        if not chosen:
+            chosen.append(self._take_chosen(step, batch))
+        taken = chosen[0]
+        self.progress.cursor, self.progress.left_over = taken.cursor, taken.left_over
+        return taken.groups
+
+    def train(self, batch: Any) -> Metrics:
+        """One learner step (paper Eq. 3); its metrics."""
+        learner = self.assembly.learner
+        with self.trainer_lock:
+            self.state, on_device = learner.train_step(self.state, learner.place(batch))
+            metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
+            jax.block_until_ready(self.state)  # on all devices, before the lock is left
+        self.progress.step += 1
+        self.progress.num_rollouts += int(batch.segment_mask.sum())
+        return metrics
+
+    def sync(self) -> Metrics:
+        """New weights for the sampler, and a new version; the next window is to be opened."""
+        self.sampler_weights, metrics = self._copy()
+        self.progress.next_window(self.progress.policy_version + 1)
+        self.plan = None
+        return metrics
+
+    def evaluate(self, num_samples: int) -> "Future[Metrics]":
+        """Begins to evaluate the learner's weights of now."""
+        is_synced = self.progress.step == self.progress.window_step
+        return self.evaluator.start(self.sampler_weights if is_synced else self._copy()[0], num_samples)
+
+    def report(self) -> Metrics:
+        """Metrics of the source; dropped groups are counted over all restarts."""
+        metrics = self.source.report()
+        self.progress.num_dropped = self.num_dropped_before + int(metrics.get("window/dropped_groups", 0))
+        return {**metrics, "window/dropped_groups": self.progress.num_dropped}
+
+    def end_epoch(self) -> Metrics:
+        """Offline: evaluates the model after an epoch, writes it as a folder, and notes both."""
+        assert self.plan is not None
+        assert self.plan.epoch_steps is not None
+        progress = self.progress
+        metrics = self.evaluator.start(self._copy()[0], self.config.evaluation.samples).result()
+        number, epoch = progress.policy_version, (progress.step - progress.window_step) // self.plan.epoch_steps
+        folder = pathlib.Path(self.config.run.dir) / EPOCHS_FOLDER / f"{number:02}-{epoch:02}"
+        self.save_folder(folder)
+        done = {"round": number, "epoch": epoch, "step": progress.step, "folder": str(folder)}
+        progress.epochs.append({**done, **pass_at(metrics)})
+        self.bar.note(f"round {number}, epoch {epoch}: pass@1 {metrics['evaluation/pass@1']:.3f}")
+        return metrics
+
+    def save_folder(self, folder: pathlib.Path) -> pathlib.Path:
+        """Writes the learner's model as a Hugging Face folder."""
+        params, writers = lora.merged(self.state.params), self.setup.trainers
+        return hf.save_folder(folder, self.assembly.architecture, params, self.setup.tokenizer, writers=writers)
+
+    def save(self) -> None:
+        """Begins to save the arrays and the progress, when all metrics up to here are written."""
+        self.log.flush()
+        self.count_seconds()
+        with self.setup.device_lock:
+            meta = {**dataclasses.asdict(self.progress), "config": run_dir.identity(self.config)}
+            self.checkpoints.save(self.progress.step, (self.state.stored, self.sampler_weights), meta)
+
+    def finish(self) -> Metrics:
+        """Ends the sampling, and evaluates the trained model."""
+        self.source.finish()
+        self.log.flush()
+        self.checkpoints.wait()
+        self.sampler_weights = None
+        after = self.evaluator.start(self._copy()[0], self.config.evaluation.final_samples).result()
+        self.count_seconds()
+        return after
+
+    def count_seconds(self) -> None:
+        """Adds the time since the last call to the run's."""
+        now = time.perf_counter()
+        self.progress.seconds, self.started = self.progress.seconds + now - self.started, now
+
+    def _copy(self) -> tuple[Any, Metrics]:
+        """The learner's weights of now, as the sampler takes them."""
+        with self.setup.device_lock:
+            return self.assembly.sync(self.state.params)
+
+    def _taken(self) -> list[list[int]]:
+        """Indices of the groups of each batch that the window has given already."""
+
+        def read() -> list[list[int]]:
+            assert self.record is not None
+            steps = range(self.progress.window_step + 1, self.progress.step + 1)
+            return [indices(self.record.groups(step)) or [] for step in steps]
+
+        return self.setup.trainers.agree(read, PEER_SECONDS)
+
+    def _take_chosen(self, step: int, batch: dict[str, Any]) -> Taken:
+        """In a process that follows: the groups that the leader has chosen."""
+
+        def never() -> bool:
+            self.poll()
+            return False
+
+        taken = self.source.take(self.setup.groups_per_batch, never, batch["indices"])
+        if taken is None or _digest(taken.groups) != batch["digest"]:
+            raise RuntimeError(
+                f"step {step}: the rollout log here has not the groups that the first trainer reads in it; do all"
+                f" processes see the same run.dir={self.config.run.dir!r}?"
+            )
+        return taken
+
+    def _save_preempted(self) -> None:
+        if self.checkpoints.latest_step != self.progress.step:
+            self.save()
+        self.bar.note(f"SIGTERM: saved at step {self.progress.step}; the same command again goes on from here")
+
+    def _check_lease(self) -> None:
+        """Stops a trainer that was frozen for so long that another may have taken its run."""
+        if self.lease is not None and not self.lease.is_held:
+            raise RuntimeError(
+                "this trainer could not show that it is alive for window.lease_seconds="
+                f"{self.config.window.lease_seconds:g} (frozen, or run.dir cannot be written), and another may have"
+                " taken over its run; start it again"
+            )
+
+
+@contextlib.contextmanager
+def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iterator[Run]:
+    """Loads what the config names, opens files and threads, and restores the newest checkpoint, where there is one.
+
+    Args:
+        config: of the run.
+        make_source: makes the source of groups; None: the one of ``config.mode``.
+
+    Raises:
+        ValueError: what the config got wrong; the message names it.
+    """
+    started = time.perf_counter()
+    run_dir.check_run(config, TrainConfig)
+    make_warm_start(config)
+    assembly, tokenizer = assemble(config)
+    learner, directory = assembly.learner, pathlib.Path(config.run.dir)
+    is_leader = assembly.trainers.is_leader
+    with contextlib.ExitStack() as stack:
+        setup = setup_sampling(assembly, tokenizer)
+        stack.callback(setup.grading.close)
+        if is_leader:
+            run_dir.open_run(config, TrainConfig)
+        lease = _claim_run(stack, setup) if is_leader else None
+        setup.trainers.wait()  # until the leader has the run
+        is_shown, stream = is_leader and config.logging.progress, None if is_leader else io.StringIO()
+        bar = stack.enter_context(Progress(config.run.steps, enabled=is_shown, stream=stream))
+        is_preempted = forward_preemption(stack.enter_context(catch_sigterm()))
+        keep_every = [config.checkpoint.keep_every, config.window.sync_every * config.window.keep_checkpoints]
+        checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep, keep_every, setup.trainers)
+        stack.callback(checkpoints.close)
+        rollouts = RolloutLog(setup.root / "rollouts", dataclasses.asdict(setup.distribution))
+        cluster = None
+        if num_processes() > 1:
+            cluster = Cluster(setup, rollouts, is_preempted)
+            stack.push(functools.partial(_dismiss, cluster))
+
+        state = None
+        if config.lora.rank or checkpoints.latest_step is None:  # else a checkpoint holds all of it
+            state = learner.init(_load_weights(assembly))
+        progress, weights, is_changed = RunProgress(), None, False
+        restored = checkpoints.restore((learner.shapes.stored, assembly.sampler_shapes), bar.note)
+        if restored is not None:
+            _, (stored, weights), meta = restored
+            state = stored if state is None else state.restored(stored)
+            progress = RunProgress(**{field.name: meta[field.name] for field in dataclasses.fields(RunProgress)})
+            is_changed = meta["config"] != run_dir.identity(config)
+            bar.note(f"resumed at step {progress.step}, policy version {progress.policy_version}")
+        assert state is not None  # ``restore`` raises where there are checkpoints and none can be loaded
+        if is_changed and config.mode == "offline":
+            raise ValueError(f"run.dir={config.run.dir!r}: the config of an offline run cannot be changed on its way")
+        if weights is None or is_changed:
+            with setup.device_lock:
+                weights, _ = assembly.sync(state.params)
+        if is_changed:
+            # Groups of the old config must not meet the new one's: a new window, under a version of its own.
+            policies = PolicyStore(setup.root / "policy")
+            newest = setup.trainers.agree(lambda: max([0, *rollouts.versions(), *policies.versions()]), PEER_SECONDS)
+            progress.next_window(max(progress.policy_version, newest) + 1)
+
+        record = writer = None
+        if is_leader:
+            record = BatchRecord(directory / "batches.jsonl", forget_after=progress.step if is_changed else None)
+            writer = stack.enter_context(_open_writer(config, directory, None if restored is None else progress.step))
+
+        def poll() -> bool:
+            if cluster is not None:
+                cluster.poll()
+            return is_preempted()
+
+        if cluster is None:
+            _warm_up(setup, weights, bar)
+        make = make_source or functools.partial(
+            _make_source, assembly=assembly, rollouts=rollouts, cluster=cluster, poll=poll, bar=bar, stack=stack
+        )
+        source = make(setup)
+        count = setup.count_held_out if cluster is None else cluster.evaluate
+        evaluator = Evaluator(count, setup.held_out, has_thread=cluster is None)
+        stack.callback(source.close)
+        stack.callback(evaluator.close)
+        run = Run(
+            assembly,
+            setup,
+            progress,
+            state,
+            weights,
+            source,
+            evaluator,
+            functools.partial(draw, setup) if cluster is None else cluster.draw,
+            checkpoints,
+            StepLog(writer),
+            record,
+            bar,
+            lease,
+            poll,
+            started,
+            progress.num_dropped,
+        )
+        if restored is None:
+            run.begin()
+        yield run
+
+
+def _load_weights(assembly: Assembly) -> Any:
+    """The parameters that the run starts from, on the trainer's mesh."""
+    config = assembly.config
+    path = model_path(config.model)
+    mesh = assembly.trainer_mesh
+    return policy.load_params(config.model, path, assembly.architecture, mesh, config.run.seed, config.lora)
+
+
+def assemble(config: TrainConfig) -> tuple[Assembly, Tokenizer]:
+    """The assembly of a run on this machine's devices, and the tokenizer; no weights are read.
+
+    Raises:
+        ValueError: what the config got wrong; the message names it.
+    """
+    architecture, tokenizer = outline(config.model)
+    return make_assembly(config, architecture, tokenizer.vocab_size, tokenizer.stop_ids), tokenizer
+
+
+def setup_sampling(assembly: Assembly, tokenizer: Tokenizer) -> SamplingSetup:
+    """Prompts, graders and the process's sampler."""
+    turns, lock = None, contextlib.nullcontext()
+    if assembly.engines:
+        sampler = JaxSampler(assembly.engines, assembly.sampler_mesh)
+        turns, lock = SamplerTurns(sampler), sampler.device_lock
+    teams = assembly.trainers, assembly.samplers
+    return make_setup(assembly.config, tokenizer, turns, lock, *teams, assembly.transfer)
+
+
+def serve(config: TrainConfig) -> int:
+    """A process of the job that only samples, until the trainers dismiss it; returns its exit code."""
+    setup = setup_sampling(*assemble(config))
+    rollouts = RolloutLog(setup.root / "rollouts", dataclasses.asdict(setup.distribution))
+    with contextlib.ExitStack() as stack:
+        stack.callback(setup.grading.close)
+        is_preempted = forward_preemption(stack.enter_context(catch_sigterm()))
+        return Cluster(setup, rollouts, is_preempted).serve()
+
+
+def _make_source(
+    setup: SamplingSetup,
+    assembly: Assembly,
+    rollouts: RolloutLog,
+    cluster: Cluster | None,
+    poll: Callable[[], bool],
+    bar: Progress,
+    stack: contextlib.ExitStack,
+) -> GroupSource:
+    """Who fills the windows, by ``config.mode``."""
+    config = assembly.config
+    window = config.window
+    if config.mode == "offline":
+        directory = pathlib.Path(config.run.dir)
+        return OfflineRounds(setup, assembly.learner, setup.device_lock, directory, rollouts, poll, bar.note)
+    consumption = Consumption(window.order, window.epochs, window.max_uses, window.min_groups, seed=config.run.seed)
+    buffer = GroupBuffer(acceptance(config), window.max_groups_ahead, consumption)
+    if config.mode == "online" and cluster is None:
+        loop = setup.make_loop(buffer, rollouts)
+        return LocalSource(loop, buffer, rollouts, window.sync_every, window.deadline)
+    samplers = cluster if config.mode == "online" else _publish_policies(stack, assembly, setup, bar.note)
+    assert samplers is not None
+    return LogFollower(
+        setup.root,
+        rollouts,
+        buffer,
+        samplers,
+        bar.note,
+        sync_every=window.sync_every,
+        deadline=window.deadline,
+        is_leader=setup.trainers.is_leader,
+    )
+
+
+def _warm_up(setup: SamplingSetup, weights: Any, bar: Progress) -> None:
+    """Compiles the sampler's programs before the first group, for the lengths of the first prompts."""
+    if setup.turns is None or setup.config.mode != "online":
+        return
+    start = time.perf_counter()
+    with setup.turns.take() as sampler:
+        sampler.set_weights(weights)
+        sampler.warm_up(setup.first_lengths, setup.config.sampler.group_size)
+    bar.note(f"sampler: compiled in {time.perf_counter() - start:.1f} s")
+
+
+def _open_writer(config: TrainConfig, directory: pathlib.Path, resume_step: int | None) -> MetricsWriter:
+    return MetricsWriter(
+        directory,
+        resume_step=resume_step,
+        tensorboard=config.logging.tensorboard,
+        wandb_project=config.logging.wandb_project,
+        config=config.model_dump(),
+    )
+
+
+def _dismiss(cluster: Cluster, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
+    """Ends the processes that sample as this one ends."""
+    if error is None:
+        cluster.dismiss(ExitCode.DONE)
+    elif isinstance(error, PreemptedError):
+        cluster.dismiss(ExitCode.PREEMPTED)
+    else:
+        cluster.close()
+
+
+def _claim_run(stack: contextlib.ExitStack, setup: SamplingSetup) -> Lease:
+    """Makes this process the run's one trainer, until it ends."""
+    folder = setup.root / "leases"
+    leases = stack.enter_context(Leases(folder, setup.config.window.lease_seconds))
+    lease = leases.claim_from_the_dead("trainer")
+    if lease is None:
+        raise ValueError(
+            f"run.dir={setup.config.run.dir!r}: another trainer works on it, and shows that it is alive by {folder}."
+            " Two would overwrite each other: stop it, or choose another run.dir"
+        )
+    return lease
+
+
+def _publish_policies(
+    stack: contextlib.ExitStack, assembly: Assembly, setup: SamplingSetup, note: Callable[[str], None]
+) -> Published:
+    """For samplers that read the config and the policies in the run's shared folder."""
+    config, root, policies = assembly.config, setup.root, PolicyStore(setup.root / "policy")
+    if setup.trainers.is_leader:
+        storage.replace(root / run_dir.CONFIG_FILE, config_file.to_yaml(config).encode())
+    digest = run_dir.digest(config)
+
+    def publish(window: Window, weights: Any) -> Metrics:
+        manifest = Manifest(window, config.window.shard_groups, digest, {})
+        return policies.publish(manifest, assembly.architecture, weights, setup.tokenizer, writers=setup.trainers)
+
+    holds = Holds(root / "leases" / "policies", config.window.lease_seconds)
+    stack.callback(holds.close)
+    note(f"samplers: oapl-jax sample --run {root}")
+    return Published(publish, policies, holds)
+
+
+def pass_at(metrics: Metrics) -> dict[str, float]:
+    """The ``pass@k`` among evaluation metrics, by their short names."""
+    return {name.removeprefix("evaluation/"): value for name, value in metrics.items() if "pass@" in name}
+
+
+def indices(group_ids: list[str] | None) -> list[int] | None:
+    """Indices in their window of groups by id."""
+    return None if group_ids is None else [int(group_id.rpartition("-")[2]) for group_id in group_ids]
+
+
+def _digest(groups: Sequence[RolloutGroup]) -> str:
+    """Digest of what a train step reads of groups."""
+    digest = hashlib.sha256()
+    for group in groups:
+        for item in group.rollouts:
+            digest.update(item.rollout.token_ids.tobytes() + item.rollout.logprobs.tobytes())
+            digest.update(f"{group.id} {item.advantage!r} {item.grade.verdict}".encode())
+    return digest.hexdigest()

@@ -1,0 +1,54 @@
+"""The policy that a command starts from: a model folder, random weights, or a warm start that is made first."""
+
+import pathlib
+
+from oapl_jax.build import policy
+from oapl_jax.config import config_file
+from oapl_jax.config.schema import GenerateConfig, ModelConfig, SftConfig, TrainConfig
+from oapl_jax.data.tokenizer import Tokenizer
+from oapl_jax.distributed.sharding import num_processes
+from oapl_jax.model import qwen
+from oapl_jax.sft import sft
+
+
+def make_warm_start(config: TrainConfig | GenerateConfig) -> None:
+    """Makes the supervised warm start, where the config names one that does not exist.
+
+    Raises:
+        ValueError: a job of several processes needs one that does not exist.
+    """
+    path = config.model.warm_start
+    if path is None:
+        return
+    warm_start = config_file.load(SftConfig, path)
+    if num_processes() > 1 and not sft.is_finished(warm_start):
+        raise ValueError(
+            f"model.warm_start={path}: it is made by one process; run it first: oapl-jax sft --config {path}"
+        )
+    sft.ensure(warm_start)
+
+
+def model_path(model: ModelConfig) -> str | None:
+    """The folder or hub name of the weights; None: random weights of ``model.config``."""
+    if model.warm_start is None:
+        return model.path
+    return str(sft.export_folder(config_file.load(SftConfig, model.warm_start)))
+
+
+def outline(model: ModelConfig) -> tuple[qwen.QwenConfig, Tokenizer]:
+    """Architecture and tokenizer, without weights; of a warm start that does not exist those that it will have.
+
+    Raises:
+        ValueError: what cannot be read, and where.
+    """
+    if model.warm_start is not None:
+        warm_start = config_file.load(SftConfig, model.warm_start)
+        if not sft.is_finished(warm_start):
+            tokenizer = model.tokenizer if model.tokenizer != "model" else warm_start.model.tokenizer
+            return policy.outline(warm_start.model.model_copy(update={"tokenizer": tokenizer}), warm_start.model.path)
+    return policy.outline(model, model_path(model))
+
+
+def is_run(path: str | None) -> bool:
+    """Whether a model path is the directory of a run."""
+    return path is not None and (pathlib.Path(path) / "config.yaml").is_file()

@@ -1,0 +1,146 @@
+"""What a process needs that samples for a run: prompts, graders, the sampler, and who the other processes are."""
+
+import dataclasses
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+from oapl_jax.config.schema import TrainConfig
+from oapl_jax.data.prompts import PromptSource, TaskPromptSource, held_out, load_prompts
+from oapl_jax.data.tokenizer import Tokenizer
+from oapl_jax.distributed.team import Team
+from oapl_jax.distributed.transfer import Transfer
+from oapl_jax.evaluation.held_out import Counts, evaluate
+from oapl_jax.io.storage import SharedPath, shared_path
+from oapl_jax.learner import batch as batches
+from oapl_jax.learner.step import make_advantage_fn
+from oapl_jax.objectives import oapl
+from oapl_jax.rewards.grader import make_grader
+from oapl_jax.rollouts.grading import Grading
+from oapl_jax.rollouts.sampling import SamplingDistribution
+from oapl_jax.sources.sampling_loop import GroupLog, GroupQueue, SamplingLoop
+from oapl_jax.sources.turns import SamplerTurns
+from oapl_jax.types import Prompt, RolloutGroup
+
+FEWEST_USABLE = 2
+"""Usable rollouts that a group must have: V* of one rollout is its own reward."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingSetup:
+    """Made once in a process, by ``make_setup``."""
+
+    config: TrainConfig
+    tokenizer: Tokenizer
+    prompts: PromptSource | TaskPromptSource
+    held_out: list[Prompt]
+    grading: Grading
+    turns: SamplerTurns | None
+    """None in a process that does not sample."""
+    device_lock: AbstractContextManager
+    """Held while a program is enqueued on the sampler's devices."""
+    trainers: Team
+    samplers: Team
+    transfer: Transfer | None
+    """Takes the weights to the samplers' processes, where these are not the trainers'."""
+
+    @property
+    def root(self) -> SharedPath:
+        """The folder that all processes of the run share."""
+        return shared_root(self.config)
+
+    @property
+    def distribution(self) -> SamplingDistribution:
+        """The distribution that training rollouts are drawn from."""
+        return SamplingDistribution.of(self.config.sampler)
+
+    @property
+    def groups_per_batch(self) -> int:
+        """N: groups of one learner step."""
+        return self.config.learner.batch_rollouts // self.config.sampler.group_size
+
+    @property
+    def first_lengths(self) -> set[int]:
+        """Numbers of tokens of the first prompts: for these the sampler compiles before it begins."""
+        return {len(self.prompts[i].token_ids) for i in range(self.config.sampler.groups_in_flight)}
+
+    def make_loop(self, groups: GroupQueue, log: GroupLog) -> SamplingLoop:
+        """A loop with this process's sampler."""
+        assert self.turns is not None
+        return SamplingLoop(
+            self.turns,
+            self.prompts,
+            self.grading,
+            groups,
+            log,
+            distribution=self.distribution,
+            group_size=self.config.sampler.group_size,
+            seed=self.config.run.seed,
+            finish_old=self.config.window.unfinished == "finish",
+        )
+
+    def count_held_out(self, weights: Any, num_samples: int, part: int = 0, num_parts: int = 1) -> Counts:
+        """Samples and grades held-out prompts with these weights; see ``evaluation.held_out.evaluate``."""
+        assert self.turns is not None
+        with self.turns.take() as sampler:
+            sampler.set_weights(weights)
+            return evaluate(
+                sampler,
+                self.held_out,
+                self.grading,
+                distribution=SamplingDistribution.of(self.config.evaluation),
+                num_samples=num_samples,
+                seed=self.config.run.seed,
+                part=part,
+                num_parts=num_parts,
+            )
+
+
+def make_setup(
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    turns: SamplerTurns | None,
+    device_lock: AbstractContextManager,
+    trainers: Team,
+    samplers: Team,
+    transfer: Transfer | None,
+) -> SamplingSetup:
+    """Loads prompts and graders, and checks them.
+
+    Raises:
+        ValueError: what the config got wrong; the message names it.
+    """
+    prompts = load_prompts(config.data, tokenizer, config.run.seed)
+    held_out_prompts = held_out(config, tokenizer)
+    grader = make_grader(config)
+    grader.check_golds([*prompts.prompts, *held_out_prompts])
+    grading = make_grading(config, tokenizer, grader)
+    return SamplingSetup(
+        config, tokenizer, prompts, held_out_prompts, grading, turns, device_lock, trainers, samplers, transfer
+    )
+
+
+def make_grading(config: TrainConfig, tokenizer: Tokenizer, grader: Any) -> Grading:
+    """Grades rollouts, with the objective's advantages."""
+    beta1 = config.objective.beta1
+    return Grading(
+        tokenizer.decode,
+        grader,
+        make_advantage_fn(config.objective),
+        lambda rewards: oapl.optimal_value(rewards, beta1=beta1),
+    )
+
+
+def shared_root(config: TrainConfig) -> SharedPath:
+    """The folder of policies, rollouts and leases, which all processes of a run see."""
+    return shared_path(config.run.shared_dir or config.run.dir)
+
+
+def acceptance(config: TrainConfig) -> Callable[[RolloutGroup], bool]:
+    """Which groups the learner wants."""
+    drop_equal = config.objective.drop_equal_reward_groups
+
+    def is_accepted(group: RolloutGroup) -> bool:
+        return len(group.usable) >= FEWEST_USABLE and not (drop_equal and batches.has_equal_rewards(group))
+
+    return is_accepted
