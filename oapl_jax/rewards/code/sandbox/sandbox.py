@@ -169,8 +169,8 @@ class Sandbox:
             os.close(errors)
 
     def _greet(self, launch: isolation.Launch, settings: Settings) -> dict[str, Any]:
-        packages = [_CONFINED.rsplit(".", count)[0] for count in (2, 1, 0)]
-        modules = [*((name, "") for name in packages)]
+        names = _CONFINED.split(".")
+        modules = [(".".join(names[: i + 1]), "") for i in range(len(names))]
         modules += [(f"{_CONFINED}.{name}", read_confined(name)) for name in ("values", "program")]
         hello = {
             "readable": launch.readable,
