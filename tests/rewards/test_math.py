@@ -9,7 +9,7 @@ from oapl_jax.config.schema import RewardConfig
 from oapl_jax.rewards import tasks
 from oapl_jax.rewards.math import answers
 from oapl_jax.rewards.pool import GraderPool
-from oapl_jax.rewards.setup import Setup
+from oapl_jax.rewards.worker import Setup
 from oapl_jax.types import Verdict
 
 
