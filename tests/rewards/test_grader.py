@@ -68,7 +68,7 @@ TROUBLE = {
 
 @pytest.mark.parametrize("body", TROUBLE.values(), ids=TROUBLE)
 def test_a_program_cannot_have_itself_excused(make, body):
-    """What it makes the grader read, show or send leads to a wrong verdict, never to an invalid one."""
+    """Whatever it makes the grader read, show or send, its verdict is wrong and never invalid."""
     running = make(functions={"code": 1.0}, retries=3)
     tests = json.dumps([{"call": "f", "args": [], "expected": 1}])
     (grade,) = graded(running, tests, f"```python\ndef f():\n    {body}\n```")

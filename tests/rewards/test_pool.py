@@ -1,4 +1,4 @@
-"""The worker processes: order, kills, hostile answers, nothing left behind; and the graders built on them."""
+"""The worker processes: order, kills, hostile answers, no leftover processes; and the graders that use them."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from oapl_jax.rewards.worker import Setup
 from oapl_jax.types import FinishReason, Prompt, Verdict
 
 SLOW_ANSWER = r"\boxed{\int_0^1 \sin(x^x)\cos(x^3) e^{x^2} dx}"
-"""Passes the size guard and keeps SymPy busy for more than a minute."""
+"""It passes the size guard and keeps SymPy busy for more than a minute."""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def workers():
 
 
 def answers(items, timeout=20.0):
-    """Tasks that compare answers with golds."""
+    """Tasks that compare answers with gold answers."""
     reward = RewardConfig(timeout=timeout)
     return [tasks.math_task(reward, gold, response) for gold, response in items]
 
