@@ -3,8 +3,8 @@
     python -m oapl_jax serve --model PATH [--port 9000] [--group-size 1] [--temperature 1.0] ...
     python -m oapl_jax serve --ask TEXT [--port 9000] [--max-tokens 64]
 
-The first command serves a Hugging Face folder, such as the ``export`` of a run, until it is stopped. The second one sends
-it a prompt. Each request gets ``--group-size`` responses. The i-th request draws with the keys of
+The first command serves a Hugging Face folder, such as the ``export`` of a run, until it is stopped. The second one
+sends it a prompt. Each request gets ``--group-size`` responses. The i-th request draws with the keys of
 ``Request(seed=(SEED, SERVING_STREAM, i))``, so a restarted server gives the same responses to the same requests.
 JetStream's server listens on all interfaces, without encryption.
 """

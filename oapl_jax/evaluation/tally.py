@@ -28,7 +28,7 @@ class Problem:
     is_correct: tuple[bool, ...]
     """Whether each sample is correct; samples with an invalid verdict are left out."""
     votes: tuple[tuple[int, float], ...] | None
-    """For each answer the number of samples with it, and 1 or 0 for correct or not. None: answers cannot be compared."""
+    """For each answer the number of samples with it, and 1 or 0 for correct or wrong. None: there are no votes."""
     num_silent: int
     """Number of samples without a vote."""
 
@@ -139,7 +139,7 @@ def _problem(name: str, samples: Sequence[tuple], has_votes: bool) -> Problem:
 
 
 def _is_mathematical(benchmark: str, gold: str) -> bool:
-    """Whether responses have answers that can be voted on, unlike programs and the toy tasks, which lack gold answers."""
+    """Whether responses have answers that can be voted on, unlike programs and responses of the toy tasks."""
     name = benchmark.partition("/")[0]
     if name in get_args(MathDataset) or name in get_args(CodeDataset):
         return name in get_args(MathDataset)

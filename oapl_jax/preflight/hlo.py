@@ -32,7 +32,7 @@ KERNEL = "tpu_custom_call"
 SLICES = ("dynamic-slice", "slice", "gather")
 
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
-"""Instructions that change a part of their first operand in place, with the index of the operand that has the new part."""
+"""Instructions that update a part of their first operand in place, with the index of the operand with the new part."""
 
 FREE = {
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all"),
@@ -161,7 +161,7 @@ class _Reader:
                 self.run(called, times, depth, is_fused=is_fusion)
 
     def _range(self, loop: _Instruction, computation: _Computation) -> tuple[int, float | None, int]:
-        """Start, end and step of a loop with the condition ``i < end``; the end is None if it is known only at run time."""
+        """Start, end and step of a loop with the condition ``i < end``; an end known only at run time is None."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return 0, int(known[1]), 1
@@ -290,7 +290,7 @@ class _Array(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)
 def _arrays(type_text: str) -> tuple[_Array, ...]:
-    """The arrays of a type, which may be a tuple. ``S(1)`` and higher numbers in a layout are memories other than HBM."""
+    """The arrays of a type, which may be a tuple. ``S(1)`` and up in a layout are memories other than HBM."""
     arrays = []
     for element, dimensions, layout in re.findall(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?", type_text):
         shape = tuple(int(size) for size in dimensions.split(",") if size)

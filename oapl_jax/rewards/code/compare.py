@@ -1,7 +1,7 @@
 """Compares the output or the return value of a program with the expected one, by LiveCodeBench's rules.
 
-This runs in the grader, and the program's side is hostile. It is text or plain JSON (``sandbox/confined/values.py``), so
-none of its methods is ever called, and no object is built from it that costs more than reading it.
+This runs in the grader, and the program's side is hostile. It is text or plain JSON (``sandbox/confined/values.py``),
+so none of its methods is ever called, and no object is built from it that costs more than reading it.
 """
 
 import re

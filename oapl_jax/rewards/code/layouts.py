@@ -113,7 +113,7 @@ def unpack(packed: str) -> str:
 
 
 def _pickled_string(data: bytes) -> str:
-    """The string in a pickle whose only value is a string, found by reading opcodes; no object is looked up or called."""
+    """The string in a pickle whose only value is a string, found by reading opcodes without executing them."""
     strings, is_ended = [], False
     try:
         for opcode, argument, _ in pickletools.genops(data):

@@ -200,7 +200,7 @@ class Judge:
         return self._sandboxes[index]
 
     def _judge_twice(self, program: str, test: Test, limits: Limits) -> Result:
-        """Runs a test again if the child was killed from outside; the program itself may have caused that, so only once."""
+        """Runs a test again, but only once, if the child was killed from outside: a program can cause that itself."""
         run = {StdioTest: self._stdio, CallTest: self._call, AssertTest: self._asserts}[type(test)]
         result = run(program, test, limits)
         return run(program, test, limits) if result.detail == _KILLED else result

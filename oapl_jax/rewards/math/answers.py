@@ -1,11 +1,11 @@
 r"""Compares mathematical answers with gold answers by Math-Verify, after handling the inputs that it misjudges.
 
-The answer is the last ``\boxed{}`` after the end of thinking, with the boxes that adjoin it: ``\boxed{1}, \boxed{2}`` is
-a list. Without a box it is what follows ``####`` in the last line, else the formula after the last "answer is" or
+The answer is the last ``\boxed{}`` after the end of thinking, with the boxes that adjoin it: ``\boxed{1}, \boxed{2}``
+is a list. Without a box it is what follows ``####`` in the last line, else the formula after the last "answer is" or
 "answer:", else what Math-Verify finds in the last lines.
 
-This runs in grading workers, so it does not import JAX, and imports Math-Verify only for the first answer that needs it.
-The functions are pure, but hostile input can be slow: call them through ``pool.py``.
+This runs in grading workers, so it does not import JAX, and imports Math-Verify only when an answer needs it. The
+functions are pure, but hostile input can be slow: call them through ``pool.py``.
 """
 
 import functools

@@ -74,7 +74,7 @@ def is_root() -> bool:
 
 @functools.cache
 def find_interpreter(wanted: str | None) -> Interpreter:
-    """The wanted interpreter, by default that of this process, or a system one if the workers' uids cannot reach it.
+    """The wanted interpreter, by default that of this process, or a system one that the workers' uids can reach.
 
     Raises:
         ValueError: the workers can reach no interpreter of the same version.

@@ -1,7 +1,7 @@
 """Python values as plain JSON, for the pipes between a program and its grader; pickle is never used.
 
-``None``, booleans, strings, finite floats, small integers and lists stand for themselves. Every other value is an object
-with a tag ``t``. An object that cannot be sent as data is opaque: the other side gets a handle that it can only return.
+``None``, booleans, strings, finite floats, small integers and lists stand for themselves. Every other value is an
+object with a tag ``t``. An object that cannot be sent as data is opaque: the other side gets a handle that it can only return.
 This runs on both sides of the sandbox, so it imports only the standard library.
 """
 
