@@ -23,7 +23,7 @@ import time
 from oapl_jax.config.schema import RewardConfig
 from oapl_jax.rewards import tasks
 from oapl_jax.rewards.code.programs import Judge, Limits, Settings, parse_tests
-from oapl_jax.rewards.worker import Bench
+from oapl_jax.rewards.worker import TaskGrader
 
 PROGRAM = "n = int(input())\nprint(sum(map(int, input().split())))\n"
 TESTS = [{"stdin": "3\n4 5 6\n", "stdout": "15\n"}] * 15
@@ -101,24 +101,24 @@ def cold_python(times: int = 20) -> float:
 
 def math_figures(seconds: float) -> dict:
     reward = RewardConfig()
-    bench = Bench(tasks.make_setup(reward, ("math",)))
+    grader = TaskGrader(tasks.make_setup(reward, ("math",)))
     pairs = [(gold, form.format(gold)) for form in ANSWERS for gold in GOLDS]
     for gold, _ in pairs[: len(GOLDS)]:
-        bench.grade(tasks.math_task(reward, gold, rf"\boxed{{{gold}+1}}"))
+        grader.grade(tasks.math_task(reward, gold, rf"\boxed{{{gold}+1}}"))
     spent: list[float] = []
     stop = time.process_time() + seconds
     while time.process_time() < stop or len(spent) < len(pairs):
         gold, answer = pairs[len(spent) % len(pairs)]
-        answer = f"{answer}+{len(spent) // len(pairs)}"  # nothing is cached
-        spent.append(bench.grade(tasks.math_task(reward, gold, rf"\boxed{{{answer}}}")).cpu_ms)
-    cuts = statistics.quantiles(spent, n=100)
-    return {"math_p50_ms": round(cuts[49], 3), "math_p99_ms": round(cuts[98], 3), "math_verdicts": len(spent)}
+        answer = f"{answer}+{len(spent) // len(pairs)}"  # so that the cache never hits
+        spent.append(grader.grade(tasks.math_task(reward, gold, rf"\boxed{{{answer}}}")).cpu_ms)
+    quantiles = statistics.quantiles(spent, n=100)
+    return {"math_p50_ms": round(quantiles[49], 3), "math_p99_ms": round(quantiles[98], 3), "math_verdicts": len(spent)}
 
 
 def growth(verdicts: int) -> dict:
     """Memory (MiB) and descriptors after a hundredth of the verdicts and after all: half programs, half answers."""
     reward = RewardConfig.model_validate({"functions": {"math": 1.0, "code": 1.0}})
-    bench = Bench(tasks.make_setup(reward, ("math", "code")))
+    grader = TaskGrader(tasks.make_setup(reward, ("math", "code")))
     test = json.dumps(TESTS[:1])
     samples = []
     for number in range(verdicts):
@@ -126,12 +126,12 @@ def growth(verdicts: int) -> dict:
             task = tasks.code_task(reward, test, 1, program=f"{PROGRAM}# {number}")
         else:
             task = tasks.math_task(reward, "1/3", rf"\boxed{{\frac{{{number}}}{{{3 * number + 1}}}}}")
-        grade = bench.grade(task)
+        grade = grader.grade(task)
         assert grade.verdict != "invalid", grade
         if number + 1 in (max(1, verdicts // 100), verdicts):
             samples.append(size(os.getpid()))
-    sandbox = [size(pid)[0] for pid in tree(bench._judge._sandbox(0).process.pid)]
-    bench._judge.close()
+    sandbox = [size(pid)[0] for pid in tree(grader._judge._sandbox(0).process.pid)]
+    grader._judge.close()
     names = ("memory_mb", "descriptors")
     result = {
         f"{name}_{when}": value

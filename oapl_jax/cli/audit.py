@@ -1,4 +1,4 @@
-"""``oapl-jax audit RUN``: checks from the files of a run what it was trained on."""
+"""Checks, from the files of a run, what it was trained on."""
 
 import argparse
 import pathlib
@@ -7,7 +7,7 @@ from oapl_jax.rollouts.audit import audit
 
 
 def main(argv: list[str]) -> None:
-    """Exit codes: 0 all is as recorded, 1 something is not, 2 no such run."""
-    parser = argparse.ArgumentParser(prog="oapl-jax audit", description="Checks what a run was trained on.")
+    """Exit codes: 0 the files agree with the record, 1 they do not, 2 there is no such run."""
+    parser = argparse.ArgumentParser(prog="python -m oapl_jax audit", description="Checks what a run was trained on.")
     parser.add_argument("run", type=pathlib.Path, metavar="RUN", help="directory of the run")
     print(audit(parser.parse_args(argv).run))

@@ -1,8 +1,8 @@
-"""What sandbox this machine offers: the self-test of each level, and the level that programs would be graded at.
+"""Tests which isolation levels this machine offers, and prints the level at which programs would be graded.
 
 python -m oapl_jax check-sandbox [--level namespaces|uid|landlock] [--packages numpy,...] [--python FILE]
 
-Exit code 0 where ``--level`` or a stronger level works, else 1.
+The exit code is 0 if ``--level`` or a stronger level works, and 1 otherwise.
 """
 
 import argparse
@@ -12,20 +12,22 @@ from oapl_jax.rewards.code.sandbox.sandbox import Settings
 from oapl_jax.rewards.code.sandbox.self_test import try_level
 
 WHAT_IT_MEANS = {
-    "namespaces": "programs see libraries only: no other files, processes or networks",
-    "uid": "programs have a uid of their own; Landlock hides the contents of files, not their names; one process table",
+    "namespaces": "programs see only libraries: no other files, processes or networks",
+    "uid": "programs have a uid of their own; Landlock hides the contents of files, not their names; the process table is shared",
     "landlock": "programs have this user's uid; Landlock hides the contents of files, not their names; only the seccomp"
     " filter stands between a program and signals to other processes of this user",
 }
 
 
 def main(argv: list[str]) -> int:
-    """Prints a line per level, strongest first, and returns the exit code."""
+    """Prints a line for each level, strongest first, and returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m oapl_jax check-sandbox", description=(__doc__ or "").split("\n")[0]
     )
-    parser.add_argument("--level", choices=isolation.LEVELS, default="namespaces", help="weakest level that is enough")
-    parser.add_argument("--packages", default="", help="packages to preload, parted by commas")
+    parser.add_argument(
+        "--level", choices=isolation.LEVELS, default="namespaces", help="weakest level that is accepted"
+    )
+    parser.add_argument("--packages", default="", help="packages to preload, separated by commas")
     parser.add_argument("--python", help="interpreter of the programs")
     arguments = parser.parse_args(argv)
     packages = tuple(filter(None, arguments.packages.split(",")))
@@ -43,7 +45,7 @@ def main(argv: list[str]) -> int:
     allowed = isolation.LEVELS[: isolation.LEVELS.index(arguments.level) + 1]
     chosen = next((level for level in allowed if works[level]), None)
     if chosen is None:
-        print(f"\nno program would be graded: nothing works that is as strong as reward.isolation={arguments.level}")
+        print(f"\nno program would be graded: no level works that is at least as strong as {arguments.level}")
         return 1
     print(f"\nprograms would be graded at level {chosen}")
     return 0

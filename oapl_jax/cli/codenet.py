@@ -1,9 +1,10 @@
-"""Project CodeNet as a rollout log: groups of people's programs, for the objectives that need no sampler.
+"""Writes Project CodeNet as a rollout log of people's programs, for objectives that do not need a sampler.
 
     python -m oapl_jax codenet Project_CodeNet OUT --tokenizer TOKENIZER [--group-size 4] [--max-correct 50] ...
 
-A response is the program in a fenced block, as models are asked for one, with the stop token at its end. There are no
-log-probabilities: they are NaN in the log. OUT/codenet.json has what was used and what was left out, by reason.
+A response is the program in a fenced block, followed by the stop token; models are asked for this form too. The
+log-probabilities are unknown, so they are NaN in the log. OUT/codenet.json counts what was used and what was left out,
+by reason.
 """
 
 import argparse
@@ -41,14 +42,14 @@ def write(
 
     Args:
         root: ``Project_CodeNet``.
-        out: folder of the log; must not be there yet.
+        out: folder of the log, which must not exist.
         tokenizer: of the model that will be trained.
-        rules: of the groups.
-        max_tokens: limit of a response; longer programs are left out.
-        max_prompt_tokens: limit of a prompt; its problem is left out.
+        rules: how groups are formed.
+        max_tokens: most tokens of a response; longer programs are left out.
+        max_prompt_tokens: most tokens of a prompt; problems with longer ones are left out.
 
     Raises:
-        ValueError: it is no copy of CodeNet, ``out`` exists, or no group can be made.
+        ValueError: ``root`` is not a copy of CodeNet, ``out`` exists, or no group can be made.
     """
     if out.exists():
         raise ValueError(f"{str(out)!r} exists; choose another folder")
@@ -104,7 +105,7 @@ def _prompt(problem: codenet.Problem, tokenizer: Tokenizer) -> Prompt:
 
 
 def _group(index: int, prompt: Prompt, members: Sequence[codenet.Submission], tokenizer: Tokenizer) -> RolloutGroup:
-    """With V* and advantages of OAPL at beta1 = 1, as every log has them; who trains makes the objective's own."""
+    """A group with V* and advantages of OAPL at beta1 = 1, as in every log; training computes the objective's own."""
     rewards = np.array([codenet.REWARDS[member.status] for member in members])
     value = oapl.optimal_value(rewards, beta1=1.0)
     rollouts = []
@@ -124,18 +125,24 @@ def _group(index: int, prompt: Prompt, members: Sequence[codenet.Submission], to
 
 
 def main(argv: list[str]) -> None:
-    """Command line; exit code 2 where the arguments are wrong."""
+    """Writes the log and prints its summary."""
     parser = argparse.ArgumentParser(
-        prog="oapl-jax codenet", description="Writes Project CodeNet as a rollout log of graded groups."
+        prog="python -m oapl_jax codenet", description="Writes Project CodeNet as a rollout log of graded groups."
     )
     parser.add_argument("root", type=pathlib.Path, metavar="PROJECT_CODENET", help="the archive's folder")
     parser.add_argument("out", type=pathlib.Path, metavar="OUT", help="folder of the log")
-    parser.add_argument("--tokenizer", required=True, help="of the model to be trained: a folder or a name on the hub")
+    parser.add_argument(
+        "--tokenizer", required=True, help="tokenizer of the model to be trained: a folder or a name on the hub"
+    )
     parser.add_argument("--group-size", type=int, default=4)
-    parser.add_argument("--max-correct", type=int, default=50, help="correct programs that are kept of a problem")
-    parser.add_argument("--max-tokens", type=int, default=2048, help="of a program; longer ones are left out")
-    parser.add_argument("--max-prompt-tokens", type=int, default=2048, help="of a statement; longer ones are left out")
-    parser.add_argument("--seed", type=int, default=0, help="of which programs are kept and meet in a group")
+    parser.add_argument("--max-correct", type=int, default=50, help="correct programs kept per problem")
+    parser.add_argument(
+        "--max-tokens", type=int, default=2048, help="most tokens of a program; longer ones are left out"
+    )
+    parser.add_argument(
+        "--max-prompt-tokens", type=int, default=2048, help="most tokens of a prompt; longer ones are left out"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of programs and of their groups")
     arguments = parser.parse_args(argv)
     if arguments.group_size < 2 or arguments.max_correct < 1:
         parser.error("--group-size: at least 2; --max-correct: at least 1")

@@ -207,7 +207,7 @@ def describe(summary: dict[str, Any], log: pathlib.Path) -> str:
     """The summary for people."""
     lines = [
         f"{summary['groups']:,} groups, {summary['rollouts']:,} responses in {log}",
-        f"correct {summary['correct']:.3f}  reward {summary['reward']:.3f}  cut {summary['cut']:.3f}"
+        f"correct {summary['correct']:.3f}  reward {summary['reward']:.3f}  truncated {summary['truncated']:.3f}"
         f"  invalid {summary['invalid']:.3f}",
     ]
     if "filter" in summary:

@@ -1,13 +1,14 @@
-r"""Grades rows by themselves: for finding out why a reward is what it is.
+r"""Grades rows of a file, to find out why a reward is what it is.
 
 python -m oapl_jax grade IN.jsonl OUT.jsonl [--config C.yaml]
 
 A row of IN is ``{"id", "kind": "math", "gold", "response"}`` or ``{"id", "kind": "code", "program" or "response",
-"tests": [{"stdin", "stdout"} | {"call", "args", "expected"} | {"assert"}], "limits": {"cpu_s", "wall_s", "memory_mb"}}``,
-its row of OUT, in the same order, ``{"id", "status", "reward", "detail", "level", "cpu_ms"}``. ``limits`` may be left
-out, or any of it. The options are those of the section ``reward`` of C, such as the config of a run.
+"tests": [{"stdin", "stdout"} | {"call", "args", "expected"} | {"assert"}], "limits": {"cpu_s", "wall_s", "memory_mb"}}``.
+``limits`` and each of its keys are optional. OUT has a row for each row of IN, in the same order:
+``{"id", "status", "reward", "detail", "level", "cpu_ms"}``. The options come from the section ``reward`` of C, which can
+be the config of a run.
 
-Exit codes: 0 all rows are graded (whatever the verdicts), 1 some are invalid, 2 the rows or the config are wrong.
+Exit codes: 0 all rows have a verdict, 1 some verdicts are invalid, 2 the rows or the config are wrong.
 """
 
 import argparse
@@ -31,7 +32,7 @@ from oapl_jax.rewards.pool import GraderPool
 from oapl_jax.types import Grade, Verdict
 
 ROWS_AT_ONCE = 256
-"""Rows in memory, per worker."""
+"""Rows in memory per worker."""
 KEYS = {
     "math": ({"id", "kind", "gold", "response"}, set()),
     "code": ({"id", "kind", "tests"}, {"program", "response", "limits"}),
@@ -40,13 +41,13 @@ LIMITS = {"cpu_s", "wall_s", "memory_mb"}
 
 
 def grade_file(source: pathlib.Path, target: pathlib.Path, reward: RewardConfig) -> dict[str, int]:
-    """Grades the rows of a file into another; the number of each verdict.
+    """Grades the rows of a file, writes the grades into another, and returns the number of each verdict.
 
     Raises:
-        ValueError: naming the line that is not a row.
+        ValueError: a line is not a row; the message names it.
     """
     counts = dict.fromkeys(Verdict, 0)
-    # Everything is checked before anything is graded.
+    # All rows are checked before the first is graded.
     kinds = [row["kind"] for row, _ in _rows(source, reward)]
     setup = tasks.make_setup(reward, tuple(sorted(set(kinds))))
     rows, num_rows = _rows(source, reward), len(kinds)
@@ -71,7 +72,7 @@ def grade_file(source: pathlib.Path, target: pathlib.Path, reward: RewardConfig)
 
 
 def _rows(source: pathlib.Path, reward: RewardConfig) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """Each row with its task."""
+    """Yields each row with its task."""
     with source.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
@@ -85,7 +86,7 @@ def _rows(source: pathlib.Path, reward: RewardConfig) -> Iterator[tuple[dict[str
 
 def _task(row: Any, reward: RewardConfig) -> dict[str, Any]:
     if not isinstance(row, dict) or row.get("kind") not in KEYS:
-        raise ValueError(f"a row is an object whose 'kind' is math or code, is {str(row)[:100]!r}")
+        raise ValueError(f"a row is an object whose 'kind' is math or code, but this is {str(row)[:100]!r}")
     needed, optional = KEYS[row["kind"]]
     missing, unknown = needed - set(row), set(row) - needed - optional
     if missing or unknown:
@@ -97,7 +98,7 @@ def _task(row: Any, reward: RewardConfig) -> dict[str, Any]:
     if len(sources) != 1:
         raise ValueError("give either program or response")
     if set(limits) - LIMITS or not all(isinstance(value, (int, float)) and value > 0 for value in limits.values()):
-        raise ValueError(f"limits: should be positive numbers for {', '.join(sorted(LIMITS))}; is {limits}")
+        raise ValueError(f"limits: should be positive numbers for {', '.join(sorted(LIMITS))}, but is {limits}")
     num_tests = len(programs.parse_tests(layouts.read_tests(row["tests"])))
     return tasks.code_task(reward, json.dumps(row["tests"]), num_tests, limits, **sources)
 
@@ -114,7 +115,7 @@ def _result(name: Any, grade: Grade) -> dict[str, Any]:
 
 
 def main(argv: list[str]) -> int:
-    """Command line; the exit code."""
+    """Grades a file; returns the exit code."""
     parser = argparse.ArgumentParser(
         prog="python -m oapl_jax grade", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,12 +1,12 @@
-"""``oapl-jax preflight --config C.yaml --topology v5p-64``: whether a run fits a TPU slice, and what it would cost.
+"""Prints whether a run fits a TPU slice, and what it would cost: ``--config C.yaml --topology v5p-64``.
 
-Compiles the programs of the run for devices that are only described, and prints for each its memory, work, traffic and
-a lower bound of its time (docs/preflight.md). ``--dry-run`` stops before the first compilation.
+It compiles the programs of the run for described devices, and prints the memory, work and traffic of each and a lower
+bound of its time (docs/preflight.md). ``--dry-run`` stops before the first compilation.
 """
 
 import os
 
-# Read by jax when it is imported: a real TPU is not touched, should there be one.
+# JAX reads this when it is imported: a TPU of this machine is not used.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import argparse
@@ -21,7 +21,7 @@ from oapl_jax.preflight.preflight import check
 
 
 def main(argv: list[str]) -> ExitCode:
-    """Exit codes: 0 it fits, 1 it does not, 2 the config is wrong."""
+    """Exit codes: 0 it fits, 1 it does not fit, 2 the config is wrong."""
     config, arguments = config_file.from_command_line(TrainConfig, "preflight", argv, _add_options)
     slices = topology.parse(arguments.topology, arguments.num_slices)
     report = check(config, slices, dry_run=arguments.dry_run)
@@ -31,8 +31,8 @@ def main(argv: list[str]) -> ExitCode:
 
 
 def _add_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--topology", required=True, help="slice by its name in Google Cloud, e.g. v5p-64 or v5e-8")
+    parser.add_argument("--topology", required=True, help="name of a slice in Google Cloud, such as v5p-64 or v5e-8")
     parser.add_argument(
-        "--num-slices", type=int, default=1, help="slices of that kind, joined by the data center network"
+        "--num-slices", type=int, default=1, help="number of such slices, joined by the data center network"
     )
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the report as JSON, too")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the report as JSON")

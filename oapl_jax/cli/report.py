@@ -1,4 +1,4 @@
-"""``oapl-jax report RUN``: writes ``report.html`` and ``curves.png`` of a run."""
+"""Writes ``report.html`` and ``curves.png`` into a run directory."""
 
 import argparse
 import pathlib
@@ -7,8 +7,8 @@ from oapl_jax.report.report import write_report
 
 
 def main(argv: list[str]) -> None:
-    """Exit code 2 where there is no such run."""
-    parser = argparse.ArgumentParser(prog="oapl-jax report", description="Writes the report of a run.")
+    """Writes the report and prints its path."""
+    parser = argparse.ArgumentParser(prog="python -m oapl_jax report", description="Writes the report of a run.")
     parser.add_argument("run_dir", type=pathlib.Path, metavar="RUN", help="directory of a run, e.g. runs/quickstart")
     run_dir = parser.parse_args(argv).run_dir
     if not run_dir.is_dir():

@@ -1,12 +1,12 @@
-"""A policy on JetStream's gRPC server, for looking at it by hand and for clients of JetStream.
+"""Serves a policy by JetStream's gRPC server, for tests by hand and for clients of JetStream.
 
     python -m oapl_jax serve --model PATH [--port 9000] [--group-size 1] [--temperature 1.0] ...
     python -m oapl_jax serve --ask TEXT [--port 9000] [--max-tokens 64]
 
-The first command serves a Hugging Face folder, such as the ``export`` of a run, until it is stopped; the
-second one asks it. Each request gets ``--group-size`` responses of one prompt. The i-th request draws with
-the keys of ``Request(seed=(SEED, SERVING_STREAM, i))``, so that a server that is started and asked again
-says the same again. The server is JetStream's: it listens on all interfaces, without encryption.
+The first command serves a Hugging Face folder, such as the ``export`` of a run, until it is stopped. The second one
+sends it a prompt. Each request gets ``--group-size`` responses. The i-th request draws with the keys of
+``Request(seed=(SEED, SERVING_STREAM, i))``, so a restarted server gives the same responses to the same requests.
+JetStream's server listens on all interfaces, without encryption.
 """
 
 import argparse
@@ -32,28 +32,29 @@ DECODE_STEPS = 16
 """Tokens of a response between two messages to its client."""
 
 ASK_DEADLINE = 600.0
-"""Seconds that an answer may take."""
+"""Most seconds until a response is complete."""
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    """Reads the command line; on a mistake prints it and exits with 2."""
+    """Reads the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m oapl_jax serve", description="Serves a policy by JetStream's gRPC server, or asks one."
+        prog="python -m oapl_jax serve",
+        description="Serves a policy by JetStream's gRPC server, or sends a prompt to one.",
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", metavar="PATH", help="serve this Hugging Face folder, or name on the hub")
-    what.add_argument("--ask", metavar="TEXT", help="ask the server on --port, and print its responses")
+    what.add_argument("--ask", metavar="TEXT", help="send this prompt to the server on --port, and print its responses")
     parser.add_argument("--port", type=int, default=9000)
-    parser.add_argument("--max-tokens", type=_count, default=64, help="with --ask: limit of each response")
+    parser.add_argument("--max-tokens", type=_count, default=64, help="with --ask: most tokens of each response")
     parser.add_argument("--group-size", type=_count, default=1, help="responses to each request")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--max-prompt-tokens", type=_count, default=1024)
     parser.add_argument("--max-response-tokens", type=_count, default=1024)
-    parser.add_argument("--slots", type=_count, default=8, help="requests that are answered at once")
+    parser.add_argument("--slots", type=_count, default=8, help="requests that are served at the same time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", default="model", help="model (the one in PATH), characters, a folder or a name")
-    parser.add_argument("--chat", action="store_true", help="put text into the chat template, if there is one")
+    parser.add_argument("--chat", action="store_true", help="put prompts into the chat template, if there is one")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: float32 on CPU, else bfloat16")
     arguments = parser.parse_args(argv)
     if not 0 < arguments.port < 2**16:
@@ -71,10 +72,10 @@ def _count(text: str) -> int:
 
 
 def load(arguments: argparse.Namespace) -> Any:
-    """The ``JetStreamEngine`` that the arguments name, on all devices of this machine that it can use.
+    """The ``JetStreamEngine`` that the arguments describe, on all devices of this machine that it can use.
 
     Raises:
-        ValueError: what does not exist, does not fit, or is out of range.
+        ValueError: the model does not exist, the cache does not fit, or the port cannot be used.
     """
     sampling = SamplingDistribution(arguments.temperature, top_p=arguments.top_p)
     _check_port(arguments.port)
@@ -123,7 +124,7 @@ def load(arguments: argparse.Namespace) -> Any:
 
 
 def _check_port(port: int) -> None:
-    """Two servers of gRPC would silently share a port."""
+    """Raises a ValueError if the port is in use; gRPC would silently share it between two servers."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -133,14 +134,14 @@ def _check_port(port: int) -> None:
 
 
 def _num_devices(config: qwen.QwenConfig) -> int:
-    """The most devices that the model's heads, vocabulary and ffn divide over."""
+    """The largest number of devices that divides the model's heads, vocabulary and ffn width."""
     widths = [config.num_attention_heads, config.vocab_size, config.moe_intermediate_size or config.intermediate_size]
     counts = range(jax.local_device_count(), 0, -1)
     return next(count for count in counts if not any(width % count for width in widths))
 
 
 def serve(arguments: argparse.Namespace) -> None:
-    """Serves until SIGTERM or SIGINT; a second one ends the process at once."""
+    """Serves until SIGTERM or SIGINT; a second signal ends the process at once."""
     engine = load(arguments)
     from oapl_jax.sampler.jetstream import server as jetstream_server
 
@@ -155,7 +156,7 @@ def serve(arguments: argparse.Namespace) -> None:
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, stop)
     print(
-        f"serving {arguments.model} on port {arguments.port}; ask it:"
+        f"serving {arguments.model} on port {arguments.port}; send it a prompt:"
         f" python -m oapl_jax serve --port {arguments.port} --ask '12+3=' --max-tokens 64",
         flush=True,
     )
@@ -165,12 +166,12 @@ def serve(arguments: argparse.Namespace) -> None:
 
 
 def ask(text: str, port: int, max_tokens: int) -> list[str]:
-    """The responses of a server on this machine.
+    """The responses of a server on this machine to a prompt.
 
     Raises:
-        ValueError: nothing answers, or the server refuses the request; says why.
+        RunError: there is no server, or it refuses the request; the message says why.
     """
-    import grpc  # with the next one a tenth of a second; JetStream's protocol needs nothing else of it
+    import grpc
     from jetstream.core.proto import jetstream_pb2, jetstream_pb2_grpc
 
     message: Any = jetstream_pb2.DecodeRequest  # pyright: ignore[reportAttributeAccessIssue]
@@ -184,20 +185,17 @@ def ask(text: str, port: int, max_tokens: int) -> list[str]:
                 outputs = [output + sample.text for output, sample in zip(outputs, samples, strict=True)]
         except grpc.RpcError as error:
             status: Any = error
-            raise ValueError(f"localhost:{port}: {status.code().name}: {status.details()}") from error
+            raise RunError(f"localhost:{port}: {status.code().name}: {status.details()}") from error
     return outputs
 
 
 def main(argv: list[str]) -> None:
-    """Command line; exit code 2 where the arguments are wrong, 1 where a server gives no answer."""
+    """Serves a policy, or prints the responses of a server."""
     arguments = parse(argv)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if arguments.ask is None:
         serve(arguments)
         return
-    try:
-        outputs = ask(arguments.ask, arguments.port, arguments.max_tokens)
-    except ValueError as error:
-        raise RunError(str(error)) from None
+    outputs = ask(arguments.ask, arguments.port, arguments.max_tokens)
     for i, output in enumerate(outputs):
         print(output if len(outputs) == 1 else f"[{i}] {output}")

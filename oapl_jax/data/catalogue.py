@@ -1,4 +1,4 @@
-"""The published data sets by the names that ``data.dataset`` gives them (docs/evaluation.md has a table)."""
+"""The published data sets by their names in ``data.dataset`` (docs/evaluation.md has a table)."""
 
 from oapl_jax.data.dataset import Dataset
 from oapl_jax.data.datasets import (

@@ -1,12 +1,12 @@
-"""Project CodeNet: submissions of people to contest problems, each with the judge's status.
+"""Project CodeNet: people's submissions to contest problems, each with the judge's status.
 
-The layout of the published archive, below its folder ``Project_CodeNet``:
+The published archive has this layout below its folder ``Project_CodeNet``:
 
-    metadata/problem_list.csv                    id, name, dataset, ...; a problem a row
-    metadata/p00001.csv                          submission_id, language, status, ...; a submission a row
+    metadata/problem_list.csv                    id, name, dataset, ...; one problem per row
+    metadata/p00001.csv                          submission_id, language, status, ...; one submission per row
     data/p00001/Python/s000000001.py             the programs
-    problem_descriptions/p00001.html             the statement; some problems have none
-    derived/input_output/data/p00001/input.txt   a sample of the input, and output.txt; some problems have none
+    problem_descriptions/p00001.html             the statement, if the problem has one
+    derived/input_output/data/p00001/input.txt   a sample input with output.txt, if the problem has one
 """
 
 import collections
@@ -28,12 +28,12 @@ REWARDS: Mapping[str, float] = {
     "Runtime Error": -0.6,
     "Compile Error": -1.0,
 }
-"""Of the judge's statuses ("Efficient Post-training ... With Offline RL", Eq. 5); others are left out."""
+"""Rewards of the judge's statuses ("Efficient Post-training ... With Offline RL", Eq. 5); others are left out."""
 ACCEPTED = "Accepted"
 
 
 class Submission(NamedTuple):
-    """A program, and what became of it."""
+    """A program and its status."""
 
     id: str
     source: str
@@ -41,22 +41,22 @@ class Submission(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """A problem whose statement is known."""
+    """A problem that has a statement."""
 
     id: str
     statement: str
     tests: str
-    """Its sample as JSON tests (rewards/layouts.py); '' where there is none."""
+    """Its sample as JSON tests (rewards/code/layouts.py), or an empty string."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Which submissions form groups; the defaults are the paper's."""
+    """How submissions form groups; the defaults are the paper's."""
 
     group_size: int = 4
-    """Of which at least one is correct and at least one is not."""
+    """Submissions in a group; at least one is correct and at least one is not."""
     max_correct: int = 50
-    """Correct submissions that are kept of a problem, drawn at random."""
+    """Correct submissions kept per problem, drawn at random."""
     seed: int = 0
 
 
@@ -68,13 +68,13 @@ def read_problems(root: pathlib.Path, dropped: collections.Counter[str]) -> list
         dropped: counts what is left out, by reason.
 
     Raises:
-        ValueError: it is not that folder; names what is missing.
+        ValueError: ``root`` is another folder; the message says what it lacks.
     """
     listed = root / "metadata" / "problem_list.csv"
     if not listed.is_file():
         listed = root / "problem_list.csv"
     if not listed.is_file() or not (root / "data").is_dir():
-        raise ValueError(f"{str(root)!r} is no copy of Project CodeNet: it lacks metadata/problem_list.csv or data/")
+        raise ValueError(f"{str(root)!r} is not a copy of Project CodeNet: it lacks metadata/problem_list.csv or data/")
     problems = []
     for row in _rows(listed, ("id",)):
         page = root / "problem_descriptions" / f"{row['id']}.html"
@@ -89,7 +89,13 @@ def read_problems(root: pathlib.Path, dropped: collections.Counter[str]) -> list
 def read_submissions(
     root: pathlib.Path, problem: str, keeps: Callable[[str], bool], dropped: collections.Counter[str]
 ) -> list[Submission]:
-    """The Python submissions of a problem that ``keeps`` their source, in the order of their ids.
+    """The Python submissions of a problem, in the order of their ids.
+
+    Args:
+        root: ``Project_CodeNet``.
+        problem: id of the problem.
+        keeps: whether a source is short enough to keep.
+        dropped: counts what is left out, by reason.
 
     Raises:
         ValueError: the metadata lack a column.
@@ -117,9 +123,9 @@ def read_submissions(
 
 
 def make_groups(problem: str, submissions: list[Submission], rules: Rules) -> Iterator[list[Submission]]:
-    """Groups with at least one correct and one incorrect submission, each submission in one group at most.
+    """Groups with at least one correct and one incorrect submission; no submission is in two groups.
 
-    As many groups as that allows: each gets a correct and an incorrect one, and is filled up from what is left.
+    It makes as many groups as possible: each gets one correct and one incorrect submission, and the rest fills them up.
     """
     rng = np.random.default_rng((rules.seed, int(problem[1:])))
     correct = [item for item in submissions if item.status == ACCEPTED]
@@ -136,7 +142,7 @@ def make_groups(problem: str, submissions: list[Submission], rules: Rules) -> It
 
 
 class _Text(html.parser.HTMLParser):
-    """Text of a page: a line for each block, ``pre`` as it is."""
+    """Collects the text of a page: one line for each block, with ``pre`` unchanged."""
 
     BLOCKS = frozenset(("p", "div", "br", "li", "h1", "h2", "h3", "h4", "tr", "pre", "section", "ul", "ol", "table"))
     SILENT = frozenset(("script", "style", "title", "head"))
@@ -164,7 +170,7 @@ class _Text(html.parser.HTMLParser):
 
 
 def text_of(page: str) -> str:
-    """The text of a statement's page, without blank lines in a row."""
+    """The text of a statement's page, without consecutive blank lines."""
     parser = _Text()
     parser.feed(page)
     parser.close()
@@ -186,5 +192,7 @@ def _rows(path: pathlib.Path, columns: tuple[str, ...]) -> Iterator[dict[str, st
         reader = csv.DictReader(file)
         missing = [column for column in columns if column not in (reader.fieldnames or ())]
         if missing:
-            raise ValueError(f"{path}: has no column {', '.join(missing)}; it has {', '.join(reader.fieldnames or ())}")
+            raise ValueError(
+                f"{path}: lacks the columns {', '.join(missing)}; it has {', '.join(reader.fieldnames or ())}"
+            )
         yield from reader

@@ -1,4 +1,4 @@
-"""A synthetic corpus in the layout of Project CodeNet: toy problems with programs of all five statuses, imbalanced."""
+"""A synthetic corpus in the layout of Project CodeNet: toy problems with programs of all five statuses."""
 
 import csv
 import pathlib
@@ -12,7 +12,7 @@ SUBMISSION_COLUMNS = (
 )
 PROBLEM_COLUMNS = ("id", "name", "dataset", "time_limit", "memory_limit", "rating", "tags", "complexity")
 NUMBERS = [(times, plus) for times in range(2, 10) for plus in range(1, 10)]
-"""Problem (a, b): print a number times a plus b."""
+"""The problem (a, b) is to print a number times a plus b."""
 
 
 def statement(times: int, plus: int) -> str:
@@ -21,7 +21,7 @@ def statement(times: int, plus: int) -> str:
 
 
 def program(rng: np.random.Generator, times: int, plus: int, status: str) -> str:
-    """One of the ways to write it, right, or wrong in the way of the status."""
+    """A random program for a problem: a right one, or one with the mistake of its status."""
     if status == "Wrong Answer":
         times, plus = (times, plus % 9 + 1) if rng.random() < 0.5 else ((times - 1) % 8 + 2, plus)
     body = (f"n*{times}+{plus}", f"{plus}+n*{times}", f"{times}*n+{plus}")[rng.integers(3)]
@@ -36,15 +36,15 @@ def program(rng: np.random.Generator, times: int, plus: int, status: str) -> str
 
 
 def write_corpus(root: pathlib.Path, numbers: list[tuple[int, int]], *, seed: int = 0, most: int = 60) -> None:
-    """Writes problems with between 0 and ``most`` submissions, most of them accepted in some and few in others."""
+    """Writes problems with 0 to ``most`` submissions and different shares of accepted ones."""
     rng = np.random.default_rng(seed)
     (root / "metadata").mkdir(parents=True)
     (root / "problem_descriptions").mkdir()
     with (root / "metadata" / "problem_list.csv").open("w", newline="") as file:
         listed = csv.DictWriter(file, PROBLEM_COLUMNS, restval="")
         listed.writeheader()
-        for place, (times, plus) in enumerate(numbers, start=1):
-            problem = f"p{place:05d}"
+        for number, (times, plus) in enumerate(numbers, start=1):
+            problem = f"p{number:05d}"
             listed.writerow({"id": problem, "name": f"Times {times}", "dataset": "AIZU"})
             page = f"<h1>Times</h1>\n<p>\n{statement(times, plus)}\n</p>"
             (root / "problem_descriptions" / f"{problem}.html").write_text(page)

@@ -1,4 +1,4 @@
-"""The endless, shuffled stream of (prompt, response) pairs for supervised fine-tuning."""
+"""The endless, shuffled stream of prompt and response pairs for supervised fine-tuning."""
 
 import sys
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from oapl_jax.data.order import ShuffledOrder
 
 @runtime_checkable
 class PairEncoder(tasks.PromptEncoder, Protocol):
-    """The part of a tokenizer that pairs need."""
+    """The methods of a tokenizer that pairs need."""
 
     eos_id: int
 
@@ -24,23 +24,23 @@ class PairEncoder(tasks.PromptEncoder, Protocol):
 
 
 class Pair(NamedTuple):
-    """One example; the response ends with the stop token."""
+    """One example. The response ends with the stop token."""
 
     prompt_ids: Int[np.ndarray, "P"]
     response_ids: Int[np.ndarray, "R"]
 
 
 class PairSource:
-    """The pairs of a file, reshuffled each epoch: position ``p`` lies in epoch ``p // len(source)``."""
+    """The pairs of a file, in a new order each epoch; position ``p`` is in epoch ``p // len(source)``."""
 
     def __init__(self, pairs: Sequence[Pair], num_dropped: int, seed: int) -> None:
         self._pairs = pairs
         self.num_dropped = num_dropped
-        """Rows left out because they were longer than a limit."""
+        """Number of rows that were left out because they exceed a limit."""
         self._order = ShuffledOrder(len(pairs), seed)
 
     def __len__(self) -> int:
-        """Pairs in an epoch."""
+        """Number of pairs in an epoch."""
         return len(self._pairs)
 
     def __getitem__(self, position: int) -> Pair:
@@ -48,16 +48,16 @@ class PairSource:
 
 
 class TaskPairSource:
-    """A toy task's demonstrations, which never repeat."""
+    """The demonstrations of a toy task, which never repeat."""
 
     num_dropped = 0
 
     def __init__(self, task: tasks.Task, tokenizer: PairEncoder, data: SftDataConfig, seed: int) -> None:
         self._task, self._tokenizer, self._data, self._seed = task, tokenizer, data, seed
-        self[0]  # raises here, before the first step, where a limit is too low
+        self[0]  # raises now, not at the first step, if a limit is too low
 
     def __len__(self) -> int:
-        """``sys.maxsize``: there is no second epoch."""
+        """``sys.maxsize``, because there is no second epoch."""
         return sys.maxsize
 
     def __getitem__(self, position: int) -> Pair:
@@ -65,15 +65,15 @@ class TaskPairSource:
         pair = _make_pair(prompt.token_ids, response, self._tokenizer)
         overlong = _over_limit(pair, self._data)
         if overlong:
-            raise ValueError(f"{prompt.id}: {overlong}; raise the limit (demonstrations of a task are not dropped)")
+            raise ValueError(f"{prompt.id}: {overlong}; raise the limit (demonstrations are never dropped)")
         return pair
 
 
 def load_pairs(data: SftDataConfig, tokenizer: PairEncoder, seed: int) -> PairSource | TaskPairSource:
-    """The pairs, tokenised, as an endless random-access stream shuffled by ``seed``.
+    """The tokenised pairs as an endless random-access stream, shuffled by ``seed``.
 
     Raises:
-        ValueError: what cannot be read, and where; by ``data.overlong``, a row over a limit; no row within them.
+        ValueError: a row cannot be read; a row exceeds a limit and ``data.overlong`` is ``error``; or all rows do.
     """
     if data.task is not None:
         return TaskPairSource(tasks.make_task(data.task), tokenizer, data, seed)
@@ -93,7 +93,7 @@ def load_pairs(data: SftDataConfig, tokenizer: PairEncoder, seed: int) -> PairSo
             num_dropped += 1
     if not pairs:
         raise ValueError(
-            f"{data.path!r}: all {num_dropped} rows are over data.max_prompt_tokens or max_response_tokens"
+            f"{data.path!r}: all {num_dropped} rows exceed data.max_prompt_tokens or data.max_response_tokens"
         )
     return PairSource(pairs, num_dropped, seed)
 
@@ -103,7 +103,7 @@ def _make_pair(prompt_ids: Int[np.ndarray, "P"], response: str, tokenizer: PairE
 
 
 def _over_limit(pair: Pair, data: SftDataConfig) -> str | None:
-    """What is too long, in words."""
+    """The limit that a pair exceeds, as a message."""
     if len(pair.prompt_ids) > data.max_prompt_tokens:
         return f"its prompt has {len(pair.prompt_ids)} tokens, over data.max_prompt_tokens={data.max_prompt_tokens}"
     if len(pair.response_ids) > data.max_response_tokens:

@@ -1,7 +1,7 @@
-"""The endless, shuffled stream of training prompts, and the held-out ones.
+"""The endless, shuffled stream of training prompts, and the held-out prompts.
 
-A stream is random access: ``source[position]``. Its state is that one integer, so a resumed run goes on
-exactly where it stopped.
+A stream has random access: ``source[position]``. The position is its whole state, so a resumed run continues exactly
+where it stopped.
 """
 
 import pathlib
@@ -19,21 +19,21 @@ from oapl_jax.data.order import ShuffledOrder
 from oapl_jax.types import Prompt
 
 TASK_PROMPTS = 128
-"""Held-out prompts of a built-in task, where no number is said."""
+"""Number of held-out prompts of a built-in task, unless the config has one."""
 
 
 class PromptSource:
-    """The rows of a dataset, reshuffled each epoch: position ``p`` lies in epoch ``p // len(source)``."""
+    """The prompts of a dataset, in a new order each epoch; position ``p`` is in epoch ``p // len(source)``."""
 
     def __init__(self, prompts: Sequence[Prompt], num_dropped: int, seed: int) -> None:
         self.prompts = prompts
-        """The rows in the order of the file."""
+        """The prompts in the order of the file."""
         self.num_dropped = num_dropped
-        """Rows left out because they were longer than the limit, or had nothing to be graded by."""
+        """Number of rows that were left out because they exceed the limit or cannot be graded."""
         self._order = ShuffledOrder(len(prompts), seed)
 
     def __len__(self) -> int:
-        """Prompts in an epoch."""
+        """Number of prompts in an epoch."""
         return len(self.prompts)
 
     def __getitem__(self, position: int) -> Prompt:
@@ -41,17 +41,17 @@ class PromptSource:
 
 
 class TaskPromptSource:
-    """A toy task's training prompts, which never repeat."""
+    """The training prompts of a toy task, which never repeat."""
 
     prompts: Sequence[Prompt] = ()
     num_dropped = 0
 
     def __init__(self, task: tasks.Task, tokenizer: tasks.PromptEncoder, data: DataConfig, seed: int) -> None:
         self._task, self._tokenizer, self._limit, self._seed = task, tokenizer, data.max_prompt_tokens, seed
-        self[0]  # raises here, before the first step, where the limit is too low
+        self[0]  # raises now, not at the first step, if the limit is too low
 
     def __len__(self) -> int:
-        """``sys.maxsize``: there is no second epoch."""
+        """``sys.maxsize``, because there is no second epoch."""
         return sys.maxsize
 
     def __getitem__(self, position: int) -> Prompt:
@@ -59,17 +59,17 @@ class TaskPromptSource:
         if len(prompt.token_ids) > self._limit:
             raise ValueError(
                 f"prompt {prompt.id} has {len(prompt.token_ids)} tokens, over data.max_prompt_tokens={self._limit};"
-                f" raise the limit (prompts of a built-in task are not dropped)"
+                f" raise the limit (prompts of a built-in task are never dropped)"
             )
         return prompt
 
 
 def load_prompts(data: DataConfig, tokenizer: tasks.PromptEncoder, seed: int) -> PromptSource | TaskPromptSource:
-    """The training prompts, tokenised, as an endless stream shuffled by ``seed``.
+    """The tokenised training prompts as an endless stream, shuffled by ``seed``.
 
     Raises:
-        ValueError: what cannot be read, and where; see ``rows.read``. Also: a template without ``{prompt}``,
-            a cell that is not text, and, by ``data.overlong``, a prompt over the limit.
+        ValueError: rows cannot be read (see ``rows.read``); the template lacks ``{prompt}``; a cell is not text; or a
+            prompt exceeds the limit and ``data.overlong`` is ``error``.
     """
     if data.task is not None:
         return TaskPromptSource(tasks.make_task(data.task), tokenizer, data, seed)
@@ -78,17 +78,17 @@ def load_prompts(data: DataConfig, tokenizer: tasks.PromptEncoder, seed: int) ->
 
 
 def held_out(config: TrainConfig, tokenizer: tasks.PromptEncoder) -> list[Prompt]:
-    """The first ``evaluation.prompts`` held-out prompts (all, where there are fewer), the same for every seed.
+    """The first ``evaluation.prompts`` held-out prompts, or all if there are fewer; they are the same for every seed.
 
     Raises:
-        ValueError: as ``load_prompts``; and where a file of training prompts has no held-out companion.
+        ValueError: as ``load_prompts``; or training prompts come from a file and ``evaluation.path`` is missing.
     """
     data, evaluation = config.data, config.evaluation
     if data.task is not None:
         return first_prompts(data, tokenizer, evaluation.prompts)
     is_file = data.path is not None if data.dataset is not None else data.format in ("jsonl", "parquet")
     if evaluation.path is None and evaluation.dataset is None and is_file:
-        raise ValueError(f"evaluation.path: is missing; name the held-out prompts that go with {data.path!r}")
+        raise ValueError(f"evaluation.path: is missing; set it to the held-out prompts for {data.path!r}")
     update: dict[str, Any] = {"path": evaluation.path or data.path, "split": evaluation.split}
     if evaluation.dataset is not None:
         update |= {"dataset": evaluation.dataset, "path": evaluation.path, "name": None}
@@ -97,7 +97,7 @@ def held_out(config: TrainConfig, tokenizer: tasks.PromptEncoder) -> list[Prompt
 
 
 def first_prompts(data: DataConfig, tokenizer: tasks.PromptEncoder, num: int | None) -> list[Prompt]:
-    """The first prompts of a source in its order, all where there are fewer; of a built-in task the held-out ones."""
+    """The first prompts of a source in its order, or all if there are fewer; for a built-in task the held-out ones."""
     if data.task is not None:
         task = tasks.make_task(data.task)
         count = TASK_PROMPTS if num is None else num
@@ -106,16 +106,14 @@ def first_prompts(data: DataConfig, tokenizer: tasks.PromptEncoder, num: int | N
 
 
 def _read_prompts(data: DataConfig, tokenizer: tasks.PromptEncoder) -> tuple[list[Prompt], int]:
-    """All prompts within the limit, in the order of the source, and the number of those over it."""
+    """All prompts within the limit, in the order of the source, and the number of rows that were left out."""
     if "{prompt}" not in data.template:
-        raise ValueError(f"data.template={data.template!r}: does not contain {{prompt}}, the place of the question")
+        raise ValueError(f"data.template={data.template!r}: lacks {{prompt}}, which stands for the question")
     problems = _read_dataset(data) if data.dataset else _read_columns(data)
     prompts = [_make_prompt(name, *problem, data, tokenizer) for name, problem in problems if problem is not None]
     num_ungraded = len(problems) - len(prompts)
     if not prompts:
-        raise ValueError(
-            f"{data.path or data.dataset!r}: none of its {len(problems)} rows has anything to be graded by"
-        )
+        raise ValueError(f"{data.path or data.dataset!r}: none of its {len(problems)} rows has an answer or tests")
     limit = data.max_prompt_tokens
     kept = [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
     if data.overlong == "error" and len(kept) < len(prompts):
@@ -129,14 +127,14 @@ def _read_prompts(data: DataConfig, tokenizer: tasks.PromptEncoder) -> tuple[lis
     if not kept:
         shortest = min(len(prompt.token_ids) for prompt in prompts)
         raise ValueError(
-            f"{data.path!r}: all {len(prompts)} prompts are over data.max_prompt_tokens={limit};"
+            f"{data.path!r}: all {len(prompts)} prompts exceed data.max_prompt_tokens={limit};"
             f" the shortest has {shortest} tokens"
         )
     return kept, len(prompts) - len(kept) + num_ungraded
 
 
 def _read_columns(data: DataConfig) -> list[tuple[str, Problem | None]]:
-    """The rows of any table, by the names of its columns."""
+    """The named problems of a table, by the columns that the config names."""
     columns = (data.prompt_column, data.answer_column)
     table = rows.read(str(data.path), data.format, columns, name=data.name, split=data.split)
     name = _dataset_name(data, table.name)
@@ -147,7 +145,7 @@ def _read_columns(data: DataConfig) -> list[tuple[str, Problem | None]]:
 
 
 def _read_dataset(data: DataConfig) -> list[tuple[str, Problem | None]]:
-    """The rows of a published data set, from the hub or from a local copy of any format."""
+    """The named problems of a published data set, from the hub or from a local copy of any format."""
     assert data.dataset is not None
     dataset = DATASETS[data.dataset]
     options: dict[str, Any] = {"optional": dataset.optional}
@@ -158,7 +156,7 @@ def _read_dataset(data: DataConfig) -> list[tuple[str, Problem | None]]:
         known = ", ".join(dataset.splits)
         raise ValueError(
             f"data.dataset={data.dataset!r} has no split {data.split!r} on the hub; "
-            + (f"it has {known}" if known else "it is not there at all: give a local copy by data.path")
+            + (f"it has {known}" if known else "the hub does not have it: set data.path to a local copy")
         )
     else:
         source, path, file_format = dataset.splits[data.split], dataset.hub, "datasets"
@@ -172,13 +170,13 @@ def _read_dataset(data: DataConfig) -> list[tuple[str, Problem | None]]:
             found.append((name, dataset.read(dict(zip(columns, row, strict=True)))))
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(
-                f"row {name} of {path!r}: is not in the layout of {data.dataset} ({type(error).__name__}: {error})"
+                f"row {name} of {path!r} does not have the layout of {data.dataset} ({type(error).__name__}: {error})"
             ) from error
     return found
 
 
 def _format_of(path: pathlib.Path) -> str:
-    """How a local copy is read: a file by its suffix, a folder by what is in it."""
+    """Format of a local copy, by the suffix of a file or the content of a folder."""
     if path.is_dir():
         is_saved = (path / "dataset_dict.json").exists() or (path / "state.json").exists()
         return "parquet" if not is_saved and any(path.rglob("*.parquet")) else "datasets"
@@ -189,14 +187,14 @@ def _make_prompt(row_name: str, question: str, answer: str, data: DataConfig, to
     template = data.template
     if data.dataset is not None and "template" not in data.changed_from_default():
         template = DATASETS[data.dataset].template
-    # replace, not format: templates and questions are full of LaTeX braces
+    # str.format would fail on the LaTeX braces of templates and questions
     message = template.replace("{prompt}", question)
     token_ids = np.asarray(tokenizer.encode_prompt(message, data.system), np.int32)
     return Prompt(id=row_name, token_ids=token_ids, text=message, answer=answer)
 
 
 def _dataset_name(data: DataConfig, table_name: str) -> str:
-    """A file called train.jsonl says little: its folder's name goes before it."""
+    """The name of a table; for a file such as train.jsonl its folder's name is put before it."""
     if data.format in ("datasets", "tfds"):
         return table_name
     folder = pathlib.Path(str(data.path)).resolve().parent.name

@@ -1,6 +1,7 @@
-"""Rows of a table from any of the formats: JSONL, Parquet, the ``datasets`` library, TFDS.
+"""Reads rows of tables in several formats: JSONL, Parquet, the ``datasets`` library, TFDS.
 
-Every reader returns the wanted columns of all rows, in the order of the source, or says what is missing.
+Each reader returns the wanted columns of all rows in the order of the source, or raises an error that says what is
+missing. The libraries of the extra ``data`` are imported only by the readers that use them.
 """
 
 import dataclasses
@@ -11,15 +12,17 @@ import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+from oapl_jax.data import optional as libraries
+
 
 @dataclasses.dataclass(frozen=True)
 class Table:
     """The wanted columns of a source."""
 
     name: str
-    """Begins the names of its rows: row 17 is ``NAME/17``."""
+    """Prefix of the names of its rows: row 17 is ``NAME/17``."""
     rows: list[tuple[Any, ...]]
-    """Cells in the order in which the columns were asked for."""
+    """Cells, in the order of the requested columns."""
 
 
 def read(
@@ -32,19 +35,20 @@ def read(
     optional: Sequence[str] = (),
     files: Sequence[str] = (),
 ) -> Table:
-    """Reads ``columns`` of all rows, then those that are ``optional``.
+    """Reads the ``columns`` of all rows, followed by the ``optional`` ones.
 
     Args:
         path: file, folder, or name of a dataset.
         file_format: ``jsonl``, ``parquet``, ``datasets`` or ``tfds``.
         columns: names of the wanted columns.
-        name: configuration, for ``datasets``.
-        split: for ``datasets`` and ``tfds``.
-        optional: names of columns that may be missing; their cells are then None.
-        files: for ``datasets``: JSON files of which the dataset consists, instead of its name.
+        name: configuration of the dataset, only for ``datasets``.
+        split: split of the dataset, only for ``datasets`` and ``tfds``.
+        optional: names of columns that may be missing, which makes their cells None.
+        files: JSON files to read instead of ``path``, only for ``datasets``.
 
     Raises:
-        ValueError: missing file, broken row, missing column, or no rows; names what is nearest.
+        ValueError: a file or column is missing, a row is broken, or there are no rows. The message has the most similar
+            name that exists.
     """
     if file_format == "jsonl":
         table = _read_json(_existing(path), columns, optional)
@@ -60,7 +64,7 @@ def read(
 
 
 def string_cell(value: Any, column: str, row_name: str) -> str:
-    """The cell as text. Whole numbers are taken for their digits (gold answers); anything else is a mistake."""
+    """The cell as text. Integers become their digits, since gold answers can be numbers; other types are errors."""
     if isinstance(value, bytes):  # TFDS
         return value.decode()
     if isinstance(value, int) and not isinstance(value, bool):
@@ -71,9 +75,9 @@ def string_cell(value: Any, column: str, row_name: str) -> str:
 
 
 def _read_json(path: pathlib.Path, columns: Sequence[str], optional: Sequence[str]) -> Table:
-    """A file with one JSON object a line, or with one array of objects; ``.gz`` is unpacked."""
+    """Reads a file with one JSON object per line, or with one array of objects; ``.gz`` is unpacked."""
     if path.is_dir():
-        raise ValueError(f"{str(path)!r} is a folder; format 'jsonl' wants a file")
+        raise ValueError(f"{str(path)!r} is a folder; the format 'jsonl' needs a file")
     text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode("utf-8")
     records = _json_array(path, text) if text.lstrip().startswith("[") else _json_lines(path, text)
     rows = []
@@ -94,7 +98,7 @@ def _json_array(path: pathlib.Path, text: str) -> list[Any]:
 
 def _json_lines(path: pathlib.Path, text: str) -> list[Any]:
     records = []
-    # Not splitlines(): JSON strings may hold its further line ends, such as U+2028, unescaped.
+    # splitlines() would also split at characters such as U+2028, which JSON strings may contain.
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
             continue
@@ -106,12 +110,12 @@ def _json_lines(path: pathlib.Path, text: str) -> list[Any]:
 
 
 def _read_parquet(path: pathlib.Path, columns: Sequence[str], optional: Sequence[str]) -> Table:
-    """A file, or all ``*.parquet`` of a folder in the order of their names."""
+    """Reads a file, or all ``*.parquet`` files of a folder in the order of their names."""
     import pyarrow.parquet
 
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files:
-        raise ValueError(f"{str(path)!r}: the folder has no *.parquet file")
+        raise ValueError(f"{str(path)!r}: the folder contains no *.parquet file")
     rows: list[tuple[Any, ...]] = []
     for file in files:
         try:
@@ -134,8 +138,8 @@ def _read_parquet(path: pathlib.Path, columns: Sequence[str], optional: Sequence
 def _read_datasets(
     path: str, columns: Sequence[str], optional: Sequence[str], name: str | None, split: str, files: Sequence[str]
 ) -> Table:
-    """A folder written by ``save_to_disk``, or whatever ``load_dataset`` takes: a hub name, a folder of files."""
-    import datasets
+    """Reads a folder written by ``save_to_disk``, or what ``load_dataset`` accepts: a hub name or a folder of files."""
+    datasets = libraries.load("datasets")
 
     if _looks_local(path):
         _existing(path)
@@ -146,7 +150,7 @@ def _read_datasets(
             loaded = datasets.load_dataset("json", data_files=list(files), split=split)
         else:
             loaded = datasets.load_dataset(path, name, split=split)
-    except (OSError, ValueError) as error:  # all of the library's errors about names, splits and the network
+    except (OSError, ValueError) as error:  # the library's errors about names, splits and the network
         raise ValueError(f"{path!r}: the datasets library cannot load it: {error}") from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
@@ -164,10 +168,8 @@ def _read_datasets(
 
 
 def _read_tfds(path: str, columns: Sequence[str], optional: Sequence[str], split: str) -> Table:
-    """A prepared dataset (array_record) by folder or by name, through ``as_data_source``: no TensorFlow."""
-    import tensorflow_datasets as tfds
-
-    builder: Any
+    """Reads a prepared dataset (array_record) by folder or name; ``as_data_source`` does without TensorFlow."""
+    tfds = libraries.load("tensorflow_datasets")
     if _looks_local(path) or pathlib.Path(path).is_dir():
         builder = tfds.builder_from_directory(_tfds_folder(_existing(path)))
     else:
@@ -176,7 +178,7 @@ def _read_tfds(path: str, columns: Sequence[str], optional: Sequence[str], split
             builder.download_and_prepare()
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(f"{path!r}: TFDS cannot load it: {error}") from error
-    if split.partition("[")[0] not in builder.info.splits:  # train[:100] is a split too
+    if split.partition("[")[0] not in builder.info.splits:  # a split can be a slice such as train[:100]
         known = builder.info.splits
         raise ValueError(f"{path!r}: has no split {split!r}; it has {_listed(known)}{_nearest(split, known)}")
     _require_columns(f"{path!r} split {split!r}", builder.info.features or {}, columns)
@@ -190,11 +192,11 @@ def _present(columns: Sequence[str], optional: Sequence[str], available: Sequenc
 
 
 def _tfds_folder(folder: pathlib.Path) -> pathlib.Path:
-    """The one prepared dataset (a folder with dataset_info.json) in or below ``folder``."""
+    """The only prepared dataset, a folder with dataset_info.json, in or below ``folder``."""
     found = [info.parent for info in sorted(folder.rglob("dataset_info.json"))]
     if len(found) != 1:
         below = f"; choose one of {', '.join(map(str, found))}" if found else ""
-        raise ValueError(f"{str(folder)!r}: holds {len(found)} prepared TFDS datasets, wanted one{below}")
+        raise ValueError(f"{str(folder)!r} contains {len(found)} prepared TFDS datasets, but should contain one{below}")
     return found[0]
 
 
@@ -203,13 +205,13 @@ def _looks_local(path: str) -> bool:
 
 
 def _existing(path: str) -> pathlib.Path:
-    """``path``, which must exist; else an error that names its nearest sibling."""
+    """The path, if it exists; otherwise raises a ValueError that names its most similar sibling."""
     expanded = pathlib.Path(path).expanduser()
     if expanded.exists():
         return expanded
     parent = expanded.parent
     if not parent.is_dir():
-        raise ValueError(f"{path!r} does not exist, nor does its folder {str(parent)!r}")
+        raise ValueError(f"{path!r} does not exist; its folder {str(parent)!r} does not exist either")
     siblings = sorted(sibling.name for sibling in parent.iterdir())
     raise ValueError(f"{path!r} does not exist{_nearest(expanded.name, siblings)}")
 

@@ -1,7 +1,7 @@
-"""The built-in toy tasks: their distributions, demonstrations and train / held-out split.
+"""The built-in toy tasks: their prompts, demonstrations, and the split into training and held-out prompts.
 
-Any prompt can be had by its index, alone and in any order, so that resuming needs only a position.
-Their rewards are in ``rewards/toy.py``.
+Each prompt is made from its index alone, so a stream can be resumed from a position. The rewards are in
+``rewards/toy.py``.
 """
 
 import abc
@@ -15,9 +15,9 @@ from oapl_jax.types import Prompt
 Split = Literal["train", "held_out"]
 
 HELD_OUT_SEED = 99
-"""Every run is evaluated on the same prompts, whatever its own seed."""
+"""Seed of the held-out prompts, which are the same for every seed of a run."""
 
-# The reference runs split chain by the hash of its character ids; the text itself would hash otherwise.
+# The split of chain hashes character ids in this alphabet, as in the reference runs.
 _SPLIT_ALPHABET = "_$0123456789+-*="
 
 _STREAMS = {"train": 0, "held_out": 1, "demonstration": 2}
@@ -25,42 +25,45 @@ _STREAMS = {"train": 0, "held_out": 1, "demonstration": 2}
 
 @runtime_checkable
 class PromptEncoder(Protocol):
-    """The part of a tokenizer that prompts need."""
+    """The method of a tokenizer that prompts need."""
 
     def encode_prompt(self, question: str, system: str | None = None) -> list[int]:
-        """Token ids up to the place where the response begins."""
+        """Token ids up to the beginning of the response."""
         ...
 
 
 class Draw(NamedTuple):
-    """One sample of a task's distribution."""
+    """One sample from the distribution of a task."""
 
     question: str
     response: str
     """A demonstration, without the stop token."""
     split_key: bytes
-    """What decides the split: equal keys are on the same side."""
+    """Decides the split: samples with equal keys are in the same split."""
 
 
 class Task(abc.ABC):
-    """A distribution of questions and demonstrations. Held-out: the tenth whose key's crc32 is divisible by 10."""
+    """A distribution of questions and demonstrations.
+
+    A question is held out if the crc32 of its key is divisible by 10.
+    """
 
     name: str
     max_response_tokens: int
-    """Of a full answer with its stop token."""
+    """Length of the longest answer, with its stop token."""
 
     @abc.abstractmethod
     def draw(self, rng: np.random.Generator) -> Draw:
-        """One question with a demonstration, of either split."""
+        """One question with a demonstration, from either split."""
 
     def prompt(self, index: int, split: Split, seed: int, tokenizer: PromptEncoder) -> Prompt:
-        """Prompt number ``index``; the held-out ones do not depend on ``seed``."""
+        """Prompt number ``index`` of a split; held-out prompts do not depend on ``seed``."""
         stream_seed = HELD_OUT_SEED if split == "held_out" else seed
         question = self._draw_at(index, stream_seed, split, is_held_out=split == "held_out").question
         return _make_prompt(f"{self.name}/{split}/{index}", question, tokenizer)
 
     def demonstration(self, index: int, seed: int, tokenizer: PromptEncoder) -> tuple[Prompt, str]:
-        """Training prompt number ``index`` of a stream of its own, with a response that has no stop token yet."""
+        """Training prompt number ``index`` of a separate stream, with a response that lacks the stop token."""
         draw = self._draw_at(index, seed, "demonstration", is_held_out=False)
         return _make_prompt(f"{self.name}/demonstration/{index}", draw.question, tokenizer), draw.response
 
@@ -73,10 +76,10 @@ class Task(abc.ABC):
 
 
 class Chain(Task):
-    """Arithmetic modulo 10 from left to right, the running values written out: ``7+5*3-8*4+6=`` -> ``26828``.
+    """Arithmetic modulo 10 from left to right, with all running values written out: ``7+5*3-8*4+6=`` -> ``26828``.
 
-    Each step of a demonstration is replaced by a random digit with probability ``noise``, and the chain
-    goes on from there: imitation alone leaves room for the reward, which looks at the last value.
+    In a demonstration each step is replaced by a random digit with probability ``noise``, and the chain continues from
+    that digit. Imitation alone therefore leaves room for the reward, which depends on the last value.
     """
 
     name = "chain"
@@ -101,22 +104,23 @@ class Chain(Task):
 
 
 class Countdown(Task):
-    """Four digits and a target, ``3741:24`` -> ``3*721+425-124``: each step an operator, a digit, a two-digit value.
+    """Four digits and a target, ``3741:24`` -> ``3*721+425-124``: a step is an operator, a digit, a two-digit value.
 
-    Three or four of the digits, once each, left to right; every value in 0..99; many solutions.
+    A solution uses three or four of the digits, each once, from left to right, and every value is in 0..99. A question
+    has many solutions.
     """
 
     name = "countdown"
     max_response_tokens = 14
     three_digit_share = 0.35
-    """Share of the questions that are made with three of the digits."""
+    """Share of questions whose demonstration uses three digits."""
 
     def draw(self, rng: np.random.Generator) -> Draw:
         """One solvable question with one of its solutions."""
         while True:
             digits = [int(digit) for digit in rng.integers(1, 10, 4)]
             num_used = 3 if rng.random() < self.three_digit_share else 4
-            first, *rest = (digits[place] for place in rng.permutation(4)[:num_used])
+            first, *rest = (digits[i] for i in rng.permutation(4)[:num_used])
             value, response = first, str(first)
             for digit in rest:
                 operator = "+-*"[rng.integers(3)]

@@ -1,6 +1,6 @@
-"""Text to token ids and back: Hugging Face tokenizers and the toy tasks' own characters.
+"""Tokenizers: those of Hugging Face, and one token per character for the toy tasks.
 
-Token ids are the truth: a response is decoded for people and graders and never encoded again.
+A response is decoded for people and graders, and its text is never encoded again.
 """
 
 import json
@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Int
 
 CHARS = "_$0123456789+-*=:,"
-"""Alphabet of the toy tasks; the place is the id: 0 pads, 1 stops."""
+"""Alphabet of the toy tasks; the index of a character is its id. 0 is padding, 1 is the stop token."""
 
 CHARACTER_FILE = "character_tokenizer.json"
 GENERATION_FILE = "generation_config.json"
@@ -20,10 +20,10 @@ GENERATION_FILE = "generation_config.json"
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """What the rest of the program knows of a tokenizer."""
+    """The interface of all tokenizers."""
 
     vocab_size: int
-    """V: ids below it may be sampled. The embedding has more rows than this; those are padding."""
+    """V: ids below it may be sampled. Further rows of the embedding are padding."""
     stop_ids: tuple[int, ...]
     """All ids that end a response, ascending."""
     eos_id: int
@@ -31,19 +31,19 @@ class Tokenizer(Protocol):
     pad_id: int
 
     def encode_prompt(self, question: str, system: str | None = None) -> list[int]:
-        """Token ids up to the place where the response begins."""
+        """Token ids up to the beginning of the response."""
         ...
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of plain text; no special tokens are added."""
+        """Token ids of plain text, without special tokens."""
         ...
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, "R"]) -> str:
-        """Text of token ids, without the special ones."""
+        """Text of token ids, without special tokens."""
         ...
 
     def save(self, folder: str | pathlib.Path) -> None:
-        """Writes what ``load(folder)`` needs."""
+        """Writes the files that ``load(folder)`` needs."""
         ...
 
 
@@ -55,13 +55,15 @@ def load(source: str, folder: str | pathlib.Path | None = None) -> Tokenizer:
         folder: the model's folder or hub name, for ``model``.
 
     Raises:
-        ValueError: where there is no tokenizer at that place.
+        ValueError: there is no such tokenizer.
     """
     if source == "characters":
         return CharacterTokenizer()
     if source == "model":
         if folder is None:
-            raise ValueError("model.tokenizer='model': there is no model folder to take it from; name a tokenizer")
+            raise ValueError(
+                "model.tokenizer='model': there is no model folder that could contain it; name a tokenizer"
+            )
         source = str(folder)
     saved = pathlib.Path(source) / CHARACTER_FILE
     if saved.is_file():
@@ -80,7 +82,7 @@ class CharacterTokenizer:
 
     @classmethod
     def from_file(cls, path: pathlib.Path) -> "CharacterTokenizer":
-        """Reads what ``save`` wrote; another alphabet would give every id another meaning."""
+        """Reads what ``save`` wrote, and checks the alphabet, because it gives the ids their meaning."""
         characters = json.loads(path.read_text(encoding="utf-8"))["characters"]
         if characters != CHARS:
             raise ValueError(f"{path}: its alphabet is {characters!r}, this program's is {CHARS!r}")
@@ -90,7 +92,7 @@ class CharacterTokenizer:
         """Token ids of the question alone.
 
         Raises:
-            ValueError: on a system message, which has no place here, or on a character outside ``CHARS``.
+            ValueError: there is a system message, or a character is not in ``CHARS``.
         """
         if system is not None:
             raise ValueError(f"the character tokenizer has no system message; remove system={system!r}")
@@ -100,15 +102,15 @@ class CharacterTokenizer:
         """Token ids.
 
         Raises:
-            ValueError: naming the first character that is not in ``CHARS``.
+            ValueError: a character is not in ``CHARS``.
         """
-        for place, character in enumerate(text):
+        for i, character in enumerate(text):
             if character not in CHARS:
-                raise ValueError(f"character {character!r} at place {place} of {text!r} is not in {CHARS!r}")
+                raise ValueError(f"character {character!r} at index {i} of {text!r} is not in {CHARS!r}")
         return [CHARS.index(character) for character in text]
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, "R"]) -> str:
-        """Text without stop tokens. A sampled pad shows as ``_``: hiding it would make wrong answers right."""
+        """Text without stop tokens. A sampled pad token becomes ``_``; hiding it would make wrong answers right."""
         return "".join(CHARS[int(i)] for i in ids if int(i) != self.eos_id)
 
     def save(self, folder: str | pathlib.Path) -> None:
@@ -120,17 +122,17 @@ class HuggingFaceTokenizer:
     """A ``transformers`` tokenizer with its chat template and all stop ids of its model."""
 
     def __init__(self, source: str) -> None:
-        from transformers import AutoTokenizer  # takes 2.5 s, which the toy tasks need not pay
+        from transformers import AutoTokenizer  # the import takes 2.5 s, and the toy tasks do not need it
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
         except (OSError, ValueError) as error:
             raise ValueError(f"tokenizer {source!r}: cannot be loaded: {error}") from error
         self._generation = _generation_config(source)
-        # len() counts the added tokens, .vocab_size does not; neither counts the embedding's padding.
+        # len() counts added tokens, unlike .vocab_size; neither counts the padding of the embedding.
         self.vocab_size = len(self._tokenizer)
         if self._tokenizer.eos_token_id is None:
-            raise ValueError(f"tokenizer {source!r}: has no eos token, so a response could never end")
+            raise ValueError(f"tokenizer {source!r}: it has no eos token, so a response could never end")
         self.eos_id = int(self._tokenizer.eos_token_id)
         pad = self._tokenizer.pad_token_id
         self.pad_id = self.eos_id if pad is None else int(pad)
@@ -139,14 +141,14 @@ class HuggingFaceTokenizer:
         self.stop_ids = tuple(sorted({self.eos_id, *declared}))
 
     def encode_prompt(self, question: str, system: str | None = None) -> list[int]:
-        """Token ids of the rendered chat up to the assistant's turn; plain text where there is no template.
+        """Token ids of the rendered chat up to the assistant's turn; without a chat template, those of the plain text.
 
         Raises:
-            ValueError: on a system message for a tokenizer without a chat template.
+            ValueError: there is a system message but no chat template.
         """
         if not self._tokenizer.chat_template:
             if system is not None:
-                raise ValueError(f"this tokenizer has no chat template, so system={system!r} has no place; remove it")
+                raise ValueError(f"this tokenizer has no chat template, so it cannot use system={system!r}; remove it")
             return self.encode(question)
         messages = [] if system is None else [{"role": "system", "content": system}]
         messages.append({"role": "user", "content": question})
@@ -154,24 +156,24 @@ class HuggingFaceTokenizer:
         return self.encode(text)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids. The template writes its own special tokens, so none are added."""
+        """Token ids. The chat template writes its own special tokens, so none are added."""
         return self._tokenizer.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int] | Int[np.ndarray, "R"]) -> str:
-        """Text of the ids, special tokens skipped, spaces as they are."""
+        """Text of the ids, without special tokens and with spaces unchanged."""
         return self._tokenizer.decode(
             [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
 
     def save(self, folder: str | pathlib.Path) -> None:
-        """Writes the tokenizer, and the generation config: it alone knows the further stop ids."""
+        """Writes the tokenizer and the generation config, which alone has the further stop ids."""
         self._tokenizer.save_pretrained(folder)
         if self._generation:
             (pathlib.Path(folder) / GENERATION_FILE).write_text(json.dumps(self._generation, indent=2) + "\n")
 
 
 def _generation_config(source: str) -> dict[str, Any]:
-    """The model's generation_config.json, or {} where it has none."""
+    """The model's generation_config.json, or {} if it has none."""
     from transformers.utils.hub import cached_file
 
     path = cached_file(source, GENERATION_FILE, _raise_exceptions_for_missing_entries=False)

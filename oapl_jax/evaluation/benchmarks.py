@@ -1,4 +1,4 @@
-"""The problems of an evaluation, each with the grader that judges it."""
+"""The problems of an evaluation, each with its grader."""
 
 import contextlib
 import pathlib
@@ -14,24 +14,24 @@ _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet", "")
 
 
 class Benchmark(NamedTuple):
-    """One source of problems."""
+    """A source of problems and its reward."""
 
     data: DataConfig
     reward: RewardConfig
 
 
 class Graded(NamedTuple):
-    """A problem, and who grades its responses."""
+    """A problem and the grader of its responses."""
 
     prompt: Prompt
     grader: Grader
 
 
 def benchmarks(config: EvaluateConfig) -> list[Benchmark]:
-    """What the config names.
+    """The benchmarks that the config names.
 
     Raises:
-        ValueError: a folder of local copies has none of a data set.
+        ValueError: the folder of local copies lacks a data set.
     """
     if config.data is not None:
         return [Benchmark(config.data, config.reward)]
@@ -49,10 +49,15 @@ def benchmarks(config: EvaluateConfig) -> list[Benchmark]:
 
 
 def load(config: EvaluateConfig, tokenizer: PromptEncoder, stack: contextlib.ExitStack) -> list[Graded]:
-    """All problems, in the order of the config; benchmarks with the same options share a grader, which ``stack`` ends.
+    """All problems, in the order of the config; benchmarks with the same options share a grader.
+
+    Args:
+        config: of the evaluation.
+        tokenizer: of the policy.
+        stack: closes the graders.
 
     Raises:
-        ValueError: what cannot be read, a gold answer that does not parse, a grader that does not work.
+        ValueError: a data set cannot be read, a gold answer does not parse, or a grader does not work.
     """
     graders: dict[str, Grader] = {}
     members: dict[str, list[Prompt]] = {}
@@ -75,6 +80,6 @@ def _local_copy(folder: pathlib.Path, name: DatasetName) -> str:
         if (folder / f"{name}{suffix}").exists():
             return str(folder / f"{name}{suffix}")
     raise ValueError(
-        f"benchmarks.folder={str(folder)!r}: has no copy of {name}; put {name}.jsonl or {name}.parquet there, or remove the"
-        " key to read the hub"
+        f"benchmarks.folder={str(folder)!r}: has no copy of {name}; put {name}.jsonl or {name}.parquet there, or remove"
+        " the key to read the hub"
     )

@@ -1,4 +1,4 @@
-"""pass@k: the chance that at least one of k samples is correct, estimated without bias."""
+"""pass@k, maj@k, and bootstrap intervals of their means over problems."""
 
 from collections.abc import Sequence
 
@@ -9,24 +9,24 @@ POWERS_OF_TWO = (1, 2, 4, 8, 16, 32, 64)
 
 
 def pass_at_k(num_samples: Int[np.ndarray, "N"], num_correct: Int[np.ndarray, "N"], k: int) -> Float[np.ndarray, "N"]:
-    """The unbiased estimator of Chen et al. 2021 (arXiv 2107.03374, Eq. 1), one value a problem.
+    """The unbiased estimator of pass@k, one value per problem (Chen et al. 2021, arXiv 2107.03374, Eq. 1).
 
-    With n samples of which c are correct it is ``1 - C(n-c, k) / C(n, k)``, evaluated as
-    ``1 - prod_{i=n-c+1..n} (1 - k/i)`` so that no binomial coefficient can overflow.
+    For n samples, c of them correct, it is ``1 - C(n-c, k) / C(n, k)``, evaluated as
+    ``1 - prod_{i=n-c+1..n} (1 - k/i)`` so that no binomial coefficient overflows.
 
     Args:
-        num_samples: n, samples drawn per problem.
-        num_correct: c, how many of them were correct.
-        k: samples that one is allowed to try.
+        num_samples: n, number of samples of each problem.
+        num_correct: c, number of correct samples of each problem.
+        k: number of attempts.
 
     Raises:
-        ValueError: a problem has fewer than k samples, or a count of correct ones outside 0..n.
+        ValueError: a problem has fewer than k samples, or c is outside 0..n.
     """
     num_samples, num_correct = np.asarray(num_samples), np.asarray(num_correct)
     _check(num_samples, num_correct, k)
     factors = np.arange(1, num_samples.max(initial=0) + 1)
     in_product = (factors > (num_samples - num_correct)[:, None]) & (factors <= num_samples[:, None])
-    # A factor i <= k is reached only when fewer than k samples are wrong; there pass@k is 1 exactly.
+    # The product has a factor with i <= k only if fewer than k samples are wrong, and then pass@k is exactly 1.
     terms = np.where(in_product, np.maximum(1.0 - k / factors, 0.0), 1.0)
     return 1.0 - terms.prod(axis=1)
 
@@ -34,10 +34,10 @@ def pass_at_k(num_samples: Int[np.ndarray, "N"], num_correct: Int[np.ndarray, "N
 def summarize(
     num_samples: Int[np.ndarray, "N"], num_correct: Int[np.ndarray, "N"], ks: Sequence[int] = POWERS_OF_TWO
 ) -> dict[str, float]:
-    """The mean over problems for every k that all problems have samples for: ``{"pass@1": ..., "pass@2": ...}``.
+    """The mean over problems for each k up to the fewest samples of a problem: ``{"pass@1": ..., "pass@2": ...}``.
 
     Raises:
-        ValueError: there are no problems, or one has too few samples for even the smallest k.
+        ValueError: there are no problems, or a problem has too few samples for the smallest k.
     """
     if not len(num_samples):
         raise ValueError("pass@k of no problems: the evaluation has no prompts")
@@ -71,13 +71,13 @@ def _check_counts(num_samples: np.ndarray, num_correct: np.ndarray) -> None:
 def pass_at_ks(
     num_samples: Int[np.ndarray, "N"], num_correct: Int[np.ndarray, "N"], max_k: int
 ) -> Float[np.ndarray, "N max_k"]:
-    """pass@1 ... pass@max_k of every problem at once; NaN where a problem has fewer than k samples.
+    """pass@1 ... pass@max_k of every problem; NaN where a problem has fewer than k samples.
 
-    ``1 - pass@k = prod_{j<k} (n-c-j) / (n-j)``: k wrong samples drawn one after the other. Every factor is between 0
-    and 1, so nothing can overflow, and one running product gives all k.
+    ``1 - pass@k = prod_{j<k} (n-c-j) / (n-j)`` is the chance that k samples drawn without replacement are all wrong.
+    Every factor is between 0 and 1, so the product cannot overflow, and a cumulative product gives all k.
 
     Raises:
-        ValueError: a count of correct ones outside 0..n.
+        ValueError: a number of correct samples is outside 0..n.
     """
     samples, correct = np.asarray(num_samples)[:, None], np.asarray(num_correct)[:, None]
     _check_counts(samples[:, 0], correct[:, 0])
@@ -90,14 +90,16 @@ def pass_at_ks(
 def majority_at_k(
     votes: Sequence[tuple[int, float]], num_silent: int, k: int, rng: np.random.Generator, num_draws: int = 200
 ) -> float:
-    """maj@k of one problem: the chance that the answer with most votes among k samples is correct; ties are drawn by lot.
+    """maj@k of one problem: the chance that the answer with the most votes among k samples is correct.
+
+    Ties are broken at random.
 
     Args:
-        votes: for each answer that was given, how many samples gave it and the share of these that were correct.
-        num_silent: samples that gave no answer; they have no vote.
-        k: samples that vote, of all that there are; for k below their number the mean over random choices of them.
-        rng: of the choices.
-        num_draws: how many choices.
+        votes: for each answer the number of samples with it, and the share of these that are correct.
+        num_silent: number of samples without an answer, which do not vote.
+        k: number of samples that vote. If there are more, the result is the mean over random choices of k samples.
+        rng: generator of the random choices.
+        num_draws: number of random choices.
     """
     if not votes:
         return 0.0
@@ -111,19 +113,19 @@ def majority_at_k(
 
 
 def bootstrap_weights(num_problems: int, rng: np.random.Generator, num_draws: int = 4000) -> Float[np.ndarray, "W N"]:
-    """How often each problem is in each of many resamplings of the problems."""
+    """How often each problem occurs in each of many bootstrap resamplings."""
     return rng.multinomial(num_problems, np.full(num_problems, 1 / num_problems), size=num_draws).astype(np.float64)
 
 
 def resampled_means(weights: Float[np.ndarray, "W N"], values: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "W K"]:
-    """The mean of each column over the problems of each resampling; NaN values are left out."""
-    is_there = ~np.isnan(values)
-    total = weights @ is_there
-    return np.where(total > 0, weights @ np.where(is_there, values, 0.0) / np.maximum(total, 1e-300), np.nan)
+    """The mean of each column over each resampling, without NaN values."""
+    is_known = ~np.isnan(values)
+    total = weights @ is_known
+    return np.where(total > 0, weights @ np.where(is_known, values, 0.0) / np.maximum(total, 1e-300), np.nan)
 
 
 def interval(means: Float[np.ndarray, "W K"], level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """The percentile interval of each column; resamplings without a value are left out."""
+    """The percentile interval of each column, without resamplings whose mean is NaN."""
     tail = (1 - level) / 2
     low, high = np.nanquantile(means, [tail, 1 - tail], axis=0)
     return low, high

@@ -1,4 +1,4 @@
-"""The look of all pictures."""
+"""The style of all plots."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, GREY = (
     *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
     *("#E69F00", "#56B4E9", "#8A8F98"),
 )
-"""Okabe and Ito's colours and a grey, distinguishable by everyone."""
+"""The palette of Okabe and Ito, which colour-blind people can distinguish, and a grey."""
 
 STYLE: Any = {
     "font.size": 9.5,
@@ -20,4 +20,4 @@ STYLE: Any = {
     "grid.color": "#E6E8EB",
     "legend.frameon": False,
 }
-"""For ``matplotlib.rc_context``."""
+"""Parameters for ``matplotlib.rc_context``."""

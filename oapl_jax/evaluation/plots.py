@@ -1,4 +1,4 @@
-"""Pictures of scores: pass@k over k, differences to a baseline, and pass@k over the versions of a run."""
+"""Plots of scores: pass@k over k, differences from a baseline, and pass@k over the versions of a run."""
 
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -28,20 +28,20 @@ _COLUMNS = 3
 
 
 def draw_pass(path: pathlib.Path, scores: Sequence[Score]) -> None:
-    """pass@k over k, a panel for each benchmark and the average, a line and a band of its interval for each policy."""
+    """Draws pass@k over k: a panel for each benchmark and the average, a line with its interval for each policy."""
     curves = {(item.benchmark, item.label): item.of("pass") for item in scores}
     _draw(path, curves, "pass@k: chance that one of k samples is correct; band: 95 % over problems")
 
 
 def draw_differences(path: pathlib.Path, comparisons: Sequence[Comparison]) -> None:
-    """pass@k less the baseline's over k, paired."""
+    """Draws the paired difference of pass@k from the baseline, over k."""
     curves = {(item.benchmark, item.label): list(item.values) for item in comparisons}
-    title = f"pass@k less that of {comparisons[0].baseline}; band: 95 %, paired over problems"
+    title = f"pass@k minus that of {comparisons[0].baseline}; band: 95 %, paired over problems"
     _draw(path, curves, title, is_difference=True)
 
 
 def draw_versions(path: pathlib.Path, scores: Mapping[int, Sequence[Score]]) -> None:
-    """pass@1 and pass@k of the largest k over the versions of one run, a panel for each benchmark."""
+    """Draws pass@1 and pass@k of the largest k over the versions of a run: a panel for each benchmark."""
     benchmarks = dict.fromkeys(item.benchmark for members in scores.values() for item in members)
     with matplotlib.rc_context(plot_style.STYLE):
         figure, panels = _panels(list(benchmarks), "pass@k over the versions of the run; bars: 95 % over problems")
@@ -83,9 +83,9 @@ def _draw(
 
 
 def _curve(axes: Axes, values: Sequence[Value], label: str, i: int) -> None:
-    """A line, with marks at the powers of two."""
+    """Draws a line with markers at the powers of two."""
     ks, colour = [value.k for value in values], _COLOURS[i % len(_COLOURS)]
-    marks = [place for place, k in enumerate(ks) if k in shown_ks(ks[-1])]
+    marks = [i for i, k in enumerate(ks) if k in shown_ks(ks[-1])]
     axes.plot(
         ks,
         [value.value for value in values],
@@ -100,7 +100,7 @@ def _curve(axes: Axes, values: Sequence[Value], label: str, i: int) -> None:
 
 
 def _panels(benchmarks: Sequence[str], title: str) -> tuple[Figure, list[Axes]]:
-    """A figure with an axes for each benchmark."""
+    """A figure with one panel for each benchmark."""
     columns = min(len(benchmarks), _COLUMNS)
     rows = -(-len(benchmarks) // columns)
     figure = Figure(figsize=(max(4.6 * columns, 6.4), 3.6 * rows + 0.9), dpi=140, layout="constrained")

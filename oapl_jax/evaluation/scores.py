@@ -1,4 +1,4 @@
-"""Tallies to numbers: pass@k, avg@k, maj@k with intervals, by benchmark and averaged, and paired differences."""
+"""Computes pass@k, avg@k and maj@k with intervals from tallies, and paired differences between policies."""
 
 import dataclasses
 import zlib
@@ -12,55 +12,55 @@ from oapl_jax.evaluation.tally import Tally
 
 MAX_K = 256
 AVERAGE = "average"
-"""Name of the mean over benchmarks, each of which counts the same."""
+"""Name of the mean over benchmarks, which have equal weights."""
 _SEED = 20_260
 
 
 @dataclasses.dataclass(frozen=True)
 class Value:
-    """One number with its 95 % bootstrap interval over problems."""
+    """A number with its 95 % bootstrap interval over problems."""
 
     metric: str
-    """``pass``, ``avg``, ``maj``: at k samples; ``difference``: of two pass@k."""
+    """``pass``, ``avg`` or ``maj`` at k samples, or ``difference`` of two pass@k."""
     k: int
     value: float
     low: float
     high: float
     num_problems: int
-    """Problems that it is the mean of: those with at least k samples."""
+    """Number of problems with at least k samples; the value is their mean."""
     num_short: int = 0
-    """Problems that have fewer than k samples and are not in it."""
+    """Number of problems that are left out because they have fewer than k samples."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """What one policy makes of one benchmark, or of all (``AVERAGE``)."""
+    """The result of a policy on a benchmark, or on all of them (``AVERAGE``)."""
 
     label: str
     benchmark: str
     values: tuple[Value, ...]
     counts: dict[str, float]
-    """Problems, samples, verdicts, mean response tokens, share of truncated responses."""
+    """Numbers of problems, samples and verdicts, mean response tokens, share of truncated responses."""
 
     def of(self, metric: str) -> list[Value]:
-        """The values of a metric, by k."""
+        """The values of a metric, in the order of k."""
         return [value for value in self.values if value.metric == metric]
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """pass@k of one policy less that of another, on the problems that both have."""
+    """pass@k of a policy minus pass@k of a baseline, on the problems that both have."""
 
     label: str
     baseline: str
     benchmark: str
     values: tuple[Value, ...]
     num_unpaired: int
-    """Problems that only one of the two has."""
+    """Number of problems that only one of the two has."""
 
 
 def score(label: str, tallies: Sequence[Tally], max_k: int = MAX_K) -> list[Score]:
-    """A score for each benchmark, and their average where there are several."""
+    """A score for each benchmark, and their average if there are several."""
     scores, draws = [], []
     for tally in tallies:
         rates = passk.pass_at_ks(tally.num_samples, tally.num_correct, min(max_k, int(tally.num_samples.max())))
@@ -72,7 +72,7 @@ def score(label: str, tallies: Sequence[Tally], max_k: int = MAX_K) -> list[Scor
 
 
 def compare(label: str, tallies: Sequence[Tally], baseline: str, others: Sequence[Tally]) -> list[Comparison]:
-    """Paired differences of pass@k, benchmark by benchmark; both sides are resampled by the same problems."""
+    """Paired differences of pass@k for each benchmark: both sides are resampled with the same problems."""
     theirs = {tally.benchmark: tally for tally in others}
     found = []
     for tally in tallies:
@@ -94,25 +94,25 @@ def compare(label: str, tallies: Sequence[Tally], baseline: str, others: Sequenc
 
 
 def shown_ks(max_k: int) -> list[int]:
-    """Powers of two, and the largest k."""
+    """The values of k that are shown: powers of two, and the largest k."""
     return sorted({*(2**i for i in range(max_k.bit_length())), max_k} - {0})
 
 
 def _values(metric: str, rates: Float[np.ndarray, "N K"], means: Float[np.ndarray, "W K"]) -> list[Value]:
     """The mean of each column that has a value, with its interval."""
-    there = (~np.isnan(rates)).sum(axis=0)
-    kept = there > 0
+    counts = (~np.isnan(rates)).sum(axis=0)
+    kept = counts > 0
     low, high = passk.interval(means[:, kept])
     value = np.nanmean(rates[:, kept], axis=0)
     ks = np.flatnonzero(kept) + 1
     return [
         Value(metric, int(k), float(v), float(lo), float(hi), int(n), len(rates) - int(n))
-        for k, v, lo, hi, n in zip(ks, value, low, high, there[kept], strict=True)
+        for k, v, lo, hi, n in zip(ks, value, low, high, counts[kept], strict=True)
     ]
 
 
 def _averages(tally: Tally, max_k: int) -> list[Value]:
-    """avg@k: the share of correct ones among the first k samples of each problem."""
+    """avg@k: the share of correct samples among the first k of each problem."""
     ks = shown_ks(min(max_k, int(tally.num_samples.max())))
     rates = np.array(
         [
@@ -124,7 +124,7 @@ def _averages(tally: Tally, max_k: int) -> list[Value]:
 
 
 def _majorities(tally: Tally, max_k: int) -> list[Value]:
-    """maj@k, where the benchmark's responses have answers to vote on."""
+    """maj@k, if the responses of the benchmark have answers that can be voted on."""
     if any(problem.votes is None for problem in tally.problems):
         return []
     ks = shown_ks(min(max_k, int(tally.num_samples.max())))
@@ -144,13 +144,13 @@ def _majorities(tally: Tally, max_k: int) -> list[Value]:
 
 
 def _at(ks: list[int], metric: str, rates: Float[np.ndarray, "N K"], tally: Tally) -> list[Value]:
-    """Values whose column i is that of ``ks[i]``."""
+    """The values of rates whose column i belongs to ``ks[i]``."""
     values = _values(metric, rates, passk.resampled_means(_weights(tally.benchmark, len(rates)), rates))
     return [dataclasses.replace(value, k=ks[value.k - 1]) for value in values]
 
 
 def _average(label: str, scores: Sequence[Score], draws: Sequence[np.ndarray]) -> Score:
-    """The mean over benchmarks for every k that all have; their problems are resampled independently."""
+    """The mean over benchmarks for each k that all of them have; their problems are resampled independently."""
     values: list[Value] = []
     columns = [{value.k: value for value in item.of("pass")} for item in scores]
     for k in sorted(set.intersection(*map(set, columns))):
@@ -179,7 +179,7 @@ def _counts(tally: Tally) -> dict[str, float]:
 
 
 def _weights(benchmark: str, num_problems: int) -> Float[np.ndarray, "W N"]:
-    """The same resamplings for every policy, others for every benchmark."""
+    """Resamplings that are the same for all policies and differ between benchmarks."""
     return passk.bootstrap_weights(num_problems, np.random.default_rng((_SEED, zlib.crc32(benchmark.encode()))))
 
 

@@ -1,4 +1,4 @@
-"""Scores as files and as a table for people: results.json, results.csv."""
+"""Scores as files (results.json, results.csv) and as a printed table."""
 
 import csv
 import dataclasses
@@ -17,7 +17,7 @@ _CSV = ("label", "benchmark", "baseline", "metric", "k", "value", "low", "high",
 
 
 def write(directory: pathlib.Path, scores: Sequence[Score], comparisons: Sequence[Comparison]) -> None:
-    """Writes both files, each whole or not at all."""
+    """Writes both files, each of them atomically."""
     directory.mkdir(parents=True, exist_ok=True)
     records = {
         "scores": [_record(item, {"counts": item.counts}) for item in scores],
@@ -25,7 +25,9 @@ def write(directory: pathlib.Path, scores: Sequence[Score], comparisons: Sequenc
             _record(item, {"baseline": item.baseline, "unpaired": item.num_unpaired}) for item in comparisons
         ],
     }
-    _replace(directory / JSON_FILE, json.dumps(_finite(records), indent=1, allow_nan=False) + "\n")
+    temporary = directory / f"{JSON_FILE}.tmp"
+    temporary.write_text(json.dumps(_finite(records), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(directory / JSON_FILE)
     temporary = directory / f"{CSV_FILE}.tmp"
     with temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
@@ -37,7 +39,7 @@ def write(directory: pathlib.Path, scores: Sequence[Score], comparisons: Sequenc
 
 
 def render(scores: Sequence[Score], comparisons: Sequence[Comparison]) -> str:
-    """The table that the command prints: pass@k in percent with its interval, and what goes with it."""
+    """The table that the command prints: pass@k in percent with its interval, avg@k, maj@k and counts."""
     lines = []
     for benchmark in dict.fromkeys(item.benchmark for item in scores):
         members = [item for item in scores if item.benchmark == benchmark]
@@ -45,7 +47,7 @@ def render(scores: Sequence[Score], comparisons: Sequence[Comparison]) -> str:
         width = max(len(item.label) for item in members)
         lines += ["", f"{benchmark}: {members[0].counts['problems']:,.0f} problems, pass@k in percent [95 %]"]
         lines.append(
-            f"{'':{width}}  " + "".join(f"{f'k={k}':>22}" for k in ks) + "    avg    maj   tokens    cut  invalid"
+            f"{'':{width}}  " + "".join(f"{f'k={k}':>22}" for k in ks) + "    avg    maj   tokens  truncated  invalid"
         )
         for item in members:
             found = {v.k: v for v in item.of("pass")}
@@ -53,20 +55,20 @@ def render(scores: Sequence[Score], comparisons: Sequence[Comparison]) -> str:
             counts = item.counts
             lines.append(
                 f"{item.label:{width}}  {cells}{_last(item, 'avg'):>7}{_last(item, 'maj'):>7}{counts['response_tokens']:9,.0f}"
-                f"{counts['truncated']:7.1%}{counts['verdict_invalid']:9,.0f}"
+                f"{counts['truncated']:11.1%}{counts['verdict_invalid']:9,.0f}"
             )
     if comparisons:
-        lines += ["", f"pass@k less that of {comparisons[0].baseline}, in points, on the same problems [95 %, paired]"]
+        lines += ["", f"pass@k minus that of {comparisons[0].baseline}, in points, on the same problems [95 %, paired]"]
     for item in comparisons:
         ks = {1, *shown_ks(max(v.k for v in item.values))[-1:]}
         cells = "  ".join(f"k={v.k}: {_cell(v, '+')}" for v in item.values if v.k in ks)
-        unpaired = f"  ({item.num_unpaired} problems without a partner)" if item.num_unpaired else ""
+        unpaired = f"  ({item.num_unpaired} unpaired problems)" if item.num_unpaired else ""
         lines.append(f"{item.label}, {item.benchmark}: {cells}{unpaired}")
     return "\n".join(lines).strip("\n")
 
 
 def shortages(label: str, tallies: Sequence[Tally]) -> list[str]:
-    """A line for each benchmark whose problems do not all have the same number of samples, or have none."""
+    """A line for each benchmark whose problems have different numbers of samples."""
     lines = []
     for tally in tallies:
         most = int(tally.num_samples.max())
@@ -76,7 +78,7 @@ def shortages(label: str, tallies: Sequence[Tally]) -> list[str]:
             more = f" and {len(short) - MAX_NAMED} more" if len(short) > MAX_NAMED else ""
             lines.append(
                 f"{label}, {tally.benchmark}: {len(short)} of {len(tally.problems)} problems have fewer than {most} samples"
-                f" with a verdict and are not in pass@k beyond what they have: {named}{more}"
+                f" with a verdict, so they are left out of pass@k for larger k: {named}{more}"
             )
     return lines
 
@@ -96,7 +98,7 @@ def _record(item: Score | Comparison, rest: dict[str, Any]) -> dict[str, Any]:
 
 
 def _columns(max_k: int) -> list[int]:
-    """At most six: a line has to fit a screen."""
+    """At most six values of k, so that a line fits on a screen."""
     ks = shown_ks(max_k)
     return ks if len(ks) <= 6 else [*(k for k in (1, 4, 16, 64) if k < max_k), max_k]
 
@@ -108,21 +110,15 @@ def _cell(value: Value | None, sign: str = "") -> str:
 
 
 def _last(item: Score, metric: str) -> str:
-    """At the largest k; the average over benchmarks has none."""
+    """The value at the largest k; the average over benchmarks has none."""
     values = item.of(metric)
     return f"{100 * values[-1].value:.1f}" if values and item.benchmark != AVERAGE else "-"
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN."""
+    """Replaces NaN and infinities, which JSON does not have, by None."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)

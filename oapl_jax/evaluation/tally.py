@@ -1,4 +1,4 @@
-"""What came of the samples of a rollout log, by benchmark and problem: counts, lengths, verdicts, votes."""
+"""Tallies of the samples in a rollout log, by benchmark and problem: counts, lengths, verdicts, votes."""
 
 import collections
 import dataclasses
@@ -26,56 +26,57 @@ class Problem:
 
     id: str
     is_correct: tuple[bool, ...]
-    """Of the samples whose verdict is not invalid."""
+    """Whether each sample is correct; samples with an invalid verdict are left out."""
     votes: tuple[tuple[int, float], ...] | None
-    """For each answer, how many samples gave it and whether it is correct (1 or 0); None: there is nothing to vote on."""
+    """For each answer the number of samples with it, and 1 or 0 for correct or wrong. None: there are no votes."""
     num_silent: int
-    """Samples without a vote."""
+    """Number of samples without a vote."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Tally:
-    """What one policy made of one benchmark."""
+    """The samples of one policy on one benchmark."""
 
     benchmark: str
     problems: tuple[Problem, ...]
-    """By the order of their ids' numbers."""
+    """In the order of the numbers in their ids."""
     verdicts: dict[str, int]
     num_truncated: int
     tokens: dict[str, int]
-    """Response tokens in all, by verdict."""
+    """Total number of response tokens, by verdict."""
 
     @property
     def num_samples(self) -> Int[np.ndarray, "N"]:
-        """N of each problem: its samples with a verdict."""
+        """Number of samples with a verdict, for each problem."""
         return np.array([len(problem.is_correct) for problem in self.problems])
 
     @property
     def num_correct(self) -> Int[np.ndarray, "N"]:
-        """C of each problem."""
+        """Number of correct samples, for each problem."""
         return np.array([sum(problem.is_correct) for problem in self.problems])
 
 
 def versions(log: SharedPath) -> list[int]:
-    """Policy versions that a rollout log has, ascending.
+    """Policy versions in a rollout log, ascending.
 
     Raises:
-        ValueError: there is no log.
+        ValueError: the log has no rollouts.
     """
     rollouts = RolloutLog(log)
     found = [version for version in rollouts.versions() if rollouts.parts(version)]
     if not found:
-        raise ValueError(f"{str(log)!r} has no rollouts: no folder VERSION/part-NNNNNN.parquet in it")
+        raise ValueError(f"{str(log)!r} has no rollouts: it lacks files VERSION/part-NNNNNN.parquet")
     return found
 
 
 def read(log: SharedPath, version: int) -> list[Tally]:
-    """The tallies of a policy version, a benchmark each, by name; a benchmark is what a prompt's id begins with.
+    """A tally of a policy version for each benchmark, in the order of their names.
 
-    Only the columns that count are read, a file at a time, so that a log may be larger than the memory.
+    A prompt's id begins with the name of its benchmark. Files are read one at a time, and only the columns that are
+    needed, so a log may be larger than the memory.
 
     Raises:
-        ValueError: a file cannot be read or lacks a column; names it.
+        ValueError: a file cannot be read or lacks a column; the message names it.
     """
     rows: dict[str, dict[str, list[tuple]]] = collections.defaultdict(lambda: collections.defaultdict(list))
     golds: dict[str, str] = {}
@@ -88,7 +89,7 @@ def read(log: SharedPath, version: int) -> list[Tally]:
 
 
 def prompt_ids(log: SharedPath, version: int) -> set[str]:
-    """Prompts that a log has groups of."""
+    """Ids of the prompts that have groups in a log."""
     found: set[str] = set()
     rollouts = RolloutLog(log)
     for part in rollouts.parts(version):
@@ -120,7 +121,7 @@ def _tally(benchmark: str, rows: dict[str, list[tuple]], gold: str) -> Tally:
 
 
 def _problem(name: str, samples: Sequence[tuple], has_votes: bool) -> Problem:
-    """Of the samples as they came: those of a second group of the same prompt follow those of the first."""
+    """The tally of one prompt; samples of a second group follow those of the first."""
     judged = [sample for sample in samples if sample[1] != Verdict.INVALID]
     is_correct = tuple(verdict == Verdict.CORRECT for _, verdict, *_ in judged)
     if not has_votes:
@@ -129,7 +130,7 @@ def _problem(name: str, samples: Sequence[tuple], has_votes: bool) -> Problem:
     num_correct = 0
     for _, verdict, finish_reason, response, _ in judged:
         if verdict == Verdict.CORRECT:
-            num_correct += 1  # equal to the gold answer, so equal to one another, however they are written
+            num_correct += 1  # all correct answers equal the gold answer, so they count as one
         else:
             votes[None if finish_reason == FinishReason.LENGTH else answers.vote(response)] += 1
     num_silent = votes.pop(None, 0)
@@ -138,7 +139,7 @@ def _problem(name: str, samples: Sequence[tuple], has_votes: bool) -> Problem:
 
 
 def _is_mathematical(benchmark: str, gold: str) -> bool:
-    """Whether responses have answers that can be voted on: not programs, nor the toy tasks, which have no gold answer."""
+    """Whether responses have answers that can be voted on, unlike programs and responses of the toy tasks."""
     name = benchmark.partition("/")[0]
     if name in get_args(MathDataset) or name in get_args(CodeDataset):
         return name in get_args(MathDataset)

@@ -1,15 +1,15 @@
-"""What a compiled program does in one run, read from the text of its optimized HLO module.
+"""The work of a compiled program in one run, read from the text of its optimized HLO module.
 
-XLA's own ``cost_analysis`` counts the body of a loop once, whatever its trip count; here bodies are
-multiplied by it. Everything is per device: an SPMD module is the program of one of them.
+XLA's ``cost_analysis`` counts the body of a loop once; here it is multiplied by the trip count. All numbers are per
+device, because an SPMD module is the program of one device.
 
-* **FLOPs** are those of matrix products (``dot`` and ``convolution``, as which a TPU has them); a
-  multiplication and an addition are two. Kernels (Pallas, ``tpu_custom_call``) are counted as calls only:
-  what is inside of them is not in the text.
-* **HBM bytes** are the operands and results of each instruction that runs by itself; what a fusion keeps
-  to itself, and what the compiler placed in fast memory, costs nothing. Slices count as what is sliced.
-  Padding of tiles is not counted, so it is a lower bound; nor are kernels.
-* **Collectives** are counted in bytes that a device has to receive, by the best algorithm.
+* **FLOPs** are those of matrix products (``dot``, and ``convolution``, which a TPU uses for them). A multiplication
+  and an addition count as two. The text does not show what a kernel (Pallas, ``tpu_custom_call``) computes, so only the
+  calls of kernels are counted.
+* **HBM bytes** are the operands and results of each instruction that runs by itself. Values inside a fusion and values
+  in fast memory cost nothing, and a slice counts with its own size. Kernels and the padding of tiles are not counted,
+  so the number is a lower bound.
+* **Collectives** are counted in bytes that a device has to receive by the best algorithm.
 """
 
 import collections
@@ -22,23 +22,23 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0, "f8e4m3fn": 8, "f8e5m2": 8}
-"""Element types whose name does not end in their width."""
+"""Bits of element types whose names do not end in their width."""
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
 KERNEL = "tpu_custom_call"
-"""Target of the custom calls that are Pallas kernels."""
+"""Target of custom calls to Pallas kernels."""
 
 SLICES = ("dynamic-slice", "slice", "gather")
 
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
-"""Instructions that change a part of their first operand in place, and which operand the new part is."""
+"""Instructions that update a part of their first operand in place, with the index of the operand with the new part."""
 
 FREE = {
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all"),
     *("custom-call", "partition-id", "replica-id", "async-start", "async-update", "async-done", "send", "recv"),
 }
-"""Instructions that move no bytes in HBM themselves, or whose bytes are not known; so do those that end in ``-done``."""
+"""Instructions that move no bytes in HBM, or an unknown number; those that end in ``-done`` belong here too."""
 
 Network = Literal["ICI", "DCN"]
 
@@ -50,23 +50,23 @@ class Collective(NamedTuple):
     network: Network
     count: float
     num_bytes: float
-    """Received by a device in one run of the program."""
+    """Bytes that a device receives in one run of the program."""
 
 
 class Cost(NamedTuple):
-    """Of one run of a program, on one device."""
+    """The cost of one run of a program on one device."""
 
     flops: float
     hbm_bytes: float
     collectives: tuple[Collective, ...]
-    """Most bytes first."""
+    """In descending order of bytes."""
     num_kernels: float
-    """Calls of kernels."""
+    """Number of kernel calls."""
     num_unknown_loops: int
-    """Loops whose trip count is only known at run time."""
+    """Number of loops whose trip count is known only at run time."""
 
     def network_bytes(self, network: Network) -> float:
-        """Bytes that a device receives over one network."""
+        """Bytes that a device receives over a network."""
         return sum(collective.num_bytes for collective in self.collectives if collective.network == network)
 
 
@@ -76,9 +76,9 @@ class _Instruction(NamedTuple):
     opcode: str
     operands: tuple[str, ...]
     arguments: str
-    """Between the parentheses."""
+    """Text between the parentheses."""
     attributes: str
-    """Behind them."""
+    """Text after the parentheses."""
     is_root: bool
 
 
@@ -89,13 +89,13 @@ _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 
 
 def analyze(text: str, *, expected_trips: Sequence[float] = (), slices: Sequence[int] = ()) -> Cost:
-    """Reads a module.
+    """Adds up the cost of a module.
 
     Args:
         text: ``compiled.as_text()``.
-        expected_trips: of loops that end by a number which only the run knows: of those that are in no other such
-            loop, of those that are in one of them, and so on; 1 where none is given.
-        slices: the TPU slice of each device of the program, in its order; none: all are in one.
+        expected_trips: trip counts of loops whose count is known only at run time, by nesting depth among such loops; 1
+            for deeper loops.
+        slices: TPU slice of each device of the program, in its order; empty if all devices are in one slice.
     """
     reader = _Reader(text, expected_trips, slices)
     reader.run(reader.entry, 1)
@@ -110,7 +110,7 @@ def analyze(text: str, *, expected_trips: Sequence[float] = (), slices: Sequence
 
 
 class _Reader:
-    """Walks over the computations of a module and adds up."""
+    """Walks over the computations of a module and adds up their cost."""
 
     def __init__(self, text: str, expected_trips: Sequence[float], slices: Sequence[int]) -> None:
         self.computations, self.entry = _parse(text)
@@ -120,13 +120,13 @@ class _Reader:
         self.unknown_loops: set[tuple[str, str]] = set()
 
     def run(self, name: str, times: float, depth: int = 0, *, is_fused: bool = False) -> None:
-        """Adds a computation.
+        """Adds the cost of a computation.
 
         Args:
-            name: of it.
-            times: that it runs.
-            depth: loops around it whose trip count is not known.
-            is_fused: it is a fusion's, and moves no bytes of its own.
+            name: its name.
+            times: how often it runs.
+            depth: number of loops around it whose trip count is unknown.
+            is_fused: whether it belongs to a fusion, and so moves no bytes itself.
         """
         computation = self.computations[name]
         for instruction in computation.values():
@@ -150,7 +150,7 @@ class _Reader:
             trips = max(0, math.ceil((end - start) / step))
             self.run(_attribute(instruction, "body"), times * trips, depth, is_fused=is_fused)
         elif instruction.opcode == "conditional":
-            # Which branch runs is not known: the dearest would need all to be compared; all are counted.
+            # It is unknown which branch runs, so all of them are counted.
             branches = re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes)
             names = _names(branches[1]) if branches else _called(instruction, "true_computation", "false_computation")
             for branch in names:
@@ -161,7 +161,7 @@ class _Reader:
                 self.run(called, times, depth, is_fused=is_fusion)
 
     def _range(self, loop: _Instruction, computation: _Computation) -> tuple[int, float | None, int]:
-        """What a loop counts from, to, and by, as the condition ``i < end`` shows it; end None: only the run knows."""
+        """Start, end and step of a loop with the condition ``i < end``; an end known only at run time is None."""
         known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
         if known:
             return 0, int(known[1]), 1
@@ -172,18 +172,18 @@ class _Reader:
         counter, limit = (_behind_copies(condition, operand) for operand in root.operands)
         if counter.opcode != "get-tuple-element":
             return 0, None, 1
-        place = int(_attribute(counter, "index"))
-        # Iterations may have been peeled off before the loop, or unrolled in its body.
-        first = _constant(computation, _element(computation, computation[loop.operands[0]], place))
+        index = int(_attribute(counter, "index"))
+        # The compiler may have peeled iterations off the loop or unrolled its body.
+        first = _constant(computation, _element(computation, computation[loop.operands[0]], index))
         body = self.computations[_attribute(loop, "body")]
-        update = _element(body, _root(body), place)
+        update = _element(body, _root(body), index)
         steps = [_constant(body, body[name]) for name in update.operands] if update.opcode == "add" else []
         return first or 0, _constant(condition, limit), next(filter(None, steps), 1)
 
     def _add_collective(self, instruction: _Instruction, name: str, times: float) -> None:
         kind, network, group = instruction.opcode.removesuffix("-start"), "ICI", 1
         if kind == "recv":
-            # Between slices a TPU sends through its host: `send` and `recv` that say for what.
+            # Between slices a TPU sends through its host: an attribute of `recv` names the collective.
             transfer = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
             if transfer is None:
                 return
@@ -193,13 +193,13 @@ class _Reader:
             group = max(map(len, groups), default=1)
             if any(len({self.slices[i] for i in members if i < len(self.slices)}) > 1 for members in groups):
                 network = "DCN"
-        # The result of a `-start` or of `recv` is a tuple: its operands first, or other things behind.
+        # The result of `recv` is a tuple that begins with the data, that of a `-start` begins with its operands.
         arrays = list(_arrays(instruction.type))
         if instruction.opcode == "recv":
             arrays = arrays[:1]
         elif instruction.opcode.endswith("-start") and kind != "all-reduce":
             arrays = arrays[len(instruction.operands) :][: len(instruction.operands)]
-        # An all-reduce of which each device keeps a part, fused with the choice of the part.
+        # A reduce-scatter can be an all-reduce that is fused with the slice that each device keeps.
         if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
             kind, scale = "reduce-scatter", 1 / group
         else:
@@ -209,7 +209,7 @@ class _Reader:
         count_and_bytes[1] += times * scale * sum(array.num_bytes for array in arrays) * _received(kind, group)
 
     def _traffic(self, instruction: _Instruction, computation: _Computation) -> float:
-        """Bytes that an instruction which runs by itself reads from HBM and writes to it."""
+        """Bytes that an instruction outside fusions reads from HBM and writes to it."""
         opcode = instruction.opcode
         if opcode in FREE or opcode.endswith("-done"):
             return 0
@@ -220,21 +220,21 @@ class _Reader:
             return 2 * _hbm_bytes(computation[instruction.operands[UPDATES[opcode]]].type)
         operands = [_hbm_bytes(computation[operand].type) for operand in instruction.operands]
         if opcode == "copy-start":
-            # Its result names target and source.
+            # Its result has the target and the source.
             return written
         if opcode == "fusion":
             written = min(written, self._written(instruction, computation))
             operands = [min(size, self._read_by_fusion(instruction, i)) for i, size in enumerate(operands)]
         return written + sum(operands)
 
-    def _read_by_fusion(self, fusion: _Instruction, place: int) -> float:
-        """Bytes that a fusion reads of an operand."""
+    def _read_by_fusion(self, fusion: _Instruction, operand: int) -> float:
+        """Bytes of an operand, given by its index, that a fusion reads."""
         inside = self.computations[_attribute(fusion, "calls")]
         parameters = {i.arguments: i.name for i in inside.values() if i.opcode == "parameter"}
-        return self._read(inside, parameters[str(place)])
+        return self._read(inside, parameters[str(operand)])
 
     def _read(self, computation: _Computation, name: str) -> float:
-        """Bytes that a fusion reads of a value: slices of it, or all (infinity)."""
+        """Bytes of a value that a fusion reads: those of slices, or infinity for the whole value."""
         total = 0.0
         for user in computation.values():
             if name not in user.operands:
@@ -252,7 +252,7 @@ class _Reader:
         return total
 
     def _written(self, result: _Instruction, computation: _Computation) -> float:
-        """Bytes that a fusion writes of its result: of an update in place, only the update."""
+        """Bytes of its result that a fusion writes: for an update in place only those of the update."""
         if result.opcode == "fusion":
             inside = self.computations[_attribute(result, "calls")]
             return self._written(_root(inside), inside)
@@ -278,7 +278,7 @@ def _parse(text: str) -> tuple[dict[str, _Computation], str]:
                 name, result, opcode, tuple(_names(arguments)), arguments, attributes, bool(root)
             )
     if not entry:
-        raise ValueError("the text has no ENTRY computation: it is not that of a compiled HLO module")
+        raise ValueError("the text has no ENTRY computation, so it is not a compiled HLO module")
     return computations, entry
 
 
@@ -316,7 +316,7 @@ def _attribute(instruction: _Instruction, name: str) -> str:
 
 
 def _called(instruction: _Instruction, *attributes: str) -> list[str]:
-    """Computations that an instruction names."""
+    """Names of the computations in these attributes of an instruction."""
     return re.findall(rf"\b(?:{'|'.join(attributes)})=%([\w.\-]+)", instruction.attributes)
 
 
@@ -324,13 +324,13 @@ def _root(computation: _Computation) -> _Instruction:
     return next(instruction for instruction in computation.values() if instruction.is_root)
 
 
-def _element(computation: _Computation, state: _Instruction, place: int) -> _Instruction:
-    """An element of a tuple that is made here; else the instruction that has the whole tuple."""
-    return _behind_copies(computation, state.operands[place]) if state.opcode == "tuple" else state
+def _element(computation: _Computation, state: _Instruction, index: int) -> _Instruction:
+    """The element of a tuple that this computation makes; otherwise the instruction with the whole tuple."""
+    return _behind_copies(computation, state.operands[index]) if state.opcode == "tuple" else state
 
 
 def _constant(computation: _Computation, instruction: _Instruction) -> int | None:
-    """The value of an integer constant, None for anything else."""
+    """The value of an integer constant, or None for any other instruction."""
     instruction = _behind_copies(computation, instruction.name)
     is_integer = instruction.opcode == "constant" and instruction.arguments.isdigit()
     return int(instruction.arguments) if is_integer else None
@@ -355,15 +355,15 @@ def _product_flops(instruction: _Instruction, computation: _Computation) -> floa
         raise ValueError(f"convolution {instruction.name} has no dim_labels")
     left_labels, right_labels, out_labels = labels.groups()
     pairs = 2.0 * right[right_labels.index("i")] * out[out_labels.index("b")] * out[out_labels.index("f")]
-    for place, window in enumerate(_windows(instruction.attributes, len(out) - 2)):
-        label = str(place)
+    for dimension, window in enumerate(_windows(instruction.attributes, len(out) - 2)):
+        label = str(dimension)
         sizes = left[left_labels.index(label)], right[right_labels.index(label)], out[out_labels.index(label)]
         pairs *= _window_pairs(*sizes, *window)
     return pairs
 
 
 def _windows(attributes: str, num_dimensions: int) -> Iterator[tuple[int, int, int, int]]:
-    """(stride, low padding, dilation of the left side, of the right side) of each spatial dimension."""
+    """Stride, low padding, and dilations of the left and the right side, for each spatial dimension."""
     if num_dimensions == 0:
         return
     window = re.search(r"window=\{([^}]*)\}", attributes)
@@ -376,16 +376,16 @@ def _windows(attributes: str, num_dimensions: int) -> Iterator[tuple[int, int, i
 
 
 def _window_pairs(size: int, window: int, out: int, stride: int, padding: int, dilation: int, spread: int) -> int:
-    """Products along one spatial dimension: (output, window) places that meet a number and not padding.
+    """Products along one spatial dimension: pairs of output and window positions that read data and not padding.
 
-    A TPU has the batch dimensions of a matrix product as spatial ones, of which few places meet.
+    A TPU turns the batch dimensions of a matrix product into spatial dimensions, in which few of these pairs exist.
     """
-    place = np.arange(out)[:, None] * stride + np.arange(window) * spread - padding
-    return int(np.sum((place >= 0) & (place <= (size - 1) * dilation) & (place % dilation == 0)))
+    position = np.arange(out)[:, None] * stride + np.arange(window) * spread - padding
+    return int(np.sum((position >= 0) & (position <= (size - 1) * dilation) & (position % dilation == 0)))
 
 
 def _groups(attributes: str, num_devices: int) -> list[list[int]]:
-    """The devices that take part in a collective together; written out, or as a transposed count."""
+    """The groups of devices in a collective, which the text lists or gives as a transposed range."""
     if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", attributes):
         return [[int(i) for i in re.findall(r"\d+", group)] for group in re.findall(r"\{([^}]*)\}", found[1])]
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):

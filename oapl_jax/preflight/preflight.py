@@ -1,11 +1,7 @@
-"""Whether a run fits a TPU slice, and what it would cost there, on a machine without one.
+"""Memory and cost of a run on a TPU slice, found on a machine without one (docs/preflight.md).
 
-    python -m oapl_jax preflight --config configs/x.yaml --topology v5p-64 [--num-slices 2]
-        [--json FILE] [--dry-run] [section.key=value ...]
-
-Compiles the programs of the run for devices that are only described (``programs.py``, ``topology.py``), reads
-what the compiler made of them (``hlo.py``), and prints for each its memory, work, traffic and a lower bound of
-its time. docs/preflight.md explains the numbers. ``--dry-run`` stops before the first compilation.
+The programs of the run (``build/programs.py``) are compiled for described devices (``topology.py``). The report has the
+memory, work and traffic of each compiled program (``hlo.py``), and a lower bound of its time.
 """
 
 import dataclasses
@@ -23,12 +19,12 @@ from oapl_jax.preflight.programs import Plan, Program, make_plan, rollout_bytes
 from oapl_jax.preflight.topology import GIB, Chip, Topology
 
 TOO_LARGE = "RESOURCE_EXHAUSTED"
-"""What the compiler says of a program that needs more memory than a device has."""
+"""The compiler's message for a program that needs more memory than a device has contains this."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Seconds:
-    """The least time that a program's work takes, resource by resource; they can overlap."""
+    """Lower bounds of a program's time by resource; the resources can work at the same time."""
 
     compute: float
     hbm: float
@@ -37,59 +33,59 @@ class Seconds:
 
     @property
     def bound(self) -> tuple[str, float]:
-        """The resource that takes longest."""
+        """The resource that takes longest, and its time."""
         return max(dataclasses.asdict(self).items(), key=lambda item: item[1])
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What the compiler made of a program; sizes in bytes of one device."""
+    """A compiled program. Sizes are in bytes of one device."""
 
     name: str
     compile_seconds: float
     arguments: float
     outputs: float
-    """Those that do not take the place of an argument."""
+    """Outputs that do not reuse the memory of an argument."""
     temporaries: float
     code: float
     beside: float
-    """What else lies on the device while it runs."""
+    """Other data on the device while the program runs."""
     total: float
     usable: float
     flops: float
-    """Of matrix products and attention kernels, on one device, recomputation included."""
+    """FLOPs of matrix products and attention kernels on one device, including recomputation."""
     model_flops: float
-    """Of the model's mathematics, over all devices."""
+    """FLOPs of the model's mathematics over all devices."""
     seconds: Seconds
     mfu: float
-    """The most that ``model_flops`` can be of what all devices could do in that time."""
+    """Upper bound of the model FLOPs utilization: ``model_flops`` over the peak FLOPs of all devices in that time."""
     collectives: tuple[hlo.Collective, ...]
     num_unknown_loops: int
-    """Loops that were taken to run as often as the config says."""
+    """Number of loops whose trip count was taken from the config."""
     refusal: str = ""
-    """The compiler's own words where it refused the program, as too large or else; then most other numbers are 0."""
+    """The compiler's message if it refused the program; most other numbers are then 0."""
 
     @property
     def missing(self) -> float:
-        """Bytes short, as far as is known; negative: left over."""
+        """Missing bytes as far as known; negative if there is room left."""
         return self.total - self.usable
 
     @property
     def fits(self) -> bool:
-        """The compiler took it, and it leaves room for what lies beside it."""
+        """Whether it compiles and there is room for the other data on the device."""
         return not self.refusal and self.missing <= 0
 
 
 def compile_program(program: Program, slices: Topology) -> Result:
-    """Compiles one program and weighs it."""
+    """Compiles a program and computes its cost."""
     start = time.perf_counter()
     try:
         compiled = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
         return _refused(program, str(error), time.perf_counter() - start, slices.chip)
     seconds = time.perf_counter() - start
-    places = [topology.slice_of(device) for device in program.mesh.devices.flat]
-    cost = hlo.analyze(compiled.as_text(), expected_trips=program.expected_trips, slices=places)
+    slice_ids = [topology.slice_of(device) for device in program.mesh.devices.flat]
+    cost = hlo.analyze(compiled.as_text(), expected_trips=program.expected_trips, slices=slice_ids)
     has_kernels = cost.num_kernels > 0
     flops = cost.flops + has_kernels * program.kernel_flops / program.mesh.size
     hbm_bytes = cost.hbm_bytes + has_kernels * program.kernel_bytes
@@ -118,7 +114,7 @@ def compile_program(program: Program, slices: Topology) -> Result:
 
 
 def roofline(flops: float, hbm_bytes: float, cost: hlo.Cost, chip: Chip) -> Seconds:
-    """Work over what the chip could do: no program is faster."""
+    """Work divided by the chip's peak rates; no program is faster."""
     return Seconds(
         compute=flops / chip.flops,
         hbm=hbm_bytes / chip.hbm_bandwidth,
@@ -128,9 +124,9 @@ def roofline(flops: float, hbm_bytes: float, cost: hlo.Cost, chip: Chip) -> Seco
 
 
 def parse_refusal(message: str) -> float:
-    """Bytes that the compiler needed, from its RESOURCE_EXHAUSTED message; 0 where it does not say.
+    """Bytes that the program needs by the compiler's RESOURCE_EXHAUSTED message, or 0 if it does not say.
 
-    It says either ``Used 43.02G of 15.75G hbm`` or ``memory required for HLO temporaries (33.36G) exceeds``.
+    The message has either ``Used 43.02G of 15.75G hbm`` or ``memory required for HLO temporaries (33.36G) exceeds``.
     """
     found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm|required for [^(]*\(([\d.]+)([KMGT]?)\)", message)
     if found is None:
@@ -170,7 +166,7 @@ def advice(result: Result, plan: Plan) -> list[str]:
         fraction = config.sampler.kv_memory * (1 - result.missing / memory.kv_cache)
         found.append(f"sampler.kv_memory={fraction:.2f} (now {config.sampler.kv_memory:g}): a smaller KV cache")
     if result.name == "train_step" and config.model.remat == "none":
-        found.append("model.remat=layer: activations are computed twice and not kept")
+        found.append("model.remat=layer: activations are recomputed instead of stored")
     if result.name in ("train_step", "score"):
         num_rows, shards = (
             rows.micro_batch_rows or rows.num_rows(rows.num_rollouts),
@@ -226,7 +222,7 @@ def describe_plan(plan: Plan, slices: Topology) -> str:
 
 
 def describe(result: Result, plan: Plan) -> str:
-    """A program's paragraph."""
+    """Describes a compiled program."""
     gib = {name: getattr(result, name) / GIB for name in ("arguments", "outputs", "temporaries", "code", "beside")}
     verdict = f"DOES NOT FIT: {result.missing / GIB:.2f} GiB short"
     if result.fits:
@@ -260,10 +256,10 @@ def describe(result: Result, plan: Plan) -> str:
 
 
 def check(config: TrainConfig, slices: Topology, *, dry_run: bool) -> dict[str, Any]:
-    """Compiles, prints each program as soon as it is known, and returns everything for ``--json``.
+    """Compiles the programs, prints each as soon as it is compiled, and returns the report for ``--json``.
 
     Raises:
-        ValueError: what the config or the command line got wrong.
+        ValueError: the config or the command line has a mistake.
     """
     usable = slices.chip.usable_bytes
     plan = make_plan(config, topology.devices(slices), usable, functools.partial(topology.slice_alone, slices))

@@ -1,8 +1,8 @@
-"""TPU slices by the names of Google Cloud, described without a TPU, and what their chips can do.
+"""TPU slices by their names in Google Cloud, described without a TPU, and the peak rates of their chips.
 
-A name counts TensorCores for v4 and v5p, which have two a chip (``v5p-64``: 32 chips), and chips for v5e and
-v6e. libtpu wants the shape of a slice instead (``v5p:2x4x4``) and compiles for devices that are only
-described. JAX shows one device a chip for all of them.
+The number in a name counts TensorCores for v4 and v5p, which have two per chip (``v5p-64`` has 32 chips), and chips for
+v5e and v6e. libtpu takes the shape of a slice instead (``v5p:2x4x4``) and compiles for devices that are only described.
+JAX has one device per chip for all of them.
 """
 
 import difflib
@@ -17,28 +17,28 @@ from typing import Any, NamedTuple
 from jax.experimental import topologies
 
 LIBTPU_FOLDER = pathlib.Path(sys.prefix) / "tpu" / "libtpu"
-"""Where ``make tpu`` puts libtpu: among the packages it would make every start of JAX on a machine without a TPU
-look for one and print warnings."""
+"""Where ``make tpu`` puts libtpu. As an installed package it would make JAX search for a TPU at every start and print
+warnings."""
 
 WITHOUT_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",  # do not ask Google's metadata server what this machine is
-    "TPU_ACCELERATOR_TYPE": "v5p-8",  # any: libtpu complains where there is none
+    "TPU_ACCELERATOR_TYPE": "v5p-8",  # any value: libtpu complains without one
     "TPU_WORKER_HOSTNAMES": "localhost",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",  # several processes may compile at once
 }
-"""Environment of libtpu, read when it is loaded."""
+"""Environment variables that libtpu reads when it is loaded."""
 
 
 class Chip(NamedTuple):
-    """What one device has. Rates per second, bandwidths in bytes, ICI and DCN in one direction."""
+    """One device. Rates are per second, bandwidths in bytes; ICI and DCN count one direction."""
 
     usable_bytes: float
-    """HBM that programs may use: what the compiler of libtpu 0.0.42 says when it is exceeded."""
+    """HBM that programs may use, from the error messages of the compiler in libtpu 0.0.42."""
     flops: float
-    """Of bfloat16 matrix products."""
+    """Peak rate of bfloat16 matrix products."""
     hbm_bandwidth: float
     ici_bandwidth: float
-    """Over all links of the chip together."""
+    """Sum over all links of the chip."""
     dcn_bandwidth: float
     """The chip's share of its host's network cards."""
 
@@ -48,18 +48,18 @@ class Generation(NamedTuple):
 
     chip: Chip
     cores_per_chip: int
-    """As the name counts them."""
+    """Units per chip that the number in a name counts."""
     shapes: str
-    """Words: chips along each axis of the torus."""
+    """Separated by spaces: chips along each axis of the torus."""
     options: dict[str, Any]
-    """Of ``get_topology_desc``."""
+    """Keyword arguments of ``get_topology_desc``."""
 
 
 GIB = 2**30
 
-# Peak, HBM and ICI: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; ICI is given there for both directions together
-# (v5e 400, v5p 1200, v6e 800 GB/s; v4 has six links of 50 GB/s each way). DCN: v5p 50 Gbit/s a chip; v5e two and
-# v6e four cards (100 and 200 Gbit/s) for eight chips, same pages; none is given for v4, v5p's is taken.
+# Peak, HBM and ICI: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e}; the ICI figures there are sums over both directions
+# (v5e 400, v5p 1200, v6e 800 GB/s; v4 has six links of 50 GB/s each way). DCN: v5p has 50 Gbit/s per chip; v5e
+# has two and v6e four cards (100 and 200 Gbit/s) for eight chips, by the same pages. v4 is assumed to equal v5p.
 # Shapes: the same pages, and Google's xpk, src/xpk/core/system_characteristics.py.
 GENERATIONS = {
     "v4": Generation(
@@ -98,14 +98,14 @@ GENERATIONS = {
 }
 
 ALIASES = {"v5litepod": "v5e"}
-"""Google Cloud's name of v5e where an accelerator type is asked for."""
+"""Other names; Google Cloud's accelerator types call v5e ``v5litepod``."""
 
 
 class Topology(NamedTuple):
     """One or several slices of one shape."""
 
     name: str
-    """As asked for."""
+    """The name that was requested."""
     generation: str
     shape: str
     """Chips along each axis of the torus, e.g. ``2x4x4``."""
@@ -113,12 +113,12 @@ class Topology(NamedTuple):
 
     @property
     def chip(self) -> Chip:
-        """What each device has."""
+        """The kind of its devices."""
         return GENERATIONS[self.generation].chip
 
     @property
     def num_devices(self) -> int:
-        """Over all slices."""
+        """Number of devices over all slices."""
         return self.num_slices * _num_chips(self.shape)
 
 
@@ -126,7 +126,7 @@ def parse(name: str, num_slices: int = 1) -> Topology:
     """Reads ``v5p-64``, or a shape as in ``v5p-2x4x4`` and ``v5p:2x4x4``.
 
     Raises:
-        ValueError: there is no such slice; names those that are near.
+        ValueError: there is no such slice; the message names those of similar size.
     """
     prefix, _, size = name.strip().lower().replace(":", "-").partition("-")
     generation = ALIASES.get(prefix, prefix)
@@ -146,14 +146,14 @@ def parse(name: str, num_slices: int = 1) -> Topology:
 
 
 def devices(topology: Topology) -> list[Any]:
-    """The devices, slice by slice; nothing can run on them.
+    """The described devices, slice by slice; no program can run on them.
 
     Raises:
         ValueError: libtpu is not installed.
     """
     options = dict(GENERATIONS[topology.generation].options)
     if topology.shape == "1x1":
-        # A host has four or eight chips otherwise.
+        # By default a host has four or eight chips.
         options["chips_per_host_bounds"] = (1, 1, 1)
     if topology.num_slices > 1:
         options["num_slices"] = topology.num_slices
@@ -170,14 +170,14 @@ def devices(topology: Topology) -> list[Any]:
 
 
 def slice_alone(topology: Topology, num_devices: int) -> list[Any] | None:
-    """The devices of one slice of so many chips, of the same kind; None where there is no such slice."""
+    """The devices of one slice of the same kind with this number of devices, or None if there is no such slice."""
     shapes = GENERATIONS[topology.generation].shapes.split()
     shape = next((shape for shape in shapes if _num_chips(shape) == num_devices), None)
     return None if shape is None else devices(topology._replace(shape=shape, num_slices=1))
 
 
 def find_libtpu() -> pathlib.Path | None:
-    """The library that the environment names, that of the package, or that of ``make tpu``; None: there is none."""
+    """The libtpu library that the environment names, that of the package, or that of ``make tpu``; or None."""
     named, package = os.environ.get("TPU_LIBRARY_PATH"), importlib.util.find_spec("libtpu")
     if named:
         return pathlib.Path(named)
@@ -187,7 +187,7 @@ def find_libtpu() -> pathlib.Path | None:
 
 
 def slice_of(device: Any) -> int:
-    """The slice that a device is in; devices of a single slice do not say."""
+    """The slice of a device; devices of a single slice lack the attribute."""
     return getattr(device, "slice_index", 0)
 
 
@@ -201,8 +201,8 @@ def _count(generation: str, shape: str) -> int:
 
 
 def _near(generation: str, size: str, shapes: dict[int, str]) -> str:
-    """Sizes around one that does not exist, and what the number counts."""
-    unit = "TensorCores, two a chip" if GENERATIONS[generation].cores_per_chip == 2 else "chips"
+    """A message with the sizes nearest to one that does not exist, and what the number in a name counts."""
+    unit = "TensorCores, two per chip" if GENERATIONS[generation].cores_per_chip == 2 else "chips"
     digits = [int(number) for number in re.findall(r"\d+", size)]
     wanted = math.prod(digits) * (1 if size.isdigit() else GENERATIONS[generation].cores_per_chip)
     nearest = sorted(sorted(shapes, key=lambda count: abs(count - wanted))[:4])

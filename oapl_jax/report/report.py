@@ -1,8 +1,7 @@
-"""The report of a run: one HTML file that opens anywhere, and its curves as a picture.
+"""The report of a run: a self-contained HTML file, and its curves as a picture.
 
-``python -m oapl_jax report RUN_DIR`` reads the run directory and writes ``report.html`` and
-``curves.png`` into it; training calls ``write_report`` when it ends. A run that is still going, or
-that lacks a piece, gets a report that says what is missing.
+``python -m oapl_jax report RUN_DIR`` reads the run directory and writes ``report.html`` and ``curves.png`` into it.
+Training calls ``write_report`` when it ends. The report of an unfinished or incomplete run says what is missing.
 """
 
 import base64
@@ -45,18 +44,18 @@ _LONGEST_TEXT = 3000
 
 @dataclasses.dataclass(frozen=True)
 class RunRecord:
-    """What a run directory tells; empty where a file is missing."""
+    """The contents of a run directory; a missing file leaves its field empty."""
 
     name: str
     config: str
     lines: list[Metrics]
     summary: dict[str, Any]
     samples: list[dict[str, Any]]
-    """Groups of rollouts to show: of the first window and of the newest."""
+    """Groups of rollouts to show, from the first and the newest window."""
 
 
 def write_report(run_dir: pathlib.Path) -> pathlib.Path:
-    """Writes ``curves.png`` and ``report.html`` into the run directory; returns the path of the latter."""
+    """Writes ``curves.png`` and ``report.html`` into the run directory and returns the path of the report."""
     record = read_run(run_dir)
     picture = draw_curves(record)
     (run_dir / CURVES_FILE).write_bytes(picture)
@@ -78,7 +77,7 @@ def read_run(run_dir: pathlib.Path) -> RunRecord:
 
 
 def draw_curves(record: RunRecord) -> bytes:
-    """All panels as one PNG: what was learned, how the regression fits, how the run went."""
+    """Draws all panels as one PNG: results, fit of the regression, and progress of the run."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(13.5, 9.6), dpi=140, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
         for axes, draw in zip(figure.subplots(3, 3).flat, _PANELS, strict=True):
@@ -106,7 +105,7 @@ def _draw_held_out(axes: Axes, record: RunRecord) -> None:
 
 
 def _with_ends(record: RunRecord) -> RunRecord:
-    """Adds the evaluations before and after training, which the summary holds, to those in its course."""
+    """Adds the evaluations before and after training, which are in the summary, to those during training."""
     ends = [("before", 0), ("after", record.summary.get("steps", 0))]
     lines = [
         {"step": step} | {f"evaluation/{name}": value for name, value in record.summary.get(when, {}).items()}
@@ -142,7 +141,7 @@ def _draw_residual(axes: Axes, record: RunRecord) -> None:
 
 def _draw_log_ratio(axes: Axes, record: RunRecord) -> None:
     _title(axes, "Log-ratio, learner to sampler", "nats per response")
-    # A running mean would wash out the fall to zero at each sync.
+    # A running mean would hide the drop to zero at each sync.
     names = {"mean": "learner/log_ratio", "mean |·|": "learner/log_ratio_abs"}
     _draw_series(axes, record, names, smooth=False, linewidth=1.2)
     if axes.has_data():
@@ -172,7 +171,7 @@ def _draw_time(axes: Axes, record: RunRecord) -> None:
     _draw_series(axes, record, names, smooth=False, linewidth=1.2)
     seconds = _series(record, "learner/seconds")[1]
     if seconds.size:
-        # The first step compiles and would flatten all others.
+        # The first step compiles, so it is left out of the scale.
         axes.set_ylim(0, 1.5 * float(np.quantile(seconds[1:] if seconds.size > 1 else seconds, 0.98)) or None)
 
 
@@ -195,7 +194,7 @@ def _title(axes: Axes, title: str, unit: str) -> None:
 
 
 def _draw_series(axes: Axes, record: RunRecord, names: dict[str, str], smooth: bool = True, **options: Any) -> None:
-    """Lines over learner steps; noisy ones as a running mean over a pale original."""
+    """Draws lines over learner steps; a smoothed line is a running mean over the pale original."""
     for (label, name), color in zip(names.items(), (BLUE, ORANGE, GREEN), strict=False):
         steps, values = _series(record, name)
         if smooth and values.size >= 3:
@@ -216,7 +215,7 @@ def _draw_series(axes: Axes, record: RunRecord, names: dict[str, str], smooth: b
 
 
 def _legend(axes: Axes) -> None:
-    """Beside the unit, above the data."""
+    """Puts the legend beside the unit, above the data."""
     axes.legend(loc="lower right", bbox_to_anchor=(1.01, 0.995), ncols=3, handlelength=1.1, columnspacing=1.1)
 
 
@@ -226,14 +225,14 @@ def _say_missing(axes: Axes, what: str) -> None:
 
 
 def _series(record: RunRecord, name: str) -> tuple[np.ndarray, np.ndarray]:
-    """Steps and values of a metric where it was written and is finite, by step."""
+    """Steps and finite values of a metric, in the order of the steps."""
     found = {line["step"]: line[name] for line in record.lines if math.isfinite(line.get(name, math.nan))}
     steps = sorted(found)
     return np.array(steps, float), np.array([found[step] for step in steps], float)
 
 
 def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Centred mean over about a thirtieth of the run, over fewer values at the ends."""
+    """Centred mean over about a thirtieth of the run; the window is shorter at the ends."""
     half = values.size // 60
     sums = np.concatenate([[0.0], np.cumsum(values)])
     index = np.arange(values.size)
@@ -246,7 +245,7 @@ def _by_k(pass_at_k: dict[str, float]) -> dict[int, float]:
 
 
 def _read_samples(rollouts: pathlib.Path) -> list[dict[str, Any]]:
-    """A few groups of the oldest and of the newest rollout file."""
+    """Reads a few groups of the oldest and the newest rollout file."""
     files = sorted(rollouts.glob("*/*.parquet"))
     if not files:
         return []
@@ -277,7 +276,7 @@ def _shorten(text: str) -> str:
     if len(text) <= _LONGEST_TEXT:
         return text
     half = _LONGEST_TEXT // 2
-    return f"{text[:half]}\n… {len(text) - 2 * half:,} characters left out …\n{text[-half:]}"
+    return f"{text[:half]}\n… {len(text) - 2 * half:,} characters omitted …\n{text[-half:]}"
 
 
 def _render(record: RunRecord, picture: bytes) -> str:

@@ -1,56 +1,59 @@
-"""The grader of a run: what turns responses into rewards, chosen by the config."""
+"""Graders turn responses into verdicts and rewards; the config chooses the grader of a run."""
 
 import dataclasses
-import math as numbers
+import math
 import re
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from oapl_jax.config.schema import GenerateConfig, RewardConfig, TrainConfig
-from oapl_jax.rewards import tasks, toy
+from oapl_jax.rewards import functions, tasks
 from oapl_jax.rewards.code import layouts, programs
 from oapl_jax.rewards.math import answers
 from oapl_jax.rewards.pool import GraderPool
+from oapl_jax.rewards.toy import TOY_GRADERS
 from oapl_jax.types import FinishReason, Grade, Prompt, Verdict
 
-TOY_GRADERS: dict[str, Callable[[str, str], bool]] = {"chain": toy.grade_chain, "countdown": toy.grade_countdown}
 CHARACTERS_OF_PENALTY = 1000
+"""``reward.length_penalty`` is subtracted once for this many characters."""
 MAX_NAMED = 10
-"""Rows that an error names."""
+"""Number of bad rows that an error lists."""
+TRUNCATED = Grade(Verdict.WRONG, 0.0, "truncated at the limit")
+"""A truncated response is wrong without being graded."""
 
 Item = tuple[Prompt, str, FinishReason]
-"""Prompt, decoded response, and why the response ended."""
+"""A prompt, its decoded response, and why the response ended."""
 
 
 class WeakIsolationWarning(UserWarning):
-    """Programs are graded at a level below ``namespaces``."""
+    """Programs are graded at an isolation level below ``namespaces``."""
 
 
 @runtime_checkable
 class Grader(Protocol):
-    """What the worker loop knows of a grader."""
+    """Grades responses to prompts."""
 
     def check_golds(self, prompts: Sequence[Prompt]) -> None:
-        """Raises ValueError, naming the rows, where a gold answer cannot be compared with."""
+        """Raises a ValueError that names the rows whose gold answers or tests cannot be used."""
         ...
 
     def grade(self, items: Sequence[Item]) -> list[Grade]:
-        """Grades in the order of the items. A response that was cut at the limit is wrong."""
+        """Returns grades in the order of the items. A truncated response is wrong."""
         ...
 
     def close(self) -> None:
-        """Ends what the grader started; may be called twice."""
+        """Ends the processes that the grader started. It may be called twice."""
         ...
 
 
 def make_grader(config: TrainConfig | GenerateConfig) -> Grader:
-    """The built-in task's own reward, or the reward functions of the config."""
+    """The grader of the config's built-in task, or of its reward functions."""
     return grader_of(config.data.task, config.reward)
 
 
 def grader_of(task: str | None, reward: RewardConfig) -> Grader:
-    """The same of a built-in task's name, or None, and the section ``reward``."""
+    """The grader of a built-in task by its name; without one, that of the section ``reward``."""
     if task is not None:
         return ToyGrader(task)
     kinds = tuple(kind for kind in ("math", "code") if kind in reward.functions)
@@ -64,14 +67,14 @@ class ToyGrader:
         self._is_correct = TOY_GRADERS[task]
 
     def check_golds(self, prompts: Sequence[Prompt]) -> None:
-        """Nothing to check: the question is all that these rewards need."""
+        """Does nothing: these rewards need only the question."""
 
     def grade(self, items: Sequence[Item]) -> list[Grade]:
-        """Grades in the order of the items."""
+        """Returns grades in the order of the items."""
         return [self._grade(*item) for item in items]
 
     def close(self) -> None:
-        """Nothing to end."""
+        """Does nothing: there are no processes."""
 
     def _grade(self, prompt: Prompt, text: str, finish_reason: FinishReason) -> Grade:
         if finish_reason == FinishReason.LENGTH:
@@ -81,7 +84,7 @@ class ToyGrader:
 
 
 class RewardGrader:
-    """Grades by the reward functions of a config, in a pool of processes, which it owns."""
+    """Grades by the reward functions of a config, in a pool of processes that it owns."""
 
     def __init__(self, pool: GraderPool, reward: RewardConfig) -> None:
         self._pool, self._reward = pool, reward
@@ -91,8 +94,8 @@ class RewardGrader:
         """Checks that every row can be graded, and that the graders work: known answers get their known verdicts.
 
         Raises:
-            ValueError: naming the rows whose gold answers or tests do not parse, the function that cannot be
-                imported, or what the graders got wrong.
+            ValueError: gold answers or tests do not parse, a function cannot be imported, or a canary got the wrong
+                verdict; the message names them.
         """
         self._check_canaries()
         for name in self._reward.functions:
@@ -102,21 +105,22 @@ class RewardGrader:
                 for prompt in prompts:
                     self._count_tests(prompt)
             else:
-                (grade,) = self._pool.grade([tasks.function_task(self._reward, name, None, None)])
+                (grade,) = self._pool.grade([functions.make_task(name, self._reward.timeout)])
                 if grade.verdict is not Verdict.CORRECT:
                     raise ValueError(f"reward.functions: {name!r} cannot be used: {grade.detail}")
 
     def grade(self, items: Sequence[Item]) -> list[Grade]:
-        """Grades in the order of the items; only finished responses reach the pool."""
+        """Returns grades in the order of the items; only finished responses reach the pool."""
         finished = [item for item in items if item[2] != FinishReason.LENGTH]
         names = list(self._reward.functions)
         graded = iter(self._pool.grade([self._task(name, *item[:2]) for item in finished for name in names]))
         grades = []
         for _, text, finish_reason in items:
-            is_cut = finish_reason == FinishReason.LENGTH
-            parts = [TRUNCATED if is_cut else next(graded) for _ in names]
-            grade = compose(self._reward, list(self._reward.functions.values()), parts, text, is_cut=is_cut)
-            level = f" [{grade.level}]" if grade.level else ""  # the rollout log has no column for it
+            is_truncated = finish_reason == FinishReason.LENGTH
+            parts = [TRUNCATED if is_truncated else next(graded) for _ in names]
+            weights = list(self._reward.functions.values())
+            grade = compose(self._reward, weights, parts, text, is_truncated=is_truncated)
+            level = f" [{grade.level}]" if grade.level else ""  # the rollout log has no column for the level
             grades.append(dataclasses.replace(grade, detail=grade.detail + level))
         return grades
 
@@ -129,7 +133,7 @@ class RewardGrader:
             return tasks.math_task(self._reward, self._gold(prompt), text)
         if name == "code":
             return tasks.code_task(self._reward, prompt.answer, self._count_tests(prompt), response=text)
-        return tasks.function_task(self._reward, name, prompt, text)
+        return functions.make_task(name, self._reward.timeout, prompt, text)
 
     def _check_canaries(self) -> None:
         canaries = tasks.canaries(self._reward)
@@ -138,13 +142,13 @@ class RewardGrader:
             if grade.verdict != (Verdict.CORRECT if is_correct else Verdict.WRONG):
                 raise ValueError(
                     f"the {task['kind']} grader fails its test: {task.get('program', task.get('response'))!r} should be"
-                    f" {'correct' if is_correct else 'wrong'} and is {grade.verdict}: {grade.detail}"
+                    f" {'correct' if is_correct else 'wrong'}, but is {grade.verdict}: {grade.detail}"
                 )
         levels = sorted({grade.level for grade in grades} - {"", "namespaces"})
         if levels:
             warnings.warn(
-                f"programs of the model are run at isolation level {', '.join(levels)}, below namespaces;"
-                f" python -m oapl_jax check-sandbox says why and what that leaves open",
+                f"programs of the model run at isolation level {', '.join(levels)}, which is below namespaces;"
+                f" python -m oapl_jax check-sandbox says why, and what a program could do",
                 WeakIsolationWarning,
                 stacklevel=2,
             )
@@ -176,26 +180,22 @@ class RewardGrader:
         return self._num_tests[prompt.id]
 
 
-TRUNCATED = Grade(Verdict.WRONG, 0.0, "cut at the limit")
-"""A half answer is not graded."""
-
-
 def compose(
-    reward: RewardConfig, weights: Sequence[float], parts: Sequence[Grade], text: str, *, is_cut: bool = False
+    reward: RewardConfig, weights: Sequence[float], parts: Sequence[Grade], text: str, *, is_truncated: bool = False
 ) -> Grade:
-    """One grade of several: the verdict of the first, the weighted sum, the bonus, less the penalty.
+    """Combines the grades of several functions: the verdict of the first, the weighted sum of rewards, bonus, penalty.
 
-    Invalid where one of them is: half a reward would be as wrong as none.
+    If one part is invalid, so is the whole, because a sum over some of the parts would be a wrong reward.
     """
     for part in parts:
         if part.verdict is Verdict.INVALID:
             return part
     total = sum(weight * part.reward for weight, part in zip(weights, parts, strict=True))
-    if reward.format_pattern is not None and not is_cut and re.search(reward.format_pattern, text):
+    if reward.format_pattern is not None and not is_truncated and re.search(reward.format_pattern, text):
         total += reward.format_bonus
     total -= reward.length_penalty * max(0, len(text) - reward.length_free) / CHARACTERS_OF_PENALTY
-    if not numbers.isfinite(total):
-        return Grade(Verdict.INVALID, numbers.nan, f"the reward is {total}")
+    if not math.isfinite(total):
+        return Grade(Verdict.INVALID, math.nan, f"the reward is {total}")
     details = "; ".join(part.detail for part in parts if part.detail)
     level, cpu_ms = max(part.level for part in parts), sum(part.cpu_ms for part in parts)
     return dataclasses.replace(parts[0], reward=total, detail=details, level=level, cpu_ms=cpu_ms)

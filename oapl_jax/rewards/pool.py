@@ -1,9 +1,9 @@
-"""Killable grading processes: every task (``tasks.py``) gets a verdict in bounded time and memory.
+"""Grading processes that can be killed: every task (``tasks.py``) gets a verdict in bounded time and memory.
 
-Workers are plain ``python -m oapl_jax.rewards.worker`` programs on sockets, not ``multiprocessing``: a spawned
-child would import the program that is running, and JAX with it. The parent measures each deadline and kills;
-what a worker sends is one line of JSON, never a pickle. A worker that dies or is late is replaced and its
-task tried again, after a pause that doubles; a task that has no retries left is invalid, which is no reward.
+A worker is a ``python -m oapl_jax.rewards.worker`` program on a socket. It is not started by ``multiprocessing``, whose
+child would import the running program, and JAX with it. The parent measures each deadline and kills late workers. A
+worker replies with one line of JSON, never with a pickle. A worker that dies or is late is replaced, and its task is
+tried again after a pause that doubles. A task without retries left is invalid and has no reward.
 """
 
 import collections
@@ -22,13 +22,13 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from oapl_jax.rewards.setup import Setup
+from oapl_jax.rewards.worker import Setup
 from oapl_jax.types import Grade, Verdict
 
 START_TIMEOUT = 120.0
-"""Seconds until a new worker must have imported Math-Verify (0.6 s of CPU); generous, for a busy machine."""
+"""Seconds that a new worker may take to import Math-Verify (0.6 s of CPU on an idle machine)."""
 TASKS_PER_WORKER = 5000
-"""Then the worker is replaced, which bounds whatever its libraries keep."""
+"""Tasks after which a worker is replaced, so that leaks in its libraries stay bounded."""
 FIRST_PAUSE = 0.5
 """Seconds before a task is tried for the second time."""
 MAX_SEND_SECONDS = 10.0
@@ -51,7 +51,7 @@ class GraderPool:
         self._setup, self._retries = setup, retries
         self._lock = threading.Lock()
         self._workers = [_Worker(setup) for _ in range(workers)]
-        # Also runs at exit and when the pool is forgotten; the list is shared so that replacements are covered.
+        # This also runs at exit, and when the pool is garbage-collected. It shares the list, so it sees replacements.
         self._finalizer = weakref.finalize(self, _kill_all, self._workers)
 
     def __enter__(self) -> "GraderPool":
@@ -61,7 +61,7 @@ class GraderPool:
         self.close()
 
     def close(self) -> None:
-        """Kills the workers; may be called twice."""
+        """Kills the workers. It may be called twice."""
         self._finalizer()
 
     @property
@@ -70,14 +70,14 @@ class GraderPool:
         return [worker.process.pid for worker in self._workers]
 
     def grade(self, tasks: Sequence[dict[str, Any]], on_done: Callable[[int], None] | None = None) -> list[Grade]:
-        """Grades of tasks, in their order.
+        """Grades tasks and returns the grades in the same order.
 
         Args:
-            tasks: as ``tasks.py`` makes them; each has its ``timeout``.
-            on_done: is told how many are settled, whenever that has changed.
+            tasks: made by ``tasks.py`` or ``functions.py``; each has its own ``timeout``.
+            on_done: called with the number of finished tasks whenever it changes.
 
         Raises:
-            RuntimeError: where the pool is closed, or a worker cannot even start.
+            RuntimeError: the pool is closed, or a worker cannot start.
         """
         with self._lock:
             if not self._finalizer.alive:
@@ -87,8 +87,8 @@ class GraderPool:
                 num_open = batch.num_open
                 self._assign(batch)
                 self._wait(batch)
-                for place, worker in enumerate(self._workers):
-                    self._collect(place, worker, batch)
+                for index, worker in enumerate(self._workers):
+                    self._collect(index, worker, batch)
                 if on_done is not None and batch.num_open < num_open:
                     on_done(len(tasks) - batch.num_open)
             return batch.grades
@@ -99,7 +99,7 @@ class GraderPool:
                 worker.submit(task, batch.tasks[task])
 
     def _wait(self, batch: "_Batch") -> None:
-        """Until a busy worker has something to say, or its deadline has come, or that of a pause."""
+        """Waits until a busy worker replies, a worker's deadline passes, or a pause before a retry ends."""
         busy = [worker for worker in self._workers if not worker.is_idle]
         wake_at = [worker.deadline for worker in busy]
         if len(busy) < len(self._workers) and batch.waiting:
@@ -109,8 +109,8 @@ class GraderPool:
                 selector.register(worker.channel, selectors.EVENT_READ)
             selector.select(max(0.0, min(wake_at) - time.monotonic()))
 
-    def _collect(self, place: int, worker: "_Worker", batch: "_Batch") -> None:
-        """Takes the worker's reply if there is one; replaces the worker if it is dead, late or old."""
+    def _collect(self, index: int, worker: "_Worker", batch: "_Batch") -> None:
+        """Takes a worker's reply if one has come; replaces the worker if it is dead, late or old."""
         if worker.is_idle:
             return
         reply = worker.receive()
@@ -128,18 +128,18 @@ class GraderPool:
                 )
             if task is not None:
                 batch.settle(task, Grade(Verdict.INVALID, math.nan, reason))
-            self._replace(place)
+            self._replace(index)
             return
         if worker.is_idle and worker.num_done >= TASKS_PER_WORKER:
-            self._replace(place)
+            self._replace(index)
 
-    def _replace(self, place: int) -> None:
-        self._workers[place].kill()
-        self._workers[place] = _Worker(self._setup)
+    def _replace(self, index: int) -> None:
+        self._workers[index].kill()
+        self._workers[index] = _Worker(self._setup)
 
 
 class _Batch:
-    """The tasks of one call: which wait, until when, and which are settled."""
+    """The tasks of one call to ``grade``: those that wait, with the time of their next attempt, and the grades."""
 
     def __init__(self, tasks: Sequence[dict[str, Any]], retries: int) -> None:
         self.tasks, self._retries = tasks, retries
@@ -150,14 +150,14 @@ class _Batch:
 
     def take(self) -> int | None:
         """The next task whose pause is over."""
-        for place, (ready_at, task) in enumerate(self.waiting):
+        for index, (ready_at, task) in enumerate(self.waiting):
             if ready_at <= time.monotonic():
-                del self.waiting[place]
+                del self.waiting[index]
                 return task
         return None
 
     def settle(self, task: int, grade: Grade) -> None:
-        """Keeps the grade, or puts the task back where the grader failed and there are retries left."""
+        """Keeps the grade, or queues the task again if the grader failed and retries are left."""
         self._attempts[task] += 1
         attempts = self._attempts[task]
         if grade.verdict is Verdict.INVALID and attempts <= self._retries:
@@ -168,12 +168,12 @@ class _Batch:
 
 
 class _Worker:
-    """One grading process and the state of our talk with it."""
+    """One grading process and its task."""
 
     def __init__(self, setup: Setup) -> None:
         self.channel, theirs = socket.socketpair()
         search_path = os.pathsep.join(filter(None, [_PACKAGE_PARENT, os.environ.get("PYTHONPATH")]))
-        # -P: the folder we happen to run in must not shadow a library.
+        # -P: the current folder must not shadow a library.
         arguments = json.dumps(dataclasses.asdict(setup))
         command = [sys.executable, "-P", "-m", "oapl_jax.rewards.worker", arguments]
         with theirs:
@@ -192,11 +192,11 @@ class _Worker:
 
     @property
     def is_idle(self) -> bool:
-        """Ready, and without a task."""
+        """Whether it has started and has no task."""
         return self.is_ready and self.task is None
 
     def submit(self, number: int, task: dict[str, Any]) -> None:
-        """Sends a task; a worker that cannot take it before the deadline counts as dead."""
+        """Sends a task. A worker that does not read it before the deadline counts as dead."""
         self.task, self.deadline = number, time.monotonic() + task["timeout"]
         self.channel.settimeout(min(task["timeout"], MAX_SEND_SECONDS))
         try:
@@ -205,7 +205,7 @@ class _Worker:
             self.is_dead = True
 
     def receive(self) -> dict[str, Any] | None:
-        """A whole reply if one has come; never waits."""
+        """The next reply, or None if no complete one has come; it never waits."""
         self.channel.setblocking(False)
         try:
             data = self.channel.recv(MAX_REPLY)

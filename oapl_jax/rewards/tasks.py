@@ -1,25 +1,24 @@
-"""Tasks for grading workers: what one of them needs to know to grade one response, as JSON.
+"""Tasks for grading workers: all that a worker needs to grade one response, as JSON (``functions.py`` has its own).
 
-Also the canaries: tasks whose verdicts are known, graded before a run starts.
+The canaries are tasks with known verdicts; they are graded before a run starts.
 """
 
 from typing import Any
 
 from oapl_jax.config.schema import RewardConfig
-from oapl_jax.rewards.setup import Setup
-from oapl_jax.types import Prompt
+from oapl_jax.rewards.worker import Setup
 
 START_SECONDS = 60.0
-"""On top of the limits of a program's tests: for starting a sandbox, and for comparing."""
+"""Added to the time limits of a program's tests, for starting a sandbox and for comparing outputs."""
 
 
 def make_setup(reward: RewardConfig, kinds: tuple[str, ...]) -> Setup:
-    """What workers for these kinds of tasks are started with."""
+    """What workers for these kinds of tasks are started with (``math``, ``code``)."""
     return Setup(kinds, reward.isolation, tuple(reward.packages), reward.python, reward.exec_mode)
 
 
 def math_task(reward: RewardConfig, gold: str, response: str) -> dict[str, Any]:
-    """Compares the answer in a response with a gold one."""
+    """The task of comparing the answer in a response with the gold answer."""
     return {
         "kind": "math",
         "gold": gold,
@@ -30,21 +29,21 @@ def math_task(reward: RewardConfig, gold: str, response: str) -> dict[str, Any]:
 
 
 def gold_task(reward: RewardConfig, gold: str) -> dict[str, Any]:
-    """Correct where a gold answer can be compared with."""
+    """The task of checking a gold answer; its verdict is correct if answers can be compared with it."""
     return {"kind": "gold", "gold": gold, "timeout": reward.timeout}
 
 
 def code_task(
     reward: RewardConfig, tests: str, num_tests: int, limits: dict[str, float] | None = None, **source: str
 ) -> dict[str, Any]:
-    """Runs a program on tests.
+    """The task of running a program on tests.
 
     Args:
-        reward: limits, and what which outcome is worth.
+        reward: the limits, and the reward of each outcome.
         tests: JSON, in any layout of ``layouts.py``.
         num_tests: how many there are.
-        limits: ``cpu_s``, ``wall_s``, ``memory_mb``, where they are others than those of ``reward``.
-        source: ``program``, or the ``response`` that it is in.
+        limits: ``cpu_s``, ``wall_s``, ``memory_mb``, where they differ from those of ``reward``.
+        source: ``program``, or the ``response`` that contains it.
     """
     limits = {
         "cpu_s": reward.cpu_seconds,
@@ -63,15 +62,6 @@ def code_task(
         "stop_early": reward.code_reward != "fraction",
         "timeout": START_SECONDS + 2 * num_tests * limits["wall_s"],
     }
-
-
-def function_task(reward: RewardConfig, path: str, prompt: Prompt | None, response: str | None) -> dict[str, Any]:
-    """Calls a function of the user; without prompt and response it is only looked up."""
-    task: dict[str, Any] = {"kind": "function", "path": path, "timeout": reward.timeout}
-    if prompt is not None:
-        given = {"id": prompt.id, "token_ids": prompt.token_ids.tolist(), "text": prompt.text, "answer": prompt.answer}
-        task |= {"prompt": given, "response": response}
-    return task
 
 
 _DOUBLE = '[{"stdin": "3\\n", "stdout": "6\\n"}, {"stdin": "-1\\n", "stdout": "-2\\n"}]'
@@ -102,7 +92,7 @@ _MATH_CANARIES = (
 
 
 def canaries(reward: RewardConfig) -> list[tuple[dict[str, Any], bool]]:
-    """Tasks of the kinds that a config has, and whether each is correct."""
+    """Tasks of the kinds that a config uses, each with whether its verdict should be correct."""
     found = []
     if "math" in reward.functions:
         answers = [

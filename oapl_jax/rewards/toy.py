@@ -1,10 +1,11 @@
-"""Rewards of the built-in toy tasks (``data/tasks.py``), from the text of question and response."""
+"""Rewards of the built-in toy tasks (``data/tasks.py``), from the text of the question and the response."""
 
 import re
+from collections.abc import Callable
 
 
 def grade_chain(question: str, response: str) -> bool:
-    """Whether the last character is the chain's final value; the running values before it are not looked at."""
+    """Whether the last character is the chain's final value; the running values before it do not count."""
     value = int(question[0])
     for operator, operand in re.findall(r"([-+*])(\d)", question):
         value = _apply(operator, value, int(operand)) % 10
@@ -12,7 +13,7 @@ def grade_chain(question: str, response: str) -> bool:
 
 
 def grade_countdown(question: str, response: str) -> bool:
-    """Whether each step is true, uses a digit of the question that is still free, and the last is the target.
+    """Whether each step is true and uses a digit of the question once, and the last value is the target.
 
     The form is a digit, then two or three steps of operator, digit and two-digit value: ``3*721+425-124``.
     """
@@ -35,3 +36,7 @@ def grade_countdown(question: str, response: str) -> bool:
 
 def _apply(operator: str, left: int, right: int) -> int:
     return {"+": left + right, "-": left - right, "*": left * right}[operator]
+
+
+TOY_GRADERS: dict[str, Callable[[str, str], bool]] = {"chain": grade_chain, "countdown": grade_countdown}
+"""Reward functions by the names of their tasks: question and response to whether the response is correct."""

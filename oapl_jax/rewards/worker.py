@@ -1,17 +1,16 @@
-"""The program of one grading worker: reads tasks from the socket on its standard input, answers on it.
+"""The program of one grading process: it reads tasks from the socket on its standard input and replies on it.
 
-``python -m oapl_jax.rewards.worker SETUP`` with SETUP a JSON object (``Setup``). One JSON line a task
-(``tasks.py``), one JSON line a reply: verdict, reward, detail, level, CPU milliseconds. Expected outputs and gold
-answers are compared here, and this process never runs a program of a model: that is its sandbox's business.
-Nothing of JAX is imported, so that a worker starts in a fraction of a second.
+``python -m oapl_jax.rewards.worker SETUP`` takes a ``Setup`` as a JSON object. A task (``tasks.py``) is one line of
+JSON, and so is a reply: verdict, reward, detail, level, CPU milliseconds. Expected outputs and gold answers are compared
+in this process. It never runs a program of a model; its sandbox does. It does not import JAX, so that it starts in a
+fraction of a second.
 """
 
 import dataclasses
 import functools
-import importlib
 import json
 import logging
-import math as numbers
+import math
 import resource
 import signal
 import socket
@@ -20,39 +19,51 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from oapl_jax.rewards.setup import Setup
+from oapl_jax.rewards import functions
 from oapl_jax.types import Grade, Verdict
 
 MEMORY_LIMIT = 2 << 30
-"""Bytes of address space; beyond it an answer fails with MemoryError instead of filling the machine."""
+"""Bytes of address space. Beyond it an answer fails with MemoryError instead of filling the machine."""
 MAX_DETAIL = 1000
 CACHED_TESTS = 4
-"""Prompts whose tests are kept parsed: the G rollouts of one come in a row."""
+"""Prompts whose parsed tests are kept: the G rollouts of a prompt are graded one after another."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a worker is started with."""
+
+    kinds: tuple[str, ...] = ("math",)
+    """Kinds of tasks to prepare for: ``math``, ``code``."""
+    isolation: str = "namespaces"
+    packages: tuple[str, ...] = ()
+    python: str | None = None
+    exec_mode: str = "script"
 
 
 def main(setup: Setup) -> None:
     """Serves until the parent closes the socket."""
-    # The soft limit only: a sandbox has limits of its own.
+    # Only the soft limit is lowered: a sandbox sets limits of its own.
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, resource.getrlimit(resource.RLIMIT_AS)[1]))
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     logging.disable(logging.CRITICAL)
-    bench = Bench(setup)
+    grader = TaskGrader(setup)
     with socket.socket(fileno=0) as channel, channel.makefile("rwb") as stream:
         _send(stream, {"ready": True})
         for line in stream:
             task = json.loads(line)
-            # The parent kills a late worker. Should the parent be gone, this alarm does: it needs no Python to run.
+            # The parent kills a late worker. If the parent is gone, this alarm does, and it needs no Python to run.
             signal.setitimer(signal.ITIMER_REAL, 2 * task["timeout"] + 1)
-            reply = dataclasses.asdict(bench.grade(task))
+            reply = dataclasses.asdict(grader.grade(task))
             signal.setitimer(signal.ITIMER_REAL, 0)
             _send(stream, reply)
 
 
-class Bench:
-    """What a worker grades with."""
+class TaskGrader:
+    """Grades tasks of all kinds in this process."""
 
     def __init__(self, setup: Setup) -> None:
-        """Imports and warms what the setup asks for, before the first deadline runs."""
+        """Imports Math-Verify if the setup asks for it, before the first deadline runs."""
         if "math" in setup.kinds:
             from oapl_jax.rewards.math import answers
 
@@ -62,7 +73,7 @@ class Bench:
             "math": _grade_math,
             "gold": _check_gold,
             "code": self._grade_code,
-            "function": _call_function,
+            "function": functions.call,
         }
 
     def grade(self, task: dict) -> Grade:
@@ -71,9 +82,9 @@ class Bench:
         try:
             grade = self._kinds[task["kind"]](task)
         except Exception as error:
-            grade = Grade(Verdict.INVALID, numbers.nan, f"{type(error).__name__}: {error}"[:MAX_DETAIL])
+            grade = Grade(Verdict.INVALID, math.nan, f"{type(error).__name__}: {error}"[:MAX_DETAIL])
         cpu_ms = grade.cpu_ms + 1000 * (time.process_time() - began)
-        # A program may have written what is no text; the rollout log takes text only.
+        # The output of a program need not be valid text, but the rollout log accepts only text.
         detail = grade.detail[:MAX_DETAIL].encode("utf-8", "replace").decode()
         return dataclasses.replace(grade, cpu_ms=round(cpu_ms, 3), detail=detail)
 
@@ -115,26 +126,6 @@ def _check_gold(task: dict) -> Grade:
 
     is_usable = answers.is_usable_gold(task["gold"])
     return Grade(Verdict.CORRECT if is_usable else Verdict.WRONG, float(is_usable))
-
-
-def _call_function(task: dict) -> Grade:
-    """Calls a reward function of the user (docs/rewards.md has the signature)."""
-    import numpy as np
-
-    from oapl_jax.types import Prompt
-
-    module, _, name = task["path"].partition(":")
-    function = getattr(importlib.import_module(module), name)
-    if "response" not in task:
-        return Grade(Verdict.CORRECT, 1.0, f"{task['path']} is there")
-    given = task["prompt"]
-    prompt = Prompt(given["id"], np.asarray(given["token_ids"], np.int32), given["text"], given["answer"])
-    result = function(prompt, task["response"])
-    if isinstance(result, Grade):
-        return result
-    if isinstance(result, (bool, int, float)) and numbers.isfinite(result):
-        return Grade(Verdict.CORRECT if result >= 1 else Verdict.WRONG, float(result))
-    raise TypeError(f"{task['path']} returned {result!r:.80}, neither a finite number nor a Grade")
 
 
 def _send(stream: Any, reply: dict) -> None:

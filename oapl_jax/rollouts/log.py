@@ -121,7 +121,7 @@ class RolloutLog:
             "rollouts": num_rollouts,
             "correct": rows["verdict"].count(Verdict.CORRECT) / num_rollouts,
             "invalid": rows["verdict"].count(Verdict.INVALID) / num_rollouts,
-            "cut": rows["finish_reason"].count(FinishReason.LENGTH) / num_rollouts,
+            "truncated": rows["finish_reason"].count(FinishReason.LENGTH) / num_rollouts,
             "reward": sum(rewards) / max(1, len(rewards)),
         }
 

@@ -23,6 +23,7 @@ from oapl_jax.cli import serve
 from oapl_jax.config.schema import MeshConfig
 from oapl_jax.data.tokenizer import CHARS, CharacterTokenizer
 from oapl_jax.distributed.sharding import make_meshes
+from oapl_jax.io import console
 from oapl_jax.model import hf, qwen
 from oapl_jax.rollouts.sampling import Request, SamplingDistribution
 from oapl_jax.sampler.engine import Engine
@@ -213,7 +214,7 @@ def test_a_server_says_what_our_scheduler_draws(policy, server):
 
     # The third request is by the command that the server printed.
     (line,) = server.lines
-    _, _, command = line.partition("ask it: ")
+    _, _, command = line.partition("send it a prompt: ")
     program, *arguments = shlex.split(command.replace("12+3=", QUESTIONS[2]))
     assert program == "python"
     answer = subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=DEADLINE)
@@ -223,6 +224,14 @@ def test_a_server_says_what_our_scheduler_draws(policy, server):
     assert server.stop() == 0
     assert server.lines[1:] == ["stopped"], "JetStream's log must not be shown"
     assert not re.search("DEBUG|INFO|Traceback", (policy[0].parent / "stderr").read_text())
+
+
+def exit_code(words):
+    """Exit code of the command; argparse exits by itself."""
+    try:
+        return console.run(serve.main, words)
+    except SystemExit as stopped:
+        return stopped.code
 
 
 @pytest.mark.parametrize(
@@ -244,14 +253,11 @@ def test_mistakes_are_named_before_anything_is_served(policy, capsys, arguments,
         other.bind(("", 0))
         other.listen()
         names = {"folder": policy[0], "taken": other.getsockname()[1]}
-        with pytest.raises(SystemExit) as stopped:
-            serve.main(shlex.split(f"--port {free_port()} " * ("--port" not in arguments) + arguments.format(**names)))
-    assert stopped.value.code == 2
+        words = shlex.split(f"--port {free_port()} " * ("--port" not in arguments) + arguments.format(**names))
+        assert exit_code(words) == 2
     assert message.format(**names) in capsys.readouterr().err
 
 
-def test_nobody_to_ask(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        serve.main(["--ask", "1", "--port", str(free_port())])
-    assert stopped.value.code == 1
+def test_no_server_to_ask(capsys):
+    assert exit_code(["--ask", "1", "--port", str(free_port())]) == 1
     assert "UNAVAILABLE" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Project CodeNet's layout to groups and a rollout log: which programs meet, what is left out, what they earn."""
+"""Project CodeNet as groups in a rollout log: which programs form a group, what is left out, and their rewards."""
 
 import collections
 import csv
@@ -15,7 +15,7 @@ from oapl_jax.types import Verdict
 
 
 class Bytes:
-    """A tokenizer with a token a byte."""
+    """A tokenizer with one token per byte."""
 
     vocab_size, stop_ids, eos_id, pad_id = 257, (256,), 256, 0
 
@@ -123,7 +123,7 @@ def test_statements_are_text():
 
 
 def test_what_is_wrong_with_a_copy_is_named(root, tmp_path):
-    with pytest.raises(ValueError, match=r"no copy of Project CodeNet: it lacks metadata/problem_list\.csv"):
+    with pytest.raises(ValueError, match=r"not a copy of Project CodeNet: it lacks metadata/problem_list\.csv"):
         command.write(tmp_path, tmp_path / "log", Bytes(), codenet.Rules())
     with pytest.raises(ValueError, match="exists; choose another"):
         command.write(root, tmp_path, Bytes(), codenet.Rules())

@@ -1,4 +1,4 @@
-"""Published data sets: small local samples in their real layouts become prompts that their graders grade."""
+"""Published data sets: local samples in their real layouts become prompts, and the graders grade them."""
 
 import base64
 import gzip
@@ -23,7 +23,7 @@ from oapl_jax.types import FinishReason, Verdict
 
 
 class Words:
-    """A tokenizer with a token a word."""
+    """A tokenizer with one token per word."""
 
     def encode_prompt(self, question, system=None):
         return list(range(len(question.split())))
@@ -141,7 +141,7 @@ def test_a_template_of_the_config_wins_and_another_layout_is_named(tmp_path):
     with pytest.raises(ValueError, match="has no column 'question_content'; it has problem_idx"):
         load("livecodebench", path)
     broken = local_copy(tmp_path, "broken", [{"question": "q", "input_output": "{"}], ".jsonl")
-    with pytest.raises(ValueError, match=r"row apps/test/0 .*is not in the layout of apps"):
+    with pytest.raises(ValueError, match=r"row apps/test/0 .*does not have the layout of apps"):
         load("apps", broken)
     empty = local_copy(tmp_path, "empty", [{"question": "q", "input_output": ""}], ".jsonl")
     with pytest.raises(ValueError, match="none of its 1 rows"):
@@ -151,7 +151,7 @@ def test_a_template_of_the_config_wins_and_another_layout_is_named(tmp_path):
 def test_splits_of_the_hub_are_checked_before_the_network():
     with pytest.raises(ValueError, match="'deepscaler' has no split 'test' on the hub; it has train"):
         load("deepscaler", None)
-    with pytest.raises(ValueError, match="give a local copy"):
+    with pytest.raises(ValueError, match=r"set data\.path to a local copy"):
         load("apps_plus", None)
 
 

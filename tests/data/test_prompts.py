@@ -1,4 +1,4 @@
-"""Prompts and pairs from every format, their order, and the messages of everything that can be wrong with them."""
+"""Prompts and pairs from every format, their order, and the error messages for all mistakes."""
 
 import json
 import sys
@@ -141,7 +141,7 @@ def test_template_keeps_the_braces_of_latex(tmp_path):
 
     data = DataConfig(path=path, template=r"{prompt} in \boxed{}")
     assert load_prompts(data, Loud(), seed=0).prompts[0].text == r"0+0= in \boxed{}"
-    with pytest.raises(ValueError, match=r"data.template='Solve\.': does not contain \{prompt\}"):
+    with pytest.raises(ValueError, match=r"data.template='Solve\.': lacks \{prompt\}"):
         load(path, template="Solve.")
 
 
@@ -153,7 +153,7 @@ def test_overlong_prompts_are_dropped_and_counted_or_an_error(tmp_path):
         ValueError, match=r"row sums/10: its prompt has 6 tokens, over data.max_prompt_tokens=4 \(10 such"
     ):
         load(path, max_prompt_tokens=4, overlong="error")
-    with pytest.raises(ValueError, match=r"all 20 prompts are over data.max_prompt_tokens=3; the shortest has 4"):
+    with pytest.raises(ValueError, match=r"all 20 prompts exceed data.max_prompt_tokens=3; the shortest has 4"):
         load(path, max_prompt_tokens=3)
     with pytest.raises(ValueError, match=r"prompt chain/train/0 has 12 tokens, over data.max_prompt_tokens=11"):
         load_prompts(DataConfig(task="chain", max_prompt_tokens=11), CHARACTERS, seed=0)
@@ -163,7 +163,7 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path):
     path = write_jsonl(tmp_path / "sums.jsonl", ROWS)
     with pytest.raises(ValueError, match=r"sms.jsonl' does not exist; did you mean 'sums.jsonl'\?"):
         load(tmp_path / "sms.jsonl")
-    with pytest.raises(ValueError, match="does not exist, nor does its folder"):
+    with pytest.raises(ValueError, match=r"its folder .* does not exist either"):
         load(tmp_path / "no" / "sums.jsonl")
     with pytest.raises(
         ValueError, match=r"row 0: has no column 'answr'; it has prompt, answer; did you mean 'answer'\?"
@@ -182,7 +182,7 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path):
         load(tmp_path / "words.jsonl")
     with pytest.raises(ValueError, match="is not a Parquet file"):
         load(path, format="parquet")
-    with pytest.raises(ValueError, match=r"the folder has no \*.parquet file"):
+    with pytest.raises(ValueError, match=r"the folder contains no \*.parquet file"):
         load(tmp_path, format="parquet")
 
 
@@ -214,7 +214,7 @@ def test_held_out_prompts_come_first_to_last(tmp_path):
     config = train_config({"path": train}, path=test, prompts=3)
     assert [p.text for p in held_out(config, CHARACTERS)] == ["19+19=", "18+18=", "17+17="]
     assert len(held_out(train_config({"path": train}, path=test), CHARACTERS)) == 20
-    with pytest.raises(ValueError, match=r"evaluation.path: is missing; name the held-out prompts that go with"):
+    with pytest.raises(ValueError, match=r"evaluation.path: is missing; set it to the held-out prompts for"):
         held_out(train_config({"path": train}), CHARACTERS)
 
 
@@ -249,7 +249,7 @@ def test_overlong_pairs(tmp_path):
     assert (len(source), source.num_dropped) == (2, 1)
     with pytest.raises(ValueError, match="row pairs/2: its response has 10 tokens with the stop token, over"):
         load_pairs(SftDataConfig(path=path, max_response_tokens=6, overlong="error"), CHARACTERS, seed=0)
-    with pytest.raises(ValueError, match="all 3 rows are over"):
+    with pytest.raises(ValueError, match="all 3 rows exceed"):
         load_pairs(SftDataConfig(path=path, max_response_tokens=1), CHARACTERS, seed=0)
 
 

@@ -1,4 +1,4 @@
-"""The toy tasks and their rewards, against a plain re-reading of their definitions."""
+"""The toy tasks and their rewards against independent implementations of their definitions."""
 
 import re
 import zlib
@@ -15,7 +15,7 @@ GRADERS = {"chain": toy.grade_chain, "countdown": toy.grade_countdown}
 
 
 def naive_chain(question: str) -> str:
-    """The running values, by Python's own arithmetic on ever longer parenthesised beginnings."""
+    """The running values, by Python's arithmetic on parenthesised prefixes of increasing length."""
     first, *steps = re.findall(r"[-+*]?\d", question)
     values, expression = "", first
     for step in steps:
@@ -80,7 +80,7 @@ def test_noisy_chain_is_right_as_often_as_its_noise_says():
 
 
 def simulated_chain_is_right(rng: np.random.Generator) -> bool:
-    """One noisy chain beside the true one."""
+    """A noisy chain and the true one."""
     true = noisy = int(rng.integers(10))
     for _ in range(5):
         operator, operand = rng.integers(3), int(rng.integers(10))

@@ -1,4 +1,4 @@
-"""The real Qwen tokenizers against known ids, and the toy tasks' characters."""
+"""Qwen's real tokenizers against known ids, and the character tokenizer of the toy tasks."""
 
 import pytest
 
@@ -71,7 +71,7 @@ def test_characters(tmp_path):
     assert (characters.vocab_size, characters.stop_ids, characters.pad_id) == (18, (1,), 0)
     characters.save(tmp_path)
     assert isinstance(tokenizer.load("model", tmp_path), tokenizer.CharacterTokenizer)
-    with pytest.raises(ValueError, match=r"character 'x' at place 2 of '7\+x'"):
+    with pytest.raises(ValueError, match=r"character 'x' at index 2 of '7\+x'"):
         characters.encode("7+x")
     with pytest.raises(ValueError, match="no system message"):
         characters.encode_prompt("7", "Be brief.")

@@ -9,7 +9,7 @@ from oapl_jax.evaluation import passk
 
 
 def enumerated(n: int, c: int, k: int) -> Fraction:
-    """The share of all k-subsets of n samples that hold one of the c correct ones, counted one by one."""
+    """The share of all k-subsets of n samples with at least one of the c correct ones, by enumeration."""
     subsets = list(itertools.combinations(range(n), k))
     return Fraction(sum(min(subset) < c for subset in subsets), len(subsets))
 
@@ -38,7 +38,7 @@ def test_all_ks_at_once_equal_the_enumeration(n):
 
 
 def test_all_ks_of_256_samples_equal_fractions():
-    """An implementation of its own: the chance that k draws without replacement are all wrong, as a fraction."""
+    """An independent implementation: one minus the chance that k draws without replacement are all wrong, as a fraction."""
     n = 256
     table = passk.pass_at_ks(np.full(n + 1, n), np.arange(n + 1), n)
     for c in range(n + 1):
@@ -58,7 +58,7 @@ def test_problems_with_too_few_samples_have_no_value_there():
 
 
 def enumerated_majority(answers, correct, k):
-    """Over all k-subsets of the samples, ties shared; None is no vote."""
+    """The mean over all k-subsets of the samples, with ties shared; None is a sample without a vote."""
     total = Fraction(0)
     subsets = list(itertools.combinations(range(len(answers)), k))
     for subset in subsets:
@@ -82,7 +82,7 @@ def test_majority_equals_the_enumeration():
 
 
 def test_the_bootstrap_interval_has_the_width_of_the_mean():
-    """Of 400 coin tosses: plus and minus 1.96 standard errors."""
+    """For 400 coin tosses the interval is plus and minus 1.96 standard errors."""
     rng = np.random.default_rng(0)
     values = rng.integers(0, 2, (400, 1)).astype(float)
     low, high = passk.interval(passk.resampled_means(passk.bootstrap_weights(400, rng), values))

@@ -1,4 +1,4 @@
-"""Rollout logs to scores, tables and pictures: counts by hand, shortages told, comparisons paired."""
+"""Rollout logs to scores, tables and pictures: counts against values by hand, shortages reported, comparisons paired."""
 
 import csv
 import json
@@ -11,6 +11,7 @@ import pytest
 
 from oapl_jax.cli import evaluate
 from oapl_jax.evaluation import scores, tables, tally
+from oapl_jax.io import console
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, RolloutGroup, Verdict
 
@@ -19,7 +20,7 @@ LETTERS = {"c": Verdict.CORRECT, "w": Verdict.WRONG, "i": Verdict.INVALID, "t": 
 
 
 def sample(letter, text="", tokens=5):
-    """c: correct; w: wrong; i: invalid; t: cut at the limit."""
+    """c: correct; w: wrong; i: invalid; t: truncated at the limit."""
     verdict = LETTERS[letter]
     reason = FinishReason.LENGTH if letter == "t" else FinishReason.STOP
     drawn = Rollout(np.arange(tokens, dtype=np.int32), np.zeros(tokens, np.float32), reason)
@@ -27,7 +28,7 @@ def sample(letter, text="", tokens=5):
 
 
 def write(folder, problems, version=0, answer="4"):
-    """A log of ``{prompt_id: samples}``; a sample is a letter, or a letter and a text."""
+    """Writes a log of ``{prompt_id: samples}``; a sample is a letter, or a letter and a text."""
     groups = []
     for index, (name, samples) in enumerate(problems.items()):
         prompt = Prompt(name, np.zeros(1, np.int32), "?", answer)
@@ -68,7 +69,7 @@ def test_majority_votes_by_answers(tmp_path):
     votes = [("c", box % "4"), ("c", box % "4.0"), ("w", box % "5"), ("w", box % "$5$"), ("w", box % "5.00"), ("t", "")]
     log = write(tmp_path / "a", {"math500/test/0": votes})
     (score,) = scores.score("a", tally.read(log, 0))
-    assert values(score, "maj")[6] == 0.0  # three say 5, two say 4, one was cut
+    assert values(score, "maj")[6] == 0.0  # three say 5, two say 4, one was truncated
     log = write(tmp_path / "b", {"math500/test/0": [*votes, ("c", "the answer is 4")]})
     (score,) = scores.score("b", tally.read(log, 0))
     assert values(score, "maj")[7] == 0.5  # a tie
@@ -92,7 +93,7 @@ def test_problems_with_fewer_samples_are_counted_and_named(tmp_path):
 
 
 def test_a_difference_is_paired_and_of_shared_problems(tmp_path):
-    """b solves one problem more than a, on each of the same others as a: the paired interval is far narrower."""
+    """b solves the problems that a solves and one more, so the paired interval is far narrower."""
     rng = np.random.default_rng(0)
     solved = rng.integers(0, 2, 60)
     mine = {f"aime2025/test/{i}": "cccc" if x else "wwww" for i, x in enumerate(solved)}
@@ -134,18 +135,15 @@ def test_files_hold_what_the_table_says_and_pictures_are_pictures(tmp_path):
 def test_mistakes_of_the_command_line_are_named(tmp_path, capsys):
     log = write(tmp_path / "log", {"gsm8k/test/0": "cw"})
     (tmp_path / "other").mkdir()
-    for logs, told in (
+    for logs, message in (
         ([log, log], "two logs are called 'log'"),
         ([tmp_path / "other"], "has no rollouts"),
     ):
         words = [word for path in logs for word in ("--log", str(path))]
-        with pytest.raises(SystemExit) as stop:
-            evaluate.main([*words, "--out", str(tmp_path / "out")])
-        assert stop.value.code == 2
-        assert told in capsys.readouterr().err
+        assert console.run(evaluate.main, [*words, "--out", str(tmp_path / "out")]) == 2
+        assert message in capsys.readouterr().err
     (log / "000000" / "part-000001.parquet").write_bytes(b"PAR1 torn")
-    with pytest.raises(SystemExit):
-        evaluate.main(["--log", str(log), "--out", str(tmp_path / "out")])
+    assert console.run(evaluate.main, ["--log", str(log), "--out", str(tmp_path / "out")]) == 2
     assert "not a readable Parquet file" in capsys.readouterr().err
 
 

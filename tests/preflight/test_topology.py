@@ -15,7 +15,7 @@ from preflight.tpu_compiler import needs_libtpu
 @pytest.mark.parametrize(
     ("name", "generation", "shape", "num_devices"),
     [
-        # v4 and v5p count TensorCores, two a chip
+        # v4 and v5p count TensorCores, two per chip
         ("v5p-8", "v5p", "2x2x1", 4),
         ("v5p-32", "v5p", "2x2x4", 16),
         ("v5p-64", "v5p", "2x4x4", 32),
@@ -54,7 +54,7 @@ def test_each_number_of_chips_is_one_shape(name):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("v5p-60", r"no such slice; the number in v5p-N counts TensorCores, two a chip; near: .*v5p-64 \(2x4x4\)"),
+        ("v5p-60", r"no such slice; the number in v5p-N counts TensorCores, two per chip; near: .*v5p-64 \(2x4x4\)"),
         ("v5e-7", r"counts chips; near: .*v5e-8 \(2x4\)"),
         ("v5p-3x4x4", r"near: .*v5p-64 \(2x4x4\).*v5p-128 \(4x4x4\)"),
         ("v5p", "no such slice"),

@@ -27,7 +27,7 @@ def make_group(index, version, response="7 4 1"):
 
 
 def make_run(run_dir, steps=100, sync_every=25):
-    """A run directory as training leaves it, with numbers that move like those of a real run."""
+    """A run directory as training leaves it, with numbers like those of a real run."""
     rng = np.random.default_rng(0)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text("run:\n  dir: runs/demo\n  steps: 100\n")
@@ -97,7 +97,7 @@ def test_rollouts_of_the_first_and_the_newest_window_are_shown_with_their_text_e
 
 
 def test_every_panel_draws_what_the_run_recorded(run_dir):
-    """Without its lines a panel changes: none of them ignores its data or repeats another's."""
+    """Each panel changes when its metrics are removed, so none ignores its data or repeats another panel."""
     record = report.read_run(run_dir)
     complete = matplotlib.image.imread(io.BytesIO(report.draw_curves(record)))
     empty = report.draw_curves(dataclasses.replace(record, lines=[], summary={}))
@@ -126,11 +126,11 @@ def test_a_single_step_and_values_that_are_not_finite_are_drawn(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
-def test_long_texts_are_cut_in_the_middle_and_say_so(tmp_path):
+def test_the_middle_of_long_texts_is_omitted(tmp_path):
     RolloutLog(tmp_path / "rollouts").append([make_group(0, 0, "start " + "x" * 10_000)])
     html = report.write_report(tmp_path).read_text()
     assert "start xxx" in html
-    assert "7,008 characters left out" in html
+    assert "7,008 characters omitted" in html
 
 
 def test_the_running_mean_keeps_a_constant_and_averages_neighbours():

@@ -1,4 +1,4 @@
-"""Runs programs that attack the grader, and looks at what is left of the surroundings after each."""
+"""Runs programs that attack the grader, and checks their surroundings after each."""
 
 import contextlib
 import dataclasses
@@ -55,7 +55,7 @@ def read_program(path: pathlib.Path, canary: pathlib.Path) -> Program:
 
 
 class Surroundings:
-    """What an attack may go for: files, a process, listeners; and a secret that only the grader knows."""
+    """Targets of attacks: files, a process, listeners, and a secret that only the grader knows."""
 
     def __init__(self, folder: pathlib.Path) -> None:
         self.folder, self.secret = folder, str(random.randrange(10**9, 10**10))
@@ -92,7 +92,7 @@ class Surroundings:
         return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*"))
 
     def damage(self) -> list[str]:
-        """What is no longer as it was."""
+        """What an attack has changed."""
         found = [f"listener {hit} was reached" for hit in self.hits]
         if self.victim.poll() is not None:
             found.append("the victim is dead")
@@ -110,7 +110,7 @@ class Surroundings:
 
 
 def judge_program(judge: Judge, program: Program, secret: str) -> str:
-    """The first status that is not accepted, in short, or AC."""
+    """The first status that is not accepted, abbreviated, or AC."""
     numbers = "3\n4 5 6\n"
     expected = "15\n" if program.is_benign else f"{secret}\n"
     if program.kind == "stdio_big":
@@ -145,7 +145,7 @@ def processes_of(judge: Judge) -> set[int]:
 
 
 def survivors(judge: Judge, before: set[int]) -> set[int]:
-    """Team of a judge that were not there before and do not end within two seconds."""
+    """New processes of a judge that do not end within two seconds."""
     give_up = time.monotonic() + 2
     while (left := processes_of(judge) - before) and time.monotonic() < give_up:
         time.sleep(0.02)

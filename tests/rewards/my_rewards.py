@@ -7,12 +7,12 @@ from oapl_jax.types import Grade, Prompt, Verdict
 
 
 def shortness(prompt: Prompt, response: str) -> float:
-    """A number: the reward."""
+    """Returns a number, which is the reward."""
     return 1.0 if len(response) <= len(prompt.answer) else 0.25
 
 
 def graded(prompt: Prompt, response: str) -> Grade:
-    """A whole verdict."""
+    """Returns a grade."""
     is_correct = response == prompt.answer and prompt.token_ids.tolist() == [0]
     return Grade(Verdict.CORRECT if is_correct else Verdict.WRONG, 2.0 * is_correct, "mine")
 

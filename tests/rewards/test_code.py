@@ -1,4 +1,4 @@
-"""The code grader: which program a response has, the three kinds of tests, what a program's end means."""
+"""The code grader: the program of a response, the three kinds of tests, and how the end of a program is judged."""
 
 import json
 
@@ -28,7 +28,7 @@ def lcb():
 
 
 def status(judge, program, tests, limits=LIMITS):
-    """What became of the first test that failed, or `accepted`."""
+    """The status of the first test that failed, or `accepted`."""
     return str(judge.judge(program, programs.parse_tests(tests), limits, stop_early=True)[-1].status)
 
 
@@ -224,12 +224,12 @@ def test_assertions(judge, program, source, is_right):
 
 
 def test_a_test_that_asks_nothing_is_no_verdict(judge):
-    with pytest.raises(programs.SandboxError, match="never asks the program"):
+    with pytest.raises(programs.SandboxError, match="never calls the program"):
         status(judge, "def f(): pass", [{"assert": "if False:\n    f()"}])
 
 
 def test_a_test_that_cannot_be_split_is_no_verdict(judge):
-    with pytest.raises(programs.SandboxError, match="hands over a function"):
+    with pytest.raises(programs.SandboxError, match="passes a function"):
         status(judge, "def f(g): return g(1)", [{"assert": "assert f(lambda x: x) == 1"}])
 
 
@@ -263,7 +263,7 @@ def test_grades_by_all_by_fraction_and_by_status():
         ([{"stdin": 1, "stdout": ""}], "are text"),
         ([{"call": "f", "args": 1, "expected": 1}], "args is a list"),
         ([{"assert": "assert f("}], "do not compile"),
-        ([{"assert": "assert True"}], "name nothing that the program could define"),
+        ([{"assert": "assert True"}], "use no name that the program could define"),
     ],
 )
 def test_tests_that_are_none(tests, message):
@@ -315,7 +315,7 @@ def test_layouts_of_data_sets(layout, tests):
 
 
 def packed(value):
-    """As LiveCodeBench packs its private tests."""
+    """A value as LiveCodeBench packs its private tests."""
     import base64
     import pickle
     import zlib
@@ -325,12 +325,12 @@ def packed(value):
 
 def test_a_pickle_that_is_more_than_text_is_refused():
     row = {"public_test_cases": "[]", "private_test_cases": packed(print)}
-    with pytest.raises(ValueError, match=r"its pickle has .*GLOBAL .*; only a string may be in it"):
+    with pytest.raises(ValueError, match=r"its pickle has .*GLOBAL .*; it may contain only a string"):
         layouts.read_tests(row)
 
 
 def hostile_pickles(tmp_path):
-    """Pickles that would do something if they were loaded, and some that are no string."""
+    """Pickles that would do something if they were loaded, and some that are not strings."""
     import collections
     import os
     import pickle
@@ -368,13 +368,13 @@ def test_hostile_pickles_are_refused_and_run_nothing(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_packed_text_comes_back_and_damage_is_said(monkeypatch):
+def test_packed_text_comes_back_and_damage_is_reported(monkeypatch):
     for text in ("", "[]", json.dumps([{"input": "é\n", "output": "\u2028"}]), "x" * 100_000):
         assert layouts.unpack(layouts.pack(text)) == text
     packed = layouts.pack("some tests " * 50)
     with pytest.raises(ValueError, match="not base64"):
         layouts.unpack(packed[:40] + "!" + packed[41:])
-    with pytest.raises(ValueError, match="cut off"):
+    with pytest.raises(ValueError, match="truncated zlib stream"):
         layouts.unpack(packed[:40])
     monkeypatch.setattr(layouts, "MAX_UNPACKED", 100)
     with pytest.raises(ValueError, match="more than 100 bytes"):
@@ -382,7 +382,7 @@ def test_packed_text_comes_back_and_damage_is_said(monkeypatch):
 
 
 def test_an_unknown_layout_says_so():
-    with pytest.raises(ValueError, match="the layout of the tests is not known"):
+    with pytest.raises(ValueError, match="the tests have an unknown layout"):
         layouts.read_tests({"question": "?"})
 
 

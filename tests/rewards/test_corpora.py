@@ -1,6 +1,6 @@
 """Programs whose verdicts are known, from public data sets in all their layouts.
 
-A sample of the large ones by default; all of them (ten minutes) with
+A sample of the large data sets runs by default. All of them run (in ten minutes) with
 
     OAPL_JAX_CORPORA=all python -m pytest tests/rewards/test_corpora.py
 """
@@ -27,7 +27,7 @@ def plain(x):
         return x
     return [plain(y) for y in x]
 """
-"""QuixBugs' expected values are JSON: generators and tuples were made lists."""
+"""The expected values of QuixBugs are JSON, so its generators and tuples have become lists."""
 SLOW_EVEN_IF_RIGHT = {"knapsack": 10**5, "levenshtein": 10}
 """QuixBugs functions whose right versions take minutes on some tests (its own suite leaves them out too): those where
 the first argument is larger, or longer, are left out."""
@@ -57,7 +57,7 @@ def code(shared_data):
 
 @pytest.fixture(scope="module")
 def outcomes():
-    """What becomes of (name, program, tests) triples: name -> status, or `accepted`."""
+    """Judges (name, program, tests) triples; returns name -> status."""
     reward = RewardConfig.model_validate({"functions": {"code": 1.0}, "packages": PACKAGES})
     pool = GraderPool(2, 2, tasks.make_setup(reward, ("code",)))
 
@@ -113,7 +113,7 @@ def test_leetcode(code, outcomes):
 
 
 def test_submissions_to_contests(code, outcomes):
-    """Right ones are accepted, of the others the kind is known; but for two whose own judge is lenient."""
+    """Right programs are accepted and wrong ones have their known status, but for two whose own judge is lenient."""
     wanted = {"correct": "accepted", "wrong": "wrong_answer", "timeout": "time_limit", "crash": "runtime_error"}
     cases, num_seen = {verdict: [] for verdict in wanted}, 0
     for problem in read_jsonl(code / "stdin_stdout_problems.jsonl"):
@@ -166,7 +166,7 @@ LABELS = {Status.ACCEPTED: "True", Status.WRONG_ANSWER: "False", Status.COMPILE_
 
 
 def test_apps_labels(code):
-    """True, False, -1 (some test crashed or was too slow), -2 (does not compile), of 83 generated programs."""
+    """83 generated programs labelled True, False, -1 (a test crashed or was too slow) or -2 (does not compile)."""
     judge, found, num_seen = Judge(Settings(packages=("numpy",))), {}, 0
     for problem in sorted((code / "apps_samples/APPS/train").iterdir()):
         tests = parse_tests(layouts.read_tests((problem / "input_output.json").read_text()))

@@ -1,4 +1,4 @@
-"""What breaks around the graders leads to another attempt or to no verdict, with a reason; never to a reward."""
+"""A failure around the graders leads to a retry, or to no verdict and a reason; never to a reward."""
 
 import json
 import math
@@ -14,6 +14,7 @@ import pytest
 
 from oapl_jax.cli import grade as command
 from oapl_jax.config.schema import RewardConfig
+from oapl_jax.io import console
 from oapl_jax.rewards import tasks
 from oapl_jax.rewards.code import programs
 from oapl_jax.rewards.pool import GraderPool
@@ -31,7 +32,7 @@ def task(program):
 
 @pytest.fixture(params=[0, 1], ids=["no retry", "a retry"])
 def pool(request):
-    """A warm pool of one worker, and what is to come of a failure."""
+    """A warm pool of one worker, and the expected result of a failure."""
     with GraderPool(1, request.param, tasks.make_setup(REWARD, ("code",))) as running:
         (grade,) = running.grade([task(QUICK)])
         assert grade.verdict is Verdict.CORRECT, grade
@@ -94,7 +95,7 @@ def test_an_exhausted_process_table(pool):
 
 
 def test_no_room_for_a_file(pool):
-    """As on a full disk; nothing is written to one, but memory files can run out as well."""
+    """Memory files have a limit as well, although they need no disk."""
     worker = pool.pids[0]
     resource.prlimit(worker, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
     timer = threading.Timer(0.3, resource.prlimit, (worker, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2))
@@ -104,14 +105,14 @@ def test_no_room_for_a_file(pool):
     check(pool, grade, "a run could not be started: [Errno 27] File too large")
 
 
-def test_a_full_disk_under_the_results(tmp_path, capsys):
+def test_a_full_disk_for_the_results(tmp_path, capsys):
     row = {"id": 1, "kind": "math", "gold": "1", "response": "1"}
     (tmp_path / "in.jsonl").write_text(json.dumps(row) + "\n")
-    assert command.main([str(tmp_path / "in.jsonl"), "/dev/full"]) == 2
+    assert console.run(command.main, [str(tmp_path / "in.jsonl"), "/dev/full"]) == console.ExitCode.FAILED
     assert "No space left on device" in capsys.readouterr().err
 
 
-def test_a_grader_that_stood_still(pool):
+def test_a_grader_that_is_stopped_for_a_while(pool):
     worker = pool.pids[0]
 
     def stop():
@@ -123,7 +124,7 @@ def test_a_grader_that_stood_still(pool):
 
 
 @pytest.mark.parametrize("seconds", [-1e6, 1e6])
-def test_the_clock_of_the_machine_decides_nothing(monkeypatch, seconds):
+def test_the_time_of_day_has_no_effect(monkeypatch, seconds):
     now = time.time
     monkeypatch.setattr(time, "time", lambda: now() + seconds)
     judge = programs.Judge(programs.Settings())
@@ -142,7 +143,7 @@ def test_a_jump_of_the_steady_clock_is_no_verdict(monkeypatch):
     judge.close()
 
 
-def test_nothing_is_left_of_sandboxes_that_were_closed():
+def test_closed_sandboxes_leave_no_descriptors():
     judge, tests = programs.Judge(programs.Settings()), [programs.StdioTest(str(n), str(n)) for n in range(10)]
     descriptors = len(os.listdir("/proc/self/fd"))
     for _ in range(4):

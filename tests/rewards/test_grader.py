@@ -1,4 +1,4 @@
-"""What the reward functions of a config make of responses: parts, sums, bonus, penalty, and what stops a run."""
+"""The reward functions of a config: parts, sums, bonus and penalty, and the mistakes that stop a run."""
 
 import json
 import math
@@ -12,10 +12,9 @@ import pytest
 from oapl_jax.cli import grade as command
 from oapl_jax.config.config_file import ConfigError, load_reward
 from oapl_jax.config.schema import RewardConfig
+from oapl_jax.io import console
 from oapl_jax.rewards import grader, tasks
 from oapl_jax.rewards.code.sandbox import isolation
-from oapl_jax.rewards.grader import RewardGrader
-from oapl_jax.rewards.pool import GraderPool
 from oapl_jax.types import FinishReason, Grade, Prompt, Verdict
 
 pytestmark = pytest.mark.usefixtures("sandboxed")
@@ -26,14 +25,13 @@ RIGHT, HALF_RIGHT = "```python\nprint(2 * int(input()))\n```", "```python\nprint
 
 @pytest.fixture
 def make(monkeypatch):
-    """Graders of a section `reward`, with this folder's modules in reach of the workers."""
+    """Makes graders of a section `reward`; their workers can import this folder's modules."""
     monkeypatch.setenv("PYTHONPATH", str(pathlib.Path(__file__).parent), prepend=os.pathsep)
     made = []
 
     def make_grader(**values):
         reward = RewardConfig.model_validate({"workers": 1, "timeout": 20.0, **values})
-        kinds = tuple(kind for kind in ("math", "code") if kind in reward.functions)
-        made.append(RewardGrader(GraderPool(reward.workers, reward.retries, tasks.make_setup(reward, kinds)), reward))
+        made.append(grader.grader_of(None, reward))
         return made[-1]
 
     yield make_grader
@@ -70,7 +68,7 @@ TROUBLE = {
 
 @pytest.mark.parametrize("body", TROUBLE.values(), ids=TROUBLE)
 def test_a_program_cannot_have_itself_excused(make, body):
-    """What it makes the grader read, show or send leads to a wrong verdict, never to an invalid one."""
+    """Whatever it makes the grader read, show or send, its verdict is wrong and never invalid."""
     running = make(functions={"code": 1.0}, retries=3)
     tests = json.dumps([{"call": "f", "args": [], "expected": 1}])
     (grade,) = graded(running, tests, f"```python\ndef f():\n    {body}\n```")
@@ -99,8 +97,8 @@ def test_a_weighted_sum_with_a_function_of_the_user_a_bonus_and_a_penalty(make):
     assert [g.verdict for g in grades] == ["correct", "correct", "wrong", "correct"]
     penalty = 10 * (len(texts[3]) - 20) / 1000
     assert [g.reward for g in grades] == pytest.approx([1.325, 1.125, 0.325, 1.325 - penalty])
-    (cut,) = graded(running, "1/2", texts[3], reason=FinishReason.LENGTH)
-    assert (cut.verdict, cut.reward) == ("wrong", pytest.approx(-penalty))
+    (truncated,) = graded(running, "1/2", texts[3], reason=FinishReason.LENGTH)
+    assert (truncated.verdict, truncated.reward) == ("wrong", pytest.approx(-penalty))
 
 
 def test_a_function_of_the_user_may_give_the_whole_verdict(make):
@@ -137,7 +135,7 @@ def test_rows_without_tests_are_named(make):
 def test_graders_that_fail_their_canaries_stop_the_run(make, monkeypatch):
     monkeypatch.setattr(tasks, "_CODE_CANARIES", (('[{"stdin": "", "stdout": "7"}]', "print(8)", True),))
     with pytest.raises(
-        ValueError, match=r"the code grader fails its test: 'print\(8\)' should be correct and is wrong"
+        ValueError, match=r"the code grader fails its test: 'print\(8\)' should be correct, but is wrong"
     ):
         make(functions={"code": 1.0}).check_golds([])
 
@@ -244,8 +242,8 @@ def test_the_command_takes_the_options_of_a_config(tmp_path, capsys):
         ({**ROWS[1], "tests": []}, "at least one test"),
     ],
 )
-def test_the_command_names_the_line_that_is_no_row(tmp_path, capsys, row, message):
+def test_the_command_names_the_line_that_is_not_a_row(tmp_path, capsys, row, message):
     target = tmp_path / "out.jsonl"
-    assert command.main([str(write(tmp_path / "in.jsonl", [ROWS[0], row])), str(target)]) == 2
+    assert console.run(command.main, [str(write(tmp_path / "in.jsonl", [ROWS[0], row])), str(target)]) == 2
     assert not target.exists(), "nothing is graded before all rows are checked"
     assert re.search(message, capsys.readouterr().err)

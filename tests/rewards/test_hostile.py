@@ -1,4 +1,4 @@
-"""No program that attacks the grader is accepted, none harms what is around it, and right programs stay right."""
+"""No program that attacks the grader is accepted or harms its surroundings, and right programs are accepted."""
 
 import json
 import pathlib
@@ -18,11 +18,11 @@ from oapl_jax.rewards.pool import GraderPool
 from oapl_jax.types import Verdict
 
 SLOW_PROGRAMS = ("01", "02", "03", "04", "05", "07", "08", "09", "10", "16", "17", "61", "64")
-"""Those that end at a limit, or nearly: seconds each."""
+"""Programs that take seconds because they end at a limit, or near it."""
 
 
 def attacks(shared_data):
-    """All shared programs, or none where they are not here; then our own."""
+    """All shared programs if they are available, then our own."""
     folder = shared_data.parent / "attacks"
     shared = sorted(folder.glob("hostile/*.py")) + sorted(folder.glob("benign/*.py"))
     assert len(shared) >= 55
@@ -58,7 +58,7 @@ def make_judge():
 
 
 def sweep(judge, surroundings, paths):
-    """Judges every program; what was not as it should be."""
+    """Judges every program; returns what was not as expected."""
     wrong = []
     for path in paths:
         program = hostile.read_program(path, surroundings.folder)

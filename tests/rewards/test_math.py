@@ -9,16 +9,16 @@ from oapl_jax.config.schema import RewardConfig
 from oapl_jax.rewards import tasks
 from oapl_jax.rewards.math import answers
 from oapl_jax.rewards.pool import GraderPool
-from oapl_jax.rewards.setup import Setup
+from oapl_jax.rewards.worker import Setup
 from oapl_jax.types import Verdict
 
 
 @pytest.mark.parametrize(
-    ("place", "answers"), [("boxed", ["1", None, None]), ("hash", [None, "2", None]), ("any", ["1", "2", "it is 3"])]
+    ("where", "answers"), [("boxed", ["1", None, None]), ("hash", [None, "2", None]), ("any", ["1", "2", "it is 3"])]
 )
-def test_places_of_the_answer(place, answers):
+def test_where_the_answer_is(where, answers):
     responses = [r"so \boxed{1}", "so\n#### 2", "it is 3"]
-    assert [answers.extract_answer(response, place) for response in responses] == answers
+    assert [answers.extract_answer(response, where) for response in responses] == answers
 
 
 def is_correct(gold, response):
@@ -142,7 +142,7 @@ MISSED = {
 
 @pytest.mark.slow
 def test_cases_of_other_graders(shared_data):
-    """197 cases; those where the projects differ among themselves are not among them. At least 98 % and nothing false."""
+    """On 197 cases that all projects judge alike, at least 98 % agree and no verdict is a false positive."""
     rows = [row for row in read_jsonl(shared_data / "grader" / "grader_cases.jsonl") if not row.get("policy")]
     assert len(rows) == 197
     golds = [row["gold"] if isinstance(row["gold"], list) else [row["gold"]] for row in rows]
@@ -183,7 +183,7 @@ PIECES = (
 
 
 def garbage(number):
-    """Answers as a model that has gone wrong, or wants to stall the grader, may write them."""
+    """Answers that a collapsed model, or one that wants to stall the grader, could write."""
     rng = random.Random(number)
     length = rng.choice([1, 3, 10, 30, 100])
     text = "".join(rng.choice(PIECES) for _ in range(length)) * rng.choice([1, 1, 1, 5])

@@ -1,4 +1,4 @@
-"""The worker processes: order, kills, hostile answers, nothing left behind; and the graders built on them."""
+"""The worker processes: order, kills, hostile answers, no leftover processes; and the graders that use them."""
 
 import json
 import math
@@ -16,11 +16,11 @@ import pytest
 from oapl_jax.config.schema import RewardConfig, TrainConfig
 from oapl_jax.data.tokenizer import CharacterTokenizer
 from oapl_jax.rewards import grader, pool, tasks
-from oapl_jax.rewards.setup import Setup
+from oapl_jax.rewards.worker import Setup
 from oapl_jax.types import FinishReason, Prompt, Verdict
 
 SLOW_ANSWER = r"\boxed{\int_0^1 \sin(x^x)\cos(x^3) e^{x^2} dx}"
-"""Passes the size guard and keeps SymPy busy for more than a minute."""
+"""It passes the size guard and keeps SymPy busy for more than a minute."""
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def workers():
 
 
 def answers(items, timeout=20.0):
-    """Tasks that compare answers with golds."""
+    """Tasks that compare answers with gold answers."""
     reward = RewardConfig(timeout=timeout)
     return [tasks.math_task(reward, gold, response) for gold, response in items]
 
@@ -160,10 +160,10 @@ def test_a_worker_that_cannot_start_is_an_error(monkeypatch, tmp_path):
 def test_no_worker_outlives_its_parent(ending):
     program = f"""
 import os, signal, sys, threading
-from oapl_jax.config import RewardConfig
+from oapl_jax.config.schema import RewardConfig
 from oapl_jax.rewards import tasks
 from oapl_jax.rewards.pool import GraderPool
-from oapl_jax.rewards.setup import Setup
+from oapl_jax.rewards.worker import Setup
 pool = GraderPool(2, 0, Setup())
 reward = RewardConfig(timeout=2.0)
 pool.grade([tasks.math_task(reward, "1", "1")] * 4)

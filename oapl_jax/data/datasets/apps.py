@@ -1,4 +1,4 @@
-"""APPS: 5,000 and 5,000 problems; ``input_output`` is JSON, empty where a problem has no tests."""
+"""APPS: 5,000 training and 5,000 test problems; ``input_output`` is JSON, or empty if a problem has no tests."""
 
 import json
 from typing import Any
@@ -7,7 +7,7 @@ from oapl_jax.data.dataset import PROGRAM, Dataset, Problem, Source, with_starte
 
 
 def read_input_output(row: dict[str, Any]) -> Problem | None:
-    """The layout that TACO took over."""
+    """Reads a row in the layout of APPS, which TACO uses too."""
     tests = row["input_output"]
     if not tests or not json.loads(tests).get("inputs"):
         return None

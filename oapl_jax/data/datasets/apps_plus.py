@@ -1,7 +1,8 @@
-"""APPS+ (Ablustrund/APPS_Plus on GitHub, not on the hub): APPS refined, 7,413 problems; read from a local copy.
+"""APPS+: 7,413 refined problems of APPS, read from a local copy of Ablustrund/APPS_Plus on GitHub.
 
-Its paper lists a description, a canonical solution, a function's name, inputs, outputs and starter code for each
-problem. Read are APPS's column ``input_output``, as text or as an object, or ``inputs``, ``outputs`` and ``fn_name``.
+Its paper lists a description, a canonical solution, a function name, inputs, outputs and starter code for each
+problem. The reader accepts APPS's column ``input_output``, as text or as an object, or the columns ``inputs``,
+``outputs`` and ``fn_name``.
 """
 
 import json

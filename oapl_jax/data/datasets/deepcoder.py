@@ -1,4 +1,4 @@
-"""DeepCoder: what the paper trains on for programs; ``data.name`` chooses primeintellect, taco, lcbv5 or codeforces."""
+"""DeepCoder, the paper's training data for code; ``data.name`` is primeintellect, taco, lcbv5 or codeforces."""
 
 from typing import Any
 

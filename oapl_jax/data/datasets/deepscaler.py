@@ -1,4 +1,4 @@
-"""DeepScaleR: 40,315 problems, what the paper trains on for mathematics."""
+"""DeepScaleR: 40,315 problems, the paper's training data for mathematics."""
 
 from oapl_jax.data.dataset import BOXED, Dataset, Problem, Source
 

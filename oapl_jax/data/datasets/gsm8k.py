@@ -1,4 +1,4 @@
-"""GSM8K: 7,473 and 1,319 word problems; the answer column is a solution with ``#### answer`` at its end."""
+"""GSM8K: 7,473 training and 1,319 test problems; the answer column is a solution that ends with ``#### answer``."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""LiveCodeBench's code generation, release 5: problems with public tests and packed private ones."""
+"""LiveCodeBench's code generation, release 5: problems with public tests and packed private tests."""
 
 import json
 from typing import Any

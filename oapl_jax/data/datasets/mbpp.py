@@ -1,4 +1,4 @@
-"""MBPP: 974 short functions, of which 500 are the test split; also the sanitized ones, whose question is ``prompt``."""
+"""MBPP: 974 short functions, 500 of them in the test split; sanitized MBPP has the question in ``prompt``."""
 
 import json
 from typing import Any
@@ -11,7 +11,7 @@ def _read(row: dict[str, Any]) -> Problem | None:
     if not question or not row["test_list"]:
         return None
     tests = {"test_list": row["test_list"], "test_setup_code": row["test_setup_code"] or ""}
-    shown = "\n".join(row["test_list"])  # they name the function
+    shown = "\n".join(row["test_list"])  # the tests name the function
     return Problem(
         f"{question}\n\nIt has to pass these tests:\n```python\n{shown}\n```",
         json.dumps({**tests, "test_imports": row["test_imports"] or []}),

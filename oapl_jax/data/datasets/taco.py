@@ -1,4 +1,4 @@
-"""TACO: 25,443 and 1,000 problems, in the layout of APPS."""
+"""TACO: 25,443 training and 1,000 test problems, in the layout of APPS."""
 
 from oapl_jax.data.dataset import PROGRAM, Dataset, Source
 from oapl_jax.data.datasets.apps import read_input_output

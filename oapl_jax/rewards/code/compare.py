@@ -1,7 +1,7 @@
-"""Whether what a program gave is what was expected, by LiveCodeBench's rules.
+"""Compares the output or the return value of a program with the expected one, by LiveCodeBench's rules.
 
-Runs in the grader. One side is hostile: nothing is built from it that could cost more than reading it, and no
-method of its own is ever called, because it is text or plain JSON (``confined/values.py``).
+This runs in the grader, and the program's side is hostile. It is text or plain JSON (``sandbox/confined/values.py``),
+so none of its methods is ever called, and no object is built from it that costs more than reading it.
 """
 
 import re
@@ -10,16 +10,20 @@ from fractions import Fraction
 from typing import Any
 
 MAX_RATIO, MAX_EXTRA = 4, 4096
-"""A line longer than this many times the expected one, and some, is not parsed: it would cost minutes of digits."""
+"""A line with more than 4 times the expected characters plus 4096 is not parsed: its digits could take minutes."""
 MAX_DIGITS = 5000
 _NUMBER = (int, float, bool)
 
 
 def is_same_output(output: str, expected: str, tolerance: float = 0.0) -> bool:
-    """Compares standard output: stripped, line by line; a line that differs as text, word by word as decimals.
+    """Compares standard output line by line, stripped; lines that differ as text are compared word by word as decimals.
 
-    LiveCodeBench has no tolerance: ``0.30000000000000004`` is not ``0.3``, ``1.0`` is ``1``. A problem that has one
-    says so; it is of the difference, or of the difference relative to what is expected.
+    LiveCodeBench has no tolerance: ``0.30000000000000004`` is not ``0.3``, but ``1.0`` is ``1``.
+
+    Args:
+        output: what the program printed.
+        expected: what it should have printed.
+        tolerance: largest difference of two numbers, absolute or relative to the expected one.
     """
     lines, wanted = _lines(output), _lines(expected)
     if len(lines) != len(wanted):
@@ -42,14 +46,14 @@ def _has_same_numbers(line: str, wanted: str, tolerance: Decimal) -> bool:
         if numbers == right or not tolerance or len(numbers) != len(right):
             return numbers == right
         return all(abs(a - b) <= tolerance * max(1, abs(b)) for a, b in zip(numbers, right, strict=True))
-    except ArithmeticError:  # no number, or one that nothing compares with
+    except ArithmeticError:  # a word is not a number, or it is a signalling NaN
         return False
 
 
 def is_same_value(node: Any, expected: Any, *, is_top: bool = True) -> bool:
-    """Compares a returned value, as the child encoded it, with an expected one from JSON, as Python's ``==`` would.
+    """Compares a returned value, as the child encoded it, with an expected one from JSON, like Python's ``==``.
 
-    At the top a tuple counts as a list. What is opaque equals nothing.
+    A tuple at the top counts as a list. An opaque value differs from every expected value.
     """
     if isinstance(node, dict):
         return _is_same_tagged(node.get("t"), node.get("v"), expected, is_top)
@@ -69,7 +73,7 @@ def _is_same_tagged(tag: Any, value: Any, expected: Any, is_top: bool) -> bool:
         return is_top and isinstance(value, list) and is_same_value(value, expected, is_top=False)
     if tag == "dict":
         return isinstance(value, list) and type(expected) is dict and _is_same_dict(value, expected)
-    if tag == "array":  # NumPy's own == gives an array, whose truth is that of its only element
+    if tag == "array":  # NumPy's == gives an array; an array of one element has a truth value
         while isinstance(expected, list) and len(expected) == 1:
             expected = expected[0]
         while isinstance(value, list) and len(value) == 1:
@@ -88,7 +92,7 @@ def _is_same_number(tag: Any, value: Any, expected: float) -> bool:
             return value in ("inf", "-inf") and float(value) == expected
         if tag == "Decimal":
             return len(value) < MAX_DIGITS and Decimal(value) == expected
-        if tag == "Fraction":  # not with an exponent: 1e999999999 would be computed
+        if tag == "Fraction":  # exponents are refused: 1e999999999 would be computed
             return (
                 len(value) < MAX_DIGITS
                 and re.fullmatch(r"-?\d+(/\d+)?", value) is not None
@@ -102,7 +106,7 @@ def _is_same_number(tag: Any, value: Any, expected: float) -> bool:
 
 
 def _is_same_dict(pairs: list, expected: dict) -> bool:
-    """Keys of JSON are text, so those of the value have to be; no dictionary is built from hostile keys."""
+    """Keys of JSON are text, so the keys of the value must be text too. No dictionary is built from hostile keys."""
     if len(pairs) != len(expected):
         return False
     seen = set()

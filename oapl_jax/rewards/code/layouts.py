@@ -1,11 +1,11 @@
-"""The tests of published data sets, in the form that ``code.parse_tests`` takes.
+"""Converts the tests of published data sets to the form that ``programs.parse_tests`` takes.
 
-| data set | its layout |
+| data set | layout |
 |---|---|
 | APPS, TACO, LiveCodeBench's harness | ``{inputs, outputs, fn_name?}`` |
 | DeepCoder | the above, ``[{type, input, output, fn_name?}]``, or LiveCodeBench's |
 | LiveCodeBench | ``[{input, output, testtype, metadata?}]``, or a row with public and private test cases |
-| LeetCode | ``{functional}``: source that calls ``check`` |
+| LeetCode | ``{functional}``: source code that calls ``check`` |
 | HumanEval | ``{prompt, test, entry_point}`` |
 | MBPP | ``{test_list, test_setup_code?, test_imports?}`` |
 """
@@ -19,7 +19,7 @@ import zlib
 from typing import Any
 
 MAX_UNPACKED = 1 << 30
-"""Bytes of the largest packed tests that are read: a small file may expand a thousandfold."""
+"""Most bytes of unpacked tests: a small file can expand a thousandfold."""
 STRING_OPCODES = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE"}
 HARMLESS_OPCODES = {"PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT", "STOP"}
 
@@ -28,7 +28,7 @@ def read_tests(layout: Any) -> list[dict]:
     """The tests of one row, whichever layout it has.
 
     Raises:
-        ValueError: where the layout is none of those above.
+        ValueError: the layout is none of those above.
     """
     if isinstance(layout, str):
         layout = json.loads(layout)
@@ -39,12 +39,12 @@ def read_tests(layout: Any) -> list[dict]:
             if keys <= set(layout):
                 return reader(layout)
     raise ValueError(
-        f"the layout of the tests is not known (oapl_jax/rewards/code/layouts.py lists them): {layout!r:.200}"
+        f"the tests have an unknown layout (oapl_jax/rewards/code/layouts.py lists the known ones): {layout!r:.200}"
     )
 
 
 def _one_test(test: Any, function: str | None) -> dict:
-    """A test of a list: ours as it is, else DeepCoder's or LiveCodeBench's."""
+    """A test of a list: one in our form stays as it is, those of DeepCoder and LiveCodeBench are converted."""
     if not isinstance(test, dict) or "input" not in test:
         return test
     metadata = test.get("metadata") or {}
@@ -59,13 +59,13 @@ def _one_test(test: Any, function: str | None) -> dict:
 
 
 def _text(value: Any) -> str:
-    """TACO gives some outputs as lists."""
+    """Some outputs of TACO are lists of lines."""
     return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def _call(function: str, arguments: Any, output: Any) -> dict:
-    """APPS and those that took it over wrap some return values in a list, and do not say which: both are right."""
-    if isinstance(arguments, str):  # a JSON value a line
+    """APPS and its successors wrap some return values in a list without saying which, so both are accepted."""
+    if isinstance(arguments, str):  # one JSON value per line
         arguments = [json.loads(line) for line in arguments.split("\n")]
         output = json.loads(output) if isinstance(output, str) else output
     right = [output, output[0]] if isinstance(output, list) and output else [output]
@@ -92,15 +92,15 @@ def _live_code_bench(row: dict) -> list[dict]:
 
 
 def pack(text: str) -> str:
-    """``base64(zlib(pickle(text)))``: how LiveCodeBench, and the paper's authors after it, store tests."""
+    """``base64(zlib(pickle(text)))``: LiveCodeBench and the paper's authors store tests in this form."""
     return base64.b64encode(zlib.compress(pickle.dumps(text))).decode()
 
 
 def unpack(packed: str) -> str:
-    """The inverse of ``pack``. The pickle is read and not run: it may hold one string and nothing else.
+    """The inverse of ``pack``. The pickle is parsed but never executed, and it must contain exactly one string.
 
     Raises:
-        ValueError: for anything else, and for a text beyond ``MAX_UNPACKED`` bytes.
+        ValueError: it is anything else, or larger than ``MAX_UNPACKED`` bytes.
     """
     try:
         decompressor = zlib.decompressobj()
@@ -108,29 +108,29 @@ def unpack(packed: str) -> str:
     except (ValueError, zlib.error) as error:  # binascii's error is a ValueError
         raise ValueError(f"is not base64 of a zlib stream: {error}") from None
     if not decompressor.eof:
-        raise ValueError(f"is a zlib stream that is cut off, or of more than {MAX_UNPACKED:,} bytes")
+        raise ValueError(f"is a truncated zlib stream, or one of more than {MAX_UNPACKED:,} bytes")
     return _pickled_string(data)
 
 
 def _pickled_string(data: bytes) -> str:
-    """The string of a pickle whose only value is a string, by its opcodes: nothing is looked up, called or built."""
+    """The string in a pickle whose only value is a string, found by reading opcodes without executing them."""
     strings, is_ended = [], False
     try:
         for opcode, argument, _ in pickletools.genops(data):
             if opcode.name in STRING_OPCODES:
                 strings.append(argument)
             elif opcode.name not in HARMLESS_OPCODES:
-                raise ValueError(f"its pickle has {opcode.name} {argument!r:.80}; only a string may be in it")
+                raise ValueError(f"its pickle has {opcode.name} {argument!r:.80}; it may contain only a string")
             is_ended = opcode.name == "STOP"
     except (ValueError, UnicodeDecodeError, IndexError) as error:
         raise ValueError(f"is refused: {error}") from None
     if len(strings) != 1 or not is_ended:
-        raise ValueError(f"is refused: its pickle has {len(strings)} strings; exactly one may be in it")
+        raise ValueError(f"is refused: its pickle has {len(strings)} strings; it must contain exactly one")
     return strings[0]
 
 
 def _human_eval(row: dict) -> list[dict]:
-    """The tests with the helpers that the prompt gives them; these must not be the program's to define."""
+    """The tests, with the helper functions of the prompt, which the program must not be able to redefine."""
     tests, entry_point = row["test"], row["entry_point"]
     used = {node.id for node in ast.walk(ast.parse(tests)) if isinstance(node, ast.Name)}
     helpers, imports = [], []

@@ -1,8 +1,8 @@
-"""Whether a program is right: it is run on tests in a sandbox, and what it gives is compared here.
+"""Judges programs: a sandbox runs them on tests, and their results are compared in this process.
 
-The program of a response is its last fenced block after thinking. A test is one of three: text in, text out; the
-call of a function; assertions. The last kind runs apart from the program that it tests, and every call goes
-through this process as data, so a program can neither reach the assertions nor end them.
+The program of a response is its last fenced block after thinking. There are three kinds of tests: text in and text out,
+the call of a function, and assertions. Assertions run in another child than the program, and every call between the
+two passes through this process as data, so a program can neither read the assertions nor end them.
 """
 
 import builtins
@@ -30,7 +30,7 @@ MAX_DETAIL = 160
 
 
 class Status(enum.StrEnum):
-    """What became of one test."""
+    """The outcome of one test."""
 
     ACCEPTED = "accepted"
     WRONG_ANSWER = "wrong_answer"
@@ -43,7 +43,7 @@ class Status(enum.StrEnum):
 
 @dataclasses.dataclass(frozen=True)
 class StdioTest:
-    """Standard input, and what standard output has to be."""
+    """Standard input and the expected standard output."""
 
     stdin: str
     stdout: str
@@ -52,21 +52,21 @@ class StdioTest:
 
 @dataclasses.dataclass(frozen=True)
 class CallTest:
-    """Arguments of a function (or of a method of ``Solution``), and what it has to return; JSON values."""
+    """Arguments of a function (or of a method of ``Solution``) and its expected return values, as JSON values."""
 
     function: str
     args: list
     expected: tuple
-    """Values of which it may return any."""
+    """The function must return one of these."""
 
 
 @dataclasses.dataclass(frozen=True)
 class AssertTest:
-    """Python source that raises where the program is wrong."""
+    """Python source that raises an exception if the program is wrong."""
 
     source: str
     remote: tuple[str, ...]
-    """Names that it finds in the program."""
+    """Names of the program that the source uses."""
 
 
 Test = StdioTest | CallTest | AssertTest
@@ -74,7 +74,7 @@ Test = StdioTest | CallTest | AssertTest
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One test of one program."""
+    """The result of one test of one program."""
 
     status: Status
     detail: str
@@ -82,7 +82,7 @@ class Result:
 
 
 def extract_program(response: str) -> str | None:
-    """The last fenced block after the end of thinking; None where there is none, or it is not closed."""
+    """The last closed fenced block after the end of thinking, or None."""
     if "<think>" in response and _END_OF_THINKING not in response:
         return None
     text = response.rpartition(_END_OF_THINKING)[2]
@@ -98,13 +98,13 @@ def extract_program(response: str) -> str | None:
 def parse_tests(tests: Any) -> list[Test]:
     """Tests from their JSON form: ``{stdin, stdout}``, ``{call, args, expected}`` or ``{assert}`` each.
 
-    ``any_of`` in place of ``expected`` lists several values that are right; ``tolerance`` goes with ``stdout``.
+    ``any_of`` instead of ``expected`` lists several right values; ``tolerance`` belongs to ``stdout``.
 
     Raises:
-        ValueError: naming the test that is not one, or does not compile; or where there are none.
+        ValueError: there are no tests, or one has another form or does not compile; the message names it.
     """
     if not isinstance(tests, list) or not tests:
-        raise ValueError(f"tests: should be a list of at least one test, is {str(tests)[:80]!r}")
+        raise ValueError(f"tests: should be a list of at least one test, but is {str(tests)[:80]!r}")
     return [_parse_test(number, test) for number, test in enumerate(tests)]
 
 
@@ -134,15 +134,15 @@ def _parse_test(number: int, test: Any) -> Test:
     except (SyntaxError, ValueError) as error:
         raise ValueError(f"{where}: the assertions do not compile: {error}") from error
     if not remote:
-        raise ValueError(f"{where}: the assertions name nothing that the program could define: {test['assert']!r:.200}")
+        raise ValueError(f"{where}: the assertions use no name that the program could define: {test['assert']!r:.200}")
     return AssertTest(test["assert"], remote)
 
 
 def remote_names(source: str) -> tuple[str, ...]:
-    """Names that assertions use and do not define: the program's.
+    """Names that the assertions use but do not define, so the program must define them.
 
-    What Python itself has is not taken from the program, so that it cannot redefine ``abs``; unless that is all
-    that the assertions use: MBPP has a task whose function is called ``sum``.
+    Built-in names are excluded, so that a program cannot redefine ``abs``. If the assertions use no other names, the
+    built-in ones count: MBPP has a task whose function is called ``sum``.
     """
     module = symtable.symtable(source, "tests", "exec")
     defined = {name.get_name() for name in module.get_symbols() if name.is_assigned() or name.is_imported()}
@@ -155,11 +155,11 @@ def remote_names(source: str) -> tuple[str, ...]:
 
 
 class Judge:
-    """Runs programs on tests, in workers that it starts when they are first needed.
+    """Runs programs on tests, in sandboxes that it starts when they are first needed.
 
     Args:
-        settings: of the workers.
-        mode: ``script``, or ``lcb`` for LiveCodeBench's own harness; of text tests only.
+        settings: settings of the sandboxes.
+        mode: how text tests run a program: ``script``, or ``lcb`` for LiveCodeBench's own harness.
     """
 
     def __init__(self, settings: Settings, mode: str = "script") -> None:
@@ -168,15 +168,15 @@ class Judge:
 
     @property
     def level(self) -> str:
-        """The isolation of the workers."""
+        """The isolation level of the sandboxes."""
         return self._sandbox(0).level
 
     def judge(self, program: str, tests: Sequence[Test], limits: Limits, *, stop_early: bool) -> list[Result]:
-        """Results in the order of the tests; ``stop_early`` ends at the first that is not accepted.
+        """Results in the order of the tests; with ``stop_early`` up to the first that is not accepted.
 
         Raises:
-            SandboxError: where there is no verdict because the sandbox failed.
-            IsolationError: where no worker of the level wanted can be started.
+            SandboxError: the sandbox failed, so there is no verdict.
+            IsolationError: no sandbox of the required level can be started.
         """
         results = []
         try:
@@ -190,17 +190,17 @@ class Judge:
         return results
 
     def close(self) -> None:
-        """Ends the workers; the next program starts new ones."""
+        """Ends the sandboxes; the next program starts new ones."""
         while self._sandboxes:
             self._sandboxes.pop().close()
 
-    def _sandbox(self, place: int) -> Sandbox:
-        while len(self._sandboxes) <= place:
+    def _sandbox(self, index: int) -> Sandbox:
+        while len(self._sandboxes) <= index:
             self._sandboxes.append(open_sandbox(self._settings))
-        return self._sandboxes[place]
+        return self._sandboxes[index]
 
     def _judge_twice(self, program: str, test: Test, limits: Limits) -> Result:
-        """A child that was killed, not by us, is run once more: a program can arrange that as well as the machine."""
+        """Runs a test again, but only once, if the child was killed from outside: a program can cause that itself."""
         run = {StdioTest: self._stdio, CallTest: self._call, AssertTest: self._asserts}[type(test)]
         result = run(program, test, limits)
         return run(program, test, limits) if result.detail == _KILLED else result
@@ -272,7 +272,7 @@ class Judge:
         sandbox.converse([(ours, candidate), (theirs, tester)], limits.wall_s, on_frame, on_end)
         if tester.status == confined.EXIT_NO_DATA or (has_passed and num_asked == 0):
             said = tester.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-            raise SandboxError(f"the test cannot be run: {said or 'it never asks the program'}"[:MAX_DETAIL])
+            raise SandboxError(f"the test cannot be run: {said or 'it never calls the program'}"[:MAX_DETAIL])
         cpu_s = candidate.cpu_s + tester.cpu_s
         failed = _failure(candidate, limits)
         if failed is None and not has_passed:
@@ -294,14 +294,14 @@ def _shown(value: Any) -> str:
 
 
 def _checked(frame: Any) -> dict:
-    """A reply of a candidate, which may be anything; ValueError where it has not the form of one."""
+    """The reply of a candidate; it may be anything, so a ValueError is raised unless it has the form of a reply."""
     if not isinstance(frame, dict) or frame.get("t") not in ("value", "raised") or "v" not in frame:
         raise ValueError("not a reply")
     return frame
 
 
 def _failure(child: Child, limits: Limits) -> Result | None:
-    """Why a child has no result; None where it ended by itself, in order and in time."""
+    """Why a child has no result; None if it ended normally and in time."""
     said = child.stderr.decode(errors="replace").strip()[-MAX_DETAIL:]
     status = None
     if child.killed_for == "time" or sandbox.is_over_cpu(child, limits):
@@ -323,10 +323,10 @@ def make_grade(results: Sequence[Result], num_tests: int, rewards: str | dict[st
     """The grade of a program.
 
     Args:
-        results: of its tests, up to the first that failed or all.
-        num_tests: that there are.
+        results: results of its tests, all or up to the first that failed.
+        num_tests: number of tests.
         rewards: ``all``, ``fraction``, or the reward of each status.
-        level: the isolation that it ran under.
+        level: the isolation level that it ran at.
     """
     num_passed = sum(result.status is Status.ACCEPTED for result in results)
     failed = next((result for result in results if result.status is not Status.ACCEPTED), None)

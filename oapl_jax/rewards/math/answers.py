@@ -1,11 +1,11 @@
-r"""Whether a mathematical answer equals the gold one: Math-Verify, with its traps handled before it.
+r"""Compares mathematical answers with gold answers by Math-Verify, after handling the inputs that it misjudges.
 
-What counts as the answer: the last ``\boxed{}`` after the end of thinking (with the boxes that adjoin it:
-``\boxed{1}, \boxed{2}`` is a list); where there is no box, what follows ``####`` in the last line, else the formula
-after the last "answer is" or "answer:", else what Math-Verify finds in the last lines.
+The answer is the last ``\boxed{}`` after the end of thinking, with the boxes that adjoin it: ``\boxed{1}, \boxed{2}``
+is a list. Without a box it is what follows ``####`` in the last line, else the formula after the last "answer is" or
+"answer:", else what Math-Verify finds in the last lines.
 
-Runs inside grading workers, so it imports nothing heavier than Math-Verify (no JAX), and not even that
-before the first answer that needs it. It is pure, but hostile input can be slow: call it through ``pool.py``.
+This runs in grading workers, so it does not import JAX, and imports Math-Verify only when an answer needs it. The
+functions are pure, but hostile input can be slow: call them through ``pool.py``.
 """
 
 import functools
@@ -14,27 +14,26 @@ import re
 from typing import Any, NamedTuple
 
 MAX_ANSWER_CHARACTERS = 1000
-"""A longer boxed answer is not read; the longest gold of the data sets that we checked has 159."""
+"""Longer boxed answers are not read; the longest gold answer of the data sets that we checked has 159."""
 MAX_UNBOXED_CHARACTERS = 1500
-"""End of a response in which an answer without a box is looked for."""
+"""An answer without a box is searched for in this many characters at the end of a response."""
 MAX_DEPTH = 12
-"""Nested brackets. Parsing 30 levels takes 2.6 s."""
+"""Most nested brackets; parsing 30 levels takes 2.6 s."""
 MAX_EXPONENT = 10_000
-"""Numeric exponents, factorials and numbers of terms above this are not computed."""
+"""Larger numeric exponents, factorials and numbers of terms are not computed."""
 MAX_SYMBOLIC_EXPONENT = 100
-"""Powers of sums with variables are expanded when compared."""
+"""Largest exponent of a sum with variables: comparing it expands the power."""
 RELATIVE_TOLERANCE = 1e-4
-"""Two numbers further apart are not equal, whatever Math-Verify says (it rounds to decimal places)."""
-
+"""Numbers that differ by more are unequal, even if Math-Verify, which rounds to decimal places, calls them equal."""
 ROUNDING = 1e-12
-"""Two numbers, one of them written with a decimal point, that are as near as this are equal."""
+"""Numbers that differ by less are equal if one of them is written with a decimal point."""
 
 _END_OF_THINKING = "</think>"
 _PLAIN_NUMBER = re.compile(r"-?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?")
 _DECIMAL_COMMA = re.compile(r"-?\d+,(\d{1,2}|\d{4,})")
 _BOX_JOINT = re.compile(r"(?:\s|\\[,;:! ]|\\q?quad|\\text\{[^{}]{0,40}\}|[$,;.&]|\\[()\[\]]|and|or)*")
 _BRACE = re.compile(r"\\(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
-"""A box's opening, an escaped character (an escaped brace is none), or a brace."""
+"""The opening of a box, an escaped character (so that ``\\{`` is not a brace), or a brace."""
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathrm|mbox)\s*\{[^{}]*\}")
 _PROSE = re.compile(r"[A-Za-z]{2,}\s+[A-Za-z]{2,}|[A-Za-z]{3,}.*\n|\n.*[A-Za-z]{3,}")
 _ANSWER_IS = re.compile(r"answer(?:\s+is|:)\s*:?\s*(\S.*?)(?:\.(?!\d)|\n|$)", re.IGNORECASE)
@@ -44,24 +43,24 @@ _HALF_EXPRESSION = re.compile(r"[-+*/^=<>]\s*$")
 
 
 class Judgement(NamedTuple):
-    """The outcome with its reason."""
+    """Whether an answer is correct, and why."""
 
     is_correct: bool
     detail: str
 
 
-def grade_answer(gold: str, response: str, place: str = "any") -> Judgement:
+def grade_answer(gold: str, response: str, where: str = "any") -> Judgement:
     """Judges a finished response against a gold answer.
 
     Args:
         gold: a number, bare LaTeX, or text with ``$...$`` or a box.
         response: the decoded response, thinking included.
-        place: where the answer counts, see ``extract_answer``.
+        where: where the answer must be, see ``extract_answer``.
 
     Raises:
-        ValueError: where the gold answer does not parse; rows are checked for it when they are loaded.
+        ValueError: the gold answer does not parse; ``is_usable_gold`` checks that before a run.
     """
-    answer = extract_answer(response, place)
+    answer = extract_answer(response, where)
     if answer is None:
         return Judgement(False, "no answer")
     if _canonical(answer) == _canonical(_unboxed(gold)):
@@ -75,30 +74,30 @@ def grade_answer(gold: str, response: str, place: str = "any") -> Judgement:
     return _compare(gold, answer)
 
 
-def extract_answer(response: str, place: str = "any") -> str | None:
-    r"""The text of the answer after thinking, or None.
+def extract_answer(response: str, where: str = "any") -> str | None:
+    r"""The text of the answer after the end of thinking, or None.
 
     Args:
         response: the decoded response, thinking included.
-        place: ``boxed``: the last box only; ``hash``: after ``####`` in the last line only; ``any``: the last box,
-            else after ``####``, else after "answer is", else the last lines.
+        where: ``boxed``: only in the last box; ``hash``: only after ``####`` in the last line; ``any``: in the last
+            box, else after ``####``, else after "answer is", else in the last lines.
     """
     if "<think>" in response and _END_OF_THINKING not in response:
         return None
     text = response.rpartition(_END_OF_THINKING)[2]
-    boxes = _boxes(text) if place != "hash" else []
+    boxes = _boxes(text) if where != "hash" else []
     if boxes:
         answer = _last_boxes(text, boxes)
         return answer if answer.strip() and len(answer) <= MAX_ANSWER_CHARACTERS else None
-    if place == "boxed":
+    if where == "boxed":
         return None
     tail = text[-MAX_UNBOXED_CHARACTERS:]
     if len(tail) < len(text):
-        tail = tail.partition("\n")[2] or tail  # a cut line could begin inside a formula
+        tail = tail.partition("\n")[2] or tail  # a partial line could begin inside a formula
     last_line = tail.strip().rpartition("\n")[2]
     if "####" in last_line:
         return last_line.rpartition("####")[2].strip()
-    if place == "hash":
+    if where == "hash":
         return None
     said = _ANSWER_IS.findall(tail)
     if said and not _WORD.search(_COMMAND.sub("", said[-1])):
@@ -107,9 +106,9 @@ def extract_answer(response: str, place: str = "any") -> str | None:
 
 
 def vote(response: str) -> str | None:
-    """The answer of a response as text in which equal answers mostly are equal, for majority votes; None: it has none.
+    """The normalised answer of a response for majority votes, or None if it has no answer.
 
-    Spaces, dollars and trailing zeros do not matter; that 1/2 is 0.5 is not seen.
+    Spaces, dollars and trailing zeros are removed; 1/2 and 0.5 stay different.
     """
     answer = extract_answer(response)
     if answer is None:
@@ -123,10 +122,10 @@ def vote(response: str) -> str | None:
 
 
 def extract_gold(answer: str, rule: str) -> str:
-    """The gold answer in its column: all of it (``whole``), or after the last ``####`` (``last_hash``, GSM8K).
+    """The gold answer in its column: all of it (``whole``), or the text after the last ``####`` (``last_hash``, GSM8K).
 
     Raises:
-        ValueError: where there is no ``####``.
+        ValueError: the rule is ``last_hash`` and there is no ``####``.
     """
     if rule == "whole":
         return answer.strip()
@@ -137,7 +136,7 @@ def extract_gold(answer: str, rule: str) -> str:
 
 
 def is_usable_gold(gold: str) -> bool:
-    """Whether a gold answer can be compared with; numbers are recognised without parsing."""
+    """Whether answers can be compared with a gold answer; plain numbers are accepted without parsing."""
     if _is_plain_number(gold):
         return True
     if not gold.strip() or _is_too_nested(gold):
@@ -146,7 +145,7 @@ def is_usable_gold(gold: str) -> bool:
 
 
 def _compare(gold: str, answer: str) -> Judgement:
-    """Math-Verify's verdict, where both sides parse, are not huge, and are not further apart than it sees."""
+    """Math-Verify's verdict, corrected for expressions that are too large and for differences that it overlooks."""
     import math_verify
     import sympy
 
@@ -158,9 +157,9 @@ def _compare(gold: str, answer: str) -> Judgement:
     if any(_is_huge(value) for value in (*gold_values, *answer_values)):
         return Judgement(False, "too large to compute")
     distance = _distance(gold_values[0], answer_values[0])
-    # The order matters: the gold decides whether `x = 1` or `1` is wanted.
+    # The order matters: the gold answer decides whether `x = 1` or `1` is expected.
     if not math_verify.verify(list(gold_values), list(answer_values), timeout_seconds=None):
-        # Compared exactly, 11/33.0 is not 1/3.
+        # In an exact comparison 11/33.0 is not 1/3.
         is_rounding = distance < ROUNDING and any(
             value.has(sympy.Float) for value in (gold_values[0], answer_values[0])
         )
@@ -175,9 +174,9 @@ def _compare(gold: str, answer: str) -> Judgement:
 
 
 def _boxes(text: str) -> list[tuple[int, int, str]]:
-    r"""Every closed outermost ``\boxed{...}`` or ``\fbox{...}``: where it begins, where it ends, its content.
+    r"""Every closed outermost ``\boxed{...}`` or ``\fbox{...}`` as (start, end, content).
 
-    One pass with a stack: a search from every box would take quadratic time on a text of open boxes.
+    This is one pass with a stack. A search from every box would take quadratic time on a text of open boxes.
     """
     found: list[tuple[int, int, str]] = []
     open_braces: list[re.Match[str]] = []
@@ -194,7 +193,7 @@ def _boxes(text: str) -> list[tuple[int, int, str]]:
 
 
 def _last_boxes(text: str, boxes: list[tuple[int, int, str]]) -> str:
-    """Content of the last box, after those of the boxes that only a comma, `and` or the like parts from it."""
+    """Content of the last box, preceded by that of boxes separated from it only by a comma, `and` or the like."""
     contents = [boxes[-1][2]]
     for (_, end, content), (start, _, _) in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
         if not _BOX_JOINT.fullmatch(text[end:start]) or "\n\n" in text[end:start]:
@@ -209,7 +208,7 @@ def _unboxed(gold: str) -> str:
 
 
 def _canonical(text: str) -> str:
-    r"""Text for the comparison of strings: without spaces, ``$`` around it, and a last full stop."""
+    r"""Text to compare as a string: without spaces, surrounding ``$`` and a final full stop."""
     text = re.sub(r"\\[,;:! ]|\s", "", text).replace(r"\dfrac", r"\frac").replace(r"\tfrac", r"\frac")
     return text.removesuffix(".").strip("$")
 
@@ -219,13 +218,13 @@ def _is_plain_number(text: str) -> bool:
 
 
 def _with_point(number: str, other: str) -> str:
-    """A decimal comma as a point, where the other side is written with a point: ``1000,99`` is then no pair."""
+    """Replaces a decimal comma by a point if the other side has a point, so that ``1000,99`` is not read as a pair."""
     is_decimal = _DECIMAL_COMMA.fullmatch(number.strip()) and _is_plain_number(other) and "." in other
     return number.replace(",", ".") if is_decimal else number
 
 
 def _exact(number: str) -> tuple[str, str]:
-    """Sign and digits before the point, digits after it; float() alone would lose digits of long ones."""
+    """The digits before and after the point, without padding zeros; float() would lose digits of long numbers."""
     whole, _, decimals = number.strip().replace(",", "").partition(".")
     return whole.lstrip("-0"), decimals.rstrip("0")
 
@@ -239,14 +238,14 @@ def _is_too_nested(text: str) -> bool:
 
 
 def _cleaned(text: str) -> str:
-    r"""Removes what Math-Verify misreads: ``\mathrm{e}`` is cut off as a unit, ``\$`` ends a formula."""
+    r"""Removes what Math-Verify misreads: it drops ``\mathrm{e}`` as a unit, and ``\$`` ends a formula."""
     text = re.sub(r"\\(?:mathrm|operatorname)\{([a-z])\}", r"\1", text)
     text = re.sub(r"\\!\s*", "", text.replace(r"\$", "").replace(r"{,}", ",").replace("π", r"\pi "))
     return re.sub(r"(?<=\d)(?:\s|\\,|\\ )(?=\d{3}(?!\d))", "", text)
 
 
 def _in_dollars(text: str) -> str:
-    r"""Bare LaTeX is parsed only inside ``$...$``; text that has formulas of its own stays as it is."""
+    r"""Puts bare LaTeX into ``$...$``, without which it is not parsed; text with delimited formulas stays unchanged."""
     return text if re.search(r"\$|\\\(|\\\[|\\boxed", text) else f"${text}$"
 
 
@@ -255,35 +254,35 @@ def _in_dollars(text: str) -> str:
 
 @functools.cache
 def _parser() -> Any:
-    """Math-Verify's parse, imported once; its warnings about our own deadline would fill the log."""
+    """Math-Verify's parser. Its warnings about a missing time limit are silenced; the pool has one."""
     logging.getLogger("math_verify").setLevel(logging.CRITICAL)
     import math_verify
 
-    parse: Any = math_verify.parse  # its annotation does not know of None, its documentation does
+    parse: Any = math_verify.parse  # parsing_timeout=None is documented but not in the annotation
     return functools.partial(parse, parsing_timeout=None)
 
 
-@functools.lru_cache(maxsize=1024)  # G rollouts in a row have one gold
+@functools.lru_cache(maxsize=1024)  # the G rollouts of a prompt share a gold answer
 def _parse_gold(gold: str) -> tuple[Any, ...]:
     return _trusted(_parser()(_in_dollars(_cleaned(gold))))
 
 
 def _parse_answer(answer: str) -> tuple[Any, ...]:
-    """An expression is parsed whole; prose is searched for one (as an expression it would be a product of letters)."""
+    """Parses an expression whole; prose is searched for one, since as an expression it would be a product of letters."""
     cleaned = _cleaned(answer)
     whole = () if _PROSE.search(_TEXT_COMMAND.sub("", cleaned)) else _trusted(_parser()(_in_dollars(cleaned)))
     return whole or _trusted(_parser()(cleaned))
 
 
 def _trusted(parsed: list[Any]) -> tuple[Any, ...]:
-    """What Math-Verify parsed, unless it stopped in the middle: of ``1-1/`` it makes 1."""
+    """What Math-Verify parsed, unless it stopped in the middle: it parses ``1-1/`` as 1."""
     if parsed and isinstance(parsed[-1], str) and _HALF_EXPRESSION.search(parsed[-1]):
         return ()
     return tuple(parsed)
 
 
 def _is_huge(value: Any) -> bool:
-    """Whether computing it would take more than moments: towers of powers, factorials, long sums."""
+    """Whether computing a value could take long: towers of powers, factorials, long sums."""
     import sympy
 
     if not isinstance(value, sympy.Basic):
@@ -304,7 +303,7 @@ def _is_huge(value: Any) -> bool:
 
 
 def _magnitude(node: Any) -> float:
-    """An upper bound of the absolute value of a numeric expression, never computing it; inf where it is hopeless."""
+    """An upper bound of the absolute value of a numeric expression, without computing it; it can be inf."""
     import sympy
 
     try:
@@ -325,7 +324,7 @@ def _magnitude(node: Any) -> float:
 
 
 def _distance(gold: Any, answer: Any) -> float:
-    """Difference of two numbers relative to the larger (at most 2); inf where one of them is not a number."""
+    """Difference of two numbers relative to the larger one (at most 2); inf if one of them is not a number."""
     import sympy
 
     if not all(isinstance(value, sympy.Expr) and value.is_number for value in (gold, answer)):

@@ -1,11 +1,11 @@
-"""A warm worker that runs programs, one confined child per run, and what came of each.
+"""A sandbox: a warm worker that runs programs, each in a confined child of its own.
 
-The grader's side. Its worker is ``confined/driver.py``, started as ``isolation.py`` says; a child gets its source and
-standard input as sealed memory files and answers on pipes. Nothing that a child writes is trusted: it is data with a
-limit, and its exit status says only why there is less of it.
+This is the grader's side. The worker runs ``confined/driver.py`` and is started by ``isolation.py``. A child gets its
+source and its standard input as sealed memory files and answers on pipes. The output of a child is never trusted: it is
+data of limited size, and the exit status can only explain why some of it is missing.
 
-A process has a sandbox for itself and uses it from its main thread, which must last as long: the worker is
-killed when the thread that started it ends.
+A sandbox belongs to one process and is used from its main thread: the worker is killed when the thread that started it
+ends.
 """
 
 import contextlib
@@ -30,64 +30,64 @@ from oapl_jax.rewards.code.sandbox.seccomp import compile_filter
 
 START_TIMEOUT = 60.0
 KILL_TIMEOUT = 5.0
-"""Seconds that a worker has to report the end of a child that is to be killed."""
+"""Seconds in which a worker must report the end of a child that it was told to kill."""
 STALL_SECONDS = 2.0
-"""A wait that lasts so much longer than it should was the machine's or the clock's doing, not the program's."""
+"""If a wait lasts this much longer than requested, the machine or its clock is at fault, not the program."""
 MAX_STDERR = 1 << 20
 KEPT_STDERR = 4096
 MAX_RESULT = 16 << 20
-"""Bytes of all frames of a child; parsed they may take thirty times as much."""
+"""Most bytes of all frames of a child; parsed, they can take thirty times as much."""
 INTERPRETER_MB = 256
-"""Memory on top of a program's limit for the interpreter and what is preloaded."""
+"""Memory added to a program's limit for the interpreter and the preloaded packages."""
 ADDRESS_SPACE = 4
-"""Address space, in units of the memory: libraries reserve more than they use."""
+"""Limit of the address space as a multiple of the memory limit: libraries reserve more than they use."""
 CPU_MARGIN = 1.25
-"""The kernel counts ticks for its limit, which may be ahead of what it reports as used; the report is what counts."""
+"""The kernel's limit counts ticks, which can run ahead of the CPU time that it reports. The reported time decides."""
 MAX_TASKS = 64
-"""Threads of a program."""
+"""Most threads of a program."""
 NEWEST_LANDLOCK = 99
 _CONFINED = "oapl_jax.rewards.code.sandbox.confined"
 
 
 class SandboxError(Exception):
-    """The sandbox failed, not the program: there is no verdict."""
+    """The sandbox failed, not the program, so there is no verdict."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What one run of a program may take."""
+    """Limits of one run of a program."""
 
     cpu_s: float = 6.0
     wall_s: float = 12.0
     memory_mb: int = 1024
     output_kb: int = 1024
-    """Standard output beyond what the right answer has."""
+    """Standard output beyond the length of the right answer."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What every worker is started with."""
+    """Settings of a worker."""
 
     level: str = "namespaces"
-    """The weakest that is accepted."""
+    """The weakest level that is accepted."""
     packages: tuple[str, ...] = ()
-    """Imported before the first program, and readable by all."""
+    """Packages that are imported before the first program and that all programs can read."""
     python: str | None = None
-    """Interpreter of programs; None: this one."""
+    """Interpreter of programs; None: that of this process."""
     landlock_abi: int = NEWEST_LANDLOCK
-    """Newest version of Landlock to use, for trying what an older kernel would do."""
+    """Newest version of Landlock to use; tests lower it to imitate an older kernel."""
 
 
 class Child:
-    """One run of a program: what it has written so far, and how it ended."""
+    """One run of a program: its output so far, and how it ended."""
 
     def __init__(self, name: int, pipes: dict[str, int], max_output: int, memory_mb: int) -> None:
         self.name, self.pipes, self.memory_mb = name, pipes, memory_mb
         self.stdout, self.stderr = bytearray(), bytearray()
         self.outbox = bytearray()
-        """Frames that wait to be read by the child."""
+        """Frames that the child has not read yet."""
         self.killed_for = ""
-        """``time`` or ``output`` where the grader ended it."""
+        """Why the grader killed it: ``time``, ``output``, ``frame`` or ``candidate``; empty if it did not."""
         self.is_done = False
         self.status = 0
         self.cpu_s = 0.0
@@ -96,7 +96,7 @@ class Child:
         self._left = {"stdout": max_output, "stderr": MAX_STDERR, "results": MAX_RESULT}
 
     def receive(self, pipe: str, data: bytes) -> bool:
-        """Keeps what came; False where it is too much."""
+        """Stores data from a pipe; returns False if that exceeds the limit."""
         self._left[pipe] -= len(data)
         buffer = {"stdout": self.stdout, "stderr": self.stderr, "results": self._results}[pipe]
         if pipe == "stderr":
@@ -107,7 +107,7 @@ class Child:
         return self._left[pipe] >= 0
 
     def next_frame(self) -> bytes | None:
-        """Takes the body of the first whole frame, if one is there."""
+        """Takes the body of the first complete frame, or returns None."""
         if len(self._results) < 4:
             return None
         (length,) = struct.unpack_from("<I", self._results)
@@ -119,11 +119,11 @@ class Child:
 
     @property
     def has_unread_results(self) -> bool:
-        """Whether something follows the frames that were taken."""
+        """Whether there is data after the frames that were taken."""
         return bool(self._results)
 
     def end_requests(self) -> None:
-        """Closes the pipe of requests, which ends a child that serves them."""
+        """Closes the pipe of requests, which ends a child in mode ``serve``."""
         if "requests" in self.pipes:
             os.close(self.pipes.pop("requests"))
 
@@ -135,13 +135,13 @@ class Child:
 
 
 class Sandbox:
-    """One worker of a given level."""
+    """One worker of a given isolation level."""
 
     def __init__(self, level: str, settings: Settings) -> None:
         """Starts the worker and waits until it is confined and warm.
 
         Raises:
-            Unavailable: where it does not start, with its last words.
+            Unavailable: it does not start; the message has the last line of its error output.
         """
         self.level = level
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -169,8 +169,8 @@ class Sandbox:
             os.close(errors)
 
     def _greet(self, launch: isolation.Launch, settings: Settings) -> dict[str, Any]:
-        packages = [_CONFINED.rsplit(".", count)[0] for count in (2, 1, 0)]
-        modules = [*((name, "") for name in packages)]
+        names = _CONFINED.split(".")
+        modules = [(".".join(names[: i + 1]), "") for i in range(len(names))]
         modules += [(f"{_CONFINED}.{name}", read_confined(name)) for name in ("values", "program")]
         hello = {
             "readable": launch.readable,
@@ -201,10 +201,10 @@ class Sandbox:
         remote: Sequence[str] = (),
         expected_output: int = 0,
     ) -> Child:
-        """Starts a child (``confined/program.py`` has the modes); ``converse`` sees it to its end.
+        """Starts a child (``confined/program.py`` has the modes); ``converse`` then runs it to its end.
 
         Raises:
-            SandboxError: where it cannot be started.
+            SandboxError: it cannot be started.
         """
         mine: dict[str, int] = {}
         given: list[int] = []
@@ -247,7 +247,7 @@ class Sandbox:
         return Child(self._next_name, mine, max_output, limits.memory_mb)
 
     def kill(self, child: Child, reason: str) -> None:
-        """Has the worker kill the child; its end is still to come."""
+        """Tells the worker to kill the child; ``take_end`` reports its end."""
         if not child.killed_for and not child.is_done:
             child.killed_for = reason
             try:
@@ -276,7 +276,7 @@ class Sandbox:
         child.status, child.cpu_s = report["status"], report["cpu"]
 
     def close(self) -> None:
-        """Kills the worker and whatever runs in it; may be called twice."""
+        """Kills the worker and its child. It may be called twice."""
         self._control.close()
         if hasattr(self, "process"):
             self.process.kill()
@@ -289,17 +289,17 @@ OnEnd = Callable[[Child], None]
 
 
 def converse(runs: Runs, wall_s: float, on_frame: OnFrame | None = None, on_end: OnEnd | None = None) -> None:
-    """Serves the pipes of children until all have ended; past ``wall_s`` seconds they are killed.
+    """Serves the pipes of children until all have ended; after ``wall_s`` seconds they are killed.
 
     Args:
-        runs: the children, each of a sandbox of its own.
-        wall_s: seconds for all together.
-        on_frame: takes each frame that a child sends; what it adds to an ``outbox`` is sent. ValueError in it ends the
-            child that sent the frame.
-        on_end: is told of each child that has ended.
+        runs: the children, each in its own sandbox.
+        wall_s: seconds for all of them together.
+        on_frame: called with each frame of a child. It may add replies to an ``outbox``. If it raises a ValueError, the
+            child that sent the frame is killed.
+        on_end: called with each child that has ended.
 
     Raises:
-        SandboxError: the worker died, did not answer, or could not run the child; or the machine stood still.
+        SandboxError: the worker died, did not answer, or could not run the child; or the machine or its clock stalled.
     """
     deadline = time.monotonic() + wall_s
     give_up = float("inf")
@@ -307,7 +307,7 @@ def converse(runs: Runs, wall_s: float, on_frame: OnFrame | None = None, on_end:
         while open_runs := [(sandbox, child) for sandbox, child in runs if not (child.is_done and _is_drained(child))]:
             now = time.monotonic()
             if now > give_up:
-                raise SandboxError(f"a child was to be killed and did not end in {KILL_TIMEOUT:g} s")
+                raise SandboxError(f"a killed child did not end within {KILL_TIMEOUT:g} s")
             if now > deadline and give_up == float("inf"):
                 give_up = now + KILL_TIMEOUT
                 for sandbox, child in open_runs:
@@ -326,7 +326,7 @@ def _is_drained(child: Child) -> bool:
 
 
 def _serve(runs: Runs, wait: float, on_frame: OnFrame | None, on_end: OnEnd | None) -> None:
-    """One wait, and everything that is ready after it."""
+    """Waits once, then serves every pipe that is ready."""
     poll, sources = select.poll(), {}
     for sandbox, child in runs:
         if not child.is_done:
@@ -343,7 +343,7 @@ def _serve(runs: Runs, wait: float, on_frame: OnFrame | None, on_end: OnEnd | No
             if child.is_done and on_end is not None:
                 on_end(child)
         elif pipe not in child.pipes:
-            continue  # closed by what came before it in this round
+            continue  # an earlier event of this round closed it
         elif pipe == "requests":
             _write(child)
         else:
@@ -374,13 +374,13 @@ def _read(sandbox: Sandbox, child: Child, pipe: str, on_frame: OnFrame | None) -
 
 
 def is_over_cpu(child: Child, limits: Limits) -> bool:
-    """Whether the child used up its CPU time, ended for it or not."""
+    """Whether the child used more CPU time than its limit, whether or not it was killed for that."""
     was_killed = child.status == -signal.SIGKILL and child.cpu_s > limits.cpu_s / CPU_MARGIN
     return child.status == -signal.SIGXCPU or was_killed or child.cpu_s > limits.cpu_s
 
 
 def _memory_file(data: bytes) -> int:
-    """A sealed file in memory: nobody can change it, and no disk is needed."""
+    """A sealed memory file: nobody can change it, and it needs no disk."""
     descriptor = os.memfd_create("given", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
     with contextlib.ExitStack() as stack:
         stack.callback(os.close, descriptor)
@@ -395,12 +395,12 @@ def _memory_file(data: bytes) -> int:
 
 
 def read_confined(name: str) -> str:
-    """The source of a module of the child's side."""
+    """The source of a module of ``confined/``."""
     return importlib.resources.files(_CONFINED).joinpath(f"{name}.py").read_text(encoding="utf-8")
 
 
 def _tasks_of_user() -> int:
-    """Threads that run under our uid: its limit counts them all."""
+    """Number of threads that run under our uid: the kernel's limit counts all of them."""
     count = 0
     for entry in os.scandir("/proc"):
         if entry.name.isdigit():

@@ -1,7 +1,7 @@
-"""The system calls that a confined program may make, as a filter that the kernel runs.
+"""The system calls that a confined program may make, as a seccomp filter.
 
-An allowlist, compiled by libseccomp: what is on no list answers ENOSYS, so that libraries fall back from newer
-calls; what reaches out of the process answers EPERM. Threads are allowed, processes are not.
+libseccomp compiles the allowlist. A call on neither list fails with ENOSYS, so that libraries fall back from newer
+calls. A call that would affect anything outside the process fails with EPERM. Threads are allowed, processes are not.
 """
 
 import errno
@@ -40,8 +40,8 @@ FORBIDDEN = """
 
 CLONE_THREAD = 0x10000
 AF_UNIX = 1
-# Not F_SETOWN, F_SETOWN_EX, F_SETSIG: with O_ASYNC the kernel would send any signal, SIGKILL too, to any process
-# of the user, without kill(). Not F_SETPIPE_SZ: kernel memory.
+# F_SETOWN, F_SETOWN_EX and F_SETSIG are missing: with O_ASYNC the kernel would send any signal, even SIGKILL, to any
+# process of the user without kill(). F_SETPIPE_SZ is missing because it takes kernel memory.
 FCNTL_COMMANDS = {
     "DUPFD, GETFD, SETFD, GETFL, SETFL": (0, 1, 2, 3, 4),
     "GETLK, SETLK, SETLKW, and of open file descriptions": (5, 6, 7, 36, 37, 38),
@@ -58,18 +58,18 @@ def compile_filter() -> bytes:
     """The filter as BPF instructions for this machine's architecture.
 
     Raises:
-        RuntimeError: where libseccomp is not installed.
+        RuntimeError: libseccomp is not installed.
     """
     try:
         import pyseccomp
     except (ImportError, OSError, RuntimeError) as error:
         raise RuntimeError(f"libseccomp cannot be loaded ({error}); on Debian: apt-get install libseccomp2") from error
     result = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.ENOSYS))
-    result.set_attr(pyseccomp.Attr.CTL_OPTIMIZE, 2)  # a binary tree instead of a list
+    result.set_attr(pyseccomp.Attr.CTL_OPTIMIZE, 2)  # a binary tree instead of a linear search
     denied, equal, masked = pyseccomp.ERRNO(errno.EPERM), pyseccomp.EQ, pyseccomp.MASKED_EQ
 
     def add(action: int, name: str, *conditions: Any) -> None:
-        # Names that this architecture does not have are on the lists for those that do.
+        # The lists have names of several architectures; those that this one lacks are skipped.
         if pyseccomp.resolve_syscall(pyseccomp.system_arch(), name) >= 0:
             result.add_rule(action, name, *conditions)
 
@@ -79,8 +79,8 @@ def compile_filter() -> bytes:
         add(denied, name)
     add(pyseccomp.ALLOW, "clone", pyseccomp.Arg(0, masked, CLONE_THREAD, CLONE_THREAD))
     add(denied, "clone", pyseccomp.Arg(0, masked, CLONE_THREAD, 0))
-    add(pyseccomp.ALLOW, "socketpair", pyseccomp.Arg(0, equal, AF_UNIX))  # asyncio wakes itself up by one
-    add(pyseccomp.ALLOW, "prlimit64", pyseccomp.Arg(0, equal, 0))  # of itself
+    add(pyseccomp.ALLOW, "socketpair", pyseccomp.Arg(0, equal, AF_UNIX))  # asyncio wakes its loop through one
+    add(pyseccomp.ALLOW, "prlimit64", pyseccomp.Arg(0, equal, 0))  # its own limits
     for command in sum(FCNTL_COMMANDS.values(), ()):
         for name in ("fcntl", "fcntl64"):
             add(pyseccomp.ALLOW, name, pyseccomp.Arg(1, equal, command))
@@ -88,7 +88,7 @@ def compile_filter() -> bytes:
         add(pyseccomp.ALLOW, "ioctl", pyseccomp.Arg(1, equal, request))
     for operation in PRCTL_OPERATIONS:
         add(pyseccomp.ALLOW, "prctl", pyseccomp.Arg(0, equal, operation))
-    descriptor = os.memfd_create("filter")  # export_bpf wants a file; a memory one cannot meet a full disk
+    descriptor = os.memfd_create("filter")  # export_bpf needs a file; a memory file works on a full disk
     with os.fdopen(descriptor, "rb") as file:
         result.export_bpf(file)
         file.seek(0)

@@ -1,4 +1,4 @@
-"""The self-test of a sandbox, and the choice of a level by it: what a worker can really do, tried, not assumed."""
+"""The self-test of a sandbox tries what a program must not be able to do; the level of a sandbox is chosen by it."""
 
 import json
 import os
@@ -8,18 +8,18 @@ from oapl_jax.rewards.code.sandbox.isolation import LEVELS, Unavailable
 from oapl_jax.rewards.code.sandbox.sandbox import Limits, Sandbox, SandboxError, Settings, converse, read_confined
 
 MAX_DRIVER_PID = 10
-"""In a process table of its own the driver is one of the first."""
+"""In its own process table the driver is one of the first processes."""
 
 
 class IsolationError(RuntimeError):
-    """No level that the config allows works on this machine."""
+    """None of the levels that the config allows works on this machine."""
 
 
 def open_sandbox(settings: Settings) -> Sandbox:
-    """A worker of the strongest level that passes its self-test here, none weaker than ``settings.level``.
+    """A worker of the strongest level that passes its self-test here; it is never weaker than ``settings.level``.
 
     Raises:
-        IsolationError: with the reason for each level.
+        IsolationError: no such level works; the message has the reason for each.
     """
     reasons = []
     for level in LEVELS[: LEVELS.index(settings.level) + 1]:
@@ -28,14 +28,14 @@ def open_sandbox(settings: Settings) -> Sandbox:
             return sandbox
         reasons.append(f"{level}: {reason}")
     raise IsolationError(
-        f"no sandbox of level {settings.level!r} or stronger works on this machine, so no program is graded:\n  "
+        f"no sandbox of level {settings.level!r} or stronger works on this machine, so programs cannot be graded:\n  "
         + "\n  ".join(reasons)
-        + "\npython -m oapl_jax check-sandbox shows what does; reward.isolation names the weakest level allowed"
+        + "\npython -m oapl_jax check-sandbox shows which levels work; reward.isolation is the weakest level that is allowed"
     )
 
 
 def try_level(level: str, settings: Settings) -> tuple[Sandbox | None, str]:
-    """A worker of this level after its self-test, or None and what is wrong."""
+    """A worker of this level that passed its self-test; or None, and the reason."""
     try:
         sandbox = Sandbox(level, settings)
     except (Unavailable, RuntimeError, ValueError) as error:
@@ -51,10 +51,10 @@ def try_level(level: str, settings: Settings) -> tuple[Sandbox | None, str]:
 
 
 def self_test(sandbox: Sandbox) -> list[str]:
-    """What a program in this worker can do that it must not.
+    """Names of the forbidden actions that a program can perform in this worker.
 
     Raises:
-        SandboxError: where the test itself does not run.
+        SandboxError: the self-test did not run.
     """
     given = {
         "files": [os.path.abspath(__file__), "/etc/passwd", "/proc/self/status"],
@@ -63,7 +63,7 @@ def self_test(sandbox: Sandbox) -> list[str]:
         "environment": [*isolation.ENVIRONMENT, "PWD", "LC_CTYPE", "LD_LIBRARY_PATH"],
     }
     if sandbox.level == "namespaces":
-        # Numbers of processes outside mean others inside.
+        # The same pids name other processes inside the namespace.
         given["pids"] = []
     child = sandbox.start("script", read_confined("probe"), Limits(), stdin=json.dumps(given))
     converse([(sandbox, child)], Limits().wall_s)

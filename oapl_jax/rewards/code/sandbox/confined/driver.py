@@ -1,8 +1,8 @@
-"""The program of a sandbox's worker: confines itself, then forks one child per test.
+"""The program of a sandbox's worker: it confines itself, then forks one child per test.
 
-Trusted, and kept so: it never runs, parses or even reads a program; the child does, after the seccomp filter.
-Started as ``python -I -S -B -c SOURCE DESCRIPTOR``. On the control socket it gets one ``hello``, then a request
-per test with the child's descriptors; it answers each with the child's end. End of the socket is its own end.
+It is trusted, so it never runs, parses or reads a program; the child does that, after the seccomp filter is in place.
+It is started as ``python -I -S -B -c SOURCE DESCRIPTOR``. The control socket brings one ``hello``, then a request with
+the child's descriptors for each test. The reply to a request says how the child ended. It exits when the socket closes.
 """
 
 import array
@@ -23,13 +23,13 @@ from typing import Any
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 SECCOMP_MODE_FILTER = 2
 LANDLOCK_CREATE, LANDLOCK_ADD, LANDLOCK_RESTRICT = 444, 445, 446
-"""System call numbers, the same on every architecture."""
+"""System call numbers; they are the same on every architecture."""
 RLIMIT_SIGPENDING = 11
 MAX_MESSAGE = 1 << 20
 CHILD_DESCRIPTORS = 6
-"""stdin, stdout, stderr, source, results, requests; the source's is closed before the program begins."""
+"""stdin, stdout, stderr, source, results, requests. The source is closed before the program begins."""
 NUM_FILES, MAX_FILES = 64, 4096
-"""Descriptors that a child may have; more than the driver ever has."""
+"""Most descriptors of a child; a number above every descriptor of the driver."""
 STACK_BYTES = 256 << 20
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -56,12 +56,12 @@ def main() -> None:
         if not message:
             os._exit(0)
         request = json.loads(message)
-        if "mode" in request:  # else a kill that came too late
+        if "mode" in request:  # otherwise it is a kill that came too late
             control.send(json.dumps(children.run(request, _descriptors(ancillary))).encode())
 
 
 def _prepare(hello: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Loads the modules of the child's side and the packages to preload; the names that each mode starts with."""
+    """Loads the child's modules and the packages to preload; returns the names that each mode starts with."""
     for name, source in hello["modules"]:
         module = types.ModuleType(name)
         sys.modules[name] = module
@@ -74,7 +74,7 @@ def _prepare(hello: dict[str, Any]) -> dict[str, dict[str, Any]]:
     import _sitebuiltins
     import builtins
 
-    # Without the site module there are none.
+    # Python defines these in the site module, which -S leaves out.
     for name in ("exit", "quit"):
         setattr(builtins, name, _sitebuiltins.Quitter(name, ""))
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # pyright: ignore[reportAttributeAccessIssue]
@@ -87,7 +87,7 @@ def _prepare(hello: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _landlock(readable: list[str], listable: list[str], max_abi: int) -> int:
-    """Leaves this process these paths of the file system, no TCP, no signals outwards; the ABI, or 0."""
+    """Restricts this process to these paths, without TCP or signals to others; returns the Landlock ABI, or 0."""
     abi = min(libc.syscall(LANDLOCK_CREATE, None, 0, 1), max_abi)
     if abi < 1:
         return 0
@@ -118,7 +118,7 @@ def _landlock(readable: list[str], listable: list[str], max_abi: int) -> int:
 
 
 class _Children:
-    """Forks children and waits for them, one at a time."""
+    """Forks children, one at a time, and waits for them."""
 
     def __init__(self, control: socket.socket, seccomp_filter: bytes, names: dict[str, dict[str, Any]]) -> None:
         self._control, self._names = control, names
@@ -132,9 +132,9 @@ class _Children:
         signal.set_wakeup_fd(wake, warn_on_full_buffer=False)
 
     def run(self, request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
-        """One child from fork to end; it is killed when the grader says so, or is gone."""
-        # The child says that it is confined by a byte, before it has read the program. Its exit status can
-        # say nothing of the kind: the program could choose the same one and be excused as our failure.
+        """Runs one child to its end. It is killed if the grader says so or closes the socket."""
+        # The child writes a byte once it is confined, before it reads the program. An exit status cannot report a
+        # failure of the sandbox: a program could choose the same status to be excused.
         confined, confine = os.pipe()
         try:
             pid = os.fork()
@@ -167,20 +167,20 @@ class _Children:
                 os.read(self._woken, 4096)
             if self._control in ready:
                 message = self._control.recv(MAX_MESSAGE)
-                os.kill(pid, signal.SIGKILL)  # not yet waited for: the pid is still the child's
+                os.kill(pid, signal.SIGKILL)  # the child has not been waited for, so the pid is still its own
                 if not message:
                     os._exit(0)
                 is_killed = True
 
     def _child(self, request: dict[str, Any], descriptors: list[int], confine: int) -> None:
-        """Never returns."""
+        """The child's side of the fork; it never returns."""
         status = 1
         try:
             signal.set_wakeup_fd(-1)
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            # First out of the way of the numbers that they are to have.
+            # The descriptors move out of the way before they get their final numbers.
             high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, NUM_FILES) for descriptor in (*descriptors, confine)]
             for number, descriptor in enumerate(high[:-1]):
                 os.dup2(descriptor, number)
@@ -208,15 +208,15 @@ def _read_all(descriptor: int) -> bytes:
 
 
 def _limit(limits: dict[str, int]) -> None:
-    """Resource limits of a child, soft and hard; a hard limit that is lower already stays."""
-    # A signal that says what it is; a second later, for programs that ignore it, one that nobody can.
+    """Sets soft and hard resource limits of a child; a hard limit that is already lower stays."""
+    # SIGXCPU comes at the soft limit. SIGKILL follows a second later for programs that ignore it.
     resource.setrlimit(resource.RLIMIT_CPU, (limits["cpu_s"], limits["cpu_s"] + 1))
     wanted = {
         resource.RLIMIT_FSIZE: 0,
         resource.RLIMIT_NOFILE: NUM_FILES,
         resource.RLIMIT_MEMLOCK: 0,
         resource.RLIMIT_MSGQUEUE: 0,
-        RLIMIT_SIGPENDING: NUM_FILES,  # POSIX timers too
+        RLIMIT_SIGPENDING: NUM_FILES,  # this also limits POSIX timers
         resource.RLIMIT_STACK: STACK_BYTES,
         resource.RLIMIT_DATA: limits["data"],
         resource.RLIMIT_AS: limits["address_space"],

@@ -1,7 +1,7 @@
-"""The self-test: tries what a confined program must not be able to do, and prints what it could do.
+"""The program of the self-test: it tries what a confined program must not be able to do, and prints what succeeded.
 
-Runs in a worker's child like any program. Its standard input is a JSON object: ``files`` that exist outside,
-``folders`` to write to, ``pids`` of processes outside, ``environment``: the names that may be there.
+It runs in a worker's child like any other program. Its standard input is a JSON object: ``files`` that exist outside,
+``folders`` to write to, ``pids`` of processes outside, ``environment``: the variables that may be set.
 """
 
 import ctypes
@@ -49,7 +49,7 @@ def main() -> None:
     def leak() -> None:
         extra = set(os.environ) - set(given["environment"])
         if not extra:
-            raise OSError("nothing there")
+            raise OSError("no other variables")
 
     attempts: dict[str, Callable[[], object]] = {
         **{f"read {path}": lambda path=path: read(path) for path in given["files"]},

@@ -1,7 +1,7 @@
-"""What one confined child does with a program: run it as a script, serve its functions, or run tests against them.
+"""Runs a program in a confined child: as a script, as a server of its functions, or as tests of such a server.
 
-Everything here happens after the seccomp filter is in place. From the first line of the program on, nothing in
-this process can be trusted: what it writes is compared elsewhere with values that it never saw.
+This code runs after the seccomp filter is in place. Once the program has started, this process cannot be trusted: its
+output is compared in another process, with values that it never sees.
 """
 
 import ast
@@ -20,7 +20,7 @@ from typing import Any
 from oapl_jax.rewards.code.sandbox.confined import values
 
 RESULTS, REQUESTS = 4, 5
-"""Descriptors of the child: frames to the grader, frames from it."""
+"""Descriptors of the child: frames to the grader and frames from it."""
 
 EXIT_CRASH, EXIT_COMPILE, EXIT_NO_DATA, EXIT_MEMORY = 1, 65, 70, 77
 
@@ -31,12 +31,12 @@ _MODULES = STAR_IMPORTS.split()
 PREFIX = "\n".join(
     [f"from {name} import *" for name in [*_MODULES, "builtins", "typing"]] + [f"import {name}" for name in _MODULES]
 )
-"""LiveCodeBench's imports: what a function-call or assert-style program may use without importing it."""
+"""LiveCodeBench's imports, which programs with function-call tests and assertions may use without importing them."""
 LCB_RECURSION_LIMIT = 50_000
 
 
 def names_for(mode: str) -> dict[str, Any]:
-    """What a program of this mode finds defined: nothing as a script, else what its judge would give it."""
+    """Names that are defined for a program of this mode: none for a script, otherwise those that its judge provides."""
     leetcode = {item.__name__: item for item in values.LEETCODE_NAMES}
     if mode in ("script", "lcb"):
         return {}
@@ -52,9 +52,9 @@ def run(mode: str, source: bytes, names: dict[str, Any], remote: Iterable[str] =
 
     Args:
         mode: ``script``, ``lcb``, ``serve`` or ``test``.
-        source: the program; for ``test`` the tests.
-        names: what it finds defined.
-        remote: names that the tests find in the program under test.
+        source: the program; in mode ``test`` the tests.
+        names: names that are defined for it.
+        remote: names of the program under test that the tests use.
     """
     main = types.ModuleType("__main__")
     vars(main).update({**names, "__file__": "solution.py", "__builtins__": builtins})
@@ -85,7 +85,7 @@ def run(mode: str, source: bytes, names: dict[str, Any], remote: Iterable[str] =
 
 
 def _end_of_script(status: int) -> int:
-    """What the interpreter does when a script ends: waits for its threads, runs atexit, flushes."""
+    """Does what the interpreter does when a script ends: it waits for threads, runs atexit functions and flushes."""
     try:
         threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
         atexit._run_exitfuncs()
@@ -103,7 +103,7 @@ def _run_script(code: types.CodeType, namespace: dict[str, Any]) -> None:
 
 
 def lcb_source(source: bytes) -> str:
-    """The program as LiveCodeBench rewrites it: imports first, everything else inside one function."""
+    """The program as LiveCodeBench rewrites it: imports first, all other statements inside one function."""
     tree = ast.parse(source)
     last = tree.body[-1] if tree.body else None
     if isinstance(last, ast.If) and ast.unparse(last.test).strip() == "__name__ == '__main__'":
@@ -127,7 +127,7 @@ class _MockBuffer:
 
 
 class _MockStdin:
-    """Every read begins anew, lines are counted apart, and it is no iterator: as in LiveCodeBench."""
+    """LiveCodeBench's mock: each read returns the whole text, lines are counted separately, and it has no iterator."""
 
     def __init__(self, text: str) -> None:
         self._text, self._lines = text, iter(text.split("\n"))
@@ -151,7 +151,7 @@ def _run_lcb(code: types.CodeType, namespace: dict[str, Any]) -> None:
     text = sys.stdin.read()
     real, captured = os.dup(1), io.StringIO()
     captured.close = lambda: None
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # only what goes through sys.stdout counts
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # only output through sys.stdout counts
     builtins.exit = builtins.quit = None  # pyright: ignore[reportAttributeAccessIssue]
     sys.setrecursionlimit(LCB_RECURSION_LIMIT)
     namespace["__name__"] = "tmp_sol"
@@ -168,11 +168,11 @@ def _run_lcb(code: types.CodeType, namespace: dict[str, Any]) -> None:
         stream.write(captured.getvalue())
 
 
-# ---- the candidate of a function-call or assert-style test ----
+# ---- the program under test, called by requests ----
 
 
 def _serve(code: types.CodeType, namespace: dict[str, Any]) -> None:
-    """Runs the program, then calls what the requests name, until there are no more."""
+    """Runs the program, then answers requests until the pipe is closed."""
     namespace["__name__"] = "tmp_sol"
     sys.modules["tmp_sol"] = sys.modules["__main__"]
     exec(code, namespace)
@@ -220,34 +220,34 @@ def _answer(request: dict, namespace: dict[str, Any], handles: list, opaque: Cal
     result = SPECIAL[request["do"]](target, *args, **kwargs)
     reply = {"t": "value", "v": values.encode(result, opaque)}
     changed = [
-        [place, values.encode(value, opaque)]
-        for place, value in enumerate(args)
-        if type(value) in (list, dict) and values.encode(value, opaque) != request["args"][place]
+        [i, values.encode(value, opaque)]
+        for i, value in enumerate(args)
+        if type(value) in (list, dict) and values.encode(value, opaque) != request["args"][i]
     ]
     return {**reply, "changed": changed} if changed else reply
 
 
 def _named(name: str, namespace: dict[str, Any]) -> Any:
-    """A method of the program's ``Solution``, or a name of the program."""
+    """A method of the program's class ``Solution``, or a global name of the program."""
     solution: Any = namespace.get("Solution")
     return getattr(solution(), name) if hasattr(solution, name) else namespace[name]
 
 
-# ---- assert-style tests: run apart from the program that they test ----
+# ---- assertions, which run in another child than the program that they test ----
 
 
 class CandidateDiedError(BaseException):
-    """The program under test is gone: not an Exception, so that a test cannot swallow it."""
+    """The program under test has ended. It is not an Exception, so that a test cannot swallow it."""
 
 
 class NoDataError(BaseException):
-    """The test cannot be run in two processes: the fault is not the program's."""
+    """The test cannot run in two processes, which is not the program's fault."""
 
 
 class Remote:
-    """Something in the other child: a name of the program, or an object that has no form as data.
+    """A proxy of something in the other child: a name of the program, or an object that cannot be sent as data.
 
-    It is equal to itself only: an object of the program cannot claim to be equal to what a test expects.
+    It equals only itself, so an object of the program cannot claim to equal what a test expects.
     """
 
     def __init__(self, node: dict) -> None:
@@ -256,7 +256,7 @@ class Remote:
     def __setattr__(self, name: str, value: Any) -> None:
         self._ask("set", name, value)
 
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (ruff takes it for a common method)
+    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (ruff mistakes it for an ordinary method)
         return self._ask("call", *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -299,20 +299,20 @@ class Remote:
             raise _EXCEPTIONS.get(reply["n"], RuntimeError)(reply["v"])
         if reply["t"] != "value":
             raise CandidateDiedError
-        for place, node in reply.get("changed", ()):
-            _become(args[place], values.decode(node, Remote))
+        for i, node in reply.get("changed", ()):
+            _become(args[i], values.decode(node, Remote))
         result = values.decode(reply["v"], Remote)
         return iter(result) if what == "iter" and isinstance(result, (list, str)) else result
 
 
 def _handed_back(value: Any) -> dict:
     if not isinstance(value, Remote):
-        raise NoDataError(f"a test hands over a {type(value).__name__}, which has no form as data")
+        raise NoDataError(f"a test passes a {type(value).__name__}, which cannot be sent as data")
     return value._node
 
 
 def _become(old: Any, new: Any) -> None:
-    """An argument that the call changed in place."""
+    """Applies the change that a call made to its argument."""
     if isinstance(old, list) and isinstance(new, list):
         old[:] = new
     elif isinstance(old, dict) and isinstance(new, dict):

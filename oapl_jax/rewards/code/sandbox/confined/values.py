@@ -1,8 +1,8 @@
-"""Python values as plain JSON, for the pipes between a program and its grader: data, never pickle.
+"""Python values as plain JSON, for the pipes between a program and its grader; pickle is never used.
 
-``None``, booleans, strings, finite floats, small integers and lists are themselves; every other value is an
-object with a tag ``t``. What has no form as data is opaque: a handle that the other side can only hand back.
-Runs on both sides of the sandbox, so it imports the standard library only.
+``None``, booleans, strings, finite floats, small integers and lists stand for themselves. Every other value is an
+object with a tag ``t``. An object that cannot be sent as data is opaque: the other side gets a handle that it can only return.
+This runs on both sides of the sandbox, so it imports only the standard library.
 """
 
 import builtins
@@ -16,9 +16,9 @@ from fractions import Fraction
 from typing import Any
 
 LARGEST_PLAIN = 1 << 53
-"""Integers from here on travel as hexadecimal text."""
+"""Integers of at least this size are sent as hexadecimal text."""
 MAX_NODES = 100_000
-"""Most nodes of a linked list or tree; a cycle ends here."""
+"""Most nodes of a linked list or tree, so that a cycle ends."""
 
 
 class ListNode:
@@ -53,7 +53,7 @@ def list_values(node: Any) -> list:
 
 
 def tree_node(values: list | None) -> TreeNode | None:
-    """The tree whose nodes are these, level by level; ``None`` where there is none."""
+    """The tree with these nodes, level by level; ``None`` marks a missing node."""
     if not values or values[0] is None:
         return None
     root = TreeNode(values[0])
@@ -68,7 +68,7 @@ def tree_node(values: list | None) -> TreeNode | None:
 
 
 def tree_values(root: Any) -> list:
-    """The inverse of ``tree_node``, without the ``None`` at the end."""
+    """The inverse of ``tree_node``, without trailing ``None``."""
     values, level = [], [root]
     for node in level:
         values.append(None if node is None else node.val)
@@ -102,11 +102,11 @@ _PLAIN = (int, float, str, list, tuple, dict)
 def encode(value: Any, opaque: Callable[[Any], dict] | None = None) -> Any:
     """The JSON form of a value.
 
-    A subclass of a built-in type is read through the built-in type's own methods: what it overrides does not count.
+    A subclass of a built-in type is read through the methods of the built-in type, so its overrides have no effect.
 
     Args:
         value: any object.
-        opaque: makes the node of an object that has no form as data.
+        opaque: makes the node of an object that cannot be sent as data.
     """
     kind = type(value)
     if value is None or kind is bool or kind is str:
@@ -157,7 +157,7 @@ def _unknown(value: Any) -> dict:
 
 
 def decode(node: Any, resolve: Callable[[dict], Any]) -> Any:
-    """The value of a node; ``resolve`` says what an opaque one stands for."""
+    """The value of a node; ``resolve`` returns the object of an opaque one."""
 
     def inner(item: Any) -> Any:
         return decode(item, resolve)
@@ -205,14 +205,14 @@ def pack(message: Any) -> bytes:
 
 
 def write_frame(descriptor: int, message: Any) -> None:
-    """Writes a frame, waiting for room."""
+    """Writes a frame; it waits until the pipe has room."""
     frame = pack(message)
     while frame:
         frame = frame[os.write(descriptor, frame) :]
 
 
 def read_frame(descriptor: int) -> Any:
-    """The next message; EOFError at the end of the pipe."""
+    """The next message; it raises EOFError at the end of the pipe."""
     (length,) = struct.unpack("<I", _read_exactly(descriptor, 4))
     return json.loads(_read_exactly(descriptor, length))
 
