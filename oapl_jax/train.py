@@ -17,9 +17,10 @@ from typing import Any
 
 import jax
 
+from oapl_jax.build.checks import CHECKS
 from oapl_jax.build.job import describe, is_trainer, make_job
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import TrainConfig
+from oapl_jax.config.commands import TrainConfig
 from oapl_jax.distributed import processes
 from oapl_jax.io import console, run_dir
 from oapl_jax.io.metrics import Stopwatch, check_finite
@@ -230,7 +231,7 @@ def _table(summary: dict[str, Any], directory: pathlib.Path) -> str:
 
 def main(argv: list[str]) -> int | None:
     """Command line; exit codes: 0 done, 1 the run failed, 2 the config is wrong, 42 saved after SIGTERM."""
-    config, arguments = config_file.from_command_line(TrainConfig, "train", argv, processes.add_options)
+    config, arguments = config_file.from_command_line(TrainConfig, "train", argv, processes.add_options, checks=CHECKS)
     processes.initialize(arguments)
     run_dir.use_compile_cache(config.run.compile_cache)
     if arguments.dry_run:

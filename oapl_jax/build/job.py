@@ -12,8 +12,9 @@ import jax
 from jax.sharding import Mesh
 
 from oapl_jax.build import policy
+from oapl_jax.build.checks import objective_of
 from oapl_jax.build.engines import PAGE_SIZE, make_replica_engines
-from oapl_jax.config.schema import GenerateConfig, TrainConfig
+from oapl_jax.config.commands import GenerateConfig, TrainConfig
 from oapl_jax.data.prompts import PromptSource, TaskPromptSource, held_out, load_prompts
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.distributed.processes import Processes
@@ -29,7 +30,7 @@ from oapl_jax.distributed.transfer import Transfer
 from oapl_jax.evaluation.held_out import Counts, evaluate
 from oapl_jax.learner import batch as batches
 from oapl_jax.learner.state import TrainState, init_state, make_optimizer, make_schedule
-from oapl_jax.learner.step import make_advantage_fn, make_loss_fn, make_train_step
+from oapl_jax.learner.step import make_train_step
 from oapl_jax.model import qwen
 from oapl_jax.objectives import oapl
 from oapl_jax.rewards.grader import Grader, make_grader
@@ -149,8 +150,11 @@ class Job(SamplerJob):
 
 def make_group_maker(config: TrainConfig, tokenizer: Tokenizer, grader: Grader) -> GroupMaker:
     """What grades a sampler's rollouts, with the objective's advantages."""
-    value = functools.partial(oapl.optimal_value, beta1=config.objective.beta1)
-    return GroupMaker(tokenizer.decode, grader, make_advantage_fn(config.objective), value)
+    objective, options = objective_of(config.objective)
+    value = functools.partial(oapl.optimal_value, beta1=oapl.options_or_defaults(options).beta1)
+    return GroupMaker(
+        tokenizer.decode, grader, lambda rewards, is_correct: objective.advantages(rewards, is_correct, options), value
+    )
 
 
 def acceptance(config: TrainConfig) -> Callable[[RolloutGroup], bool]:
@@ -213,8 +217,7 @@ def make_job(config: TrainConfig, *, make_warm_start: bool = True) -> tuple[Job,
         loaded.graphdef,
         optimizer,
         schedule,
-        make_loss_fn(config.objective),
-        beta2=config.objective.beta2,
+        *objective_of(config.objective),
         temperature=config.sampler.temperature,
         vocab_size=loaded.tokenizer.vocab_size,
         mesh=trainer_mesh,

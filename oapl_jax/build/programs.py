@@ -17,9 +17,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from oapl_jax.build import policy
+from oapl_jax.build.checks import objective_of
 from oapl_jax.build.engines import PAGE_SIZE, cache_dtype
 from oapl_jax.build.job import make_engines
-from oapl_jax.config.schema import ModelConfig, TrainConfig
+from oapl_jax.config.commands import TrainConfig
+from oapl_jax.config.model import ModelConfig
 from oapl_jax.distributed.sharding import (
     TRAINER_RULES,
     device_bytes,
@@ -32,7 +34,7 @@ from oapl_jax.distributed.sharding import (
 from oapl_jax.learner import batch as batches
 from oapl_jax.learner.batch import RowLayout
 from oapl_jax.learner.state import TrainState, abstract_state, make_optimizer, make_schedule
-from oapl_jax.learner.step import make_loss_fn, make_scorer, make_train_step
+from oapl_jax.learner.step import make_scorer, make_train_step
 from oapl_jax.model import qwen
 from oapl_jax.model.logprob import chunk_tokens
 from oapl_jax.sampler import kv_cache
@@ -180,8 +182,7 @@ def make_plan(
         graphdef,
         optimizer,
         schedule,
-        make_loss_fn(config.objective),
-        beta2=config.objective.beta2,
+        *objective_of(config.objective),
         temperature=config.sampler.temperature,
         vocab_size=model.vocab_size,
         mesh=trainer_mesh,

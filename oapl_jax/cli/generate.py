@@ -20,9 +20,10 @@ from typing import Any
 import numpy as np
 
 from oapl_jax.build import policy
+from oapl_jax.build.checks import CHECKS
 from oapl_jax.build.job import make_engines, start_of
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import GenerateConfig
+from oapl_jax.config.commands import GenerateConfig
 from oapl_jax.data.prompts import load_prompts
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.io import run_dir, storage
@@ -193,7 +194,7 @@ def _alone(leases: Leases, name: str, deadline: float) -> Iterator[None]:
 
 def main(argv: list[str]) -> None:
     """Command line; exit codes: 0 all is in the log, 2 the config is wrong, 42 stopped by SIGTERM."""
-    config, arguments = config_file.from_command_line(GenerateConfig, "oapl_jax.generate", argv)
+    config, arguments = config_file.from_command_line(GenerateConfig, "oapl_jax.generate", argv, checks=CHECKS)
     if arguments.dry_run:
         print(config_file.to_yaml(config))
         return

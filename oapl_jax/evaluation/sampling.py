@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from oapl_jax.build.engines import make_replica_engines
-from oapl_jax.config.schema import EvaluateConfig
+from oapl_jax.config.commands import EvaluateConfig
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.evaluation import tally
 from oapl_jax.evaluation.benchmarks import Graded

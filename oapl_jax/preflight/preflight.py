@@ -17,7 +17,7 @@ from typing import Any
 import jax
 
 from oapl_jax.build.programs import Plan, Program, kv_bytes, make_plan, shortage
-from oapl_jax.config.schema import TrainConfig
+from oapl_jax.config.commands import TrainConfig
 from oapl_jax.preflight import hlo, topology
 from oapl_jax.preflight.topology import GIB, Chip, Topology
 

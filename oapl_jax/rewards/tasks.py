@@ -5,7 +5,7 @@ Also the canaries: tasks whose verdicts are known, graded before a run starts.
 
 from typing import Any
 
-from oapl_jax.config.schema import RewardConfig
+from oapl_jax.config.reward import RewardConfig
 from oapl_jax.rewards.setup import Setup
 from oapl_jax.types import Prompt
 

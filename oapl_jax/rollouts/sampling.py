@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 import numpy as np
 from jaxtyping import Int
 
-from oapl_jax.config.schema import EvaluateSamplerConfig, EvaluationConfig, SamplerConfig
+from oapl_jax.config.sampling import SamplingConfig
 
 Tag = TypeVar("Tag")
 
@@ -37,7 +37,7 @@ class SamplingDistribution:
     """Keeps tokens at least so likely as this fraction of the likeliest; 0: all."""
 
     @classmethod
-    def of(cls, section: SamplerConfig | EvaluationConfig | EvaluateSamplerConfig) -> "SamplingDistribution":
+    def of(cls, section: SamplingConfig) -> "SamplingDistribution":
         """The distribution that a section of a config describes."""
         return cls(section.temperature, section.top_k, section.top_p, section.min_p)
 

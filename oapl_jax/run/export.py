@@ -20,7 +20,9 @@ from orbax.checkpoint import v1 as ocp
 
 from oapl_jax.build import policy
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import MeshConfig, ModelConfig, TrainConfig
+from oapl_jax.config.commands import TrainConfig
+from oapl_jax.config.mesh import MeshConfig
+from oapl_jax.config.model import ModelConfig
 from oapl_jax.data import tokenizer as tokenizers
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.io.run_dir import CONFIG_FILE

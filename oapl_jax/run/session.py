@@ -14,7 +14,7 @@ import jax
 
 from oapl_jax.build.job import Job, make_sampler_job
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import TrainConfig
+from oapl_jax.config.commands import TrainConfig
 from oapl_jax.distributed.processes import forward_preemption
 from oapl_jax.evaluation.held_out import summarize
 from oapl_jax.io import run_dir, storage

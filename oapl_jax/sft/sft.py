@@ -11,16 +11,18 @@ from typing import Any
 import jax
 
 from oapl_jax.build import policy
+from oapl_jax.build.checks import CHECKS
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import SftConfig
+from oapl_jax.config.commands import SftConfig
 from oapl_jax.data.pairs import load_pairs
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.io import run_dir
 from oapl_jax.io.metrics import MetricsWriter, Progress, check_finite
 from oapl_jax.learner.batch import RowLayout, from_pairs, place
 from oapl_jax.learner.state import init_state, make_optimizer, make_schedule
-from oapl_jax.learner.step import make_train_step, sft_loss_fn
+from oapl_jax.learner.step import make_train_step
 from oapl_jax.model import hf, lora
+from oapl_jax.objectives import supervised
 from oapl_jax.weights.checkpoints import Checkpoints
 
 EXPORT_FOLDER = "export"
@@ -29,7 +31,7 @@ SHOWN = ("learner/loss", "learner/grad_norm", "learner/entropy", "learner/learni
 
 def load_config(path: str) -> SftConfig:
     """Reads the config of a warm start; a ``ConfigError`` names its file."""
-    return config_file.load(SftConfig, path)
+    return config_file.load(SftConfig, path, checks=CHECKS)
 
 
 def is_finished(config: SftConfig) -> bool:
@@ -70,8 +72,8 @@ def run(config: SftConfig) -> pathlib.Path:
         loaded.graphdef,
         optimizer,
         schedule,
-        sft_loss_fn,
-        beta2=0.0,
+        supervised.OBJECTIVE,
+        supervised.OBJECTIVE.options(),
         temperature=1.0,
         vocab_size=loaded.tokenizer.vocab_size,
         mesh=mesh,

@@ -17,11 +17,12 @@ import numpy as np
 
 from oapl_jax.build import policy
 from oapl_jax.build.job import Job, acceptance
-from oapl_jax.config.schema import WITHOUT_SAMPLER, RoundConfig
+from oapl_jax.config.offline import RoundConfig
 from oapl_jax.io import storage
 from oapl_jax.io.lease import Leases
 from oapl_jax.learner import batch as batches
 from oapl_jax.learner.step import make_scorer
+from oapl_jax.objectives.catalogue import OBJECTIVES
 from oapl_jax.rollouts import filters, import_rollouts
 from oapl_jax.rollouts.buffer import Consumption, GroupBuffer, Ticket
 from oapl_jax.rollouts.log import RolloutLog
@@ -264,7 +265,7 @@ class Rounds:
             tokens = member.rollout.token_ids
             if len(tokens) <= limit:
                 members.append(member)
-            elif overlong == "cut":
+            elif overlong == "truncate":
                 bad.counts["cut responses"] += 1
                 members.append(self._cut(member, limit))
             else:
@@ -311,7 +312,7 @@ class Rounds:
             if is_all or np.isnan(item.rollout.logprobs).all()
         ]
         pairs = [(groups[i].prompt.token_ids, groups[i].rollouts[j].rollout.token_ids) for i, j in todo]
-        if self._job.config.objective.name in WITHOUT_SAMPLER:
+        if not OBJECTIVES[self._job.config.objective.name].needs_sampler_logprobs:
             scores, num_scored = [np.zeros(len(response), np.float32) for _, response in pairs], 0
         else:
             scores, num_scored = self._score(pairs, data, params), len(pairs)

@@ -27,7 +27,8 @@ from jax.sharding import Mesh
 
 from oapl_jax.build.job import acceptance, make_engines, make_group_maker
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import MeshConfig, TrainConfig
+from oapl_jax.config.commands import TrainConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.data import tokenizer as tokenizers
 from oapl_jax.data.prompts import load_prompts
 from oapl_jax.data.tokenizer import Tokenizer

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from oapl_jax.config import config_file
+from oapl_jax.config.commands import SftConfig, TrainConfig
 from oapl_jax.config.config_file import ConfigError
-from oapl_jax.config.schema import SftConfig, TrainConfig
 
 TOY = """
 run: {dir: runs/x, steps: 10}

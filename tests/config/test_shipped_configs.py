@@ -8,7 +8,7 @@ import yaml
 
 from oapl_jax import train
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import EvaluateConfig, GenerateConfig, SftConfig, TrainConfig
+from oapl_jax.config.commands import EvaluateConfig, GenerateConfig, SftConfig, TrainConfig
 from oapl_jax.sft import sft
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -11,7 +11,7 @@ import pytest
 
 from oapl_jax.build import programs
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import TrainConfig
+from oapl_jax.config.commands import TrainConfig
 from oapl_jax.preflight import preflight, topology
 from preflight.tpu_compiler import needs_libtpu
 

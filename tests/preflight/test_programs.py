@@ -7,7 +7,8 @@ import pytest
 
 from oapl_jax.build import policy, programs
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import MeshConfig, TrainConfig
+from oapl_jax.config.commands import TrainConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import make_meshes
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import TrainConfig
+from oapl_jax.config.commands import TrainConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / "launch/gke_tpu.sh"

@@ -11,7 +11,7 @@ import pytest
 
 from oapl_jax.cli import grade as command
 from oapl_jax.config.config_file import ConfigError, load_reward
-from oapl_jax.config.schema import RewardConfig
+from oapl_jax.config.reward import RewardConfig
 from oapl_jax.rewards import grader, tasks
 from oapl_jax.rewards.code.sandbox import isolation
 from oapl_jax.rewards.grader import RewardGrader

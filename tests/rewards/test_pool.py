@@ -13,7 +13,8 @@ import time
 import numpy as np
 import pytest
 
-from oapl_jax.config.schema import RewardConfig, TrainConfig
+from oapl_jax.config.commands import TrainConfig
+from oapl_jax.config.reward import RewardConfig
 from oapl_jax.data.tokenizer import CharacterTokenizer
 from oapl_jax.rewards import grader, pool, tasks
 from oapl_jax.rewards.setup import Setup

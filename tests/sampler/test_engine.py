@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from model import tiny
-from oapl_jax.config.schema import MeshConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import SAMPLER_RULES, make_meshes, reshard, shardings
 from oapl_jax.learner.batch import RowLayout, from_pairs
 from oapl_jax.model import qwen

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from oapl_jax import train
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import SftConfig
+from oapl_jax.config.commands import SftConfig
 from oapl_jax.io import storage
 from oapl_jax.io.lease import Leases
 from oapl_jax.rollouts.audit import audit
