@@ -93,8 +93,12 @@ class Broken(ToyGrader):
 
 
 def make_groups(grader):
-    advantages = lambda rewards, _: oapl.advantages(rewards, 1.0)
-    return GroupMaker(TOKENIZER.decode, grader, advantages, functools.partial(oapl.optimal_value, beta1=1.0))
+    return GroupMaker(
+        TOKENIZER.decode,
+        grader,
+        lambda rewards, _: oapl.advantages(rewards, 1.0),
+        functools.partial(oapl.optimal_value, beta1=1.0),
+    )
 
 
 @contextlib.contextmanager
