@@ -365,12 +365,21 @@ def test_configs_are_frozen(load):
         load().run.steps = 3
 
 
-@pytest.mark.parametrize("module", ["oapl_jax.train", "oapl_jax.sft"])
-def test_the_commands_print_mistakes_and_exit_with_2_without_a_traceback(tmp_path, module):
-    (tmp_path / "run.yaml").write_text(SFT if module.endswith("sft") else TOY)
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_the_commands_print_mistakes_and_exit_with_2_without_a_traceback(tmp_path, command):
+    (tmp_path / "run.yaml").write_text(SFT if command == "sft" else TOY)
     root = pathlib.Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-m", module, "--config", str(tmp_path / "run.yaml"), "learner.lerning_rate=3", "run.steps=0"],
+        [
+            sys.executable,
+            "-m",
+            "oapl_jax",
+            command,
+            "--config",
+            str(tmp_path / "run.yaml"),
+            "learner.lerning_rate=3",
+            "run.steps=0",
+        ],
         cwd=root,
         capture_output=True,
         text=True,
@@ -379,6 +388,6 @@ def test_the_commands_print_mistakes_and_exit_with_2_without_a_traceback(tmp_pat
     assert done.returncode == 2
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
-    assert done.stderr.startswith("2 mistakes in ")
+    assert done.stderr.startswith("error: 2 mistakes in ")
     assert "did you mean 'learner.learning_rate'?" in done.stderr
     assert "run.steps" in done.stderr
