@@ -28,16 +28,18 @@ from gpu_sampler import read_model
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 from jax.sharding import Mesh
-
 from oapl_jax.build.programs import forward_flops
-from oapl_jax.config.schema import LearnerConfig, MeshConfig, ObjectiveConfig
+
+from oapl_jax.config.learner import LearnerConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import SAMPLER_RULES, TRAINER_RULES, make_meshes, placed, shardings
 from oapl_jax.learner import batch as batches
 from oapl_jax.learner.batch import RowLayout
 from oapl_jax.learner.state import abstract_state, make_optimizer, make_schedule
-from oapl_jax.learner.step import make_loss_fn, make_train_step
+from oapl_jax.learner.step import make_train_step
 from oapl_jax.model.logprob import chunk_tokens
 from oapl_jax.model.qwen import SAVED_NAMES, Remat, abstract
+from oapl_jax.objectives import oapl
 from oapl_jax.preflight import hlo
 from oapl_jax.sampler.engine import Engine
 from oapl_jax.sampler.kv_cache import page_bytes
@@ -149,8 +151,8 @@ def train(case: TrainCase, mesh: Mesh) -> dict[str, Any]:
         graphdef,
         optimizer,
         schedule,
-        make_loss_fn(ObjectiveConfig()),
-        beta2=1e-3,
+        oapl.OBJECTIVE,
+        oapl.OaplOptions(),
         temperature=1.0,
         vocab_size=config.vocab_size,
         mesh=mesh,

@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
-from oapl_jax.config.schema import MeshConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import SAMPLER_RULES, make_meshes, replicated, shardings
 from oapl_jax.model import qwen
 from oapl_jax.sampler.engine import DecodeState, Engine

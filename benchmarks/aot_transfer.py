@@ -16,7 +16,7 @@ import sys
 from typing import Any
 
 from oapl_jax.build import policy
-from oapl_jax.config.schema import MeshConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import SAMPLER_RULES, TRAINER_RULES, make_meshes, shardings
 from oapl_jax.distributed.transfer import Piece, Transfer
 from oapl_jax.model import qwen

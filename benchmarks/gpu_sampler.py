@@ -161,7 +161,7 @@ def ours(attention: str, join_layers: bool | None, model: str, rows: int, prompt
 
     import jax
 
-    from oapl_jax.config.schema import MeshConfig
+    from oapl_jax.config.mesh import MeshConfig
     from oapl_jax.distributed.sharding import SAMPLER_RULES, make_meshes, shardings
     from oapl_jax.model.qwen import abstract, initialize
     from oapl_jax.rollouts.sampling import Request

@@ -21,8 +21,10 @@ from typing import Any
 import jax
 
 from oapl_jax import train
+from oapl_jax.build.checks import CHECKS
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import EXIT_BAD_CONFIG, TrainConfig
+from oapl_jax.config.commands import TrainConfig
+from oapl_jax.io.console import ExitCode
 from oapl_jax.io.metrics import METRICS_FILE, read_metrics
 from oapl_jax.types import Metrics
 
@@ -39,7 +41,7 @@ def main(argv: list[str]) -> None:
         result = measure(arguments.config, ["evaluation.every=0", *arguments.overrides])
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(EXIT_BAD_CONFIG) from None
+        raise SystemExit(ExitCode.USAGE) from None
     text = json.dumps(result, indent=2)
     if arguments.json:
         arguments.json.write_text(text + "\n")
@@ -53,7 +55,7 @@ def measure(path: str, overrides: list[str]) -> dict[str, Any]:
         ValueError: the config is wrong, or has no step after its first window.
     """
     with tempfile.TemporaryDirectory(prefix="oapl-benchmark-") as folder:
-        config = config_file.load(TrainConfig, path, [*overrides, f"run.dir={folder}/run"])
+        config = config_file.load(TrainConfig, path, [*overrides, f"run.dir={folder}/run"], CHECKS)
         first = config.window.sync_every
         if config.run.steps <= first:
             raise ValueError(

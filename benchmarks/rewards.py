@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 
-from oapl_jax.config.schema import RewardConfig
+from oapl_jax.config.reward import RewardConfig
 from oapl_jax.rewards import tasks
 from oapl_jax.rewards.code.programs import Judge, Limits, Settings, parse_tests
 from oapl_jax.rewards.worker import TaskGrader

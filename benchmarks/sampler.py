@@ -171,7 +171,7 @@ def ours(workload: Workload) -> Callable[[int], Report]:
 
     import jax
 
-    from oapl_jax.config.schema import MeshConfig
+    from oapl_jax.config.mesh import MeshConfig
     from oapl_jax.distributed.sharding import SAMPLER_RULES, make_meshes, shardings
     from oapl_jax.model.qwen import QwenConfig, abstract, initialize
     from oapl_jax.rollouts.sampling import Request, Stats

@@ -81,12 +81,14 @@ def our_step(config: Any, lengths: np.ndarray, max_tokens: int, **options: Any) 
     """
     import jax
 
-    from oapl_jax.config.schema import LearnerConfig, MeshConfig, ObjectiveConfig
+    from oapl_jax.config.learner import LearnerConfig
+    from oapl_jax.config.mesh import MeshConfig
     from oapl_jax.distributed.sharding import TRAINER_RULES, make_meshes, shardings
     from oapl_jax.learner.batch import RowLayout, from_pairs, padding, place
     from oapl_jax.learner.state import init_state, make_optimizer, make_schedule
-    from oapl_jax.learner.step import make_loss_fn, make_train_step
+    from oapl_jax.learner.step import make_train_step
     from oapl_jax.model.qwen import Remat, abstract, initialize
+    from oapl_jax.objectives import oapl
 
     mesh, _ = make_meshes(MeshConfig(trainer="fsdp=1"))
     compute_dtype = options.pop("compute_dtype", "float32")
@@ -101,8 +103,8 @@ def our_step(config: Any, lengths: np.ndarray, max_tokens: int, **options: Any) 
         graphdef,
         optimizer,
         schedule,
-        make_loss_fn(ObjectiveConfig()),
-        beta2=1e-3,
+        oapl.OBJECTIVE,
+        oapl.OaplOptions(),
         temperature=1.0,
         vocab_size=config.vocab_size,
         mesh=mesh,

@@ -12,8 +12,9 @@ import sys
 import time
 from typing import Any
 
+from oapl_jax.build.checks import CHECKS
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import TrainConfig
+from oapl_jax.config.commands import TrainConfig
 from oapl_jax.distributed import start
 from oapl_jax.distributed.messages import reporting_failures
 from oapl_jax.distributed.sharding import is_here, make_meshes, num_processes
@@ -94,7 +95,7 @@ def _step(run: Run) -> None:
 
 def main(argv: list[str]) -> int | None:
     """Command line; exit codes: 0 done, 1 the run failed, 2 the config is wrong, 42 saved after SIGTERM."""
-    config, arguments = config_file.from_command_line(TrainConfig, "train", argv, start.add_options)
+    config, arguments = config_file.from_command_line(TrainConfig, "train", argv, start.add_options, checks=CHECKS)
     start.initialize(arguments)
     run_dir.use_compile_cache(config.run.compile_cache)
     if arguments.dry_run:

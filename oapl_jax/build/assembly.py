@@ -12,9 +12,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from oapl_jax.build.account import Account, learner_bytes
+from oapl_jax.build.checks import objective_of
 from oapl_jax.build.learner import Learner, make_learner
 from oapl_jax.build.sampler import PAGE_SIZE, NoRoomError, kv_shards, make_engines, prepares_layers
-from oapl_jax.config.schema import TrainConfig
+from oapl_jax.config.commands import TrainConfig
 from oapl_jax.distributed.memory import usable_bytes
 from oapl_jax.distributed.sharding import (
     SAMPLER_RULES,
@@ -27,7 +28,6 @@ from oapl_jax.distributed.sharding import (
 )
 from oapl_jax.distributed.team import Team
 from oapl_jax.distributed.transfer import Transfer
-from oapl_jax.learner.step import make_loss_fn
 from oapl_jax.model import qwen
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.sampler.engine import Engine
@@ -132,6 +132,7 @@ def make_assembly(
     trainer_mesh, sampler_mesh = make_meshes(config.mesh, devices)
     if devices is None:
         check_processes(config.mesh, trainer_mesh, sampler_mesh)
+    objective, options = objective_of(config.objective)
     learner = make_learner(
         config.model,
         config.lora,
@@ -140,8 +141,8 @@ def make_assembly(
         trainer_mesh,
         num_steps=config.run.steps,
         max_tokens=config.data.max_prompt_tokens + config.sampler.max_response_tokens,
-        loss_fn=make_loss_fn(config.objective),
-        beta2=config.objective.beta2,
+        objective=objective,
+        options=options,
         temperature=config.sampler.temperature,
         vocab_size=vocab_size,
     )

@@ -8,12 +8,14 @@ import optax
 from jax.sharding import Mesh
 
 from oapl_jax.build import policy
-from oapl_jax.config.schema import LearnerConfig, LoraConfig, ModelConfig
+from oapl_jax.config.learner import LearnerConfig
+from oapl_jax.config.model import LoraConfig, ModelConfig
 from oapl_jax.distributed.sharding import TRAINER_RULES, placed, shardings
 from oapl_jax.learner import batch as batches
 from oapl_jax.learner.state import TrainState, abstract_state, init_state, make_optimizer, make_schedule
-from oapl_jax.learner.step import LossFn, make_scorer, make_train_step
+from oapl_jax.learner.step import make_scorer, make_train_step
 from oapl_jax.model import qwen
+from oapl_jax.objectives.objective import Objective, ObjectiveOptions
 from oapl_jax.types import TrainBatch
 
 
@@ -55,8 +57,8 @@ def make_learner(
     *,
     num_steps: int,
     max_tokens: int,
-    loss_fn: LossFn,
-    beta2: float,
+    objective: Objective,
+    options: ObjectiveOptions,
     temperature: float,
     vocab_size: int,
 ) -> Learner:
@@ -70,8 +72,8 @@ def make_learner(
         mesh: the trainer's.
         num_steps: of the whole run, for the learning rate.
         max_tokens: limit of a prompt and its response.
-        loss_fn: the objective.
-        beta2: weight of the log-ratio in the residual that the metrics report.
+        objective: whose loss is minimised.
+        options: its own.
         temperature: of the policy.
         vocab_size: the tokenizer's length.
 
@@ -88,8 +90,8 @@ def make_learner(
         graphdef,
         optimizer,
         schedule,
-        loss_fn,
-        beta2=beta2,
+        objective,
+        options,
         temperature=temperature,
         vocab_size=vocab_size,
         mesh=mesh,

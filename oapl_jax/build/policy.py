@@ -8,7 +8,7 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from oapl_jax.config.schema import LoraConfig, ModelConfig
+from oapl_jax.config.model import LoraConfig, ModelConfig
 from oapl_jax.data import tokenizer as tokenizers
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.distributed.sharding import TRAINER_RULES, shardings

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
-from oapl_jax.config.schema import EvaluateSamplerConfig, SamplerConfig
+from oapl_jax.config.sampling import EvaluateSamplerConfig, SamplerConfig
 from oapl_jax.distributed.sharding import is_here, platform_of
 from oapl_jax.model import qwen
 from oapl_jax.rollouts.sampling import SamplingDistribution

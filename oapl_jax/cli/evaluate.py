@@ -17,9 +17,10 @@ import time
 from collections.abc import Iterator, Sequence
 
 from oapl_jax.build import policy
+from oapl_jax.build.checks import CHECKS
 from oapl_jax.build.sampler import make_engines
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import EvaluateConfig, TrainConfig
+from oapl_jax.config.commands import EvaluateConfig, TrainConfig
 from oapl_jax.data import tokenizer as tokenizers
 from oapl_jax.distributed.memory import usable_bytes
 from oapl_jax.distributed.sharding import make_meshes
@@ -277,7 +278,7 @@ def main(argv: list[str]) -> None:
         arguments = parser.parse_args(argv)
         print(report([_parse_log(word) for word in arguments.log], arguments.out))
         return
-    config, arguments = config_file.from_command_line(EvaluateConfig, "evaluate", argv, _add_watch)
+    config, arguments = config_file.from_command_line(EvaluateConfig, "evaluate", argv, _add_watch, checks=CHECKS)
     run_dir.use_compile_cache(config.run.compile_cache)
     if arguments.dry_run:
         print(config_file.to_yaml(config))

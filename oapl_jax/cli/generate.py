@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 
 from oapl_jax.build import policy
+from oapl_jax.build.checks import CHECKS
 from oapl_jax.build.sampler import make_engines
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import GenerateConfig
+from oapl_jax.config.commands import GenerateConfig
 from oapl_jax.data.prompts import load_prompts
 from oapl_jax.distributed.memory import usable_bytes
 from oapl_jax.distributed.sharding import make_meshes
@@ -52,7 +53,7 @@ SUMMARY_FILE = "summary.json"
 
 def main(argv: list[str]) -> None:
     """Exit codes: 0 all is in the log, 2 the config is wrong, 42 stopped by SIGTERM."""
-    config, arguments = config_file.from_command_line(GenerateConfig, "generate", argv)
+    config, arguments = config_file.from_command_line(GenerateConfig, "generate", argv, checks=CHECKS)
     if arguments.dry_run:
         print(config_file.to_yaml(config))
         return

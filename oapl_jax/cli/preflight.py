@@ -13,8 +13,9 @@ import argparse
 import json
 import pathlib
 
+from oapl_jax.build.checks import CHECKS
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import TrainConfig
+from oapl_jax.config.commands import TrainConfig
 from oapl_jax.io.console import ExitCode
 from oapl_jax.preflight import topology
 from oapl_jax.preflight.preflight import check
@@ -22,7 +23,7 @@ from oapl_jax.preflight.preflight import check
 
 def main(argv: list[str]) -> ExitCode:
     """Exit codes: 0 it fits, 1 it does not fit, 2 the config is wrong."""
-    config, arguments = config_file.from_command_line(TrainConfig, "preflight", argv, _add_options)
+    config, arguments = config_file.from_command_line(TrainConfig, "preflight", argv, _add_options, checks=CHECKS)
     slices = topology.parse(arguments.topology, arguments.num_slices)
     report = check(config, slices, dry_run=arguments.dry_run)
     if arguments.json:

@@ -20,7 +20,8 @@ import jax
 import jax.numpy as jnp
 
 from oapl_jax.build import policy
-from oapl_jax.config.schema import MeshConfig, ModelConfig
+from oapl_jax.config.mesh import MeshConfig
+from oapl_jax.config.model import ModelConfig
 from oapl_jax.distributed.memory import usable_bytes
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.model import hf, qwen

@@ -1,14 +1,15 @@
 """``oapl-jax sft --config C.yaml``: supervised fine-tuning."""
 
+from oapl_jax.build.checks import CHECKS
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import SftConfig
+from oapl_jax.config.commands import SftConfig
 from oapl_jax.io import run_dir
 from oapl_jax.sft.sft import run
 
 
 def main(argv: list[str]) -> None:
     """Exit codes: 0 done, 2 the config is wrong."""
-    config, arguments = config_file.from_command_line(SftConfig, "sft", argv)
+    config, arguments = config_file.from_command_line(SftConfig, "sft", argv, checks=CHECKS)
     if arguments.dry_run:
         print(config_file.to_yaml(config))
         return

@@ -2,12 +2,13 @@
 
 Nothing else parses configuration. A file is read with OmegaConf (which knows that ``1e-6`` is a
 number and resolves ``${...}``), overridden by ``section.key=value`` words from the command line,
-and validated by the models of ``config.py``. The commands print a ``ConfigError`` and exit with code 2.
+and validated by the models beside this file. The commands print a ``ConfigError`` and exit with code 2.
 """
 
 import argparse
 import difflib
 import pathlib
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -17,7 +18,9 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from yaml import YAMLError
 
-from oapl_jax.config.schema import RewardConfig, Section
+from oapl_jax.config.names import did_you_mean
+from oapl_jax.config.reward import RewardConfig
+from oapl_jax.config.section import Checks, Section
 
 
 class ConfigError(ValueError):
@@ -25,10 +28,17 @@ class ConfigError(ValueError):
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Section)
+NO_CHECKS: Checks = {}
+"""For a config that a run has saved: it was checked and completed before."""
 
 
-def load(schema: type[AnyConfig], path: str | pathlib.Path, overrides: list[str] | None = None) -> AnyConfig:
-    """Reads a YAML file, applies ``section.key=value`` overrides and validates.
+def load(
+    schema: type[AnyConfig],
+    path: str | pathlib.Path,
+    overrides: list[str] | None = None,
+    checks: Checks = NO_CHECKS,
+) -> AnyConfig:
+    """Reads a YAML file, applies ``section.key=value`` overrides and validates; see ``validate``.
 
     Raises:
         ConfigError: with every mistake: its dotted path, the value, what is allowed.
@@ -37,7 +47,7 @@ def load(schema: type[AnyConfig], path: str | pathlib.Path, overrides: list[str]
     problems = [problem for word in overrides if (problem := _override_problem(word))]
     if problems:
         raise ConfigError("\n".join(problems))
-    return validate(schema, _read(path, overrides), source=str(path))
+    return validate(schema, _read(path, overrides), str(path), checks)
 
 
 def _read(path: str | pathlib.Path, overrides: list[str]) -> Any:
@@ -65,14 +75,26 @@ def load_reward(path: str | pathlib.Path) -> RewardConfig:
     return validate(RewardConfig, raw["reward"], source=f"{path}, section reward")
 
 
-def validate(schema: type[AnyConfig], raw: Any, source: str) -> AnyConfig:
-    """Validates a plain nested dict; ``source`` names it in the error."""
+def validate(schema: type[AnyConfig], raw: Any, source: str, checks: Checks = NO_CHECKS) -> AnyConfig:
+    """Validates a plain nested dict.
+
+    Args:
+        schema: of the whole.
+        raw: the dict.
+        source: names it in the error.
+        checks: of sections that name entries of dicts in other rooms: ``CHECKS`` of ``build/checks.py``.
+    """
     try:
-        return schema.model_validate(raw)
+        return schema.model_validate(raw, context=checks)
     except ValidationError as error:
-        lines = [line for details in error.errors() for line in _describe(schema, details).split("\n")]
+        lines = mistakes(schema, error, checks)
         head = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''} in {source}"
         raise ConfigError("\n  ".join([head, *lines])) from None
+
+
+def mistakes(schema: type[Section], error: ValidationError, checks: Checks = NO_CHECKS) -> list[str]:
+    """A line for each mistake: dotted path, what is wrong, value, nearest valid name."""
+    return [line for details in error.errors() for line in _describe(schema, details, checks)]
 
 
 def save(config: Section, path: pathlib.Path) -> None:
@@ -92,6 +114,8 @@ def from_command_line(
     command: str,
     argv: list[str],
     add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    *,
+    checks: Checks,
 ) -> tuple[AnyConfig, argparse.Namespace]:
     """Parses ``--config FILE [--dry-run] [section.key=value ...]``; raises ``ConfigError`` on a mistake.
 
@@ -100,6 +124,7 @@ def from_command_line(
         command: that is run.
         argv: words of the command line.
         add_options: adds further options of this command.
+        checks: see ``validate``.
     """
     summary = (schema.__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog=f"oapl-jax {command}", description=summary)
@@ -108,7 +133,7 @@ def from_command_line(
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the file")
     add_options(parser)
     arguments = parser.parse_intermixed_args(argv)
-    return load(schema, arguments.config, arguments.overrides), arguments
+    return load(schema, arguments.config, arguments.overrides, checks), arguments
 
 
 def _override_problem(word: str) -> str | None:
@@ -122,42 +147,46 @@ def _override_problem(word: str) -> str | None:
     return None
 
 
-def _describe(schema: type[Section], error: ErrorDetails) -> str:
-    """One mistake as one line: dotted path, what is wrong, value, nearest valid name."""
+def _describe(schema: type[Section], error: ErrorDetails, checks: Checks) -> list[str]:
     location = tuple(str(part) for part in error["loc"])
     path = ".".join(location) or "config"
     if error["type"] == "extra_forbidden":
-        return f"{path}: unknown key (value {error['input']!r}){_nearest_key(schema, location)}"
+        return [f"{path}: unknown key (value {error['input']!r}){_nearest_key(schema, location, checks)}"]
     if error["type"] == "missing":
-        return f"{path}: is required and missing"
+        return [f"{path}: is required and missing"]
     message = error["msg"].removeprefix("Value error, ")
     if error["type"] == "value_error":
-        return f"{path}: {message}" if location else message
+        return [_located(path, line) if location else line for line in message.split("\n")]
     if error["type"] == "string_pattern_mismatch":
         message = "should be axes such as 'fsdp=4' or 'data=2,tensor=4' (data, fsdp, tensor; -1: all that are left)"
     if error["type"] == "literal_error":
         close = difflib.get_close_matches(str(error["input"]), _quoted(error.get("ctx", {}).get("expected", "")), 1)
         message += f"; did you mean {close[0]!r}?" if close else ""
-    return f"{path}: {message} (value {error['input']!r})"
+    return [f"{path}: {message} (value {error['input']!r})"]
 
 
-def _nearest_key(schema: type[Section], location: tuple[str, ...]) -> str:
+def _located(path: str, line: str) -> str:
+    """The line of a section with the section's path before its key, where it begins with one."""
+    return f"{path}.{line}" if re.match(r"[\w.]+: ", line) else f"{path}: {line}"
+
+
+def _nearest_key(schema: type[Section], location: tuple[str, ...], checks: Checks) -> str:
     """The valid name nearest to an unknown one: in its section, else the same name in another section."""
-    known = _fields_at(schema, location[:-1])
-    close = difflib.get_close_matches(location[-1], known, 1)
-    if close:
-        return f"; did you mean {'.'.join([*location[:-1], close[0]])!r}?"
-    elsewhere = [f"{s}.{location[-1]}" for s in _fields_at(schema, ()) if location[-1] in _fields_at(schema, (s,))]
-    return f"; did you mean {elsewhere[0]!r}?" if elsewhere else f"; known here: {', '.join(known)}"
+    *section, key = location
+    known = _keys_at(schema, section, checks)
+    elsewhere = [f"{other}.{key}" for other in _keys_at(schema, [], checks) if key in _keys_at(schema, [other], checks)]
+    if elsewhere and not difflib.get_close_matches(key, known, 1):
+        return f"; did you mean {elsewhere[0]!r}?"
+    return did_you_mean(key, known, ".".join([*section, ""]))
 
 
-def _fields_at(schema: type[Section], location: tuple[str, ...]) -> list[str]:
+def _keys_at(schema: type[Section], location: list[str], checks: Checks) -> list[str]:
     for part in location:
         field = schema.model_fields.get(part)
         if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
             return []
         schema = field.annotation
-    return list(schema.model_fields)
+    return [*schema.model_fields, *(checks[schema].keys if schema in checks else ())]
 
 
 def _quoted(expected: str) -> list[str]:

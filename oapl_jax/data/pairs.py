@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
-from oapl_jax.config.schema import SftDataConfig
+from oapl_jax.config.data import SftDataConfig
 from oapl_jax.data import rows, tasks
 from oapl_jax.data.order import ShuffledOrder
 

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from oapl_jax.config.schema import DataConfig, TrainConfig
+from oapl_jax.config.commands import TrainConfig
+from oapl_jax.config.data import DataConfig
+from oapl_jax.config.names import entry
 from oapl_jax.data import rows, tasks
 from oapl_jax.data.catalogue import DATASETS
 from oapl_jax.data.dataset import Problem
@@ -147,7 +149,7 @@ def _read_columns(data: DataConfig) -> list[tuple[str, Problem | None]]:
 def _read_dataset(data: DataConfig) -> list[tuple[str, Problem | None]]:
     """The named problems of a published data set, from the hub or from a local copy of any format."""
     assert data.dataset is not None
-    dataset = DATASETS[data.dataset]
+    dataset = entry(DATASETS, data.dataset, "data.dataset")
     options: dict[str, Any] = {"optional": dataset.optional}
     if data.path is not None:
         path, file_format = data.path, _format_of(pathlib.Path(data.path).expanduser())

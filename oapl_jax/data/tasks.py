@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from oapl_jax.config.names import entry
 from oapl_jax.types import Prompt
 
 Split = Literal["train", "held_out"]
@@ -135,7 +136,10 @@ class Countdown(Task):
 
 def make_task(name: str) -> Task:
     """The task that ``data.task`` names."""
-    return {"chain": Chain, "countdown": Countdown}[name]()
+    return entry(TASKS, name, "data.task")()
+
+
+TASKS: dict[str, type[Task]] = {"chain": Chain, "countdown": Countdown}
 
 
 def _apply(operator: str, left: int, right: int) -> int:

@@ -4,7 +4,10 @@ import contextlib
 import pathlib
 from typing import NamedTuple
 
-from oapl_jax.config.schema import DataConfig, DatasetName, EvaluateConfig, RewardConfig, reward_of
+from oapl_jax.config.commands import EvaluateConfig
+from oapl_jax.config.data import DataConfig
+from oapl_jax.config.reward import RewardConfig
+from oapl_jax.data.catalogue import DATASETS
 from oapl_jax.data.prompts import first_prompts
 from oapl_jax.data.tasks import PromptEncoder
 from oapl_jax.rewards.grader import Grader, grader_of
@@ -44,7 +47,7 @@ def benchmarks(config: EvaluateConfig) -> list[Benchmark]:
             max_prompt_tokens=section.max_prompt_tokens,
             overlong="error",
         )
-        found.append(Benchmark(data, config.reward.model_copy(update={"functions": {reward_of(name): 1.0}})))
+        found.append(Benchmark(data, config.reward.model_copy(update={"functions": {DATASETS[name].reward: 1.0}})))
     return found
 
 
@@ -75,7 +78,7 @@ def load(config: EvaluateConfig, tokenizer: PromptEncoder, stack: contextlib.Exi
     return problems
 
 
-def _local_copy(folder: pathlib.Path, name: DatasetName) -> str:
+def _local_copy(folder: pathlib.Path, name: str) -> str:
     for suffix in _SUFFIXES:
         if (folder / f"{name}{suffix}").exists():
             return str(folder / f"{name}{suffix}")

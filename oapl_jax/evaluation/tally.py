@@ -5,13 +5,13 @@ import dataclasses
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
 from jaxtyping import Int
 
-from oapl_jax.config.schema import CodeDataset, MathDataset
+from oapl_jax.data.catalogue import DATASETS
 from oapl_jax.io.storage import SharedPath
 from oapl_jax.rewards.math import answers
 from oapl_jax.rollouts.log import RolloutLog
@@ -141,8 +141,8 @@ def _problem(name: str, samples: Sequence[tuple], has_votes: bool) -> Problem:
 def _is_mathematical(benchmark: str, gold: str) -> bool:
     """Whether responses have answers that can be voted on, unlike programs and responses of the toy tasks."""
     name = benchmark.partition("/")[0]
-    if name in get_args(MathDataset) or name in get_args(CodeDataset):
-        return name in get_args(MathDataset)
+    if name in DATASETS:
+        return DATASETS[name].reward == "math"
     try:
         return bool(gold) and not isinstance(json.loads(gold), list | dict)
     except ValueError:

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import Section
+from oapl_jax.config.section import Section
 
 CONFIG_FILE = "config.yaml"
 

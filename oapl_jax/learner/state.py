@@ -9,7 +9,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array, Int
 
-from oapl_jax.config.schema import LearnerConfig
+from oapl_jax.config.learner import LearnerConfig
 from oapl_jax.distributed.sharding import TRAINER_RULES, shardings
 from oapl_jax.model import lora
 

@@ -6,79 +6,26 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
-from oapl_jax.config.schema import WITHOUT_SAMPLER, ObjectiveConfig
 from oapl_jax.learner.state import TrainState
 from oapl_jax.model import lora
 from oapl_jax.model.logprob import sequence_logprobs
-from oapl_jax.objectives import grpo, gspo, oapl, rloo, sft
+from oapl_jax.objectives import oapl
+from oapl_jax.objectives.objective import Objective, ObjectiveOptions
 from oapl_jax.types import TrainBatch
-
-LossFn = Callable[[Float[Array, "B T"], TrainBatch, Float[Array, ""]], Float[Array, "B M"]]
-"""Log-probabilities, rows and the mean response tokens of a rollout of the whole batch, to the loss of each rollout."""
-
-
-AdvantageFn = Callable[[Float[np.ndarray, "G"], Bool[np.ndarray, "G"]], Float[np.ndarray, "G"]]
-"""Rewards of a group, and whether each response is correct, to the advantages; on the host, float64."""
-
-
-def make_advantage_fn(config: ObjectiveConfig) -> AdvantageFn:
-    """What the objective makes of the rewards of a group."""
-    if config.name == "oapl":
-        return lambda rewards, _: oapl.advantages(rewards, config.beta1)
-    if config.name == "sft":
-        return lambda _, is_correct: sft.advantages(is_correct)
-    of_rewards = {
-        "grpo": grpo.advantages,
-        "gspo": grpo.advantages,
-        "rloo": rloo.leave_one_out,
-        "rloo_grpo": grpo.advantages,
-        "rloo_exp": rloo.exponential,
-    }[config.name]
-    return lambda rewards, _: of_rewards(rewards)
-
-
-def make_loss_fn(config: ObjectiveConfig) -> LossFn:
-    """The objective of a run as a function of the learner's log-probabilities."""
-    if config.name == "grpo":
-        return lambda logprobs, rows, _: grpo.sequence_losses(
-            logprobs, rows.sampler_logprobs, rows.response_ids, rows.advantages
-        )
-    if config.name == "gspo":
-        return lambda logprobs, rows, _: gspo.sequence_losses(
-            logprobs,
-            rows.sampler_logprobs,
-            rows.response_ids,
-            rows.advantages,
-            clip_low=config.clip_low,
-            clip_high=config.clip_high,
-        )
-    if config.name in WITHOUT_SAMPLER:
-        return lambda logprobs, rows, _: rloo.sequence_losses(logprobs, rows.response_ids, rows.advantages)
-    return lambda logprobs, rows, _: oapl.sequence_losses(
-        logprobs, rows.sampler_logprobs, rows.response_ids, rows.advantages, beta2=config.beta2
-    )
-
-
-def sft_loss_fn(
-    logprobs: Float[Array, "B T"], rows: TrainBatch, tokens_per_rollout: Float[Array, ""]
-) -> Float[Array, "B M"]:
-    """Negative log-likelihood of each response, scaled so that the mean over responses is the mean over tokens."""
-    return sft.sequence_losses(logprobs, rows.response_ids, rows.segment_mask.shape[1]) / tokens_per_rollout
 
 
 def make_train_step(
     graphdef: nnx.GraphDef,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
-    loss_fn: LossFn,
+    objective: Objective,
+    options: ObjectiveOptions,
     *,
-    beta2: float,
     temperature: float,
     vocab_size: int,
     mesh: Mesh,
@@ -93,14 +40,15 @@ def make_train_step(
         graphdef: structure half of ``nnx.split(Qwen(...))``.
         optimizer: see ``make_optimizer``.
         schedule: its learning rate, for the metrics.
-        loss_fn: loss of each rollout.
-        beta2: weight of the log-ratio in the residual that the metrics report.
+        objective: has the loss of each rollout.
+        options: of the objective.
         temperature: of the policy; the sampler's.
         vocab_size: ids from here on are never drawn and have no probability.
         mesh: the trainer's.
         shardings: of the state.
     """
     score = _score_fn(graphdef, temperature, vocab_size)
+    beta2 = oapl.options_or_defaults(options).beta2
 
     def micro_loss(
         trained: Any,
@@ -110,7 +58,7 @@ def make_train_step(
         tokens_per_rollout: Float[Array, ""],
     ) -> tuple[Array, dict[str, Array]]:
         logprobs, entropy = score(lora.with_trained(policy, trained), rows)
-        losses = jnp.where(rows.segment_mask, loss_fn(logprobs, rows, tokens_per_rollout), 0.0)
+        losses = jnp.where(rows.segment_mask, objective.losses(logprobs, rows, options, tokens_per_rollout), 0.0)
         return losses.sum() / num_rollouts, _sums(logprobs, entropy, rows, beta2)
 
     def step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, Array]]:

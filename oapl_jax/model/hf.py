@@ -31,7 +31,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
-from oapl_jax.config.schema import LoraConfig
+from oapl_jax.config.model import LoraConfig
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.distributed.sharding import Rules, replicated, shardings
 from oapl_jax.distributed.team import Team

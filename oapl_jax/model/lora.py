@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from oapl_jax.config.schema import LoraConfig
+from oapl_jax.config.model import LoraConfig
 from oapl_jax.model.quantized import CONTRACTED, STACKED
 
 MODULES = {

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from oapl_jax.config.schema import LoraConfig
+from oapl_jax.config.model import LoraConfig
 from oapl_jax.distributed.sharding import BATCH_AXES
 from oapl_jax.model import lora as low_rank
 from oapl_jax.model import row_attention

@@ -2,29 +2,44 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from oapl_jax.config.section import Positive
+from oapl_jax.objectives import grpo
+from oapl_jax.objectives.objective import Objective, ObjectiveOptions
 from oapl_jax.objectives.segments import segment_sums
+from oapl_jax.types import TrainBatch
 
 
-def sequence_losses(
-    logprobs: Float[Array, "B T"],
-    sampler_logprobs: Float[Array, "B T"],
-    response_ids: Int[Array, "B T"],
-    advantages: Float[Array, "B M"],
-    *,
-    clip_low: float,
-    clip_high: float,
+class GspoOptions(ObjectiveOptions):
+    """The clip, by default that of the paper's section 5.1."""
+
+    clip_low: Positive = 3e-4
+    """How far below 1 the ratio counts."""
+    clip_high: Positive = 4e-4
+    """How far above 1 the ratio counts."""
+
+
+def losses(
+    logprobs: Float[Array, "B T"], rows: TrainBatch, options: GspoOptions, tokens_per_rollout: Float[Array, ""]
 ) -> Float[Array, "B M"]:
-    """-min(s A, clip(s, 1 - clip_low, 1 + clip_high) A) of each rollout, its Eqs. 5 and 7; arguments as for OAPL.
+    """-min(s A, clip(s, 1 - clip_low, 1 + clip_high) A) of each rollout, its Eqs. 5 and 7.
 
-    s = (pi(y|x) / pi_old(y|x))^(1/|y|), where pi_old is the distribution that drew y: the sampler's. A is GRPO's. Where the clip
-    binds the gradient is zero.
+    s = (pi(y|x) / pi_old(y|x))^(1/|y|), where pi_old is the distribution that drew y: the sampler's. A is GRPO's. Where
+    the clip binds the gradient is zero.
     """
     with jax.named_scope("gspo"):
-        num_rollouts = advantages.shape[1]
-        lengths = segment_sums((response_ids > 0).astype(jnp.float32), response_ids, num_rollouts)
-        log_ratios = segment_sums(logprobs - sampler_logprobs, response_ids, num_rollouts)
+        ids, num_rollouts = rows.response_ids, rows.advantages.shape[1]
+        lengths = segment_sums((ids > 0).astype(jnp.float32), ids, num_rollouts)
+        log_ratios = segment_sums(logprobs - rows.sampler_logprobs, ids, num_rollouts)
         ratios = jnp.exp(log_ratios / jnp.maximum(lengths, 1))
-        clipped = jnp.clip(ratios, 1 - clip_low, 1 + clip_high)
-        return -jnp.minimum(ratios * advantages, clipped * advantages)
+        clipped = jnp.clip(ratios, 1 - options.clip_low, 1 + options.clip_high)
+        return -jnp.minimum(ratios * rows.advantages, clipped * rows.advantages)
+
+
+OBJECTIVE = Objective(
+    name="gspo",
+    advantages=grpo.OBJECTIVE.advantages,
+    losses=losses,
+    options=GspoOptions,
+)

@@ -5,7 +5,24 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from oapl_jax.config.section import Positive
+from oapl_jax.objectives.objective import Objective, ObjectiveOptions
 from oapl_jax.objectives.segments import segment_sums
+from oapl_jax.types import TrainBatch
+
+
+class OaplOptions(ObjectiveOptions):
+    """The two temperatures."""
+
+    beta1: Positive = 1.0
+    """Temperature of V* (Eq. 2)."""
+    beta2: Positive = 1e-3
+    """Weight of the log-ratio (Eq. 3); shrinks with response length: about 0.1 for 6 tokens, 1e-3 for thousands."""
+
+
+def options_or_defaults(options: ObjectiveOptions) -> OaplOptions:
+    """The options of OAPL, for the V* of the log and the residual of the metrics, which every objective reports."""
+    return options if isinstance(options, OaplOptions) else OaplOptions()
 
 
 def optimal_value(rewards: Float[np.ndarray, "G"], beta1: float) -> float:
@@ -44,23 +61,18 @@ def log_ratios(
     return segment_sums(logprobs - sampler_logprobs, response_ids, num_rollouts)
 
 
-def sequence_losses(
-    logprobs: Float[Array, "B T"],
-    sampler_logprobs: Float[Array, "B T"],
-    response_ids: Int[Array, "B T"],
-    advantages: Float[Array, "B M"],
-    *,
-    beta2: float,
+def losses(
+    logprobs: Float[Array, "B T"], rows: TrainBatch, options: OaplOptions, tokens_per_rollout: Float[Array, ""]
 ) -> Float[Array, "B M"]:
-    """(beta2 * log(pi / pi_sampler) - A*)^2 of each rollout, Eq. 3; the loss is their mean over rollouts.
-
-    Args:
-        logprobs: the learner's; ``[:, t]`` scores token t. Values outside the responses are ignored, even NaN.
-        sampler_logprobs: of the distribution that was sampled.
-        response_ids: m + 1 at the response tokens of rollout m, the stop token included; 0 elsewhere.
-        advantages: A* of each rollout.
-        beta2: weight of the log-ratio.
-    """
+    """(beta2 * log(pi / pi_sampler) - A*)^2 of each rollout, Eq. 3."""
     with jax.named_scope("oapl"):
-        ratios = log_ratios(logprobs, sampler_logprobs, response_ids, advantages.shape[1])
-        return jnp.square(beta2 * ratios - advantages)
+        ratios = log_ratios(logprobs, rows.sampler_logprobs, rows.response_ids, rows.advantages.shape[1])
+        return jnp.square(options.beta2 * ratios - rows.advantages)
+
+
+OBJECTIVE = Objective(
+    name="oapl",
+    advantages=lambda rewards, is_correct, options: advantages(rewards, options.beta1),
+    losses=losses,
+    options=OaplOptions,
+)

@@ -1,14 +1,15 @@
-"""RLOO on given responses, with three advantages ("Efficient Post-training ... With Offline RL", Eqs. 1 to 4).
+"""RLOO on given responses ("Efficient Post-training ... With Offline RL", Eqs. 1 and 2).
 
 The responses come from an unknown policy, so there are no ratios and no log-probabilities but the learner's own.
 """
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from oapl_jax.objectives import grpo
+from oapl_jax.objectives.objective import Objective, ObjectiveOptions
 from oapl_jax.objectives.segments import segment_sums
+from oapl_jax.types import TrainBatch
 
 
 def leave_one_out(rewards: Float[np.ndarray, "G"]) -> Float[np.ndarray, "G"]:
@@ -25,23 +26,18 @@ def leave_one_out(rewards: Float[np.ndarray, "G"]) -> Float[np.ndarray, "G"]:
     return (shifted - shifted.mean()) * (len(rewards) / (len(rewards) - 1))
 
 
-def exponential(rewards: Float[np.ndarray, "G"]) -> Float[np.ndarray, "G"]:
-    """Exp of GRPO's advantage (Eqs. 3 and 4), float64: all positive, so wrong responses are imitated too, but less.
-
-    All are 1 in a group whose rewards are all equal: leave such groups out, or an all-wrong group is imitated.
-    """
-    return np.exp(grpo.advantages(rewards))
-
-
-def sequence_losses(
-    logprobs: Float[Array, "B T"], response_ids: Int[Array, "B T"], advantages: Float[Array, "B M"]
+def losses(
+    logprobs: Float[Array, "B T"], rows: TrainBatch, options: ObjectiveOptions, tokens_per_rollout: Float[Array, ""]
 ) -> Float[Array, "B M"]:
-    """-A_i sum_t log pi(y_t) of each rollout (Eq. 1): its gradient is REINFORCE's, its value says little.
-
-    Args:
-        logprobs: the learner's; values outside the responses are ignored, even NaN.
-        response_ids: m + 1 at the response tokens of rollout m, the stop token included; 0 elsewhere.
-        advantages: of each rollout.
-    """
+    """-A_i sum_t log pi(y_t) of each rollout (Eq. 1): its gradient is REINFORCE's, its value says little."""
     with jax.named_scope("rloo"):
-        return -advantages * segment_sums(logprobs, response_ids, advantages.shape[1])
+        return -rows.advantages * segment_sums(logprobs, rows.response_ids, rows.advantages.shape[1])
+
+
+OBJECTIVE = Objective(
+    name="rloo",
+    advantages=lambda rewards, is_correct, options: leave_one_out(rewards),
+    losses=losses,
+    options=ObjectiveOptions,
+    needs_sampler_logprobs=False,
+)

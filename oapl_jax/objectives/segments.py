@@ -11,9 +11,3 @@ def segment_sums(values: Float[Array, "B T"], segment_ids: Int[Array, "B T"], nu
     """
     is_member = segment_ids[..., None] == jnp.arange(1, num_segments + 1)
     return jnp.sum(jnp.where(is_member, values.astype(jnp.float32)[..., None], 0.0), axis=-2)
-
-
-def spread(values: Float[Array, "B M"], segment_ids: Int[Array, "B T"]) -> Float[Array, "B T"]:
-    """Gives each token its segment's value; 0 at id 0."""
-    is_member = segment_ids[..., None] == jnp.arange(1, values.shape[-1] + 1)
-    return jnp.sum(jnp.where(is_member, values[..., None, :], 0.0), axis=-1)

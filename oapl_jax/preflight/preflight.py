@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from oapl_jax.config.schema import TrainConfig
+from oapl_jax.config.commands import TrainConfig
 from oapl_jax.distributed.sharding import row_shards
 from oapl_jax.preflight import hlo, topology
 from oapl_jax.preflight.programs import Plan, Program, make_plan, rollout_bytes

@@ -13,9 +13,10 @@ from jax.sharding import Mesh
 
 from oapl_jax.build import policy
 from oapl_jax.build.assembly import Assembly, make_assembly
+from oapl_jax.build.checks import CHECKS
 from oapl_jax.build.sampler import PAGE_SIZE, kv_shards
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import SftConfig, TrainConfig
+from oapl_jax.config.commands import SftConfig, TrainConfig
 from oapl_jax.distributed.sharding import platform_of, row_shards
 from oapl_jax.learner import batch as batches
 from oapl_jax.learner.batch import RowLayout
@@ -230,7 +231,7 @@ def _model_config(config: TrainConfig) -> str:
     """
     section = config.model
     if section.warm_start is not None:
-        section = config_file.load(SftConfig, section.warm_start).model
+        section = config_file.load(SftConfig, section.warm_start, checks=CHECKS).model
     if section.config is not None:
         return section.config
     local = pathlib.Path(str(section.path)) / "config.json"

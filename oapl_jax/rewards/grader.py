@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from oapl_jax.config.schema import GenerateConfig, RewardConfig, TrainConfig
+from oapl_jax.config.commands import GenerateConfig, TrainConfig
+from oapl_jax.config.reward import RewardConfig
 from oapl_jax.rewards import functions, tasks
 from oapl_jax.rewards.code import layouts, programs
 from oapl_jax.rewards.math import answers

@@ -5,7 +5,7 @@ The canaries are tasks with known verdicts; they are graded before a run starts.
 
 from typing import Any
 
-from oapl_jax.config.schema import RewardConfig
+from oapl_jax.config.reward import RewardConfig
 from oapl_jax.rewards.worker import Setup
 
 START_SECONDS = 60.0

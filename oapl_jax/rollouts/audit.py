@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import TrainConfig
+from oapl_jax.config.commands import TrainConfig
 from oapl_jax.io import storage
 from oapl_jax.io.metrics import METRICS_FILE, read_metrics
 from oapl_jax.io.run_dir import CONFIG_FILE

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from oapl_jax.config.schema import FilterConfig
+from oapl_jax.config.offline import FilterConfig
 from oapl_jax.types import FinishReason, RolloutGroup, Verdict
 
 FEWEST_ROLLOUTS = 2

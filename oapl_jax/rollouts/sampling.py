@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
-from oapl_jax.config.schema import EvaluateSamplerConfig, EvaluationConfig, SamplerConfig
+from oapl_jax.config.sampling import SamplingConfig
 from oapl_jax.types import Rollout
 
 Tag = TypeVar("Tag")
@@ -39,7 +39,7 @@ class SamplingDistribution:
     """Keeps tokens at least so likely as this fraction of the likeliest; 0: all."""
 
     @classmethod
-    def of(cls, section: SamplerConfig | EvaluationConfig | EvaluateSamplerConfig) -> "SamplingDistribution":
+    def of(cls, section: SamplingConfig) -> "SamplingDistribution":
         """The sampling distribution that a section of a config describes."""
         return cls(section.temperature, section.top_k, section.top_p, section.min_p)
 

@@ -16,7 +16,8 @@ from orbax.checkpoint import v1 as ocp
 
 from oapl_jax.build import policy
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import MeshConfig, TrainConfig
+from oapl_jax.config.commands import TrainConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.io.run_dir import CONFIG_FILE
 from oapl_jax.learner.state import TrainState, abstract_state, make_optimizer, make_schedule

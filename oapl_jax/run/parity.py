@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from oapl_jax.build.learner import Learner
-from oapl_jax.config.schema import TrainConfig
+from oapl_jax.config.commands import TrainConfig
 from oapl_jax.distributed.sharding import to_host
 from oapl_jax.learner.batch import from_pairs
 from oapl_jax.sources.probe import Drawn

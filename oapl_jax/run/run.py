@@ -17,7 +17,7 @@ import jax
 from oapl_jax.build import policy
 from oapl_jax.build.assembly import Assembly, make_assembly
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import TrainConfig
+from oapl_jax.config.commands import TrainConfig
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.distributed.messages import forward_preemption
 from oapl_jax.distributed.sharding import num_processes

@@ -3,8 +3,10 @@
 import pathlib
 
 from oapl_jax.build import policy
+from oapl_jax.build.checks import CHECKS
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import GenerateConfig, ModelConfig, SftConfig, TrainConfig
+from oapl_jax.config.commands import GenerateConfig, SftConfig, TrainConfig
+from oapl_jax.config.model import ModelConfig
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.distributed.sharding import num_processes
 from oapl_jax.model import qwen
@@ -20,7 +22,7 @@ def make_warm_start(config: TrainConfig | GenerateConfig) -> None:
     path = config.model.warm_start
     if path is None:
         return
-    warm_start = config_file.load(SftConfig, path)
+    warm_start = config_file.load(SftConfig, path, checks=CHECKS)
     if num_processes() > 1 and not sft.is_finished(warm_start):
         raise ValueError(
             f"model.warm_start={path}: it is made by one process; run it first: oapl-jax sft --config {path}"
@@ -32,7 +34,7 @@ def model_path(model: ModelConfig) -> str | None:
     """The folder or hub name of the weights; None: random weights of ``model.config``."""
     if model.warm_start is None:
         return model.path
-    return str(sft.export_folder(config_file.load(SftConfig, model.warm_start)))
+    return str(sft.export_folder(config_file.load(SftConfig, model.warm_start, checks=CHECKS)))
 
 
 def outline(model: ModelConfig) -> tuple[qwen.QwenConfig, Tokenizer]:
@@ -42,7 +44,7 @@ def outline(model: ModelConfig) -> tuple[qwen.QwenConfig, Tokenizer]:
         ValueError: what cannot be read, and where.
     """
     if model.warm_start is not None:
-        warm_start = config_file.load(SftConfig, model.warm_start)
+        warm_start = config_file.load(SftConfig, model.warm_start, checks=CHECKS)
         if not sft.is_finished(warm_start):
             tokenizer = model.tokenizer if model.tokenizer != "model" else warm_start.model.tokenizer
             return policy.outline(warm_start.model.model_copy(update={"tokenizer": tokenizer}), warm_start.model.path)

@@ -17,7 +17,7 @@ import numpy as np
 import torch  # pyright: ignore[reportMissingImports]  (a test extra)
 from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from oapl_jax.config.schema import TrainConfig
+from oapl_jax.config.commands import TrainConfig
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.rollouts.sampling import Request, SamplingDistribution, Stats
 from oapl_jax.types import FinishReason, Rollout

@@ -6,14 +6,14 @@ import time
 
 from oapl_jax.build import policy
 from oapl_jax.build.learner import make_learner
-from oapl_jax.config.schema import SftConfig
+from oapl_jax.config.commands import SftConfig
 from oapl_jax.data.pairs import load_pairs
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.io import run_dir
 from oapl_jax.io.metrics import MetricsWriter, Progress, check_finite
 from oapl_jax.learner.batch import from_pairs
-from oapl_jax.learner.step import sft_loss_fn
 from oapl_jax.model import hf, lora
+from oapl_jax.objectives import supervised
 from oapl_jax.weights.checkpoints import Checkpoints
 
 EXPORT_FOLDER = "export"
@@ -59,8 +59,8 @@ def run(config: SftConfig) -> pathlib.Path:
         mesh,
         num_steps=config.run.steps,
         max_tokens=config.data.max_prompt_tokens + config.data.max_response_tokens,
-        loss_fn=sft_loss_fn,
-        beta2=0.0,
+        objective=supervised.OBJECTIVE,
+        options=supervised.OBJECTIVE.options(),
         temperature=1.0,
         vocab_size=tokenizer.vocab_size,
     )

@@ -17,11 +17,12 @@ import numpy as np
 
 from oapl_jax.build import policy
 from oapl_jax.build.learner import Learner
-from oapl_jax.config.schema import WITHOUT_SAMPLER, RoundConfig
+from oapl_jax.config.offline import RoundConfig
 from oapl_jax.io import storage
 from oapl_jax.io.lease import Leases
 from oapl_jax.learner import batch as batches
 from oapl_jax.learner.step import make_scorer
+from oapl_jax.objectives.catalogue import OBJECTIVES
 from oapl_jax.rollouts import filters, import_rollouts
 from oapl_jax.rollouts.buffer import Consumption, GroupBuffer, Ticket, Window
 from oapl_jax.rollouts.log import RolloutLog
@@ -206,7 +207,7 @@ class OfflineRounds:
         return [prompts[first + i] for i in range(sizes[before])]
 
     def _take_in(self, number: int, data: RoundConfig, source: pathlib.Path, params: Any) -> dict[str, Any]:
-        """Reads, checks, cuts, filters and scores finished data, and writes them to the rollout log."""
+        """Reads, checks, truncates, filters and scores finished data, and writes them to the rollout log."""
         config, tokenizer = self._setup.config, self._setup.tokenizer
         bad = import_rollouts.BadRows(self._config.bad_rows)
         expectations = import_rollouts.Expectations(
@@ -241,7 +242,7 @@ class OfflineRounds:
     def _within_limits(
         self, responses: import_rollouts.Responses, bad: import_rollouts.BadRows
     ) -> import_rollouts.Responses:
-        """Without what is too long; responses are cut where the config says so, and are wrong then."""
+        """Without what is too long; responses are truncated where the config says so, and are wrong then."""
         config, members = self._setup.config, []
         limit, overlong = config.sampler.max_response_tokens, self._config.overlong
         length = len(responses.prompt.token_ids)
@@ -253,9 +254,9 @@ class OfflineRounds:
             tokens = member.rollout.token_ids
             if len(tokens) <= limit:
                 members.append(member)
-            elif overlong == "cut":
-                bad.counts["cut responses"] += 1
-                members.append(self._cut(member, limit))
+            elif overlong == "truncate":
+                bad.counts["truncated responses"] += 1
+                members.append(self._truncate(member, limit))
             else:
                 message = f"a response has {len(tokens)} tokens, over sampler.max_response_tokens={limit}"
                 self._too_long(responses, message, overlong, "overlong responses", bad)
@@ -268,7 +269,7 @@ class OfflineRounds:
             raise ValueError(f"{responses.prompt.id}: {message}; raise the limit, or drop such rows")
         bad.counts[reason] += 1
 
-    def _cut(self, member: import_rollouts.Response, limit: int) -> import_rollouts.Response:
+    def _truncate(self, member: import_rollouts.Response, limit: int) -> import_rollouts.Response:
         """The beginning of a response; the reward was for all of it and is lost."""
         rollout = dataclasses.replace(
             member.rollout,
@@ -276,7 +277,7 @@ class OfflineRounds:
             logprobs=member.rollout.logprobs[:limit],
             finish_reason=FinishReason.LENGTH,
         )
-        grade = Grade(Verdict.WRONG, min(0.0, member.grade.reward), "cut for training")
+        grade = Grade(Verdict.WRONG, min(0.0, member.grade.reward), "truncated for training")
         return import_rollouts.Response(rollout, self._setup.tokenizer.decode(rollout.token_ids.tolist()), grade)
 
     def _group(self, number: int, index: int, responses: import_rollouts.Responses) -> RolloutGroup:
@@ -300,7 +301,7 @@ class OfflineRounds:
             if is_all or np.isnan(item.rollout.logprobs).all()
         ]
         pairs = [(groups[i].prompt.token_ids, groups[i].rollouts[j].rollout.token_ids) for i, j in todo]
-        if self._setup.config.objective.name in WITHOUT_SAMPLER:
+        if not OBJECTIVES[self._setup.config.objective.name].needs_sampler_logprobs:
             scores, num_scored = [np.zeros(len(response), np.float32) for _, response in pairs], 0
         else:
             scores, num_scored = self._score(pairs, data, params), len(pairs)

@@ -24,7 +24,8 @@ import jax
 
 from oapl_jax.build.sampler import make_engines
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import MeshConfig, TrainConfig
+from oapl_jax.config.commands import TrainConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.data import tokenizer as tokenizers
 from oapl_jax.data.prompts import load_prompts
 from oapl_jax.data.tokenizer import Tokenizer

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from oapl_jax.config.schema import TrainConfig
+from oapl_jax.build.checks import objective_of
+from oapl_jax.config.commands import TrainConfig
 from oapl_jax.data.prompts import PromptSource, TaskPromptSource, held_out, load_prompts
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.distributed.team import Team
@@ -13,9 +14,8 @@ from oapl_jax.distributed.transfer import Transfer
 from oapl_jax.evaluation.held_out import Counts, evaluate
 from oapl_jax.io.storage import SharedPath, shared_path
 from oapl_jax.learner import batch as batches
-from oapl_jax.learner.step import make_advantage_fn
 from oapl_jax.objectives import oapl
-from oapl_jax.rewards.grader import make_grader
+from oapl_jax.rewards.grader import Grader, make_grader
 from oapl_jax.rollouts.grading import Grading
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.sources.sampling_loop import GroupLog, GroupQueue, SamplingLoop
@@ -120,13 +120,14 @@ def make_setup(
     )
 
 
-def make_grading(config: TrainConfig, tokenizer: Tokenizer, grader: Any) -> Grading:
+def make_grading(config: TrainConfig, tokenizer: Tokenizer, grader: Grader) -> Grading:
     """Grades rollouts, with the objective's advantages."""
-    beta1 = config.objective.beta1
+    objective, options = objective_of(config.objective)
+    beta1 = oapl.options_or_defaults(options).beta1
     return Grading(
         tokenizer.decode,
         grader,
-        make_advantage_fn(config.objective),
+        lambda rewards, is_correct: objective.advantages(rewards, is_correct, options),
         lambda rewards: oapl.optimal_value(rewards, beta1=beta1),
     )
 

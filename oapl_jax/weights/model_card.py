@@ -5,7 +5,7 @@ import pathlib
 from typing import Any
 
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import TrainConfig
+from oapl_jax.config.commands import TrainConfig
 from oapl_jax.io.metrics import METRICS_FILE, read_metrics
 
 CARD_FILE = "README.md"

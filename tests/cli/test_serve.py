@@ -20,7 +20,7 @@ from flax import nnx
 from jetstream.core.proto import jetstream_pb2, jetstream_pb2_grpc
 
 from oapl_jax.cli import serve
-from oapl_jax.config.schema import MeshConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.data.tokenizer import CHARS, CharacterTokenizer
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.io import console

@@ -3,12 +3,16 @@
 import pathlib
 import subprocess
 import sys
+import typing
 
 import pytest
 
+from oapl_jax.build.checks import CHECKS, objective_of
 from oapl_jax.config import config_file
+from oapl_jax.config.applies import AppliesWhen
+from oapl_jax.config.commands import EvaluateConfig, GenerateConfig, SftConfig, TrainConfig
 from oapl_jax.config.config_file import ConfigError
-from oapl_jax.config.schema import SftConfig, TrainConfig
+from oapl_jax.config.section import Section
 
 TOY = """
 run: {dir: runs/x, steps: 10}
@@ -32,7 +36,7 @@ def load(tmp_path):
     def load_text(text=TOY, *overrides, schema=TrainConfig):
         path = tmp_path / "run.yaml"
         path.write_text(text)
-        return config_file.load(schema, path, list(overrides))
+        return config_file.load(schema, path, list(overrides), CHECKS)
 
     return load_text
 
@@ -201,8 +205,108 @@ def test_an_option_without_effect_is_refused(load, text, override, named):
 
 def test_options_of_the_other_objective_are_refused(load):
     line = only_mistake(load, TOY, "objective.name=grpo", "objective.beta2=0.1")
-    assert line == "objective: beta2: has no effect with name=grpo; remove it"
+    assert line == "objective.beta2: has no effect with name=grpo; remove it"
     assert load(TOY, "objective.name=grpo").objective.name == "grpo"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["objective.name=opal"], "objective.name: unknown name 'opal'; did you mean 'oapl'?"),
+        (["objective.beta3=1"], "objective.beta3: unknown key (value 1); did you mean 'objective.beta"),
+        (["objective.drop_equal_groups=1"], "did you mean 'objective.drop_equal_reward_groups'?"),
+        (["objective.beta2=soon"], "objective.beta2: Input should be a valid number"),
+        (["objective.name=gspo", "objective.clip_low=0"], "objective.clip_low: Input should be greater than 0"),
+        (["data.task=chian"], "data.task: unknown name 'chian'; did you mean 'chain'?"),
+        (["data.task=null", "data.dataset=math50"], "data.dataset: unknown name 'math50'; did you mean 'math500'?"),
+        (
+            ["data.task=null", "data.dataset=mbpp"],
+            "data.dataset=mbpp is graded by code; set reward.functions={code: 1.0}",
+        ),
+    ],
+)
+def test_names_and_options_of_dicts_are_checked(load, overrides, told):
+    assert told in only_mistake(load, TOY, *overrides)
+
+
+def test_mistakes_of_dicts_are_reported_with_all_others(load):
+    overrides = [
+        "objective.name=gspo",
+        "objective.beta2=3",
+        "objective.clip_low=soon",
+        "learner.adam_b1=2",
+        "run.dir=5",
+    ]
+    keys = {line.split(":")[0] for line in mistakes(load, TOY, *overrides, "data.task=chian")}
+    assert keys == {"objective.beta2", "objective.clip_low", "learner.adam_b1", "run.dir", "data.task"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "options"),
+    [
+        ([], {"beta1": 1.0, "beta2": 1e-3}),
+        (["objective.beta2=1"], {"beta1": 1.0, "beta2": 1.0}),
+        (["objective.name=gspo"], {"clip_low": 3e-4, "clip_high": 4e-4}),
+        (["objective.name=rloo"], {}),
+    ],
+)
+def test_the_config_is_completed_by_the_options_of_its_objective(load, tmp_path, overrides, options):
+    config = load(TOY, *overrides)
+    assert config.objective.model_extra == options
+    assert objective_of(config.objective)[1].model_dump() == options
+    config_file.save(config, tmp_path / "saved.yaml")
+    assert config_file.load(TrainConfig, tmp_path / "saved.yaml") == config
+
+
+def test_a_config_that_spells_out_all_defaults_loads_whatever_has_no_effect(load):
+    config = load(TOY, "objective.clip_low=0.0003", "objective.clip_high=0.0004", "lora.alpha=32", "reward.timeout=5")
+    assert config == load(TOY)
+
+
+def test_several_fields_without_effect_are_a_line_each(load):
+    lines = mistakes(load, TOY, "reward.timeout=9", "reward.workers=3", "run.shared_dir=x", "window.epochs=3")
+    assert "reward.timeout: has no effect with data.task=chain; remove it" in lines
+    assert "reward.workers: has no effect with data.task=chain; remove it" in lines
+    assert "run.shared_dir: has no effect with mode=online; remove it" in lines
+    assert len(lines) == 4
+
+
+def test_every_condition_of_a_field_names_a_field():
+    """Of its own section, or of the whole config of a command that has the section."""
+    found = 0
+    for root in (TrainConfig, GenerateConfig, SftConfig, EvaluateConfig):
+        for owner, condition in conditions(root, root):
+            for key in condition.keys:
+                schema = owner if key.partition(".")[0] in owner.model_fields else root
+                for part in key.split("."):
+                    assert part in schema.model_fields, f"{owner.__name__}: {key} is no field"
+                    schema = section_of(schema.model_fields[part].annotation)
+                found += 1
+    assert found > 50
+
+
+def conditions(root, schema):
+    """Each ``AppliesWhen`` below a section, with the section of its field."""
+    for field in schema.model_fields.values():
+        yield from ((schema, item) for item in field.metadata if isinstance(item, AppliesWhen))
+        if (inner := section_of(field.annotation)) is not None:
+            yield from conditions(root, inner)
+
+
+def section_of(annotation):
+    """The section in an annotation such as ``Section | None`` or ``tuple[Section, ...]``."""
+    options = [annotation, *typing.get_args(annotation)]
+    return next((option for option in options if isinstance(option, type) and issubclass(option, Section)), None)
+
+
+def test_the_config_is_read_without_jax():
+    code = (
+        "import sys; sys.modules['jax'] = None\n"
+        "from oapl_jax.config import commands, config_file\n"
+        "config_file.load(commands.TrainConfig, 'configs/quickstart.yaml')"
+    )
+    root = pathlib.Path(__file__).parents[2]
+    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=120)
 
 
 def test_options_without_effect_on_supervised_tasks_are_refused(load):
@@ -261,12 +365,21 @@ def test_configs_are_frozen(load):
         load().run.steps = 3
 
 
-@pytest.mark.parametrize("module", ["oapl_jax.train", "oapl_jax.sft"])
-def test_the_commands_print_mistakes_and_exit_with_2_without_a_traceback(tmp_path, module):
-    (tmp_path / "run.yaml").write_text(SFT if module.endswith("sft") else TOY)
+@pytest.mark.parametrize("command", ["train", "sft"])
+def test_the_commands_print_mistakes_and_exit_with_2_without_a_traceback(tmp_path, command):
+    (tmp_path / "run.yaml").write_text(SFT if command == "sft" else TOY)
     root = pathlib.Path(__file__).parents[2]
     done = subprocess.run(
-        [sys.executable, "-m", module, "--config", str(tmp_path / "run.yaml"), "learner.lerning_rate=3", "run.steps=0"],
+        [
+            sys.executable,
+            "-m",
+            "oapl_jax",
+            command,
+            "--config",
+            str(tmp_path / "run.yaml"),
+            "learner.lerning_rate=3",
+            "run.steps=0",
+        ],
         cwd=root,
         capture_output=True,
         text=True,
@@ -275,6 +388,6 @@ def test_the_commands_print_mistakes_and_exit_with_2_without_a_traceback(tmp_pat
     assert done.returncode == 2
     assert done.stdout == ""
     assert "Traceback" not in done.stderr
-    assert done.stderr.startswith("2 mistakes in ")
+    assert done.stderr.startswith("error: 2 mistakes in ")
     assert "did you mean 'learner.learning_rate'?" in done.stderr
     assert "run.steps" in done.stderr

@@ -7,35 +7,36 @@ import pytest
 import yaml
 
 from oapl_jax import train
+from oapl_jax.build.checks import CHECKS
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import EvaluateConfig, GenerateConfig, SftConfig, TrainConfig
+from oapl_jax.config.commands import EvaluateConfig, GenerateConfig, SftConfig, TrainConfig
 from oapl_jax.sft import sft
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
 SCHEMAS = {
-    "oapl_jax.train": TrainConfig,
-    "oapl_jax.sft": SftConfig,
-    "oapl_jax.generate": GenerateConfig,
-    "oapl_jax.evaluate": EvaluateConfig,
+    "train": TrainConfig,
+    "sft": SftConfig,
+    "generate": GenerateConfig,
+    "evaluate": EvaluateConfig,
 }
 
 
-def module_of(path):
+def command_of(path):
     """The command that a file is for, by the sections that only it has."""
     sections = yaml.safe_load(path.read_text())
     if "generation" in sections:
-        return "oapl_jax.generate"
+        return "generate"
     if "benchmarks" in sections:
-        return "oapl_jax.evaluate"
-    return "oapl_jax.train" if "sampler" in sections else "oapl_jax.sft"
+        return "evaluate"
+    return "train" if "sampler" in sections else "sft"
 
 
 def schema_of(path):
-    return SCHEMAS[module_of(path)]
+    return SCHEMAS[command_of(path)]
 
 
-TRAIN_FILES = [path for path in FILES if module_of(path) == "oapl_jax.train"]
+TRAIN_FILES = [path for path in FILES if command_of(path) == "train"]
 
 
 def names(paths):
@@ -60,7 +61,7 @@ def test_there_are_configs_of_both_commands():
 
 @pytest.mark.parametrize("path", **names(FILES))
 def test_it_loads_and_names_files_that_exist(path):
-    config = config_file.load(schema_of(path), path)
+    config = config_file.load(schema_of(path), path, checks=CHECKS)
     for source in (config.model.config, config.model.warm_start):
         assert source is None or (ROOT / source).is_file()
     assert not pathlib.Path(config.run.dir).is_absolute()
@@ -72,9 +73,9 @@ def test_it_begins_with_a_comment_that_names_its_command(path):
     header = [line.removeprefix("#").strip() for line in lines[: next(i for i, x in enumerate(lines) if x[:1] != "#")]]
     commands = [line[line.index("python -m") :] for line in header if "python -m oapl_jax" in line]
     assert commands, f"{path.name}: no command in its header"
-    words = shlex.split(commands[0].strip("`.,;"))
-    assert words[:5] == ["python", "-m", module_of(path), "--config", f"configs/{path.name}"]
-    config_file.load(schema_of(path), path, [word for word in words[5:] if "=" in word])
+    words = shlex.split(commands[0].strip("`.,;").replace("oapl_jax.train", "oapl_jax train"))
+    assert words[:6] == ["python", "-m", "oapl_jax", command_of(path), "--config", f"configs/{path.name}"]
+    config_file.load(schema_of(path), path, [word for word in words[6:] if "=" in word], CHECKS)
 
 
 def test_run_directories_differ():

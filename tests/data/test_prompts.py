@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from oapl_jax.config.schema import DataConfig, SftDataConfig, TrainConfig
+from oapl_jax.config.commands import TrainConfig
+from oapl_jax.config.data import DataConfig, SftDataConfig
 from oapl_jax.data.pairs import load_pairs
 from oapl_jax.data.prompts import held_out, load_prompts
 from oapl_jax.data.tokenizer import CharacterTokenizer

@@ -8,7 +8,7 @@ import sys
 import jax
 import numpy as np
 
-from oapl_jax.config.schema import MeshConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed import messages, start
 from oapl_jax.distributed.sharding import SAMPLER_RULES, TRAINER_RULES, make_meshes, processes_of, shardings, to_devices
 from oapl_jax.distributed.team import Team

@@ -5,8 +5,9 @@ import pathlib
 
 import pytest
 
+from oapl_jax.build.checks import CHECKS
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import TrainConfig
+from oapl_jax.config.commands import TrainConfig
 from oapl_jax.io.run_dir import identity, open_run
 
 RAW = {
@@ -22,7 +23,7 @@ RAW = {
 def make_config(directory, **sections):
     raw = {name: {**RAW.get(name, {}), **sections.get(name, {})} for name in RAW | sections}
     raw["run"]["dir"] = str(directory)
-    return config_file.validate(TrainConfig, raw, "test")
+    return config_file.validate(TrainConfig, raw, "test", CHECKS)
 
 
 def test_a_new_directory_is_made_and_holds_the_resolved_config(tmp_path):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from learner.test_step import CONFIG, VOCAB, assert_close, gradient, norm, run
 from model import tiny
-from oapl_jax.config.schema import MeshConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.learner.batch import RowLayout, from_pairs, padding, place
 from oapl_jax.learner.packing import pack

@@ -8,21 +8,26 @@ import numpy as np
 import pytest
 
 from model import tiny
-from oapl_jax.config.schema import LearnerConfig, MeshConfig, ObjectiveConfig
+from oapl_jax.config.learner import LearnerConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import TRAINER_RULES, make_meshes, shardings
 from oapl_jax.learner.batch import RowLayout, from_pairs, place
 from oapl_jax.learner.state import init_state, make_optimizer, make_schedule
-from oapl_jax.learner.step import make_loss_fn, make_train_step, sft_loss_fn
+from oapl_jax.learner.step import make_train_step
 from oapl_jax.model import qwen
+from oapl_jax.objectives import oapl, supervised
 
 CONFIG = tiny.config("qwen3_tied")
 BETA2, TEMPERATURE, VOCAB = 0.3, 0.8, 45
 LEARNER = LearnerConfig(learning_rate=1e-4, clip_norm=1e9, weight_decay=0.1)
-OAPL = ObjectiveConfig(beta2=BETA2)
+OBJECTIVES = {
+    "oapl": (oapl.OBJECTIVE, oapl.OaplOptions(beta2=BETA2)),
+    "supervised": (supervised.OBJECTIVE, supervised.OBJECTIVE.options()),
+}
 
 
 @functools.cache
-def make_step(mesh="fsdp=1", learner=LEARNER, loss="oapl"):
+def make_step(mesh="fsdp=1", learner=LEARNER, objective="oapl"):
     """The compiled step on a mesh, and a function that makes its state at step 0."""
     mesh = make_meshes(MeshConfig(trainer=mesh))[0]
     graphdef, abstract = qwen.abstract(CONFIG, mesh=mesh)
@@ -33,14 +38,11 @@ def make_step(mesh="fsdp=1", learner=LEARNER, loss="oapl"):
         params = jax.device_put(tiny.split(CONFIG)[1], shardings(abstract, mesh, TRAINER_RULES))
         return init_state(jax.tree.map(jnp.copy, params), optimizer, mesh)
 
-    grpo = make_loss_fn(ObjectiveConfig(name="grpo"))
-    loss_fn = {"oapl": make_loss_fn(OAPL), "grpo": grpo, "sft": sft_loss_fn}[loss]
     step = make_train_step(
         graphdef,
         optimizer,
         schedule,
-        loss_fn,
-        beta2=BETA2,
+        *OBJECTIVES[objective],
         temperature=TEMPERATURE,
         vocab_size=VOCAB,
         mesh=mesh,
@@ -191,13 +193,13 @@ def test_the_gradient_is_clipped_to_the_norm_and_reported_before():
     assert norm(gradient(state)) == pytest.approx(1e-2, rel=1e-4)
 
 
-@pytest.mark.parametrize("loss", ["oapl", pytest.param("sft", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("objective", ["oapl", pytest.param("supervised", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("num_pairs", [8, 6, 3])
-def test_micro_batches_equal_the_whole_batch(loss, num_pairs):
+def test_micro_batches_equal_the_whole_batch(objective, num_pairs):
     """With 3 pairs one of the four micro-batches has only rows that fill."""
     batch = make_batch(num_pairs)
-    whole, metrics = run(batch, loss=loss)
-    split, split_metrics = run(batch, loss=loss, num_micro_batches=4)
+    whole, metrics = run(batch, objective=objective)
+    split, split_metrics = run(batch, objective=objective, num_micro_batches=4)
     assert_close(gradient(split), gradient(whole), atol=2e-6 * norm(gradient(whole)))
     assert_close(split.params, whole.params, atol=1e-6)
     assert split_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
@@ -248,7 +250,7 @@ def test_supervised_loss_is_the_mean_over_tokens():
     batch = make_batch()
     logprobs = learner_logprobs(batch)[batch.response_mask]
     for splits in (1, 4):
-        metrics = run(batch, loss="sft", num_micro_batches=splits)[1]
+        metrics = run(batch, objective="supervised", num_micro_batches=splits)[1]
         assert metrics["learner/loss"] == pytest.approx(-logprobs.mean(), rel=1e-5)
 
 

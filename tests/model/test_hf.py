@@ -12,7 +12,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import tiny
-from oapl_jax.config.schema import MeshConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.data.tokenizer import CharacterTokenizer
 from oapl_jax.distributed import sharding
 from oapl_jax.model import hf, qwen

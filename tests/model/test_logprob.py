@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import tiny
-from oapl_jax.config.schema import MeshConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.model import logprob
 

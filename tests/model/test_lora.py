@@ -9,12 +9,15 @@ import pytest
 from flax import nnx
 
 from model import tiny
-from oapl_jax.config.schema import LearnerConfig, LoraConfig, MeshConfig, ObjectiveConfig
+from oapl_jax.config.learner import LearnerConfig
+from oapl_jax.config.mesh import MeshConfig
+from oapl_jax.config.model import LoraConfig
 from oapl_jax.distributed.sharding import TRAINER_RULES, make_meshes, shardings
 from oapl_jax.learner.batch import RowLayout, from_pairs, place
 from oapl_jax.learner.state import init_state, make_optimizer, make_schedule
-from oapl_jax.learner.step import make_loss_fn, make_train_step
+from oapl_jax.learner.step import make_train_step
 from oapl_jax.model import hf, lora, qwen
+from oapl_jax.objectives import oapl
 
 LORA = LoraConfig(rank=3, alpha=5.0)
 SOME = LoraConfig(rank=2, alpha=8.0, targets=("q_proj", "o_proj", "down_proj"))
@@ -87,8 +90,8 @@ def step_and_state(mesh_words, params=None, graphdef=None, remat=False):
         graphdef,
         optimizer,
         schedule,
-        make_loss_fn(ObjectiveConfig(beta2=0.3)),
-        beta2=0.3,
+        oapl.OBJECTIVE,
+        oapl.OaplOptions(beta2=0.3),
         temperature=1.0,
         vocab_size=45,
         mesh=mesh,

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from model import tiny
-from oapl_jax.config.schema import MeshConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.learner.batch import RowLayout, from_pairs
 from oapl_jax.model.quantized import Int8, dequantize, quantize, quantize_weights

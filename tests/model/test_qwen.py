@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import save_file
 
 import tiny
-from oapl_jax.config.schema import MeshConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed import sharding
 from oapl_jax.model import hf, logprob, qwen
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oapl_jax.config.schema import MeshConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.model.row_attention import attend_rows, choose
 

@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from oapl_jax.objectives import grpo
+from oapl_jax.objectives.objective import ObjectiveOptions
+from objectives.rows import make_rows
 
 
 def test_gradient_is_the_importance_weighted_policy_gradient():
@@ -13,8 +15,8 @@ def test_gradient_is_the_importance_weighted_policy_gradient():
     mask = np.array([[0, 1, 1, 0, 0], [0, 1, 1, 1, 0], [0, 0, 0, 0, 1], [0, 0, 1, 1, 1]], bool)
     advantages = np.array([[1.0], [-0.5], [0.25], [0.0]], np.float32)
     gradient = jax.grad(
-        lambda lp: grpo.sequence_losses(
-            lp, jnp.asarray(sampler), jnp.asarray(mask, jnp.int32), jnp.asarray(advantages)
+        lambda lp: grpo.OBJECTIVE.losses(
+            lp, make_rows(sampler, mask, advantages), ObjectiveOptions(), jnp.float32(1)
         ).sum()
     )(jnp.asarray(logprobs))
     expected = np.zeros((4, 5))

@@ -4,9 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from oapl_jax.config.schema import ObjectiveConfig
-from oapl_jax.learner.step import make_advantage_fn, make_loss_fn
-from oapl_jax.types import TrainBatch
+from oapl_jax.objectives import gspo
+from objectives.rows import make_rows
 
 LOW, HIGH = 0.2, 0.3
 IDS = np.array([[0, 1, 1, 0, 2, 2, 2], [0, 0, 1, 0, 0, 2, 0], [0, 1, 1, 1, 0, 2, 2]])
@@ -16,11 +15,9 @@ ADVANTAGES = np.array([[1.0, -0.5], [0.25, -2.0], [-1.0, 0.75]], np.float32)
 def test_values_and_gradients_equal_the_transcription():
     rng = np.random.default_rng(4)
     logprobs, sampler = -rng.exponential(1.0, (2, *IDS.shape)).astype(np.float32)
-    batch = TrainBatch(IDS, IDS, IDS, IDS > 0, sampler, ADVANTAGES, np.ones((3, 2), bool))
-    batch = jax.tree.map(jnp.asarray, batch)
-    loss_fn = make_loss_fn(ObjectiveConfig(name="gspo", clip_low=LOW, clip_high=HIGH))
-    losses = loss_fn(jnp.asarray(logprobs), batch, jnp.float32(1))
-    gradient = jax.grad(lambda lp: loss_fn(lp, batch, jnp.float32(1)).sum())(jnp.asarray(logprobs))
+    args = make_rows(sampler, IDS, ADVANTAGES), gspo.GspoOptions(clip_low=LOW, clip_high=HIGH), jnp.float32(1)
+    losses = gspo.OBJECTIVE.losses(jnp.asarray(logprobs), *args)
+    gradient = jax.grad(lambda lp: gspo.OBJECTIVE.losses(lp, *args).sum())(jnp.asarray(logprobs))
 
     expected, expected_gradient, num_clipped = np.zeros((3, 2)), np.zeros(IDS.shape), 0
     for row in range(3):
@@ -42,7 +39,7 @@ def test_values_and_gradients_equal_the_transcription():
 
 def test_its_advantages_are_grpos_and_its_clip_is_its_own():
     rewards = np.array([1.0, 0.0, 0.0, 1.0])
-    advantages = make_advantage_fn(ObjectiveConfig(name="gspo"))(rewards, rewards == 1)
+    options = gspo.GspoOptions()
+    advantages = gspo.OBJECTIVE.advantages(rewards, rewards == 1, options)
     np.testing.assert_allclose(advantages, [1, -1, -1, 1], rtol=1e-3)
-    config = ObjectiveConfig(name="gspo")
-    assert (config.clip_low, config.clip_high) == (3e-4, 4e-4)  # the paper's section 5.1
+    assert (options.clip_low, options.clip_high) == (3e-4, 4e-4)  # the paper's section 5.1

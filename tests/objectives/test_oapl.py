@@ -10,11 +10,17 @@ import optax
 import pytest
 
 from oapl_jax.objectives import oapl
+from objectives.rows import make_rows
 
 RNG = np.random.default_rng(0)
 
 
-def make_rows(num_rows=6, num_tokens=7):
+def losses(logprobs, sampler, mask, advantages, *, beta2):
+    rows = make_rows(sampler, mask, advantages)
+    return oapl.OBJECTIVE.losses(logprobs, rows, oapl.OaplOptions(beta2=beta2), jnp.float32(1))
+
+
+def draw(num_rows=6, num_tokens=7):
     mask = np.zeros((num_rows, num_tokens), bool)
     for row, (start, stop) in enumerate(RNG.integers(1, [3, 5], (num_rows, 2))):
         mask[row, start : start + stop] = True
@@ -36,12 +42,10 @@ def transcription(logprobs, sampler, mask, advantages, beta2):
 
 @pytest.mark.parametrize("beta2", [1e-3, 0.1, 2.0])
 def test_loss_and_gradient_equal_the_transcription(beta2):
-    logprobs, sampler, mask, advantages = make_rows()
-    loss, gradient = jax.value_and_grad(
-        lambda lp: oapl.sequence_losses(
-            lp, jnp.asarray(sampler), jnp.asarray(mask), jnp.asarray(advantages), beta2=beta2
-        ).mean()
-    )(jnp.asarray(logprobs))
+    logprobs, sampler, mask, advantages = draw()
+    loss, gradient = jax.value_and_grad(lambda lp: losses(lp, sampler, mask, advantages, beta2=beta2).mean())(
+        jnp.asarray(logprobs)
+    )
     expected_loss, expected_gradient = transcription(logprobs, sampler, mask, advantages, beta2)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-7)
@@ -70,18 +74,17 @@ def test_large_rewards_over_beta1_stay_finite_and_exact(scale):
 @pytest.mark.parametrize("reward", [0.0, 1.0, -0.5])
 @pytest.mark.parametrize("beta1", [1e-4, 1.0, 1e4])
 def test_all_equal_group_has_zero_advantage_but_still_pulls_to_the_sampler(reward, beta1):
-    assert (oapl.advantages(np.full(8, reward), beta1) == 0).all()
+    equal = oapl.OBJECTIVE.advantages(np.full(8, reward), np.ones(8, bool), oapl.OaplOptions(beta1=beta1))
+    assert (equal == 0).all()
     gradient = jax.grad(
-        lambda lp: oapl.sequence_losses(
-            lp, jnp.full((1, 2), -1.0), jnp.ones((1, 2), jnp.int32), jnp.zeros((1, 1)), beta2=0.1
-        ).sum()
+        lambda lp: losses(lp, jnp.full((1, 2), -1.0), np.ones((1, 2)), jnp.zeros((1, 1)), beta2=0.1).sum()
     )(jnp.full((1, 2), -0.5))
     np.testing.assert_allclose(gradient, 2 * 0.1 * 0.1 * 1.0, rtol=1e-6)
 
 
 def test_positions_outside_the_mask_do_not_count_even_when_not_finite():
-    logprobs, sampler, mask, advantages = make_rows()
-    loss = lambda lp, s: oapl.sequence_losses(lp, s, jnp.asarray(mask), jnp.asarray(advantages), beta2=0.1).mean()  # noqa: E731
+    logprobs, sampler, mask, advantages = draw()
+    loss = lambda lp, s: losses(lp, s, mask, advantages, beta2=0.1).mean()  # noqa: E731
     clean = jax.value_and_grad(loss)(jnp.asarray(logprobs), jnp.asarray(sampler))
     dirty = jax.value_and_grad(loss)(jnp.where(mask > 0, logprobs, jnp.nan), jnp.where(mask > 0, sampler, -jnp.inf))
     assert clean[0] == dirty[0]
@@ -101,19 +104,11 @@ def test_minimiser_is_the_kl_regularised_optimum_from_off_policy_data():
     value = beta * np.log(np.sum(np.exp(sampler + rewards / beta)))
     optimum = sampler + (rewards - value) / beta
 
-    data_law = jnp.array([0.5, 0.25, 0.25])  # neither pi nor pi_s
-    ids = jnp.ones((3, 1), jnp.int32)
+    data_distribution = jnp.array([0.5, 0.25, 0.25])  # neither pi nor pi_s
+    rows = np.float32(sampler)[:, None], np.ones((3, 1)), np.float32(rewards - value)[:, None]
 
     def loss(theta):
-        logprobs = jax.nn.log_softmax(theta)[:, None]
-        losses = oapl.sequence_losses(
-            logprobs,
-            jnp.asarray(sampler, jnp.float32)[:, None],
-            ids,
-            jnp.asarray(rewards - value, jnp.float32)[:, None],
-            beta2=beta,
-        )
-        return jnp.sum(data_law * losses[:, 0])
+        return jnp.sum(data_distribution * losses(jax.nn.log_softmax(theta)[:, None], *rows, beta2=beta)[:, 0])
 
     optimizer = optax.adam(0.05)
     theta, state = jnp.zeros(3), optimizer.init(jnp.zeros(3))

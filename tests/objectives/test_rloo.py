@@ -5,10 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oapl_jax.config.schema import ObjectiveConfig
-from oapl_jax.learner.step import make_advantage_fn, make_loss_fn
-from oapl_jax.objectives import rloo
-from oapl_jax.types import TrainBatch
+from oapl_jax.objectives import rloo, rloo_exp
+from oapl_jax.objectives.catalogue import OBJECTIVES
+from objectives.rows import make_rows
 
 REWARDS = np.array([1.0, -0.1, -0.5, -1.0])
 """Accepted, wrong answer, time limit, compile error."""
@@ -33,26 +32,19 @@ def transcribed_advantages(name):
 
 @pytest.mark.parametrize("name", ["sft", "rloo", "rloo_grpo", "rloo_exp"])
 def test_objectives_equal_the_transcription_in_value_and_gradient(name):
-    config = ObjectiveConfig(name=name)
-    advantages = make_advantage_fn(config)(REWARDS, IS_CORRECT)
+    objective = OBJECTIVES[name]
+    options = objective.options()
+    advantages = objective.advantages(REWARDS, IS_CORRECT, options)
     np.testing.assert_allclose(advantages, transcribed_advantages(name), rtol=1e-12, atol=1e-15)
 
     rng = np.random.default_rng(3)
     logprobs = -rng.exponential(1.0, RESPONSE_IDS.shape).astype(np.float32)
     logprobs[RESPONSE_IDS == 0] = np.nan  # prompts and padding must not matter
-    batch = TrainBatch(
-        tokens=np.zeros_like(RESPONSE_IDS),
-        positions=np.zeros_like(RESPONSE_IDS),
-        segment_ids=RESPONSE_IDS,
-        response_mask=RESPONSE_IDS > 0,
-        sampler_logprobs=np.full(RESPONSE_IDS.shape, np.nan, np.float32),  # these objectives have none
-        advantages=advantages.reshape(2, 2).astype(np.float32),
-        segment_mask=np.ones((2, 2), bool),
-    )
-    batch = jax.tree.map(jnp.asarray, batch)
-    loss_fn = make_loss_fn(config)
-    losses = loss_fn(jnp.asarray(logprobs), batch, jnp.float32(1))
-    gradient = jax.grad(lambda lp: loss_fn(lp, batch, jnp.float32(1)).sum())(jnp.asarray(logprobs))
+    no_logprobs = np.full(RESPONSE_IDS.shape, np.nan, np.float32)
+    args = make_rows(no_logprobs, RESPONSE_IDS, advantages.reshape(2, 2).astype(np.float32)), options, jnp.float32(1)
+    losses = objective.losses(jnp.asarray(logprobs), *args)
+    gradient = jax.grad(lambda lp: objective.losses(lp, *args).sum())(jnp.asarray(logprobs))
+    assert not objective.needs_sampler_logprobs
 
     expected, expected_gradient = np.zeros((2, 2)), np.zeros(RESPONSE_IDS.shape)
     for i, advantage in enumerate(transcribed_advantages(name)):
@@ -68,7 +60,7 @@ def test_objectives_equal_the_transcription_in_value_and_gradient(name):
 def test_a_group_of_equal_rewards_teaches_nothing_but_by_the_exponential():
     equal = np.full(4, -0.1)
     assert (rloo.leave_one_out(equal) == 0).all()
-    np.testing.assert_allclose(rloo.exponential(equal), 1.0)
+    np.testing.assert_allclose(rloo_exp.advantages(equal), 1.0)
 
 
 def test_leave_one_out_of_one_rollout_is_an_error():

@@ -10,7 +10,7 @@ import jax
 import pytest
 
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import TrainConfig
+from oapl_jax.config.commands import TrainConfig
 from oapl_jax.preflight import preflight, programs, topology
 from preflight.tpu_compiler import needs_libtpu
 

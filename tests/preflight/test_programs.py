@@ -8,7 +8,8 @@ import pytest
 from oapl_jax.build import policy
 from oapl_jax.build.sampler import kv_shards
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import MeshConfig, TrainConfig
+from oapl_jax.config.commands import TrainConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.preflight import programs
 

@@ -5,7 +5,7 @@ import math
 
 import pytest
 
-from oapl_jax.config.schema import MeshConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.preflight import topology
 from oapl_jax.preflight.topology import GENERATIONS, parse

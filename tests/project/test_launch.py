@@ -9,8 +9,9 @@ import sys
 import pytest
 import yaml
 
+from oapl_jax.build.checks import CHECKS
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import TrainConfig
+from oapl_jax.config.commands import TrainConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 SCRIPT = ROOT / "launch/gke_tpu.sh"
@@ -137,7 +138,7 @@ def test_the_command_of_the_pod_is_one_that_the_program_accepts():
     python, dash_m, module, *argv = container["command"]
     assert (python, dash_m, module) == ("python", "-m", "oapl_jax.train")
     parsed, _ = config_file.from_command_line(
-        TrainConfig, module, [str(ROOT / a) if a.endswith("yaml") else a for a in argv]
+        TrainConfig, module, [str(ROOT / a) if a.endswith("yaml") else a for a in argv], checks=CHECKS
     )
     assert parsed.learner.learning_rate == 1e-4
     assert parsed.run.dir == "gs://bucket/runs/demo"

@@ -11,7 +11,7 @@ import os
 
 import pytest
 
-from oapl_jax.config.schema import RewardConfig
+from oapl_jax.config.reward import RewardConfig
 from oapl_jax.rewards import tasks
 from oapl_jax.rewards.code import layouts
 from oapl_jax.rewards.code.programs import Judge, Limits, Settings, Status, parse_tests

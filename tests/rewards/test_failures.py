@@ -13,7 +13,7 @@ import time
 import pytest
 
 from oapl_jax.cli import grade as command
-from oapl_jax.config.schema import RewardConfig
+from oapl_jax.config.reward import RewardConfig
 from oapl_jax.io import console
 from oapl_jax.rewards import tasks
 from oapl_jax.rewards.code import programs

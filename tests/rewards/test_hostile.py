@@ -9,7 +9,7 @@ import time
 import pytest
 
 import hostile_programs as hostile
-from oapl_jax.config.schema import RewardConfig
+from oapl_jax.config.reward import RewardConfig
 from oapl_jax.rewards import tasks
 from oapl_jax.rewards.code.programs import Judge, Settings
 from oapl_jax.rewards.code.sandbox import self_test

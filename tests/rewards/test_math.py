@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from oapl_jax.config.schema import RewardConfig
+from oapl_jax.config.reward import RewardConfig
 from oapl_jax.rewards import tasks
 from oapl_jax.rewards.math import answers
 from oapl_jax.rewards.pool import GraderPool

@@ -13,7 +13,8 @@ import time
 import numpy as np
 import pytest
 
-from oapl_jax.config.schema import RewardConfig, TrainConfig
+from oapl_jax.config.commands import TrainConfig
+from oapl_jax.config.reward import RewardConfig
 from oapl_jax.data.tokenizer import CharacterTokenizer
 from oapl_jax.rewards import grader, pool, tasks
 from oapl_jax.rewards.worker import Setup
@@ -160,7 +161,7 @@ def test_a_worker_that_cannot_start_is_an_error(monkeypatch, tmp_path):
 def test_no_worker_outlives_its_parent(ending):
     program = f"""
 import os, signal, sys, threading
-from oapl_jax.config.schema import RewardConfig
+from oapl_jax.config.reward import RewardConfig
 from oapl_jax.rewards import tasks
 from oapl_jax.rewards.pool import GraderPool
 from oapl_jax.rewards.worker import Setup

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import TrainConfig
+from oapl_jax.config.commands import TrainConfig
 from oapl_jax.rollouts.audit import AuditError, audit, main
 from oapl_jax.rollouts.log import BatchRecord, RolloutLog
 from rollouts.groups import group

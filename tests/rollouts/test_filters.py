@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 
 import groups
-from oapl_jax.config.schema import FilterConfig
+from oapl_jax.config.offline import FilterConfig
 from oapl_jax.rollouts import filters
 from oapl_jax.types import FinishReason, RolloutGroup, Verdict
 

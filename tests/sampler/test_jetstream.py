@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 
-from oapl_jax.config.schema import MeshConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.data.tokenizer import CHARS, CharacterTokenizer
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.rollouts.sampling import Request, SamplingDistribution

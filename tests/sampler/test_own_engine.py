@@ -9,11 +9,10 @@ import time
 import numpy as np
 import pytest
 
-from oapl_jax.config.schema import DataConfig, ObjectiveConfig
+from oapl_jax.config.data import DataConfig
 from oapl_jax.data.prompts import load_prompts
 from oapl_jax.data.tokenizer import CharacterTokenizer
 from oapl_jax.io.lease import Leases
-from oapl_jax.learner.step import make_advantage_fn
 from oapl_jax.objectives import oapl
 from oapl_jax.rewards.grader import ToyGrader
 from oapl_jax.rollouts.buffer import Window
@@ -59,7 +58,7 @@ def test_two_samplers_with_an_engine_of_ones_own_fill_a_window(example, tmp_path
     make_groups = GroupMaker(
         TOKENIZER.decode,
         ToyGrader("chain"),
-        make_advantage_fn(ObjectiveConfig()),
+        lambda rewards, _: oapl.advantages(rewards, 1.0),
         functools.partial(oapl.optimal_value, beta1=1.0),
     )
     with contextlib.ExitStack() as stack:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oapl_jax.config.schema import MeshConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.sampler import paged_attention
 from oapl_jax.sampler.paged_attention import choose_implementation, paged_attend

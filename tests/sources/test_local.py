@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from oapl_jax.config.schema import DataConfig, MeshConfig, ObjectiveConfig
+from oapl_jax.config.data import DataConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.data.prompts import load_prompts
 from oapl_jax.data.tokenizer import CharacterTokenizer
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.learner.batch import RowLayout, from_groups
-from oapl_jax.learner.step import make_advantage_fn
 from oapl_jax.model import qwen
 from oapl_jax.objectives import oapl
 from oapl_jax.rewards.grader import ToyGrader
@@ -93,8 +93,12 @@ class Broken(ToyGrader):
 
 
 def make_groups(grader):
-    advantages = make_advantage_fn(ObjectiveConfig(beta1=1.0))
-    return GroupMaker(TOKENIZER.decode, grader, advantages, functools.partial(oapl.optimal_value, beta1=1.0))
+    return GroupMaker(
+        TOKENIZER.decode,
+        grader,
+        lambda rewards, _: oapl.advantages(rewards, 1.0),
+        functools.partial(oapl.optimal_value, beta1=1.0),
+    )
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import pytest
 
 import runs
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import SftConfig
+from oapl_jax.config.commands import SftConfig
 from oapl_jax.sft import sft
 
 

@@ -11,8 +11,9 @@ import time
 import numpy as np
 from safetensors.numpy import load_file
 
+from oapl_jax.build.checks import CHECKS
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import TrainConfig
+from oapl_jax.config.commands import TrainConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 BASE = {
@@ -34,7 +35,7 @@ def make_config(run_dir, **sections):
     """``BASE`` in this run directory, with some keys changed: ``make_config(d, mesh={"trainer": "fsdp=8"})``."""
     raw = {name: {**values, **sections.pop(name, {})} for name, values in BASE.items()} | sections
     raw["run"]["dir"] = str(run_dir)
-    return config_file.validate(TrainConfig, raw, source="tests")
+    return config_file.validate(TrainConfig, raw, "tests", CHECKS)
 
 
 def write_config(path, config):

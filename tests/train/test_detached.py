@@ -9,17 +9,17 @@ import time
 
 import numpy as np
 import pytest
+from oapl_jax.sources.sample import Sampler
 from safetensors.numpy import load_file
 
 from oapl_jax import train
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import SftConfig
+from oapl_jax.config.commands import SftConfig
 from oapl_jax.io import storage
 from oapl_jax.io.lease import Leases
 from oapl_jax.rollouts.audit import audit
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.sft import sft
-from oapl_jax.sources.sample import Sampler
 from oapl_jax.weights.policies import PolicyStore
 from rollouts.groups import bits
 from rollouts.late_listings import make_place

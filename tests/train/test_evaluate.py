@@ -13,7 +13,8 @@ import runs
 from oapl_jax import train
 from oapl_jax.cli import evaluate
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import EvaluateConfig, MeshConfig
+from oapl_jax.config.commands import EvaluateConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.data.tokenizer import CharacterTokenizer
 from oapl_jax.distributed.sharding import TRAINER_RULES, make_meshes
 from oapl_jax.evaluation import tally

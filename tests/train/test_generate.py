@@ -16,8 +16,8 @@ import runs
 from oapl_jax import train
 from oapl_jax.cli import generate
 from oapl_jax.config import config_file
+from oapl_jax.config.commands import GenerateConfig
 from oapl_jax.config.config_file import ConfigError
-from oapl_jax.config.schema import GenerateConfig
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.types import Verdict
 

@@ -13,7 +13,8 @@ from safetensors.numpy import save_file
 
 from oapl_jax import train
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import MeshConfig, TrainConfig
+from oapl_jax.config.commands import TrainConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import TRAINER_RULES, make_meshes
 from oapl_jax.model import hf, qwen
 from oapl_jax.model.logprob import sequence_logprobs

@@ -100,7 +100,7 @@ def test_data_from_outside_are_cut_checked_and_scored_once(calm, tmp_path):
     table = table.set_column(table.schema.get_field_index("precomputed_reward"), "precomputed_reward", rewards)
     pq.write_table(table, tmp_path / "data.parquet")
 
-    options = {"overlong": "cut", "bad_rows": "drop"}
+    options = {"overlong": "truncate", "bad_rows": "drop"}
     config = offline_config(tmp_path / "run", [{"log": str(tmp_path / "data.parquet")}], offline=options)
     summary = train.run(config)
     assert summary["steps"] == 3, "14 groups make 3 batches of 4"

@@ -9,7 +9,7 @@ import runs
 from oapl_jax import train
 from oapl_jax.cli import codenet as command
 from oapl_jax.config import config_file
-from oapl_jax.config.schema import TrainConfig
+from oapl_jax.config.commands import TrainConfig
 from oapl_jax.data import codenet
 from oapl_jax.data import tokenizer as tokenizers
 from oapl_jax.data.codenet_toy import NUMBERS, write_corpus

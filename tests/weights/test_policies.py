@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from model import tiny
-from oapl_jax.config.schema import MeshConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.data.tokenizer import CharacterTokenizer
 from oapl_jax.distributed.sharding import SAMPLER_RULES, make_meshes
 from oapl_jax.model import hf

@@ -5,16 +5,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from oapl_jax.sampler.replicas import replica_meshes, replica_params
 
 from model import tiny
-from oapl_jax.config.schema import LearnerConfig, LoraConfig, MeshConfig, ObjectiveConfig
+from oapl_jax.config.learner import LearnerConfig
+from oapl_jax.config.mesh import MeshConfig
+from oapl_jax.config.model import LoraConfig
 from oapl_jax.distributed.sharding import TRAINER_RULES, make_meshes, shardings
 from oapl_jax.learner.batch import RowLayout, from_pairs, place
 from oapl_jax.learner.state import init_state, make_optimizer, make_schedule
-from oapl_jax.learner.step import make_loss_fn, make_train_step
+from oapl_jax.learner.step import make_train_step
 from oapl_jax.model import lora, qwen
 from oapl_jax.model.quantized import quantize_weights
-from oapl_jax.sampler.replicas import replica_meshes, replica_params
+from oapl_jax.objectives import oapl
 from oapl_jax.weights.checkpoints import Checkpoints
 from oapl_jax.weights.sync import WeightSync
 
@@ -52,8 +55,8 @@ def make(meshes, dtype):
         graphdef,
         optimizer,
         schedule,
-        make_loss_fn(ObjectiveConfig()),
-        beta2=0.1,
+        oapl.OBJECTIVE,
+        oapl.OaplOptions(),
         temperature=1.0,
         vocab_size=48,
         mesh=trainer,

@@ -1,0 +1,90 @@
+"""The checks of a config that know the dicts of other rooms: objectives, data sets, toy tasks.
+
+``config_file.validate`` runs them with its own and reports all mistakes together.
+"""
+
+from typing import Any
+
+from pydantic import ValidationError
+
+from oapl_jax.config import config_file
+from oapl_jax.config.commands import TrainConfig
+from oapl_jax.config.data import DataConfig, SftDataConfig
+from oapl_jax.config.evaluation import BenchmarksConfig, EvaluationConfig
+from oapl_jax.config.names import did_you_mean, entry
+from oapl_jax.config.objective import ObjectiveConfig
+from oapl_jax.config.section import Check, Checks
+from oapl_jax.data.catalogue import DATASETS
+from oapl_jax.data.tasks import TASKS
+from oapl_jax.objectives.catalogue import OBJECTIVES
+from oapl_jax.objectives.objective import Objective, ObjectiveOptions
+
+
+def objective_of(section: ObjectiveConfig) -> tuple[Objective[Any], ObjectiveOptions]:
+    """The objective that a config names, and its options.
+
+    Raises:
+        ValueError: it does not exist, or has no such options; a line for each mistake.
+    """
+    objective = entry(OBJECTIVES, section.name, "name")
+    given, lines, own = dict(section.model_extra or {}), [], objective.options.model_fields
+    for key in sorted(given.keys() - own.keys()):
+        value = given.pop(key)
+        if key not in _OPTIONS:
+            known = [*ObjectiveConfig.model_fields, *own]
+            lines.append(f"{key}: unknown key (value {value!r}){did_you_mean(key, known, 'objective.')}")
+        elif value != _OPTIONS[key]:
+            lines.append(f"{key}: has no effect with name={section.name}; remove it")
+    try:
+        options = objective.options.model_validate(given)
+    except ValidationError as error:
+        raise ValueError("\n".join(lines + config_file.mistakes(objective.options, error))) from None
+    if lines:
+        raise ValueError("\n".join(lines))
+    return objective, options
+
+
+_OPTIONS = {
+    key: field.default for objective in OBJECTIVES.values() for key, field in objective.options.model_fields.items()
+}
+"""Keys of all objectives, with their defaults."""
+
+
+def _with_options(section: ObjectiveConfig) -> ObjectiveConfig:
+    objective, options = objective_of(section)
+    fields = {name: getattr(section, name) for name in ObjectiveConfig.model_fields}
+    return ObjectiveConfig(**fields | {"name": objective.name}, **options.model_dump())
+
+
+def _with_known_names(section: Any) -> Any:
+    """A section as it is, where its task and its data sets exist."""
+    if getattr(section, "task", None) is not None:
+        entry(TASKS, section.task, "task")
+    if getattr(section, "dataset", None) is not None:
+        entry(DATASETS, section.dataset, "dataset")
+    for name in getattr(section, "names", ()):
+        entry(DATASETS, name, "names")
+    return section
+
+
+def _with_graders(config: TrainConfig) -> TrainConfig:
+    """A config as it is, where the reward functions grade its data sets."""
+    sets = {"data": config.data.dataset, "evaluation": config.evaluation.dataset}
+    kinds = {section: (name, DATASETS[name].reward) for section, name in sets.items() if name is not None}
+    lines = [
+        f"{section}.dataset={name} is graded by {kind}; set reward.functions={{{kind}: 1.0}}"
+        for section, (name, kind) in kinds.items()
+        if kind not in config.reward.functions
+    ]
+    if lines:
+        raise ValueError("\n".join(lines))
+    return config
+
+
+CHECKS: Checks = {
+    ObjectiveConfig: Check(_with_options, tuple(_OPTIONS)),
+    **{
+        section: Check(_with_known_names) for section in (DataConfig, SftDataConfig, EvaluationConfig, BenchmarksConfig)
+    },
+    TrainConfig: Check(_with_graders),
+}

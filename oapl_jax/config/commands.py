@@ -1,0 +1,164 @@
+"""The whole config of each command."""
+
+from typing import Annotated, Literal
+
+from oapl_jax.config.applies import AppliesWhen, is_null
+from oapl_jax.config.data import DataConfig, SftDataConfig
+from oapl_jax.config.evaluation import BenchmarksConfig, EvaluationConfig
+from oapl_jax.config.learner import LearnerConfig
+from oapl_jax.config.mesh import MeshConfig
+from oapl_jax.config.model import LoraConfig, ModelConfig
+from oapl_jax.config.objective import ObjectiveConfig
+from oapl_jax.config.offline import FilterConfig, OfflineConfig
+from oapl_jax.config.reward import RewardConfig
+from oapl_jax.config.run import (
+    CheckpointConfig,
+    EvaluateRunConfig,
+    LoggingConfig,
+    ProgressConfig,
+    RunConfig,
+    RunDirConfig,
+    TrainRunConfig,
+)
+from oapl_jax.config.sampling import EvaluateSamplerConfig, SamplerConfig
+from oapl_jax.config.section import Count, CountOrZero, Positive, Section
+from oapl_jax.config.window import WindowConfig
+
+Reward = Annotated[RewardConfig, AppliesWhen("data.task", holds=is_null)]
+"""Built-in tasks grade themselves."""
+
+
+class TrainConfig(Section):
+    """``oapl-jax train``: OAPL."""
+
+    mode: Literal["online", "detached", "offline"] = "online"
+    """Who samples. online: threads of this process; detached: other processes, ``oapl-jax sample``; offline: nobody
+    while it trains: each round has data of its own, and ``run.steps`` is the most that the run may make."""
+    run: TrainRunConfig
+    model: ModelConfig
+    data: DataConfig
+    sampler: SamplerConfig
+    reward: Reward = RewardConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    learner: LearnerConfig = LearnerConfig()
+    lora: LoraConfig = LoraConfig()
+    window: WindowConfig = WindowConfig()
+    offline: OfflineConfig | None = None
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+    def find_mistakes(self) -> list[str]:
+        """What does not fit together."""
+        problems = self._offline_problems()
+        batch, group_size = self.learner.batch_rollouts, self.sampler.group_size
+        if batch % group_size:
+            problems.append(
+                f"learner.batch_rollouts={batch} is not a multiple of sampler.group_size={group_size};"
+                f" nearest: {max(1, round(batch / group_size)) * group_size}"
+            )
+        if self.mode == "detached" and self.sampler.dtype == "int8":
+            problems.append("sampler.dtype=int8: a published policy has float32 or bfloat16; choose one of them")
+        return problems + self._window_problems(-(-batch // group_size))
+
+    def _window_problems(self, groups_per_step: int) -> list[str]:
+        window, problems = self.window, []
+        ahead = window.max_groups_ahead
+        if ahead is not None and ahead < groups_per_step:
+            problems.append(
+                f"window.max_groups_ahead={ahead} is below the {groups_per_step} groups of one learner step"
+            )
+        if window.sync_every % window.epochs:
+            problems.append(f"window.epochs={window.epochs} does not divide window.sync_every={window.sync_every}")
+        if window.epochs > 1 and window.max_uses > 1:
+            problems.append(f"window.epochs={window.epochs} and max_uses={window.max_uses}: set one of them")
+        fresh = window.sync_every // window.epochs * groups_per_step
+        if window.min_groups > min(fresh, fresh if ahead is None else ahead):
+            problems.append(
+                f"window.min_groups={window.min_groups} is more than the window's {fresh} new groups, or than"
+                f" max_groups_ahead={ahead}: the first step would never begin"
+            )
+        return problems
+
+    def _offline_problems(self) -> list[str]:
+        if (self.mode == "offline") != (self.offline is not None):
+            return [f"mode={self.mode}: the section offline is there exactly with mode=offline"]
+        rounds = () if self.offline is None or self.data.task is None else self.offline.rounds
+        return [
+            f"offline.rounds.{i}.prompts: how many? The task {self.data.task!r} has no end"
+            for i, data in enumerate(rounds)
+            if data.log is None and data.prompts is None
+        ]
+
+
+class GenerationConfig(Section):
+    """How much is generated, and how processes share the work."""
+
+    prompts: Count | None = None
+    """Number of prompts of the data, drawn by ``run.seed``; null: all. Required for the toy tasks, which have no end."""
+    policy_version: CountOrZero = 0
+    """Version under which the groups are logged."""
+    groups_per_file: Count = 8
+    """Groups of a file: what one process claims, and what a kill can lose. 1 for very long responses."""
+    lease_seconds: Positive = 30.0
+    """Silence after which another process takes over what one has claimed; one that died on the same host loses it at
+    once."""
+    deadline: Positive = 7200.0
+    """Seconds that a process without work waits for a file of the others before it stops with an explanation."""
+    published: str | None = None
+    """Parquet file in the layout of the paper's authors, written at the end from what ``filter`` leaves; null: none."""
+
+
+class GenerateConfig(Section):
+    """``oapl-jax generate``: responses of a policy to the prompts of a dataset."""
+
+    run: RunDirConfig
+    model: ModelConfig
+    data: DataConfig
+    sampler: SamplerConfig
+    reward: Reward = RewardConfig()
+    generation: GenerationConfig = GenerationConfig()
+    filter: FilterConfig = FilterConfig()
+    mesh: MeshConfig = MeshConfig()
+    logging: ProgressConfig = ProgressConfig()
+
+    def find_mistakes(self) -> list[str]:
+        """A number of prompts where the data have no end."""
+        if self.data.task is None or self.generation.prompts is not None:
+            return []
+        return [f"generation.prompts: how many prompts? The built-in task {self.data.task!r} has no end"]
+
+
+class SftConfig(Section):
+    """``oapl-jax sft``: supervised fine-tuning, the toy models' warm start."""
+
+    run: RunConfig
+    model: ModelConfig
+    data: SftDataConfig
+    learner: LearnerConfig = LearnerConfig()
+    lora: LoraConfig = LoraConfig()
+    mesh: MeshConfig = MeshConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+
+
+class EvaluateConfig(Section):
+    """``oapl-jax evaluate``: pass@k of a policy on benchmarks. ``model.path`` may be a run directory."""
+
+    run: EvaluateRunConfig
+    model: ModelConfig
+    benchmarks: BenchmarksConfig = BenchmarksConfig()
+    data: DataConfig | None = None
+    """Problems that are no published data set, as in a run: a task or a file."""
+    sampler: EvaluateSamplerConfig = EvaluateSamplerConfig()
+    reward: Reward = RewardConfig()
+    """Options of the graders; for ``benchmarks.names`` the function is the data set's own, whatever ``functions`` says."""
+    mesh: MeshConfig = MeshConfig()
+    logging: ProgressConfig = ProgressConfig()
+
+    def find_mistakes(self) -> list[str]:
+        """One source."""
+        if bool(self.benchmarks.names) == (self.data is not None):
+            return ["give exactly one of benchmarks.names and the section data"]
+        return []

@@ -1,0 +1,61 @@
+"""The policy that is trained, and its adapters."""
+
+from typing import Annotated, Literal, get_args
+
+from pydantic import Field
+
+from oapl_jax.config.applies import AppliesWhen, one_of
+from oapl_jax.config.section import CountOrZero, Positive, Section
+
+LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+"""A matrix of each layer, by Hugging Face's name."""
+
+
+class ModelConfig(Section):
+    """Which policy is trained. Exactly one of ``path``, ``config`` and ``warm_start``."""
+
+    path: str | None = None
+    """Hugging Face model folder, or the name of one on the hub."""
+    config: str | None = None
+    """Hugging Face ``config.json`` of a model that is built with random weights."""
+    warm_start: str | None = None
+    """Config of ``oapl-jax sft``; its model is the start. It is trained first where it does not exist yet."""
+    tokenizer: str = "model"
+    """``model``: the tokenizer in ``path``; ``characters``: the toy tasks' own; else a folder or hub name."""
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of matrix products; softmax, norms, losses and reductions are always float32."""
+    param_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of the trained weights and of the optimizer state."""
+    remat: Literal["none", "layer", "names", "offload"] = "none"
+    """What the backward pass recomputes. none: nothing, all activations are kept; layer: all of a layer but its input;
+    names: all but ``remat_names``; offload: the same, and these are kept in the host's memory."""
+    remat_names: Annotated[tuple[str, ...], AppliesWhen("remat", holds=one_of("names", "offload"))] = ()
+    """For ``names`` and ``offload``: of layer_input, query, key, value, attention, gate, up."""
+    attention: Literal["xla", "splash", "cudnn", "triton"] | None = None
+    """Attention of training rows: plain XLA, the TPU's Pallas kernel, cuDNN's or Triton's on GPUs; null: the device's
+    own."""
+    scan_layers: bool = True
+    """False: a Python loop over layers, for debugging."""
+
+    def find_mistakes(self) -> list[str]:
+        """One source, with a tokenizer; names where they are needed."""
+        problems = []
+        given = [name for name in ("path", "config", "warm_start") if getattr(self, name) is not None]
+        if len(given) != 1:
+            problems.append(f"give exactly one of path, config, warm_start; got {', '.join(given) or 'none'}")
+        elif self.tokenizer == "model" and self.config is not None:
+            problems.append("tokenizer: a model built from a bare config has none; name one, or 'characters'")
+        if self.remat in ("names", "offload") and not self.remat_names:
+            problems.append(f"remat_names: remat={self.remat} needs names of activations to keep")
+        return problems
+
+
+class LoraConfig(Section):
+    """Low-rank adapters, trained in place of the weights. ``model.param_dtype`` is then that of the frozen weights."""
+
+    rank: CountOrZero = 0
+    """Rank of an adapter; 0: no adapters, all weights are trained."""
+    alpha: Annotated[Positive, AppliesWhen("rank")] = 32.0
+    """An adapter's product is multiplied by alpha / rank."""
+    targets: Annotated[tuple[LoraTarget, ...], Field(min_length=1), AppliesWhen("rank")] = get_args(LoraTarget)
+    """Matrices that get an adapter."""

@@ -1,0 +1,22 @@
+"""The loss of a run."""
+
+from pydantic import ConfigDict
+
+from oapl_jax.config.section import Section
+
+
+class ObjectiveConfig(Section):
+    """The loss (paper section 3): its name, and beside it the options of that objective.
+
+    The options are declared in ``objectives/``, a room above. ``build/checks.py`` checks them and fills in their defaults.
+    """
+
+    # Also validated where the section is not in the file, so that its options are filled in.
+    model_config = ConfigDict(extra="allow", revalidate_instances="always")
+
+    name: str = "oapl"
+    """oapl: the paper's squared regression; grpo: the paper's baseline, with importance sampling; gspo: a clipped ratio of
+    whole sequences. These need no log-probabilities of the sampler: sft: imitate the correct responses; rloo: REINFORCE
+    with the leave-one-out advantage; rloo_grpo: with GRPO's; rloo_exp: with the exponential of GRPO's."""
+    drop_equal_reward_groups: bool = False
+    """Leave out groups whose rewards are all equal. Not a no-op in OAPL: they pull to the sampler."""

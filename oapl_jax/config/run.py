@@ -1,0 +1,73 @@
+"""What a run is called, how long it lasts, and what it writes."""
+
+from typing import Annotated
+
+from oapl_jax.config.applies import AppliesWhen, one_of
+from oapl_jax.config.section import Count, CountOrZero, Positive, Section
+
+
+class RunDirConfig(Section):
+    """What a run is called, and what it may overwrite."""
+
+    dir: str
+    """Run directory: holds the whole state of the run; the same command again resumes from it."""
+    seed: CountOrZero = 0
+    """Root of every random stream: weights, prompt order, sampling. An evaluation with the same seed draws the same
+    random numbers for every policy."""
+    allow_config_change: bool = False
+    """Go on in a run directory that was started with another config; what is there is kept."""
+    compile_cache: str | None = "~/.cache/oapl_jax"
+    """Folder of compiled programs, for all runs on GPUs and TPUs: a second start compiles nothing again; null: none."""
+
+
+class RunConfig(RunDirConfig):
+    """The same, and how long the run lasts."""
+
+    steps: Count
+    """Learner steps in all."""
+
+
+class TrainRunConfig(RunConfig):
+    """The same, and what other processes share."""
+
+    shared_dir: Annotated[str | None, AppliesWhen("mode", holds=one_of("detached"))] = None
+    """mode detached: where policies, rollouts and leases are, which samplers need; a folder, ``gs://`` or ``s3://``;
+    null: in ``dir``."""
+
+
+class EvaluateRunConfig(RunDirConfig):
+    """Where an evaluation is written, and what of a run it evaluates."""
+
+    label: str | None = None
+    """Name of the policy in tables and pictures; null: the last part of ``model.path``, for an export that of the run."""
+    step: CountOrZero | None = None
+    """Checkpoint, where ``model.path`` is a run directory; null: the newest."""
+    watch_deadline: Positive = 3600.0
+    """With ``--watch``: seconds to wait for the next version of a run that has not ended."""
+
+
+class CheckpointConfig(Section):
+    """When the run is saved."""
+
+    every: Count = 50
+    """Learner steps between checkpoints."""
+    keep: Count = 2
+    """Newest checkpoints that are kept."""
+    keep_every: CountOrZero = 0
+    """Checkpoints of steps that it divides are kept for good; 0: none."""
+
+
+class ProgressConfig(Section):
+    """What is shown while the command works."""
+
+    progress: bool = True
+    """A live progress bar on a terminal; one line a step elsewhere."""
+
+
+class LoggingConfig(ProgressConfig):
+    """The same, and where metrics go besides ``metrics.jsonl``."""
+
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+    wandb_project: str | None = None
+    """Weights & Biases project; needs ``pip install wandb``."""

@@ -1,0 +1,54 @@
+"""The base of every section of a config, and the types that sections share."""
+
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, NamedTuple
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from oapl_jax.config import applies
+
+Count = Annotated[int, Field(ge=1)]
+CountOrZero = Annotated[int, Field(ge=0)]
+Positive = Annotated[float, Field(gt=0)]
+PositiveOrZero = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
+FractionOrZero = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """Base of every config section: frozen, unknown keys refused, defaults validated.
+
+    A section that is parsed with ``Checks`` is also checked by the one of its class.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, strict=False
+    )
+
+    def changed_from_default(self) -> set[str]:
+        """Fields that were given another value than their default: a saved config gives them all."""
+        return applies.changed(self)
+
+    def find_mistakes(self) -> list[str]:
+        """What is wrong with fields that are right one by one, a line each; one that concerns a field begins ``key: ``."""
+        return []
+
+    @model_validator(mode="after")
+    def _is_right(self, info: Any) -> "Section":
+        problems = [*self.find_mistakes(), *applies.inert_fields(self)]
+        if problems:
+            raise ValueError("\n".join(problems))
+        check = (info.context or {}).get(type(self))
+        return check.resolve(self) if check else self
+
+
+class Check(NamedTuple):
+    """What only the rooms above know about a section, such as the entries of a dict that it names."""
+
+    resolve: Callable[[Any], Section]
+    """Returns the section with all that the named entry adds; raises a ``ValueError`` with a mistake in each line."""
+    keys: tuple[str, ...] = ()
+    """Keys of the section beside its fields."""
+
+
+Checks = Mapping[type[Section], Check]
