@@ -21,8 +21,10 @@ from oapl_jax.build.job import describe, is_trainer, make_job
 from oapl_jax.config import config_file
 from oapl_jax.config.schema import TrainConfig
 from oapl_jax.distributed import processes
+from oapl_jax.distributed.compile_cache import use_compile_cache
 from oapl_jax.io import console, run_dir
-from oapl_jax.io.metrics import Stopwatch, check_finite
+from oapl_jax.io.non_finite import check_finite
+from oapl_jax.io.stopwatch import Stopwatch
 from oapl_jax.learner import batch as batches
 from oapl_jax.model import hf, lora
 from oapl_jax.report import report
@@ -232,7 +234,7 @@ def main(argv: list[str]) -> int | None:
     """Command line; exit codes: 0 done, 1 the run failed, 2 the config is wrong, 42 saved after SIGTERM."""
     config, arguments = config_file.from_command_line(TrainConfig, "train", argv, processes.add_options)
     processes.initialize(arguments)
-    run_dir.use_compile_cache(config.run.compile_cache)
+    use_compile_cache(config.run.compile_cache)
     if arguments.dry_run:
         job, state = make_job(config, make_warm_start=False)
         job.grader.close()

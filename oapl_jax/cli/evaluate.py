@@ -20,6 +20,7 @@ from oapl_jax.build import policy
 from oapl_jax.config import config_file
 from oapl_jax.config.schema import EvaluateConfig, TrainConfig
 from oapl_jax.data import tokenizer as tokenizers
+from oapl_jax.distributed.compile_cache import use_compile_cache
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.evaluation import benchmarks, plots, sampling, scores, tables, tally
 from oapl_jax.io import run_dir
@@ -96,6 +97,7 @@ def _versions(config: EvaluateConfig, watch: bool) -> Iterator[tuple[int, str | 
         yield 0, path
         return
     source = pathlib.Path(str(path))
+    run_dir.check_release(source)
     if not watch:
         step = export.steps(source)[-1:] if config.run.step is None else [config.run.step]
         yield from _exported(config, source, step[0] if step else None)
@@ -216,7 +218,7 @@ def _plan(config: EvaluateConfig) -> str:
     """Loads the problems and their graders, and says how many samples there will be."""
     path = config.model.path
     if path is not None and (pathlib.Path(path) / run_dir.CONFIG_FILE).is_file():
-        path = str(export.source(config_file.load(TrainConfig, pathlib.Path(path) / run_dir.CONFIG_FILE).model))
+        path = str(export.source(run_dir.read_config(pathlib.Path(path), TrainConfig).model))
     with contextlib.ExitStack() as stack:
         problems = benchmarks.load(config, tokenizers.load(config.model.tokenizer, path), stack)
     sampler = config.sampler
@@ -244,7 +246,7 @@ def main(argv: list[str]) -> None:
         print(report([_parse_log(word) for word in arguments.log], arguments.out))
         return
     config, arguments = config_file.from_command_line(EvaluateConfig, "evaluate", argv, _add_watch)
-    run_dir.use_compile_cache(config.run.compile_cache)
+    use_compile_cache(config.run.compile_cache)
     if arguments.dry_run:
         print(config_file.to_yaml(config))
         print(_plan(config))

@@ -24,11 +24,12 @@ from oapl_jax.build.job import make_engines, start_of
 from oapl_jax.config import config_file
 from oapl_jax.config.schema import GenerateConfig
 from oapl_jax.data.prompts import load_prompts
+from oapl_jax.distributed.compile_cache import use_compile_cache
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.io import run_dir, storage
 from oapl_jax.io.lease import Leases
-from oapl_jax.io.metrics import Progress
 from oapl_jax.io.preemption import catch_sigterm
+from oapl_jax.io.progress_bar import ProgressBar
 from oapl_jax.objectives import oapl
 from oapl_jax.rewards.grader import make_grader
 from oapl_jax.rollouts import filters, published
@@ -100,7 +101,7 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
             device_lock=threading.RLock() if sampler_mesh.size > 1 else contextlib.nullcontext(),
             deadline=config.generation.deadline,
         )
-        progress = stack.enter_context(Progress(len(prompts), enabled=config.logging.progress, unit="group"))
+        progress = stack.enter_context(ProgressBar(len(prompts), enabled=config.logging.progress, unit="group"))
         if source.num_dropped:
             progress.note(f"prompts: {source.num_dropped} over data.max_prompt_tokens were dropped")
         start = time.perf_counter()
@@ -197,7 +198,7 @@ def main(argv: list[str]) -> None:
     if arguments.dry_run:
         print(config_file.to_yaml(config))
         return
-    run_dir.use_compile_cache(config.run.compile_cache)
+    use_compile_cache(config.run.compile_cache)
     summary = run(config)
     if summary is None:
         raise PreemptedError
@@ -208,7 +209,7 @@ def describe(summary: dict[str, Any], log: pathlib.Path) -> str:
     """The summary for people."""
     lines = [
         f"{summary['groups']:,} groups, {summary['rollouts']:,} responses in {log}",
-        f"correct {summary['correct']:.3f}  reward {summary['reward']:.3f}  cut {summary['cut']:.3f}"
+        f"correct {summary['correct']:.3f}  reward {summary['reward']:.3f}  truncated {summary['truncated']:.3f}"
         f"  invalid {summary['invalid']:.3f}",
     ]
     if "filter" in summary:

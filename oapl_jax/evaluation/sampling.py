@@ -17,7 +17,7 @@ from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.evaluation import tally
 from oapl_jax.evaluation.benchmarks import Graded
 from oapl_jax.evaluation.held_out import EVALUATION_STREAM
-from oapl_jax.io.metrics import Progress
+from oapl_jax.io.progress_bar import ProgressBar
 from oapl_jax.model import qwen
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.sampling import Request, SamplingDistribution
@@ -90,7 +90,7 @@ def sample(
 
     replicas: Replicas[int] = Replicas(engines, contextlib.nullcontext())
     finished, correct, total = len(problems) - len(requests), 0, 0
-    with Progress(len(problems), enabled=config.logging.progress) as progress, ThreadPoolExecutor(1) as grader:
+    with ProgressBar(len(problems), enabled=config.logging.progress) as progress, ThreadPoolExecutor(1) as grader:
         if finished:
             progress.note(f"{finished} of {len(problems)} problems are in {directory} already")
         waiting: list[Future[tuple[int, int]]] = []

@@ -159,7 +159,7 @@ class ShardQueue:
         if is_claimed:
             self._next_look, self._last_news = 0.0, now
         else:
-            self._next_look = now + storage.next_look(now - start, now - self._last_news)
+            self._next_look = now + storage.next_poll(now - start, now - self._last_news)
 
     def _claim(self, window: Window) -> bool:
         """Claims the first shard that is not written and that nobody holds, where the window still needs one.

@@ -13,15 +13,15 @@ from typing import Any
 import jax
 
 from oapl_jax.build.job import Job, make_sampler_job
-from oapl_jax.config import config_file
 from oapl_jax.config.schema import TrainConfig
 from oapl_jax.distributed.processes import forward_preemption
 from oapl_jax.evaluation.held_out import summarize
 from oapl_jax.io import run_dir, storage
 from oapl_jax.io.console import ExitCode
 from oapl_jax.io.lease import Lease, Leases
-from oapl_jax.io.metrics import MetricsWriter, Progress
+from oapl_jax.io.metrics import MetricsWriter
 from oapl_jax.io.preemption import catch_sigterm
+from oapl_jax.io.progress_bar import ProgressBar
 from oapl_jax.learner.state import TrainState
 from oapl_jax.rollouts.buffer import GroupBuffer, Window
 from oapl_jax.rollouts.log import BatchRecord, RolloutLog
@@ -86,7 +86,7 @@ class Session:
     record: BatchRecord | None
     """None, as the writer and the lease, in a process that another one leads."""
     writer: MetricsWriter | None
-    progress: Progress
+    progress: ProgressBar
     buffer: GroupBuffer
     lease: Lease | None
     """On the run directory: one trainer at a time."""
@@ -249,7 +249,7 @@ def open_session(
     lease = _claim_run(stack, root, config) if is_leader else None
     job.trainers.wait()  # until the leader has the run
     is_shown, stream = is_leader and config.logging.progress, None if is_leader else io.StringIO()
-    progress = stack.enter_context(Progress(config.run.steps, enabled=is_shown, stream=stream))
+    progress = stack.enter_context(ProgressBar(config.run.steps, enabled=is_shown, stream=stream))
     is_preempted = forward_preemption(stack.enter_context(catch_sigterm()))
     stack.callback(job.grader.close)
     keep_every = [config.checkpoint.keep_every, config.window.sync_every * config.window.keep_checkpoints]
@@ -278,7 +278,7 @@ def open_session(
 
     record = writer = None
     if is_leader:
-        record = BatchRecord(directory / "batches.jsonl", forget_after=place.step if is_changed else None)
+        record = BatchRecord(directory / "batches.jsonl", delete_after=place.step if is_changed else None)
         writer = stack.enter_context(_open_writer(config, directory, None if restored is None else place.step))
     buffer = job.make_buffer()
     if config.mode == "offline":
@@ -365,7 +365,7 @@ def _publish_policies(
     """For samplers that read the config and the policies in ``root``."""
     config = job.config
     if job.trainers.is_leader:
-        storage.replace(root / run_dir.CONFIG_FILE, config_file.to_yaml(config).encode())
+        run_dir.save_config(root, config)
     digest = run_dir.digest(config)
 
     def publish(window: Window, params: Any) -> Metrics:

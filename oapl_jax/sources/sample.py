@@ -26,7 +26,6 @@ import jax
 from jax.sharding import Mesh
 
 from oapl_jax.build.job import acceptance, make_engines, make_group_maker
-from oapl_jax.config import config_file
 from oapl_jax.config.schema import MeshConfig, TrainConfig
 from oapl_jax.data import tokenizer as tokenizers
 from oapl_jax.data.prompts import load_prompts
@@ -87,7 +86,7 @@ class Sampler:
             current = self._wait_for(self._store.current, "a published policy")
             if current is None or current.is_finished:
                 return
-            config = self._read_config()
+            config = run_dir.read_config(self._root, TrainConfig)
             with tempfile.TemporaryDirectory(prefix="oapl-policy-") as cache:
                 self._sample(config, current, pathlib.Path(cache))
 
@@ -145,7 +144,7 @@ class Sampler:
             self._stop.wait(delay)
             start = time.monotonic()
             current = self._store.current() or current
-            delay = storage.next_look(time.monotonic() - start, start - since)
+            delay = storage.next_poll(time.monotonic() - start, start - since)
         say(f"{shards.num_written} groups written, {shards.num_wasted} made in vain")
 
     def _make_worker(
@@ -211,12 +210,6 @@ class Sampler:
                 raise TimeoutError(f"waited {self._wait_seconds:g} s for {what} in {self._root}; is a trainer running?")
             self._stop.wait(POLL_SECONDS)
         return None
-
-    def _read_config(self) -> TrainConfig:
-        with tempfile.TemporaryDirectory() as folder:
-            path = pathlib.Path(folder) / run_dir.CONFIG_FILE
-            path.write_bytes(storage.read(self._root / run_dir.CONFIG_FILE))
-            return config_file.load(TrainConfig, path)
 
     def _report(self, worker: Worker | None) -> None:
         if worker is not None and time.monotonic() >= self._next_report:
