@@ -16,11 +16,13 @@ from oapl_jax.build.checks import CHECKS
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.distributed import start
+from oapl_jax.distributed.compile_cache import use_compile_cache
 from oapl_jax.distributed.messages import reporting_failures
 from oapl_jax.distributed.sharding import is_here, make_meshes, num_processes
 from oapl_jax.distributed.team import Team
-from oapl_jax.io import console, run_dir
-from oapl_jax.io.metrics import Stopwatch, check_finite
+from oapl_jax.io import console
+from oapl_jax.io.non_finite import check_finite
+from oapl_jax.io.stopwatch import Stopwatch
 from oapl_jax.learner import batch as batches
 from oapl_jax.run.run import MakeSource, Run, assemble, open_run, serve, setup_sampling
 from oapl_jax.run.summary import table, write_results
@@ -97,7 +99,7 @@ def main(argv: list[str]) -> int | None:
     """Command line; exit codes: 0 done, 1 the run failed, 2 the config is wrong, 42 saved after SIGTERM."""
     config, arguments = config_file.from_command_line(TrainConfig, "train", argv, start.add_options, checks=CHECKS)
     start.initialize(arguments)
-    run_dir.use_compile_cache(config.run.compile_cache)
+    use_compile_cache(config.run.compile_cache)
     if arguments.dry_run:
         print(config_file.to_yaml(config))
         print(describe(config))

@@ -84,6 +84,8 @@ class GradedRollout:
     grade: Grade
     advantage: float
     """A* = r - V*(x), float64 (objectives/oapl.py); NaN where the rollout is not usable."""
+    extra: str = "{}"
+    """A JSON object of what else is known of the rollout; the log keeps it as it is."""
 
     @property
     def is_usable(self) -> bool:

@@ -22,11 +22,12 @@ from oapl_jax.build.sampler import make_engines
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import EvaluateConfig, TrainConfig
 from oapl_jax.data import tokenizer as tokenizers
+from oapl_jax.distributed.compile_cache import use_compile_cache
 from oapl_jax.distributed.memory import usable_bytes
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.evaluation import benchmarks, plots, sampling, scores, tables, tally
 from oapl_jax.io import run_dir
-from oapl_jax.io.metrics import Progress
+from oapl_jax.io.progress_bar import ProgressBar
 from oapl_jax.rollouts.grading import Grading
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.sampling import SamplingDistribution
@@ -88,7 +89,7 @@ class _Evaluation:
         sampler.set_weights(sync(loaded.params)[0])
         del loaded
         log = RolloutLog(pathlib.Path(config.run.dir) / ROLLOUTS, dataclasses.asdict(self._distribution))
-        with Progress(len(prompts), enabled=config.logging.progress) as progress:
+        with ProgressBar(len(prompts), enabled=config.logging.progress) as progress:
             sampling.sample(
                 sampler,
                 prompts,
@@ -131,6 +132,7 @@ def _versions(config: EvaluateConfig, watch: bool) -> Iterator[tuple[int, str | 
         yield 0, model_path(config.model)
         return
     source = pathlib.Path(str(path))
+    run_dir.check_release(source)
     if not watch:
         step = export.steps(source)[-1:] if config.run.step is None else [config.run.step]
         yield from _exported(config, source, step[0] if step else None)
@@ -251,7 +253,7 @@ def _plan(config: EvaluateConfig) -> str:
     """Loads the problems and their graders, and says how many samples there will be."""
     model = config.model
     if is_run(model.path):
-        model = config_file.load(TrainConfig, pathlib.Path(str(model.path)) / run_dir.CONFIG_FILE).model
+        model = run_dir.read_config(pathlib.Path(str(model.path)), TrainConfig).model
     with contextlib.ExitStack() as stack:
         problems = benchmarks.load(config, tokenizers.load(config.model.tokenizer, model_path(model)), stack)
     sampler = config.sampler
@@ -279,7 +281,7 @@ def main(argv: list[str]) -> None:
         print(report([_parse_log(word) for word in arguments.log], arguments.out))
         return
     config, arguments = config_file.from_command_line(EvaluateConfig, "evaluate", argv, _add_watch, checks=CHECKS)
-    run_dir.use_compile_cache(config.run.compile_cache)
+    use_compile_cache(config.run.compile_cache)
     if arguments.dry_run:
         print(config_file.to_yaml(config))
         print(_plan(config))

@@ -22,12 +22,13 @@ from oapl_jax.build.sampler import make_engines
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import GenerateConfig
 from oapl_jax.data.prompts import load_prompts
+from oapl_jax.distributed.compile_cache import use_compile_cache
 from oapl_jax.distributed.memory import usable_bytes
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.io import run_dir, storage
 from oapl_jax.io.lease import Leases
-from oapl_jax.io.metrics import Progress
 from oapl_jax.io.preemption import catch_sigterm
+from oapl_jax.io.progress_bar import ProgressBar
 from oapl_jax.objectives import oapl
 from oapl_jax.rewards.grader import make_grader
 from oapl_jax.rollouts import filters, published
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> None:
     if arguments.dry_run:
         print(config_file.to_yaml(config))
         return
-    run_dir.use_compile_cache(config.run.compile_cache)
+    use_compile_cache(config.run.compile_cache)
     summary = run(config)
     if summary is None:
         raise PreemptedError
@@ -107,7 +108,7 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
             free=usable_bytes(mesh),
         )
         del loaded
-        progress = stack.enter_context(Progress(len(prompts), enabled=config.logging.progress, unit="group"))
+        progress = stack.enter_context(ProgressBar(len(prompts), enabled=config.logging.progress, unit="group"))
         if source.num_dropped:
             progress.note(f"prompts: {source.num_dropped} over data.max_prompt_tokens were dropped")
         is_done = generate(

@@ -3,7 +3,7 @@
 from oapl_jax.build.checks import CHECKS
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import SftConfig
-from oapl_jax.io import run_dir
+from oapl_jax.distributed.compile_cache import use_compile_cache
 from oapl_jax.sft.sft import run
 
 
@@ -13,5 +13,5 @@ def main(argv: list[str]) -> None:
     if arguments.dry_run:
         print(config_file.to_yaml(config))
         return
-    run_dir.use_compile_cache(config.run.compile_cache)
+    use_compile_cache(config.run.compile_cache)
     print(f"model written to {run(config)}")

@@ -10,7 +10,7 @@ import numpy as np
 from oapl_jax.evaluation import tally
 from oapl_jax.evaluation.benchmarks import Graded
 from oapl_jax.evaluation.held_out import EVALUATION_STREAM
-from oapl_jax.io.metrics import Progress
+from oapl_jax.io.progress_bar import ProgressBar
 from oapl_jax.rewards.grader import Item
 from oapl_jax.rollouts.buffer import Ticket
 from oapl_jax.rollouts.grading import Grading
@@ -60,7 +60,7 @@ def sample(
     distribution: SamplingDistribution,
     num_samples: int,
     seed: int,
-    progress: Progress,
+    progress: ProgressBar,
 ) -> None:
     """Samples the prompts that the log lacks under this version; a prompt's samples are logged when all are graded.
 

@@ -1,35 +1,95 @@
-"""The run directory: opened once, tied to one config."""
+"""The run directory: opened once, tied to one config and one layout."""
 
 import hashlib
 import json
-import os
 import pathlib
+import tempfile
 from typing import Any
 
-import jax
-
+from oapl_jax import __version__
 from oapl_jax.config import config_file
+from oapl_jax.config.config_file import AnyConfig
 from oapl_jax.config.section import Section
+from oapl_jax.io import storage
+from oapl_jax.io.storage import SharedPath
 
 CONFIG_FILE = "config.yaml"
+RUN_FILE = "run.json"
+"""Layout and release of the program that wrote the directory."""
 
+LAYOUT = 2
+"""Number of what the files of a run directory are and mean; raised by a change that another release cannot read."""
+
+UNMARKED = {"layout": 1, "version": "0.1.0 (commit 29ded25 or before)"}
+"""What wrote a run directory that has no ``RUN_FILE``."""
 
 NOT_IDENTITY = ("dir", "shared_dir", "allow_config_change", "compile_cache")
-"""Keys of ``run`` that do not make it another run: its place may be moved, and leave to change is no change."""
+"""Keys of ``run`` that do not make it another run: it may be moved, and leave to change is no change."""
+
+
+def check_release(run: SharedPath) -> None:
+    """Refuses what is no run directory, and a run directory that a release with another layout wrote.
+
+    Everything that reads a run directory calls this first, most of it through ``read_config``.
+
+    Raises:
+        ValueError: names both releases and what to do.
+    """
+    if storage.exists(run / RUN_FILE):
+        try:
+            mark = json.loads(storage.read(run / RUN_FILE))
+            layout, version = mark["layout"], mark["version"]
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{run / RUN_FILE}: has no layout and version; restore the file") from None
+    elif storage.exists(run / CONFIG_FILE):
+        layout, version = UNMARKED.values()
+    else:
+        raise ValueError(f"{str(run)!r} is no run directory: it has no {RUN_FILE}")
+    if layout != LAYOUT:
+        raise ValueError(
+            f"{str(run)!r} was written by oapl_jax {version}, layout {layout}, and this is oapl_jax {__version__},"
+            f" layout {LAYOUT}: use the release that wrote it, or choose another run directory"
+        )
+
+
+def read_config(run: SharedPath, schema: type[AnyConfig]) -> AnyConfig:
+    """The config of an existing run directory.
+
+    Raises:
+        ValueError: it is no run directory, or of another release, or its config cannot be read.
+    """
+    check_release(run)
+    with tempfile.TemporaryDirectory() as copies:
+        return config_file.load(schema, storage.get_folder(run, [CONFIG_FILE], pathlib.Path(copies)) / CONFIG_FILE)
+
+
+def save_config(run: SharedPath, config: Section) -> None:
+    """Marks a run directory with this release, and saves the resolved config in it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    mark = {"layout": LAYOUT, "version": __version__}
+    storage.replace(run / RUN_FILE, json.dumps(mark).encode() + b"\n")
+    storage.replace(run / CONFIG_FILE, config_file.to_yaml(config).encode())
 
 
 def check_run(config: Any, schema: type[Section]) -> None:
-    """Refuses a directory that belongs to a run of another config; writes nothing.
+    """Refuses a directory that belongs to a run of another config or release; writes nothing.
 
     Raises:
-        ValueError: names the keys that differ.
+        ValueError: names the keys that differ, or the releases.
     """
     if "://" in config.run.dir:
         raise ValueError(
             f"run.dir={config.run.dir!r}: object storage cannot be written directly; mount it (Cloud Storage FUSE on"
             " GKE) and give the mounted path"
         )
-    saved = pathlib.Path(config.run.dir) / CONFIG_FILE
+    run = pathlib.Path(config.run.dir)
+    saved = run / CONFIG_FILE
+    is_used = (run / RUN_FILE).exists() or (saved.exists() and len(storage.names(run)) > 1)
+    if is_used:  # a config.yaml alone is the user's own, of a run that has not begun
+        check_release(run)
     if saved.exists():
         changes = _differences(config_file.load(schema, saved).model_dump(), config.model_dump())
         if changes and not config.run.allow_config_change:
@@ -46,29 +106,19 @@ def open_run(config: Any, schema: type[Section]) -> pathlib.Path:
     To be called when everything that the config names has been loaded: a start that fails claims no directory.
 
     Raises:
-        ValueError: the directory belongs to a run of another config, or cannot be written.
+        ValueError: the directory belongs to a run of another config or release, or cannot be written.
     """
     check_run(config, schema)
-    run_dir = pathlib.Path(config.run.dir)
+    run = pathlib.Path(config.run.dir)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"run.dir={config.run.dir!r}: cannot be made: {error}") from error
     try:
-        config_file.save(config, run_dir / CONFIG_FILE)
+        save_config(run, config)
     except OSError as error:
         raise ValueError(f"run.dir={config.run.dir!r}: cannot be written: {error}") from error
-    return run_dir
-
-
-def use_compile_cache(folder: str | None) -> None:
-    """Keeps compiled programs in a folder, unless ``JAX_COMPILATION_CACHE_DIR`` names another.
-
-    Not on CPU, where programs are compiled in seconds and are those of one kind of processor.
-    """
-    if folder is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ and jax.default_backend() != "cpu":
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path(folder).expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    return run
 
 
 def identity(config: Any) -> str:

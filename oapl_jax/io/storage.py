@@ -18,7 +18,7 @@ import fsspec
 from etils import epath
 
 SharedPath = pathlib.Path | epath.Path
-"""A place in either: ``shared_path`` makes one."""
+"""A path in either: ``shared_path`` makes one."""
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """A disk that is full, over a quota, read-only or failing."""
@@ -26,8 +26,8 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 """What a file system without hard links (Cloud Storage FUSE, some network disks) answers."""
 
-QUICKEST_LOOK, USUAL_LOOK, SLOWEST_LOOK = 0.01, 0.3, 1.0
-"""Seconds between two looks: at least; where a look is cheap, at most; where it is not."""
+SHORTEST_POLL, USUAL_POLL, LONGEST_POLL = 0.01, 0.3, 1.0
+"""Seconds between two polls: at least; at most where a poll is cheap; at most where it is not."""
 
 
 def shared_path(address: str | pathlib.Path | epath.Path) -> SharedPath:
@@ -35,14 +35,14 @@ def shared_path(address: str | pathlib.Path | epath.Path) -> SharedPath:
     return epath.Path(str(address)) if "://" in str(address) else pathlib.Path(str(address))
 
 
-def next_look(cost: float, waited: float) -> float:
-    """Seconds until one should look again for what another process writes, so that little time is lost by waiting.
+def next_poll(cost: float, waited: float) -> float:
+    """Seconds until the next poll for what another process writes, so that little time is lost by waiting.
 
     Args:
-        cost: seconds that a look takes; a fifth of the time at most is spent looking.
-        waited: seconds since something was found; what comes is seen at most a fiftieth of that too late.
+        cost: seconds that a poll takes; at most a fifth of the time is spent on polls.
+        waited: seconds since something was found; the next thing is seen at most a fiftieth of that too late.
     """
-    return min(SLOWEST_LOOK, max(4 * cost, min(USUAL_LOOK, max(QUICKEST_LOOK, waited / 50))))
+    return min(LONGEST_POLL, max(4 * cost, min(USUAL_POLL, max(SHORTEST_POLL, waited / 50))))
 
 
 def create(path: SharedPath, content: bytes, *, is_durable: bool = True) -> bool:
@@ -53,7 +53,7 @@ def create(path: SharedPath, content: bytes, *, is_durable: bool = True) -> bool
     Args:
         path: of the file.
         content: of the file.
-        is_durable: it survives a crash of the machine when this returns; False for what only tells that one is alive.
+        is_durable: it survives a crash of the machine when this returns; False for what only shows that a process is alive.
 
     Raises:
         OSError: full disk, no permission, no network.
@@ -165,15 +165,14 @@ def move_aside(path: SharedPath, suffix: str) -> SharedPath:
 
 
 def put_folder(local: pathlib.Path, target: SharedPath) -> None:
-    """Moves a finished local folder to its place, file by file in an object store; it must not be there yet."""
+    """Moves a finished local folder to ``target``, which must not exist; file by file in an object store."""
     if (store := _store(target)) is not None:
         for file in sorted(local.iterdir()):
             store.put_file(str(file), str(target / file.name))
         shutil.rmtree(local)
         return
-    place = pathlib.Path(str(target))
-    local.rename(place)
-    sync_folder(place.parent)
+    local.rename(pathlib.Path(str(target)))
+    sync_folder(pathlib.Path(str(target)).parent)
 
 
 def get_folder(source: SharedPath, file_names: list[str], target: pathlib.Path) -> pathlib.Path:

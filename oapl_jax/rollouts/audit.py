@@ -5,7 +5,7 @@
 Reads the rollout log, the record of the batches and the metrics, and checks every step: its groups are in the
 log, complete, of the one policy version of its window, with finite log-probabilities and advantages; none was
 trained on more often than the config says; the lag is below ``sync_every``.
-Exit code 1 names the first place where it is not so. It needs no devices and changes nothing.
+Exit code 1 names the first mistake and the file and line that it is in. It needs no devices and changes nothing.
 """
 
 import collections
@@ -17,11 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
-from oapl_jax.io import storage
+from oapl_jax.io import run_dir, storage
 from oapl_jax.io.metrics import METRICS_FILE, read_metrics
-from oapl_jax.io.run_dir import CONFIG_FILE
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.types import RolloutGroup, RunError
 
@@ -29,7 +27,7 @@ BATCHES_FILE = "batches.jsonl"
 
 
 class AuditError(RunError):
-    """What is wrong, and where."""
+    """A fact of the run that is not as it should be, and the file that says so."""
 
 
 def audit(run: pathlib.Path) -> str:
@@ -37,25 +35,23 @@ def audit(run: pathlib.Path) -> str:
 
     Raises:
         AuditError: the first thing that is not as it should be.
-        ValueError: there is no such run.
+        ValueError: there is no such run, or it is of another release.
     """
-    if not (run / CONFIG_FILE).is_file():
-        raise ValueError(f"{str(run)!r} is no run directory: it has no {CONFIG_FILE}")
-    config = config_file.load(TrainConfig, run / CONFIG_FILE)
+    config = run_dir.read_config(run, TrainConfig)
     log = RolloutLog(storage.shared_path(config.run.shared_dir or run) / "rollouts")
     groups: dict[str, RolloutGroup] = {}
     damaged: list[str] = []
     num_damaged = 0
     uses: collections.Counter[str] = collections.Counter()
     version, window_step, step, num_rollouts, num_windows = -1, 0, 0, 0, 0
-    for place, line in _lines(run / BATCHES_FILE):
+    for where, line in _lines(run / BATCHES_FILE):
         step += 1
-        _require(line["step"] == step, place, f"step {line['step']} follows step {step - 1}")
+        _require(line["step"] == step, where, f"step {line['step']} follows step {step - 1}")
         if line["policy_version"] != version:
             is_due = version < 0 or config.offline is not None or step - 1 - window_step == config.window.sync_every
             _require(
                 line["policy_version"] > version and is_due,
-                place,
+                where,
                 f"step {step} is of version {line['policy_version']}, {step - 1 - window_step} steps after the sync to"
                 f" {version}; window.sync_every is {config.window.sync_every}",
             )
@@ -64,10 +60,10 @@ def audit(run: pathlib.Path) -> str:
             groups, damaged = _read(log, version)
             num_damaged += len(damaged)
         lag = step - 1 - window_step
-        _require(lag < _most_steps(config), place, f"step {step} lags {lag}, not below {_most_steps(config):g}")
+        _require(lag < _most_steps(config), where, f"step {step} lags {lag}, not below {_most_steps(config):g}")
         absent = [name for name in line["groups"] if name not in groups]
-        _require(not absent or not damaged, place, f"group {absent[:1]} was trained on, and {'; '.join(damaged)}")
-        _check_batch(config, line["groups"], groups, version, place)
+        _require(not absent or not damaged, where, f"group {absent[:1]} was trained on, and {'; '.join(damaged)}")
+        _check_batch(config, line["groups"], groups, version, where)
         uses.update(line["groups"])
         num_rollouts += sum(len(groups[name].usable) for name in line["groups"])
     most = max(config.window.epochs, config.window.max_uses)
@@ -83,30 +79,30 @@ def audit(run: pathlib.Path) -> str:
 
 
 def _most_steps(config: TrainConfig) -> float:
-    """Of a window; an offline round has as many as its data make."""
+    """The most steps of a window; an offline round has as many as its data make."""
     return config.window.sync_every if config.offline is None else math.inf
 
 
 def _check_batch(
-    config: TrainConfig, names: list[str], groups: dict[str, RolloutGroup], version: int, place: str
+    config: TrainConfig, names: list[str], groups: dict[str, RolloutGroup], version: int, where: str
 ) -> None:
     wanted = config.learner.batch_rollouts // config.sampler.group_size
-    _require(len(names) == wanted, place, f"{len(names)} groups; a batch has {wanted}")
-    _require(len(set(names)) == len(names), place, "a group is in the batch twice")
+    _require(len(names) == wanted, where, f"{len(names)} groups; a batch has {wanted}")
+    _require(len(set(names)) == len(names), where, "a group is in the batch twice")
     for name in names:
-        _require(name in groups, place, f"group {name} is not in rollouts/{version:06d}")
+        _require(name in groups, where, f"group {name} is not in rollouts/{version:06d}")
         group = groups[name]
-        where = f"rollouts/{version:06d}, group {name}"
-        _require(group.policy_version == version, where, f"is of version {group.policy_version}")
+        which = f"rollouts/{version:06d}, group {name}"
+        _require(group.policy_version == version, which, f"is of version {group.policy_version}")
         size = len(group.rollouts)
         is_whole = size == config.sampler.group_size or (
             config.offline is not None and size < config.sampler.group_size
         )
-        _require(is_whole, where, f"has {size} rollouts of {config.sampler.group_size}")
-        _require(len(group.usable) > 1, where, "has fewer than two usable rollouts and was trained on")
+        _require(is_whole, which, f"has {size} rollouts of {config.sampler.group_size}")
+        _require(len(group.usable) > 1, which, "has fewer than two usable rollouts and was trained on")
         for index, item in enumerate(group.rollouts):
             tokens, logprobs = item.rollout.token_ids, item.rollout.logprobs
-            inside = f"{where}, rollout {index}"
+            inside = f"{which}, rollout {index}"
             _require(len(tokens) == len(logprobs), inside, f"{len(tokens)} tokens, {len(logprobs)} log-probabilities")
             if item.is_usable:
                 is_finite = bool(np.isfinite(logprobs).all()) and math.isfinite(item.advantage)
@@ -119,10 +115,10 @@ def _check_batch(
 def _check_order(run: pathlib.Path) -> None:
     """In the order of the index the groups of a window ascend."""
     before: dict[int, int] = {}
-    for place, line in _lines(run / BATCHES_FILE):
+    for where, line in _lines(run / BATCHES_FILE):
         indices = [int(name.rpartition("-")[2]) for name in line["groups"]]
         last = before.get(line["policy_version"], -1)
-        _require([last, *indices] == sorted({last, *indices}), place, "the groups are not in the order of their index")
+        _require([last, *indices] == sorted({last, *indices}), where, "the groups are not in the order of their index")
         before[line["policy_version"]] = indices[-1]
 
 
@@ -132,15 +128,15 @@ def _check_metrics(run: pathlib.Path, steps: int, config: TrainConfig) -> None:
         return
     batches = {line["step"]: line["policy_version"] for _, line in _lines(run / BATCHES_FILE)}
     for line, row in enumerate((row for row in read_metrics(run / METRICS_FILE) if row["step"] > 0), start=1):
-        place = f"{METRICS_FILE}, step {row['step']}"
-        _require(row["step"] == line and line <= steps, place, f"is line {line} of {steps} recorded steps")
+        where = f"{METRICS_FILE}, step {row['step']}"
+        _require(row["step"] == line and line <= steps, where, f"is line {line} of {steps} recorded steps")
         same = row["window/version"] == batches[line]
-        _require(same, place, f"is of version {row['window/version']:g}, its batch of {batches[line]}")
-        _require(row["window/lag"] < _most_steps(config), place, f"lags {row['window/lag']:g}")
+        _require(same, where, f"is of version {row['window/version']:g}, its batch of {batches[line]}")
+        _require(row["window/lag"] < _most_steps(config), where, f"lags {row['window/lag']:g}")
 
 
 def _read(log: RolloutLog, version: int) -> tuple[dict[str, RolloutGroup], list[str]]:
-    """The groups of a version by id, and what is wrong with files that cannot be read: nobody may need them."""
+    """The groups of a version by id, and the errors of files that cannot be read, which no batch may need."""
     groups: dict[str, RolloutGroup] = {}
     damaged: list[str] = []
     for part in log.parts(version):
@@ -156,18 +152,18 @@ def _read(log: RolloutLog, version: int) -> tuple[dict[str, RolloutGroup], list[
 
 
 def _lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    """Each whole line with its place; a last line that a crash tore is no step."""
+    """Each whole line with its file and number; a last line that a crash tore is no step."""
     if not path.exists():
         return
     for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
         if line.endswith("\n"):
-            place = f"{path.name}, line {number}"
+            where = f"{path.name}, line {number}"
             try:
-                yield place, json.loads(line)
+                yield where, json.loads(line)
             except ValueError as error:
-                raise AuditError(f"{place}: {error}") from error
+                raise AuditError(f"{where}: {error}") from error
 
 
-def _require(is_so: bool, place: str, problem: str) -> None:
+def _require(is_so: bool, where: str, problem: str) -> None:
     if not is_so:
-        raise AuditError(f"{place}: {problem}")
+        raise AuditError(f"{where}: {problem}")

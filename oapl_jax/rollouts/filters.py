@@ -9,17 +9,17 @@ from oapl_jax.config.offline import FilterConfig
 from oapl_jax.types import FinishReason, RolloutGroup, Verdict
 
 FEWEST_ROLLOUTS = 2
-"""V* of one rollout is its own reward."""
+"""The V* of one rollout is its own reward."""
 
 
 @dataclasses.dataclass
 class FilterCounts:
-    """What came of the groups that a filter saw."""
+    """How many groups a filter kept, and how many it dropped for each reason."""
 
     groups: int = 0
     kept: int = 0
-    cut_rollouts: int = 0
-    """Responses that were cut at the limit."""
+    truncated_rollouts: int = 0
+    """Responses that ended at the limit."""
     small_groups: int = 0
     """Groups that had fewer than two responses left."""
     too_few_correct: int = 0
@@ -27,7 +27,7 @@ class FilterCounts:
     not_in_subset: int = 0
 
     def __str__(self) -> str:
-        """``kept 90 of 100 groups; dropped: 10 too few correct``; what is 0 is left out."""
+        """``kept 90 of 100 groups; dropped: 10 too few correct``; counts of 0 are left out."""
         names = [field.name for field in dataclasses.fields(self)[2:]]
         dropped = [f"{getattr(self, name)} {name.replace('_', ' ')}" for name in names if getattr(self, name)]
         return f"kept {self.kept} of {self.groups} groups" + (f"; dropped: {', '.join(dropped)}" if dropped else "")
@@ -37,7 +37,7 @@ def apply(groups: Iterable[RolloutGroup], filters: FilterConfig, seed: int) -> t
     """The groups that are used, in their order, and the counts.
 
     Args:
-        groups: of a log. V* and advantages of a group that loses rollouts are no longer those of its rest.
+        groups: of a log. A group that loses rollouts keeps the V* and the advantages of before.
         filters: the options.
         seed: of the random subset of prompts.
     """
@@ -64,12 +64,12 @@ def apply(groups: Iterable[RolloutGroup], filters: FilterConfig, seed: int) -> t
 
 
 def choose(names: list[str], number: int, seed: int) -> list[str]:
-    """A random subset of so many, or all where there are fewer, in their order."""
+    """A random subset of ``number`` names, or all where there are fewer, in their order."""
     chosen = np.random.default_rng((seed, number)).permutation(len(names))[:number]
     return [names[i] for i in sorted(chosen.tolist())]
 
 
 def _finished(group: RolloutGroup, counts: FilterCounts) -> RolloutGroup:
     rest = tuple(item for item in group.rollouts if item.rollout.finish_reason is not FinishReason.LENGTH)
-    counts.cut_rollouts += len(group.rollouts) - len(rest)
+    counts.truncated_rollouts += len(group.rollouts) - len(rest)
     return dataclasses.replace(group, rollouts=rest)

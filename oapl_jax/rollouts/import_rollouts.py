@@ -1,14 +1,15 @@
 """Finished rollouts from outside, in either layout: read, checked row by row, and put into groups.
 
 A row that cannot be used is an error that names it, or is counted by reason and left out while the other
-rows of its group stay: what is wrong with one row says nothing of the next. Files that cannot be read at all
-are one such thing each.
+rows of its group stay: a mistake in one row says nothing about the next. A file that cannot be read at all
+counts as one mistake.
 """
 
 import collections
 import dataclasses
 import enum
 import io
+import json
 import math
 import pathlib
 from collections.abc import Callable, Iterator
@@ -50,21 +51,25 @@ def _is_struct_with(name: str, inner: Kind) -> Kind:
 
 
 _IDS, _NUMBERS, _INTEGER = _is_list_of(pa.types.is_integer), _is_list_of(_is_number), pa.types.is_integer
-LOG_COLUMNS: dict[str, tuple[Kind, str]] = {
-    "group_id": (_is_text, "text"),
-    "prompt_id": (_is_text, "text"),
-    "prompt": (_is_text, "text"),
-    "prompt_token_ids": (_IDS, "a list of integers"),
-    "answer": (_is_text, "text"),
-    "rollout_index": (_INTEGER, "an integer"),
-    "response": (_is_text, "text"),
-    "token_ids": (_IDS, "a list of integers"),
-    "finish_reason": (_is_text, "text"),
-    "verdict": (_is_text, "text"),
-    "verdict_detail": (_is_text, "text"),
-    "reward": (_is_number, "a number"),
-}
-PUBLISHED_COLUMNS: dict[str, tuple[Kind, str]] = {
+
+
+def _kind_of(column: schema.Column) -> tuple[Kind, str]:
+    """What a column of the log may be in data from outside: any width of its type."""
+    if pa.types.is_list(column.type):
+        is_ids = pa.types.is_integer(column.type.value_type)
+        return (_IDS, "a list of integers") if is_ids else (_NUMBERS, "a list of numbers")
+    if pa.types.is_integer(column.type):
+        return _INTEGER, "an integer"
+    return (_is_text, "text") if pa.types.is_string(column.type) else (_is_number, "a number")
+
+
+NOT_READ = ("group_index", "policy_version", "value", "advantage")
+"""Columns of the log that say nothing about rollouts from outside: these form other windows, with other V*."""
+LOG_COLUMNS = {name: column for name, column in schema.COLUMNS.items() if name not in NOT_READ}
+LOG_REQUIRED = [name for name, column in LOG_COLUMNS.items() if column.is_required and name != "logprobs"]
+"""Log-probabilities that data from outside lack are scored, or not needed."""
+LOG_KINDS = {name: _kind_of(column) for name, column in LOG_COLUMNS.items()}
+PUBLISHED_REQUIRED: dict[str, tuple[Kind, str]] = {
     "prompt": (
         lambda kind: (
             _is_list_of(_is_struct_with("content", _is_text))(kind)
@@ -77,14 +82,14 @@ PUBLISHED_COLUMNS: dict[str, tuple[Kind, str]] = {
     "response_rewards": (_NUMBERS, "a list of numbers"),
     "reward_model": (_is_struct_with("ground_truth", _is_text), "a struct with the text ground_truth"),
 }
-OPTIONAL_COLUMNS: dict[str, tuple[Kind, str]] = {
-    "logprobs": (_NUMBERS, "a list of numbers"),
+PUBLISHED_OPTIONAL: dict[str, tuple[Kind, str]] = {
     "prompt_token_ids": (_IDS, "a list of integers"),
     "response_token_ids": (_IDS, "a list of integers"),
     "response_logprobs": (_NUMBERS, "a list of numbers"),
     "data_source": (_is_text, "text"),
     "extra_info": (pa.types.is_struct, "a struct"),
 }
+PUBLISHED_KINDS = PUBLISHED_REQUIRED | PUBLISHED_OPTIONAL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,21 +103,21 @@ class Expectations:
     encode_response: Callable[[str], list[int]]
     eos_id: int
     source_limit: int | None
-    """Responses of so many tokens were cut when they were made."""
+    """Responses of this many tokens were truncated when they were made."""
     group_size: int
-    """Most rollouts of a group."""
+    """The most rollouts that a group may have."""
     temperature: float | None = None
-    """At which they were drawn, where the data say it; None: any."""
+    """The temperature that rollouts must have been drawn at, where the data say it; None: any."""
 
 
 class BadRows:
-    """What is done about rows that cannot be used."""
+    """Rows that cannot be used: raised as errors, or counted."""
 
     def __init__(self, action: Literal["error", "drop"]):
         self._action = action
         self.counts: collections.Counter[str] = collections.Counter()
         self.examples: dict[str, str] = {}
-        """The first of each kind, in words."""
+        """The first message of each reason."""
 
     def found(self, reason: str, where: str, message: str, rows: int = 1) -> None:
         """Notes what is wrong.
@@ -132,6 +137,8 @@ class Response(NamedTuple):
     rollout: Rollout
     text: str
     grade: Grade
+    extra: str = "{}"
+    """As in ``GradedRollout``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,7 +173,7 @@ def read(path: pathlib.Path, expectations: Expectations, bad: BadRows) -> list[R
     Args:
         path: a Parquet file, or a folder with such files in it or below it.
         expectations: what rows have to meet.
-        bad: takes note of those that do not.
+        bad: counts those that do not, or raises.
 
     Raises:
         ValueError: there is nothing to read; or, as ``bad`` has it, for the first row that cannot be used.
@@ -174,7 +181,7 @@ def read(path: pathlib.Path, expectations: Expectations, bad: BadRows) -> list[R
     files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     files = [file for file in files if not file.name.startswith(".")]
     if not files:
-        raise ValueError(f"{str(path)!r}: holds no Parquet file" if path.exists() else f"{str(path)!r} does not exist")
+        raise ValueError(f"{str(path)!r}: has no Parquet file" if path.exists() else f"{str(path)!r} does not exist")
     groups: dict[str, list[_Row]] = {}
     for file in files:
         for row in _read_file(file, expectations, bad):
@@ -195,13 +202,13 @@ def _read_file(file: pathlib.Path, expectations: Expectations, bad: BadRows) -> 
         bad.found("unreadable file", str(file), f"is not a readable Parquet file ({_first_line(error)})")
         return
     is_ours = "group_id" in table.schema.names
-    reader, required = (_log_row, LOG_COLUMNS) if is_ours else (_published_row, PUBLISHED_COLUMNS)
-    problem = _schema_problem(table.schema, required, is_ours)
+    reader, kinds = (_log_row, LOG_KINDS) if is_ours else (_published_row, PUBLISHED_KINDS)
+    problem = _schema_problem(table.schema, is_ours)
     if problem is not None:
         bad.found(problem.reason, str(file), str(problem), num_rows)
         return
     _check_sampling(file, table.schema, expectations)
-    columns = {name: _cells(table.column(name)) for name in table.schema.names}
+    columns = {name: _cells(table.column(name)) for name in kinds if name in table.schema.names}
     for number in range(table.num_rows):
         where = f"{file} row {number}"
         try:
@@ -215,17 +222,16 @@ def _read_file(file: pathlib.Path, expectations: Expectations, bad: BadRows) -> 
                 yield row
 
 
-def _schema_problem(found: pa.Schema, required: dict[str, tuple[Kind, str]], is_ours: bool) -> BadRowError | None:
+def _schema_problem(found: pa.Schema, is_ours: bool) -> BadRowError | None:
     layout = "a rollout log" if is_ours else "the authors' layout (a rollout log would have group_id)"
-    for name in required:
+    if is_ours and (problem := schema.version_problem(found)) is not None:
+        return BadRowError("wrong schema version", problem)
+    for name in LOG_REQUIRED if is_ours else PUBLISHED_REQUIRED:
         if name not in found.names:
             return BadRowError("missing column", f"has no column {name!r}, which {layout} has; it has {found.names}")
-    if len(set(found.names)) < len(found.names):
-        return BadRowError("wrong type", f"has two columns of one name: {found.names}")
-    version = (found.metadata or {}).get(b"oapl_jax.schema_version")
-    if is_ours and version not in (None, str(schema.SCHEMA_VERSION).encode()):
-        return BadRowError("wrong schema version", f"is of schema version {version!r}, not {schema.SCHEMA_VERSION}")
-    for name, (is_right, wanted) in {**OPTIONAL_COLUMNS, **required}.items():
+    for name, (is_right, wanted) in (LOG_KINDS if is_ours else PUBLISHED_KINDS).items():
+        if found.names.count(name) > 1:
+            return BadRowError("wrong type", f"has two columns {name!r}; it has {found.names}")
         if name in found.names and not is_right(found.field(name).type):
             return BadRowError("wrong type", f"column {name!r} is {found.field(name).type}, not {wanted}")
     return None
@@ -258,8 +264,9 @@ def _cells(column: pa.ChunkedArray) -> list[Any]:
 
 
 def _log_row(where: str, cells: dict[str, Any], expected: Expectations) -> _Row | None:
-    for name in LOG_COLUMNS:
-        if cells[name] is None and name != "reward":
+    cells = {name: column.default for name, column in LOG_COLUMNS.items() if not column.is_required} | cells
+    for name, column in LOG_COLUMNS.items():
+        if cells.get(name) is None and not column.is_nullable and name != "logprobs":
             raise BadRowError("missing value", f"{name} is null")
     verdict = _one_of(Verdict, "verdict", cells["verdict"])
     if verdict is Verdict.INVALID:
@@ -274,12 +281,13 @@ def _log_row(where: str, cells: dict[str, Any], expected: Expectations) -> _Row 
     tokens = _ids("token_ids", cells["token_ids"], expected)
     finish = _one_of(FinishReason, "finish_reason", cells["finish_reason"])
     rollout = Rollout(tokens, _logprobs(cells.get("logprobs"), len(tokens)), finish)
-    response = Response(rollout, cells["response"], Grade(verdict, reward, cells["verdict_detail"]))
+    grade = Grade(verdict, reward, cells["verdict_detail"])
+    response = Response(rollout, cells["response"], grade, _extra(cells["extra"]))
     return _Row(where, cells["group_id"], cells["rollout_index"], prompt, response, None)
 
 
 def _published_row(where: str, cells: dict[str, Any], expected: Expectations) -> _Row:
-    for name in PUBLISHED_COLUMNS:
+    for name in PUBLISHED_REQUIRED:
         if cells[name] is None and name != "precomputed_reward":
             raise BadRowError("missing value", f"{name} is null")
     question, system = _messages(cells["prompt"])
@@ -312,7 +320,7 @@ def _published_row(where: str, cells: dict[str, Any], expected: Expectations) ->
         raise BadRowError("wrong type", f"extra_info.rollout_index is {index!r}, not an integer")
     # Their programs know a prompt by its text; a text may be asked twice all the same.
     group = f"{extra.get('policy_version')}/{extra.get('index')}/{question}"
-    response = Response(rollout, cells["response"], grade)
+    response = Response(rollout, cells["response"], grade, _extra(extra.get("extra") or "{}"))
     return _Row(where, group, -1 if index is None else index, prompt, response, siblings)
 
 
@@ -333,9 +341,9 @@ def _published_rollout(cells: dict[str, Any], extra: dict[str, Any], expected: E
         tokens = _ids("response", _encoded(lambda: expected.encode_response(cells["response"])), expected)
     finish = extra.get("finish_reason")
     if finish is None:
-        is_cut = expected.source_limit is not None and len(tokens) >= expected.source_limit
-        finish = FinishReason.LENGTH if is_cut else FinishReason.STOP
-        if given is None and not is_cut:  # the text lacks the stop token that was drawn
+        is_truncated = expected.source_limit is not None and len(tokens) >= expected.source_limit
+        finish = FinishReason.LENGTH if is_truncated else FinishReason.STOP
+        if given is None and not is_truncated:  # the text lacks the stop token that was drawn
             tokens = np.append(tokens, np.int32(expected.eos_id))
     logprobs = cells.get("response_logprobs") if given is not None else None
     return Rollout(tokens, _logprobs(logprobs, len(tokens)), _one_of(FinishReason, "extra_info.finish_reason", finish))
@@ -389,6 +397,16 @@ def _reward(given: Any, expected: Expectations) -> float:
             "reward out of range", f"its reward {given} is outside offline.reward_range [{low:g}, {high:g}]"
         )
     return float(given)
+
+
+def _extra(given: Any) -> str:
+    try:
+        is_object = isinstance(json.loads(given), dict)
+    except (ValueError, TypeError):
+        is_object = False
+    if not is_object:
+        raise BadRowError("unreadable extra", f"extra is {given!r:.80}, no JSON object")
+    return given
 
 
 def _one_of(kind: type[enum.StrEnum], name: str, value: Any) -> Any:

@@ -28,14 +28,14 @@ class RolloutLog:
         """Opens a log.
 
         Args:
-            directory: of the versions; need not exist.
+            directory: the folder with a folder for each version; need not exist.
             sampling: parameters of the distribution that groups are drawn with from now on, to be written with them.
         """
         self.directory, self.sampling = directory, sampling
         self._next_part: dict[int, int] = {}
 
     def append(self, groups: Sequence[RolloutGroup]) -> SharedPath:
-        """Writes groups of one policy version as one file that is there whole or not at all.
+        """Writes groups of one policy version as one file, whole or not at all.
 
         When this returns, the groups survive a crash of the process and of the machine.
         """
@@ -101,19 +101,15 @@ class RolloutLog:
         """Some columns of one file, without its other ones.
 
         Raises:
-            ValueError: the file cannot be read, or has no such column.
+            ValueError: the file cannot be read, is of a newer schema, or lacks a required column.
         """
         path = self.path(version, part)
-        table = _read_table(path, columns)
-        missing = [column for column in columns if column not in table.column_names]
-        if missing:
-            raise ValueError(f"{path}: has no column {', '.join(missing)}; it is no rollout log (docs/rollout_log.md)")
-        return table
+        return schema.select(_read_table(path, columns), columns, str(path))
 
     def count(self, version: int) -> dict[str, float]:
         """Groups and rollouts of a version that has any, and the means over its rollouts; decodes no tokens."""
         columns = ["group_id", "reward", "verdict", "finish_reason"]
-        parts = [_read_table(self.path(version, part), columns) for part in self.parts(version)]
+        parts = [self.read_columns(version, part, columns) for part in self.parts(version)]
         rows = pa.concat_tables(parts).to_pydict()
         num_rollouts, rewards = len(rows["verdict"]), [reward for reward in rows["reward"] if reward is not None]
         return {
@@ -129,16 +125,16 @@ class RolloutLog:
 class BatchRecord:
     """``batches.jsonl``: which groups formed the batch of each learner step.
 
-    A resumed run meets the steps that it had recorded before it was killed; their batches must be
+    A resumed run repeats the steps that it had recorded before it was killed; their batches must be
     formed again from the same groups, or the run would not be the one it claims to resume.
     """
 
-    def __init__(self, path: pathlib.Path, forget_after: int | None = None):
+    def __init__(self, path: pathlib.Path, delete_after: int | None = None):
         """Reads what a former process recorded.
 
         Args:
             path: the file; a last line that a crash tore is removed.
-            forget_after: remove later steps, which a changed config will do in another way.
+            delete_after: delete later steps, which a changed config will do in another way.
 
         Raises:
             ValueError: for a damaged line.
@@ -149,7 +145,7 @@ class BatchRecord:
             return
         lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
         rows = {line: _parse(path, number, line) for number, line in enumerate(lines, start=1)}
-        kept = [line for line in lines if forget_after is None or rows[line]["step"] <= forget_after]
+        kept = [line for line in lines if delete_after is None or rows[line]["step"] <= delete_after]
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept))
         temporary.replace(path)

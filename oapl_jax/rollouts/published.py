@@ -39,7 +39,7 @@ SCHEMA = pa.schema(
                     *(("index", pa.int64()), ("split", pa.string())),
                     *(("policy_version", pa.int64()), ("rollout_index", pa.int32()), ("finish_reason", pa.string())),
                     *(("verdict", pa.string()), ("verdict_detail", pa.string())),
-                    *(("value", pa.float64()), ("advantage", pa.float64())),
+                    *(("value", pa.float64()), ("advantage", pa.float64()), ("extra", pa.string())),
                 ]
             ),
         ),
@@ -111,6 +111,7 @@ def _row(group: RolloutGroup, index: int, item: GradedRollout, rewards: list[flo
             "verdict_detail": item.grade.detail,
             "value": None if math.isnan(group.value) else group.value,
             "advantage": None if math.isnan(item.advantage) else item.advantage,
+            "extra": item.extra,
         },
         "response": item.text,
         "precomputed_reward": item.grade.reward,

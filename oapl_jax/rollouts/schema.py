@@ -1,42 +1,66 @@
 """The columns of the rollout log, and groups to rows and back (docs/rollout_log.md)."""
 
+import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pyarrow as pa
 
 from oapl_jax.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, RolloutGroup, Verdict
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Raised by a change that a program of the version before would misread; a further optional column is none."""
+
+REQUIRED = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """What one column has in each row."""
+
+    type: pa.DataType
+    default: Any = REQUIRED
+    """What its rows have where a file lacks the column; ``REQUIRED``: such a file is refused."""
+    is_nullable: bool = False
+
+    @property
+    def is_required(self) -> bool:
+        """Whether each file has it."""
+        return self.default is REQUIRED
+
+
+_TEXT, _IDS = pa.string(), pa.list_(pa.int32())
+COLUMNS = {
+    "group_id": Column(_TEXT),
+    "group_index": Column(pa.int64()),
+    "policy_version": Column(pa.int64()),
+    "prompt_id": Column(_TEXT),
+    "prompt": Column(_TEXT, ""),
+    "prompt_token_ids": Column(_IDS),
+    "answer": Column(_TEXT, ""),
+    "rollout_index": Column(pa.int32()),
+    "response": Column(_TEXT, ""),
+    "token_ids": Column(_IDS),
+    "logprobs": Column(pa.list_(pa.float32())),
+    "finish_reason": Column(_TEXT),
+    "verdict": Column(_TEXT),
+    "verdict_detail": Column(_TEXT, ""),
+    "reward": Column(pa.float64(), is_nullable=True),
+    "value": Column(pa.float64(), None, is_nullable=True),
+    "advantage": Column(pa.float64(), None, is_nullable=True),
+    "extra": Column(_TEXT, "{}"),
+}
+"""The schema: one row a rollout. Columns that are not here are kept in the file and not read."""
+
+VERSION_KEY, SAMPLING_KEY = b"oapl_jax.schema_version", b"oapl_jax.sampling"
 
 SCHEMA = pa.schema(
-    [
-        pa.field("group_id", pa.string(), nullable=False),
-        pa.field("group_index", pa.int64(), nullable=False),
-        pa.field("policy_version", pa.int64(), nullable=False),
-        pa.field("prompt_id", pa.string(), nullable=False),
-        pa.field("prompt", pa.string(), nullable=False),
-        pa.field("prompt_token_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("answer", pa.string(), nullable=False),
-        pa.field("rollout_index", pa.int32(), nullable=False),
-        pa.field("response", pa.string(), nullable=False),
-        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
-        pa.field("logprobs", pa.list_(pa.float32()), nullable=False),
-        pa.field("finish_reason", pa.string(), nullable=False),
-        pa.field("verdict", pa.string(), nullable=False),
-        pa.field("verdict_detail", pa.string(), nullable=False),
-        pa.field("reward", pa.float64()),
-        pa.field("value", pa.float64()),
-        pa.field("advantage", pa.float64()),
-    ],
-    metadata={"oapl_jax.schema_version": str(SCHEMA_VERSION)},
+    [pa.field(name, column.type, column.is_nullable) for name, column in COLUMNS.items()],
+    metadata={VERSION_KEY: str(SCHEMA_VERSION)},
 )
-"""One row a rollout; reward, value and advantage are null where there is none."""
-
-
-SAMPLING_KEY = b"oapl_jax.sampling"
 
 
 def to_table(groups: Iterable[RolloutGroup], sampling: dict[str, float] | None = None) -> pa.Table:
@@ -62,19 +86,45 @@ def sampling_of(found: pa.Schema) -> dict[str, float]:
     return sampling if isinstance(sampling, dict) else {}
 
 
+def version_problem(found: pa.Schema) -> str | None:
+    """Why a file of this schema cannot be read, where a newer program wrote it; None where it can."""
+    version = (found.metadata or {}).get(VERSION_KEY, b"1").decode()
+    if version.isdigit() and int(version) <= SCHEMA_VERSION:
+        return None
+    return (
+        f"is a rollout log of schema version {version}, and this program reads versions up to {SCHEMA_VERSION};"
+        " update oapl_jax to the release that wrote it"
+    )
+
+
+def select(table: pa.Table, names: Sequence[str], source: str) -> pa.Table:
+    """These columns of a table; optional ones that it lacks have their defaults.
+
+    Raises:
+        ValueError: the table is of a newer schema or lacks a required column; names ``source``.
+    """
+    if (problem := version_problem(table.schema)) is not None:
+        raise ValueError(f"{source}: {problem}")
+    missing = [name for name in names if name not in table.column_names]
+    if lacking := [name for name in missing if COLUMNS[name].is_required]:
+        raise ValueError(
+            f"{source}: is no rollout log: it has no column {', '.join(lacking)} (docs/rollout_log.md);"
+            f" it has {table.column_names}"
+        )
+    for name in missing:
+        values = pa.array([COLUMNS[name].default] * table.num_rows, COLUMNS[name].type)
+        table = table.append_column(SCHEMA.field(name), values)
+    return table.select(list(names))
+
+
 def from_table(table: pa.Table, source: str) -> list[RolloutGroup]:
-    """The inverse of ``to_table``.
+    """The inverse of ``to_table``, also for a table of an older schema.
 
     Raises:
         ValueError: where the table is of another schema, or a group lacks a rollout or has one twice;
             names ``source``.
     """
-    found = (table.schema.metadata or {}).get(b"oapl_jax.schema_version", b"none").decode()
-    if found != str(SCHEMA_VERSION) or table.schema.names != SCHEMA.names:
-        raise ValueError(
-            f"{source}: rollout log of schema version {found} with columns {table.schema.names};"
-            f" this program reads version {SCHEMA_VERSION} (docs/rollout_log.md)"
-        )
+    table = select(table, list(COLUMNS), source)
     if table.num_rows == 0:
         return []
     rows = sorted(_rows(table, source), key=lambda row: (row["group_id"], row["rollout_index"]))
@@ -127,6 +177,7 @@ def _row(group: RolloutGroup, rollout_index: int, item: GradedRollout) -> dict:
         "reward": _null_if_nan(item.grade.reward),
         "value": _null_if_nan(group.value),
         "advantage": _null_if_nan(item.advantage),
+        "extra": item.extra,
     }
 
 
@@ -154,7 +205,7 @@ def _graded(row: dict) -> GradedRollout:
         finish_reason=FinishReason(row["finish_reason"]),
     )
     grade = Grade(Verdict(row["verdict"]), _nan_if_null(row["reward"]), row["verdict_detail"])
-    return GradedRollout(rollout, row["response"], grade, _nan_if_null(row["advantage"]))
+    return GradedRollout(rollout, row["response"], grade, _nan_if_null(row["advantage"]), row["extra"])
 
 
 def _null_if_nan(value: float) -> float | None:

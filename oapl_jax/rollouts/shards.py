@@ -175,7 +175,7 @@ class ShardQueue:
         if is_claimed:
             self._next_poll, self._last_news = 0.0, now
         else:
-            self._next_poll = now + storage.next_look(now - start, now - self._last_news)
+            self._next_poll = now + storage.next_poll(now - start, now - self._last_news)
 
     def _claim(self, window: Window) -> bool:
         """Claims the first shard that is not written and that nobody holds, where the window still needs one.

@@ -15,11 +15,10 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from orbax.checkpoint import v1 as ocp
 
 from oapl_jax.build import policy
-from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import make_meshes
-from oapl_jax.io.run_dir import CONFIG_FILE
+from oapl_jax.io.run_dir import read_config
 from oapl_jax.learner.state import TrainState, abstract_state, make_optimizer, make_schedule
 from oapl_jax.model import hf, lora, qwen
 from oapl_jax.run.start import model_path, outline
@@ -56,10 +55,7 @@ def export(
         ValueError: there is no run or no such checkpoint, it is damaged or of another model, ``out`` is something else,
             or adapters are wanted and none were trained.
     """
-    saved = run_dir / CONFIG_FILE
-    if not saved.is_file():
-        raise ValueError(f"{str(run_dir)!r} is no run directory: it has no {CONFIG_FILE}")
-    train = config_file.load(TrainConfig, saved)
+    train = read_config(run_dir, TrainConfig)
     model = train.model
     step = _choose(steps(run_dir), run_dir, step)
     out = run_dir / f"export-{step}" if out is None else out

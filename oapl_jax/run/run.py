@@ -16,16 +16,16 @@ import jax
 
 from oapl_jax.build import policy
 from oapl_jax.build.assembly import Assembly, make_assembly
-from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.distributed.messages import forward_preemption
 from oapl_jax.distributed.sharding import num_processes
-from oapl_jax.io import run_dir, storage
+from oapl_jax.io import run_dir
 from oapl_jax.io.console import ExitCode
 from oapl_jax.io.lease import Lease, Leases
-from oapl_jax.io.metrics import MetricsWriter, Progress
+from oapl_jax.io.metrics import MetricsWriter
 from oapl_jax.io.preemption import catch_sigterm
+from oapl_jax.io.progress_bar import ProgressBar
 from oapl_jax.learner.state import TrainState
 from oapl_jax.model import hf, lora
 from oapl_jax.rollouts.buffer import Consumption, GroupBuffer, Window
@@ -72,7 +72,7 @@ class Run:
     log: StepLog
     record: BatchRecord | None
     """None, as the lease, in a process that another one leads."""
-    bar: Progress
+    bar: ProgressBar
     lease: Lease | None
     """On the run directory: one trainer at a time."""
     poll: Callable[[], bool]
@@ -314,7 +314,7 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
         lease = _claim_run(stack, setup) if is_leader else None
         setup.trainers.wait()  # until the leader has the run
         is_shown, stream = is_leader and config.logging.progress, None if is_leader else io.StringIO()
-        bar = stack.enter_context(Progress(config.run.steps, enabled=is_shown, stream=stream))
+        bar = stack.enter_context(ProgressBar(config.run.steps, enabled=is_shown, stream=stream))
         is_preempted = forward_preemption(stack.enter_context(catch_sigterm()))
         keep_every = [config.checkpoint.keep_every, config.window.sync_every * config.window.keep_checkpoints]
         checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep, keep_every, setup.trainers)
@@ -350,7 +350,7 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
 
         record = writer = None
         if is_leader:
-            record = BatchRecord(directory / "batches.jsonl", forget_after=progress.step if is_changed else None)
+            record = BatchRecord(directory / "batches.jsonl", delete_after=progress.step if is_changed else None)
             writer = stack.enter_context(_open_writer(config, directory, None if restored is None else progress.step))
 
         def poll() -> bool:
@@ -435,7 +435,7 @@ def _make_source(
     rollouts: RolloutLog,
     cluster: Cluster | None,
     poll: Callable[[], bool],
-    bar: Progress,
+    bar: ProgressBar,
     stack: contextlib.ExitStack,
 ) -> GroupSource:
     """Who fills the windows, by ``config.mode``."""
@@ -463,7 +463,7 @@ def _make_source(
     )
 
 
-def _warm_up(setup: SamplingSetup, weights: Any, bar: Progress) -> None:
+def _warm_up(setup: SamplingSetup, weights: Any, bar: ProgressBar) -> None:
     """Compiles the sampler's programs before the first group, for the lengths of the first prompts."""
     if setup.turns is None or setup.config.mode != "online":
         return
@@ -513,7 +513,7 @@ def _publish_policies(
     """For samplers that read the config and the policies in the run's shared folder."""
     config, root, policies = assembly.config, setup.root, PolicyStore(setup.root / "policy")
     if setup.trainers.is_leader:
-        storage.replace(root / run_dir.CONFIG_FILE, config_file.to_yaml(config).encode())
+        run_dir.save_config(root, config)
     digest = run_dir.digest(config)
 
     def publish(window: Window, weights: Any) -> Metrics:

@@ -9,6 +9,7 @@ from oapl_jax.config.commands import GenerateConfig, SftConfig, TrainConfig
 from oapl_jax.config.model import ModelConfig
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.distributed.sharding import num_processes
+from oapl_jax.io import run_dir
 from oapl_jax.model import qwen
 from oapl_jax.sft import sft
 
@@ -53,4 +54,4 @@ def outline(model: ModelConfig) -> tuple[qwen.QwenConfig, Tokenizer]:
 
 def is_run(path: str | None) -> bool:
     """Whether a model path is the directory of a run."""
-    return path is not None and (pathlib.Path(path) / "config.yaml").is_file()
+    return path is not None and (pathlib.Path(path) / run_dir.CONFIG_FILE).is_file()

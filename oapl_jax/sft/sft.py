@@ -10,7 +10,9 @@ from oapl_jax.config.commands import SftConfig
 from oapl_jax.data.pairs import load_pairs
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.io import run_dir
-from oapl_jax.io.metrics import MetricsWriter, Progress, check_finite
+from oapl_jax.io.metrics import MetricsWriter
+from oapl_jax.io.non_finite import check_finite
+from oapl_jax.io.progress_bar import ProgressBar
 from oapl_jax.learner.batch import from_pairs
 from oapl_jax.model import hf, lora
 from oapl_jax.objectives import supervised
@@ -71,7 +73,7 @@ def run(config: SftConfig) -> pathlib.Path:
     directory = run_dir.open_run(config, SftConfig)
 
     with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(Progress(config.run.steps, enabled=config.logging.progress))
+        progress = stack.enter_context(ProgressBar(config.run.steps, enabled=config.logging.progress))
         checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep, [config.checkpoint.keep_every])
         stack.callback(checkpoints.close)
         restored = checkpoints.restore(learner.shapes.stored, progress.note)

@@ -185,10 +185,10 @@ class LogFollower:
             while not self._stopping.wait(delay):
                 start = time.monotonic()
                 if self._follow():
-                    last_news, delay = time.monotonic(), storage.QUICKEST_LOOK
+                    last_news, delay = time.monotonic(), storage.SHORTEST_POLL
                     continue
                 now = time.monotonic()
-                delay = storage.next_look(now - start, now - last_news)
+                delay = storage.next_poll(now - start, now - last_news)
                 if now >= self._next_reports:
                     self._reports = _read_reports(self._root / SAMPLERS_FOLDER)
                     self._next_reports = time.monotonic() + REPORT_SECONDS

@@ -23,7 +23,6 @@ from typing import Any
 import jax
 
 from oapl_jax.build.sampler import make_engines
-from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.data import tokenizer as tokenizers
@@ -88,7 +87,7 @@ class SamplingProcess:
             current = self._wait_for_policy()
             if current is None or current.is_finished:
                 return
-            config = self._read_config()
+            config = run_dir.read_config(self._root, TrainConfig)
             with tempfile.TemporaryDirectory(prefix="oapl-policy-") as cache:
                 self._sample(config, current, pathlib.Path(cache))
 
@@ -145,7 +144,7 @@ class SamplingProcess:
             self._stop.wait(delay)
             start = time.monotonic()
             current = self._store.current() or current
-            delay = storage.next_look(time.monotonic() - start, start - since)
+            delay = storage.next_poll(time.monotonic() - start, start - since)
         say(f"{shards.num_written} groups written, {shards.num_wasted} made in vain")
 
     def _make_loop(
@@ -234,12 +233,6 @@ class SamplingProcess:
                 )
             self._stop.wait(POLL_SECONDS)
         return None
-
-    def _read_config(self) -> TrainConfig:
-        with tempfile.TemporaryDirectory() as folder:
-            path = pathlib.Path(folder) / run_dir.CONFIG_FILE
-            path.write_bytes(storage.read(self._root / run_dir.CONFIG_FILE))
-            return config_file.load(TrainConfig, path)
 
     def _report(self, loop: SamplingLoop | None) -> None:
         if loop is not None and time.monotonic() >= self._next_report:

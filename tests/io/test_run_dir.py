@@ -1,14 +1,18 @@
-"""A run directory belongs to one config."""
+"""A run directory belongs to one config and one layout."""
 
+import json
 import os
 import pathlib
 
 import pytest
 
+from oapl_jax import __version__
 from oapl_jax.build.checks import CHECKS
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
-from oapl_jax.io.run_dir import identity, open_run
+from oapl_jax.io.run_dir import LAYOUT, check_release, check_run, identity, open_run, read_config, save_config
+from oapl_jax.io.storage import shared_path
+from rollouts.late_listings import make_place
 
 RAW = {
     "run": {"steps": 10},
@@ -26,7 +30,7 @@ def make_config(directory, **sections):
     return config_file.validate(TrainConfig, raw, "test", CHECKS)
 
 
-def test_a_new_directory_is_made_and_holds_the_resolved_config(tmp_path):
+def test_a_new_directory_is_made_and_has_the_resolved_config(tmp_path):
     config = make_config(tmp_path / "a" / "b")
     directory = open_run(config, TrainConfig)
     assert directory == tmp_path / "a" / "b"
@@ -50,7 +54,7 @@ def test_another_config_is_refused_naming_every_key_that_differs(tmp_path):
     assert (tmp_path / "config.yaml").read_text() == before
 
 
-def test_a_change_that_is_allowed_is_told_and_saved(tmp_path):
+def test_a_change_that_is_allowed_is_saved(tmp_path):
     open_run(make_config(tmp_path), TrainConfig)
     other = make_config(tmp_path, run={"allow_config_change": True}, learner={"learning_rate": 0.5})
     assert open_run(other, TrainConfig) == tmp_path
@@ -90,7 +94,7 @@ def test_a_crash_while_the_config_is_saved_leaves_the_one_before(tmp_path):
         assert os.read(descriptor, 100_000) == before, "it is replaced, not written over"
     finally:
         os.close(descriptor)
-    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "run.json"]
 
 
 def test_a_saved_config_that_a_crash_tore_is_named(tmp_path):
@@ -99,3 +103,67 @@ def test_a_saved_config_that_a_crash_tore_is_named(tmp_path):
     saved.write_text(saved.read_text()[:50])
     with pytest.raises(ValueError, match=r"config\.yaml"):
         open_run(make_config(tmp_path), TrainConfig)
+
+
+def test_the_config_of_an_existing_run_is_read_from_a_folder_and_from_an_object_store(tmp_path):
+    for run in (tmp_path, shared_path(make_place())):
+        config = make_config(tmp_path)
+        save_config(run, config)
+        assert read_config(run, TrainConfig) == config
+
+
+def refusals(directory):
+    """What each reader of a run directory says; the first is that of a run that would go on in it."""
+    config = make_config(directory)
+    readers = (
+        lambda: check_run(config, TrainConfig),
+        lambda: open_run(config, TrainConfig),
+        lambda: read_config(directory, TrainConfig),
+        lambda: check_release(directory),
+    )
+    for read in readers:
+        with pytest.raises(ValueError, match="was written by") as caught:
+            read()
+        yield str(caught.value)
+
+
+def test_a_run_directory_of_another_layout_is_refused_in_one_line_that_names_both_releases(tmp_path):
+    open_run(make_config(tmp_path), TrainConfig)
+    (tmp_path / "run.json").write_text(json.dumps({"layout": LAYOUT + 1, "version": "9.8.7"}))
+    (tmp_path / "config.yaml").write_text("unknown: 1\n")  # which is not read
+    (message,) = set(refusals(tmp_path))
+    assert message == (
+        f"{str(tmp_path)!r} was written by oapl_jax 9.8.7, layout {LAYOUT + 1}, and this is oapl_jax {__version__},"
+        f" layout {LAYOUT}: use the release that wrote it, or choose another run directory"
+    )
+    assert (tmp_path / "config.yaml").read_text() == "unknown: 1\n"
+
+
+def test_a_run_directory_of_before_there_were_layouts_is_refused(tmp_path):
+    """As commit 29ded25 left them: config.yaml, and what the run wrote."""
+    (tmp_path / "config.yaml").write_text("unknown: 1\n")
+    (tmp_path / "metrics.jsonl").write_text("")
+    (message,) = set(refusals(tmp_path))
+    assert "was written by oapl_jax 0.1.0 (commit 29ded25 or before), layout 1, and this is oapl_jax" in message
+    assert "\n" not in message
+
+
+def test_a_config_that_lies_in_the_folder_of_a_new_run_is_no_run(tmp_path):
+    config = make_config(tmp_path)
+    config_file.save(config, tmp_path / "config.yaml")
+    assert open_run(config, TrainConfig) == tmp_path
+    assert read_config(tmp_path, TrainConfig) == config
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"layout": 2}', "null"])
+def test_a_damaged_mark_is_named(tmp_path, content):
+    open_run(make_config(tmp_path), TrainConfig)
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run\.json: has no layout and version"):
+        read_config(tmp_path, TrainConfig)
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path):
+    for folder in (tmp_path, tmp_path / "nothing"):
+        with pytest.raises(ValueError, match=r"is no run directory: it has no run\.json"):
+            check_release(folder)

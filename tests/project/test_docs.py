@@ -7,6 +7,7 @@ import pyarrow as pa
 import pytest
 
 from oapl_jax.rollouts import schema
+from oapl_jax.rollouts.schema import COLUMNS
 from test_layers import LAYERS
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -16,10 +17,18 @@ PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "doc
 def test_the_columns_of_the_rollout_log_are_those_of_the_schema():
     page = (ROOT / "docs/rollout_log.md").read_text()
     table = page.split("## Columns")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| `(\w+)` \| `([\w ]+)` \|.*\| (.+) \|$", table, re.MULTILINE)
-    documented = [(name, type_name, null != "never") for name, type_name, null in rows]
-    assert documented == [(field.name, type_name_of(field.type), field.nullable) for field in schema.SCHEMA]
+    rows = re.findall(r"^\| `(\w+)` \| `([\w ]+)` \|.*\| (.+) \| (.+) \|$", table, re.MULTILINE)
+    found = [
+        (name, type_name_of(column.type), default_of(column), column.is_nullable) for name, column in COLUMNS.items()
+    ]
+    assert [(name, type_name, default, null != "never") for name, type_name, default, null in rows] == found
     assert f"Schema version {schema.SCHEMA_VERSION}." in table
+
+
+def default_of(column):
+    if column.is_required:
+        return "refused"
+    return "null" if column.default is None else f'`"{column.default}"`'
 
 
 def type_name_of(arrow_type):
@@ -45,7 +54,7 @@ def test_what_a_page_points_to_exists(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
 def test_the_modules_that_a_page_names_exist(page):
     text = page.read_text()
-    modules = re.findall(r"python -m (oapl_jax[\w.]*)", text)
+    modules = re.findall(r"python -m (oapl_jax\.[\w.]+)", text)
     files = re.findall(r"`((?:oapl_jax|tests|launch|benchmarks|docs|notebooks)/[\w/.]+\.\w+)`", text)
     paths = [*(module.replace(".", "/") + ".py" for module in modules), *files]
     assert not [path for path in paths if not (ROOT / path).exists()]

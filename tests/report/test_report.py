@@ -3,14 +3,15 @@ import dataclasses
 import io
 import json
 import re
-import subprocess
-import sys
 
 import matplotlib.image
 import numpy as np
 import pytest
 
+from oapl_jax.cli import commands
 from oapl_jax.io import metrics
+from oapl_jax.io.console import ExitCode
+from oapl_jax.io.run_dir import LAYOUT, RUN_FILE
 from oapl_jax.report import report
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, RolloutGroup, Verdict
@@ -139,10 +140,9 @@ def test_the_running_mean_keeps_a_constant_and_averages_neighbours():
     np.testing.assert_allclose(report._running_mean(ramp)[2:-2], ramp[2:-2])
 
 
-def test_the_command_writes_the_report_and_refuses_what_is_no_directory(tmp_path):
-    command = [sys.executable, "-m", "oapl_jax", "report"]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == str(tmp_path / "report.html")
-    failed = subprocess.run([*command, str(tmp_path / "nowhere")], capture_output=True, text=True, check=False)
-    assert failed.returncode == 2
-    assert "nowhere' does not exist" in failed.stderr
+def test_the_command_writes_the_report_and_refuses_what_is_no_run(tmp_path, capsys):
+    (tmp_path / RUN_FILE).write_text(json.dumps({"layout": LAYOUT, "version": "0"}))
+    assert commands.main(["report", str(tmp_path)]) == ExitCode.DONE
+    assert capsys.readouterr().out.strip() == str(tmp_path / "report.html")
+    assert commands.main(["report", str(tmp_path / "nowhere")]) == ExitCode.USAGE
+    assert "nowhere' is no run directory" in capsys.readouterr().err

@@ -48,7 +48,15 @@ def bits(item: RolloutGroup) -> tuple:
         *(
             (
                 *(array(r.rollout.token_ids), array(r.rollout.logprobs), r.rollout.finish_reason),
-                *(r.text, r.grade.verdict, number(r.grade.reward), r.grade.detail, number(r.advantage), r.is_usable),
+                *(
+                    r.text,
+                    r.grade.verdict,
+                    number(r.grade.reward),
+                    r.grade.detail,
+                    number(r.advantage),
+                    r.is_usable,
+                    r.extra,
+                ),
             )
             for r in item.rollouts
         ),

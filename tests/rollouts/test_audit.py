@@ -6,9 +6,11 @@ import json
 import numpy as np
 import pytest
 
+from oapl_jax.cli import audit as command
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
-from oapl_jax.rollouts.audit import AuditError, audit, main
+from oapl_jax.io import console, run_dir
+from oapl_jax.rollouts.audit import AuditError, audit
 from oapl_jax.rollouts.log import BatchRecord, RolloutLog
 from rollouts.groups import group
 
@@ -26,7 +28,7 @@ CONFIG = {
 @pytest.fixture
 def run(tmp_path):
     """Four steps in two windows; group 1 of the second is not usable and was passed over."""
-    config_file.save(config_file.validate(TrainConfig, CONFIG, "test"), tmp_path / "config.yaml")
+    run_dir.save_config(tmp_path, config_file.validate(TrainConfig, CONFIG, "test"))
     log, record = RolloutLog(tmp_path / "rollouts"), BatchRecord(tmp_path / "batches.jsonl")
     for version, indices in ((0, [0, 1, 2, 3]), (1, [0, 2, 3, 4])):
         log.append([group(index, version, is_usable=(version, index) != (1, 1)) for index in range(5)])
@@ -58,7 +60,7 @@ def with_rollout(item, **values):
 
 
 def test_a_sound_run_is_proved(run, capsys):
-    main([str(run)])
+    assert console.run(command.main, [str(run)]) == console.ExitCode.DONE
     assert capsys.readouterr().out == "4 steps, 2 windows, 8 groups, 16 rollouts: all as recorded\n"
 
 
@@ -70,7 +72,7 @@ def test_a_run_that_was_killed_is_proved_as_far_as_it_came(run):
 
 
 @pytest.mark.parametrize(
-    ("line", "values", "told"),
+    ("line", "values", "message"),
     [
         (2, {"groups": ["000000-00000001", "000000-00000002"]}, "group 000000-00000001 was trained on 2 times"),
         (2, {"groups": ["000000-00000002", "000000-00000002"]}, "line 2: a group is in the batch twice"),
@@ -96,12 +98,10 @@ def test_a_run_that_was_killed_is_proved_as_far_as_it_came(run):
         (3, {"step": 4}, "line 3: step 4 follows step 2"),
     ],
 )
-def test_a_wrong_record_is_found(run, line, values, told, capsys):
+def test_a_wrong_record_is_found(run, line, values, message, capsys):
     edit_line(run / "batches.jsonl", line, **values)
-    with pytest.raises(SystemExit) as caught:
-        main([str(run)])
-    assert caught.value.code == 1
-    assert told in capsys.readouterr().err
+    assert console.run(command.main, [str(run)]) == console.ExitCode.FAILED
+    assert message in capsys.readouterr().err
 
 
 def test_metrics_of_another_version_or_lag_are_found(run):
@@ -123,9 +123,9 @@ def test_a_wrong_group_is_found(run):
         ),
         "group 000000-00000002: has 1 rollouts of 2": dataclasses.replace(sound[2], rollouts=sound[2].rollouts[:1]),
     }
-    for told, bad in cases.items():
+    for message, bad in cases.items():
         rewrite(run, 0, [*sound[:2], bad, *sound[3:]])
-        with pytest.raises(AuditError, match=told):
+        with pytest.raises(AuditError, match=message):
             audit(run)
     rewrite(run, 0, sound)
     audit(run)
@@ -136,11 +136,10 @@ def test_a_damaged_file_that_no_batch_needs_is_said(run):
     assert audit(run).endswith("; damaged files, of which nothing was trained on: 1")
 
 
-def test_a_damaged_file_and_a_folder_that_is_no_run(run, tmp_path):
+def test_a_damaged_file_and_a_folder_that_is_no_run(run, tmp_path, capsys):
     (path,) = (run / "rollouts" / "000001").glob("*.parquet")
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(AuditError, match=r"part-000000\.parquet: not a readable Parquet file"):
         audit(run)
-    with pytest.raises(SystemExit) as caught:
-        main([str(tmp_path / "nothing")])
-    assert caught.value.code == 2
+    assert console.run(command.main, [str(tmp_path / "nothing")]) == console.ExitCode.USAGE
+    assert "is no run directory: it has no run.json" in capsys.readouterr().err

@@ -52,7 +52,7 @@ def test_cut_responses_are_left_out_before_the_correct_ones_are_counted():
     kept, counts = filters.apply(LOG, FilterConfig(finished_only=True, max_correct=1), seed=0)
     assert indices(kept) == [0, 1, 4]
     assert [len(item.rollouts) for item in kept] == [4, 4, 2]
-    assert (counts.cut_rollouts, counts.small_groups, counts.too_many_correct) == (3, 1, 2)
+    assert (counts.truncated_rollouts, counts.small_groups, counts.too_many_correct) == (3, 1, 2)
 
 
 def test_a_random_subset_of_prompts_follows_the_seed_and_comes_last():

@@ -33,6 +33,7 @@ EXPECTATIONS = import_rollouts.Expectations(
 def make_group(index: int, answer: str = "", size: int = 4) -> RolloutGroup:
     rng = np.random.default_rng(index)
     items = [groups.rollout(rng, 2 + i, Verdict.CORRECT if i % 2 else Verdict.WRONG, 0.5 - i % 2) for i in range(size)]
+    items[0] = dataclasses.replace(items[0], extra=f'{{"number": {index}}}')
     question = groups.prompt(index)
     return RolloutGroup(
         index, 0, Prompt(question.id, question.token_ids, question.text, answer or str(index)), tuple(items), 0.5
@@ -57,6 +58,7 @@ def facts(found: list[import_rollouts.Responses]) -> list[tuple]:
             item.grade.verdict,
             item.grade.reward,
             item.grade.detail,
+            item.extra,
         )
         for responses in found
         for item in responses.members
@@ -67,7 +69,8 @@ def facts_of(source: list[RolloutGroup]) -> list[tuple]:
     return facts(
         [
             import_rollouts.Responses(
-                group.prompt, [import_rollouts.Response(item.rollout, item.text, item.grade) for item in group.rollouts]
+                group.prompt,
+                [import_rollouts.Response(item.rollout, item.text, item.grade, item.extra) for item in group.rollouts],
             )
             for group in source
         ]
@@ -211,6 +214,8 @@ BAD_CELLS = {
     "a log-probability is above 0": ("logprobs", [0.5, -1.0, -1.0]),
     "another prompt": ("prompt_token_ids", [9, 9]),
     "doubled index": ("rollout_index", 0),
+    "extra is no object": ("extra", "[1]"),
+    "extra is no JSON": ("extra", "{"),
 }
 
 
@@ -239,6 +244,22 @@ def test_missing_log_probabilities_are_no_fault(tmp_path):
     found, counts = read(tmp_path / "without.parquet")
     assert not counts
     assert all(np.isnan(item.rollout.logprobs).all() for responses in found for item in responses.members)
+
+
+def test_missing_optional_columns_have_their_defaults_and_unknown_ones_are_ignored(tmp_path):
+    optional = [name for name, column in schema.COLUMNS.items() if not column.is_required]
+    table = log_table().drop_columns([*optional, "group_index", "policy_version"])
+    pq.write_table(table.append_column("later", pa.array([{"a": 1}] * 24)), tmp_path / "part.parquet")
+    found, counts = read(tmp_path / "part.parquet")
+    assert not counts
+    texts = {(responses.prompt.text, item.text, item.extra) for responses in found for item in responses.members}
+    assert texts == {("", "", "{}")}
+
+
+def test_a_log_of_schema_1_comes_in(tmp_path):
+    found, counts = read(pathlib.Path(__file__).parent / "fixtures" / "schema_1", "drop")
+    assert [len(responses.members) for responses in found] == [2, 2]
+    assert counts == {"no verdict": 2}
 
 
 def test_an_invalid_verdict_is_left_out_and_no_error(tmp_path):
@@ -270,7 +291,7 @@ def test_groups_of_unequal_size_are_an_error_or_used_as_they_are(tmp_path):
         (lambda t: with_type(t, "token_ids", pa.list_(pa.string())), "column 'token_ids' is list"),
         (lambda t: with_type(t, "reward", pa.string()), "column 'reward' is string, not a number"),
         (lambda t: with_type(t, "verdict", pa.int64()), "column 'verdict' is int64, not text"),
-        (lambda t: t.replace_schema_metadata({"oapl_jax.schema_version": "7"}), "schema version"),
+        (lambda t: t.replace_schema_metadata({"oapl_jax.schema_version": "7"}), "schema version 7, .* up to 2; update"),
     ],
 )
 def test_a_file_of_another_schema_is_named(tmp_path, change, message):
@@ -312,7 +333,7 @@ def test_data_of_another_temperature_are_refused(tmp_path):
 def test_too_large_groups_and_nothing_at_all_are_said(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         read(tmp_path / "none")
-    with pytest.raises(ValueError, match="holds no Parquet file"):
+    with pytest.raises(ValueError, match="has no Parquet file"):
         read(tmp_path)
     pq.write_table(log_table([make_group(0, size=5)]), tmp_path / "part.parquet")
     with pytest.raises(ValueError, match=r"5 responses and sampler\.group_size=4; set sampler\.group_size=5"):
@@ -333,7 +354,8 @@ def mutated(rng: np.random.Generator, path: pathlib.Path, layout: str) -> tuple[
             table = with_cell(table, str(rng.choice(table.schema.names)), row, None)
             good.discard(row)
     elif kind == "column":
-        table = table.drop_columns([str(rng.choice(table.schema.names))])
+        name = str(rng.choice(table.schema.names))
+        kind, table = f"column {name}", table.drop_columns([name])
     elif kind == "type":
         table = with_type(table, str(rng.choice(table.schema.names)), rng.choice([pa.int8(), pa.string(), pa.bool_()]))
         good = set()  # all of them have a null there
@@ -371,7 +393,8 @@ def test_a_hundred_mutated_files_raise_nothing_and_lose_no_good_row(tmp_path, la
             assert not found, f"seed {seed}"
             continue
         # Without its tokens a row of the published layout has those of its text, without its name a prompt has another.
-        kept = (2, 4, 8, 9) if kind == "column" else range(11)
+        kept = (2, 4, 8, 9) if kind.startswith("column") else range(12)
+        kept = [i for i in kept if i != {"column prompt": 2, "column response": 4}.get(kind)]  # these have defaults
         got = {tuple(row[i] for i in kept) for row in facts(found)}
         assert got >= {tuple(everything[row][i] for i in kept) for row in good}, f"seed {seed}, {kind}: {counts}"
         assert len(facts(found)) >= len(good)

@@ -18,6 +18,7 @@ from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.data.tokenizer import CharacterTokenizer
 from oapl_jax.distributed.sharding import TRAINER_RULES, make_meshes
 from oapl_jax.evaluation import tally
+from oapl_jax.io import run_dir
 from oapl_jax.model import hf
 from oapl_jax.rollouts.buffer import Window
 from oapl_jax.rollouts.log import RolloutLog
@@ -107,7 +108,7 @@ def test_published_policies_are_evaluated_and_half_of_one_is_not(tmp_path):
         manifest = Manifest(Window(version, 0, 4), 4, "digest", {}, "log")
         store.publish(manifest, config, params, CharacterTokenizer())
     (directory / "policy" / "000002").mkdir()
-    config_file.save(runs.make_config(directory), directory / "config.yaml")
+    run_dir.save_config(directory, runs.make_config(directory))
     (directory / "summary.json").write_text("{}")
     evaluate.evaluate(make_config(tmp_path / "e", {"path": str(directory)}), watch=True)
     assert tally.versions(tmp_path / "e" / "rollouts") == [0, 1]
@@ -116,8 +117,7 @@ def test_published_policies_are_evaluated_and_half_of_one_is_not(tmp_path):
 
 def test_a_run_without_news_is_an_error_after_the_deadline(tmp_path):
     config = runs.make_config(tmp_path / "run")
-    (tmp_path / "run").mkdir()
-    config_file.save(config, tmp_path / "run" / "config.yaml")
+    run_dir.save_config(tmp_path / "run", config)
     watching = make_config(tmp_path / "e", {"path": str(tmp_path / "run")}, watch_deadline=0.1)
     with pytest.raises(TimeoutError, match=r"no new version within run\.watch_deadline=0\.1 s"):
         evaluate.evaluate(watching, watch=True)

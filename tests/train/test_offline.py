@@ -106,7 +106,7 @@ def test_data_from_outside_are_cut_checked_and_scored_once(calm, tmp_path):
     assert summary["steps"] == 3, "14 groups make 3 batches of 4"
     record = json.loads((tmp_path / "run/rounds/000000.json").read_text())
     assert record["scored"] == 111
-    assert record["bad_rows"] == {"no reward": 1, "unequal groups": 1, "cut responses": 55}
+    assert record["bad_rows"] == {"no reward": 1, "unequal groups": 1, "truncated responses": 55}
     of_prompt = {group.prompt.id: group for group in source}
     trained = RolloutLog(tmp_path / "run/rollouts").read(0)
     assert [group.index for group in trained] == list(range(14))
@@ -114,7 +114,7 @@ def test_data_from_outside_are_cut_checked_and_scored_once(calm, tmp_path):
     for group in trained:
         originals = list(of_prompt[group.prompt.id].rollouts)[8 - len(group.rollouts) :]
         for item, original in zip(group.rollouts, originals, strict=True):
-            if item.grade.detail == "cut for training":
+            if item.grade.detail == "truncated for training":
                 assert len(item.rollout.token_ids) == 6
                 assert (item.grade.reward, item.grade.verdict) == (0.0, Verdict.WRONG)
                 assert item.rollout.finish_reason is FinishReason.LENGTH

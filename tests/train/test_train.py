@@ -10,7 +10,7 @@ import pytest
 from oapl_jax import train
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
-from oapl_jax.io.metrics import NonFiniteError
+from oapl_jax.io.non_finite import NonFiniteError
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.run.parity import ParityError
 from runs import BASE, ROOT, finish, make_config, read_lines, start, write_config

@@ -1,0 +1,139 @@
+"""The progress of a run on the terminal."""
+
+import math
+import sys
+import time
+from typing import Any
+
+import rich.console
+import rich.progress
+
+from oapl_jax.types import Metrics
+
+# The columns of a progress line: metric, label, decimals.
+_SHOWN = (
+    ("rollouts/reward", "reward", 2),
+    ("rollouts/pass_rate", "pass", 2),
+    ("window/lag", "lag", 0),
+    ("learner/residual", "residual", 3),
+)
+_SHOWN_WITHOUT_ROLLOUTS = (("learner/loss", "loss", 3),)
+_SECONDS_BETWEEN_LINES = (2.0, 60.0)
+
+
+class ProgressBar:
+    """Shows how a run goes: a live bar on a terminal, plain lines elsewhere (CI logs, pods, notebooks).
+
+    Plain lines are at least 2 seconds apart, up to a minute in long runs; the last step always has one.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        enabled: bool = True,
+        live: bool | None = None,
+        stream: Any = None,
+        unit: str = "step",
+    ):
+        """Prepares the display.
+
+        Args:
+            total_steps: learner steps in all, those before a resume included.
+            enabled: False silences ``update``; notes are printed all the same.
+            live: a bar that moves; None: when the stream is a terminal.
+            stream: text file to print to; None: standard output.
+            unit: what is counted.
+        """
+        self._total, self._unit = total_steps, unit
+        self._stream = sys.stdout if stream is None else stream
+        self._live = enabled and (self._stream.isatty() if live is None else live)
+        self._enabled = enabled
+        self._shown: Metrics = {}
+        self._first: tuple[int, float] | None = None
+        self._last_line = -math.inf
+        self._bar = _make_bar(self._stream) if self._live else None
+        self._task = self._bar.add_task("", total=total_steps, shown="", left="") if self._bar else None
+
+    def expect(self, total_steps: int) -> None:
+        """Corrects the number of steps in all."""
+        self._total = total_steps
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, total=total_steps)
+
+    def update(self, step: int, metrics: Metrics) -> None:
+        """Says that learner step ``step`` (counted from 1) is done. Metrics that are missing keep their value."""
+        if not self._enabled:
+            return
+        self._shown.update(metrics)
+        now = time.monotonic()
+        # The first step compiles: the pace is measured from its end.
+        self._first = self._first or (step, now)
+        shown, left = _describe(self._shown), _time_left(self._first, (step, now), self._total)
+        if self._bar is not None and self._task is not None:
+            self._bar.update(self._task, completed=step, shown=" ".join(shown), left=left)
+        elif step >= self._total or now - self._last_line >= self._pause(now):
+            self._last_line = now
+            width = len(str(self._total))
+            self._print("  ".join([f"{self._unit} {step:{width}}/{self._total}", *shown, left]))
+
+    def note(self, message: str) -> None:
+        """Prints one line that stays, above the bar if there is one."""
+        if self._bar is not None:
+            self._bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
+        else:
+            self._print(message)
+
+    def _pause(self, now: float) -> float:
+        shortest, longest = _SECONDS_BETWEEN_LINES
+        elapsed = 0.0 if self._first is None else now - self._first[1]
+        return min(longest, max(shortest, elapsed / 50))
+
+    def _print(self, line: str) -> None:
+        print(line.rstrip(), file=self._stream, flush=True)
+
+    def __enter__(self) -> "ProgressBar":
+        if self._bar is not None:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _make_bar(stream: Any) -> rich.progress.Progress:
+    column = rich.progress.TextColumn
+    return rich.progress.Progress(
+        column("{task.completed}/{task.total}"),
+        rich.progress.BarColumn(bar_width=None),
+        column("{task.fields[shown]} {task.fields[left]}", markup=False),
+        console=rich.console.Console(file=stream, force_terminal=True),
+        expand=True,
+    )
+
+
+def _describe(metrics: Metrics) -> list[str]:
+    """One word group a column; together with step and time left they fit 80 characters."""
+    columns = [column for column in _SHOWN if column[0] in metrics]
+    columns = columns or [column for column in _SHOWN_WITHOUT_ROLLOUTS if column[0] in metrics]
+    words = [f"{label} {float(metrics[name]):.{decimals}f}" for name, label, decimals in columns]
+    if "learner/tokens_per_second" in metrics:
+        words.append(f"{_short(float(metrics['learner/tokens_per_second']))} tok/s")
+    return words
+
+
+def _short(value: float) -> str:
+    for limit, divisor, suffix in ((1e3, 1, ""), (1e6, 1e3, "k"), (1e9, 1e6, "M")):
+        if abs(value) < limit:
+            return f"{value / divisor:.{0 if divisor == 1 else 1}f}{suffix}"
+    return f"{value:.1e}"
+
+
+def _time_left(first: tuple[int, float], last: tuple[int, float], total: int) -> str:
+    steps, seconds = last[0] - first[0], last[1] - first[1]
+    if steps <= 0:
+        return "left -:--"
+    left = round(seconds / steps * (total - last[0]))
+    hours, minutes, seconds = left // 3600, left // 60 % 60, left % 60
+    return f"left {hours}:{minutes:02}:{seconds:02}" if hours else f"left {minutes}:{seconds:02}"

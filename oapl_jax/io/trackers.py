@@ -1,0 +1,42 @@
+"""Trackers that show metrics outside of the run directory's own file: TensorBoard and Weights & Biases."""
+
+import importlib
+import pathlib
+import uuid
+from typing import Any
+
+TENSORBOARD_FOLDER = "tensorboard"
+
+
+def start_tensorboard(run_dir: pathlib.Path, first_step: int) -> Any:
+    """Opens event files; later steps of former ones are hidden."""
+    # Imported here because it takes more than a second, which reading metrics need not pay.
+    import tensorboardX
+
+    # The suffix keeps the files of two starts within one second apart.
+    folder, suffix = str(run_dir / TENSORBOARD_FOLDER), f".from-{first_step}"
+    return tensorboardX.SummaryWriter(folder, purge_step=first_step, filename_suffix=suffix)
+
+
+def start_wandb(project: str, run_dir: pathlib.Path, config: dict[str, Any] | None) -> Any:
+    """Starts a W&B run, or goes on with the one of this run directory.
+
+    Raises:
+        ValueError: wandb is not installed.
+    """
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError:
+        raise ValueError(
+            f"logging.wandb_project={project!r} needs the wandb package: pip install wandb, or set it to null"
+        ) from None
+    # The id is kept with the run, so that a resumed run continues the same W&B run.
+    id_file = run_dir / "wandb_id.txt"
+    if not id_file.exists():
+        id_file.write_text(uuid.uuid4().hex[:12])
+    run = wandb.init(
+        project=project, id=id_file.read_text(), resume="allow", name=run_dir.name, dir=str(run_dir), config=config
+    )
+    # W&B's own step cannot go back, which a resumed run does.
+    run.define_metric("*", step_metric="step")
+    return run
