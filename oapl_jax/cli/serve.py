@@ -10,6 +10,7 @@ says the same again. The server is JetStream's: it listens on all interfaces, wi
 """
 
 import argparse
+import importlib.util
 import os
 import signal
 import socket
@@ -190,6 +191,9 @@ def ask(text: str, port: int, max_tokens: int) -> list[str]:
 def main(argv: list[str]) -> None:
     """Command line; exit code 2 where the arguments are wrong, 1 where a server gives no answer."""
     arguments = parse(argv)
+    missing = [name for name in ("grpc", "jetstream") if importlib.util.find_spec(name) is None]
+    if missing:  # said before the model is loaded
+        raise ValueError(f"serve: {' and '.join(missing)} not installed; pip install 'oapl-jax[serve]'")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if arguments.ask is None:
         serve(arguments)

@@ -445,7 +445,7 @@ class LoggingConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard event files."""
     wandb_project: str | None = None
-    """Weights & Biases project; needs ``pip install wandb``."""
+    """Weights & Biases project; needs the extra ``wandb``."""
     progress: bool = True
     """A live progress bar on a terminal; one line a step elsewhere."""
 

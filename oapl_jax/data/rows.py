@@ -135,7 +135,10 @@ def _read_datasets(
     path: str, columns: Sequence[str], optional: Sequence[str], name: str | None, split: str, files: Sequence[str]
 ) -> Table:
     """A folder written by ``save_to_disk``, or whatever ``load_dataset`` takes: a hub name, a folder of files."""
-    import datasets
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError(f"{path!r}: {error}; pip install 'oapl-jax[data]'") from error
 
     if _looks_local(path):
         _existing(path)
@@ -165,7 +168,10 @@ def _read_datasets(
 
 def _read_tfds(path: str, columns: Sequence[str], optional: Sequence[str], split: str) -> Table:
     """A prepared dataset (array_record) by folder or by name, through ``as_data_source``: no TensorFlow."""
-    import tensorflow_datasets as tfds
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ValueError(f"{path!r}: {error}; pip install 'oapl-jax[data]'") from error
 
     builder: Any
     if _looks_local(path) or pathlib.Path(path).is_dir():

@@ -88,7 +88,7 @@ def test_damage_elsewhere_is_an_error_that_names_the_line(tmp_path, damage):
 
 def test_a_wandb_project_without_wandb_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"logging\.wandb_project='demo'.*pip install wandb"):
+    with pytest.raises(ValueError, match=r"logging\.wandb_project='demo'.*oapl-jax\[wandb\]"):
         metrics.MetricsWriter(tmp_path, wandb_project="demo")
 
 

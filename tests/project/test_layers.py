@@ -47,6 +47,16 @@ def imports_of(path: pathlib.Path) -> set[str]:
     return found
 
 
+def libraries_of(path: pathlib.Path) -> set[str]:
+    """Those of other people that a file imports."""
+    return {name.split(".")[0] for name in imports_of(path)} - {PACKAGE, *sys.stdlib_module_names}
+
+
+def providers_of(library: str) -> set[str]:
+    """Distributions that a library may come from."""
+    return {normal(name) for name in packages_distributions().get(library, [library])}
+
+
 def internal_imports(path: pathlib.Path) -> set[str]:
     """Modules of this package that a file imports."""
     found = {name for name in imports_of(path) if name.split(".")[0] == PACKAGE}
@@ -102,13 +112,12 @@ def test_init_files_are_empty():
 
 
 def test_every_library_that_is_imported_is_pinned_exactly():
-    requirement = re.compile(r"^([\w.-]+)(?:\[[\w,-]+\])?==[\w.]+$", re.MULTILINE)
-    pinned = {normal(name) for name in requirement.findall((ROOT / "requirements.txt").read_text())}
-    distributions = packages_distributions()
-    ours_or_optional = {PACKAGE, "wandb", "torch", *sys.stdlib_module_names}
+    requirement = re.compile(r"^([\w.-]+)==[\w.]+$", re.MULTILINE)
+    text = "".join((ROOT / name).read_text() for name in ("requirements.txt", "requirements-torch.txt"))
+    pinned = {normal(name) for name in requirement.findall(text)}
     for module, path in real_modules().items():
-        for library in {name.split(".")[0] for name in imports_of(path)} - ours_or_optional:
-            providers = {normal(name) for name in distributions.get(library, [library])}
+        for library in libraries_of(path):
+            providers = providers_of(library)
             assert providers & pinned, f"{module} imports {library}: pin {' or '.join(providers)} in requirements.txt"
 
 
