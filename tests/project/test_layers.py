@@ -24,6 +24,7 @@ LAYERS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LAYERS |= {room: len(FLOORS) + place for place, room in enumerate(TOP_FLOOR)}
 VAGUE = {"utils", "util", "common", "base", "helpers", "misc", "tools"}
 
+DISTRIBUTIONS = packages_distributions()
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted((ROOT / PACKAGE).rglob("*.py"))
 }
@@ -48,13 +49,13 @@ def imports_of(path: pathlib.Path) -> set[str]:
 
 
 def libraries_of(path: pathlib.Path) -> set[str]:
-    """Those of other people that a file imports."""
+    """Libraries outside this package and Python's own that a file imports."""
     return {name.split(".")[0] for name in imports_of(path)} - {PACKAGE, *sys.stdlib_module_names}
 
 
 def providers_of(library: str) -> set[str]:
     """Distributions that a library may come from."""
-    return {normal(name) for name in packages_distributions().get(library, [library])}
+    return {normal(name) for name in DISTRIBUTIONS.get(library, [library])}
 
 
 def internal_imports(path: pathlib.Path) -> set[str]:

@@ -22,7 +22,7 @@ LOCK = {
     normal(one.name): one
     for one in map(Requirement, re.findall(r"^\w.*$", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
 }
-# Pinned although nothing of ours imports it: versions that must fit another package's, and the viewer of our event files.
+# Pinned although we do not import them: two must fit the version of another package, and one shows our event files.
 ONLY_PINNED = {"jaxlib", "antlr4-python3-runtime", "tensorboard"}
 OPTIONAL_LIBRARIES = {
     "tensorflow",
