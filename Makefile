@@ -1,4 +1,4 @@
-# Every target does all set-up itself: a virtual environment, the pinned packages, then the work.
+# Every target does all set-up itself: a virtual environment, the project with the packages that it needs, then the work.
 # Needs only make and Python 3.11 or newer (another interpreter: make PYTHON=python3.12 ...).
 
 PYTHON ?= python3
@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-fast lint format setup tpu clean
+.PHONY: help quickstart test test-fast test-long lint format setup tpu clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -20,11 +20,14 @@ help: ## show the targets
 quickstart: $(RUN_STAMP) ## train a small model with OAPL on this machine and write its report
 	$(BIN)/python -m oapl_jax.train --config configs/quickstart.yaml
 
-test: lint $(TORCH_STAMP) $(TPU_STAMP) ## lint, types and every test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: lint $(TORCH_STAMP) $(TPU_STAMP) ## lint, types and all tests but the long ones
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
 
 test-fast: $(DEV_STAMP) ## the tests that take seconds
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not long"
+
+test-long: $(DEV_STAMP) $(TORCH_STAMP) $(TPU_STAMP) ## the tests that take minutes each
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
 
 lint: $(DEV_STAMP) ## format, lint and types, changing nothing
 	$(BIN)/ruff format --check .
@@ -50,13 +53,13 @@ $(BIN)/python:
 	  echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
 
 # Installs are long and silent otherwise: say what happens.
-$(RUN_STAMP): requirements.txt | $(BIN)/python
-	@echo "installing requirements.txt into $(VENV) (once; one to three minutes)"
-	$(PIP) install -q -r requirements.txt
+$(RUN_STAMP): pyproject.toml requirements.txt | $(BIN)/python
+	@echo "installing oapl-jax into $(VENV) (once; about a minute)"
+	$(PIP) install -q -c requirements.txt -e .
 	@touch $@
 
 $(DEV_STAMP): requirements-dev.txt $(RUN_STAMP) | $(SANDBOX_STAMP)
-	@echo "installing requirements-dev.txt into $(VENV)"
+	@echo "installing requirements-dev.txt and requirements.txt into $(VENV) (once; one to three minutes)"
 	$(PIP) install -q -r requirements-dev.txt
 	@touch $@
 

@@ -38,7 +38,7 @@ class Engine(Protocol):
 
 
 class EngineRunner:
-    """Hands requests to an engine in batches; ``oapl_jax.sample`` leases, grades and writes."""
+    """Hands requests to an engine in batches; ``oapl-jax sample`` leases, grades and writes."""
 
     def __init__(self, num_rows: int, stop_ids: tuple[int, ...], max_response_tokens: int):
         self._num_rows, self._stop_ids, self._limit = num_rows, stop_ids, max_response_tokens
@@ -108,7 +108,7 @@ class VllmEngine:
         self, prompts: list[list[int]], group_size: int, distribution: SamplingDistribution
     ) -> list[list[Response]]:
         """See ``Engine``."""
-        params = self._vllm.SamplingDistribution(
+        params = self._vllm.SamplingParams(
             n=group_size,
             temperature=distribution.temperature,
             top_k=distribution.top_k,

@@ -25,7 +25,7 @@ from typing import Any
 import yaml
 
 EXIT_SAVED = 42
-"""Exit code of `oapl_jax.train` after it saved because of SIGTERM."""
+"""Exit code of a command that SIGTERM stopped, with everything saved."""
 EXIT_BAD_ARGUMENTS = 2
 # Exit codes above 128 say "killed by signal CODE - 128": stopped, out of memory, a peer that died (abort).
 _SIGNALS = (signal.SIGINT, signal.SIGABRT, signal.SIGBUS, signal.SIGKILL, signal.SIGSEGV, signal.SIGTERM)
@@ -98,7 +98,8 @@ class Job:
     config: str
     slice: Slice
     overrides: tuple[str, ...] = ()
-    module: str = "oapl_jax.train"
+    command: str = "train"
+    """Of ``python -m oapl_jax``."""
     num_slices: int = 1
     spot: bool = False
     reservation: str | None = None
@@ -110,9 +111,9 @@ class Job:
     grace_seconds: int = 60
 
     @property
-    def command(self) -> list[str]:
+    def argv(self) -> list[str]:
         """The program is the pod's first process, so SIGTERM reaches it without a shell in between."""
-        return ["python", "-m", self.module, "--config", self.config, *self.overrides]
+        return ["python", "-m", "oapl_jax", self.command, "--config", self.config, *self.overrides]
 
 
 def parse_topology(text: str) -> Slice:
@@ -231,7 +232,7 @@ def _container(job: Job) -> dict[str, Any]:
     return {
         "name": "main",
         "image": job.image,
-        "command": job.command,
+        "command": job.argv,
         "env": [{"name": "JAX_PLATFORMS", "value": "tpu,cpu"}, {"name": "PYTHONUNBUFFERED", "value": "1"}],
         "ports": [{"containerPort": port} for port in _TPU_PORTS],
         "securityContext": {"privileged": True},  # the TPU driver's device files
@@ -278,7 +279,7 @@ def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--topology", required=True, help="v5p-64, v5e-16, v6e-4x4, tpu7x-4x4x4, ...")
     parser.add_argument("--image", required=True, help="container image with a tag, made from launch/Dockerfile")
     parser.add_argument("--name", required=True, help="name of the JobSet")
-    parser.add_argument("--module", default="oapl_jax.train", help="what is run (default: %(default)s)")
+    parser.add_argument("--command", default="train", help="command of oapl-jax (default: %(default)s)")
     parser.add_argument("--num-slices", type=int, default=1, help="slices of that topology (default: %(default)s)")
     parser.add_argument("--spot", action="store_true", help="run on Spot capacity")
     parser.add_argument("--reservation", help="name of a reservation")
@@ -305,7 +306,7 @@ def main(argv: list[str]) -> None:
             config=arguments.config,
             slice=parse_topology(arguments.topology),
             overrides=tuple(arguments.overrides),
-            module=arguments.module,
+            command=arguments.command,
             num_slices=arguments.num_slices,
             spot=arguments.spot,
             reservation=arguments.reservation,
@@ -336,7 +337,7 @@ def _describe(job: Job) -> str:
     total = tpu.chips * job.num_slices
     return (
         f"{job.name}: {job.num_slices} x {tpu.generation} {tpu.topology}"
-        f" ({tpu.hosts} hosts x {tpu.chips_per_host} chips; {total} chips in all), {shlex.join(job.command)}"
+        f" ({tpu.hosts} hosts x {tpu.chips_per_host} chips; {total} chips in all), {shlex.join(job.argv)}"
     )
 
 

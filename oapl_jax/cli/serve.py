@@ -10,6 +10,7 @@ JetStream's server listens on all interfaces, without encryption.
 """
 
 import argparse
+import importlib.util
 import os
 import signal
 import socket
@@ -193,6 +194,9 @@ def ask(text: str, port: int, max_tokens: int) -> list[str]:
 def main(argv: list[str]) -> None:
     """Serves a policy, or prints the responses of a server."""
     arguments = parse(argv)
+    missing = [name for name in ("grpc", "jetstream") if importlib.util.find_spec(name) is None]
+    if missing:  # said before the model is loaded
+        raise ValueError(f"serve: {' and '.join(missing)} not installed; pip install 'oapl-jax[serve]'")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     if arguments.ask is None:
         serve(arguments)

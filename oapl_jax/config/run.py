@@ -70,4 +70,4 @@ class LoggingConfig(ProgressConfig):
     tensorboard: bool = True
     """Write TensorBoard event files."""
     wandb_project: str | None = None
-    """Weights & Biases project; needs ``pip install wandb``."""
+    """Weights & Biases project; needs the extra ``wandb``."""

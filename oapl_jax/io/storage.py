@@ -2,7 +2,7 @@
 
 An object store has no rename and no append; what both have, and all that is used here: a file appears whole
 or not at all (``replace``), and a file can be created by one of those who try (``create``). Object stores
-are reached through fsspec, which needs the store's own package: gcsfs, s3fs.
+are reached through fsspec, which needs the store's own package: the extras ``gcs`` and ``s3``.
 """
 
 import contextlib
@@ -211,7 +211,9 @@ def _store(path: SharedPath) -> Any:
         try:
             return fsspec.filesystem(protocol, use_listings_cache=False)
         except ImportError as error:
-            raise ValueError(f"{path}: {error}; pip install it to use {protocol}://") from error
+            raise ValueError(
+                f"{path}: {error}; pip install 'oapl-jax[gcs]' for gs://, 'oapl-jax[s3]' for s3://"
+            ) from error
 
 
 def _write_beside(path: pathlib.Path, content: bytes, is_durable: bool) -> pathlib.Path:

@@ -26,10 +26,10 @@ def start_wandb(project: str, run_dir: pathlib.Path, config: dict[str, Any] | No
     """
     try:
         wandb = importlib.import_module("wandb")
-    except ImportError:
+    except ImportError as error:
         raise ValueError(
-            f"logging.wandb_project={project!r} needs the wandb package: pip install wandb, or set it to null"
-        ) from None
+            f"logging.wandb_project={project!r}: {error}; pip install 'oapl-jax[wandb]', or set it to null"
+        ) from error
     # The id is kept with the run, so that a resumed run continues the same W&B run.
     id_file = run_dir / "wandb_id.txt"
     if not id_file.exists():

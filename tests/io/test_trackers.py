@@ -20,5 +20,5 @@ def test_tensorboard_reads_what_was_written_and_no_steps_after_the_resume(tmp_pa
 
 def test_a_wandb_project_without_wandb_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"logging\.wandb_project='demo'.*pip install wandb"):
+    with pytest.raises(ValueError, match=r"logging\.wandb_project='demo'.*oapl-jax\[wandb\]"):
         metrics.MetricsWriter(tmp_path, wandb_project="demo")

@@ -5,11 +5,13 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import yaml
 
 from oapl_jax.build.checks import CHECKS
+from oapl_jax.cli.commands import COMMANDS
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.io.console import ExitCode
@@ -135,13 +137,19 @@ def test_the_program_and_its_launcher_agree_on_the_exit_code_of_a_saved_run():
 def test_the_command_of_the_pod_is_one_that_the_program_accepts():
     words = ["learner.learning_rate=1e-4", "run.dir=gs://bucket/runs/demo"]
     (container,) = pod_spec(manifest("v5p-64", "--spot", *words))["containers"]
-    python, dash_m, module, *argv = container["command"]
-    assert (python, dash_m, module) == ("python", "-m", "oapl_jax.train")
+    python, dash_m, module, command, *argv = container["command"]
+    assert (python, dash_m, module, command) == ("python", "-m", "oapl_jax", "train")
     parsed, _ = config_file.from_command_line(
-        TrainConfig, module, [str(ROOT / a) if a.endswith("yaml") else a for a in argv], checks=CHECKS
+        TrainConfig, command, [str(ROOT / a) if a.endswith("yaml") else a for a in argv], checks=CHECKS
     )
     assert parsed.learner.learning_rate == 1e-4
     assert parsed.run.dir == "gs://bucket/runs/demo"
+
+
+def test_another_command_is_run_where_one_is_named():
+    (container,) = pod_spec(manifest("v5e-1", "--command", "generate"))["containers"]
+    assert container["command"][:4] == ["python", "-m", "oapl_jax", "generate"]
+    assert "generate" in [command.name for group in COMMANDS.values() for command in group]
 
 
 def test_options_reach_the_manifest():
@@ -214,5 +222,8 @@ def test_shell_scripts_parse_and_can_be_run(script):
 
 def test_the_image_holds_what_the_command_needs():
     dockerfile = (ROOT / "launch/Dockerfile").read_text()
-    for needed in ("requirements.txt", "oapl_jax", "configs"):
+    for needed in ("requirements.txt", "pyproject.toml", "README.md", "LICENSE", "oapl_jax ", "configs"):
         assert any(line.startswith("COPY") and needed in line for line in dockerfile.splitlines())
+    (extras,) = re.findall(r"^ARG EXTRAS=([\w,]+)$", dockerfile, re.MULTILINE)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])

@@ -24,6 +24,7 @@ LAYERS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 LAYERS |= {room: len(FLOORS) + place for place, room in enumerate(TOP_FLOOR)}
 VAGUE = {"utils", "util", "common", "base", "helpers", "misc", "tools"}
 
+DISTRIBUTIONS = packages_distributions()
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted((ROOT / PACKAGE).rglob("*.py"))
 }
@@ -45,6 +46,16 @@ def imports_of(path: pathlib.Path) -> set[str]:
             assert node.level == 0, f"{path}: relative import; write it in full"
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
+
+
+def libraries_of(path: pathlib.Path) -> set[str]:
+    """Libraries outside this package and Python's own that a file imports."""
+    return {name.split(".")[0] for name in imports_of(path)} - {PACKAGE, *sys.stdlib_module_names}
+
+
+def providers_of(library: str) -> set[str]:
+    """Distributions that a library may come from."""
+    return {normal(name) for name in DISTRIBUTIONS.get(library, [library])}
 
 
 def internal_imports(path: pathlib.Path) -> set[str]:
@@ -102,13 +113,12 @@ def test_init_files_are_empty():
 
 
 def test_every_library_that_is_imported_is_pinned_exactly():
-    requirement = re.compile(r"^([\w.-]+)(?:\[[\w,-]+\])?==[\w.]+$", re.MULTILINE)
-    pinned = {normal(name) for name in requirement.findall((ROOT / "requirements.txt").read_text())}
-    distributions = packages_distributions()
-    ours_or_optional = {PACKAGE, "wandb", "torch", *sys.stdlib_module_names}
+    requirement = re.compile(r"^([\w.-]+)==[\w.]+$", re.MULTILINE)
+    text = "".join((ROOT / name).read_text() for name in ("requirements.txt", "requirements-torch.txt"))
+    pinned = {normal(name) for name in requirement.findall(text)}
     for module, path in real_modules().items():
-        for library in {name.split(".")[0] for name in imports_of(path)} - ours_or_optional:
-            providers = {normal(name) for name in distributions.get(library, [library])}
+        for library in libraries_of(path):
+            providers = providers_of(library)
             assert providers & pinned, f"{module} imports {library}: pin {' or '.join(providers)} in requirements.txt"
 
 

@@ -1,0 +1,110 @@
+"""What pyproject.toml promises: which libraries an installation needs, and what is said where one is missing."""
+
+import importlib
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+import oapl_jax
+from oapl_jax.cli import serve
+from oapl_jax.data import rows
+from oapl_jax.io import metrics, storage
+from test_layers import PACKAGE, ROOT, libraries_of, normal, providers_of, real_modules
+
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+LOCK = {
+    normal(one.name): one
+    for one in map(Requirement, re.findall(r"^\w.*$", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+}
+# Pinned although we do not import them: two must fit the version of another package, and one shows our event files.
+ONLY_PINNED = {"jaxlib", "antlr4-python3-runtime", "tensorboard"}
+OPTIONAL_LIBRARIES = {
+    "tensorflow",
+    "tensorflow_datasets",
+    "datasets",
+    "grpc",
+    "jetstream",
+    "torch",
+    "wandb",
+    "gcsfs",
+    "s3fs",
+}
+
+
+def names(requirements):
+    return {normal(Requirement(one).name) for one in requirements}
+
+
+CORE = names(PROJECT["dependencies"])
+IN_EXTRAS = names(one for extra in EXTRAS.values() for one in extra)
+
+
+def test_the_core_is_what_the_modules_import_and_no_more():
+    imported = set().union(*map(libraries_of, real_modules().values()))
+    providers = {library: providers_of(library) for library in imported - OPTIONAL_LIBRARIES}
+    assert not [library for library, names in providers.items() if not names & CORE]
+    assert not CORE - set().union(*providers.values())
+
+
+def test_the_lock_has_a_tested_version_of_every_dependency_and_nothing_else():
+    assert set(LOCK) == CORE | IN_EXTRAS | ONLY_PINNED
+
+
+@pytest.mark.parametrize("extra", ["", *EXTRAS])
+def test_bounds_are_lower_ones_that_admit_the_locked_version(extra):
+    for requirement in map(Requirement, EXTRAS[extra] if extra else PROJECT["dependencies"]):
+        assert [one.operator for one in requirement.specifier] == [">="], requirement
+        (locked,) = LOCK[normal(requirement.name)].specifier
+        assert requirement.specifier.contains(locked.version), f"{requirement}, {locked}"
+
+
+def test_constraints_have_no_extras_which_pip_refuses():
+    assert not [one for one in LOCK.values() if one.extras]
+
+
+def test_the_version_is_written_once():
+    assert PROJECT["dynamic"] == ["version"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == oapl_jax.__version__
+
+
+def test_the_console_script_is_the_command_line():
+    module, _, function = PROJECT["scripts"]["oapl-jax"].partition(":")
+    main = getattr(importlib.import_module(module), function)
+    assert main(["--version"]) == 0
+
+
+def test_no_command_imports_an_optional_library():
+    """All of them at once, as a process does that has everything installed: what would be loaded without being used."""
+    program = (
+        "import pathlib, sys, importlib, oapl_jax.train\n"
+        f"for path in sorted(pathlib.Path({str(ROOT / PACKAGE / 'cli')!r}).glob('[a-z]*.py')):\n"
+        "    importlib.import_module(f'oapl_jax.cli.{path.stem}')\n"
+        "print(*{name.partition('.')[0] for name in sys.modules})"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert not set(done.stdout.split()) & OPTIONAL_LIBRARIES
+
+
+@pytest.mark.parametrize(
+    ("library", "use", "extra"),
+    [
+        ("datasets", lambda folder: rows.read("owner/name", "datasets", ["text"]), "data"),
+        ("tensorflow_datasets", lambda folder: rows.read("mnist", "tfds", ["label"]), "data"),
+        ("jetstream", lambda folder: serve.main(["--ask", "1+1="]), "serve"),
+        ("grpc", lambda folder: serve.main(["--model", str(folder)]), "serve"),
+        ("gcsfs", lambda folder: storage.names(storage.shared_path("gs://bucket/run")), "gcs"),
+        ("s3fs", lambda folder: storage.names(storage.shared_path("s3://bucket/run")), "s3"),
+        ("wandb", lambda folder: metrics.MetricsWriter(folder, wandb_project="demo"), "wandb"),
+    ],
+)
+def test_a_library_that_is_missing_is_named_with_its_extra(library, use, extra, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ValueError, match=rf"{library}.*pip install .*oapl-jax\[{extra}\]"):
+        use(tmp_path)
+    assert any(library in normal(one).replace("-", "_") for one in EXTRAS[extra])
