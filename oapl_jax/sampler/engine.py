@@ -5,7 +5,7 @@ as in JetStream, so the same compiled programs serve every policy version. The s
 each sequence that has been started, and pages of keys and values. A prompt is prefilled once and
 inserted into as many slots as it has rollouts. ``generate`` decodes the sequences of some of the
 slots, up to ``decode_steps`` tokens of each in one program. Which slots and which pages is for the
-caller to say: ``sampler/scheduler.py``, or JetStream's orchestrator through ``sampler/jetstream.py``,
+caller to say: ``sampler/scheduler.py``, or JetStream's orchestrator through ``sampler/jetstream/engine.py``,
 the subclass of JetStream's own class over these programs (this file does not import JetStream,
 because that imports TensorFlow).
 """
