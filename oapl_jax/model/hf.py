@@ -341,7 +341,7 @@ def _read_shard(
     sizes = [inner[dim][1] - inner[dim][0] for dim in layout.order]
     for place in np.ndindex(*shard.shape[: layout.num_stacked]):
         name = layout.hf_name(tuple(start + i for (start, _), i in zip(stacked, place, strict=True)))
-        # Opened anew each time: pages that a map has touched count as ours until it is closed.
+        # Opened again each time: pages that a map has touched count as ours until it is closed.
         with safe_open(folder / files[name], "np") as file:
             block = file.get_slice(name)[slices]
             shard[place] = block.reshape(sizes).transpose(np.argsort(layout.order))

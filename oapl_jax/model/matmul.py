@@ -1,4 +1,4 @@
-"""Products of activations with parameters: floats, ``Int8``, or a matrix with a low-rank adapter."""
+"""Matmuls of activations and parameters: floats, ``Int8``, or a matrix with a low-rank adapter."""
 
 import functools
 import re
@@ -36,18 +36,18 @@ def einsum(spec: str, x: Float[Array, "..."], weight: nnx.Variable | LowRank, **
     # jnp.einsum sums over letters in alphabetical order; in any other than the weight's own a CPU transposes it first.
     spec = spec.translate(str.maketrans("".join(summed), "".join(sorted(summed))))
     if not isinstance(matrix, Int8):
-        return jnp.einsum(spec, x, matrix.astype(x.dtype), **options) if options else product(spec, x, matrix)
+        return jnp.einsum(spec, x, matrix.astype(x.dtype), **options) if options else matmul(spec, x, matrix)
     unscaled = jnp.einsum(spec, x, matrix.values.astype(x.dtype), **options)
     return (unscaled * jnp.squeeze(matrix.scale, tuple(summed.values()))).astype(unscaled.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def product(spec: str, x: Float[Array, "..."], matrix: Float[Array, "..."]) -> Float[Array, "..."]:
+def matmul(spec: str, x: Float[Array, "..."], matrix: Float[Array, "..."]) -> Float[Array, "..."]:
     """``jnp.einsum`` in the dtype of ``x``, with a gradient of its own.
 
-    The gradient of the matrix is the product of ``x`` and the output's gradient, in this order and summed over tokens
-    in float32 whatever the dtype of ``x``. Autodiff would put the output's gradient first. XLA on a CPU transposes such
-    an operand before it multiplies, which costs as much as the product, and would sum in the dtype of ``x``.
+    The gradient of the matrix is the matmul of ``x`` and the output's gradient, in this order and summed over tokens
+    in float32 whatever the dtype of ``x``. Autodiff would put the output's gradient first, which XLA on a CPU
+    transposes before it multiplies: that costs as much as the matmul.
 
     Args:
         spec: two inputs and an output; every letter occurs in two of the three.
@@ -58,7 +58,7 @@ def product(spec: str, x: Float[Array, "..."], matrix: Float[Array, "..."]) -> F
 
 
 def _forward(spec: str, x: Array, matrix: Array) -> tuple[Array, tuple[Array, Array]]:
-    return product(spec, x, matrix), (x, matrix)
+    return matmul(spec, x, matrix), (x, matrix)
 
 
 def _backward(spec: str, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
@@ -69,7 +69,7 @@ def _backward(spec: str, saved: tuple[Array, Array], gradient: Array) -> tuple[A
     return for_x, for_matrix.astype(matrix.dtype)
 
 
-product.defvjp(_forward, _backward)
+matmul.defvjp(_forward, _backward)
 
 
 def ragged_dot(

@@ -36,8 +36,8 @@ from oapl_jax.model.row_attention import RowAttentionKind
 MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe")
 
 SAVED_NAMES = ("layer_input", "query", "key", "value", "attention", "gate", "up")
-"""Values of a layer that ``Remat`` may name: its input, and the results of its products, but for the two that are added
-to the residual stream. All of them saved, only norms, rope and scores are computed anew."""
+"""Values of a layer that ``Remat`` may name: its input, and the results of its matmuls except the two that are added to
+the residual stream. With all of them saved, the backward pass recomputes only norms, rope and scores."""
 
 CUDNN_ATTENTION = "dot_product_attention_fwd_wrapper"
 """JAX's primitive for the forward pass of cuDNN's attention: its result, and the sums that its backward pass needs."""
@@ -194,16 +194,16 @@ Cache = Any
 
 @dataclasses.dataclass(frozen=True)
 class Remat:
-    """What the backward pass finds and what it computes anew; by default it finds every activation.
+    """What the backward pass finds and what it recomputes; by default it finds every activation.
 
     Raises:
         ValueError: a name that no value of a layer has.
     """
 
     is_on: bool = False
-    """Compute each layer anew from its input and from what is saved by name."""
+    """Recompute each layer from its input and from what is saved by name."""
     saved: tuple[str, ...] = ()
-    """Of ``SAVED_NAMES``."""
+    """Some of ``SAVED_NAMES``."""
     offload: bool = False
     """Save them in the host's memory, not in the device's."""
 
@@ -447,7 +447,7 @@ class Qwen(nnx.Module):
             param_dtype: of the weights.
             compute_dtype: of matrix products and of the residual stream.
             lora: adapters of the layers; None or rank 0: none.
-            remat: what the backward pass computes anew instead of keeping it.
+            remat: what the backward pass recomputes instead of keeping it.
             attention: of training rows; None: the fastest for the device and the shape.
             scan_layers: False runs the layers as a Python loop, for debugging; same numbers.
             mesh: where given, rows are split over its data and fsdp axes, and their tokens over context;

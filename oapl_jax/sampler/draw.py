@@ -46,7 +46,7 @@ class Draw(NamedTuple):
 
     token: Int[Array, "B"]
     logprob: Float[Array, "B"]
-    """Of the token in the processed distribution (truncated, renormalised), in nats, float32; NaN in a greedy row."""
+    """In the processed distribution (truncated, renormalised), in nats, float32; NaN in a greedy row."""
 
 
 def draw(
@@ -73,7 +73,7 @@ def draw(
         raise ValueError(f"vocab_size={vocab_size}: the model has logits for {logits.shape[0]} ids only")
     with jax.named_scope("draw"):
         logits_NWB = _to_blocks(logits.astype(jnp.float32), vocab_size)
-        # The barriers keep XLA from taking what follows over all logits anew, as one reduction and not two.
+        # The barriers keep XLA from fusing what follows into one reduction over all logits instead of two.
         block_tops = jax.lax.optimization_barrier(jnp.max(logits_NWB, axis=1))
         top = jnp.max(block_tops, axis=0)
         is_greedy = distribution.temperature == 0
@@ -105,7 +105,7 @@ def uniforms(keys: Key[Array, "B"], positions: Int[Array, "B"]) -> Float[Array, 
     """Two numbers for each token to draw, strictly between 0 and 1: one that is 0 would draw tokens next to impossible.
 
     They follow from ``fold_in(keys[b], positions[b])``: a sample depends on its own key and on the positions
-    of its tokens, not on its place in the batch or its neighbours.
+    of its tokens, not on its position in the batch or its neighbours.
     """
     bits = jax.vmap(lambda key, position: jax.random.bits(jax.random.fold_in(key, position), (2,)))(keys, positions)
     return (((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23).T

@@ -216,7 +216,7 @@ class Engine:
         return self.num_pages * kv_cache.page_bytes(self.model_config, self.page_size, self._cache_dtype)
 
     def pages_of(self, num_tokens: int) -> int:
-        """Pages that hold so many tokens."""
+        """Pages that hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.page_size)
 
     def init_decode_state(self) -> DecodeState:
@@ -249,11 +249,11 @@ class Engine:
         return max(1, min(16, PREFILL_TOKENS // padded_length))
 
     def padded_rows(self, num_rows: int) -> int:
-        """The number of rows that a chunk of so many sequences is padded to."""
+        """The number of rows that a chunk of ``num_rows`` sequences is padded to."""
         return min(self.num_rows, max(FEWEST_ROWS, 1 << (num_rows - 1).bit_length()))
 
     def padded_pages(self, num_pages: int) -> int:
-        """Columns of the page table for sequences of so many pages: 1 or 1.5 times a power of two, or the limit."""
+        """Columns of the page table for sequences of ``num_pages`` pages: 1 or 1.5 times a power of two, or the limit."""
         if self.attention != "dense":
             return self.max_pages
         num_pages = max(num_pages, self.pages_of(SHORTEST_DENSE))
@@ -315,7 +315,7 @@ class Engine:
             state: of the call before.
             slots: each at most once; out of range: padding.
             page_table: pages of each sequence, enough for the tokens that the chunk may add.
-            num_enough: the chunk ends early when so many sequences of it have ended; default all.
+            num_enough: the chunk ends early when this many of its sequences have ended; default all.
 
         Returns:
             The new state, and for ``unpack`` everything else in one array: one copy to the host.
@@ -378,7 +378,7 @@ class Engine:
 
 
 def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
-    """Of each parameter by its name; of a quantised one it is that of its values."""
+    """The shape of each parameter by its name; a quantised one has that of its values."""
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     return {"/".join(str(key.key) for key in path): param.get_value().shape for path, param in leaves}
 
@@ -401,8 +401,8 @@ def _prefill(
         num_prompts, padded_length = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(padded_length), tokens.shape)
         cache = kv_cache.make_prompt_kv(config, num_prompts, padded_length, cache_dtype)
-        # Padding comes after the prompt: causal attention never looks at it, and decode steps
-        # overwrite its place in the cache before any query could.
+        # Padding comes after the prompt: causal attention never sees it, and decode steps overwrite its keys and
+        # values before any query could.
         hidden, cache = model.hidden(tokens, positions, kv_cache.attend_prompt, cache)
         last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
         return Prefix(cache, model.logits(last)[:, 0], length)
@@ -465,7 +465,7 @@ def _generate(
         old = dense_cache.gather(pages, table, num_layers, model.compute_dtype)
         cache = dense_cache.make_empty(pages, num_layers, table.shape[0], num_steps)
     positions = started.position + jnp.arange(1, num_steps + 1)[:, None]
-    # Of all steps at once: what random bits cost a CPU is their loop of rounds, whatever their number.
+    # For all steps at once: random bits cost a CPU their loop of rounds, whatever their number.
     uniform = jax.vmap(uniforms, in_axes=(None, 0))(started.key, positions)
 
     def step(carry: Any) -> Any:

@@ -32,10 +32,11 @@ from oapl_jax.types import Rollout
 Tag = TypeVar("Tag")
 
 QUEUE = 4
-"""The longest-first order holds within so many times as many rollouts as there are rows: nothing waits for ever."""
+"""The longest-first order is kept within blocks of this many times as many rollouts as there are rows, so that no
+request waits for ever."""
 
 REFILL_FRACTION = 8
-"""Where a chunk may end early it does so when one in so many of its sequences has ended and others wait."""
+"""Where a chunk may end early and others wait, it ends when one in this many of its sequences has ended."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class _Prefill(Generic[Tag]):
     prefix: np.ndarray
     sequences: list[LiveSequence[Tag]]
     num_shared: int
-    """Of their pages, those that another rollout of the group has filled."""
+    """How many of their pages another rollout of the group has filled."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -245,7 +246,7 @@ class Scheduler(Generic[Tag]):
         bisect.insort_right(self._waiting, sequences, key=order)
 
     def _prepare(self, params: Params) -> Prepared:
-        """Of each policy version once; the one before is let go first."""
+        """Prepares each policy version once; the one before is released first."""
         if params is not self._policy.params:
             self._policy = Prepared(None, None, None)
             with self._device_lock:

@@ -293,7 +293,7 @@ class JetStreamEngine(engine_api.Engine):
         """Starts the rollouts of one prompt in several slots (after 0.2.2); the state is consumed.
 
         Raises:
-            ValueError: there are not so many first tokens as rollouts.
+            ValueError: the numbers of first tokens and of rollouts differ.
         """
         num_rollouts = len(slots) * self._samples_per_slot
         if prefix.first_tokens is not None and len(prefix.first_tokens) != num_rollouts:
@@ -338,7 +338,7 @@ class JetStreamEngine(engine_api.Engine):
         return state, result
 
     def free_resource(self, slot: int) -> None:
-        """Abandons what is left of a slot's rollouts (after 0.2.2); from any thread, before the slot is offered anew."""
+        """Abandons what is left of a slot's rollouts (after 0.2.2); from any thread, before the slot is offered again."""
         self._abandoned.put(slot)
 
     def get_prefix_destination_sharding(self) -> NamedSharding:
