@@ -168,7 +168,8 @@ def _file_of_other_head(folder: pathlib.Path) -> pathlib.Path | None:
         return None
     with contextlib.ExitStack() as stack:
         head, embedding = (stack.enter_context(safe_open(folder / files[name], "np")).get_slice(name) for name in names)
-        rows = [slice(i, i + COMPARED_ROWS) for i in range(0, head.get_shape()[0], COMPARED_ROWS)]
+        num_ids = head.get_shape()[0]
+        rows = [slice(i, min(i + COMPARED_ROWS, num_ids)) for i in range(0, num_ids, COMPARED_ROWS)]
         is_same = head.get_shape() == embedding.get_shape()
         is_same = is_same and all(np.array_equal(head[part], embedding[part]) for part in rows)
     return None if is_same else folder / files[names[0]]

@@ -327,7 +327,7 @@ class Attention(nnx.Module):
 def project_heads(
     x: Float[Array, "B T D"], weight: nnx.Param | LowRank, bias: nnx.Param | None
 ) -> Float[Array, "B T N C"]:
-    """N heads of activations."""
+    """Activations to N heads."""
     heads = einsum("BTD,DNC->BTNC", x, weight)
     return heads if bias is None else heads + bias[...].astype(x.dtype)
 
