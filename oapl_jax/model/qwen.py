@@ -545,8 +545,8 @@ class Qwen(nnx.Module):
             run_layer = jax.checkpoint(run_layer, prevent_cse=not self.scan_layers, policy=self.remat.policy)
         if self.scan_layers:
             return jax.lax.scan(run_layer, carry, (stacked, jnp.arange(num_layers)))[0]
-        for index in range(num_layers):
-            carry, _ = run_layer(carry, (layer_params(stacked, index), index))
+        for index, params in enumerate([layer_params(stacked, i) for i in range(num_layers)]):
+            carry, _ = run_layer(carry, (params, index))
         return carry
 
     def _constrain(self, x: Array) -> Array:
