@@ -68,11 +68,6 @@ class Rollout:
     logprobs: Float[np.ndarray, "R"]
     """Log-probability of each token in nats, float32, after temperature, top-k, top-p and masking."""
     finish_reason: FinishReason
-    entropy: Float[np.ndarray, "R"] | None = None
-    """Entropy in nats of the distribution of each token, where the sampler was asked for it."""
-    top_ids: Int[np.ndarray, "R n"] | None = None
-    """The n likeliest tokens at each place, likeliest first, where the sampler was asked for them."""
-    top_logprobs: Float[np.ndarray, "R n"] | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,9 +11,11 @@ from the devices to the file.
 
 import collections
 import contextlib
+import dataclasses
 import functools
 import itertools
 import json
+import logging
 import math
 import pathlib
 import shutil
@@ -55,6 +57,8 @@ HOST_BYTES = 2**30
 """Parameters up to this size come to the host whole to be written, larger ones layer by layer."""
 
 HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja"]
+COMPARED_ROWS = 8192
+"""Ids whose rows of embedding and output matrix are on the host at once to be compared."""
 INERT = (".rotary_emb.inv_freq",)
 """Tensors in old checkpoints that follow from the config and are no weights."""
 
@@ -128,19 +132,47 @@ EXPERT_LAYOUT: dict[str, TensorLayout] = {
 
 
 def load_config(folder: pathlib.Path) -> qwen.QwenConfig:
-    """Reads ``config.json``.
+    """Reads ``config.json``; a policy is only tied where its weights agree.
+
+    Where the config says that the embedding is tied, and the weights have an output matrix that differs from it, the
+    policy is untied and a warning says so, as in transformers.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none, or a file of the weights is missing.
         ValueError: it is no JSON, or not of a known model; names the file, the key and the value.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; a model folder has a {CONFIG_FILE}")
     try:
-        return qwen.QwenConfig.from_hf(json.loads(path.read_text()))
+        config = qwen.QwenConfig.from_hf(json.loads(path.read_text()))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
+    if not config.tie_word_embeddings or (file := _file_of_other_head(folder)) is None:
+        return config
+    logging.getLogger(__name__).warning(
+        "%s says tie_word_embeddings=true, but lm_head.weight in %s differs from the embedding: the model is loaded untied."
+        " Set tie_word_embeddings to false to silence this, or remove lm_head.weight from the file to tie the model.",
+        path,
+        file,
+    )
+    return dataclasses.replace(config, tie_word_embeddings=False)
+
+
+def _file_of_other_head(folder: pathlib.Path) -> pathlib.Path | None:
+    """The file with an output matrix that differs from the embedding; None where the weights have none."""
+    if not any((folder / name).is_file() for name in (INDEX_FILE, WEIGHTS_FILE)):
+        return None  # a config alone
+    files, names = _find_tensors(folder), (LAYOUT["lm_head"].name, LAYOUT["embedding"].name)
+    if any(name not in files for name in names):
+        return None
+    with contextlib.ExitStack() as stack:
+        head, embedding = (stack.enter_context(safe_open(folder / files[name], "np")).get_slice(name) for name in names)
+        num_ids = head.get_shape()[0]
+        rows = [slice(i, min(i + COMPARED_ROWS, num_ids)) for i in range(0, num_ids, COMPARED_ROWS)]
+        is_same = head.get_shape() == embedding.get_shape()
+        is_same = is_same and all(np.array_equal(head[part], embedding[part]) for part in rows)
+    return None if is_same else folder / files[names[0]]
 
 
 def load_params(
@@ -310,7 +342,7 @@ def _read_shard(
     sizes = [inner[dim][1] - inner[dim][0] for dim in layout.order]
     for place in np.ndindex(*shard.shape[: layout.num_stacked]):
         name = layout.hf_name(tuple(start + i for (start, _), i in zip(stacked, place, strict=True)))
-        # Opened anew each time: pages that a map has touched count as ours until it is closed.
+        # Opened again each time: pages that a map has touched count as ours until it is closed.
         with safe_open(folder / files[name], "np") as file:
             block = file.get_slice(name)[slices]
             shard[place] = block.reshape(sizes).transpose(np.argsort(layout.order))

@@ -96,8 +96,8 @@ def token_logprobs(
     The distribution is restricted to ids below ``vocab_size``: checkpoints pad their embedding beyond the
     tokenizer, and the sampler never draws those ids. A target at or beyond it has log-probability -inf.
 
-    Each device gathers its own tokens inside the mask, and scores them chunk by chunk. The backward pass computes
-    the logits of a chunk anew, and sums the unembedding's gradient in float32, whatever the dtype of the products.
+    Each device gathers its own tokens inside the mask, and scores them chunk by chunk. The backward pass recomputes
+    the logits of a chunk, and sums the unembedding's gradient in float32, whatever the dtype of the products.
 
     Args:
         hidden: after the final norm; ``hidden[:, t]`` predicts ``targets[:, t]``. Its dtype is the one in
@@ -123,13 +123,13 @@ def token_logprobs(
 
 
 def chunk_tokens(num_ids: int, platform: str) -> int:
-    """Tokens of a chunk, where a device has the logits of so many ids of each."""
+    """Tokens of a chunk on a device that has ``num_ids`` logits of each token."""
     return max(GPU_CHUNK_TOKENS if platform == "gpu" else CHUNK_TOKENS, CHUNK_LOGITS // num_ids)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Scoring:
-    """What is no array."""
+    """The arguments of the scoring that are not arrays."""
 
     letters: str
     temperature: float

@@ -1,4 +1,4 @@
-"""Products of activations with parameters, of whatever kind: floats, ``Int8``, or with a low-rank adapter."""
+"""Matmuls of activations and parameters: floats, ``Int8``, or a matrix with a low-rank adapter."""
 
 import functools
 import re
@@ -36,25 +36,32 @@ def einsum(spec: str, x: Float[Array, "..."], weight: nnx.Variable | LowRank, **
     # jnp.einsum sums over letters in alphabetical order; in any other than the weight's own a CPU transposes it first.
     spec = spec.translate(str.maketrans("".join(summed), "".join(sorted(summed))))
     if not isinstance(matrix, Int8):
-        return jnp.einsum(spec, x, matrix.astype(x.dtype), **options) if options else _product(spec, x, matrix)
-    product = jnp.einsum(spec, x, matrix.values.astype(x.dtype), **options)
-    return (product * jnp.squeeze(matrix.scale, tuple(summed.values()))).astype(product.dtype)
+        return jnp.einsum(spec, x, matrix.astype(x.dtype), **options) if options else matmul(spec, x, matrix)
+    unscaled = jnp.einsum(spec, x, matrix.values.astype(x.dtype), **options)
+    return (unscaled * jnp.squeeze(matrix.scale, tuple(summed.values()))).astype(unscaled.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(spec: str, x: Array, matrix: Array) -> Array:
+def matmul(spec: str, x: Float[Array, "..."], matrix: Float[Array, "..."]) -> Float[Array, "..."]:
+    """``jnp.einsum`` in the dtype of ``x``, with a gradient of its own.
+
+    The gradient of the matrix is the matmul of ``x`` and the output's gradient, in this order and summed over tokens
+    in float32 whatever the dtype of ``x``. Autodiff would put the output's gradient first, which XLA on a CPU
+    transposes before it multiplies: that costs as much as the matmul.
+
+    Args:
+        spec: two inputs and an output; every letter occurs in two of the three.
+        x: activations.
+        matrix: of any floating dtype, which is that of its gradient.
+    """
     return jnp.einsum(spec, x, matrix.astype(x.dtype))
 
 
-def _product_forward(spec: str, x: Array, matrix: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _product(spec, x, matrix), (x, matrix)
+def _forward(spec: str, x: Array, matrix: Array) -> tuple[Array, tuple[Array, Array]]:
+    return matmul(spec, x, matrix), (x, matrix)
 
 
-def _product_backward(spec: str, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-    """The matrix's gradient is summed over tokens in float32, and its product reads both operands as they lie.
-
-    Autodiff would put the gradient first, which XLA on CPUs transposes; that costs as much as the product.
-    """
+def _backward(spec: str, saved: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
     x, matrix = saved
     of_x, of_matrix, of_output = re.split(",|->", spec)
     for_x = jnp.einsum(f"{of_output},{of_matrix}->{of_x}", gradient, matrix.astype(x.dtype))
@@ -62,7 +69,7 @@ def _product_backward(spec: str, saved: tuple[Array, Array], gradient: Array) ->
     return for_x, for_matrix.astype(matrix.dtype)
 
 
-_product.defvjp(_product_forward, _product_backward)
+matmul.defvjp(_forward, _backward)
 
 
 def ragged_dot(
@@ -79,8 +86,8 @@ def ragged_dot(
     matrix = weight.get_value()
     if not isinstance(matrix, Int8):
         return jax.lax.ragged_dot(rows, matrix.astype(rows.dtype), sizes)
-    product = jax.lax.ragged_dot(rows, matrix.values.astype(rows.dtype), sizes)
-    return (product * matrix.scale[experts, 0]).astype(product.dtype)
+    unscaled = jax.lax.ragged_dot(rows, matrix.values.astype(rows.dtype), sizes)
+    return (unscaled * matrix.scale[experts, 0]).astype(unscaled.dtype)
 
 
 def lookup(table: nnx.Variable, ids: Int[Array, "..."], dtype: DTypeLike) -> Float[Array, "... D"]:

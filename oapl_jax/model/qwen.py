@@ -31,14 +31,13 @@ from oapl_jax.model import lora as low_rank
 from oapl_jax.model import row_attention
 from oapl_jax.model.lora import LowRank
 from oapl_jax.model.matmul import einsum, lookup, ragged_dot
-from oapl_jax.model.quantized import Int8
 from oapl_jax.model.row_attention import RowAttentionKind
 
 MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe")
 
 SAVED_NAMES = ("layer_input", "query", "key", "value", "attention", "gate", "up")
-"""Values of a layer that ``Remat`` may name: its input, and the results of its products, but for the two that are added
-to the residual stream. All of them saved, only norms, rope and scores are computed anew."""
+"""Values of a layer that ``Remat`` may name: its input, and the results of its matmuls except the two that are added to
+the residual stream. With all of them saved, the backward pass recomputes only norms, rope and scores."""
 
 CUDNN_ATTENTION = "dot_product_attention_fwd_wrapper"
 """JAX's primitive for the forward pass of cuDNN's attention: its result, and the sums that its backward pass needs."""
@@ -85,8 +84,14 @@ class QwenConfig:
     @property
     def num_params(self) -> int:
         """Number of weights; tied embeddings count once."""
-        _, params = abstract(self)
-        return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+        D, H, K, C = self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        attention = 2 * D * (H + K) * C + self.qkv_bias * (H + 2 * K) * C + self.qk_norm * 2 * C
+        mlp = 3 * D * self.intermediate_size
+        if self.num_experts:
+            mlp = self.num_experts * (3 * D * self.moe_intermediate_size + D)  # each expert has a column of the router
+        layer = attention + mlp + 2 * D
+        num_embeddings = 1 if self.tie_word_embeddings else 2
+        return num_embeddings * self.vocab_size * D + self.num_hidden_layers * layer + D
 
     @classmethod
     def from_hf(cls, values: dict[str, Any]) -> "QwenConfig":
@@ -189,16 +194,16 @@ Cache = Any
 
 @dataclasses.dataclass(frozen=True)
 class Remat:
-    """What the backward pass finds and what it computes anew; by default it finds every activation.
+    """What the backward pass finds and what it recomputes; by default it finds every activation.
 
     Raises:
         ValueError: a name that no value of a layer has.
     """
 
     is_on: bool = False
-    """Compute each layer anew from its input and from what is saved by name."""
+    """Recompute each layer from its input and from what is saved by name."""
     saved: tuple[str, ...] = ()
-    """Of ``SAVED_NAMES``."""
+    """Some of ``SAVED_NAMES``."""
     offload: bool = False
     """Save them in the host's memory, not in the device's."""
 
@@ -303,7 +308,7 @@ class Attention(nnx.Module):
     ) -> tuple[Array, Cache]:
         """``[B, T, D]`` to the same, and the cache that ``attend`` made."""
         with jax.named_scope("qkv"):
-            query, key, value = map(checkpoint_name, self._query_key_value(x), ("query", "key", "value"))
+            query, key, value = map(checkpoint_name, self.project(x), ("query", "key", "value"))
             if self.query_norm is not None and self.key_norm is not None:
                 query = rms_norm(query, self.query_norm[...], self.eps)
                 key = rms_norm(key, self.key_norm[...], self.eps)
@@ -313,37 +318,18 @@ class Attention(nnx.Module):
         with jax.named_scope("attention_output"):
             return einsum("BTHC,HCD->BTD", output, self.output), cache
 
-    def _query_key_value(self, x: Array) -> Sequence[Array]:
-        """``[B, T, D]`` to ``[B, T, N, C]`` of each kind, before norm and rope."""
+    def project(self, x: Array) -> Sequence[Array]:
+        """Queries ``[B, T, H, C]``, keys and values ``[B, T, K, C]``, before norm and rope."""
         weights, biases = (self.query, self.key, self.value), (self.query_bias, self.key_bias, self.value_bias)
-        return [_project(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+        return [project_heads(x, weight, bias) for weight, bias in zip(weights, biases, strict=True)]
 
 
-class JoinedAttention(Attention):
-    """An ``Attention`` that has queries, keys and values from one product."""
-
-    def __init__(self, attention: Attention) -> None:
-        self.eps, self.output = attention.eps, attention.output
-        self.query_norm, self.key_norm = attention.query_norm, attention.key_norm
-        self.num_heads, self.num_kv_heads = (p.get_value().shape[1] for p in (attention.query, attention.key))
-        self.qkv = _join(attention.query, attention.key, attention.value, axis=-2)
-        biases = attention.query_bias, attention.key_bias, attention.value_bias
-        self.qkv_bias = None if attention.query_bias is None else _join(*biases, axis=-2)
-
-    def _query_key_value(self, x: Array) -> Sequence[Array]:
-        heads = _project(x, self.qkv, self.qkv_bias)
-        return jnp.split(heads, (self.num_heads, self.num_heads + self.num_kv_heads), axis=2)
-
-
-def _project(x: Array, weight: nnx.Param | LowRank, bias: nnx.Param | None) -> Array:
+def project_heads(
+    x: Float[Array, "B T D"], weight: nnx.Param | LowRank, bias: nnx.Param | None
+) -> Float[Array, "B T N C"]:
+    """Activations to N heads."""
     heads = einsum("BTD,DNC->BTNC", x, weight)
     return heads if bias is None else heads + bias[...].astype(x.dtype)
-
-
-def _join(*matrices: Any, axis: int) -> nnx.Param:
-    """Matrices that multiply the same activations, float or ``Int8``, side by side as one."""
-    values = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis), *[matrix.get_value() for matrix in matrices])
-    return matrices[0].replace(values)
 
 
 class Mlp(nnx.Module):
@@ -358,21 +344,12 @@ class Mlp(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """``[B, T, D]`` to the same."""
         with jax.named_scope("mlp"):
-            gate, up = map(checkpoint_name, self._gate_up(x), ("gate", "up"))
+            gate, up = map(checkpoint_name, self.project(x), ("gate", "up"))
             return einsum("BTF,FD->BTD", jax.nn.silu(gate) * up, self.down)
 
-    def _gate_up(self, x: Array) -> Sequence[Array]:
+    def project(self, x: Array) -> Sequence[Array]:
+        """Gate and up, ``[B, T, F]`` each."""
         return [einsum("BTD,DF->BTF", x, weight) for weight in (self.gate, self.up)]
-
-
-class JoinedMlp(Mlp):
-    """An ``Mlp`` that has gate and up from one product."""
-
-    def __init__(self, mlp: Mlp) -> None:
-        self.gate_up, self.down = _join(mlp.gate, mlp.up, axis=-1), mlp.down
-
-    def _gate_up(self, x: Array) -> Sequence[Array]:
-        return jnp.split(einsum("BTD,DF->BTF", x, self.gate_up), 2, axis=-1)
 
 
 class ExpertMlp(nnx.Module):
@@ -470,7 +447,7 @@ class Qwen(nnx.Module):
             param_dtype: of the weights.
             compute_dtype: of matrix products and of the residual stream.
             lora: adapters of the layers; None or rank 0: none.
-            remat: what the backward pass computes anew instead of keeping it.
+            remat: what the backward pass recomputes instead of keeping it.
             attention: of training rows; None: the fastest for the device and the shape.
             scan_layers: False runs the layers as a Python loop, for debugging; same numbers.
             mesh: where given, rows are split over its data and fsdp axes, and their tokens over context;
@@ -496,7 +473,6 @@ class Qwen(nnx.Module):
         positions: Int[Array, "B T"],
         attend: Attend | None = None,
         cache: Cache = None,
-        layers: Sequence[Layer] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """States after the final norm.
 
@@ -505,13 +481,11 @@ class Qwen(nnx.Module):
             positions: of each token in its sequence, from 0.
             attend: what queries see; None: ``attend_rows()``.
             cache: given to the first layer's ``attend``, and from layer to layer.
-            layers: of ``joined_layers``, which then run one by one.
 
         Returns:
             States in the compute dtype, and the cache after the last layer.
         """
-        with jax.named_scope("embedding"):
-            x = self._constrain(lookup(self.embedding, tokens, self.compute_dtype))
+        x = self.embed(tokens)
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
         attend = self.attend_rows() if attend is None else attend
         graphdef, stacked = nnx.split(self.layers)
@@ -522,13 +496,17 @@ class Qwen(nnx.Module):
             x, cache = nnx.merge(graphdef, params)(x, rope, attend, layer, cache)
             return (self._constrain(x), cache), None
 
-        if layers is None:
-            x, cache = self._run_layers(run_layer, (x, cache), stacked)
-        else:
-            for index, layer in enumerate(layers):
-                x, cache = layer(x, rope, attend, index, cache)
-                x = self._constrain(x)
-        return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), cache
+        x, cache = self._run_layers(run_layer, (x, cache), stacked)
+        return self.normalize(x), cache
+
+    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        """What the first layer gets, in the compute dtype."""
+        with jax.named_scope("embedding"):
+            return self._constrain(lookup(self.embedding, tokens, self.compute_dtype))
+
+    def normalize(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The final norm of what the last layer gives."""
+        return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
 
     def attend_rows(self, segment_ids: Int[Array, "B T"] | None = None) -> Attend:
         """Each token sees its own rollout up to itself; no segment ids: a row is one rollout, padded on the right."""
@@ -549,41 +527,12 @@ class Qwen(nnx.Module):
 
         return attend
 
-    def separate_layers(self) -> list[Any]:
-        """The parameters of each layer, copied from the stacked arrays."""
-        _, stacked = nnx.split(self.layers)
-        return [jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(self.config.num_hidden_layers)]
-
-    def joined_layers(self) -> list[Layer]:
-        """Copies of the layers for many steps of few tokens on a CPU: nothing to cut out of a stack, fewer products."""
-        graphdef, _ = nnx.split(self.layers)
-        layers = [nnx.merge(graphdef, params) for params in self.separate_layers()]
-        for layer in layers:
-            layer.attention = JoinedAttention(layer.attention)
-            if isinstance(layer.mlp, Mlp):
-                layer.mlp = JoinedMlp(layer.mlp)
-        return layers
-
     def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """Float32 logits of every id, padding ids included."""
         with jax.named_scope("logits"):
             tied = "...D,VD->...V", self.embedding
             spec, weight = tied if self.lm_head is None else ("...D,DV->...V", self.lm_head)
             return einsum(spec, hidden, weight, preferred_element_type=jnp.float32)
-
-    def logits_by_id(self, hidden: Float[Array, "B D"], head: Float[Array, "V D"] | None = None) -> Float[Array, "V B"]:
-        """The logits of one token a sequence, ids first; ``head``, of ``head_by_id``, makes them faster on a CPU."""
-        if head is None:
-            return self.logits(hidden).T
-        with jax.named_scope("logits"):
-            return jnp.einsum("VD,BD->VB", head.astype(hidden.dtype), hidden, preferred_element_type=jnp.float32)
-
-    def head_by_id(self) -> Float[Array, "V D"] | None:
-        """The output matrix as a product reads it in the order of memory; None where it is quantised."""
-        head = self.embedding if self.lm_head is None else self.lm_head
-        if isinstance(head.get_value(), Int8):
-            return None
-        return head[...] if self.lm_head is None else head[...].T
 
     def unembedding(self) -> tuple[Float[Array, "_D _V"], str]:
         """The output matrix of float weights, in their dtype, and its letters: the embedding, ``VD``, where tied."""
@@ -596,7 +545,7 @@ class Qwen(nnx.Module):
             run_layer = jax.checkpoint(run_layer, prevent_cse=not self.scan_layers, policy=self.remat.policy)
         if self.scan_layers:
             return jax.lax.scan(run_layer, carry, (stacked, jnp.arange(num_layers)))[0]
-        for index, params in enumerate(self.separate_layers()):
+        for index, params in enumerate([layer_params(stacked, i) for i in range(num_layers)]):
             carry, _ = run_layer(carry, (params, index))
         return carry
 
@@ -604,6 +553,11 @@ class Qwen(nnx.Module):
         if self.mesh is None:
             return x
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(BATCH_AXES, "context")))
+
+
+def layer_params(stacked: Any, index: int) -> Any:
+    """The parameters of one layer, copied from the stacked ones."""
+    return jax.tree.map(lambda leaf: leaf[index], stacked)
 
 
 def abstract(config: QwenConfig, **options: Any) -> tuple[Any, Any]:

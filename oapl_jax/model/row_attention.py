@@ -167,7 +167,7 @@ def _xla(query: Array, key: Array, value: Array, query_ids: Any, key_ids: Any, s
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
 def _attend_block(query: Array, key: Array, value: Array, query_ids: Any, key_ids: Any, start: Any) -> Array:
-    """Attention of consecutive queries from ``start`` on; the backward pass computes the scores anew."""
+    """Attention of consecutive queries from ``start`` on; the backward pass recomputes the scores."""
     return attend(query, key, value, _mask(query.shape[1], key.shape[1], query_ids, key_ids, start))
 
 

@@ -42,21 +42,11 @@ class Distributions(NamedTuple):
 
 
 class Draw(NamedTuple):
-    """One token a row; every number is about the processed distribution: truncated, renormalised.
-
-    A greedy distribution has no log-probability to learn from: ``logprob`` of such a row is NaN, and its other
-    numbers are about the distribution at temperature 1 without truncation.
-    """
+    """One token a row."""
 
     token: Int[Array, "B"]
     logprob: Float[Array, "B"]
-    """Of the token, in nats, float32."""
-    entropy: Float[Array, "B"] | None
-    """In nats, float32."""
-    top_ids: Int[Array, "B n"] | None
-    """The likeliest tokens, likeliest first; of equally likely ones the lowest id."""
-    top_logprobs: Float[Array, "B n"] | None
-    """-inf for those that are not kept."""
+    """In the processed distribution (truncated, renormalised), in nats, float32; NaN in a greedy row."""
 
 
 def draw(
@@ -67,8 +57,6 @@ def draw(
     vocab_size: int,
     is_sharded: bool = False,
     can_truncate: bool = True,
-    with_entropy: bool = False,
-    num_top: int = 0,
 ) -> Draw:
     """Draws one token a sequence.
 
@@ -80,14 +68,12 @@ def draw(
         is_sharded: the vocabulary is split over devices: what is needed of it is then found by sums over
             all of it, because a gather would bring all logits to every device.
         can_truncate: False: no sequence has a top-k or a top-p, and there is less to compile.
-        with_entropy: also return the entropy; one more pass.
-        num_top: also return this many likeliest tokens, at most ``vocab_size``.
     """
-    if not 0 <= num_top <= vocab_size <= logits.shape[0]:
-        raise ValueError(f"need num_top={num_top} <= vocab_size={vocab_size} <= logits' {logits.shape[0]} ids")
+    if vocab_size > logits.shape[0]:
+        raise ValueError(f"vocab_size={vocab_size}: the model has logits for {logits.shape[0]} ids only")
     with jax.named_scope("draw"):
         logits_NWB = _to_blocks(logits.astype(jnp.float32), vocab_size)
-        # The barriers keep XLA from taking what follows over all logits anew, as one reduction and not two.
+        # The barriers keep XLA from fusing what follows into one reduction over all logits instead of two.
         block_tops = jax.lax.optimization_barrier(jnp.max(logits_NWB, axis=1))
         top = jnp.max(block_tops, axis=0)
         is_greedy = distribution.temperature == 0
@@ -111,24 +97,15 @@ def draw(
         within = jnp.where(is_greedy | (within < 0), jnp.argmax(logits_WB, axis=0), within)
         logit = jnp.take_along_axis(logits_WB, within[None], axis=0)[0]
         logprob = jnp.where(is_greedy, jnp.nan, log_weights(logit) - log_mass)
-
-        entropy = top_ids = top_logprobs = None
-        if with_entropy:
-            logs = log_weights(logits_NWB)
-            energy = jnp.sum(jnp.where(logs > -jnp.inf, jnp.exp(logs) * logs, 0), axis=(0, 1))
-            entropy = log_mass - energy / mass
-        if num_top:
-            top_ids, top_logits = _likeliest(logits_NWB, block_tops, num_top, is_sharded=is_sharded)
-            top_logprobs = (log_weights(top_logits.T) - log_mass).T
         token = block * logits_NWB.shape[1] + within
-        return Draw(token.astype(jnp.int32), logprob, entropy, top_ids, top_logprobs)
+        return Draw(token.astype(jnp.int32), logprob)
 
 
 def uniforms(keys: Key[Array, "B"], positions: Int[Array, "B"]) -> Float[Array, "2 B"]:
     """Two numbers for each token to draw, strictly between 0 and 1: one that is 0 would draw tokens next to impossible.
 
     They follow from ``fold_in(keys[b], positions[b])``: a sample depends on its own key and on the positions
-    of its tokens, not on its place in the batch or its neighbours.
+    of its tokens, not on its position in the batch or its neighbours.
     """
     bits = jax.vmap(lambda key, position: jax.random.bits(jax.random.fold_in(key, position), (2,)))(keys, positions)
     return (((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23).T
@@ -165,19 +142,6 @@ def _take_blocks(
         return jnp.take_along_axis(logits_NWB, blocks[:, None], axis=0)
     is_taken = blocks[:, None] == jnp.arange(logits_NWB.shape[0])[:, None]
     return jnp.sum(jnp.where(is_taken[:, :, None], logits_NWB, 0), axis=1)
-
-
-def _likeliest(
-    logits_NWB: Float[Array, "N W B"], block_tops: Float[Array, "N B"], num_top: int, *, is_sharded: bool
-) -> tuple[Int[Array, "B n"], Float[Array, "B n"]]:
-    """Ids and logits of the n highest logits: they lie in the n blocks with the highest maxima."""
-    num_blocks, width, num_rows = logits_NWB.shape
-    # In the order of ids, so that of equal logits the lowest id comes first.
-    blocks = jnp.sort(jax.lax.top_k(block_tops.T, min(num_top, num_blocks))[1], axis=1).T
-    candidates = _take_blocks(logits_NWB, blocks, is_sharded=is_sharded)
-    ids = blocks[:, None] * width + jnp.arange(width)[:, None]
-    logits, indices = jax.lax.top_k(candidates.reshape(-1, num_rows).T, num_top)
-    return jnp.take_along_axis(ids.reshape(-1, num_rows).T, indices, axis=1), logits
 
 
 def _cumulate(masses: Float[Array, "N B"]) -> Float[Array, "N B"]:

@@ -5,7 +5,7 @@ as in JetStream, so the same compiled programs serve every policy version. The s
 each sequence that has been started, and pages of keys and values. A prompt is prefilled once and
 inserted into as many slots as it has rollouts. ``generate`` decodes the sequences of some of the
 slots, up to ``decode_steps`` tokens of each in one program. Which slots and which pages is for the
-caller to say: ``sampler/scheduler.py``, or JetStream's orchestrator through ``sampler/jetstream.py``,
+caller to say: ``sampler/scheduler.py``, or JetStream's orchestrator through ``sampler/jetstream/engine.py``,
 the subclass of JetStream's own class over these programs (this file does not import JetStream,
 because that imports TensorFlow).
 """
@@ -26,6 +26,8 @@ from oapl_jax.distributed.sharding import placed
 from oapl_jax.model.qwen import Layer, QwenConfig, abstract
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.sampler import kv_cache
+from oapl_jax.sampler.cpu import dense_cache, joined_layers
+from oapl_jax.sampler.cpu.head import head_by_id, logits_by_id
 from oapl_jax.sampler.draw import Distributions, Draw, draw, uniforms
 from oapl_jax.sampler.kv_cache import KVPages, PromptKV
 from oapl_jax.sampler.paged_attention import choose_implementation, paged_attend
@@ -34,7 +36,7 @@ Params = Any
 """The state half of ``nnx.split(Qwen(...))``."""
 
 AttentionKind = Literal["dense", "xla", "tpu", "gpu"]
-"""How decode steps read the cache: ``dense`` as in ``kv_cache``, or paged by one of ``paged_attend``'s kernels."""
+"""How decode steps read the cache: ``dense`` as in ``sampler/cpu``, or paged by one of ``paged_attend``'s kernels."""
 
 PREFILL_TOKENS = 2048
 """Prompts are prefilled together up to this many padded tokens; a longer one is prefilled alone."""
@@ -51,9 +53,9 @@ class Prepared(NamedTuple):
 
     params: Params
     layers: list[Layer] | None
-    """For ``dense``, and on a GPU; see ``joins_layers`` and ``Qwen.joined_layers``."""
+    """For ``dense``, and on a GPU; see ``joins_layers`` and ``sampler/cpu/joined_layers.py``."""
     head: Float[Array, "V D"] | None
-    """For ``dense``; see ``Qwen.head_by_id``."""
+    """For ``dense``; see ``sampler/cpu/head.py``."""
 
 
 class Prefix(NamedTuple):
@@ -114,11 +116,6 @@ class Decoded(NamedTuple):
     """bool ``[B]``."""
     num_steps: Any
     """int32 ``[]``: decode steps that were run."""
-    entropy: Any = None
-    """float32 ``[B, N]`` in nats; None where the engine was not asked for it."""
-    top_ids: Any = None
-    """int32 ``[B, N, n]``, likeliest first."""
-    top_logprobs: Any = None
 
 
 def joins_layers(mesh: Mesh) -> bool:
@@ -150,8 +147,6 @@ class Engine:
         attention: how decode steps read the cache; None: ``dense`` on CPU, else ``choose_implementation``.
         join_layers: decode steps read a copy of the layers; None: where ``joins_layers`` says so. ``dense`` always does.
         can_truncate: False: no request has a top-k or a top-p, and there is less to compile.
-        with_entropy: also return the entropy of the distribution that each token was drawn from.
-        num_top: also return this many likeliest tokens of that distribution.
     """
 
     def __init__(
@@ -172,8 +167,6 @@ class Engine:
         attention: AttentionKind | None = None,
         join_layers: bool | None = None,
         can_truncate: bool = True,
-        with_entropy: bool = False,
-        num_top: int = 0,
     ):
         outside = [i for i in stop_ids if not 0 <= i < vocab_size]
         if outside or not stop_ids:
@@ -200,17 +193,9 @@ class Engine:
         self._is_joined = joins_layers(mesh) if join_layers is None else join_layers
         self._is_joined |= self.attention == "dense"
         is_sharded = mesh.shape["tensor"] > 1
-        draw_fn = functools.partial(
-            draw,
-            vocab_size=vocab_size,
-            is_sharded=is_sharded,
-            can_truncate=can_truncate,
-            with_entropy=with_entropy,
-            num_top=num_top,
-        )
+        draw_fn = functools.partial(draw, vocab_size=vocab_size, is_sharded=is_sharded, can_truncate=can_truncate)
         stops = jnp.asarray(self.stop_ids)
         self._join = jax.jit(functools.partial(_join, graphdef, self.attention == "dense"))
-        self._num_top, self._with_entropy = num_top, with_entropy
         replicated: Any = NamedSharding(mesh, PartitionSpec())
         self._prefill = jax.jit(
             functools.partial(_prefill, graphdef, model_config, cache_dtype),
@@ -231,7 +216,7 @@ class Engine:
         return self.num_pages * kv_cache.page_bytes(self.model_config, self.page_size, self._cache_dtype)
 
     def pages_of(self, num_tokens: int) -> int:
-        """Pages that hold so many tokens."""
+        """Pages that hold ``num_tokens`` tokens."""
         return -(-num_tokens // self.page_size)
 
     def init_decode_state(self) -> DecodeState:
@@ -240,17 +225,10 @@ class Engine:
 
         def make() -> DecodeState:
             integers, floats = jnp.zeros(slots, jnp.int32), jnp.zeros(slots, jnp.float32)
-            top = (slots, self._num_top)
             return DecodeState(
                 pages=kv_cache.make_pages(self.model_config, self.num_pages, self.page_size, self._cache_dtype),
                 token=integers,
-                first=Draw(
-                    integers,
-                    floats,
-                    floats if self._with_entropy else None,
-                    jnp.zeros(top, jnp.int32) if self._num_top else None,
-                    jnp.zeros(top, jnp.float32) if self._num_top else None,
-                ),
+                first=Draw(integers, floats),
                 position=integers,
                 end=integers,
                 is_fresh=jnp.zeros(slots, bool),
@@ -271,11 +249,11 @@ class Engine:
         return max(1, min(16, PREFILL_TOKENS // padded_length))
 
     def padded_rows(self, num_rows: int) -> int:
-        """The number of rows that a chunk of so many sequences is padded to."""
+        """The number of rows that a chunk of ``num_rows`` sequences is padded to."""
         return min(self.num_rows, max(FEWEST_ROWS, 1 << (num_rows - 1).bit_length()))
 
     def padded_pages(self, num_pages: int) -> int:
-        """Columns of the page table for sequences of so many pages: 1 or 1.5 times a power of two, or the limit."""
+        """Columns of the page table for sequences of ``num_pages`` pages: 1 or 1.5 times a power of two, or the limit."""
         if self.attention != "dense":
             return self.max_pages
         num_pages = max(num_pages, self.pages_of(SHORTEST_DENSE))
@@ -337,7 +315,7 @@ class Engine:
             state: of the call before.
             slots: each at most once; out of range: padding.
             page_table: pages of each sequence, enough for the tokens that the chunk may add.
-            num_enough: the chunk ends early when so many sequences of it have ended; default all.
+            num_enough: the chunk ends early when this many of its sequences have ended; default all.
 
         Returns:
             The new state, and for ``unpack`` everything else in one array: one copy to the host.
@@ -348,22 +326,10 @@ class Engine:
     def unpack(self, packed: Int[np.ndarray, "B X"]) -> Decoded:
         """What ``generate`` returned, on the host."""
         n = self.decode_steps + 1
-        widths = [n, n, *([n] if self._with_entropy else []), *([n * self._num_top] * 2 if self._num_top else [])]
-        *columns, flags = np.split(packed, np.cumsum(widths), axis=1)
-        tokens, logprobs, rest = columns[0], columns[1].view(np.float32), columns[2:]
+        tokens, logprobs, flags = np.split(packed, (n, 2 * n), axis=1)
         is_fresh, num_new = flags[:, :1].astype(bool), flags[:, 1:2]
         is_valid = np.concatenate([is_fresh, np.arange(n - 1) < num_new], axis=1)
-        top = [column.reshape(-1, n, self._num_top) for column in rest[-2:]] if self._num_top else None
-        return Decoded(
-            tokens,
-            logprobs,
-            is_valid,
-            flags[:, 2].astype(bool),
-            int(flags[0, 3]),
-            rest[0].view(np.float32) if self._with_entropy else None,
-            top[0] if top else None,
-            top[1].view(np.float32) if top else None,
-        )
+        return Decoded(tokens, logprobs.view(np.float32), is_valid, flags[:, 2].astype(bool), int(flags[0, 3]))
 
     def lower_prefill(self, params: Params) -> jax.stages.Lowered:
         """``prefill`` of as many prompts of the longest kind as it takes at once, to be compiled ahead of time.
@@ -412,14 +378,14 @@ class Engine:
 
 
 def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
-    """Of each parameter by its name; of a quantised one it is that of its values."""
+    """The shape of each parameter by its name; a quantised one has that of its values."""
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     return {"/".join(str(key.key) for key in path): param.get_value().shape for path, param in leaves}
 
 
 def _join(graphdef: nnx.GraphDef, with_head: bool, params: Params) -> tuple[list[Layer], Float[Array, "V D"] | None]:
     model = nnx.merge(graphdef, params)
-    return model.joined_layers(), model.head_by_id() if with_head else None
+    return joined_layers.join_layers(model), head_by_id(model) if with_head else None
 
 
 def _prefill(
@@ -435,8 +401,8 @@ def _prefill(
         num_prompts, padded_length = tokens.shape
         positions = jnp.broadcast_to(jnp.arange(padded_length), tokens.shape)
         cache = kv_cache.make_prompt_kv(config, num_prompts, padded_length, cache_dtype)
-        # Padding comes after the prompt: causal attention never looks at it, and decode steps
-        # overwrite its place in the cache before any query could.
+        # Padding comes after the prompt: causal attention never sees it, and decode steps overwrite its keys and
+        # values before any query could.
         hidden, cache = model.hidden(tokens, positions, kv_cache.attend_prompt, cache)
         last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
         return Prefix(cache, model.logits(last)[:, 0], length)
@@ -484,6 +450,11 @@ def _generate(
     state: DecodeState,
 ) -> tuple[DecodeState, Int[Array, "B X"]]:
     model = nnx.merge(graphdef, policy.params)
+    hidden_fn, logits_fn = model.hidden, lambda hidden: model.logits(hidden).T
+    if policy.layers is not None:
+        hidden_fn = functools.partial(joined_layers.hidden, model, policy.layers)
+    if policy.head is not None:
+        logits_fn = functools.partial(logits_by_id, head=policy.head)
     num_layers = config.num_hidden_layers
     pages = state.pages
     own: Any = jax.tree.map(lambda whole: whole.at[slots].get(mode="clip"), tuple(state)[1:])
@@ -491,10 +462,10 @@ def _generate(
     rows = rows._replace(is_done=rows.is_done | (slots >= state.token.shape[0]))
     started, cache, old = rows, pages, None
     if kind == "dense":
-        old = kv_cache.gather_dense(pages, table, num_layers, model.compute_dtype)
-        cache = kv_cache.make_dense(pages, num_layers, table.shape[0], num_steps)
+        old = dense_cache.gather(pages, table, num_layers, model.compute_dtype)
+        cache = dense_cache.make_empty(pages, num_layers, table.shape[0], num_steps)
     positions = started.position + jnp.arange(1, num_steps + 1)[:, None]
-    # Of all steps at once: what random bits cost a CPU is their loop of rounds, whatever their number.
+    # For all steps at once: random bits cost a CPU their loop of rounds, whatever their number.
     uniform = jax.vmap(uniforms, in_axes=(None, 0))(started.key, positions)
 
     def step(carry: Any) -> Any:
@@ -502,10 +473,10 @@ def _generate(
         attend = (
             _attend_pages(kind, mesh, num_layers, table, rows.position, ~rows.is_done)
             if old is None
-            else kv_cache.attend_dense(old, started.position, i - 1)
+            else dense_cache.attend_chunk(old, started.position, i - 1)
         )
-        hidden, cache = model.hidden(rows.token[:, None], rows.position[:, None], attend, cache, policy.layers)
-        drawn = draw_fn(uniform[i - 1], model.logits_by_id(hidden[:, 0], policy.head), rows.distribution)
+        hidden, cache = hidden_fn(rows.token[:, None], rows.position[:, None], attend, cache)
+        drawn = draw_fn(uniform[i - 1], logits_fn(hidden[:, 0]), rows.distribution)
         is_live = ~rows.is_done
         position = jnp.where(is_live, rows.position + 1, rows.position)
         rows = rows._replace(
@@ -526,7 +497,7 @@ def _generate(
     with jax.named_scope("decode"):
         i, rows, cache, out = jax.lax.while_loop(goes_on, step, (jnp.int32(1), rows, cache, out))
     if kind == "dense":
-        cache = kv_cache.scatter_dense(pages, cache, table, started.position, rows.position)
+        cache = dense_cache.scatter(pages, cache, table, started.position, rows.position)
     num_new = rows.position - started.position
     num_done_steps = jnp.full_like(num_new, i - 1)
     flags = jnp.stack([started.is_fresh, num_new, rows.is_done, num_done_steps], axis=1).astype(jnp.int32)

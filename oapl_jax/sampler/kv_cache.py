@@ -1,23 +1,21 @@
-"""The paged cache of keys and values: its arrays, writing prompts to it, and attending to it in decode steps.
+"""The paged cache of keys and values: its arrays, and writing prompts and tokens to it.
 
 A page holds the keys and values of ``page_size`` consecutive tokens of one sequence in one layer. A
 sequence has one table of page ids for all layers: page ``p`` of layer ``l`` is row ``l * P + p`` of the
 arrays, so that the layers can be scanned with the arrays as the carry and none is sliced. Which page
 belongs to which sequence is decided on the host (``sampler/page_pool.py``); sequences may share pages.
 
-Two ways to decode over it, both ``Attend`` functions of the model:
+There are two ways to decode over it. Both are ``Attend`` functions of the model:
 
-* **paged**: each step writes its token to the pages, and a kernel reads the pages where they lie.
-* **dense**, plain XLA: the pages of the sequences are gathered into one array per layer once a chunk,
-  as long as the longest live sequence (rounded up), not as the limit. The steps only read it; what they
-  add goes to a second, short array, which is written back to the pages at the end.
+* **paged**: each step writes its token to the pages, and a kernel reads the pages where they lie
+  (``sampler/paged_attention.py``).
+* **dense**: the pages of a chunk's sequences are copied to one array for each layer (``sampler/cpu/dense_cache.py``).
 
 Where the cache is int8, each "Array" here is an ``Int8`` whose scale is that of one token and head. Keys
 and values are quantised once, before anything sees them: prompts and steps attend to what the pages will
 hold, so where a chunk ends does not matter. (What is prefilled again may round some number otherwise.)
 """
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -27,7 +25,7 @@ from jaxtyping import Array, Float, Int
 
 from oapl_jax.model import attention
 from oapl_jax.model.quantized import Int8, dequantize, quantize
-from oapl_jax.model.qwen import Attend, QwenConfig
+from oapl_jax.model.qwen import QwenConfig
 
 MaybeInt8 = Array | Int8
 
@@ -44,17 +42,6 @@ class PromptKV(NamedTuple):
 
     k: Float[Array, "L N P K C"] | Int8
     v: Float[Array, "L N P K C"] | Int8
-
-
-class DenseKV(NamedTuple):
-    """Keys and values of the sequences of one chunk, an array for each layer.
-
-    In the layouts that the two products of a decode step read fastest on a CPU: keys ``[B, K, C, S]``,
-    values ``[B, K, S, C]``.
-    """
-
-    k: tuple[Float[Array, "B K C S"] | Int8, ...]
-    v: tuple[Float[Array, "B K S C"] | Int8, ...]
 
 
 def make_pages(config: QwenConfig, num_pages: int, page_size: int, dtype: DTypeLike) -> KVPages:
@@ -81,14 +68,14 @@ def _zeros(shape: tuple[int, ...], dtype: DTypeLike) -> MaybeInt8:
     return Int8(zeros, jnp.zeros((*shape[:-1], 1), jnp.float32)) if zeros.dtype == jnp.int8 else zeros
 
 
-def _encode(new: Array, like: MaybeInt8) -> MaybeInt8:
-    """In the precision of the cache; the last axis shares a scale."""
+def encode(new: Array, like: MaybeInt8) -> MaybeInt8:
+    """Keys or values in the precision of the cache; the last axis shares a scale."""
     return quantize(new, (-1,)) if isinstance(like, Int8) else new.astype(like.dtype)
 
 
 def attend_prompt(layer: Any, query: Array, key: Array, value: Array, cache: PromptKV) -> tuple[Array, PromptKV]:
     """Causal attention within the prompts; keeps keys and values. See ``qwen.Attend``."""
-    new = PromptKV(_encode(key, cache.k), _encode(value, cache.v))
+    new = PromptKV(encode(key, cache.k), encode(value, cache.v))
     cache = jax.tree.map(lambda to, new: to.at[layer].set(new), cache, new)
     key, value = dequantize(new.k, query.dtype), dequantize(new.v, query.dtype)
     return attention.attend(query, key, value, attention.causal_mask(query.shape[1])), cache
@@ -118,87 +105,15 @@ def write_prompts(
 
     def write(to: Array, new: Array) -> Array:
         whole = new.reshape(*new.shape[:2], -1, page_size, *new.shape[3:])
-        to = to.at[:, _in_layers(full_pages, num_layers, to)].set(jnp.moveaxis(whole, 4, 0), mode="drop")
+        to = to.at[:, in_layers(full_pages, num_layers, to)].set(jnp.moveaxis(whole, 4, 0), mode="drop")
         # The start is inside the array wherever the page is written at all.
         tail = jax.vmap(
             lambda prompt, start: jax.lax.dynamic_slice_in_dim(new[:, prompt], start, page_size, axis=1), out_axes=1
         )(source, jnp.minimum(tail_start, last))
-        return to.at[:, _in_layers(tail_page, num_layers, to)].set(jnp.moveaxis(tail, 3, 0), mode="drop")
+        return to.at[:, in_layers(tail_page, num_layers, to)].set(jnp.moveaxis(tail, 3, 0), mode="drop")
 
     with jax.named_scope("write_prompts"):
         return jax.tree.map(write, pages, KVPages(*prompts))
-
-
-def gather_dense(pages: KVPages, table: Int[Array, "B M"], num_layers: int, dtype: DTypeLike) -> DenseKV:
-    """The pages of each sequence side by side, as floats: S is M pages long."""
-    ids = _in_layers(table, num_layers, pages.k)
-    B, M = table.shape
-    K, _, page_size, C = pages.k.shape
-
-    def gather(from_: MaybeInt8, layer: int) -> Array:
-        return dequantize(jax.tree.map(lambda array: array[:, ids[layer]], from_), dtype)
-
-    with jax.named_scope("gather_pages"):
-        # [K, B, M, page, C] -> [B, K, C, M, page] and [B, K, M, page, C]
-        k = [jnp.transpose(gather(pages.k, i), (1, 0, 4, 2, 3)) for i in range(num_layers)]
-        v = [jnp.transpose(gather(pages.v, i), (1, 0, 2, 3, 4)) for i in range(num_layers)]
-        return DenseKV(
-            tuple(layer.reshape(B, K, C, M * page_size) for layer in k),
-            tuple(layer.reshape(B, K, M * page_size, C) for layer in v),
-        )
-
-
-def make_dense(like: KVPages, num_layers: int, num_sequences: int, length: int) -> DenseKV:
-    """Zeros for ``length`` further tokens of each sequence, in the precision of the pages."""
-    K = like.k.shape[0]
-    k = jax.tree.map(lambda array: jnp.zeros((num_sequences, K, array.shape[3], length), array.dtype), like.k)
-    v = jax.tree.map(lambda array: jnp.zeros((num_sequences, K, length, array.shape[3]), array.dtype), like.v)
-    return DenseKV((k,) * num_layers, (v,) * num_layers)
-
-
-def attend_dense(old: DenseKV, num_old: Int[Array, "B"], step: Int[Array, ""]) -> Attend:
-    """An ``Attend`` for step ``step`` of a chunk, one token a sequence.
-
-    Its cache is the ``DenseKV`` of what the chunk has added: ``step`` tokens of each sequence that is still
-    live. Of ``old``, sequence b sees ``num_old[b]`` tokens.
-    """
-
-    def attend(layer: Any, query: Array, key: Array, value: Array, cache: DenseKV) -> tuple[Array, DenseKV]:
-        def put(to: MaybeInt8, new: Array, axis: int) -> MaybeInt8:
-            start = [step if i == axis else jnp.zeros_like(step) for i in range(4)]
-            return jax.tree.map(
-                lambda to, new: jax.lax.dynamic_update_slice(to, jnp.moveaxis(new, 1, axis), start),
-                to,
-                _encode(new, to),
-            )
-
-        new_k, new_v = put(cache.k[layer], key, 3), put(cache.v[layer], value, 2)
-        added = dequantize(new_k, query.dtype), dequantize(new_v, query.dtype)
-        output = attention.attend_two(query, old.k[layer], old.v[layer], num_old, *added, step + 1)
-        k = (*cache.k[:layer], new_k, *cache.k[layer + 1 :])
-        return output, DenseKV(k, (*cache.v[:layer], new_v, *cache.v[layer + 1 :]))
-
-    return attend
-
-
-def scatter_dense(
-    pages: KVPages, new: DenseKV, table: Int[Array, "B M"], start: Int[Array, "B"], end: Int[Array, "B"]
-) -> KVPages:
-    """Writes what a chunk has added, positions ``start`` up to ``end`` of each sequence, to the pages."""
-    page_size, num_layers = pages.k.shape[2], len(new.k)
-    positions = start[:, None] + jnp.arange(new.v[0].shape[2])
-    column = jnp.minimum(positions // page_size, table.shape[1] - 1)
-    page = jnp.where(positions < end[:, None], jnp.take_along_axis(table, column, axis=1), pages.k.shape[1])
-    ids, k, v = _in_layers(page, num_layers, pages.k), pages.k, pages.v
-    with jax.named_scope("scatter_pages"):
-        for i in range(num_layers):
-
-            def write(to: Array, new: Array, axes: tuple[int, ...], i: int = i) -> Array:
-                return to.at[:, ids[i], positions % page_size].set(jnp.transpose(new, axes), mode="drop")
-
-            k = jax.tree.map(functools.partial(write, axes=(1, 0, 3, 2)), k, new.k[i])
-            v = jax.tree.map(functools.partial(write, axes=(1, 0, 2, 3)), v, new.v[i])
-        return KVPages(k, v)
 
 
 def put_tokens(
@@ -222,10 +137,10 @@ def put_tokens(
     def put(to: Array, new: Array) -> Array:
         return to.at[heads, page[None], (positions % page_size)[None]].set(new, mode="drop")
 
-    return jax.tree.map(put, pages, _encode(jnp.moveaxis(new[:, 0], 1, 0), pages))
+    return jax.tree.map(put, pages, encode(jnp.moveaxis(new[:, 0], 1, 0), pages))
 
 
-def _in_layers(ids: Array, num_layers: int, array: MaybeInt8) -> Array:
+def in_layers(ids: Array, num_layers: int, array: MaybeInt8) -> Array:
     """Page ids in each layer ``[L, ...]``; an id out of range stays out of range in every layer."""
     num_pages = array.shape[1] // num_layers
     layers = jnp.arange(num_layers).reshape(-1, *[1] * ids.ndim)

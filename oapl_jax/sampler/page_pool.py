@@ -1,4 +1,4 @@
-"""Which pages of the cache are free, and how many sequences hold each that is not. Host only."""
+"""Which pages of the cache are free, and how many sequences hold each of the others. Host only."""
 
 import collections
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ class PagePool:
         """Pages with one holder each.
 
         Raises:
-            ValueError: there are not so many free.
+            ValueError: fewer are free.
         """
         if count > len(self._free):
             raise ValueError(f"{count} pages asked for, {len(self._free)} of {self.num_pages} are free")

@@ -32,10 +32,11 @@ from oapl_jax.types import Rollout
 Tag = TypeVar("Tag")
 
 QUEUE = 4
-"""The longest-first order holds within so many times as many rollouts as there are rows: nothing waits for ever."""
+"""The longest-first order is kept within blocks of this many times as many rollouts as there are rows, so that no
+request waits for ever."""
 
 REFILL_FRACTION = 8
-"""Where a chunk may end early it does so when one in so many of its sequences has ended and others wait."""
+"""Where a chunk may end early and others wait, it ends when one in this many of its sequences has ended."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,7 @@ class _Prefill(Generic[Tag]):
     prefix: np.ndarray
     sequences: list[LiveSequence[Tag]]
     num_shared: int
-    """Of their pages, those that another rollout of the group has filled."""
+    """How many of their pages another rollout of the group has filled."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -101,11 +102,8 @@ class Scheduler(Generic[Tag]):
         self._starts = itertools.count()
         self._num_submitted = 0
         self._policy = Prepared(None, None, None)
-        self._has_deadlines = False
         self._idle_since: float | None = None
         self.stats = Stats()
-        self.expired: list[Tag] = []
-        """Requests that their timeout has dropped."""
 
     @property
     def is_idle(self) -> bool:
@@ -145,39 +143,36 @@ class Scheduler(Generic[Tag]):
                 asked of a greedy request, stop strings without a decoder.
         """
         limits = self._check(request)
-        deadline = None
-        group = LiveGroup(request, deadline, self._num_submitted // (QUEUE * self._engine.num_rows))
+        group = LiveGroup(request, self._num_submitted // (QUEUE * self._engine.num_rows))
         self._num_submitted += request.num_rollouts
-        self._has_deadlines = self._has_deadlines or deadline is not None
         self._enqueue([LiveSequence(group, index, limit) for index, limit in enumerate(limits)])
 
     def step(self, params: Params) -> list[tuple[Tag, list[Rollout]]]:
-        """Starts what fits, decodes a chunk, reads results; returns the groups that they finished.
+        """Schedules and runs prefills and a chunk, reads what has run; returns the groups that are finished.
 
         Raises:
             ValueError: the parameters are those of another architecture.
         """
         policy = self._prepare(params)
-        self._expire()
-        self._admit(policy)
-        finished = []
-        if sequences := self._next_chunk(finished):
-            self._generate(policy, sequences)
+        for batch in self._schedule_prefills():
+            self._run_prefill(policy, batch)
+        sequences, finished = self._schedule_chunk()
+        if sequences:
+            self._run_chunk(policy, sequences)
         while len(self._chunks) > (self._chunks_ahead if sequences else 0):
-            finished += self._read()
+            finished += self._postprocess()
         return finished
 
     def run(self, params: Params, requests: Iterable[Request[Tag]]) -> Iterator[tuple[Tag, list[Rollout]]]:
         """Runs all requests, yielding each as it ends; for evaluation and generation."""
         return run(self, params, requests)
 
-    def cancel(self, tag: Tag) -> None:
-        """Drops the requests with this tag and frees what they hold."""
-        self._drop(lambda group: group.request.tag == tag)
-
     def abort(self) -> None:
-        """Drops all requests."""
-        self._drop(lambda group: True)
+        """Drops all requests and frees what they hold."""
+        for sequence in list(self._live):
+            sequence.has_ended = True
+            self._release(sequence)
+        self._waiting.clear()
 
     def warm_up(self, params: Params, prompt_lengths: Iterable[int], group_size: int) -> int:
         """Compiles the programs that requests of these sizes need, by running them on nothing.
@@ -251,7 +246,7 @@ class Scheduler(Generic[Tag]):
         bisect.insort_right(self._waiting, sequences, key=order)
 
     def _prepare(self, params: Params) -> Prepared:
-        """Of each policy version once; the one before is let go first."""
+        """Prepares each policy version once; the one before is released first."""
         if params is not self._policy.params:
             self._policy = Prepared(None, None, None)
             with self._device_lock:
@@ -259,8 +254,11 @@ class Scheduler(Generic[Tag]):
                 self._finish_on_device(self._policy)
         return self._policy
 
-    def _admit(self, policy: Prepared) -> None:
-        """Prefills what waits, while there are rows that nothing with a slot could fill."""
+    def _schedule_prefills(self) -> Iterator[list[_Prefill[Tag]]]:
+        """Gives slots and pages to what waits, while there are rows that nothing with a slot could fill.
+
+        Each batch has to run before the next one is asked for.
+        """
         engine = self._engine
         while self._waiting and self._num_going_on() < engine.num_rows and self._free_slots:
             batch: list[_Prefill[Tag]] = []
@@ -280,7 +278,7 @@ class Scheduler(Generic[Tag]):
                     del self._waiting[0]
             if not batch:
                 return
-            self._start(policy, batch)
+            yield batch
 
     def _take_pages(self, entry: list[LiveSequence[Tag]], length: int, shared: list[int]) -> list[LiveSequence[Tag]]:
         """Gives pages and slots to as many of the sequences as there are pages for.
@@ -312,7 +310,8 @@ class Scheduler(Generic[Tag]):
                 return other.pages[:num_full]
         return []
 
-    def _start(self, policy: Prepared, batch: list[_Prefill[Tag]]) -> None:
+    def _run_prefill(self, policy: Prepared, batch: list[_Prefill[Tag]]) -> None:
+        """Prefills a batch of prompts and starts their sequences."""
         engine = self._engine
         sequences = [(n, sequence) for n, prefill in enumerate(batch) for sequence in prefill.sequences]
         num_prompts, padded = 1 << (len(batch) - 1).bit_length(), engine.padded_length(len(batch[0].prefix))
@@ -354,8 +353,15 @@ class Scheduler(Generic[Tag]):
             tail_pages=np.full(rows, engine.num_pages, np.int32),
         )
 
-    def _next_chunk(self, finished: list[tuple[Tag, list[Rollout]]]) -> list[LiveSequence[Tag]]:
-        """The sequences of the next chunk, with pages for what it may write; preempts where pages are short."""
+    def _schedule_chunk(self) -> tuple[list[LiveSequence[Tag]], list[tuple[Tag, list[Rollout]]]]:
+        """The sequences of the next chunk, with pages for what it may write.
+
+        Where pages are short it reads the chunks in flight, and then preempts.
+
+        Returns:
+            The sequences, and the groups that the chunks it read have finished.
+        """
+        finished: list[tuple[Tag, list[Rollout]]] = []
         sequences = [s for s in self._live if s.started >= 0 and not s.surely_ends]
         parked = [s for s in self._live if s.started < 0]
         for sequence in parked[: self._engine.num_rows - len(sequences)]:
@@ -368,7 +374,7 @@ class Scheduler(Generic[Tag]):
             num_missing = self._pages_needed(sequence) - len(sequence.pages)
             while num_missing > self._pool.num_free:
                 if self._chunks:
-                    finished += self._read()  # what has ended frees pages, and none in flight may be preempted
+                    finished += self._postprocess()  # what has ended frees pages, and none in flight may be preempted
                 else:
                     self._preempt(max(self._live, key=lambda s: (s.started < 0, s.started)))
                 if sequence.slot is None:
@@ -376,14 +382,15 @@ class Scheduler(Generic[Tag]):
                 num_missing = self._pages_needed(sequence) - len(sequence.pages)
             else:
                 sequence.pages += self._pool.take(max(num_missing, 0))
-        return [sequence for sequence in sequences if sequence.slot is not None and not sequence.surely_ends]
+        return [s for s in sequences if s.slot is not None and not s.surely_ends], finished
 
     def _pages_needed(self, sequence: LiveSequence[Tag]) -> int:
         """For every position that the next chunk may write; the last token of a response is not written."""
         last = sequence.next_write + (len(sequence.unread) + 1) * self._engine.decode_steps
         return self._engine.pages_of(min(last, sequence.end - 1))
 
-    def _generate(self, policy: Prepared, sequences: list[LiveSequence[Tag]]) -> None:
+    def _run_chunk(self, policy: Prepared, sequences: list[LiveSequence[Tag]]) -> None:
+        """Enqueues a chunk of decode steps."""
         engine = self._engine
         num_rows = engine.num_rows if self._fixed_rows else engine.padded_rows(len(sequences))
         num_pages = engine.padded_pages(max(len(sequence.pages) for sequence in sequences))
@@ -414,8 +421,8 @@ class Scheduler(Generic[Tag]):
         smaller = num_rows // 2
         return num_sequences - smaller if num_sequences > smaller >= self._engine.padded_rows(1) else num_sequences
 
-    def _read(self) -> list[tuple[Tag, list[Rollout]]]:
-        """Reads the oldest chunk; returns the groups that it finished."""
+    def _postprocess(self) -> list[tuple[Tag, list[Rollout]]]:
+        """Reads the oldest chunk and frees what has ended; returns the groups that it finished."""
         chunk = self._chunks.popleft()
         decoded = self._engine.unpack(np.asarray(chunk.packed))
         self.stats.row_steps += chunk.num_rows * decoded.num_steps
@@ -452,24 +459,6 @@ class Scheduler(Generic[Tag]):
         self._free_slots.append(sequence.slot)  # pyright: ignore[reportArgumentType]
         self._pool.release(sequence.pages)
         sequence.slot, sequence.pages = None, []
-
-    def _drop(self, is_dropped: Callable[[LiveGroup[Tag]], bool]) -> None:
-        for sequence in [s for s in self._live if is_dropped(s.group)]:
-            sequence.has_ended = True
-            self._release(sequence)
-        self._waiting = [entry for entry in self._waiting if not is_dropped(entry[0].group)]
-
-    def _expire(self) -> None:
-        """Drops the requests whose time is over."""
-        if not self._has_deadlines:
-            return
-        now = time.monotonic()
-        groups = {id(s.group): s.group for s in (*self._live, *itertools.chain.from_iterable(self._waiting))}
-        late = [group for group in groups.values() if group.deadline is not None and group.deadline < now]
-        if late:
-            self._drop(lambda group: group in late)
-            self.expired += [group.request.tag for group in late]
-            self.stats.expired += len(late)
 
     def _num_going_on(self) -> int:
         """Sequences with a slot that the chunks in flight may not bring to an end."""

@@ -20,8 +20,6 @@ class LiveGroup(Generic[Tag]):
     """A request some of whose rollouts have not ended."""
 
     request: Request[Tag]
-    deadline: float | None
-    """In the time of ``time.monotonic``."""
     block: int
     """Groups of an earlier block start before it."""
     finished: dict[int, Rollout] = dataclasses.field(default_factory=dict)
@@ -36,9 +34,6 @@ class LiveSequence(Generic[Tag]):
     limit: int
     tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
     logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
-    entropy: list[np.ndarray] = dataclasses.field(default_factory=list)
-    top_ids: list[np.ndarray] = dataclasses.field(default_factory=list)
-    top_logprobs: list[np.ndarray] = dataclasses.field(default_factory=list)
     num_tokens: int = 0
     slot: int | None = None
     """None: it waits for pages and a prefill."""
@@ -91,16 +86,8 @@ class LiveSequence(Generic[Tag]):
             assert decode is not None
             count, is_stopped = self._find_stop(tokens, decode)
             is_done = is_done or is_stopped
-        columns = (
-            (self.tokens, decoded.tokens),
-            (self.logprobs, decoded.logprobs),
-            (self.entropy, decoded.entropy),
-            (self.top_ids, decoded.top_ids),
-            (self.top_logprobs, decoded.top_logprobs),
-        )
-        for parts, values in columns:
-            if values is not None:
-                parts.append(values[row, is_valid][:count])
+        self.tokens.append(tokens[:count])
+        self.logprobs.append(decoded.logprobs[row, is_valid][:count])
         self.num_tokens += count
         return is_done
 
@@ -109,9 +96,8 @@ class LiveSequence(Generic[Tag]):
         token_ids = np.concatenate(self.tokens).astype(np.int32)
         # Shorter than its limit without a stop token: at a stop string.
         is_stop = token_ids[-1] in stop_ids or len(token_ids) < self.limit
-        rest = [np.concatenate(parts) if parts else None for parts in (self.entropy, self.top_ids, self.top_logprobs)]
         reason = FinishReason.STOP if is_stop else FinishReason.LENGTH
-        return Rollout(token_ids, np.concatenate(self.logprobs), reason, *rest)
+        return Rollout(token_ids, np.concatenate(self.logprobs), reason)
 
     def _find_stop(self, new: np.ndarray, decode: Callable[[list[int]], str]) -> tuple[int, bool]:
         """How many of the new tokens belong to the response, and whether they complete a stop string."""

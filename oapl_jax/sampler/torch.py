@@ -124,14 +124,14 @@ class TorchRunner(Generic[Tag]):
             distributions = torch.stack(output.scores, dim=1).float().log_softmax(-1)
             logprobs = distributions.gather(-1, tokens[..., None])[..., 0]
         rows = zip(tokens.cpu().numpy(), logprobs.cpu().numpy(), strict=True)
-        rollouts = [self._cut(ids, scores) for ids, scores in rows]
+        rollouts = [self._truncated(ids, scores) for ids, scores in rows]
         self.stats.tokens += sum(len(rollout.token_ids) for rollout in rollouts)
         self.stats.prefill_tokens += prompts.size
         self.stats.row_steps += tokens.numel()
         self.stats.live_row_steps += sum(len(rollout.token_ids) for rollout in rollouts)
         return rollouts
 
-    def _cut(self, ids: np.ndarray, logprobs: np.ndarray) -> Rollout:
+    def _truncated(self, ids: np.ndarray, logprobs: np.ndarray) -> Rollout:
         """A row up to its first stop token, which belongs to it."""
         (stops,) = np.nonzero(np.isin(ids, self._stop_ids))
         length = int(stops[0]) + 1 if len(stops) else len(ids)

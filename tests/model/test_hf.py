@@ -96,13 +96,33 @@ def test_donating_one_replica_of_loaded_parameters_leaves_no_trace(tmp_path):
 
 
 def test_tensors_without_a_meaning_are_ignored(tmp_path):
-    extra = {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
-    with_extra = load(
-        write(tmp_path / "extra", "qwen2_tied", **extra, **{"lm_head.weight": np.ones((48, 32), np.float32)})
-    )
+    extra = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32),
+        "lm_head.weight": tiny.weights("qwen2_tied")["model.embed_tokens.weight"],
+    }
+    with_extra = load(write(tmp_path / "extra", "qwen2_tied", **extra))
     plain = load(write(tmp_path / "plain", "qwen2_tied"))
+    assert with_extra[0] == plain[0]
     for leaf, expected in zip(jax.tree.leaves(with_extra[1]), jax.tree.leaves(plain[1]), strict=True):
         np.testing.assert_array_equal(leaf, expected)
+
+
+def test_a_tied_config_with_another_head_in_the_file_loads_untied_as_in_transformers(tmp_path, caplog):
+    head = np.random.default_rng(0).normal(size=(48, 32)).astype(np.float32)
+    write(tmp_path, "qwen2_tied", **{"lm_head.weight": head})
+    config, params = load(tmp_path, "fsdp=2")
+    assert not config.tie_word_embeddings
+    np.testing.assert_array_equal(params.lm_head[...], head.T)
+    assert str(tmp_path / "config.json") in caplog.text
+    assert str(tmp_path / "model.safetensors") in caplog.text
+    assert not hf.load_config(hf.save_folder(tmp_path / "saved", config, params)).tie_word_embeddings
+    torch = pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    token_ids = tiny.tokens("qwen2_tied")
+    with torch.no_grad():
+        expected = model(torch.from_numpy(token_ids).long()).logits.numpy()
+    np.testing.assert_allclose(tiny.logits(qwen.abstract(config)[0], params, token_ids), expected, rtol=0, atol=1e-4)
 
 
 UP = "model.layers.1.mlp.up_proj.weight"

@@ -191,9 +191,3 @@ def test_jetstreams_own_tests_of_its_orchestrator_and_server_pass():
     """As they are in its wheel; see jetstream_suite.py for what takes the place of its mock engine."""
     output = run_program("jetstream_suite.py", XLA_FLAGS="").stderr
     assert re.search(r"^Ran 8 tests in .*\n\nOK$", output, re.MULTILINE), output[-3000:]
-
-
-def test_training_imports_neither_jetstream_nor_tensorflow():
-    program = "import oapl_jax.train, sys; print({'jetstream', 'tensorflow'} & set(sys.modules))"
-    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=DEADLINE)
-    assert (process.returncode, process.stdout.strip()) == (0, "set()"), process.stderr

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from oapl_jax.rollouts.sampling import SamplingDistribution
-from oapl_jax.sampler.draw import Distributions, _pick, draw, uniforms
+from oapl_jax.sampler.draw import Distributions, _cut, _pick, _to_blocks, draw, uniforms
 
 COMBINATIONS = [
     SamplingDistribution(temperature, top_k, top_p, min_p)
@@ -38,7 +38,7 @@ def distribution_of(params):
     return Distributions(*[jnp.asarray(np.array(column, dtype)) for column, dtype in zip(columns, dtypes, strict=True)])
 
 
-def exact_law(logits, params, vocab_size):
+def exact_distribution(logits, params, vocab_size):
     """Probabilities of all ids, float64; temperature 0 is the plain distribution at temperature 1."""
     if params.temperature == 0:
         params = SamplingDistribution()
@@ -61,7 +61,7 @@ def exact_law(logits, params, vocab_size):
     )
 
 
-@functools.partial(jax.jit, static_argnames=("vocab_size", "is_sharded", "with_entropy", "num_top"))
+@functools.partial(jax.jit, static_argnames=("vocab_size", "is_sharded"))
 def jitted(keys, positions, logits, distribution, **options):
     return draw(uniforms(keys, positions), logits.T, distribution, **options)
 
@@ -73,31 +73,38 @@ def draw_rows(logits, params, seed=0, **options):
     return jax.tree.map(np.asarray, drawn)
 
 
+@functools.partial(jax.jit, static_argnames="vocab_size")
+def cuts(logits, distribution, *, vocab_size):
+    """The lowest logit that each row keeps."""
+    blocks = _to_blocks(logits.T, vocab_size)
+    inverse_temperature = 1 / jnp.where(distribution.temperature == 0, 1, distribution.temperature)
+    return _cut(blocks, jnp.max(blocks, axis=1), inverse_temperature, distribution, can_truncate=True)
+
+
 def check_rows(logits, params, vocab_size, atol=2e-6):
-    """The distribution of each row, read from its top-n of all ids, and everything else that is returned."""
-    drawn = draw_rows(logits, params, vocab_size=vocab_size, with_entropy=True, num_top=vocab_size)
-    assert drawn.top_ids is not None
+    """The distribution of each row, computed from its logits and its cut, and a few draws from it."""
+    lowest = np.asarray(cuts(jnp.asarray(logits), distribution_of(params), vocab_size=vocab_size))
+    draws = [draw_rows(logits, params, seed, vocab_size=vocab_size) for seed in range(4)]
     for row, (row_logits, row_params) in enumerate(zip(logits, params, strict=True)):
-        exact = exact_law(row_logits, row_params, vocab_size)
-        np.testing.assert_array_equal(np.sort(drawn.top_ids[row]), np.arange(vocab_size), err_msg=str(row_params))
-        probs = np.zeros(len(row_logits))
-        probs[drawn.top_ids[row]] = np.exp(drawn.top_logprobs[row].astype(np.float64))
+        exact = exact_distribution(row_logits, row_params, vocab_size)
+        is_kept = (row_logits >= lowest[row]) & (np.arange(len(row_logits)) < vocab_size)
+        scaled = row_logits.astype(np.float64) / (row_params.temperature or 1)
+        probs = np.where(is_kept, np.exp(scaled - scaled[is_kept].max()), 0)
+        probs /= probs.sum()
         np.testing.assert_array_equal(probs > 0, exact > 0, err_msg=str(row_params))
         np.testing.assert_allclose(probs, exact, atol=atol, rtol=2e-5, err_msg=str(row_params))
-        descending = np.sort(row_logits[:vocab_size])[::-1]
-        np.testing.assert_array_equal(row_logits[drawn.top_ids[row]], descending, err_msg=str(row_params))
-        np.testing.assert_allclose(drawn.entropy[row], scipy.stats.entropy(exact), atol=2e-5)
-        token = drawn.token[row]
-        if row_params.temperature == 0:
-            assert token == np.argmax(row_logits[:vocab_size])
-            assert np.isnan(drawn.logprob[row])
-        else:
-            assert exact[token] > 0, row_params
-            np.testing.assert_allclose(drawn.logprob[row], np.log(exact[token]), atol=2e-5)
+        for drawn in draws:
+            token = drawn.token[row]
+            if row_params.temperature == 0:
+                assert token == np.argmax(row_logits[:vocab_size])
+                assert np.isnan(drawn.logprob[row])
+            else:
+                assert exact[token] > 0, row_params
+                np.testing.assert_allclose(drawn.logprob[row], np.log(exact[token]), atol=2e-5)
 
 
 @pytest.mark.parametrize(("num_ids", "vocab_size"), SIZES.values(), ids=SIZES)
-def test_laws_of_one_batch_equal_the_transcription(num_ids, vocab_size):
+def test_distributions_of_one_batch_equal_the_transcription(num_ids, vocab_size):
     params = [*COMBINATIONS, SamplingDistribution(0, 3, 0.5, 0.1), SamplingDistribution(0)]
     logits = np.random.default_rng(num_ids).normal(1, 3, (len(params), num_ids)).astype(np.float32)
     check_rows(logits, params, vocab_size)
@@ -108,12 +115,10 @@ def test_ties_with_the_last_kept_token_are_kept():
     check_rows(logits, COMBINATIONS, 601)
 
 
-def test_of_equally_likely_tokens_the_lowest_ids_are_named():
+def test_of_equally_likely_tokens_a_greedy_draw_takes_the_lowest_id():
     logits = np.random.default_rng(1).integers(-9, 9, (8, 640)).astype(np.float32)
-    drawn = draw_rows(logits, [SamplingDistribution(0)] * 8, vocab_size=601, num_top=50)
-    order = np.argsort(-logits[:, :601], axis=1, kind="stable")
-    np.testing.assert_array_equal(drawn.top_ids, order[:, :50])
-    np.testing.assert_array_equal(drawn.token, order[:, 0])
+    drawn = draw_rows(logits, [SamplingDistribution(0)] * 8, vocab_size=601)
+    np.testing.assert_array_equal(drawn.token, np.argmax(logits[:, :601], axis=1))
 
 
 @pytest.mark.parametrize(
@@ -159,10 +164,10 @@ def test_extreme_logits(fill):
     ],
     ids=str,
 )
-def test_draws_follow_the_law(params):
+def test_draws_follow_the_distribution(params):
     num_draws, num_ids, vocab_size = 100_000, 160, 150
     logits = np.random.default_rng(3).normal(0, 2, num_ids).astype(np.float32)
-    exact = exact_law(logits, params, vocab_size)
+    exact = exact_distribution(logits, params, vocab_size)
     rows, distribution = (
         jnp.broadcast_to(logits, (num_draws // 10, num_ids)),
         distribution_of([params] * (num_draws // 10)),
@@ -200,9 +205,9 @@ def test_a_sample_depends_on_its_key_and_position_only():
         assert jitted(*alone, vocab_size=640).token[0] == together[row]
 
     is_drawn = np.asarray(distribution.temperature) > 0
-    one_key, one_law = jnp.broadcast_to(keys[0], 32), distribution_of([SamplingDistribution()] * 32)
+    one_key, one_distribution = jnp.broadcast_to(keys[0], 32), distribution_of([SamplingDistribution()] * 32)
     one_row = jnp.broadcast_to(logits[0], logits.shape)
-    assert len(set(np.asarray(jitted(one_key, jnp.arange(32), one_row, one_law, vocab_size=640).token))) > 20
+    assert len(set(np.asarray(jitted(one_key, jnp.arange(32), one_row, one_distribution, vocab_size=640).token))) > 20
     assert (
         np.mean(
             np.asarray(jitted(keys, positions + 1, logits, distribution, vocab_size=640).token != together)[is_drawn]
@@ -238,7 +243,7 @@ def test_a_sharded_vocabulary_draws_the_same_tokens_and_is_not_gathered(num_ids)
         SamplingDistribution(top_p=0.95),
     ] * 4
     logits = np.random.default_rng(7).normal(0, 2, (num_rows, num_ids)).astype(np.float32)
-    options = {"vocab_size": num_ids - 30, "with_entropy": True, "num_top": 4}
+    options = {"vocab_size": num_ids - 30}
     whole = draw_rows(logits, params, **options)
 
     keys, positions = jax.random.split(jax.random.key(0), num_rows), jnp.arange(num_rows)
@@ -247,9 +252,7 @@ def test_a_sharded_vocabulary_draws_the_same_tokens_and_is_not_gathered(num_ids)
     compiled = jitted.lower(*arguments[:2], sharded, arguments[2], is_sharded=True, **options).compile()
     drawn = compiled(*arguments[:2], sharded, arguments[2])
     np.testing.assert_array_equal(drawn.token, whole.token)
-    np.testing.assert_array_equal(drawn.top_ids, whole.top_ids)
-    for name in ("logprob", "entropy", "top_logprobs"):
-        np.testing.assert_allclose(getattr(drawn, name), getattr(whole, name), atol=1e-5)
+    np.testing.assert_allclose(drawn.logprob, whole.logprob, atol=1e-5)
 
     moved = re.findall(r"= (.*?) (all-\w+|collective-\w+|reduce-scatter)(?:-start)?\(", compiled.as_text())
     sizes = [math.prod(map(int, dims.split(","))) for shape, _ in moved for dims in re.findall(r"\[([\d,]+)\]", shape)]
@@ -280,6 +283,6 @@ def test_values_out_of_range_are_refused(field, values):
             SamplingDistribution(**{field: value})
 
 
-def test_more_likeliest_tokens_than_the_vocabulary_has_are_refused():
-    with pytest.raises(ValueError, match="num_top=6"):
-        draw_rows(np.zeros((1, 8), np.float32), [SamplingDistribution()], vocab_size=5, num_top=6)
+def test_a_vocabulary_beyond_the_logits_is_refused():
+    with pytest.raises(ValueError, match="vocab_size=9: the model has logits for 8 ids only"):
+        draw_rows(np.zeros((1, 8), np.float32), [SamplingDistribution()], vocab_size=9)

@@ -77,9 +77,7 @@ requests = st.tuples(
     st.lists(st.integers(1, MAX_RESPONSE), min_size=1, max_size=MOST_ROLLOUTS),
     st.one_of(st.none(), st.floats(1, 12)),
 )
-actions = st.lists(
-    st.one_of(requests, st.just("step"), st.just("step"), st.tuples(st.just("cancel"), st.integers(0, 5))), max_size=14
-)
+actions = st.lists(st.one_of(requests, requests, st.just("step"), st.just("step"), st.just("abort")), max_size=14)
 shapes = st.sampled_from([{}, {"num_pages": 9}, {"num_pages": 13}])
 modes = st.sampled_from([{}, {"chunks_ahead": 1}, {"fixed_shapes": True}])
 
@@ -91,15 +89,15 @@ modes = st.sampled_from([{}, {"chunks_ahead": 1}, {"fixed_shapes": True}])
 def test_every_rollout_is_returned_once_and_right_and_every_page_is_freed(shape, mode, schedule):
     engine = make_engine(num_rows=4, decode_steps=3, **shape)
     scheduler = Scheduler(engine, contextlib.nullcontext(), **mode)
-    asked, returned, cancelled = {}, {}, set()
+    asked, returned, aborted = {}, {}, set()
     for action in schedule:
         if action == "step":
             finished = scheduler.step(PARAMS)
             assert not {tag for tag, _ in finished} & returned.keys(), "a group came twice"
             returned |= dict(finished)
-        elif action[0] == "cancel":
-            scheduler.cancel(action[1])
-            cancelled |= {action[1]} & asked.keys() - returned.keys()
+        elif action == "abort":
+            scheduler.abort()
+            aborted |= asked.keys() - returned.keys()
         else:
             prompt, seed, limits, likely = action
             tag = len(asked)
@@ -109,7 +107,7 @@ def test_every_rollout_is_returned_once_and_right_and_every_page_is_freed(shape,
     for tag, rollouts in scheduler.run(PARAMS, []):
         assert tag not in returned, "a group came twice"
         returned[tag] = rollouts
-    assert returned.keys() == asked.keys() - cancelled
+    assert returned.keys() == asked.keys() - aborted
     for tag, rollouts in returned.items():
         prompt, seed, limits, _ = asked[tag]
         assert len(rollouts) == len(limits)

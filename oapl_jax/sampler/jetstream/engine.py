@@ -4,13 +4,13 @@
     driver = orchestrator.Driver(prefill_engines=[engine], generate_engines=[engine], ...)
 
 For JetStream 0.2.2, the last on PyPI; the arguments that its last commit on GitHub (0.3.0) adds are taken
-too. This file and ``jetstream_server.py`` alone import it, because it imports TensorFlow (seconds, and
+too. This file and ``server.py`` alone import it, because it imports TensorFlow (seconds, and
 gigabytes on disk); training imports neither. What to know of its orchestrator:
 
 * A row whose column is not valid has ended, so every column of a row in flight must be valid; see
   ``generate``. Stop tokens are not passed on to the client.
 * ``max_tokens`` of a request is looked at once a chunk: a response gets at most that many tokens,
-  and up to ``decode_steps - 1`` fewer. ``jetstream_server.py`` is exact.
+  and up to ``decode_steps - 1`` fewer. ``server.py`` is exact.
 * An error in one of its threads kills the process.
 """
 
@@ -293,7 +293,7 @@ class JetStreamEngine(engine_api.Engine):
         """Starts the rollouts of one prompt in several slots (after 0.2.2); the state is consumed.
 
         Raises:
-            ValueError: there are not so many first tokens as rollouts.
+            ValueError: the numbers of first tokens and of rollouts differ.
         """
         num_rollouts = len(slots) * self._samples_per_slot
         if prefix.first_tokens is not None and len(prefix.first_tokens) != num_rollouts:
@@ -338,7 +338,7 @@ class JetStreamEngine(engine_api.Engine):
         return state, result
 
     def free_resource(self, slot: int) -> None:
-        """Abandons what is left of a slot's rollouts (after 0.2.2); from any thread, before the slot is offered anew."""
+        """Abandons what is left of a slot's rollouts (after 0.2.2); from any thread, before the slot is offered again."""
         self._abandoned.put(slot)
 
     def get_prefix_destination_sharding(self) -> NamedSharding:
