@@ -99,7 +99,8 @@ class ModelConfig(Section):
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of matrix products; softmax, norms, losses and reductions are float32 always."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the trained weights and of the optimizer state."""
+    """Precision of the weights; bfloat16 only where they are frozen (``lora.rank``) or evaluated. Trained ones and the
+    optimizer state are float32, because steps of 1e-6 vanish in bfloat16's rounding."""
     remat: Literal["none", "layer", "names", "offload"] = "none"
     """What the backward pass computes anew. none: nothing, all activations are kept; layer: all of a layer but its input;
     names: all but ``remat_names``; offload: the same, and these are kept in the host's memory."""
@@ -528,7 +529,7 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> "TrainConfig":
         learner, group_size = self.learner, self.sampler.group_size
-        problems = self._offline_problems()
+        problems = [*self._offline_problems(), *_rounding_problems(self.model, self.lora)]
         if learner.batch_rollouts % group_size:
             problems.append(
                 f"learner.batch_rollouts={learner.batch_rollouts} is not a multiple of sampler.group_size={group_size};"
@@ -671,6 +672,15 @@ class SftDataConfig(Section):
         return self
 
 
+def _rounding_problems(model: ModelConfig, lora: LoraConfig) -> list[str]:
+    if model.param_dtype == "float32" or lora.rank:
+        return []
+    return [
+        f"model.param_dtype={model.param_dtype}: trained weights would lose small updates in rounding; use float32 with"
+        " model.compute_dtype=bfloat16, or train adapters (lora.rank)"
+    ]
+
+
 class SftConfig(Section):
     """``python -m oapl_jax sft``: supervised fine-tuning, the toy models' warm start."""
 
@@ -682,6 +692,12 @@ class SftConfig(Section):
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    @model_validator(mode="after")
+    def _trains_in_float32(self) -> "SftConfig":
+        if problems := _rounding_problems(self.model, self.lora):
+            raise ValueError(problems[0])
+        return self
 
 
 class EvaluateRunConfig(Section):

@@ -10,6 +10,10 @@ is gone. A holder that cannot renew in time (stopped, disk full) knows by its ow
 have lost the lease. It may know late, though: what a holder writes has to be such that writing it
 twice does no harm, such as a file that is created only where it does not exist yet. For the same reason
 leases are not synced to disk: a crash of the machine may undo them.
+
+Files of a lease stay, because the next claim counts generations from 0 on. ``finish`` removes them where nobody needs the
+name any more. Another process may claim it in that very moment, and a third one after it, both with success. So whoever
+claims a name that may be finished checks afterwards whether the work is done, and then finishes the lease as well.
 """
 
 import contextlib
@@ -69,6 +73,18 @@ class Lease:
                 if not self._is_lost and not storage.exists(self._leases.path(self.name, self.generation + 1)):
                     self._leases.rewrite(self, self._beat + 1, is_released=True)
             self._is_lost = True
+
+    def finish(self) -> None:
+        """Gives the name up for good: its files disappear, also those of earlier holders (see above)."""
+        self._leases.forget(self)
+        with self._writing, contextlib.suppress(OSError):  # what stays behind is in nobody's way
+            self._is_lost = True
+            generation = self.generation
+            while storage.exists(self._leases.path(self.name, generation + 1)):
+                generation += 1
+            # The highest first: a claim that finds those before it takes the next generation, as ever.
+            for number in range(generation, -1, -1):
+                storage.remove(self._leases.path(self.name, number))
 
 
 class Leases:
@@ -131,6 +147,11 @@ class Leases:
             self._heart.join(STOP_SECONDS)
         for lease in list(self._held.values()):
             lease.release()
+
+    def finish_all(self) -> None:
+        """Finishes all leases of this process."""
+        for lease in list(self._held.values()):
+            lease.finish()
 
     def path(self, name: str, generation: int) -> SharedPath:
         """The file of a generation."""

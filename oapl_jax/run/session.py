@@ -31,7 +31,7 @@ from oapl_jax.sources.local import Worker
 from oapl_jax.sources.offline import Rounds, StoppedError
 from oapl_jax.types import Metrics, PreemptedError, RolloutGroup
 from oapl_jax.weights.checkpoints import Checkpoints
-from oapl_jax.weights.policies import Holds, Manifest, PolicyStore
+from oapl_jax.weights.policies import Manifest, PolicyStore, VersionLeases
 
 
 @dataclasses.dataclass
@@ -372,10 +372,10 @@ def _publish_policies(
         manifest = Manifest(window, config.window.shard_groups, digest, {})
         return policies.publish(manifest, job.model_config, params, job.tokenizer, writers=job.trainers)
 
-    holds = Holds(root / "leases" / "policies", config.window.lease_seconds)
-    stack.callback(holds.close)
+    leases = VersionLeases(root / "leases" / "policies", config.window.lease_seconds)
+    stack.callback(leases.close)
     note(f"samplers: python -m oapl_jax sample --run {root}")
-    return Published(publish, policies, holds)
+    return Published(publish, policies, leases)
 
 
 def indices(group_ids: list[str] | None) -> list[int] | None:

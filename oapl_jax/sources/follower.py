@@ -16,7 +16,7 @@ from oapl_jax.io.storage import SharedPath
 from oapl_jax.rollouts.buffer import GroupBuffer, Window
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.types import Metrics, RolloutGroup
-from oapl_jax.weights.policies import Holds, PolicyStore
+from oapl_jax.weights.policies import PolicyStore, VersionLeases
 
 STOP_DEADLINE = 60.0
 DAMAGED_SECONDS = 0.5
@@ -52,11 +52,11 @@ class Published:
     Args:
         publish: writes a version for a window.
         store: where to.
-        holds: who uses which version.
+        leases: who uses which version.
     """
 
-    def __init__(self, publish: Callable[[Window, Any], Metrics], store: PolicyStore, holds: Holds):
-        self._publish, self._store, self._holds = publish, store, holds
+    def __init__(self, publish: Callable[[Window, Any], Metrics], store: PolicyStore, leases: VersionLeases):
+        self._publish, self._store, self._leases = publish, store, leases
 
     def open_window(self, window: Window, params: Any) -> Metrics:
         """Publishes the weights."""
@@ -64,7 +64,7 @@ class Published:
 
     def tidy(self) -> None:
         """Removes versions that nobody uses any longer."""
-        self._store.collect(self._holds)
+        self._store.collect(self._leases)
 
     def finish(self, policy_version: int) -> None:
         """The run is over."""
@@ -183,7 +183,7 @@ class LogFollower:
             self._buffer.fail(error)
 
     def _tidy(self) -> None:
-        """Once a window: removes policies that nobody holds, and leases of shards, of versions before the last one."""
+        """Once a window: removes policies that nobody uses, and leases of shards, of versions before the last one."""
         version, self._untidy = self._untidy, -1
         if version < 0:
             return

@@ -188,9 +188,7 @@ class Checkpoints:
         # OCDBT, the default, gathers what it has compressed in memory until it has 2 GB of a file.
         arrays = ocp.StandardCheckpointHandler(use_ocdbt=False, multiprocessing_options=processes)
         meta = ocp.JsonCheckpointHandler(multiprocessing_options=processes)
-        return ocp.CheckpointManager(
-            self._directory, options=options, item_handlers={"arrays": arrays, "meta": meta}
-        )
+        return ocp.CheckpointManager(self._directory, options=options, item_handlers={"arrays": arrays, "meta": meta})
 
 
 def flatten(tree: Any) -> dict[str, Any]:

@@ -109,7 +109,9 @@ CONSUMPTIONS = st.builds(
     seed=st.just(0),
 )
 EVENTS = st.lists(
-    st.tuples(st.sampled_from(["admit", "sampled", "put", "put", "take", "recorded"]), st.integers(0, 12), st.booleans()),
+    st.tuples(
+        st.sampled_from(["admit", "sampled", "put", "put", "take", "recorded"]), st.integers(0, 12), st.booleans()
+    ),
     max_size=60,
 )
 
