@@ -31,7 +31,7 @@ from oapl_jax.io.storage import SharedPath
 
 HEARTBEATS_PER_EXPIRY = 4
 MAX_SEEN = 4096
-"""Leases of others that are watched; the one whose last news is oldest is forgotten and watched anew."""
+"""Leases of others that are watched at most; beyond, the one whose last change is oldest is dropped from memory."""
 STOP_SECONDS = 10.0
 """How long ``close`` waits for a heartbeat that is being written."""
 
@@ -66,7 +66,7 @@ class Lease:
 
     def release(self) -> None:
         """Gives the name back: others may claim it at once."""
-        self._leases.forget(self)
+        self._leases.stop_beating(self)
         with self._writing:
             # On a full disk others have to wait for the expiry.
             with contextlib.suppress(OSError):
@@ -76,7 +76,7 @@ class Lease:
 
     def finish(self) -> None:
         """Gives the name up for good: its files disappear, also those of earlier holders (see above)."""
-        self._leases.forget(self)
+        self._leases.stop_beating(self)
         with self._writing, contextlib.suppress(OSError):  # what stays behind is in nobody's way
             self._is_lost = True
             generation = self.generation
@@ -162,8 +162,8 @@ class Leases:
         content = self._content(beat, is_released=is_released)
         storage.replace(self.path(lease.name, lease.generation), content, is_durable=False)
 
-    def forget(self, lease: Lease) -> None:
-        """Beats no more for a lease."""
+    def stop_beating(self, lease: Lease) -> None:
+        """Ends the heartbeat of one lease."""
         if self._held.get(lease.name) is lease:
             del self._held[lease.name]
 
@@ -199,7 +199,7 @@ class Leases:
         while not self._stopping.wait(self.expires / HEARTBEATS_PER_EXPIRY):
             for lease in list(self._held.values()):
                 if not lease.renew():
-                    self.forget(lease)
+                    self.stop_beating(lease)
 
 
 def _parse(content: str) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Manifest(NamedTuple):
     files: dict[str, dict[str, Any]]
     """``bytes`` and ``sha256`` of each file."""
     schema_version: int = SCHEMA_VERSION
-    """Of the rollout log that the trainer reads."""
+    """Schema of the rollout log that the trainer reads."""
 
 
 class PolicyStore:
@@ -141,7 +141,7 @@ class PolicyStore:
         return True
 
     def finish(self, policy_version: int) -> None:
-        """Tells the samplers that the run is over."""
+        """Marks the run as over, which ends the samplers."""
         self._point_to(Current(policy_version, is_finished=True))
 
     def current(self) -> Current | None:
