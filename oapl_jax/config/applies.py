@@ -12,16 +12,16 @@ class AppliesWhen:
 
     Args:
         keys: fields of the same section, or dotted paths from the root of the file.
-        holds: gets the values of these fields; by default the value has to be given and not zero.
+        condition: gets the values of these fields; by default the value has to be given and not zero.
     """
 
-    def __init__(self, *keys: str, holds: Callable[..., Any] = bool):
-        self.keys, self.holds = keys, holds
+    def __init__(self, *keys: str, condition: Callable[..., Any] = bool):
+        self.keys, self.condition = keys, condition
 
     def problem(self, owner: BaseModel) -> str | None:
         """Why the field has no effect in ``owner``, the model whose fields the keys are; None: it has one."""
         values = {key: _value(owner, key) for key in self.keys}
-        if self.holds(*values.values()):
+        if self.condition(*values.values()):
             return None
         return f"has no effect with {', '.join(_shown(*item) for item in values.items())}; remove it"
 

@@ -24,7 +24,7 @@ from oapl_jax.config.sampling import EvaluateSamplerConfig, SamplerConfig
 from oapl_jax.config.section import Count, CountOrZero, Positive, Section
 from oapl_jax.config.window import WindowConfig
 
-Reward = Annotated[RewardConfig, AppliesWhen("data.task", holds=is_null)]
+Reward = Annotated[RewardConfig, AppliesWhen("data.task", condition=is_null)]
 """Built-in tasks grade themselves."""
 
 
@@ -51,7 +51,7 @@ class TrainConfig(Section):
 
     def find_mistakes(self) -> list[str]:
         """What does not fit together."""
-        problems = self._offline_problems()
+        problems = [*self._offline_problems(), *_rounding_problems(self.model, self.lora)]
         batch, group_size = self.learner.batch_rollouts, self.sampler.group_size
         if batch % group_size:
             problems.append(
@@ -141,6 +141,19 @@ class SftConfig(Section):
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+
+    def find_mistakes(self) -> list[str]:
+        """Weights that cannot learn."""
+        return _rounding_problems(self.model, self.lora)
+
+
+def _rounding_problems(model: ModelConfig, lora: LoraConfig) -> list[str]:
+    if model.param_dtype == "float32" or lora.rank:
+        return []
+    return [
+        f"model.param_dtype={model.param_dtype}: trained weights would lose small updates in rounding; use float32 with"
+        " model.compute_dtype=bfloat16, or train adapters (lora.rank)"
+    ]
 
 
 class EvaluateConfig(Section):

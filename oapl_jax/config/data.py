@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 from oapl_jax.config.applies import AppliesWhen, is_null
 from oapl_jax.config.section import Count, Section
 
-NOT_OF_TASKS = AppliesWhen("task", holds=is_null)
-NOT_OF_DATASETS = AppliesWhen("dataset", holds=is_null)
+NOT_OF_TASKS = AppliesWhen("task", condition=is_null)
+NOT_OF_DATASETS = AppliesWhen("dataset", condition=is_null)
 WITH_SPLITS = ("datasets", "tfds")
 """Formats whose data come in splits."""
 
@@ -31,9 +31,9 @@ class DataConfig(Section):
     """File, folder, or name of a dataset on the hub or in TFDS."""
     format: Annotated[Literal["jsonl", "parquet", "datasets", "tfds"], NOT_OF_TASKS, NOT_OF_DATASETS] = "jsonl"
     """How ``path`` is read."""
-    name: Annotated[str | None, NOT_OF_TASKS, AppliesWhen("dataset", "format", holds=_has_configurations)] = None
+    name: Annotated[str | None, NOT_OF_TASKS, AppliesWhen("dataset", "format", condition=_has_configurations)] = None
     """Configuration of a ``datasets`` dataset (GSM8K's is ``main``)."""
-    split: Annotated[str, NOT_OF_TASKS, AppliesWhen("dataset", "format", holds=_has_splits)] = "train"
+    split: Annotated[str, NOT_OF_TASKS, AppliesWhen("dataset", "format", condition=_has_splits)] = "train"
     """Split, for ``datasets`` and ``tfds``."""
     prompt_column: Annotated[str, NOT_OF_TASKS, NOT_OF_DATASETS] = "prompt"
     """Column of the question."""

@@ -7,8 +7,8 @@ from oapl_jax.config.data import WITH_SPLITS
 from oapl_jax.config.sampling import SamplingConfig
 from oapl_jax.config.section import Count, CountOrZero, Section
 
-NOT_OF_TASKS = AppliesWhen("data.task", holds=is_null)
-WITHOUT_DATA = AppliesWhen("data", holds=is_null)
+NOT_OF_TASKS = AppliesWhen("data.task", condition=is_null)
+WITHOUT_DATA = AppliesWhen("data", condition=is_null)
 
 
 def _has_splits(dataset: str | None, held_out: str | None, file_format: str) -> bool:
@@ -22,7 +22,9 @@ class EvaluationConfig(SamplingConfig):
     """Held-out prompts, in the format and columns of ``data``; the toy tasks bring their own."""
     dataset: Annotated[str | None, NOT_OF_TASKS] = None
     """Held-out prompts of another data set than ``data.dataset``, from the hub or from a copy at ``path``."""
-    split: Annotated[str, AppliesWhen("data.dataset", "evaluation.dataset", "data.format", holds=_has_splits)] = "test"
+    split: Annotated[str, AppliesWhen("data.dataset", "evaluation.dataset", "data.format", condition=_has_splits)] = (
+        "test"
+    )
     """Split, for ``datasets`` and ``tfds``."""
     every: CountOrZero = 50
     """Learner steps between evaluations in the course of training; 0: none."""

@@ -25,11 +25,12 @@ class ModelConfig(Section):
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of matrix products; softmax, norms, losses and reductions are always float32."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"
-    """Precision of the trained weights and of the optimizer state."""
+    """Precision of the weights. bfloat16 is for weights that are frozen (``lora.rank``) or only evaluated: steps of 1e-6
+    vanish in its rounding, so trained weights and the optimizer state are float32."""
     remat: Literal["none", "layer", "names", "offload"] = "none"
     """What the backward pass recomputes. none: nothing, all activations are kept; layer: all of a layer but its input;
     names: all but ``remat_names``; offload: the same, and these are kept in the host's memory."""
-    remat_names: Annotated[tuple[str, ...], AppliesWhen("remat", holds=one_of("names", "offload"))] = ()
+    remat_names: Annotated[tuple[str, ...], AppliesWhen("remat", condition=one_of("names", "offload"))] = ()
     """For ``names`` and ``offload``: of layer_input, query, key, value, attention, gate, up."""
     attention: Literal["xla", "splash", "cudnn", "triton"] | None = None
     """Attention of training rows: plain XLA, the TPU's Pallas kernel, cuDNN's or Triton's on GPUs; null: the device's

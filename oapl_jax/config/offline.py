@@ -27,7 +27,7 @@ class RoundConfig(Section):
     log: str | None = None
     """Finished data: a folder of rollout log files, or a Parquet file (or a folder of them) in the layout of the paper's
     authors; null: generated with the policy that the round starts from."""
-    prompts: Annotated[Count | None, AppliesWhen("log", holds=is_null)] = None
+    prompts: Annotated[Count | None, AppliesWhen("log", condition=is_null)] = None
     """Prompts that are generated for; null, with a dataset: all."""
     epochs: Count = 1
     """Passes over the data, each in an order of its own."""

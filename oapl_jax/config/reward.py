@@ -19,8 +19,8 @@ CodeStatus = Literal[
 ]
 """What may become of a program on a test."""
 
-OF_MATH = AppliesWhen("functions", holds=lambda functions: "math" in functions)
-OF_CODE = AppliesWhen("functions", holds=lambda functions: "code" in functions)
+OF_MATH = AppliesWhen("functions", condition=lambda functions: "math" in functions)
+OF_CODE = AppliesWhen("functions", condition=lambda functions: "code" in functions)
 
 
 class RewardConfig(Section):
@@ -46,7 +46,7 @@ class RewardConfig(Section):
     code_reward: Annotated[Literal["all", "fraction", "status"], OF_CODE] = "all"
     """code: 1 where all tests pass, else 0; the fraction that passes; or by what became of the first that does not."""
     status_rewards: Annotated[
-        dict[CodeStatus, float], OF_CODE, AppliesWhen("code_reward", holds=lambda reward: reward == "status")
+        dict[CodeStatus, float], OF_CODE, AppliesWhen("code_reward", condition=lambda reward: reward == "status")
     ] = Field(default={"accepted": 1.0})
     """code, with ``code_reward: status``: the reward of each outcome; 0 for those that are not named."""
     cpu_seconds: Annotated[Positive, OF_CODE] = 6.0

@@ -30,7 +30,7 @@ class RunConfig(RunDirConfig):
 class TrainRunConfig(RunConfig):
     """The same, and what other processes share."""
 
-    shared_dir: Annotated[str | None, AppliesWhen("mode", holds=one_of("detached"))] = None
+    shared_dir: Annotated[str | None, AppliesWhen("mode", condition=one_of("detached"))] = None
     """mode detached: where policies, rollouts and leases are, which samplers need; a folder, ``gs://`` or ``s3://``;
     null: in ``dir``."""
 

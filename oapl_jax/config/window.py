@@ -5,8 +5,8 @@ from typing import Annotated, Literal
 from oapl_jax.config.applies import AppliesWhen, one_of
 from oapl_jax.config.section import Count, CountOrZero, Positive, Section
 
-IN_PROCESS = AppliesWhen("mode", holds=one_of("online"))
-WITH_SAMPLER = AppliesWhen("mode", holds=one_of("online", "detached"))
+IN_PROCESS = AppliesWhen("mode", condition=one_of("online"))
+WITH_SAMPLER = AppliesWhen("mode", condition=one_of("online", "detached"))
 
 
 class WindowConfig(Section):

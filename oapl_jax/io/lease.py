@@ -10,6 +10,10 @@ is gone. A holder that cannot renew in time (stopped, disk full) knows by its ow
 have lost the lease. It may know late, though: what a holder writes has to be such that writing it
 twice does no harm, such as a file that is created only where it does not exist yet. For the same reason
 leases are not synced to disk: a crash of the machine may undo them.
+
+Files of a lease stay, because the next claim counts generations from 0 on. ``finish`` removes them where nobody needs the
+name any more. Another process may claim it in that very moment, and a third one after it, both with success. So whoever
+claims a name that may be finished checks afterwards whether the work is done, and then finishes the lease as well.
 """
 
 import contextlib
@@ -27,7 +31,7 @@ from oapl_jax.io.storage import SharedPath
 
 HEARTBEATS_PER_EXPIRY = 4
 MAX_SEEN = 4096
-"""Leases of others that are watched; the one whose last news is oldest is forgotten and watched anew."""
+"""Leases of others that are watched at most; beyond, the one whose last change is oldest is dropped from memory."""
 STOP_SECONDS = 10.0
 """How long ``close`` waits for a heartbeat that is being written."""
 
@@ -62,13 +66,25 @@ class Lease:
 
     def release(self) -> None:
         """Gives the name back: others may claim it at once."""
-        self._leases.forget(self)
+        self._leases.stop_beating(self)
         with self._writing:
             # On a full disk others have to wait for the expiry.
             with contextlib.suppress(OSError):
                 if not self._is_lost and not storage.exists(self._leases.path(self.name, self.generation + 1)):
                     self._leases.rewrite(self, self._beat + 1, is_released=True)
             self._is_lost = True
+
+    def finish(self) -> None:
+        """Gives the name up for good: its files disappear, also those of earlier holders (see above)."""
+        self._leases.stop_beating(self)
+        with self._writing, contextlib.suppress(OSError):  # what stays behind is in nobody's way
+            self._is_lost = True
+            generation = self.generation
+            while storage.exists(self._leases.path(self.name, generation + 1)):
+                generation += 1
+            # The highest first: a claim that finds those before it takes the next generation, as ever.
+            for number in range(generation, -1, -1):
+                storage.remove(self._leases.path(self.name, number))
 
 
 class Leases:
@@ -132,6 +148,11 @@ class Leases:
         for lease in list(self._held.values()):
             lease.release()
 
+    def finish_all(self) -> None:
+        """Finishes all leases of this process."""
+        for lease in list(self._held.values()):
+            lease.finish()
+
     def path(self, name: str, generation: int) -> SharedPath:
         """The file of a generation."""
         return self._directory / f"{name}.{generation}"
@@ -141,8 +162,8 @@ class Leases:
         content = self._content(beat, is_released=is_released)
         storage.replace(self.path(lease.name, lease.generation), content, is_durable=False)
 
-    def forget(self, lease: Lease) -> None:
-        """Beats no more for a lease."""
+    def stop_beating(self, lease: Lease) -> None:
+        """Ends the heartbeat of one lease."""
         if self._held.get(lease.name) is lease:
             del self._held[lease.name]
 
@@ -178,7 +199,7 @@ class Leases:
         while not self._stopping.wait(self.expires / HEARTBEATS_PER_EXPIRY):
             for lease in list(self._held.values()):
                 if not lease.renew():
-                    self.forget(lease)
+                    self.stop_beating(lease)
 
 
 def _parse(content: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from oapl_jax.types import FinishReason, Metrics, RolloutGroup, TrainBatch, Verd
 SHORTEST_ROW = 16
 
 ROW_COUNTS = 8
-"""Packed batches that are one micro-batch have one of so many numbers of rows, so that few programs compile."""
+"""Different numbers of rows that packed batches of one micro-batch may have, so that few programs compile."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +65,7 @@ class RowLayout:
         return 1 if self.mesh is None else row_shards(self.mesh)
 
     def num_rows(self, num_used: int) -> int:
-        """Rows of the arrays where so many hold anything: few different numbers.
+        """Rows of the arrays where ``num_used`` of them hold anything: few different numbers.
 
         With micro-batches it is always the most that there can be: the train step runs those that hold anything.
         """
@@ -149,7 +149,7 @@ def place(batch: TrainBatch, layout: RowLayout) -> TrainBatch:
 
 
 def shardings(mesh: Mesh) -> TrainBatch:
-    """Of a batch with its axis of micro-batches: rows over data and fsdp, tokens over context."""
+    """How a batch with its axis of micro-batches is sharded: rows over data and fsdp, tokens over context."""
     tokens, rollouts = token_sharding(mesh), row_sharding(mesh)
     return TrainBatch(tokens, tokens, tokens, tokens, tokens, rollouts, rollouts)
 

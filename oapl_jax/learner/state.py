@@ -24,7 +24,7 @@ class TrainState(NamedTuple):
     params: Any
     """State half of ``nnx.split(Qwen(...))``, what is frozen included."""
     opt_state: Any
-    """Of what is trained (``lora.trained``)."""
+    """The optimizer's state for the parameters that are trained (``lora.trained``)."""
 
     @property
     def stored(self) -> "TrainState":

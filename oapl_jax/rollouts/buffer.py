@@ -10,10 +10,13 @@ The next window starts after the last group that was consumed, and asks first wh
 (``left_over``): the prompt of a dropped group is asked again under the new policy.
 """
 
+import contextlib
+import itertools
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from typing import Literal, NamedTuple
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -68,9 +71,12 @@ class Consumption(NamedTuple):
 class GroupBuffer:
     """Groups of one policy version between a sampler thread and the learner's.
 
+    Admitting, putting and taking a group cost the same however large the window is: what they ask about the window
+    is counted as groups move (``_moving``), never recounted.
+
     Args:
         is_accepted: which finished groups the learner wants; others are passed over.
-        max_groups_ahead: groups that may be admitted beyond the learner's place; None: no limit.
+        max_groups_ahead: groups that may be admitted and are not yet taken or passed over; None: no limit.
         consumption: which of them make a batch.
     """
 
@@ -86,18 +92,34 @@ class GroupBuffer:
         self._changed = threading.Condition()
         self._num_changes = 0
         self._failure: BaseException | None = None
-        self._fresh: dict[int, RolloutGroup] = {}  # accepted and not taken, as they came
+        self.num_dropped = 0
+        self._begin(Window(-1, 0, 0))
+
+    def _begin(self, window: Window) -> None:
+        """An empty buffer for a window."""
+        self._window, self._needed = window, window.num_groups
+        self._fresh: OrderedDict[int, RolloutGroup] = OrderedDict()  # accepted and not taken, as they came
         self._passed_over: set[int] = set()
         self._taken: dict[int, RolloutGroup | None] = {}  # in the order of taking; None: it will not be taken again
-        self._uses: dict[int, tuple[int, int]] = {}  # how often it was taken, and in which batch last
-        self._num_batches = 0
         self._ungraded: set[int] = set()
-        self._next_index = 0
-        self._window = Window(-1, 0, 0)
-        self._needed = 0
+        self._next_index, self._num_batches = 0, 0
         self.cursor = 0
         """Index after the last group that was taken."""
-        self.num_dropped = 0
+        self._uses: dict[int, int] = {}  # how often a group was taken
+        self._reusable: defaultdict[int, OrderedDict[int, None]] = defaultdict(OrderedDict)
+        """By number of uses: groups that may be taken again, that which was used longest ago first."""
+        self._epoch_order: tuple[tuple[int, int], list[int]] = ((0, 0), [])
+        """Pass and number of groups; the order of the groups in this pass."""
+        self._skipped: set[int] = set()
+        """Before the cursor, neither taken nor passed over."""
+        self._known_end, self._sampled_end = 0, 0
+        """First indices from the cursor on that are not finished, and that are not even sampled."""
+        self._in_order: OrderedDict[int, None] = OrderedDict()
+        """Fresh groups from the cursor to ``_known_end``."""
+        self._num_sampled = 0
+        """Groups from the cursor to ``_sampled_end`` that are fresh or ungraded."""
+        self._num_fresh_started, self._num_ahead = 0, 0
+        """Groups before ``_next_index`` that are fresh, and those that are neither taken nor passed over."""
 
     def open_window(
         self,
@@ -124,12 +146,11 @@ class GroupBuffer:
         """
         with self._changed:
             self.num_dropped += self._num_unconsumed()
-            self._window = Window(policy_version, start_position, num_groups, tuple(asked_again))
-            self._needed = num_groups
-            self._fresh, self._passed_over, self._taken, self._uses = {}, set(), {}, {}
-            self._ungraded, self._num_batches, self._next_index, self.cursor = set(), 0, 0, 0
+            self._begin(Window(policy_version, start_position, num_groups, tuple(asked_again)))
             for group in logged:
-                self._add(group)
+                with self._moving(group.index):
+                    self._add(group)
+            self._extend()
             for indices in batches:
                 lacking = [index for index in indices if index not in self._fresh and index not in self._taken]
                 if lacking and self._consumption.is_repeating:
@@ -144,11 +165,11 @@ class GroupBuffer:
         """The next group for a sampler that holds this version's weights; None while none is wanted."""
         with self._changed:
             while self._is_known(self._next_index):
-                self._next_index += 1
+                self._start_to(self._next_index + 1)
             if policy_version != self.policy_version or self._is_supplied() or self._is_far_ahead():
                 return None
             ticket = Ticket(self.policy_version, self._next_index, self._window.position(self._next_index))
-            self._next_index += 1
+            self._start_to(self._next_index + 1)
             return ticket
 
     def wants_groups(self, policy_version: int) -> bool:
@@ -159,20 +180,26 @@ class GroupBuffer:
         their grades count as had.
         """
         with self._changed:
-            return policy_version == self.policy_version and self._num_sampled() < self._needed
+            is_by_index = self._consumption.order == "index"
+            num_sampled = self._num_sampled if is_by_index else len(self._fresh) + len(self._ungraded)
+            return policy_version == self.policy_version and num_sampled < self._needed
 
     def mark_sampled(self, ticket: Ticket) -> None:
         """A group has left the sampler and will be ``put`` when it is graded."""
         with self._changed:
             if ticket.policy_version == self.policy_version:
-                self._ungraded.add(ticket.index)
+                with self._moving(ticket.index):
+                    self._ungraded.add(ticket.index)
+                self._extend()
 
     def put(self, group: RolloutGroup) -> None:
         """Adds a graded group; one of another version came too late and is passed over (it was counted)."""
         with self._changed:
             if group.policy_version == self.policy_version:
-                self._ungraded.discard(group.index)
-                self._add(group)
+                with self._moving(group.index):
+                    self._ungraded.discard(group.index)
+                    self._add(group)
+                self._extend()
                 self._notify()
 
     def take(
@@ -187,7 +214,7 @@ class GroupBuffer:
         Args:
             num_groups: how many; the call waits until they are finished.
             deadline: seconds to wait.
-            is_cancelled: looked at every second.
+            is_cancelled: asked every second.
             recorded: indices of the groups that this batch had before a restart: it gets them again.
 
         Raises:
@@ -218,9 +245,8 @@ class GroupBuffer:
         and those that this window itself should have asked again and did not.
         """
         with self._changed:
-            before = [i for i in range(self.cursor) if i not in self._taken and i not in self._passed_over]
             again = len(self._window.asked_again)
-            return [self._window.position(index) for index in [*before, *range(self.cursor, again)]]
+            return [self._window.position(i) for i in [*sorted(self._skipped), *range(self.cursor, again)]]
 
     @property
     def policy_version(self) -> int:
@@ -260,13 +286,60 @@ class GroupBuffer:
             self._fresh[group.index] = group
         else:
             self._passed_over.add(group.index)
+            self._skipped.discard(group.index)
 
     def _is_known(self, index: int) -> bool:
-        return index in self._fresh or index in self._taken or index in self._passed_over
+        return index in self._fresh or self._is_behind(index)
+
+    def _is_behind(self, index: int) -> bool:
+        return index in self._taken or index in self._passed_over
+
+    @contextlib.contextmanager
+    def _moving(self, index: int) -> Iterator[None]:
+        """Around every change of a group's state, or of an end that moves past it: keeps the counts true."""
+        self._count(index, -1)
+        yield
+        self._count(index, 1)
+
+    def _count(self, index: int, sign: int) -> None:
+        is_fresh = index in self._fresh
+        if index < self._next_index:
+            self._num_fresh_started += sign * is_fresh
+            self._num_ahead += sign * (not self._is_behind(index))
+        if self.cursor <= index < self._sampled_end:
+            self._num_sampled += sign * (is_fresh or index in self._ungraded)
+
+    def _start_to(self, end: int) -> None:
+        """Raises the next index."""
+        for index in range(self._next_index, end):
+            with self._moving(index):
+                self._next_index = index + 1
+
+    def _go_past(self, end: int) -> None:
+        """Raises the cursor."""
+        for index in range(self.cursor, end):
+            with self._moving(index):
+                self.cursor = index + 1
+            self._in_order.pop(index, None)
+            if not self._is_behind(index):
+                self._skipped.add(index)
+        self._extend()
+
+    def _extend(self) -> None:
+        """Moves the ends of what is finished, and of what is sampled, over what has become so."""
+        self._known_end = max(self._known_end, self.cursor)
+        while self._is_known(self._known_end):
+            if self._known_end in self._fresh:
+                self._in_order[self._known_end] = None
+            self._known_end += 1
+        self._sampled_end = max(self._sampled_end, self.cursor)
+        while self._sampled_end in self._ungraded or self._is_known(self._sampled_end):
+            with self._moving(self._sampled_end):
+                self._sampled_end += 1
 
     def _num_unconsumed(self) -> int:
         """Groups that were started or finished and not taken, without those that the learner went past."""
-        in_flight = self._next_index - sum(self._is_known(index) for index in range(self._next_index))
+        in_flight = self._num_ahead - self._num_fresh_started
         return in_flight + len(self._fresh) + sum(index >= self.cursor for index in self._passed_over)
 
     def _is_supplied(self) -> bool:
@@ -275,56 +348,39 @@ class GroupBuffer:
         Nor do, in the order of the index, logged groups beyond the next index: a gap before them, in flight at a
         kill, comes first.
         """
-        is_ordered = self._consumption.order == "index"
-        ready = sum(not is_ordered or index < self._next_index for index in self._fresh)
+        ready = self._num_fresh_started if self._consumption.order == "index" else len(self._fresh)
         return ready + len(self._ungraded) >= self._needed
-
-    def _num_sampled(self) -> int:
-        """Groups that the learner can count on: see ``wants_groups``."""
-        if self._consumption.order == "ready":
-            return len(self._fresh) + len(self._ungraded)
-        number, index = 0, self.cursor
-        while index in self._ungraded or self._is_known(index):
-            number += index in self._ungraded or index in self._fresh
-            index += 1
-        return number
 
     def _is_far_ahead(self) -> bool:
         """Groups passed over do not count: a learner that waits for the groups after them would wait for ever."""
-        if self._max_ahead is None:
-            return False
-        passed_by = sum(index in self._taken or index in self._passed_over for index in range(self._next_index))
-        return self._next_index - passed_by >= self._max_ahead
+        return self._max_ahead is not None and self._num_ahead >= self._max_ahead
 
     def _choose(self, num_groups: int) -> list[int] | None:
         """Indices of the next batch; None: it has to wait."""
         batches_per_pass = max(1, self._window.num_groups // num_groups)
         number, batch = divmod(self._num_batches, batches_per_pass)
         if self._consumption.epochs > 1 and number > 0:
-            draw = np.random.default_rng((self._consumption.seed, self.policy_version, number))
-            order = draw.permutation(list(self._taken)).tolist()
-            return order[batch * num_groups : (batch + 1) * num_groups]
-        fresh = self._takeable()
-        if self._num_batches == 0 and len(fresh) < min(self._consumption.min_groups, self._window.num_groups):
+            return self._order_of_pass(number)[batch * num_groups : (batch + 1) * num_groups]
+        takeable = self._takeable()
+        if self._num_batches == 0 and len(takeable) < min(self._consumption.min_groups, self._window.num_groups):
             return None
-        if len(fresh) >= num_groups:
-            return fresh[:num_groups]
-        used = [index for index, group in self._taken.items() if group is not None]
-        if self._consumption.max_uses > 1 and len(fresh) + len(used) >= num_groups:
-            used.sort(key=lambda index: (*self._uses[index], index))
-            return fresh + used[: num_groups - len(fresh)]
-        return None
+        fresh = list(itertools.islice(takeable, num_groups))
+        if self._consumption.max_uses > 1:
+            used = itertools.chain.from_iterable(self._reusable[uses] for uses in sorted(self._reusable))
+            fresh += itertools.islice(used, num_groups - len(fresh))
+        return fresh if len(fresh) == num_groups else None
 
-    def _takeable(self) -> list[int]:
+    def _takeable(self) -> OrderedDict[int, Any]:
         """New groups in their order; by index, those up to the first that is not finished."""
-        if self._consumption.order == "ready":
-            return list(self._fresh)
-        indices, index = [], self.cursor
-        while self._is_known(index):
-            if index in self._fresh:
-                indices.append(index)
-            index += 1
-        return indices
+        return self._fresh if self._consumption.order == "ready" else self._in_order
+
+    def _order_of_pass(self, number: int) -> list[int]:
+        """Indices of the window's groups in a later pass over them."""
+        key = number, len(self._taken)
+        if self._epoch_order[0] != key:
+            draw = np.random.default_rng((self._consumption.seed, self.policy_version, number))
+            self._epoch_order = key, draw.permutation(list(self._taken)).tolist()
+        return self._epoch_order[1]
 
     def _all_there(self, recorded: Sequence[int]) -> list[int] | None:
         if unusable := self._passed_over.intersection(recorded):
@@ -337,17 +393,23 @@ class GroupBuffer:
 
     def _take(self, indices: Sequence[int]) -> list[RolloutGroup]:
         """Moves the groups on, and returns those that are there: all of them but after a restart."""
-        groups = []
+        groups, limit = [], max(self._consumption.epochs, self._consumption.max_uses)
         for index in indices:
-            group = self._fresh.pop(index, None) or self._taken.get(index)
-            uses = self._uses.get(index, (0, 0))[0] + 1
-            self._uses[index] = (uses, self._num_batches)
-            limit = max(self._consumption.epochs, self._consumption.max_uses)
-            self._taken[index] = group if uses < limit else None
+            with self._moving(index):
+                group = self._fresh.pop(index, None) or self._taken.get(index)
+                self._uses[index] = uses = self._uses.get(index, 0) + 1
+                self._taken[index] = group if uses < limit else None
+            self._in_order.pop(index, None)
+            self._skipped.discard(index)
             if group is not None:
                 groups.append(group)
-        self.cursor = max([self.cursor, *(index + 1 for index in indices)])
-        self._next_index = max(self._next_index, self.cursor if self._consumption.order == "index" else 0)
+        for index in sorted(indices):
+            self._reusable[self._uses[index] - 1].pop(index, None)
+            if self._taken[index] is not None:
+                self._reusable[self._uses[index]][index] = None
+        self._go_past(max([0, *(index + 1 for index in indices)]))
+        if self._consumption.order == "index":
+            self._start_to(self.cursor)
         self._needed = max(0, self._needed - len(indices))
         self._num_batches += 1
         self._notify()
@@ -355,9 +417,7 @@ class GroupBuffer:
 
     def _explain(self, num_groups: int, deadline: float, recorded: Sequence[int] | None) -> str:
         takeable = self._takeable()
-        known = sum(self._is_known(index) for index in range(self._next_index))
         passed_over = sum(index >= self.cursor for index in self._passed_over)
-        missing = next(index for index in range(self.cursor, self.cursor + 10**9) if not self._is_known(index))
         what = f"{num_groups} groups of policy version {self.policy_version}"
         if recorded is not None:
             gone = [i for i in recorded if i not in self._fresh and self._taken.get(i) is None]
@@ -365,8 +425,8 @@ class GroupBuffer:
         elif self._num_batches == 0 and self._consumption.min_groups > num_groups:
             what += f" (window.min_groups={self._consumption.min_groups} before the first batch)"
         return (
-            f"waited {deadline:g} s for {what}: {len(takeable)} are ready, group {missing} is not finished,"
-            f" {self._next_index - known + sum(i >= self.cursor for i in [*self._fresh, *self._passed_over])} were started,"
+            f"waited {deadline:g} s for {what}: {len(takeable)} are ready, group {self._known_end} is not finished,"
+            f" {self._num_ahead - self._num_fresh_started + sum(i >= self.cursor for i in [*self._fresh, *self._passed_over])} were started,"
             f" {passed_over} were finished but passed over as unusable. Responses may take longer than window.deadline, or"
             " nearly all groups are filtered out, or the sampler hangs"
         )

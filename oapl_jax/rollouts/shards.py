@@ -123,7 +123,7 @@ class ShardQueue:
                     del self._held[shard]
                     if is_first:
                         self._num_accepted[shard] = sum(map(self._is_accepted, members.values()))
-            lease.release()
+            lease.finish()
 
     def _write(self, shard: int, groups: Sequence[RolloutGroup]) -> bool:
         """Creates the shard's file; a disk that cannot be written is tried again, because the groups are whole."""
@@ -198,7 +198,7 @@ class ShardQueue:
                     self._todo.extend(self._groups_of(shard))
                     return True
                 if lease is not None:  # written since the look at the log, or listed late by an object store
-                    lease.release()
+                    lease.finish()
                     self._count(version, shard)
             expected += self._num_accepted.get(shard, len(self._groups_of(shard)))
         raise AssertionError("not reached")

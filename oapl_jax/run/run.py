@@ -45,7 +45,7 @@ from oapl_jax.sources.setup import SamplingSetup, acceptance, make_setup
 from oapl_jax.sources.turns import SamplerTurns
 from oapl_jax.types import Metrics, PreemptedError, RolloutGroup
 from oapl_jax.weights.checkpoints import Checkpoints
-from oapl_jax.weights.policies import Holds, Manifest, PolicyStore
+from oapl_jax.weights.policies import Manifest, PolicyStore, VersionLeases
 
 MakeSource = Callable[[SamplingSetup], GroupSource]
 
@@ -520,10 +520,10 @@ def _publish_policies(
         manifest = Manifest(window, config.window.shard_groups, digest, {})
         return policies.publish(manifest, assembly.architecture, weights, setup.tokenizer, writers=setup.trainers)
 
-    holds = Holds(root / "leases" / "policies", config.window.lease_seconds)
-    stack.callback(holds.close)
+    leases = VersionLeases(root / "leases" / "policies", config.window.lease_seconds)
+    stack.callback(leases.close)
     note(f"samplers: oapl-jax sample --run {root}")
-    return Published(publish, policies, holds)
+    return Published(publish, policies, leases)
 
 
 def pass_at(metrics: Metrics) -> dict[str, float]:

@@ -17,7 +17,7 @@ from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.source import Taken, Weights, WindowPlan
 from oapl_jax.sources.local import describe, take
 from oapl_jax.types import Metrics, RolloutGroup
-from oapl_jax.weights.policies import Holds, PolicyStore
+from oapl_jax.weights.policies import PolicyStore, VersionLeases
 
 STOP_DEADLINE = 60.0
 DAMAGED_SECONDS = 0.5
@@ -53,11 +53,11 @@ class Published:
     Args:
         publish: writes a version for a window.
         store: where it goes.
-        holds: who uses which version.
+        leases: who uses which version.
     """
 
-    def __init__(self, publish: Callable[[Window, Any], Metrics], store: PolicyStore, holds: Holds):
-        self._publish, self._store, self._holds = publish, store, holds
+    def __init__(self, publish: Callable[[Window, Any], Metrics], store: PolicyStore, leases: VersionLeases):
+        self._publish, self._store, self._leases = publish, store, leases
         self._version = 0
 
     def open_window(self, window: Window, weights: Any) -> Metrics:
@@ -67,7 +67,7 @@ class Published:
 
     def tidy(self) -> None:
         """Removes versions that nobody uses any longer."""
-        self._store.collect(self._holds)
+        self._store.collect(self._leases)
 
     def finish(self) -> None:
         """Marks the newest version as the last."""
@@ -198,7 +198,7 @@ class LogFollower:
             self._buffer.fail(error)
 
     def _tidy(self) -> None:
-        """Once a window: removes policies that nobody holds, and leases of shards, of versions before the last one."""
+        """Once a window: removes policies that nobody uses, and leases of shards, of versions before the last one."""
         version, self._untidy = self._untidy, -1
         if version < 0:
             return

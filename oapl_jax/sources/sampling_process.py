@@ -44,7 +44,7 @@ from oapl_jax.sources import follower
 from oapl_jax.sources.sampling_loop import SamplingLoop
 from oapl_jax.sources.setup import acceptance, make_grading
 from oapl_jax.sources.turns import SamplerTurns
-from oapl_jax.weights.policies import Current, Holds, Manifest, PolicyGoneError, PolicyStore
+from oapl_jax.weights.policies import Current, Manifest, PolicyGoneError, PolicyStore, VersionLeases
 
 TRANSFORMERS = "oapl_jax.sampler.torch:make"
 """PyTorch is no requirement of any other program, so it is imported by name."""
@@ -73,7 +73,7 @@ class SamplingProcess:
         self._store = PolicyStore(root / "policy")
         self._name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self._resources = contextlib.ExitStack()
-        self._leases: tuple[Leases | Holds, ...] = ()
+        self._leases: tuple[Leases | VersionLeases, ...] = ()
         self._next_report, self._beat = 0.0, 0
 
     def run(self) -> None:
@@ -100,9 +100,9 @@ class SamplingProcess:
         window = config.window
         log = RolloutLog(self._root / "rollouts", dataclasses.asdict(SamplingDistribution.of(config.sampler)))
         leases = self._resources.enter_context(Leases(self._root / follower.LEASES_FOLDER, window.lease_seconds))
-        holds = Holds(self._root / "leases" / "policies", window.lease_seconds)
-        self._resources.callback(holds.close)
-        self._leases = (leases, holds)
+        version_leases = VersionLeases(self._root / "leases" / "policies", window.lease_seconds)
+        self._resources.callback(version_leases.close)
+        self._leases = (leases, version_leases)
         shards = ShardQueue(log, leases, acceptance(config), window.shard_groups)
         loop, version, hold, since = None, -1, None, time.monotonic()
         seen, end, delay = None, time.monotonic() + IDLE_DEADLINE, 0.0
@@ -112,9 +112,11 @@ class SamplingProcess:
             if current.policy_version != version:
                 held = None
                 with contextlib.suppress(OSError):  # without it the version may be removed, and is then left
-                    held = holds.hold(current.policy_version, self._name)
+                    held = version_leases.claim(current.policy_version, self._name)
                 fetched = self._fetch(current.policy_version, run_dir.digest(config), cache)
                 if fetched is None:  # the trainer went on meanwhile
+                    if held is not None:
+                        held.finish()
                     current = self._store.current() or current
                     continue
                 manifest, folder = fetched
@@ -129,7 +131,7 @@ class SamplingProcess:
                 loop.start()
                 shards.open_window(manifest.window)
                 if hold is not None:
-                    hold.release()
+                    hold.finish()
                 if folder.is_relative_to(cache):  # a copy, which is in memory now
                     shutil.rmtree(folder, ignore_errors=True)
                 version, hold, since = current.policy_version, held, time.monotonic()

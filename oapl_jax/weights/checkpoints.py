@@ -75,13 +75,13 @@ class Checkpoints:
         """
         arrays = flatten(tree)
         meta = {**meta, "layout": _layout(arrays), "fingerprint": fingerprint(list(arrays.values()))}
-        if jax.default_backend() == "cpu":
-            # Here a host "copy" is a view of the very buffer that the next train step donates.
-            arrays = {name: jnp.copy(array) for name, array in arrays.items()}
         with self._explain():
             self._manager.save(
                 step, args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
             )
+            if jax.default_backend() == "cpu":
+                # Here a host "copy" is a view of the very buffer that the next train step donates.
+                self._manager.wait_until_finished()
 
     def wait(self) -> None:
         """Returns when the last save is on disk."""
@@ -185,7 +185,10 @@ class Checkpoints:
             create=False,
             multiprocessing_options=processes,
         )
-        return ocp.CheckpointManager(self._directory, options=options)
+        # OCDBT, the default, gathers what it has compressed in memory until it has 2 GB of a file.
+        arrays = ocp.StandardCheckpointHandler(use_ocdbt=False, multiprocessing_options=processes)
+        meta = ocp.JsonCheckpointHandler(multiprocessing_options=processes)
+        return ocp.CheckpointManager(self._directory, options=options, item_handlers={"arrays": arrays, "meta": meta})
 
 
 def flatten(tree: Any) -> dict[str, Any]:

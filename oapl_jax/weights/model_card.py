@@ -82,11 +82,11 @@ def _results(config: TrainConfig, run_dir: pathlib.Path, step: int) -> str:
     for title, values in (("before", before), (f"step {step}", at_step)):
         if values:
             rows.append(f"| {title} | " + " | ".join(f"{values[name]:.3f}" for name in names) + " |")
-    told = (
+    caption = (
         f"Unbiased pass@k on {distribution.prompts} held-out prompts at most, at temperature {distribution.temperature:g} and top-p"
         f" {distribution.top_p:g}, responses of at most {config.sampler.max_response_tokens:,} tokens."
     )
-    return "\n".join(rows) + f"\n\n{told}"
+    return "\n".join(rows) + f"\n\n{caption}"
 
 
 def _measured(run_dir: pathlib.Path, step: int) -> dict[str, float]:

@@ -32,7 +32,7 @@ MANIFEST_FILE = "manifest.json"
 CURRENT_FILE = "current.json"
 HASHING_THREADS = 4
 KEPT = 2
-"""Newest versions that are kept whether anyone holds them or not."""
+"""Newest versions that are kept whether anyone uses them or not."""
 
 
 class PolicyGoneError(Exception):
@@ -59,7 +59,7 @@ class Manifest(NamedTuple):
     files: dict[str, dict[str, Any]]
     """``bytes`` and ``sha256`` of each file."""
     schema_version: int = SCHEMA_VERSION
-    """Of the rollout log that the trainer reads."""
+    """Schema of the rollout log that the trainer reads."""
 
 
 class PolicyStore:
@@ -141,7 +141,7 @@ class PolicyStore:
         return True
 
     def finish(self, policy_version: int) -> None:
-        """Tells the samplers that the run is over."""
+        """Marks the run as over, which ends the samplers."""
         self._point_to(Current(policy_version, is_finished=True))
 
     def current(self) -> Current | None:
@@ -202,9 +202,12 @@ class PolicyStore:
         """Where a version is."""
         return self.directory / f"{version:06d}"
 
-    def collect(self, holds: "Holds") -> list[int]:
-        """Removes versions before the newest ``KEPT`` that no sampler holds; returns them."""
-        removed = [version for version in self.versions()[:-KEPT] if not holds.is_held(version)]
+    def collect(self, leases: "VersionLeases") -> list[int]:
+        """Removes versions before the newest ``KEPT`` that no sampler uses, and their leases; returns them."""
+        versions = self.versions()
+        old = versions[:-KEPT]
+        in_use = leases.in_use(versions[-KEPT]) if old else set()
+        removed = [version for version in old if version not in in_use]
         for version in removed:
             # The manifest first: what is half removed is not there.
             storage.remove(self.folder(version) / MANIFEST_FILE)
@@ -215,32 +218,36 @@ class PolicyStore:
         storage.replace(self.directory / CURRENT_FILE, json.dumps(current._asdict()).encode() + b"\n")
 
 
-class Holds:
-    """Who uses which version: a lease for each pair, so that a holder that is gone holds nothing."""
+class VersionLeases:
+    """Who uses which version: a lease for each pair of version and process, which no other process needs."""
 
     def __init__(self, directory: SharedPath, expires: float):
         self._directory = directory
         self._leases = Leases(directory, expires)
 
-    def hold(self, version: int, name: str) -> Lease | None:
-        """Says that a process of this name uses a version, until released."""
+    def claim(self, version: int, name: str) -> Lease | None:
+        """Says that a process of this name uses a version, until the lease is finished."""
         return self._leases.claim(f"{version:06d}-{name}")
 
-    def is_held(self, version: int) -> bool:
-        """Whether a process that beats uses it. One that has fallen silent is noticed after the expiry."""
-        prefix = f"{version:06d}-"
-        holders = {name.rpartition(".")[0] for name in storage.names(self._directory) if name.startswith(prefix)}
-        held = False
-        for holder in sorted(holders):
-            if (lease := self._leases.claim(holder)) is None:
-                held = True
+    def in_use(self, before: int) -> set[int]:
+        """Versions before this one that a living process uses; the leases of all others are finished.
+
+        A process that has fallen silent counts as living until the expiry.
+        """
+        found = set()
+        for name in sorted({file.rpartition(".")[0] for file in storage.names(self._directory)}):
+            version = name.partition("-")[0]
+            if not version.isdigit() or int(version) >= before:
+                continue
+            if (lease := self._leases.claim(name)) is None:
+                found.add(int(version))
             else:
-                lease.release()
-                storage.remove(self._leases.path(holder, lease.generation))
-        return held
+                lease.finish()
+        return found
 
     def close(self) -> None:
-        """Holds nothing any longer."""
+        """Finishes the leases of this process."""
+        self._leases.finish_all()
         self._leases.close()
 
 

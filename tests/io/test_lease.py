@@ -7,11 +7,12 @@ import subprocess
 import sys
 import time
 
+from oapl_jax.io import storage
 from oapl_jax.io.lease import Leases
 
 HOLD = """
 import pathlib, sys, time
-from oapl_jax.rollouts.lease import Leases
+from oapl_jax.io.lease import Leases
 leases = Leases(pathlib.Path(sys.argv[1]), expires=float(sys.argv[2]))
 assert leases.claim("work") is not None
 print("held", flush=True)
@@ -135,3 +136,62 @@ def test_a_lease_that_could_not_be_renewed_in_time_is_no_longer_held(tmp_path, m
         time.sleep(0.6)
         assert not lease.is_held
         monkeypatch.undo()
+
+
+def test_a_finished_lease_leaves_no_file_whatever_came_before(tmp_path):
+    with Leases(tmp_path, expires=600) as first, Leases(tmp_path, expires=600) as second:
+        first.claim("a").release()
+        second.claim("a").release()
+        lease = first.claim("a")
+        assert lease.generation == 2
+        lease.finish()
+        assert not lease.is_held
+        assert list(tmp_path.iterdir()) == []
+        lease.finish()
+        lease.release()
+        assert not lease.renew()
+        assert list(tmp_path.iterdir()) == [], "nothing writes it again"
+        again = second.claim("a")
+        assert again.generation == 0
+        assert again.is_held
+
+
+def test_a_lease_is_held_once_while_it_is_finished_and_claimed_again(tmp_path):
+    """A claim in the middle of the removal takes the next generation, and the rest is removed by who finishes last."""
+    with Leases(tmp_path, expires=600) as first, Leases(tmp_path, expires=600) as second:
+        first.claim("a").release()
+        lease = first.claim("a")
+        assert lease.generation == 1
+        first.path("a", 1).unlink()  # half of ``finish``
+        between = second.claim("a")
+        assert between.generation == 1
+        assert first.claim("a") is None
+        lease.finish()
+        between.finish()
+        assert list(tmp_path.iterdir()) == []
+
+
+def finish_all(directory, log, names, queue):
+    """Works on each name once, as a shard queue does: what is done is known by its file, not by its lease."""
+    made = 0
+    with Leases(directory) as leases:
+        while left := [name for name in names if not (log / name).exists()]:
+            for name in left:
+                if (lease := leases.claim(name)) is not None:
+                    made += storage.create(log / name, b"done", is_durable=False)
+                    lease.finish()
+    queue.put(made)
+
+
+def test_processes_that_finish_what_others_claim_do_all_work_once_and_leave_no_lease(tmp_path):
+    names, log, leases = [f"shard-{i}" for i in range(40)], tmp_path / "log", tmp_path / "leases"
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=finish_all, args=(leases, log, names, queue)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    assert sum(queue.get(timeout=120) for _ in processes) == len(names)
+    for process in processes:
+        process.join(60)
+    assert sorted(path.name for path in log.iterdir()) == sorted(names)
+    assert list(leases.iterdir()) == []

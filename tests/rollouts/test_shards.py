@@ -56,3 +56,11 @@ def test_a_shard_that_was_moved_away_is_wanted_again_whatever_came_after_it(queu
     assert tickets(queue) == [], "four shards are there, and one of them may yet be read"
     torn.rename(torn.with_name(torn.name + ".damaged"))
     assert tickets(queue) == [2, 3]
+
+
+def test_the_lease_of_a_shard_disappears_when_the_shard_is_written(queue, log, tmp_path):
+    """By this process, or by another one while this one had claimed it."""
+    assert tickets(queue) == [0, 1, 2, 3, 4, 5]
+    write(log, 2)
+    queue.append([group(index, VERSION) for index in (0, 1, 4, 5)])
+    assert sorted(path.name for path in (tmp_path / "leases").iterdir()) == [f"{VERSION:06d}-000001.0"]

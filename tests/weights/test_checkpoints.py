@@ -2,6 +2,8 @@
 
 import functools
 import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -267,3 +269,32 @@ def test_names_of_leaves_are_unique_and_in_order():
     flat = flatten(tree)
     assert list(flat) == ["opt/0", "opt/1", "params/bias", "params/half", "params/kernel"]
     assert all(a is b for a, b in zip(flat.values(), jax.tree.leaves(tree), strict=True))
+
+
+SAVE = """
+import pathlib, sys
+import jax, jax.numpy as jnp
+from oapl_jax.weights.checkpoints import Checkpoints
+def mib(key):
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith(key))
+checkpoints = Checkpoints(pathlib.Path(sys.argv[1]), 2)
+keys = jax.random.split(jax.random.key(0), 16)
+arrays = {f"array-{i}": jax.block_until_ready(jax.random.normal(key, (8, 1024, 512))) for i, key in enumerate(keys)}
+checkpoints.save(1, {"small": jnp.ones(3)}, {})
+checkpoints.wait()
+pathlib.Path("/proc/self/clear_refs").write_text("5")
+before = mib("VmRSS")
+checkpoints.save(2, arrays, {})
+checkpoints.close()
+print(mib("VmHWM") - before, sum(array.nbytes for array in arrays.values()) // 2**20)
+"""
+
+
+@pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="Linux counts the memory")
+def test_a_save_needs_less_memory_than_another_copy_of_the_arrays(tmp_path):
+    result = subprocess.run([sys.executable, "-c", SAVE, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    grown, size = map(int, result.stdout.split())
+    assert size == 256
+    assert grown < 0.75 * size

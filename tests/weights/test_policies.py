@@ -1,4 +1,4 @@
-"""Published policies are whole or not there, are pointed to last, and stay while somebody holds them."""
+"""Published policies are whole or not there, are pointed to last, and stay while somebody uses them."""
 
 import json
 import time
@@ -13,7 +13,7 @@ from oapl_jax.data.tokenizer import CharacterTokenizer
 from oapl_jax.distributed.sharding import SAMPLER_RULES, make_meshes
 from oapl_jax.model import hf
 from oapl_jax.rollouts.buffer import Window
-from oapl_jax.weights.policies import Current, Holds, Manifest, PolicyGoneError, PolicyStore
+from oapl_jax.weights.policies import Current, Manifest, PolicyGoneError, PolicyStore, VersionLeases
 
 CONFIG = tiny.config("qwen3_tied")
 
@@ -91,17 +91,17 @@ def test_a_torn_pointer_is_no_pointer(store):
     assert store.current() is None
 
 
-def test_old_versions_are_collected_when_no_one_holds_them(store, tmp_path):
-    trainer, sampler = Holds(tmp_path / "holds", 0.6), Holds(tmp_path / "holds", 0.6)
+def test_old_versions_are_collected_when_no_one_uses_them(store, tmp_path):
+    trainer, sampler = VersionLeases(tmp_path / "leases", 0.6), VersionLeases(tmp_path / "leases", 0.6)
     for version in range(4):
         publish(store, version)
-    held = sampler.hold(0, "a")
-    assert store.collect(trainer) == [1], "the two newest stay, and the one that is held"
+    held = sampler.claim(0, "a")
+    assert store.collect(trainer) == [1], "the two newest stay, and the one that is used"
     assert store.versions() == [0, 2, 3]
     held.release()
     assert store.collect(trainer) == [0]
 
-    silent = sampler.hold(2, "b")
+    silent = sampler.claim(2, "b")
     publish(store, 4)
     assert store.collect(trainer) == []
     sampler.close()  # it beats no longer
@@ -112,3 +112,26 @@ def test_old_versions_are_collected_when_no_one_holds_them(store, tmp_path):
         time.sleep(0.1)
     trainer.close()
     assert json.loads((store.directory / "current.json").read_text())["policy_version"] == 4
+
+
+def test_the_leases_of_a_version_disappear_with_it(store, tmp_path):
+    """Ten versions, one sampler that finishes its leases, one that only releases them, and one that was killed."""
+    folder = tmp_path / "leases"
+    trainer, sampler = VersionLeases(folder, 30.0), VersionLeases(folder, 30.0)
+    killed = json.dumps({"host": "elsewhere", "pid": 1, "started": "0", "beat": 1, "is_released": True})
+    for version in range(10):
+        publish(store, version)
+        own, other = sampler.claim(version, "a"), sampler.claim(version, "b.c")
+        (folder / f"{version:06d}-gone.0").write_text(killed)
+        store.collect(trainer)
+        own.finish()
+        other.release()
+    living = sampler.claim(0, "late")
+    store.collect(trainer)
+    assert {path.name.partition("-")[0] for path in folder.iterdir()} == {"000000", "000008", "000009"}
+    living.finish()
+    trainer.close()
+    sampler.close()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"00000{version}-{name}.0" for version in (8, 9) for name in ("b.c", "gone")
+    ], "of the two versions that are there"
