@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from oapl_jax.sampler.replicas import Replicas, replica_meshes
 
 from model import tiny
 from oapl_jax.config.schema import MeshConfig
@@ -19,7 +20,6 @@ from oapl_jax.model import qwen
 from oapl_jax.model.logprob import sequence_logprobs
 from oapl_jax.rollouts.sampling import Request, SamplingDistribution
 from oapl_jax.sampler.engine import Engine
-from oapl_jax.sampler.replicas import Replicas, replica_meshes
 from oapl_jax.sampler.scheduler import Scheduler
 from oapl_jax.types import FinishReason
 
