@@ -5,6 +5,7 @@ the work. Set ``JAX_COMPILATION_CACHE_DIR`` to keep the programs from one sessio
 """
 
 import collections
+import itertools
 import os
 import pathlib
 import shutil
@@ -35,6 +36,40 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     tests = collections.Counter(item.path for item in items)
     slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
     items.sort(key=lambda item: -slow[item.path] / tests[item.path])
+
+
+def _cpu_seconds() -> float:
+    times = os.times()
+    return sum(times[:4])  # of this process and of the children that it waited for
+
+
+_spent = [_cpu_seconds()]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    report = yield
+    now = _cpu_seconds()
+    report.cpu_seconds, _spent[0] = now - _spent[0], now
+    return report
+
+
+def pytest_runtest_logstart() -> None:
+    _spent[0] = _cpu_seconds()
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """With ``--durations``: CPU seconds of each file and of each test above one, which do not depend on other work."""
+    if config.option.durations is None:
+        return
+    spent = collections.Counter()
+    for report in itertools.chain(*terminalreporter.stats.values()):
+        if hasattr(report, "cpu_seconds"):
+            spent.update(dict.fromkeys((report.nodeid, report.nodeid.partition("::")[0]), report.cpu_seconds))
+    terminalreporter.section("CPU seconds")
+    for name, seconds in spent.most_common():
+        if seconds >= 1:
+            terminalreporter.write_line(f"{seconds:8.1f} {name}")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -58,12 +58,10 @@ def detached(tmp_path_factory):
     return directory, code, output
 
 
-def test_a_detached_run_is_the_online_run_bit_for_bit(detached, tmp_path):
-    directory, code, output = detached
+def test_a_detached_run_is_the_online_run_bit_for_bit(detached, finished):
+    (directory, code, output), (online, _) = detached, finished
     assert code == 0, output
     assert "sampling version 0" in output
-    online = tmp_path / "online"
-    train.run(make_config(online))
     assert read_lines(directory / "batches.jsonl") == read_lines(online / "batches.jsonl")
     assert trained_groups(directory) == trained_groups(online)
     for name, tensor in weights(online).items():
@@ -71,12 +69,12 @@ def test_a_detached_run_is_the_online_run_bit_for_bit(detached, tmp_path):
     assert audit(directory) == audit(online) == "10 steps, 3 windows, 40 groups, 320 rollouts: all as recorded"
 
 
-def test_a_run_over_an_object_store_that_lists_late_is_the_online_run_bit_for_bit(tmp_path):
+def test_a_run_over_an_object_store_that_lists_late_is_the_online_run_bit_for_bit(finished, tmp_path):
     """Two samplers, in threads; a torn file lies in the way, and is listed for a while after it was moved away."""
     root = storage.shared_path(make_place())
     torn = RolloutLog(root / "rollouts").path(1, 1)
     storage.replace(torn, b"PAR1 torn")
-    directory, online = tmp_path / "run", tmp_path / "online"
+    directory, online = tmp_path / "run", finished[0]
     config = make_config(directory, mode="detached", run={"shared_dir": str(root)}, window=DETACHED)
     failures, stop = [], threading.Event()
 
@@ -98,7 +96,6 @@ def test_a_run_over_an_object_store_that_lists_late_is_the_online_run_bit_for_bi
             sampler.join(60)
     assert not failures
     assert storage.exists(torn.with_name(torn.name + ".damaged"))
-    train.run(make_config(online))
     assert read_lines(directory / "batches.jsonl") == read_lines(online / "batches.jsonl")
     for name, tensor in weights(online).items():
         np.testing.assert_array_equal(tensor, weights(directory)[name], err_msg=name)

@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 
 import runs
-from oapl_jax import train
 from oapl_jax.cli import generate
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import GenerateConfig
@@ -187,9 +186,8 @@ def test_sigterm_ends_it_with_42_and_frees_its_claims(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_directory_is_a_model_and_other_prompts_are_refused(tmp_path):
-    train.run(runs.make_config(tmp_path / "run", run={"steps": 1}, evaluation={"every": 0, "prompts": 2}))
-    model = {"path": str(tmp_path / "run"), "tokenizer": "model"}
+def test_a_run_directory_is_a_model_and_other_prompts_are_refused(finished, tmp_path):
+    model = {"path": str(finished[0]), "tokenizer": "model"}
     small = {"prompts": 4}
     directory = tmp_path / "generated"
     summary = generate.run(make_config(directory, model=model, generation=small))

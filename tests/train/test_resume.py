@@ -13,12 +13,10 @@ from runs import assert_same_run, finish, make_config, read_lines, signal_after,
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def calm(tmp_path_factory):
+@pytest.fixture
+def calm(finished):
     """The uninterrupted run."""
-    directory = tmp_path_factory.mktemp("calm") / "run"
-    train.run(make_config(directory))
-    return directory
+    return finished[0]
 
 
 def test_killed_four_times_and_resumed(calm, tmp_path):

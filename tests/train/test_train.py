@@ -19,13 +19,6 @@ from runs import BASE, ROOT, finish, make_config, read_lines, start, write_confi
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("finished") / "run"
-    summary = train.run(make_config(directory))
-    return directory, summary
-
-
 def test_windows_batches_and_versions_are_what_the_algorithm_says(finished):
     directory, summary = finished
     rows = [row for row in read_lines(directory / "metrics.jsonl") if row["step"] > 0]
