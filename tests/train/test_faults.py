@@ -134,7 +134,7 @@ def options(steps):
 @pytest.mark.parametrize(
     ("steps", "events", "num_samplers"),
     [
-        pytest.param(40, dict.fromkeys(EVENTS, 1), 2, id="one of each"),
+        pytest.param(40, dict.fromkeys(EVENTS, 1), 2, id="one-of-each"),
         pytest.param(120, EVENTS, 3, id="thirty", marks=pytest.mark.long),
     ],
 )
