@@ -20,14 +20,17 @@ help: ## show the targets
 quickstart: $(RUN_STAMP) ## train a small model with OAPL on this machine and write its report
 	$(BIN)/python -m oapl_jax.train --config configs/quickstart.yaml
 
-test: lint $(TORCH_STAMP) $(TPU_STAMP) ## lint, types and all tests but the long ones
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
+# Files keep the order of tests/conftest.py: those that take long come first.
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test: lint $(TORCH_STAMP) $(TPU_STAMP) ## lint, types and every test but the longest
+	$(PYTEST) -m "not long"
 
 test-fast: $(DEV_STAMP) ## the tests that take seconds
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not long"
+	$(PYTEST) -m "not slow"
 
-test-long: $(DEV_STAMP) $(TORCH_STAMP) $(TPU_STAMP) ## the tests that take minutes each
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m long
+test-long: $(DEV_STAMP) $(TORCH_STAMP) $(TPU_STAMP) ## the tests that take many minutes, by hand
+	$(PYTEST) -m long
 
 lint: $(DEV_STAMP) ## format, lint and types, changing nothing
 	$(BIN)/ruff format --check .

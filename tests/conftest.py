@@ -1,9 +1,22 @@
-"""Runs everything on 8 pretended CPU devices; the type checker is switched on in pyproject.toml."""
+"""Runs everything on 8 pretended CPU devices; the type checker is switched on in pyproject.toml.
 
+Workers of pytest-xdist and programs that tests start share one folder of compiled programs, since compiling is most of
+the work. Set ``JAX_COMPILATION_CACHE_DIR`` to keep the programs from one session to the next.
+"""
+
+import collections
+import itertools
 import os
 import pathlib
+import shutil
+import tempfile
 
-# Before anything imports jax.
+# Before anything imports jax. The session's first process sets the environment, the others inherit it.
+_OWN_PROGRAMS = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _OWN_PROGRAMS = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="oapl-programs-")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 _DEVICES = "--xla_force_host_platform_device_count=8"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -11,6 +24,52 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+
+
+def pytest_unconfigure() -> None:
+    if _OWN_PROGRAMS is not None:
+        shutil.rmtree(_OWN_PROGRAMS, ignore_errors=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of slow tests first, so that no worker ends with a long file while the other has nothing left."""
+    tests = collections.Counter(item.path for item in items)
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path] / tests[item.path])
+
+
+def _cpu_seconds() -> float:
+    times = os.times()
+    return sum(times[:4])  # of this process and of the children that it waited for
+
+
+_spent = [_cpu_seconds()]
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport():
+    report = yield
+    now = _cpu_seconds()
+    report.cpu_seconds, _spent[0] = now - _spent[0], now
+    return report
+
+
+def pytest_runtest_logstart() -> None:
+    _spent[0] = _cpu_seconds()
+
+
+def pytest_terminal_summary(terminalreporter, config: pytest.Config) -> None:
+    """With ``--durations``: CPU seconds of each file and of each test above one, which do not depend on other work."""
+    if config.option.durations is None:
+        return
+    spent = collections.Counter()
+    for report in itertools.chain(*terminalreporter.stats.values()):
+        if hasattr(report, "cpu_seconds"):
+            spent.update(dict.fromkeys((report.nodeid, report.nodeid.partition("::")[0]), report.cpu_seconds))
+    terminalreporter.section("CPU seconds")
+    for name, seconds in spent.most_common():
+        if seconds >= 1:
+            terminalreporter.write_line(f"{seconds:8.1f} {name}")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -3,12 +3,9 @@
 import numpy as np
 import pytest
 
-pytest.importorskip("torch")
-
 from model import tiny
 from oapl_jax.model import hf
 from oapl_jax.rollouts.sampling import Request, SamplingDistribution
-from oapl_jax.sampler.torch import TorchRunner, load_model
 from oapl_jax.types import FinishReason
 
 VOCABULARY, STOP, LIMIT = 40, 3, 6
@@ -18,6 +15,9 @@ PROMPTS = [np.array([5, 6, 7], np.int32), np.array([8, 9, 10, 11], np.int32), np
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Ours, and PyTorch's from the folder that we publish."""
+    pytest.importorskip("torch")  # and imported here only: every worker collects this file
+    from oapl_jax.sampler.torch import load_model
+
     config = tiny.config("qwen3_wide_heads")
     graphdef, params = tiny.split(config)
     folder = hf.save_folder(tmp_path_factory.mktemp("policy") / "model", config, params)
@@ -25,6 +25,8 @@ def models(tmp_path_factory):
 
 
 def sample(model, distribution):
+    from oapl_jax.sampler.torch import TorchRunner
+
     runner = TorchRunner(num_rows=16, max_response_tokens=LIMIT, vocab_size=VOCABULARY, stop_ids=(STOP,), pad_id=0)
     for number, prompt in enumerate(PROMPTS):
         runner.submit(Request(number, prompt, 8, (0, 0, number), distribution))

@@ -1,21 +1,48 @@
-"""The model that the runs of this folder start from."""
+"""The model that the runs of this folder start from, and the run that several files compare with."""
+
+import fcntl
+import json
+import os
 
 import pytest
 
 import runs
+from oapl_jax import train
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import SftConfig
 from oapl_jax.sft import sft
 
 
+def once(tmp_path_factory, name, make):
+    """A folder, and what ``make(folder)`` returned, as JSON: made by the first of the session's workers that asks."""
+    session = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        session = session.parent
+    result = session / f"{name}.json"
+    with (session / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not result.exists():
+            result.write_text(json.dumps(make(session / name)))
+    return session / name, json.loads(result.read_text())
+
+
 @pytest.fixture(scope="session", autouse=True)
-def toy_model(tmp_path_factory):
-    """A toy model that has learned the form of an answer and guesses its digits: about one in ten is right."""
+def toy_model(request, tmp_path_factory):
+    """A toy model that has learned the form of an answer and guesses its digits: about one in ten is right.
+
+    It is trained for slow tests only.
+    """
+    if any(item.get_closest_marker("slow") for item in request.session.items):
+        _, path = once(tmp_path_factory, "toy_model", train_toy_model)
+        runs.BASE["model"] = {"path": path}
+
+
+def train_toy_model(run_dir):
     config = config_file.load(
         SftConfig,
         runs.ROOT / "configs/chain_sft.yaml",
         [
-            f"run.dir={tmp_path_factory.mktemp('sft') / 'run'}",
+            f"run.dir={run_dir}",
             "run.steps=60",
             f"model.config={runs.ROOT / 'configs/toy_qwen3.json'}",
             "learner.warmup_steps=10",
@@ -24,4 +51,10 @@ def toy_model(tmp_path_factory):
             "logging.progress=false",
         ],
     )
-    runs.BASE["model"] = {"path": str(sft.run(config))}
+    return str(sft.run(config))
+
+
+@pytest.fixture(scope="session")
+def finished(toy_model, tmp_path_factory):
+    """A run of ``runs.BASE`` that nothing disturbed, and what ``train.run`` returned; tests only read it."""
+    return once(tmp_path_factory, "finished", lambda run_dir: train.run(runs.make_config(run_dir)))

@@ -58,12 +58,10 @@ def detached(tmp_path_factory):
     return directory, code, output
 
 
-def test_a_detached_run_is_the_online_run_bit_for_bit(detached, tmp_path):
-    directory, code, output = detached
+def test_a_detached_run_is_the_online_run_bit_for_bit(detached, finished):
+    (directory, code, output), (online, _) = detached, finished
     assert code == 0, output
     assert "sampling version 0" in output
-    online = tmp_path / "online"
-    train.run(make_config(online))
     assert read_lines(directory / "batches.jsonl") == read_lines(online / "batches.jsonl")
     assert trained_groups(directory) == trained_groups(online)
     for name, tensor in weights(online).items():
@@ -71,12 +69,12 @@ def test_a_detached_run_is_the_online_run_bit_for_bit(detached, tmp_path):
     assert audit(directory) == audit(online) == "10 steps, 3 windows, 40 groups, 320 rollouts: all as recorded"
 
 
-def test_a_run_over_an_object_store_that_lists_late_is_the_online_run_bit_for_bit(tmp_path):
+def test_a_run_over_an_object_store_that_lists_late_is_the_online_run_bit_for_bit(finished, tmp_path):
     """Two samplers, in threads; a torn file lies in the way, and is listed for a while after it was moved away."""
     root = storage.shared_path(make_place())
     torn = RolloutLog(root / "rollouts").path(1, 1)
     storage.replace(torn, b"PAR1 torn")
-    directory, online = tmp_path / "run", tmp_path / "online"
+    directory, online = tmp_path / "run", finished[0]
     config = make_config(directory, mode="detached", run={"shared_dir": str(root)}, window=DETACHED)
     failures, stop = [], threading.Event()
 
@@ -98,7 +96,6 @@ def test_a_run_over_an_object_store_that_lists_late_is_the_online_run_bit_for_bi
             sampler.join(60)
     assert not failures
     assert storage.exists(torn.with_name(torn.name + ".damaged"))
-    train.run(make_config(online))
     assert read_lines(directory / "batches.jsonl") == read_lines(online / "batches.jsonl")
     for name, tensor in weights(online).items():
         np.testing.assert_array_equal(tensor, weights(directory)[name], err_msg=name)
@@ -197,31 +194,14 @@ def test_a_sampler_of_another_release_or_config_refuses(detached, tmp_path, key,
     manifest = run / "policy" / "000002" / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), key: value}))
     (run / "policy" / "current.json").write_text('{"policy_version": 2, "is_finished": false}')
-    code, output = finish(start_sampler(run))
-    assert code == 2
-    assert told in output
+    with pytest.raises(ValueError, match=told):
+        Sampler(run, "jax", "data=1", 120.0, threading.Event()).run()
 
 
-def test_oapl_learns_from_a_pytorch_sampler(tmp_path):
-    """Neither the engine nor its numbers are the learner's: the objective has the sampler's own log-probabilities."""
+def run_with_a_pytorch_sampler(config):
+    """Trains, with the sampler in a process of its own; returns the summary and the metrics."""
     pytest.importorskip("torch")
-    directory = tmp_path / "run"
-    start_config = config_file.load(
-        SftConfig,
-        ROOT / "configs/chain_sft.yaml",
-        [f"run.dir={tmp_path / 'sft'}", f"model.config={ROOT / 'configs/toy_qwen3.json'}"],
-    )
-    config = make_config(
-        directory,
-        mode="detached",
-        run={"steps": 50},
-        model={"path": str(sft.run(start_config))},
-        sampler={"groups_in_flight": 16},
-        learner={"batch_rollouts": 128, "learning_rate": 3e-4},
-        window={"sync_every": 25, "shard_groups": 8},
-        checkpoint={"every": 50},
-        evaluation={"every": 0, "prompts": 64},
-    )
+    directory = pathlib.Path(config.run.dir)
     sampler = start_sampler(directory, "--engine", "transformers")
     try:
         summary = train.run(config)
@@ -231,8 +211,41 @@ def test_oapl_learns_from_a_pytorch_sampler(tmp_path):
         print(sampler.communicate()[0])
         raise
     assert code == 0, output
-    assert audit(directory).startswith("50 steps, 2 windows, 800 groups")
-    rows = read_lines(directory / "metrics.jsonl")[1:]
-    # Right after a sync, learner and sampler have the same weights, in two frameworks.
+    return summary, read_lines(directory / "metrics.jsonl")[1:]
+
+
+def test_a_pytorch_sampler_agrees_with_the_learner_after_a_sync(tmp_path):
+    """Then both have the same weights, in two frameworks."""
+    config = make_config(
+        tmp_path / "run",
+        mode="detached",
+        run={"steps": 3},
+        window={"sync_every": 2, **DETACHED},
+        evaluation={"every": 0, "prompts": 1},
+    )
+    _, rows = run_with_a_pytorch_sampler(config)
+    assert audit(tmp_path / "run").startswith("3 steps, 2 windows, 12 groups")
+    log_ratios = [abs(row["learner/log_ratio"]) for row in rows if row["window/lag"] == 0]
+    assert len(log_ratios) == 2
+    assert max(log_ratios) < 1e-4
+
+
+@pytest.mark.long
+def test_oapl_learns_from_a_pytorch_sampler(tmp_path):
+    """Neither the engine nor its numbers are the learner's: the objective has the sampler's own log-probabilities."""
+    words = [f"run.dir={tmp_path / 'sft'}", f"model.config={ROOT / 'configs/toy_qwen3.json'}"]
+    config = make_config(
+        tmp_path / "run",
+        mode="detached",
+        run={"steps": 50},
+        model={"path": str(sft.run(config_file.load(SftConfig, ROOT / "configs/chain_sft.yaml", words)))},
+        sampler={"groups_in_flight": 16},
+        learner={"batch_rollouts": 128, "learning_rate": 3e-4},
+        window={"sync_every": 25, "shard_groups": 8},
+        checkpoint={"every": 50},
+        evaluation={"every": 0, "prompts": 64},
+    )
+    summary, rows = run_with_a_pytorch_sampler(config)
+    assert audit(tmp_path / "run").startswith("50 steps, 2 windows, 800 groups")
     assert max(abs(row["learner/log_ratio"]) for row in rows if row["window/lag"] == 0) < 1e-4
     assert summary["after"]["pass@1"] > summary["before"]["pass@1"] + 0.1, summary

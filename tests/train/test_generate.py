@@ -13,7 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 
 import runs
-from oapl_jax import train
 from oapl_jax.cli import generate
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import GenerateConfig
@@ -95,6 +94,7 @@ def make_quiet_config(directory):
     return make_config(directory, filter={"min_correct": 1, "max_correct": 7}, generation=published)
 
 
+@pytest.mark.slow
 def test_every_prompt_has_its_group_and_the_summary_counts_them(quiet):
     directory, summary = quiet
     groups = RolloutLog(directory / "rollouts").read(0)
@@ -114,6 +114,7 @@ def test_every_prompt_has_its_group_and_the_summary_counts_them(quiet):
             assert np.isfinite(item.rollout.logprobs).all()
 
 
+@pytest.mark.slow
 def test_the_same_command_again_does_nothing(quiet):
     directory, summary = quiet
     before = {path: path.stat().st_mtime_ns for path in parts(directory)}
@@ -121,6 +122,7 @@ def test_the_same_command_again_does_nothing(quiet):
     assert {path: path.stat().st_mtime_ns for path in parts(directory)} == before
 
 
+@pytest.mark.slow
 def test_what_the_filter_leaves_is_published(quiet):
     directory, summary = quiet
     rows = pq.read_table(directory.parent / "published.parquet").to_pylist()
@@ -139,6 +141,7 @@ def test_what_the_filter_leaves_is_published(quiet):
     assert json.loads(file.schema_arrow.metadata[b"oapl_jax.sampling"])["temperature"] == 1.0
 
 
+@pytest.mark.slow
 def test_three_processes_of_which_one_is_killed_share_the_work(quiet, tmp_path):
     config, path = make_config(tmp_path / "shared", generation={"prompts": 400}), tmp_path / "config.yaml"
     processes = [start(config, path) for _ in range(3)]
@@ -154,10 +157,10 @@ def test_three_processes_of_which_one_is_killed_share_the_work(quiet, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_generation_that_is_killed_four_times_loses_and_doubles_nothing(quiet, tmp_path):
+def test_a_generation_that_is_killed_twice_loses_and_doubles_nothing(quiet, tmp_path):
     directory, rng = tmp_path / "killed", np.random.default_rng(0)
     config, path = make_config(directory, generation={"prompts": 400}), tmp_path / "config.yaml"
-    for kill_at in sorted(rng.choice(np.arange(1, 190), 4, replace=False)):
+    for kill_at in sorted(rng.choice(np.arange(1, 190), 2, replace=False)):
         process = start(config, path)
         wait_for_parts(directory, kill_at, process)
         time.sleep(rng.uniform(0, 0.02))
@@ -169,6 +172,7 @@ def test_a_generation_that_is_killed_four_times_loses_and_doubles_nothing(quiet,
     assert bits(directory)[:192] == bits(quiet[0])
 
 
+@pytest.mark.slow
 def test_sigterm_ends_it_with_42_and_frees_its_claims(tmp_path):
     config = make_config(tmp_path / "run", generation={"prompts": 4000})
     process = start(config, tmp_path / "config.yaml")
@@ -182,9 +186,8 @@ def test_sigterm_ends_it_with_42_and_frees_its_claims(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_directory_is_a_model_and_other_prompts_are_refused(tmp_path):
-    train.run(runs.make_config(tmp_path / "run", run={"steps": 1}, evaluation={"every": 0, "prompts": 2}))
-    model = {"path": str(tmp_path / "run"), "tokenizer": "model"}
+def test_a_run_directory_is_a_model_and_other_prompts_are_refused(finished, tmp_path):
+    model = {"path": str(finished[0]), "tokenizer": "model"}
     small = {"prompts": 4}
     directory = tmp_path / "generated"
     summary = generate.run(make_config(directory, model=model, generation=small))

@@ -103,12 +103,14 @@ def test_a_trainer_of_two_processes_publishes_for_a_detached_sampler(tmp_path):
 
 
 def test_a_process_that_fails_ends_all_with_its_reason(tmp_path):
-    codes, outputs = finish_job(start_run(tmp_path / "run", window={"parity_tolerance": 1e-12}))
-    assert codes == [1] * 4, "\n".join(outputs)
+    """One process trains, the other samples."""
+    mesh = {"trainer": "fsdp=4", "sampler": "tensor=4"}
+    codes, outputs = finish_job(start_run(tmp_path / "run", 2, mesh=mesh, window={"parity_tolerance": 1e-12}))
+    assert codes == [1] * 2, "\n".join(outputs)
     assert all("parity gate" in output for output in outputs)
 
 
 def test_meshes_that_part_a_process_are_refused(tmp_path):
-    codes, outputs = finish_job(start_run(tmp_path / "run", mesh={"trainer": "fsdp=6", "sampler": "data=2,tensor=4"}))
-    assert codes == [2] * 4, "\n".join(outputs)
+    codes, outputs = finish_job(start_run(tmp_path / "run", 2, mesh={"trainer": "fsdp=6", "sampler": "tensor=2"}))
+    assert codes == [2] * 2, "\n".join(outputs)
     assert "process 1 would have devices of both" in outputs[0]
