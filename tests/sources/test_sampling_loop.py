@@ -1,7 +1,5 @@
-"""The worker with a small real model and real graders: windows are filled, failures are told, threads end."""
+"""The sampling loop with a small real model and real graders: windows are filled, failures are reported, threads end."""
 
-import contextlib
-import functools
 import math
 import threading
 import time
@@ -10,65 +8,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax import nnx
 
-from oapl_jax.config.data import DataConfig
-from oapl_jax.config.mesh import MeshConfig
-from oapl_jax.data.prompts import load_prompts
-from oapl_jax.data.tokenizer import CharacterTokenizer
-from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.learner.batch import RowLayout, from_groups
-from oapl_jax.model import qwen
 from oapl_jax.objectives import oapl
 from oapl_jax.rewards.grader import ToyGrader
 from oapl_jax.rollouts.buffer import GroupBuffer, Ticket
 from oapl_jax.rollouts.log import RolloutLog
-from oapl_jax.rollouts.sampling import SamplingDistribution
-from oapl_jax.sampler.engine import Engine
-from oapl_jax.sources.local import GroupMaker, Worker
+from oapl_jax.rollouts.sampling import Request, SamplingDistribution, run
 from oapl_jax.types import FinishReason, Grade, Rollout, Verdict
 from rollouts.groups import bits
-
-DEADLINE, GROUP_SIZE, SEED = 60.0, 3, 11
-TOKENIZER = CharacterTokenizer()
-CONFIG = qwen.QwenConfig.from_hf(
-    {
-        "model_type": "qwen3",
-        "vocab_size": 18,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "head_dim": 8,
-        "tie_word_embeddings": True,
-        "initializer_range": 0.3,
-        "rope_theta": 1e4,
-    }
+from sources.loops import (
+    DEADLINE,
+    GROUP_SIZE,
+    PROMPTS,
+    SEED,
+    TOKENIZER,
+    make_grading,
+    make_loop,
+    make_turns,
+    take_two_windows,
+    weights,
+    working,
 )
-PROMPTS = load_prompts(DataConfig(task="chain", max_prompt_tokens=12), TOKENIZER, SEED)
-
-
-@functools.cache
-def weights(version):
-    graphdef, params = nnx.split(qwen.Qwen(CONFIG, rngs=nnx.Rngs(0)))
-    return graphdef, jax.tree.map(lambda x: x * (1 + 0.2 * version), params)
-
-
-@functools.cache
-def make_engine():
-    return Engine(
-        weights(0)[0],
-        CONFIG,
-        vocab_size=TOKENIZER.vocab_size,
-        stop_ids=TOKENIZER.stop_ids,
-        num_rows=4 * GROUP_SIZE,
-        max_prompt_tokens=12,
-        max_response_tokens=5,
-        decode_steps=2,
-        mesh=make_meshes(MeshConfig(trainer="fsdp=1"))[0],
-        cache_dtype=jnp.float32,
-    )
 
 
 class SometimesInvalid(ToyGrader):
@@ -90,52 +51,6 @@ class Broken(ToyGrader):
         if self.num_graded > 2 * GROUP_SIZE:
             raise OSError("the disk of the grader is full")
         return super().grade(items)
-
-
-def make_groups(grader):
-    return GroupMaker(
-        TOKENIZER.decode,
-        grader,
-        lambda rewards, _: oapl.advantages(rewards, 1.0),
-        functools.partial(oapl.optimal_value, beta1=1.0),
-    )
-
-
-@contextlib.contextmanager
-def working(directory, grader=None, max_groups_ahead=None, finish_old=False):
-    """A started worker on a window of six groups; yields what a test looks at."""
-    buffer = GroupBuffer(lambda group: len(group.usable) >= 2, max_groups_ahead)
-    log = RolloutLog(directory)
-    worker = Worker(
-        [make_engine()],
-        PROMPTS,
-        make_groups(grader or ToyGrader("chain")),
-        buffer,
-        log,
-        sampling=SamplingDistribution(),
-        group_size=GROUP_SIZE,
-        seed=SEED,
-        device_lock=contextlib.nullcontext(),
-        finish_old=finish_old,
-    )
-    worker.set_weights(0, weights(0)[1])
-    buffer.open_window(0, start_position=0, num_groups=6)
-    worker.start()
-    try:
-        yield worker, buffer, log
-    finally:
-        worker.stop()
-
-
-def take_two_windows(directory, **options):
-    """The batches of two windows of three batches of two groups each, and the log."""
-    with working(directory, **options) as (worker, buffer, log):
-        taken = [buffer.take(2, DEADLINE) for _ in range(3)]
-        worker.set_weights(1, weights(1)[1])
-        buffer.open_window(1, start_position=buffer.cursor, num_groups=6)
-        taken += [buffer.take(2, DEADLINE) for _ in range(3)]
-        metrics = worker.report()
-    return [group for batch in taken for group in batch], log, metrics
 
 
 def test_two_windows_are_filled_in_order_and_every_group_taken_is_in_the_log(tmp_path):
@@ -162,11 +77,11 @@ def test_the_same_seed_gives_the_same_groups_whatever_the_timing(tmp_path):
 
 
 def test_groups_in_progress_at_a_sync_are_finished_with_the_old_weights_and_logged_where_told(tmp_path):
-    with working(tmp_path, finish_old=True) as (worker, buffer, log):
+    with working(tmp_path, finish_old=True) as (loop, buffer, log):
         end = time.monotonic() + DEADLINE
-        while worker.report()["sampler/live_rollouts"] == 0 and time.monotonic() < end:
+        while loop.report()["sampler/live_rollouts"] == 0 and time.monotonic() < end:
             time.sleep(0.001)
-        worker.set_weights(1, weights(1)[1])
+        loop.set_weights(1, weights(1)[1])
         started = buffer._next_index
         buffer.open_window(1, start_position=0, num_groups=6)
         assert started > 0
@@ -208,7 +123,7 @@ def test_a_logprob_that_is_not_finite_leaves_its_rollout_out_of_value_and_batch(
     tokens = np.array([*TOKENIZER.encode("12345"), TOKENIZER.eos_id], np.int32)
     rollouts = [Rollout(tokens, -rng.random(6).astype(np.float32), FinishReason.STOP) for _ in range(3)]
     rollouts[1].logprobs[2] = bad
-    (group,) = make_groups(ToyGrader("chain"))([(Ticket(0, 0, 0), prompt, rollouts)])
+    (group,) = make_grading().groups([(Ticket(0, 0, 0), prompt, rollouts)])
     assert [r.is_usable for r in group.rollouts] == [True, False, True]
     rewards = np.array([group.rollouts[i].grade.reward for i in (0, 2)])
     assert group.value == oapl.optimal_value(rewards, 1.0)
@@ -230,19 +145,13 @@ def test_weights_that_are_not_finite_give_no_usable_group_and_the_deadline_says_
     buffer = GroupBuffer(lambda group: len(group.usable) >= 2, 3)
     broken = jax.tree.map(lambda x: x * jnp.nan, weights(0)[1])
     log = RolloutLog(tmp_path)
-    worker = Worker(
-        *([make_engine()], PROMPTS, make_groups(ToyGrader("chain")), buffer, log),
-        sampling=SamplingDistribution(),
-        group_size=GROUP_SIZE,
-        seed=SEED,
-        device_lock=contextlib.nullcontext(),
-    )
+    loop = make_loop(buffer, log)
     buffer.open_window(0, start_position=0, num_groups=6)
-    worker.set_weights(0, broken)
-    worker.start()
+    loop.set_weights(0, broken)
+    loop.start()
     with pytest.raises(TimeoutError, match="waited 3 s for 2 groups of policy version 0: 0 are ready"):
         buffer.take(2, 3.0)
-    worker.stop()
+    loop.stop()
     assert log.read(0)
     assert not any(group.usable for group in log.read(0))
 
@@ -250,11 +159,11 @@ def test_weights_that_are_not_finite_give_no_usable_group_and_the_deadline_says_
 @pytest.mark.parametrize("seconds", [0.0, 0.3])
 def test_stop_ends_both_threads_at_any_time_and_may_be_called_twice(tmp_path, seconds):
     before = set(threading.enumerate())
-    with working(tmp_path) as (worker, _, _):
+    with working(tmp_path) as (loop, _, _):
         started = set(threading.enumerate()) - before
         assert {"sampler", "grader"} <= {thread.name for thread in started}
         time.sleep(seconds)
-        worker.stop()
+        loop.stop()
         assert not [t for t in started if t.name in ("sampler", "grader") and t.is_alive()]
 
 
@@ -269,26 +178,56 @@ class Held(ToyGrader):
         return super().grade(items)
 
 
-def test_what_is_finished_when_the_worker_stops_is_graded_and_logged(tmp_path):
-    with working(tmp_path, grader=Held("chain")) as (worker, _, log):
+def test_what_is_finished_when_the_loop_stops_is_graded_and_logged(tmp_path):
+    with working(tmp_path, grader=Held("chain")) as (loop, _, log):
         give_up = time.monotonic() + DEADLINE
         assert Held.is_asked.wait(DEADLINE)
-        while worker._finished.qsize() < 3 and time.monotonic() < give_up:
+        while loop._finished.qsize() < 3 and time.monotonic() < give_up:
             time.sleep(0.01)
-        finished = worker._finished.qsize()
+        finished = loop._finished.qsize()
         assert finished >= 3
         threading.Timer(0.3, Held.go.set).start()
-        worker.stop()
+        loop.stop()
         assert len(log.read(0)) >= finished + 1, "and what was being graded"
 
 
-def test_a_worker_that_was_not_started_stops(tmp_path):
-    worker = Worker(
-        *([make_engine()], PROMPTS, make_groups(ToyGrader("chain")), GroupBuffer(bool), RolloutLog(tmp_path)),
-        sampling=SamplingDistribution(),
-        group_size=GROUP_SIZE,
-        seed=SEED,
-        device_lock=contextlib.nullcontext(),
-    )
-    worker.stop()
+def test_a_loop_that_was_not_started_stops(tmp_path):
+    loop = make_loop(GroupBuffer(bool), RolloutLog(tmp_path))
+    loop.stop()
     assert not [t for t in threading.enumerate() if t.name in ("sampler", "grader")]
+
+
+def test_the_groups_of_a_window_are_the_same_with_and_without_evaluations_in_it(tmp_path):
+    """Somebody else uses the sampler, with other weights and prompts, while the windows are filled."""
+    calm, *_ = take_two_windows(tmp_path / "calm")
+    turns, evaluated = make_turns(), []
+
+    def evaluate():
+        with turns.take() as sampler:
+            assert sampler.is_idle
+            sampler.set_weights(weights(7)[1])
+            requests = [
+                Request(i, PROMPTS[1000 + i].token_ids, 4, (SEED, 99, i), SamplingDistribution()) for i in range(5)
+            ]
+            evaluated.append({i: [r.token_ids.tolist() for r in rollouts] for i, rollouts in run(sampler, requests)})
+
+    disturbed, *_ = take_two_windows(tmp_path / "disturbed", between=evaluate, turns=turns)
+    assert [bits(g) for g in disturbed] == [bits(g) for g in calm]
+    assert len(evaluated) == 6
+    assert all(each == evaluated[0] for each in evaluated), "and an evaluation does not depend on the window"
+
+
+def test_what_is_in_flight_is_finished_before_somebody_else_has_the_sampler(tmp_path):
+    turns = make_turns()
+    with working(tmp_path, turns=turns) as (loop, buffer, log):
+        end = time.monotonic() + DEADLINE
+        while loop.report()["sampler/live_rollouts"] == 0 and time.monotonic() < end:
+            time.sleep(0.001)
+        with turns.take():
+            started = buffer._next_index
+            assert started > 0
+            while len(log.read(0)) < started and time.monotonic() < end:  # graded meanwhile
+                time.sleep(0.01)
+            assert [group.index for group in log.read(0)] == list(range(started))
+            time.sleep(0.3)
+            assert buffer._next_index == started, "nothing new is admitted"
