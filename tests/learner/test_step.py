@@ -141,6 +141,7 @@ def test_metrics_equal_numpy():
     assert abs(ratio).min() > 1e-3, "the test must have something to compare"
 
 
+@pytest.mark.slow
 def test_the_smallest_log_ratio_is_of_a_row_that_counts():
     batch = make_batch()
     shifted = batch._replace(sampler_logprobs=batch.sampler_logprobs - 1.0 * batch.response_mask)
@@ -185,6 +186,7 @@ def test_the_update_is_adamw():
     assert int(state.step) == 1
 
 
+@pytest.mark.slow
 def test_the_gradient_is_clipped_to_the_norm_and_reported_before():
     batch = make_batch()
     whole = gradient(run(batch)[0])
@@ -205,6 +207,7 @@ def test_micro_batches_equal_the_whole_batch(objective, num_pairs):
     assert split_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_rows_that_fill_the_batch_do_not_matter():
     batch = make_batch(6)
     bare = type(batch)(*(array[:6] for array in batch))

@@ -113,6 +113,7 @@ def test_experts_in_some_layers_only_are_refused_by_name():
         qwen.QwenConfig.from_hf({**tiny.HF_CONFIGS["moe"], "mlp_only_layers": [0]})
 
 
+@pytest.mark.slow
 def test_random_weights_have_the_configured_spread():
     config = tiny.config(DENSE, hidden_size=256, intermediate_size=512, initializer_range=0.05)
     params = nnx.split(qwen.Qwen(config, rngs=nnx.Rngs(0)))[1]
@@ -145,6 +146,7 @@ def assert_trees_close(actual, expected, **tolerance):
         np.testing.assert_allclose(a, b, err_msg=jax.tree_util.keystr(path), **tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"),
     [
@@ -223,7 +225,11 @@ def test_bfloat16_products_stay_near_float32():
     assert 1e-5 < error < 0.05
 
 
-SHAPES_OF_8 = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(sizes) == 8]
+_PRODUCTS = [sizes for sizes in itertools.product((1, 2, 4, 8), repeat=4) if math.prod(sizes) == 8]
+
+
+# Four axes alone and all triples of them; the pairs, 4 by 2, are parts of the triples.
+SHAPES_OF_8 = [pytest.param(sizes, marks=[pytest.mark.long] if 4 in sizes else []) for sizes in _PRODUCTS]
 
 
 @pytest.mark.slow

@@ -162,6 +162,7 @@ print(json.dumps(preflight._as_json(preflight.compile_program(program, slices)))
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_bad_input_is_2():
     done = run(*TINY, "--topology", "v5e-9")
     assert done.returncode == 2

@@ -103,10 +103,8 @@ def test_a_trainer_of_two_processes_publishes_for_a_detached_sampler(tmp_path):
 
 
 def test_a_process_that_fails_ends_all_with_its_reason(tmp_path):
-    """One process trains, the other samples."""
-    mesh = {"trainer": "fsdp=4", "sampler": "tensor=4"}
-    codes, outputs = finish_job(start_run(tmp_path / "run", 2, mesh=mesh, window={"parity_tolerance": 1e-12}))
-    assert codes == [1] * 2, "\n".join(outputs)
+    codes, outputs = finish_job(start_run(tmp_path / "run", window={"parity_tolerance": 1e-12}))
+    assert codes == [1] * 4, "\n".join(outputs)
     assert all("parity gate" in output for output in outputs)
 
 
