@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import logging
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -23,6 +24,11 @@ PEER_SECONDS = 1800.0
 
 GOLDEN_RATIO = 0x9E3779B9
 """2^32 divided by it, odd: spreads positions over all bits."""
+
+
+_NO_NEWS = ("Skipping merge of OCDBT", "Waiting for previous save")
+"""Warnings of Orbax about what is done here on purpose."""
+logging.getLogger("absl").addFilter(lambda record: not any(text in record.getMessage() for text in _NO_NEWS))
 
 
 class LayoutError(ValueError):

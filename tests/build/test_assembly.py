@@ -1,0 +1,96 @@
+"""A run, its dry run and preflight build the same thing; the cache finds what the learner leaves."""
+
+import pathlib
+
+import jax
+import pytest
+
+from oapl_jax import train
+from oapl_jax.build.assembly import evaluates_within_windows, make_assembly
+from oapl_jax.build.checks import CHECKS
+from oapl_jax.build.policy import read_config
+from oapl_jax.build.sampler import NoRoomError
+from oapl_jax.config import config_file
+from oapl_jax.config.commands import TrainConfig
+from oapl_jax.distributed import memory
+from oapl_jax.preflight import programs
+from oapl_jax.run.run import assemble
+
+ROOT = pathlib.Path(__file__).parents[2]
+GIB = 2**30
+USABLE = 7 * GIB
+QWEN_05B = ROOT / "configs/models/qwen2.5_0.5b_instruct.json"
+OVERRIDES = (
+    "model.warm_start=null",
+    f"model.config={QWEN_05B}",
+    "model.tokenizer=characters",
+    "data.max_prompt_tokens=1024",
+    "sampler.max_response_tokens=7168",
+    "sampler.groups_in_flight=64",
+    "mesh.trainer=fsdp=8",
+)
+
+
+def load(*overrides):
+    return config_file.load(TrainConfig, ROOT / "configs/quickstart.yaml", [*OVERRIDES, *overrides], CHECKS)
+
+
+def pages(assembly):
+    return [engine.num_pages for engine in assembly.engines]
+
+
+def test_run_dry_run_and_preflight_agree(monkeypatch):
+    """On the pages of the cache, and on what lies beside the train step."""
+    monkeypatch.setattr(memory, "_host_bytes", lambda: 8 * USABLE)  # eight devices share the host
+    run, _ = assemble(load())
+    plan = programs.make_plan(load(), jax.devices(), USABLE)
+    assert set(pages(run)) == set(pages(plan.assembly))
+    assert run.account == plan.assembly.account
+    beside = {program.name: program.beside for program in plan.programs}
+    assert beside["train_step"] == run.account.beside_train_step
+    text = train.describe(load())
+    assert f"{run.engines[0].num_pages:,} pages" in text
+    for line in run.account.describe().values():
+        assert line in text
+    assert pages(run)[0] < 64 * 8 // 8 * 512, "the memory decides, or the test says nothing"
+
+
+def test_the_cache_is_sized_by_what_weights_moments_and_copies_leave():
+    """On a mesh that trainer and sampler share, the moments are subtracted although they do not exist yet."""
+    architecture = read_config(QWEN_05B)
+    assembly = make_assembly(load(), architecture, architecture.vocab_size, (0,), devices=jax.devices(), usable=USABLE)
+    account, engine = assembly.account, assembly.engines[0]
+    assert account.optimizer == pytest.approx(2 * account.weights, rel=1e-3)
+    left = USABLE - account.learner - account.sampler_weights - account.prepared_weights - account.evaluation_weights
+    config = assembly.config
+    assert account.kv_cache <= config.sampler.kv_memory * left
+    assert account.kv_cache > config.sampler.kv_memory * left - 2 * engine.cache_bytes / engine.num_pages
+    apart = make_assembly(
+        load("mesh.trainer=fsdp=4", "mesh.sampler=data=4"),
+        architecture,
+        architecture.vocab_size,
+        (0,),
+        devices=jax.devices(),
+        usable=USABLE,
+    )
+    assert apart.engines[0].num_pages > engine.num_pages
+    assert apart.account.beside_train_step == 0
+
+
+def test_a_second_policy_is_counted_where_an_evaluation_falls_within_a_window():
+    assert evaluates_within_windows(load("window.sync_every=50", "evaluation.every=25"))
+    assert not evaluates_within_windows(load("window.sync_every=50", "evaluation.every=100"))
+    assert not evaluates_within_windows(load("evaluation.every=0"))
+    architecture = read_config(QWEN_05B)
+    for every, copies in ((25, 1), (100, 0)):
+        config = load("window.sync_every=50", f"evaluation.every={every}")
+        account = make_assembly(
+            config, architecture, architecture.vocab_size, (0,), devices=jax.devices(), usable=USABLE
+        ).account
+        assert account.evaluation_weights == copies * account.sampler_weights
+
+
+def test_no_room_for_one_rollout_is_an_error_that_says_what_to_do():
+    architecture = read_config(QWEN_05B)
+    with pytest.raises(NoRoomError, match=r"no room for one rollout: 1024 \+ 7168 tokens .*sampler\.kv_memory"):
+        make_assembly(load(), architecture, architecture.vocab_size, (0,), devices=jax.devices(), usable=2 * GIB)
