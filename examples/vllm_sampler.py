@@ -2,12 +2,15 @@
 
     PYTHONPATH=examples python -m oapl_jax sample --run RUN --engine vllm_sampler:make
 
-``EngineRunner`` is the part that every engine shares, and is tested; ``VllmEngine`` needs a GPU and was not run by us.
+``EngineSampler`` is the part that every engine shares, and is tested; ``VllmEngine`` needs a GPU and was not run by us.
 """
 
+import functools
 import gc
 import pathlib
-from collections.abc import Callable
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -37,22 +40,44 @@ class Engine(Protocol):
         ...
 
 
-class EngineRunner:
-    """Hands requests to an engine in batches; ``oapl-jax sample`` leases, grades and writes."""
+class EngineSampler:
+    """Hands requests to an engine in batches; ``oapl-jax sample`` leases, grades and writes.
 
-    def __init__(self, num_rows: int, stop_ids: tuple[int, ...], max_response_tokens: int):
-        self._num_rows, self._stop_ids, self._limit = num_rows, stop_ids, max_response_tokens
+    Args:
+        start: makes an engine of what ``load_policy`` has returned.
+        num_rows: rollouts of a batch.
+        stop_ids: tokens that end a response.
+        max_response_tokens: limit of a response.
+    """
+
+    def __init__(
+        self, start: Callable[[Any], Engine], num_rows: int, stop_ids: tuple[int, ...], max_response_tokens: int
+    ):
+        self._start, self._num_rows, self._stop_ids, self._limit = start, num_rows, stop_ids, max_response_tokens
+        self._policy: Any = None
+        self._engine: Engine | None = None
         self._waiting: list[Request] = []
         self.stats = Stats()
 
+    def set_weights(self, weights: Any) -> None:
+        """Starts an engine with this policy, when the last one has freed its memory."""
+        if weights is not self._policy:
+            self.release()
+            self._policy, self._engine = weights, self._start(weights)
+
+    def release(self) -> None:
+        """Ends the engine."""
+        self._policy = self._engine = None
+        gc.collect()
+
     @property
     def is_idle(self) -> bool:
-        """Nothing waits."""
+        """Whether no request waits; none is under way between two steps."""
         return not self._waiting
 
     @property
     def wants_more(self) -> bool:
-        """The next batch is not full."""
+        """Whether the next batch has room."""
         return self.num_live < self._num_rows
 
     @property
@@ -61,21 +86,22 @@ class EngineRunner:
         return sum(request.num_rollouts for request in self._waiting)
 
     def submit(self, request: Request) -> None:
-        """Puts a request in the queue."""
+        """Queues a request."""
         self._waiting.append(request)
 
     def abort(self) -> None:
-        """The policy has changed: drops what waits."""
+        """Drops all requests."""
         self._waiting.clear()
 
-    def warm_up(self, params: Engine, prompt_lengths: Any, group_size: int) -> None:
-        """Nothing."""
+    def warm_up(self, prompt_lengths: Iterable[int], group_size: int) -> None:
+        """Does nothing."""
 
-    def step(self, params: Engine) -> list[tuple[Any, list[Rollout]]]:
-        """``params`` is what ``load`` made of the newest policy: the engine itself."""
+    def step(self) -> list[tuple[Any, list[Rollout]]]:
+        """Generates what waits. All requests of a run have one group size and one distribution."""
+        assert self._engine is not None
         requests, self._waiting = self._waiting, []
         prompts = [request.prompt_token_ids.tolist() for request in requests]
-        groups = params.generate(prompts, requests[0].num_rollouts, requests[0].sampling)
+        groups = self._engine.generate(prompts, requests[0].num_rollouts, requests[0].distribution)
         return [(request.tag, list(map(self._rollout, group))) for request, group in zip(requests, groups, strict=True)]
 
     def _rollout(self, response: Response) -> Rollout:
@@ -90,12 +116,12 @@ class EngineRunner:
 class VllmEngine:
     """A policy version in vLLM (0.10.2 or later)."""
 
-    def __init__(self, folder: pathlib.Path, config: TrainConfig, tokenizer: Tokenizer):
+    def __init__(self, policy: tempfile.TemporaryDirectory, config: TrainConfig, tokenizer: Tokenizer):
         import vllm  # pyright: ignore[reportMissingImports]
 
         self._vllm, self._config, self._tokenizer = vllm, config, tokenizer
         self._llm = vllm.LLM(
-            model=str(folder),
+            model=policy.name,
             dtype=config.sampler.dtype,
             max_model_len=config.data.max_prompt_tokens + config.sampler.max_response_tokens,
             # Without this they are those of the raw logits, before temperature and truncation.
@@ -126,18 +152,18 @@ class VllmEngine:
 
     def _response(self, one: Any) -> Response:
         ids = list(one.token_ids)
-        return Response(ids, [place[token].logprob for place, token in zip(one.logprobs, ids, strict=True)])
+        return Response(ids, [by_token[token].logprob for by_token, token in zip(one.logprobs, ids, strict=True)])
 
 
-def make(config: TrainConfig, tokenizer: Tokenizer) -> tuple[EngineRunner, Callable[[pathlib.Path], Engine]]:
-    """The runner of a process, and what loads a published policy for it."""
-    engines: list[Engine] = []
+def load_policy(folder: pathlib.Path) -> tempfile.TemporaryDirectory:
+    """A copy of a published folder, which may be gone by the time that the last engine has ended."""
+    copy = tempfile.TemporaryDirectory(prefix="vllm-policy-")
+    shutil.copytree(folder, copy.name, dirs_exist_ok=True)
+    return copy
 
-    def load(folder: pathlib.Path) -> Engine:
-        engines.clear()  # the old version's memory first
-        gc.collect()
-        engines.append(VllmEngine(folder, config, tokenizer))
-        return engines[0]
 
+def make(config: TrainConfig, tokenizer: Tokenizer) -> tuple[EngineSampler, Callable[[pathlib.Path], Any]]:
+    """The sampler of a process, and what loads a published policy for it."""
+    start = functools.partial(VllmEngine, config=config, tokenizer=tokenizer)
     num_rows = config.sampler.groups_in_flight * config.sampler.group_size
-    return EngineRunner(num_rows, tokenizer.stop_ids, config.sampler.max_response_tokens), load
+    return EngineSampler(start, num_rows, tokenizer.stop_ids, config.sampler.max_response_tokens), load_policy

@@ -1,7 +1,7 @@
 """PyTorch's ``generate`` as the engine of a detached sampler, with the log-probabilities of the distribution it samples.
 
-A foreign engine for a JAX trainer, and the shortest whole example of one. It is what the paper's idea allows, not
-what is fast: prompts of one length are decoded together, and a batch lasts as long as its longest response.
+This is the shortest whole example of another engine for a JAX trainer. It is not fast: prompts of one length are
+decoded together, and a batch lasts as long as its longest response.
 
 The draws come from PyTorch's global generator, so a group that is sampled again is another one. The log has what
 was drawn.
@@ -11,7 +11,7 @@ import collections
 import functools
 import pathlib
 from collections.abc import Iterable
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]  (a test extra)
@@ -22,8 +22,6 @@ from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.rollouts.sampling import Request, SamplingDistribution, Stats
 from oapl_jax.types import FinishReason, Rollout
 
-Tag = TypeVar("Tag")
-
 
 def load_model(folder: pathlib.Path, dtype: str) -> Any:
     """A published policy, on the GPU where there is one."""
@@ -31,20 +29,20 @@ def load_model(folder: pathlib.Path, dtype: str) -> Any:
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
-def make(config: TrainConfig, tokenizer: Tokenizer) -> tuple["TorchRunner", Any]:
-    """The runner of a process, and what loads a published policy for it."""
-    runner = TorchRunner(
+def make(config: TrainConfig, tokenizer: Tokenizer) -> tuple["TorchSampler", Any]:
+    """The sampler of a process, and what loads a published policy for it."""
+    sampler = TorchSampler(
         num_rows=config.sampler.groups_in_flight * config.sampler.group_size,
         max_response_tokens=config.sampler.max_response_tokens,
         vocab_size=tokenizer.vocab_size,
         stop_ids=tokenizer.stop_ids,
         pad_id=tokenizer.pad_id,
     )
-    return runner, functools.partial(load_model, dtype=config.sampler.dtype)
+    return sampler, functools.partial(load_model, dtype=config.sampler.dtype)
 
 
-class TorchRunner(Generic[Tag]):
-    """Runs requests in batches; to a worker it is what ``Replicas`` is.
+class TorchSampler:
+    """A ``Sampler`` that runs requests in batches.
 
     Args:
         num_rows: rollouts decoded at once.
@@ -59,41 +57,56 @@ class TorchRunner(Generic[Tag]):
     ):
         self._num_rows, self._max_response_tokens, self._vocab_size = num_rows, max_response_tokens, vocab_size
         self._stop_ids, self._pad_id = stop_ids, pad_id
-        self._waiting: collections.deque[Request[Tag]] = collections.deque()
+        self._waiting: collections.deque[Request] = collections.deque()
+        self._model: Any = None
         self.stats = Stats()
         torch.seed()
 
+    def set_weights(self, weights: Any) -> None:
+        """Uses this model, which ``load_model`` has made."""
+        self._model = weights
+
     @property
     def is_idle(self) -> bool:
-        """No request waits; none is ever under way between two steps."""
+        """Whether no request waits; none is under way between two steps."""
         return not self._waiting
 
     @property
     def wants_more(self) -> bool:
-        """The next batch is not full."""
-        return sum(request.num_rollouts for request in self._waiting) < self._num_rows
+        """Whether the next batch has room."""
+        return self.num_live < self._num_rows
 
     @property
     def num_live(self) -> int:
         """Rollouts that are asked for."""
         return sum(request.num_rollouts for request in self._waiting)
 
-    def submit(self, request: Request[Tag]) -> None:
-        """Puts a request in the queue."""
+    def submit(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises:
+            ValueError: it has a limit or stop strings of its own.
+        """
+        if request.max_tokens is not None or request.stop_strings:
+            raise ValueError(f"request {request.tag!r}: max_tokens and stop_strings need --engine jax")
         self._waiting.append(request)
 
     def abort(self) -> None:
         """Drops all requests."""
         self._waiting.clear()
 
-    def warm_up(self, params: Any, prompt_lengths: Iterable[int], group_size: int) -> None:
-        """Nothing: PyTorch compiles nothing."""
+    def warm_up(self, prompt_lengths: Iterable[int], group_size: int) -> None:
+        """Does nothing, since PyTorch compiles nothing."""
 
-    def step(self, params: Any) -> list[tuple[Tag, list[Rollout]]]:
+    def release(self) -> None:
+        """Frees the model until weights are set again."""
+        self._model = None
+
+    def step(self) -> list[tuple[Any, list[Rollout]]]:
         """Generates all rollouts of the first requests that have prompts of one length and one distribution."""
         first = self._waiting[0]
 
-        def is_alike(request: Request[Tag]) -> bool:
+        def is_alike(request: Request) -> bool:
             return (len(request.prompt_token_ids), request.distribution) == (
                 len(first.prompt_token_ids),
                 first.distribution,
@@ -107,13 +120,13 @@ class TorchRunner(Generic[Tag]):
             num_rows += request.num_rollouts
             self._waiting.remove(request)
         prompts = np.concatenate([np.tile(item.prompt_token_ids, (item.num_rollouts, 1)) for item in batch])
-        rollouts = iter(self._generate(params, prompts, first.distribution))
+        rollouts = iter(self._generate(prompts, first.distribution))
         return [(request.tag, [next(rollouts) for _ in range(request.num_rollouts)]) for request in batch]
 
-    def _generate(self, model: Any, prompts: np.ndarray, distribution: SamplingDistribution) -> list[Rollout]:
-        inputs = torch.as_tensor(prompts, dtype=torch.long, device=model.device)
+    def _generate(self, prompts: np.ndarray, distribution: SamplingDistribution) -> list[Rollout]:
+        inputs = torch.as_tensor(prompts, dtype=torch.long, device=self._model.device)
         with torch.inference_mode():
-            output = model.generate(
+            output = self._model.generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 generation_config=self._generation_config(distribution),

@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any, Protocol, runtime_checkable
 
 from oapl_jax.rollouts.buffer import Ticket
@@ -203,7 +203,7 @@ class SamplingLoop:
 
     def _sample(self, sampler: Sampler) -> None:
         """One turn with the sampler, which ends when somebody else wants it and nothing is in flight."""
-        version, before = -1, sampler.stats
+        version, before = -1, replace(sampler.stats)  # an engine may count on in the same object
         total = self._stats
         while not self._stopping.is_set():
             num_changes = self._groups.num_changes

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from oapl_jax.config.schema import MeshConfig
 
 from model import tiny
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.model.quantized import quantize_weights
 from oapl_jax.sampler import kv_cache

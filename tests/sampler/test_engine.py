@@ -3,14 +3,12 @@
 import contextlib
 import dataclasses
 import functools
-import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from oapl_jax.sampler.replicas import Replicas, replica_meshes
 
 from model import tiny
 from oapl_jax.config.mesh import MeshConfig
@@ -18,8 +16,10 @@ from oapl_jax.distributed.sharding import SAMPLER_RULES, make_meshes, reshard, s
 from oapl_jax.learner.batch import RowLayout, from_pairs
 from oapl_jax.model import qwen
 from oapl_jax.model.logprob import sequence_logprobs
+from oapl_jax.rollouts import sampling
 from oapl_jax.rollouts.sampling import Request, SamplingDistribution
 from oapl_jax.sampler.engine import Engine
+from oapl_jax.sampler.sampler import JaxSampler, replica_meshes
 from oapl_jax.sampler.scheduler import Scheduler
 from oapl_jax.types import FinishReason
 
@@ -76,8 +76,8 @@ def make_engine(
     )
 
 
-def sample(engine, prompts=PROMPTS, num_rollouts=4, seed=7, order=None, params=PARAMS, sampling=DISTRIBUTION, **o):
-    requests = [Request(i, p, num_rollouts, (seed, 0, i), sampling) for i, p in enumerate(prompts)]
+def sample(engine, prompts=PROMPTS, num_rollouts=4, seed=7, order=None, params=PARAMS, distribution=DISTRIBUTION, **o):
+    requests = [Request(i, p, num_rollouts, (seed, 0, i), distribution) for i, p in enumerate(prompts)]
     if order is not None:
         requests = [requests[i] for i in order]
     done = dict(Scheduler(engine, contextlib.nullcontext(), **o).run(params, requests))
@@ -99,7 +99,7 @@ def learner_logprobs(prompt, rollouts, temperature=1.0):
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_equal_the_learners_up_to_and_including_the_stop_token(temperature):
-    groups = sample(make_engine(), sampling=SamplingDistribution(temperature))
+    groups = sample(make_engine(), distribution=SamplingDistribution(temperature))
     reasons = set()
     for prompt, rollouts in zip(PROMPTS, groups, strict=True):
         for rollout, expected in zip(rollouts, learner_logprobs(prompt, rollouts, temperature), strict=True):
@@ -196,10 +196,11 @@ def test_replicas_draw_the_same_tokens(mesh):
     whole = make_meshes(MeshConfig(trainer=mesh))[0]
     engines = [make_engine(num_rows=4, mesh=replica) for replica in replica_meshes(whole)]
     params = reshard(PARAMS, shardings(qwen.abstract(CONFIG)[1], whole, SAMPLER_RULES))
-    replicas = Replicas(engines, threading.RLock())
-    done = dict(replicas.run(params, [Request(i, p, 4, (7, 0, i)) for i, p in enumerate(PROMPTS)]))
+    sampler = JaxSampler(engines, whole)
+    sampler.set_weights(params)
+    done = dict(sampling.run(sampler, [Request(i, p, 4, (7, 0, i)) for i, p in enumerate(PROMPTS)]))
     assert_alike([done[i] for i in sorted(done)], sample(make_engine(), fixed_shapes=True))
-    assert sum(scheduler.stats.tokens > 0 for scheduler in replicas._schedulers) == min(len(engines), len(PROMPTS))
+    assert sum(scheduler.stats.tokens > 0 for scheduler in sampler._schedulers) == min(len(engines), len(PROMPTS))
 
 
 @pytest.mark.parametrize("name", ["qwen2_tied", "moe"])
@@ -239,8 +240,8 @@ def test_generate_stops_early_when_all_rows_are_done():
         ({"num_rollouts": 0}, "0 rollouts asked for; at least 1"),
         ({"max_tokens": 13}, "max_tokens=13; .* from 1 to 12"),
         ({"max_tokens": (1, 2)}, r"max_tokens=\(1, 2\); one number for each of 3 rollouts"),
-        ({"sampling": SamplingDistribution(0.0)}, "temperature=0 has no log-probabilities to learn from"),
-        ({"sampling": SamplingDistribution(top_k=2)}, "on an engine that was made with can_truncate=False"),
+        ({"distribution": SamplingDistribution(0.0)}, "temperature=0 has no log-probabilities to learn from"),
+        ({"distribution": SamplingDistribution(top_k=2)}, "on an engine that was made with can_truncate=False"),
         ({"stop_strings": ("x",)}, "need a scheduler that was given `decode`"),
     ],
 )

@@ -133,7 +133,7 @@ def test_results_carry_stop_tokens_logprobs_and_lengths(session):
 
 
 @pytest.mark.slow
-def test_requests_share_two_slots_and_one_prompt_draws_anew_each_time(session):
+def test_requests_share_two_slots_and_one_prompt_draws_differently_each_time(session):
     inserts = [call["insert"] for call in session["calls"] if "insert" in call]
     assert len(inserts) == len(PROMPTS) + 3
     assert set(inserts) == {0, 1}
@@ -167,7 +167,7 @@ def test_samples_of_one_prompt_may_fill_several_slots(session):
 
 
 @pytest.mark.slow
-def test_a_request_may_bring_its_law_and_its_key(session):
+def test_a_request_may_bring_its_distribution_and_its_key(session):
     greedy, keyed, keyed_again, other_key = session["first_tokens"]
     assert len(set(greedy)) == 1
     assert keyed == keyed_again

@@ -1,29 +1,23 @@
 """The worked example of docs/bring_your_own_sampler.md, with another engine behind it in the place of vLLM."""
 
 import contextlib
-import functools
 import pathlib
 import sys
 import time
+import weakref
 
 import numpy as np
 import pytest
 
-from oapl_jax.config.data import DataConfig
-from oapl_jax.data.prompts import load_prompts
-from oapl_jax.data.tokenizer import CharacterTokenizer
 from oapl_jax.io.lease import Leases
-from oapl_jax.objectives import oapl
-from oapl_jax.rewards.grader import ToyGrader
 from oapl_jax.rollouts.buffer import Window
 from oapl_jax.rollouts.log import RolloutLog
-from oapl_jax.rollouts.sampling import Request, SamplingDistribution
+from oapl_jax.rollouts.sampling import Request, Sampler
 from oapl_jax.rollouts.shards import ShardQueue
-from oapl_jax.sources.local import GroupMaker, RequestRunner, Worker
+from oapl_jax.sources.turns import SamplerTurns
+from sources.loops import DEADLINE, GROUP_SIZE, PROMPTS, TOKENIZER, make_loop
 
-ROOT, DEADLINE, GROUP_SIZE = pathlib.Path(__file__).parents[2], 60.0, 3
-TOKENIZER = CharacterTokenizer()
-PROMPTS = load_prompts(DataConfig(task="chain", max_prompt_tokens=12), TOKENIZER, 0)
+ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -53,37 +47,26 @@ class Dice:
         return self.response(ids, logprobs)
 
 
+def make_sampler(example, start):
+    return example.EngineSampler(start, 6, TOKENIZER.stop_ids, 5)
+
+
 def test_two_samplers_with_an_engine_of_ones_own_fill_a_window(example, tmp_path):
     log, window = RolloutLog(tmp_path / "rollouts"), Window(4, 7, 10)
-    make_groups = GroupMaker(
-        TOKENIZER.decode,
-        ToyGrader("chain"),
-        lambda rewards, _: oapl.advantages(rewards, 1.0),
-        functools.partial(oapl.optimal_value, beta1=1.0),
-    )
     with contextlib.ExitStack() as stack:
-        queues = []
+        queues, loops = [], []
         for _ in range(2):
             leases = stack.enter_context(Leases(tmp_path / "leases", 30.0))
-            runner = example.EngineRunner(6, TOKENIZER.stop_ids, 5)
-            assert isinstance(runner, RequestRunner)
+            sampler = make_sampler(example, lambda policy: Dice(example.Response))
+            assert isinstance(sampler, Sampler)
             queue = ShardQueue(log, leases, lambda group: len(group.usable) >= 2, 2)
-            worker = Worker(
-                runner,
-                PROMPTS,
-                make_groups,
-                queue,
-                queue,
-                sampling=SamplingDistribution(),
-                group_size=GROUP_SIZE,
-                seed=0,
-                device_lock=contextlib.nullcontext(),
-            )
-            stack.callback(worker.stop, 1.0)
-            worker.set_weights(4, Dice(example.Response))
+            loop = make_loop(queue, queue, turns=SamplerTurns(sampler))
+            stack.callback(loop.stop, 1.0)
+            loop.set_weights(4, "a folder")
             queue.open_window(window)
-            worker.start()
+            loop.start()
             queues.append(queue)
+            loops.append(loop)
         end = time.monotonic() + DEADLINE
         while len(log.parts(4)) < 5:
             assert time.monotonic() < end
@@ -95,20 +78,51 @@ def test_two_samplers_with_an_engine_of_ones_own_fill_a_window(example, tmp_path
     assert [group.prompt.id for group in groups] == [PROMPTS[7 + i].id for i in range(10)]
     assert {len(group.rollouts) for group in groups} == {GROUP_SIZE}
     assert sum(queue.num_written for queue in queues) == 10
-    for item in (item for group in groups for item in group.rollouts):
-        is_stop = item.rollout.token_ids[-1] == TOKENIZER.eos_id
-        expected = np.full(len(item.rollout.token_ids), np.log(0.075), np.float32)
-        expected[-1] = np.log(0.25) if is_stop else expected[-1]
-        np.testing.assert_array_equal(item.rollout.logprobs, expected)
+    rollouts = [item.rollout for group in groups for item in group.rollouts]
+    for rollout in rollouts:
+        expected = np.full(len(rollout.token_ids), np.log(0.075), np.float32)
+        if rollout.token_ids[-1] == TOKENIZER.eos_id:
+            expected[-1] = np.log(0.25)
+        np.testing.assert_array_equal(rollout.logprobs, expected)
+    assert sum(loop.sums[0] for loop in loops) >= sum(len(rollout.token_ids) for rollout in rollouts)
 
 
 def test_a_response_without_a_logprob_for_each_token_is_refused(example):
-    runner = example.EngineRunner(6, TOKENIZER.stop_ids, 5)
-    runner.submit(Request("a", np.array([3], np.int32), 1, (0, 0, 0), SamplingDistribution()))
-
     class Short:
         def generate(self, prompts, group_size, distribution):
             return [[example.Response([5, 6, 1], [-1.0, -2.0])]]
 
+    sampler = make_sampler(example, lambda policy: Short())
+    sampler.set_weights("a folder")
+    sampler.submit(Request("a", np.array([3], np.int32), 1, (0, 0, 0)))
     with pytest.raises(ValueError, match="3 tokens, 2 log-probabilities"):
-        runner.step(Short())
+        sampler.step()
+
+
+def test_an_engine_ends_before_the_next_one_starts_and_weights_set_twice_start_one(example):
+    """Two would not fit into the memory of a GPU."""
+    engines = []
+
+    def start(policy):
+        assert all(engine() is None for engine in engines)
+        engine = Dice(example.Response)
+        engines.append(weakref.ref(engine))
+        return engine
+
+    sampler = make_sampler(example, start)
+    for policy in ("first", "first", "second"):
+        sampler.set_weights(policy)
+    assert len(engines) == 2
+    sampler.release()
+    assert engines[-1]() is None
+    sampler.set_weights("second")
+    assert len(engines) == 3
+
+
+def test_a_policy_outlives_its_folder_until_nobody_uses_it(example, tmp_path):
+    folder = tmp_path / "published"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    with example.load_policy(folder) as copy:
+        (folder / "config.json").unlink()
+        assert (pathlib.Path(copy) / "config.json").read_text() == "{}"

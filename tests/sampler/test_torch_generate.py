@@ -5,7 +5,7 @@ import pytest
 
 from model import tiny
 from oapl_jax.model import hf
-from oapl_jax.rollouts.sampling import Request, SamplingDistribution
+from oapl_jax.rollouts.sampling import Request, Sampler, SamplingDistribution, run
 from oapl_jax.types import FinishReason
 
 VOCABULARY, STOP, LIMIT = 40, 3, 6
@@ -25,15 +25,13 @@ def models(tmp_path_factory):
 
 
 def sample(model, distribution):
-    from oapl_jax.sampler.torch import TorchRunner
+    from oapl_jax.sampler.torch import TorchSampler
 
-    runner = TorchRunner(num_rows=16, max_response_tokens=LIMIT, vocab_size=VOCABULARY, stop_ids=(STOP,), pad_id=0)
-    for number, prompt in enumerate(PROMPTS):
-        runner.submit(Request(number, prompt, 8, (0, 0, number), distribution))
-    done = {}
-    while not runner.is_idle:
-        done |= dict(runner.step(model))
-    assert runner.stats.tokens == sum(len(r.token_ids) for rollouts in done.values() for r in rollouts)
+    sampler = TorchSampler(num_rows=16, max_response_tokens=LIMIT, vocab_size=VOCABULARY, stop_ids=(STOP,), pad_id=0)
+    assert isinstance(sampler, Sampler)
+    sampler.set_weights(model)
+    done = dict(run(sampler, [Request(i, prompt, 8, (0, 0, i), distribution) for i, prompt in enumerate(PROMPTS)]))
+    assert sampler.stats.tokens == sum(len(r.token_ids) for rollouts in done.values() for r in rollouts)
     return [(PROMPTS[number], rollout) for number in range(len(PROMPTS)) for rollout in done[number]]
 
 
@@ -47,7 +45,7 @@ def sample(model, distribution):
     ],
     ids=str,
 )
-def test_logprobs_are_those_of_the_sampled_law(models, distribution):
+def test_logprobs_are_those_of_the_sampling_distribution(models, distribution):
     graphdef, params, model = models
     pairs = sample(model, distribution)
     assert len({rollout.token_ids.tobytes() for _, rollout in pairs}) > 8, "rollouts differ"

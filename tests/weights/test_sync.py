@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from oapl_jax.sampler.replicas import replica_meshes, replica_params
 
 from model import tiny
 from oapl_jax.config.learner import LearnerConfig
@@ -18,6 +17,7 @@ from oapl_jax.learner.step import make_train_step
 from oapl_jax.model import lora, qwen
 from oapl_jax.model.quantized import quantize_weights
 from oapl_jax.objectives import oapl
+from oapl_jax.sampler.sampler import replica_meshes, replica_params
 from oapl_jax.weights.checkpoints import Checkpoints
 from oapl_jax.weights.sync import WeightSync
 
