@@ -1,7 +1,5 @@
 """The shuffled order of rows: each row comes once per epoch, and each epoch has a new order."""
 
-from oapl_jax.data import optional
-
 
 class ShuffledOrder:
     """The row number at each position of an endless stream; position ``p`` is in epoch ``p // num_rows``.
@@ -10,7 +8,9 @@ class ShuffledOrder:
     """
 
     def __init__(self, num_rows: int, seed: int) -> None:
-        self._rows = optional.load("grain").MapDataset.source(range(num_rows)).seed(seed).shuffle().repeat()
+        import grain  # takes a second, and toy tasks do not need it
+
+        self._rows = grain.MapDataset.source(range(num_rows)).seed(seed).shuffle().repeat()
 
     def __getitem__(self, position: int) -> int:
         return self._rows[position]

@@ -1,6 +1,6 @@
 """Memory and cost of a run on a TPU slice, found on a machine without one (docs/preflight.md).
 
-The programs of the run (``build/programs.py``) are compiled for described devices (``topology.py``). The report has the
+The programs of the run (``programs.py``) are compiled for described devices (``topology.py``). The report has the
 memory, work and traffic of each compiled program (``hlo.py``), and a lower bound of its time.
 """
 

@@ -74,8 +74,12 @@ class Grading:
         rollouts: Sequence[Rollout],
         texts: Sequence[str],
         grades: Sequence[Grade],
+        extras: Sequence[str] | None = None,
     ) -> RolloutGroup:
-        """V* and advantages over the rollouts whose verdict and log-probabilities can be used."""
+        """V* and advantages over the rollouts whose verdict and log-probabilities can be used.
+
+        ``extras`` are those of rollouts that were read (``GradedRollout.extra``).
+        """
         is_usable = np.array(
             [
                 grade.verdict is not Verdict.INVALID
@@ -89,5 +93,6 @@ class Grading:
             rewards = np.array([grade.reward for grade in grades], np.float64)[is_usable]
             is_correct = np.array([grade.verdict is Verdict.CORRECT for grade in grades])[is_usable]
             advantages[is_usable], value = self._advantages(rewards, is_correct), self._value(rewards)
-        graded = map(GradedRollout, rollouts, texts, grades, advantages.tolist())
+        extras = ["{}"] * len(rollouts) if extras is None else extras
+        graded = map(GradedRollout, rollouts, texts, grades, advantages.tolist(), extras)
         return RolloutGroup(ticket.index, ticket.policy_version, prompt, tuple(graded), value)

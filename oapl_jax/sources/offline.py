@@ -278,7 +278,8 @@ class OfflineRounds:
             finish_reason=FinishReason.LENGTH,
         )
         grade = Grade(Verdict.WRONG, min(0.0, member.grade.reward), "truncated for training")
-        return import_rollouts.Response(rollout, self._setup.tokenizer.decode(rollout.token_ids.tolist()), grade)
+        text = self._setup.tokenizer.decode(rollout.token_ids.tolist())
+        return member._replace(rollout=rollout, text=text, grade=grade)
 
     def _group(self, number: int, index: int, responses: import_rollouts.Responses) -> RolloutGroup:
         """Not yet scored: whatever lacks log-probabilities is not usable."""
@@ -289,6 +290,7 @@ class OfflineRounds:
             [member.rollout for member in members],
             [member.text for member in members],
             [member.grade for member in members],
+            [member.extra for member in members],
         )
 
     def _scored(self, groups: Sequence[RolloutGroup], data: RoundConfig, params: Any) -> tuple[list[RolloutGroup], int]:
@@ -314,8 +316,9 @@ class OfflineRounds:
                 for j, item in enumerate(group.rollouts)
             ]
             texts, grades = [item.text for item in group.rollouts], [item.grade for item in group.rollouts]
+            extras = [item.extra for item in group.rollouts]
             ticket = Ticket(group.policy_version, group.index, group.index)
-            scored.append(make(ticket, group.prompt, rollouts, texts, grades))
+            scored.append(make(ticket, group.prompt, rollouts, texts, grades, extras))
         return scored, num_scored
 
     def _score(

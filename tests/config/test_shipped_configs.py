@@ -6,11 +6,11 @@ import shlex
 import pytest
 import yaml
 
-from oapl_jax import train
 from oapl_jax.build.checks import CHECKS
+from oapl_jax.cli import commands
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import EvaluateConfig, GenerateConfig, SftConfig, TrainConfig
-from oapl_jax.sft import sft
+from oapl_jax.io.console import ExitCode
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").glob("*.yaml"))
@@ -89,7 +89,7 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(path, tmp_path, capsys):
     if not is_offline(config):
         pytest.skip(f"its model or data is not here: {config.model.path}, {config.data.path}")
     directory = tmp_path / "run"
-    train.main(["--config", str(path), "--dry-run", f"run.dir={directory}"])
+    assert commands.main(["train", "--config", str(path), "--dry-run", f"run.dir={directory}"]) == ExitCode.DONE
     printed = capsys.readouterr().out
     assert f"batch_rollouts: {config.learner.batch_rollouts}" in printed, "the resolved config"
     plan = printed[printed.index("  model  ") :]
@@ -100,9 +100,8 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(path, tmp_path, capsys):
 
 
 def test_the_plan_of_the_quickstart_has_the_right_numbers(capsys, tmp_path):
-    train.main(
-        ["--config", "configs/quickstart.yaml", "--dry-run", f"run.dir={tmp_path / 'run'}", "mesh.trainer=fsdp=1"]
-    )
+    config = ["--config", "configs/quickstart.yaml", f"run.dir={tmp_path / 'run'}", "mesh.trainer=fsdp=1"]
+    assert commands.main(["train", *config, "--dry-run"]) == ExitCode.DONE
     plan = {line[:14].strip(): line[16:] for line in capsys.readouterr().out.splitlines() if line[14:16] == "  "}
     num_parameters = 18 * 80 + 3 * (2 * 80 * 64 + 2 * 80 * 32 + 2 * 32 + 3 * 80 * 208 + 2 * 80) + 80
     assert f"qwen3, {num_parameters:,} parameters" in plan["model"]
@@ -115,5 +114,5 @@ def test_the_plan_of_the_quickstart_has_the_right_numbers(capsys, tmp_path):
 
 
 def test_a_supervised_dry_run_prints_the_config(capsys):
-    sft.main(["--config", "configs/chain_sft.yaml", "--dry-run"])
+    assert commands.main(["sft", "--config", "configs/chain_sft.yaml", "--dry-run"]) == ExitCode.DONE
     assert "task: chain" in capsys.readouterr().out

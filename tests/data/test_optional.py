@@ -7,9 +7,8 @@ import sys
 import pytest
 
 from oapl_jax.data import rows
-from oapl_jax.data.order import ShuffledOrder
 
-LIBRARIES = ("datasets", "grain", "tensorflow", "tensorflow_datasets")
+LIBRARIES = ("datasets", "tensorflow", "tensorflow_datasets")
 
 
 def test_the_package_imports_without_them():
@@ -29,7 +28,6 @@ for module in pkgutil.walk_packages(oapl_jax.data.__path__, "oapl_jax.data."):
     [
         ("datasets", lambda: rows.read("owner/name", "datasets", ["prompt"])),
         ("tensorflow_datasets", lambda: rows.read("name", "tfds", ["prompt"])),
-        ("grain", lambda: ShuffledOrder(2, seed=0)),
     ],
 )
 def test_a_missing_library_is_named_with_its_extra(monkeypatch, library, use):

@@ -11,6 +11,7 @@ import pytest
 
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
+from oapl_jax.io.console import ExitCode
 from oapl_jax.preflight import preflight, programs, topology
 from preflight.tpu_compiler import needs_libtpu
 
@@ -73,14 +74,18 @@ def result_of(name, total, refusal=""):
 
 def test_the_verdict_and_the_way_out(monkeypatch):
     monkeypatch.chdir(ROOT)
-    config = config_file.load(TrainConfig, TINY[1], TINY[2:])
-    plan = programs.make_plan(config, jax.devices(), 16 * GIB)
+    plan, unaligned = (
+        programs.make_plan(config_file.load(TrainConfig, TINY[1], [*TINY[2:], every]), jax.devices(), 16 * GIB)
+        for every in ("evaluation.every=100", "evaluation.every=30")  # a window has 50 steps
+    )
     assert "FITS" in preflight.describe(result_of("train_step", 15 * GIB), plan)
     text = preflight.describe(result_of("train_step", 18 * GIB), plan)
     assert "DOES NOT FIT: 2.00 GiB short" in text
     assert "try   model.remat=layer" in text
     assert "try   learner.micro_batch_rows=64 (now 128)" in text
-    assert "try   evaluation.every=0" in preflight.describe(result_of("decode", 18 * GIB), plan)
+    assert "try   evaluation.every" not in preflight.describe(result_of("decode", 18 * GIB), plan)
+    text = preflight.describe(result_of("decode", 18 * GIB), unaligned)
+    assert "try   evaluation.every a multiple of window.sync_every" in text
     broken = preflight.describe(result_of("decode", 16 * GIB, refusal="INTERNAL: of the compiler's own"), plan)
     assert "DOES NOT COMPILE" in broken
     assert "INTERNAL: of the compiler's own" in broken
@@ -129,7 +134,7 @@ def test_a_run_that_fits(tmp_path):
 def test_a_run_that_does_not_fit_says_so_in_seconds():
     config = ["model.config=configs/models/deepseek_r1_distill_qwen_14b.json", "sampler.dtype=bfloat16"]
     done = run(*TINY, *config, "--topology", "v5e-8")
-    assert done.returncode == preflight.EXIT_DOES_NOT_FIT
+    assert done.returncode == ExitCode.FAILED
     assert "DOES NOT FIT before anything is compiled" in done.stdout
 
 

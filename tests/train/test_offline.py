@@ -93,6 +93,7 @@ def test_data_from_outside_are_cut_checked_and_scored_once(calm, tmp_path):
             tokens = np.resize(rollouts[i].rollout.token_ids, 9)  # the limit is 6
             rollout = Rollout(tokens, np.full(9, -1.0, np.float32), FinishReason.STOP)
             rollouts[i] = dataclasses.replace(rollouts[i], rollout=rollout, grade=Grade(Verdict.CORRECT, 1.0))
+        rollouts = [dataclasses.replace(item, extra=f'{{"number": {i}}}') for i, item in enumerate(rollouts)]
         groups.append(dataclasses.replace(group, rollouts=tuple(rollouts)))
     published.write(tmp_path / "data.parquet", groups)
     table = pq.read_table(tmp_path / "data.parquet").drop_columns(["response_logprobs"])
@@ -112,7 +113,9 @@ def test_data_from_outside_are_cut_checked_and_scored_once(calm, tmp_path):
     assert [group.index for group in trained] == list(range(14))
     assert [g.prompt.id for g in trained] != [g.prompt.id for g in source], "in a random order"
     for group in trained:
-        originals = list(of_prompt[group.prompt.id].rollouts)[8 - len(group.rollouts) :]
+        first = 8 - len(group.rollouts)  # one lost its first row
+        assert [item.extra for item in group.rollouts] == [f'{{"number": {i}}}' for i in range(first, 8)]
+        originals = list(of_prompt[group.prompt.id].rollouts)[first:]
         for item, original in zip(group.rollouts, originals, strict=True):
             if item.grade.detail == "truncated for training":
                 assert len(item.rollout.token_ids) == 6
