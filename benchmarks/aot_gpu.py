@@ -28,7 +28,6 @@ from gpu_sampler import read_model
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 from jax.sharding import Mesh
-from oapl_jax.build.programs import forward_flops
 
 from oapl_jax.config.learner import LearnerConfig
 from oapl_jax.config.mesh import MeshConfig
@@ -41,6 +40,7 @@ from oapl_jax.model.logprob import chunk_tokens
 from oapl_jax.model.qwen import SAVED_NAMES, Remat, abstract
 from oapl_jax.objectives import oapl
 from oapl_jax.preflight import hlo
+from oapl_jax.preflight.programs import forward_flops
 from oapl_jax.sampler.engine import Engine
 from oapl_jax.sampler.kv_cache import page_bytes
 from oapl_jax.types import TrainBatch

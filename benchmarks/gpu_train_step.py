@@ -116,7 +116,7 @@ def summary(reports: list[Report], flops: float, tokens: int, peak_tflops: float
 def step_flops(model: str, lengths: np.ndarray) -> tuple[float, int]:
     """Floating point operations of a step's mathematics, and its tokens."""
     from oapl_jax.build.policy import read_config
-    from oapl_jax.build.programs import forward_flops
+    from oapl_jax.preflight.programs import forward_flops
 
     config, total = read_config(ROOT / MODELS[model]), lengths.sum(axis=1)
     pairs = float((total * (total + 1) / 2).sum())
