@@ -8,7 +8,7 @@ import pytest
 
 from oapl_jax.rollouts import schema
 from oapl_jax.rollouts.schema import COLUMNS
-from test_layers import LAYERS
+from test_layers import FLOORS, TOP_FLOOR
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -35,10 +35,12 @@ def type_name_of(arrow_type):
     return f"list of {arrow_type.value_type}" if pa.types.is_list(arrow_type) else str(arrow_type)
 
 
-def test_the_layers_of_the_architecture_page_are_those_of_the_test():
+def test_the_floors_of_the_architecture_page_are_those_of_the_test():
     page = (ROOT / "docs/architecture.md").read_text()
     rows = re.findall(r"^\| (\d+) \| ([`\w, ]+) \|", page, re.MULTILINE)
-    assert {room: int(layer) for layer, rooms in rows for room in re.findall(r"`(\w+)`", rooms)} == LAYERS
+    floors = [tuple(re.findall(r"`(\w+)`", rooms)) for _, rooms in rows]
+    assert floors == [*FLOORS, TOP_FLOOR]
+    assert [int(floor) for floor, _ in rows] == list(range(len(floors)))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
