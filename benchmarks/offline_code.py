@@ -69,9 +69,9 @@ def main(argv: list[str]) -> None:
         }
         path = work / f"evaluation_{name}.yaml"
         path.write_text(yaml.safe_dump(config))
-        command("oapl_jax.evaluate", "--config", path)
+        command("oapl_jax", "evaluate", "--config", path)
     logs = [word for name in models for word in ("--log", f"{name}={work / f'evaluation_{name}'}")]
-    command("oapl_jax.evaluate", *logs, "--out", work / "comparison")
+    command("oapl_jax", "evaluate", *logs, "--out", work / "comparison")
     print(table(work / "comparison" / "results.json"), f"\n{time.perf_counter() - started:.0f} s in all")
 
 
@@ -86,7 +86,7 @@ def make_data(work: pathlib.Path, warm_steps: int) -> None:
     if not (work / "tokenizer").exists():
         make_tokenizer(work / "tokenizer", programs)
     if not (work / "log").exists():
-        command("oapl_jax.codenet", root, work / "log", "--tokenizer", work / "tokenizer")
+        command("oapl_jax", "codenet", root, work / "log", "--tokenizer", work / "tokenizer")
     lines = []
     for i in order[:HELD_OUT]:
         times, plus = NUMBERS[i]
@@ -110,7 +110,7 @@ def make_data(work: pathlib.Path, warm_steps: int) -> None:
         "checkpoint": {"every": 1000},
     }
     (work / "warm_start.yaml").write_text(yaml.safe_dump(config))
-    command("oapl_jax.sft", "--config", work / "warm_start.yaml")
+    command("oapl_jax", "sft", "--config", work / "warm_start.yaml")
 
 
 def make_tokenizer(folder: pathlib.Path, programs: list[str]) -> None:

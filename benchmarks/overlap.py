@@ -67,7 +67,7 @@ def compare(arguments: argparse.Namespace, common: list[str], cores: list[int]) 
         overlapped = pathlib.Path(folder, "overlapped")
         windows = [f"window.sync_every={arguments.window}", "mode=detached"]
         trainer = train(arguments.config, overlapped, cores[0], [*common, *windows])
-        sampler = start(["oapl_jax.sample", "--run", str(overlapped)], cores[1])
+        sampler = start(["oapl_jax", "sample", "--run", str(overlapped)], cores[1])
         finish(trainer, sampler)
         runs = {"serial": rates(serial, arguments.window), "overlapped": rates(overlapped, arguments.window)}
     return {

@@ -46,7 +46,7 @@ def main() -> None:
         for name, words in cases.items():
             report = folder / f"{name}.json"
             if not report.is_file():
-                command = f"{sys.executable} -m oapl_jax.preflight --config {words} --json {report}"
+                command = f"{sys.executable} -m oapl_jax preflight --config {words} --json {report}"
                 subprocess.run(shlex.split(command), stdout=sys.stderr, check=False)
             print(f"`python -m oapl_jax preflight --config {words}`\n")
             print(table(json.loads(report.read_text())) + "\n", flush=True)

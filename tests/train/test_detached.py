@@ -9,7 +9,6 @@ import time
 
 import numpy as np
 import pytest
-from oapl_jax.sources.sample import Sampler
 from safetensors.numpy import load_file
 
 from oapl_jax import train
@@ -20,6 +19,7 @@ from oapl_jax.io.lease import Leases
 from oapl_jax.rollouts.audit import audit
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.sft import sft
+from oapl_jax.sources.sampling_process import SamplingProcess
 from oapl_jax.weights.policies import PolicyStore
 from rollouts.groups import bits
 from rollouts.late_listings import make_place
@@ -80,7 +80,7 @@ def test_a_run_over_an_object_store_that_lists_late_is_the_online_run_bit_for_bi
 
     def sample():
         try:
-            Sampler(root, "jax", "data=1", 120.0, stop).run()
+            SamplingProcess(root, "jax", "data=1", 120.0, stop).run()
         except BaseException as error:
             failures.append(error)
             raise
