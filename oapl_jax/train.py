@@ -35,7 +35,7 @@ def run(config: TrainConfig, make_source: MakeSource | None = None) -> dict[str,
     """Trains to the last step and returns the summary: the Python entry of ``oapl-jax train``.
 
     Args:
-        config: of the run; ``config_file.load(TrainConfig, path, overrides)`` reads one.
+        config: of the run; ``config_file.load(TrainConfig, path, overrides, CHECKS)`` reads one (``build/checks.py``).
         make_source: makes the source of groups from the process's ``SamplingSetup``; None: the one of ``config.mode``.
 
     Returns:

@@ -197,8 +197,10 @@ def make_assembly(
 
 def evaluates_within_windows(config: TrainConfig) -> bool:
     """Whether the sampler holds two policies at times: that of the window, and one that is evaluated."""
+    if config.offline is not None:  # after each epoch
+        return True
     every = config.evaluation.every
-    return bool(every) and (config.offline is not None or every % config.window.sync_every != 0)
+    return bool(every) and every % config.window.sync_every != 0
 
 
 def _describe_mesh(mesh: Mesh) -> str:

@@ -80,6 +80,8 @@ def make_learner(
     Raises:
         ValueError: the rows do not divide over the mesh, or the model has no matrix that an adapter is for.
     """
+    if objective.needs_old or objective.needs_reference:
+        raise ValueError(f"objective.name={objective.name}: it needs an old or a reference policy, which no run keeps")
     rows = batches.RowLayout(learner.batch_rollouts, max_tokens, learner.row_tokens, learner.micro_batch_rows, mesh)
     graphdef, params = policy.abstract(model, architecture, mesh, lora)
     schedule = make_schedule(learner, num_steps)
