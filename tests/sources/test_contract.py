@@ -13,6 +13,7 @@ from oapl_jax.distributed.team import Team
 from oapl_jax.rollouts.buffer import GroupBuffer, Window
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.source import GroupSource, Weights
+from oapl_jax.sources.cluster import Cluster
 from oapl_jax.sources.follower import LogFollower
 from oapl_jax.sources.local import LocalSource
 from oapl_jax.sources.offline import OfflineRounds
@@ -152,3 +153,16 @@ def test_a_wait_that_is_cancelled_returns_nothing(kind, tmp_path):
             source.take(GROUPS, lambda: False)
         assert source.take(GROUPS, lambda: True) is None
         source.finish()
+
+
+def test_all_processes_of_a_run_meet_in_its_shared_folder(tmp_path):
+    """Trainers and processes that only sample: messages, leases and rollouts are in ``run.shared_dir`` for both."""
+    shared = tmp_path / "shared"
+    config = make_config(tmp_path / "run", mode="detached")
+    config = config.model_copy(update={"run": config.run.model_copy(update={"shared_dir": str(shared)})})
+    log = RolloutLog(shared / "rollouts")
+    for turns in (make_turns(), None):
+        cluster = Cluster(make_setup(config, turns), log, lambda: None)
+        with contextlib.closing(cluster):
+            assert str(cluster._root) == str(shared)
+    assert str(make_setup(make_config(tmp_path / "run"), None).root) == str(tmp_path / "run")
