@@ -123,6 +123,11 @@ def check_processes(mesh_config: MeshConfig, trainer: Mesh, sampler: Mesh) -> No
             f"{words}: process {min(both)} would have devices of both; {counts}: give each process to one of the two, or"
             " all to both (mesh.sampler=null)"
         )
+    if len(trainers) == 1:
+        raise ValueError(
+            f"{words}: process {trainers[0]} alone would train; {counts}: Orbax cannot save its checkpoints in a job of several"
+            " processes: give the trainer devices of two or more, or start samplers apart from it (mode=detached)"
+        )
     if idle := set(range(jax.process_count())) - {*trainers, *samplers}:
         raise ValueError(f"{words}: process {min(idle)} would have nothing to do; {counts}: use them all")
     if (owners := _parted_replica(np.asarray(sampler.devices))) is not None:
