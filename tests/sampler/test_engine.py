@@ -152,6 +152,7 @@ def assert_alike(groups, reference):
             assert rollout.finish_reason is expected.finish_reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("engine", "scheduler"),
     [
@@ -169,6 +170,7 @@ def test_same_tokens_whatever_the_rows_pages_chunks_and_preemptions(engine, sche
     assert_alike(sample(make_engine(**engine), **scheduler), sample(make_engine(), fixed_shapes=True))
 
 
+@pytest.mark.slow
 def test_running_out_of_pages_preempts_and_loses_nothing():
     scheduler = Scheduler(make_engine(num_pages=11, decode_steps=2), contextlib.nullcontext())
     requests = [Request(i, p, 4, (7, 0, i)) for i, p in enumerate(PROMPTS)]
@@ -185,24 +187,21 @@ def test_another_seed_another_group_and_another_rollout_draw_differently():
     assert len({tuple(r.token_ids) for r in first}) > 1, "rollouts of one group"
 
 
-def test_a_sharded_engine_draws_the_same_tokens():
-    engine = make_engine(sampler_mesh="tensor=2")
-    params = reshard(PARAMS, shardings(qwen.abstract(CONFIG)[1], engine.mesh, SAMPLER_RULES))
-    assert_alike(sample(engine, params=params), sample(make_engine(), fixed_shapes=True))
-
-
-@pytest.mark.parametrize("mesh", ["data=4,tensor=2", "data=8"])
-def test_replicas_draw_the_same_tokens(mesh):
-    whole = make_meshes(MeshConfig(trainer=mesh))[0]
+@pytest.mark.slow
+def test_sharded_replicas_draw_the_same_tokens_and_share_the_requests():
+    whole = make_meshes(MeshConfig(trainer="data=2,tensor=2"))[0]
     engines = [make_engine(num_rows=4, mesh=replica) for replica in replica_meshes(whole)]
-    params = reshard(PARAMS, shardings(qwen.abstract(CONFIG)[1], whole, SAMPLER_RULES))
     sampler = JaxSampler(engines, whole)
-    sampler.set_weights(params)
-    done = dict(sampling.run(sampler, [Request(i, p, 4, (7, 0, i)) for i, p in enumerate(PROMPTS)]))
+    sampler.set_weights(reshard(PARAMS, shardings(qwen.abstract(CONFIG)[1], whole, SAMPLER_RULES)))
+    requests = [Request(i, p, 4, (7, 0, i)) for i, p in enumerate(PROMPTS)]
+    done = dict(sampling.run(sampler, requests[:1]))
+    assert [scheduler.stats.tokens > 0 for scheduler in sampler._schedulers] == [True, False]
+    done |= dict(sampling.run(sampler, requests[1:]))
+    assert all(scheduler.stats.tokens > 0 for scheduler in sampler._schedulers)
     assert_alike([done[i] for i in sorted(done)], sample(make_engine(), fixed_shapes=True))
-    assert sum(scheduler.stats.tokens > 0 for scheduler in sampler._schedulers) == min(len(engines), len(PROMPTS))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2_tied", "moe"])
 def test_other_architectures_sample_as_they_score(name):
     config = tiny.config(name)
@@ -220,6 +219,7 @@ def test_other_architectures_sample_as_they_score(name):
         np.testing.assert_allclose(rollout.logprobs, row[mask], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_generate_stops_early_when_all_rows_are_done():
     """With every id a stop, the token that insert draws is the last and no step may run."""
     engine = make_engine(stop_ids=tuple(range(VOCAB)))
@@ -268,6 +268,7 @@ def test_parameters_of_another_architecture_are_refused():
         sample(make_engine(), params=other)
 
 
+@pytest.mark.slow
 def test_each_request_has_its_own_distribution_and_limits():
     requests = [
         Request("greedy", PROMPTS[1], 2, (0, 0, 0), SamplingDistribution(0.0), needs_logprobs=False),
@@ -320,9 +321,10 @@ def test_abort_frees_rows_and_pages():
         )
 
 
+@pytest.mark.slow
 def test_after_warm_up_nothing_is_compiled():
-    engine = make_engine(num_rows=8, page_size=4)
-    scheduler = Scheduler(engine, contextlib.nullcontext())
+    engine = make_engine(num_rows=8, page_size=4)  # not the one that other tests have compiled
+    scheduler = Scheduler(engine, contextlib.nullcontext(), fixed_shapes=True)
     compiled = []
     listen = lambda name, seconds, **_: compiled.append(name) if "backend_compile" in name else None  # noqa: E731
     jax.monitoring.register_event_duration_secs_listener(listen)
@@ -336,6 +338,7 @@ def test_after_warm_up_nothing_is_compiled():
     assert not compiled
 
 
+@pytest.mark.slow
 def test_slot_use_counts_rows_that_draw():
     """Two rollouts of 1 and 9 tokens in one program of 4 rows: 8 live row steps, the others idle."""
     scheduler = Scheduler(make_engine(stop_ids=(28,)), contextlib.nullcontext())
