@@ -148,7 +148,7 @@ def test_mistakes_of_the_command_line_are_named(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_500_problems_of_256_samples_take_less_than_20_seconds(tmp_path):
+def test_500_problems_of_256_samples_take_less_than_20_seconds_of_a_cpu(tmp_path):
     rng = np.random.default_rng(0)
     right, wrongs = (
         sample("c", r"thus \boxed{4}", 200),
@@ -159,8 +159,8 @@ def test_500_problems_of_256_samples_take_less_than_20_seconds(tmp_path):
         drawn = [[right if rng.random() < p else wrongs[rng.integers(20)] for _ in range(256)] for p in rng.random(100)]
         groups = zip(range(start, start + 100), problems, map(tuple, drawn), strict=True)
         RolloutLog(tmp_path / "log").append([RolloutGroup(i, 0, prompt, rs, math.nan) for i, prompt, rs in groups])
-    begin = time.perf_counter()
+    begin = time.process_time()  # all work is done in this process, and others share the machine
     evaluate.report([("a", tmp_path / "log")], tmp_path / "out")
-    seconds = time.perf_counter() - begin
+    seconds = time.process_time() - begin
     print(f"500 x 256 in {seconds:.1f} s")
     assert seconds < 20

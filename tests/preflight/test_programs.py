@@ -68,9 +68,11 @@ def test_what_cannot_fit_is_known_before_anything_is_compiled():
 
 
 def test_no_room_for_one_rollout():
-    found = plan("mesh.trainer=fsdp=8", *MODEL, usable=2 * GIB, path=TOY)
-    assert found.assembly.engines
-    assert plan("mesh.trainer=fsdp=8", *MODEL, usable=1.62 * GIB).assembly.engines == ()
+    found = plan("mesh.trainer=fsdp=8", *MODEL).assembly
+    memory, rollout = found.account, programs.rollout_bytes(found) / found.config.sampler.kv_memory
+    least = memory.learner + memory.sampler - memory.kv_cache + rollout
+    assert plan("mesh.trainer=fsdp=8", *MODEL, usable=least + rollout / 2).assembly.engines
+    assert plan("mesh.trainer=fsdp=8", *MODEL, usable=least - rollout / 2).assembly.engines == ()
 
 
 def test_the_programs_of_a_run():

@@ -1,11 +1,17 @@
-"""Names that are used and bound nowhere; ruff and pyright are told to pass over them, for jaxtyping's letters."""
+"""Names that are used and bound nowhere.
+
+Ruff and pyright are told to pass over them, for jaxtyping's letters; pyright does not read tests and benchmarks.
+"""
 
 import ast
 import functools
 import json
 import pathlib
 import subprocess
+import symtable
 import sys
+
+from project.test_layers import MODULES, PACKAGE, imports_of
 
 ROOT = pathlib.Path(__file__).parents[2]
 FOLDERS = [ROOT / name for name in ("oapl_jax", "tests", "benchmarks", "launch", "examples")]
@@ -43,6 +49,35 @@ def dimensions_of(path: str) -> list[ast.Constant]:
             case ast.Subscript(ast.Name(name), ast.Tuple([_, ast.Constant(str()) as text])) if name in types:
                 found.append(text)
     return found
+
+
+@functools.cache
+def names_of(module: str) -> set[str]:
+    """What can be imported from a module or a folder of the package."""
+    folder = f"{module}.__init__" in MODULES
+    path = MODULES[f"{module}.__init__" if folder else module]
+    table = symtable.symtable(path.read_text(), str(path), "exec")
+    names = {one.get_name() for one in table.get_symbols() if one.is_assigned() or one.is_imported()}
+    inside = {name.removeprefix(f"{module}.").split(".")[0] for name in MODULES if name.startswith(f"{module}.")}
+    return names | inside
+
+
+def is_there(name: str) -> bool:
+    """Whether ``package.module.name`` can be imported."""
+    parent, _, last = name.rpartition(".")
+    known = parent in MODULES or f"{parent}.__init__" in MODULES
+    return name == PACKAGE or (known and last in names_of(parent))
+
+
+def test_what_is_imported_from_the_package_is_there():
+    missing = [
+        f"{path.relative_to(ROOT)}: {name}"
+        for folder in FOLDERS
+        for path in sorted(folder.rglob("*.py"))
+        for name in sorted(imports_of(path))
+        if name.split(".")[0] == PACKAGE and not is_there(name)
+    ]
+    assert missing == []
 
 
 def test_every_name_is_bound():
