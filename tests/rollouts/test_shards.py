@@ -30,11 +30,11 @@ def write(log, shard, **options):
 
 def tickets(queue):
     """Indices of the groups that the queue wants now."""
-    queue._next_look = 0.0
+    queue._next_poll = 0.0
     taken = []
     while (ticket := queue.admit(VERSION)) is not None:
         taken.append(ticket.index)
-        queue._next_look = 0.0
+        queue._next_poll = 0.0
     return taken
 
 
