@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 )
 def test_each_bit_arrives(trainer, sampler, dtype, chunk):
     words = [
-        "tests/transfer_job.py",
+        "tests/distributed/transfer_job.py",
         "--trainer",
         trainer,
         "--sampler",
