@@ -17,6 +17,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from oapl_jax import train
+from oapl_jax.cli import commands
 from oapl_jax.run import export
 from runs import BASE, ROOT, make_config
 
@@ -45,7 +46,7 @@ def test_the_newest_checkpoint_is_the_models_of_the_run(run_dir, tmp_path):
 
 
 def test_an_older_step_is_another_model(run_dir, capsys):
-    export.main([str(run_dir), "--step", "3"])
+    assert commands.main(["export", str(run_dir), "--step", "3"]) == 0
     assert capsys.readouterr().out.strip() == str(run_dir / "export-3")
     older, newest = weights(run_dir / "export-3"), weights(run_dir / "export")
     assert older.keys() == newest.keys()
@@ -53,7 +54,7 @@ def test_an_older_step_is_another_model(run_dir, capsys):
 
 
 def test_bfloat16_is_the_rounded_weights(run_dir, tmp_path):
-    export.main([str(run_dir), str(tmp_path / "out"), "--dtype", "bfloat16"])
+    assert commands.main(["export", str(run_dir), str(tmp_path / "out"), "--dtype", "bfloat16"]) == 0
     for name, tensor in weights(tmp_path / "out").items():
         assert tensor.dtype == ml_dtypes.bfloat16
         np.testing.assert_array_equal(tensor, weights(run_dir / "export")[name].astype(ml_dtypes.bfloat16))
@@ -154,9 +155,7 @@ def test_mistakes_are_named(run_dir, tmp_path, capsys):
         ([str(tmp_path)], "no run directory"),
         ([str(run_dir), str(run_dir)], "choose another"),
     ):
-        with pytest.raises(SystemExit) as stopped:
-            export.main(arguments)
-        assert stopped.value.code == 2
+        assert commands.main(["export", *arguments]) == 2
         assert message in capsys.readouterr().err
     assert (run_dir / "checkpoints").is_dir()
 
@@ -193,14 +192,14 @@ def test_a_run_of_adapters(tmp_path, capsys):
     short = {"lora": lora, "checkpoint": {"every": 2}, "evaluation": {"every": 0}, "window": {"sync_every": 2}}
     for steps in (2, 4):
         train.run(make_config(tmp_path / "run", run={"steps": steps, "allow_config_change": True}, **short))
-    export.main([str(tmp_path / "run"), str(tmp_path / "merged")])
+    assert commands.main(["export", str(tmp_path / "run"), str(tmp_path / "merged")]) == 0
     assert contents(tmp_path / "merged") == contents(tmp_path / "run" / "export")
     train.run(make_config(tmp_path / "start", run={"steps": 1}, learner={"learning_rate": 1e-30}, **short))
     start, trained = weights(tmp_path / "start" / "export"), weights(tmp_path / "run" / "export")
     changed = {name for name in start if not np.array_equal(start[name], trained[name])}
     assert changed == {name for name in start if "q_proj.weight" in name or "down_proj" in name}
 
-    export.main([str(tmp_path / "run"), str(tmp_path / "adapter"), "--adapter"])
+    assert commands.main(["export", str(tmp_path / "run"), str(tmp_path / "adapter"), "--adapter"]) == 0
     adapter = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     name = "model.layers.0.mlp.down_proj"
     product = adapter[f"base_model.model.{name}.lora_B.weight"] @ adapter[f"base_model.model.{name}.lora_A.weight"]
@@ -208,6 +207,5 @@ def test_a_run_of_adapters(tmp_path, capsys):
     np.testing.assert_allclose(4.0 / 2 * product, expected, atol=1e-6)
 
     capsys.readouterr()
-    with pytest.raises(SystemExit):
-        export.main([str(tmp_path / "start"), str(tmp_path / "no"), "--step", "9", "--adapter"])
+    assert commands.main(["export", str(tmp_path / "start"), str(tmp_path / "no"), "--step", "9", "--adapter"]) == 2
     assert "no checkpoint of step 9" in capsys.readouterr().err

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from oapl_jax import train
+from oapl_jax.cli import commands
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.config.mesh import MeshConfig
@@ -292,7 +292,6 @@ def test_bad_inputs_end_with_a_message_and_exit_code_2(model_folder, tmp_path, c
     folder.mkdir()
     for split, content in (("train", rows), ("test", [GOOD])):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
-    with pytest.raises(SystemExit) as stopped:
-        train.main(["--config", str(CONFIG), *overrides(tmp_path / "run", model_folder, folder), *words])
-    assert stopped.value.code == 2
+    command = ["train", "--config", str(CONFIG), *overrides(tmp_path / "run", model_folder, folder), *words]
+    assert commands.main(command) == 2
     assert message in capsys.readouterr().err
