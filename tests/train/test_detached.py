@@ -195,7 +195,7 @@ def test_a_sampler_of_another_release_or_config_refuses(detached, tmp_path, key,
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), key: value}))
     (run / "policy" / "current.json").write_text('{"policy_version": 2, "is_finished": false}')
     with pytest.raises(ValueError, match=told):
-        Sampler(run, "jax", "data=1", 120.0, threading.Event()).run()
+        SamplingProcess(run, "jax", "data=1", 120.0, threading.Event()).run()
 
 
 def run_with_a_pytorch_sampler(config):
