@@ -107,10 +107,10 @@ def test_the_plan_of_the_quickstart_has_the_right_numbers(capsys, tmp_path):
     assert f"qwen3, {num_parameters:,} parameters" in plan["model"]
     assert "200 steps in 4 windows of 50" in plan["run"]
     assert "128 rollouts = 16 prompts x G=8, at most 2,304 tokens a step" in plan["batch"]
-    assert f"weights {4 * num_parameters:,} + optimizer " in plan["trainer bytes"]
+    assert f"weights {4 * num_parameters / 2**10:.2f} KiB, optimizer " in plan["trainer bytes"]
     rows, layers, length, width = 16 * 8, 3, 2 * 16, 32  # two pages hold the 12 + 6 tokens
     cache = 2 * 4 * rows * layers * length * width
-    assert f"weights {4 * num_parameters:,} + KV cache {cache:,}" in plan["sampler bytes"]
+    assert f"weights {4 * num_parameters / 2**10:.2f} KiB, KV cache {cache / 2**20:.2f} MiB" in plan["sampler bytes"]
 
 
 def test_a_supervised_dry_run_prints_the_config(capsys):

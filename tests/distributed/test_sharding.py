@@ -8,7 +8,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import tiny
+from model import tiny
 from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed import sharding
 from oapl_jax.model import qwen

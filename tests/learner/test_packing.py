@@ -96,8 +96,8 @@ def test_the_number_of_rows_takes_few_values():
 
 @pytest.mark.parametrize("loss", ["oapl", "grpo", "sft"])
 def test_packed_equals_unpacked(loss):
-    unpacked, metrics = run(make_batch(RowLayout(10, 16)), loss=loss)
-    packed, packed_metrics = run(make_batch(PACKED), loss=loss)
+    unpacked, metrics = run(make_batch(RowLayout(10, 16)), objective=loss)
+    packed, packed_metrics = run(make_batch(PACKED), objective=loss)
     assert norm(gradient(unpacked)) > 0.1
     assert_close(gradient(packed), gradient(unpacked), atol=1e-5 * norm(gradient(unpacked)))
     assert packed_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)

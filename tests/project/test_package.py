@@ -13,7 +13,7 @@ from packaging.requirements import Requirement
 import oapl_jax
 from oapl_jax.cli import serve
 from oapl_jax.data import rows
-from oapl_jax.io import metrics, storage
+from oapl_jax.io import metrics
 from test_layers import PACKAGE, ROOT, libraries_of, normal, providers_of, real_modules
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -98,8 +98,6 @@ def test_no_command_imports_an_optional_library():
         ("tensorflow_datasets", lambda folder: rows.read("mnist", "tfds", ["label"]), "data"),
         ("jetstream", lambda folder: serve.main(["--ask", "1+1="]), "serve"),
         ("grpc", lambda folder: serve.main(["--model", str(folder)]), "serve"),
-        ("gcsfs", lambda folder: storage.names(storage.shared_path("gs://bucket/run")), "gcs"),
-        ("s3fs", lambda folder: storage.names(storage.shared_path("s3://bucket/run")), "s3"),
         ("wandb", lambda folder: metrics.MetricsWriter(folder, wandb_project="demo"), "wandb"),
     ],
 )
@@ -108,3 +106,17 @@ def test_a_library_that_is_missing_is_named_with_its_extra(library, use, extra, 
     with pytest.raises(ValueError, match=rf"{library}.*pip install .*oapl-jax\[{extra}\]"):
         use(tmp_path)
     assert any(library in normal(one).replace("-", "_") for one in EXTRAS[extra])
+
+
+@pytest.mark.parametrize(("library", "scheme", "extra"), [("gcsfs", "gs", "gcs"), ("s3fs", "s3", "s3")])
+def test_an_object_store_without_its_library_names_the_extra(library, scheme, extra):
+    """In a process of its own: other tests leave file systems in fsspec's cache."""
+    code = (
+        f"import sys; sys.modules[{library!r}] = None\nfrom oapl_jax.io import storage\n"
+        f"try: storage.names(storage.shared_path('{scheme}://bucket/run'))\nexcept ValueError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
+    )
+    assert library in done.stdout
+    assert f"oapl-jax[{extra}]" in done.stdout

@@ -14,11 +14,11 @@ from oapl_jax.types import Verdict
 
 
 @pytest.mark.parametrize(
-    ("where", "answers"), [("boxed", ["1", None, None]), ("hash", [None, "2", None]), ("any", ["1", "2", "it is 3"])]
+    ("where", "expected"), [("boxed", ["1", None, None]), ("hash", [None, "2", None]), ("any", ["1", "2", "it is 3"])]
 )
-def test_where_the_answer_is(where, answers):
+def test_where_the_answer_is(where, expected):
     responses = [r"so \boxed{1}", "so\n#### 2", "it is 3"]
-    assert [answers.extract_answer(response, where) for response in responses] == answers
+    assert [answers.extract_answer(response, where) for response in responses] == expected
 
 
 def is_correct(gold, response):

@@ -6,10 +6,11 @@ import dataclasses
 import pytest
 
 from oapl_jax.build.checks import CHECKS
-from oapl_jax.build.learner import Learner
+from oapl_jax.build.learner import make_learner
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.distributed.team import Team
+from oapl_jax.objectives import oapl
 from oapl_jax.rollouts.buffer import GroupBuffer, Window
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.source import GroupSource, Weights
@@ -18,7 +19,19 @@ from oapl_jax.sources.follower import LogFollower
 from oapl_jax.sources.local import LocalSource
 from oapl_jax.sources.offline import OfflineRounds
 from oapl_jax.sources.setup import SamplingSetup
-from sources.loops import DEADLINE, GROUP_SIZE, PROMPTS, SEED, TOKENIZER, make_grading, make_loop, make_turns, weights
+from sources.loops import (
+    CONFIG,
+    DEADLINE,
+    GROUP_SIZE,
+    PROMPTS,
+    SEED,
+    TOKENIZER,
+    make_engine,
+    make_grading,
+    make_loop,
+    make_turns,
+    weights,
+)
 
 STEPS, GROUPS = 3, 2
 """Learner steps of a window, and groups of each."""
@@ -88,14 +101,30 @@ def followed(directory):
     samplers.finish()
 
 
+def make_scorer(config):
+    """A learner, which generated data do not need: they have log-probabilities."""
+    return make_learner(
+        config.model,
+        config.lora,
+        config.learner,
+        CONFIG,
+        make_engine().mesh,
+        num_steps=1,
+        max_tokens=17,
+        objective=oapl.OBJECTIVE,
+        options=oapl.OaplOptions(),
+        temperature=1.0,
+        vocab_size=TOKENIZER.vocab_size,
+    )
+
+
 @contextlib.contextmanager
 def offline(directory):
     rounds = [{"prompts": STEPS * GROUPS, "epochs": 1}] * 2
     config = make_config(directory, mode="offline", offline={"rounds": rounds})
     setup = make_setup(config, make_turns())
     log = RolloutLog(directory / "rollouts", dataclasses.asdict(setup.distribution))
-    unused: Learner = None  # pyright: ignore[reportAssignmentType]  (generated data have log-probabilities)
-    source = OfflineRounds(setup, unused, contextlib.nullcontext(), directory, log, lambda: False, print)
+    source = OfflineRounds(setup, make_scorer(config), contextlib.nullcontext(), directory, log, lambda: False, print)
     with contextlib.closing(source):
         yield source
 
@@ -149,9 +178,7 @@ def test_a_source_that_is_opened_again_gives_the_recorded_batch_and_goes_on(kind
 def test_a_wait_that_is_cancelled_returns_nothing(kind, tmp_path):
     with SOURCES[kind](tmp_path) as source:
         source.open_window(window(0), both(0), [])
-        for _ in range(STEPS):
-            source.take(GROUPS, lambda: False)
-        assert source.take(GROUPS, lambda: True) is None
+        assert source.take(1000, lambda: True) is None
         source.finish()
 
 
