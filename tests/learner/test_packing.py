@@ -94,10 +94,10 @@ def test_the_number_of_rows_takes_few_values():
     assert all(used <= layout.num_rows(used) < used + 16 for used in range(1, 129))
 
 
-@pytest.mark.parametrize("loss", ["oapl", "grpo", "sft"])
-def test_packed_equals_unpacked(loss):
-    unpacked, metrics = run(make_batch(RowLayout(10, 16)), objective=loss)
-    packed, packed_metrics = run(make_batch(PACKED), objective=loss)
+@pytest.mark.parametrize("objective", ["oapl", "grpo", "supervised"])
+def test_packed_equals_unpacked(objective):
+    unpacked, metrics = run(make_batch(RowLayout(10, 16)), objective=objective)
+    packed, packed_metrics = run(make_batch(PACKED), objective=objective)
     assert norm(gradient(unpacked)) > 0.1
     assert_close(gradient(packed), gradient(unpacked), atol=1e-5 * norm(gradient(unpacked)))
     assert packed_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)

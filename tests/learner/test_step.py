@@ -15,13 +15,14 @@ from oapl_jax.learner.batch import RowLayout, from_pairs, place
 from oapl_jax.learner.state import init_state, make_optimizer, make_schedule
 from oapl_jax.learner.step import make_train_step
 from oapl_jax.model import qwen
-from oapl_jax.objectives import oapl, supervised
+from oapl_jax.objectives import grpo, oapl, supervised
 
 CONFIG = tiny.config("qwen3_tied")
 BETA2, TEMPERATURE, VOCAB = 0.3, 0.8, 45
 LEARNER = LearnerConfig(learning_rate=1e-4, clip_norm=1e9, weight_decay=0.1)
 OBJECTIVES = {
     "oapl": (oapl.OBJECTIVE, oapl.OaplOptions(beta2=BETA2)),
+    "grpo": (grpo.OBJECTIVE, grpo.OBJECTIVE.options()),
     "supervised": (supervised.OBJECTIVE, supervised.OBJECTIVE.options()),
 }
 
