@@ -180,7 +180,7 @@ def test_sigterm_ends_it_with_42_and_frees_its_claims(tmp_path):
     process.terminate()
     process.communicate(timeout=30)
     assert process.returncode == 42
-    newest = {path.name.rpartition(".")[0]: path for path in sorted((tmp_path / "run/leases").glob("generate-*"))}
+    newest = {path.name.rpartition(".")[0]: path for path in sorted((tmp_path / "run/leases").glob("000000-*"))}
     assert newest
     assert all(json.loads(path.read_text())["is_released"] for path in newest.values())
 
