@@ -157,7 +157,7 @@ def _full_batch(layout: RowLayout, mesh: Mesh) -> TrainBatch:
 
 
 def num_chunks(tokens: float, model: qwen.QwenConfig, mesh: Mesh) -> int:
-    """Chunks in which a device computes the logits of so many tokens."""
+    """Number of chunks in which a device computes the logits of this many tokens."""
     num_ids = model.vocab_size // mesh.shape["tensor"]
     return math.ceil(tokens / chunk_tokens(num_ids, platform_of(mesh)))
 

@@ -26,7 +26,7 @@ class WindowPlan(NamedTuple):
     num_steps: int
     """Learner steps until the next sync: the paper's L."""
     epoch_steps: int | None = None
-    """After each of so many steps, the model is evaluated and written as a folder; None: never."""
+    """Each time this many steps are over, the model is evaluated and written as a folder; None: never."""
     is_last: bool = False
     """No window comes after this one."""
     is_next_slow: bool = False

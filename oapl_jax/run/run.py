@@ -138,7 +138,11 @@ class Run:
             steps * self.setup.groups_per_batch,
             tuple(progress.asked_again),
         )
-        self.plan = self.source.open_window(wanted, Weights(self.state.params, self.sampler_weights), self._taken())
+        try:
+            self.plan = self.source.open_window(wanted, Weights(self.state.params, self.sampler_weights), self._taken())
+        except PreemptedError:
+            self._save_preempted()
+            raise
         if self.plan.expected_steps is not None:
             self.bar.expect(min(self.config.run.steps, progress.window_step + self.plan.expected_steps))
 
@@ -304,7 +308,7 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
     run_dir.check_run(config, TrainConfig)
     make_warm_start(config)
     assembly, tokenizer = assemble(config)
-    learner, directory = assembly.learner, pathlib.Path(config.run.dir)
+    directory = pathlib.Path(config.run.dir)
     is_leader = assembly.trainers.is_leader
     with contextlib.ExitStack() as stack:
         setup = setup_sampling(assembly, tokenizer)
@@ -325,33 +329,13 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
             cluster = Cluster(setup, rollouts, is_preempted)
             stack.push(functools.partial(_dismiss, cluster))
 
-        state = None
-        if config.lora.rank or checkpoints.latest_step is None:  # else a checkpoint holds all of it
-            state = learner.init(_load_weights(assembly))
-        progress, weights, is_changed = RunProgress(), None, False
-        restored = checkpoints.restore((learner.shapes.stored, assembly.sampler_shapes), bar.note)
-        if restored is not None:
-            _, (stored, weights), meta = restored
-            state = stored if state is None else state.restored(stored)
-            progress = RunProgress(**{field.name: meta[field.name] for field in dataclasses.fields(RunProgress)})
-            is_changed = meta["config"] != run_dir.identity(config)
-            bar.note(f"resumed at step {progress.step}, policy version {progress.policy_version}")
-        assert state is not None  # ``restore`` raises where there are checkpoints and none can be loaded
-        if is_changed and config.mode == "offline":
-            raise ValueError(f"run.dir={config.run.dir!r}: the config of an offline run cannot be changed on its way")
-        if weights is None or is_changed:
-            with setup.device_lock:
-                weights, _ = assembly.sync(state.params)
-        if is_changed:
-            # Groups of the old config must not meet the new one's: a new window, under a version of its own.
-            policies = PolicyStore(setup.root / "policy")
-            newest = setup.trainers.agree(lambda: max([0, *rollouts.versions(), *policies.versions()]), PEER_SECONDS)
-            progress.next_window(max(progress.policy_version, newest) + 1)
-
+        progress, state, weights, is_changed = _restore(assembly, setup, checkpoints, rollouts, bar)
         record = writer = None
         if is_leader:
             record = BatchRecord(directory / "batches.jsonl", delete_after=progress.step if is_changed else None)
-            writer = stack.enter_context(_open_writer(config, directory, None if restored is None else progress.step))
+            writer = stack.enter_context(
+                _open_writer(config, directory, progress.step if checkpoints.latest_step is not None else None)
+            )
 
         def poll() -> bool:
             if cluster is not None:
@@ -368,6 +352,7 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
         evaluator = Evaluator(count, setup.held_out, has_thread=cluster is None)
         stack.callback(source.close)
         stack.callback(evaluator.close)
+        is_new = checkpoints.latest_step is None
         run = Run(
             assembly,
             setup,
@@ -386,9 +371,40 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
             started,
             progress.num_dropped,
         )
-        if restored is None:
+        del state, weights  # the run has them, and gives them up one after the other
+        stack.callback(run.log.flush)
+        if is_new:
             run.begin()
         yield run
+
+
+def _restore(
+    assembly: Assembly, setup: SamplingSetup, checkpoints: Checkpoints, rollouts: RolloutLog, bar: ProgressBar
+) -> tuple[RunProgress, TrainState, Any, bool]:
+    """Progress, state and sampler weights, of the newest checkpoint or of the start; whether the config was changed."""
+    config, learner = assembly.config, assembly.learner
+    state, weights, progress, is_changed = None, None, RunProgress(), False
+    if config.lora.rank or checkpoints.latest_step is None:  # else a checkpoint holds all of it
+        state = learner.init(_load_weights(assembly))
+    restored = checkpoints.restore((learner.shapes.stored, assembly.sampler_shapes), bar.note)
+    if restored is not None:
+        _, (stored, weights), meta = restored
+        state = stored if state is None else state.restored(stored)
+        progress = RunProgress(**{field.name: meta[field.name] for field in dataclasses.fields(RunProgress)})
+        is_changed = meta["config"] != run_dir.identity(config)
+        bar.note(f"resumed at step {progress.step}, policy version {progress.policy_version}")
+    assert state is not None  # ``restore`` raises where there are checkpoints and none can be loaded
+    if is_changed and config.mode == "offline":
+        raise ValueError(f"run.dir={config.run.dir!r}: the config of an offline run cannot be changed on its way")
+    if weights is None or is_changed:
+        with setup.device_lock:
+            weights, _ = assembly.sync(state.params)
+    if is_changed:
+        # Groups of the old config must not meet the new one's: a new window, under a version of its own.
+        policies = PolicyStore(setup.root / "policy")
+        newest = setup.trainers.agree(lambda: max([0, *rollouts.versions(), *policies.versions()]), PEER_SECONDS)
+        progress.next_window(max(progress.policy_version, newest) + 1)
+    return progress, state, weights, is_changed
 
 
 def _load_weights(assembly: Assembly) -> Any:

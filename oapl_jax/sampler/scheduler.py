@@ -164,8 +164,14 @@ class Scheduler(Generic[Tag]):
         return finished
 
     def run(self, params: Params, requests: Iterable[Request[Tag]]) -> Iterator[tuple[Tag, list[Rollout]]]:
-        """Runs all requests, yielding each as it ends; for evaluation and generation."""
-        return run(self, params, requests)
+        """Runs all requests, yielding each as it ends, for benchmarks; others use ``rollouts.sampling.run``."""
+        waiting = iter(requests)
+        request = next(waiting, None)
+        while request is not None or not self.is_idle:
+            while request is not None and self.num_unfinished < (QUEUE + 1) * self.num_rows:
+                self.submit(request)
+                request = next(waiting, None)
+            yield from self.step(params)
 
     def abort(self) -> None:
         """Drops all requests and frees what they hold."""
@@ -474,17 +480,6 @@ class Scheduler(Generic[Tag]):
         """On shared CPU devices a program must have ended, not only been enqueued, when the lock is left."""
         if self._is_cpu and not isinstance(self._device_lock, contextlib.nullcontext):
             jax.block_until_ready(result)
-
-
-def run(scheduler: Any, params: Params, requests: Iterable[Request[Tag]]) -> Iterator[tuple[Tag, list[Rollout]]]:
-    """Runs all requests on a ``Scheduler`` or on ``Replicas``, yielding each group as it ends."""
-    waiting = iter(requests)
-    request = next(waiting, None)
-    while request is not None or not scheduler.is_idle:
-        while request is not None and scheduler.num_unfinished < (QUEUE + 1) * scheduler.num_rows:
-            scheduler.submit(request)
-            request = next(waiting, None)
-        yield from scheduler.step(params)
 
 
 def _doublings(most: int) -> list[int]:

@@ -193,7 +193,7 @@ class OfflineRounds:
             raise PreemptedError
 
     def _prompts(self, number: int) -> list[Prompt]:
-        """The next prompts of the stream after those of the rounds before: a random subset, drawn anew each epoch."""
+        """The next prompts of the stream after those of the rounds before: a new random subset each epoch."""
         prompts = self._setup.prompts
         sizes = [data.prompts or len(prompts) for data in self._config.rounds if data.log is None]
         before = sum(data.log is None for data in self._config.rounds[:number])

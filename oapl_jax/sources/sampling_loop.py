@@ -160,6 +160,7 @@ class SamplingLoop:
                 thread.join(STOP_DEADLINE)
             if thread.is_alive():
                 raise TimeoutError(f"the {thread.name} thread did not end within {STOP_DEADLINE:g} s")
+        self._weights = (-1, None)
 
     @property
     def is_running(self) -> bool:

@@ -308,16 +308,6 @@ def section_of(annotation):
     return next((option for option in options if isinstance(option, type) and issubclass(option, Section)), None)
 
 
-def test_the_config_is_read_without_jax():
-    code = (
-        "import sys; sys.modules['jax'] = None\n"
-        "from oapl_jax.config import commands, config_file\n"
-        "config_file.load(commands.TrainConfig, 'configs/quickstart.yaml')"
-    )
-    root = pathlib.Path(__file__).parents[2]
-    subprocess.run([sys.executable, "-c", code], cwd=root, check=True, timeout=120)
-
-
 def test_options_without_effect_on_supervised_tasks_are_refused(load):
     line = only_mistake(load, SFT, "data.response_column=answer", schema=SftConfig)
     assert "response_column: has no effect" in line
