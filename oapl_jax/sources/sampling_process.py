@@ -46,7 +46,7 @@ from oapl_jax.sources.setup import acceptance, make_grading
 from oapl_jax.sources.turns import SamplerTurns
 from oapl_jax.weights.policies import Current, Manifest, PolicyGoneError, PolicyStore, VersionLeases
 
-TRANSFORMERS = "oapl_jax.sampler.torch:make"
+TRANSFORMERS = "oapl_jax.sampler.pytorch:make"
 """PyTorch is no requirement of any other program, so it is imported by name."""
 POLL_SECONDS = 0.3
 """Between two looks for a policy that is to come."""

@@ -16,7 +16,7 @@ PROMPTS = [np.array([5, 6, 7], np.int32), np.array([8, 9, 10, 11], np.int32), np
 def models(tmp_path_factory):
     """Ours, and PyTorch's from the folder that we publish."""
     pytest.importorskip("torch")  # and imported here only: every worker collects this file
-    from oapl_jax.sampler.torch import load_model
+    from oapl_jax.sampler.pytorch import load_model
 
     config = tiny.config("qwen3_wide_heads")
     graphdef, params = tiny.split(config)
@@ -25,7 +25,7 @@ def models(tmp_path_factory):
 
 
 def sample(model, distribution):
-    from oapl_jax.sampler.torch import TorchSampler
+    from oapl_jax.sampler.pytorch import TorchSampler
 
     sampler = TorchSampler(num_rows=16, max_response_tokens=LIMIT, vocab_size=VOCABULARY, stop_ids=(STOP,), pad_id=0)
     assert isinstance(sampler, Sampler)
