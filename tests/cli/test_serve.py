@@ -195,7 +195,7 @@ def test_a_server_says_what_our_scheduler_draws(policy, server):
     assert {code for code, _ in refused} == {grpc.StatusCode.INVALID_ARGUMENT}
     reasons = [
         "prompt of 0 tokens",
-        "'w' at place 0",
+        "'w' at index 0",
         "prompt of 25 tokens; the limit is 1 to 24",
         "token id 18",
         "the request is empty",

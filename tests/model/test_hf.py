@@ -252,8 +252,8 @@ def test_a_save_that_fails_leaves_the_old_folder_and_nothing_else(tmp_path):
 PEAK_PROGRAM = """
 import pathlib, sys, threading, time
 import jax, jax.numpy as jnp
-from oapl_jax import sharding
-from oapl_jax.config import MeshConfig
+from oapl_jax.distributed import sharding
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.model import hf, qwen
 
 def megabytes():
