@@ -147,11 +147,11 @@ def _choose(source: Any, config: GenerateConfig) -> list[Prompt]:
         assert number is not None  # the config says so
         return [source[i] for i in range(number)]
     if number is None:
-        return list(source.prompts)
+        return list(source.items)
     if number > len(source):
         raise ValueError(f"generation.prompts={number}: the data has only {len(source)} prompts; lower it, or say null")
-    chosen = set(filters.choose([prompt.id for prompt in source.prompts], number, config.run.seed))
-    return [prompt for prompt in source.prompts if prompt.id in chosen]
+    chosen = set(filters.choose([prompt.id for prompt in source.items], number, config.run.seed))
+    return [prompt for prompt in source.items if prompt.id in chosen]
 
 
 def _check_work(path: pathlib.Path, work: Generation) -> None:

@@ -1,36 +1,156 @@
 """The published data sets by their names in ``data.dataset`` (docs/evaluation.md has a table)."""
 
-from oapl_jax.data.dataset import Dataset
-from oapl_jax.data.datasets import (
-    aime2025,
-    apps,
-    apps_plus,
-    brumo2025,
-    deepcoder,
-    deepscaler,
-    gsm8k,
-    hmmt_feb_2025,
-    hmmt_nov_2025,
-    humaneval,
-    livecodebench,
-    math500,
-    mbpp,
-    taco,
-)
+import json
+from typing import Any
+
+from oapl_jax.data.dataset import BOXED, Cells, Dataset, Problem, Source
+
+LIVECODEBENCH_FILES = "hf://datasets/livecodebench/code_generation_lite/{}.jsonl"
+LIVECODEBENCH_TESTS = ("public_test_cases", "private_test_cases", "metadata")
+
+
+def _problem_and_answer(row: Cells) -> Problem:
+    return Problem(row["problem"], str(row["answer"]))
+
+
+def _math(hub: str, **splits: Source) -> Dataset:
+    """Mathematical problems with their answers in two columns."""
+    return Dataset(hub, splits, ("problem", "answer"), _problem_and_answer, "math", BOXED)
+
+
+def _gsm8k(row: Cells) -> Problem | None:
+    """The answer column is a solution that ends with ``#### answer``."""
+    _, mark, gold = row["answer"].rpartition("####")
+    return Problem(row["question"], gold.strip().replace(",", "")) if mark else None
+
+
+def _apps(row: Cells) -> Problem | None:
+    """``input_output`` is JSON, or empty if a problem has no tests."""
+    tests = row["input_output"]
+    if not tests or not json.loads(tests).get("inputs"):
+        return None
+    return _with_starter_code(row["question"], row, tests)
+
+
+def _apps_plus(row: Cells) -> Problem | None:
+    """The column ``input_output`` of APPS, as text or as an object, or ``inputs``, ``outputs`` and ``fn_name``."""
+    tests = row["input_output"] or {key: row[key] for key in ("inputs", "outputs", "fn_name") if row[key]}
+    tests = json.loads(tests) if isinstance(tests, str) else tests
+    return _with_starter_code(row["question"], row, json.dumps(tests)) if tests.get("inputs") else None
+
+
+def _deepcoder(row: Cells) -> Problem | None:
+    if row["tests"] in (None, "", "[]", "{}"):
+        return None
+    return _with_starter_code(row["problem"], row, row["tests"])
+
+
+def _humaneval(row: Cells) -> Problem:
+    tests = {"prompt": row["prompt"], "test": row["test"], "entry_point": row["entry_point"]}
+    return Problem(row["prompt"].strip(), json.dumps(tests))
+
+
+def _livecodebench(row: Cells) -> Problem:
+    tests = json.dumps({column: row[column] for column in LIVECODEBENCH_TESTS})
+    return _with_starter_code(row["question_content"], row, tests)
+
+
+def _mbpp(row: Cells) -> Problem | None:
+    """The sanitized MBPP has the question in ``prompt``; the tests, which name the function, are shown."""
+    question = row["text"] or row["prompt"]
+    if not question or not row["test_list"]:
+        return None
+    tests = {"test_list": row["test_list"], "test_setup_code": row["test_setup_code"] or ""}
+    shown = "\n".join(row["test_list"])
+    return Problem(
+        f"{question}\n\nIt has to pass these tests:\n```python\n{shown}\n```",
+        json.dumps({**tests, "test_imports": row["test_imports"] or []}),
+    )
+
+
+def _with_starter_code(question: str, row: Cells, tests: str) -> Problem:
+    """The question, followed by the code that the program must begin with, if there is any."""
+    code: Any = row["starter_code"]
+    if (code or "").strip():
+        question = f"{question}\n\nBegin with this code:\n```python\n{code}\n```"
+    return Problem(question, tests)
+
+
+def _apps_file(split: str) -> Source:
+    return Source("train", files=(f"hf://datasets/codeparrot/apps/{split}.jsonl",))
+
 
 DATASETS: dict[str, Dataset] = {
-    "aime2025": aime2025.DATASET,
-    "apps": apps.DATASET,
-    "apps_plus": apps_plus.DATASET,
-    "brumo2025": brumo2025.DATASET,
-    "deepcoder": deepcoder.DATASET,
-    "deepscaler": deepscaler.DATASET,
-    "gsm8k": gsm8k.DATASET,
-    "hmmt_feb_2025": hmmt_feb_2025.DATASET,
-    "hmmt_nov_2025": hmmt_nov_2025.DATASET,
-    "humaneval": humaneval.DATASET,
-    "livecodebench": livecodebench.DATASET,
-    "math500": math500.DATASET,
-    "mbpp": mbpp.DATASET,
-    "taco": taco.DATASET,
+    "aime2025": _math("MathArena/aime_2025", test=Source("train")),
+    "apps": Dataset(
+        hub="codeparrot/apps",
+        splits={"train": _apps_file("train"), "test": _apps_file("test")},
+        columns=("question", "input_output"),
+        optional=("starter_code",),
+        read=_apps,
+    ),
+    # Not on the hub: read from a local copy of Ablustrund/APPS_Plus on GitHub.
+    "apps_plus": Dataset(
+        hub="",
+        splits={},
+        columns=("question",),
+        optional=("input_output", "starter_code", "inputs", "outputs", "fn_name"),
+        read=_apps_plus,
+    ),
+    "brumo2025": _math("MathArena/brumo_2025", test=Source("train")),
+    # ``data.name`` is primeintellect, taco, lcbv5 or codeforces.
+    "deepcoder": Dataset(
+        hub="agentica-org/DeepCoder-Preview-Dataset",
+        splits={"train": Source("train", "primeintellect"), "test": Source("test", "lcbv5")},
+        columns=("problem", "tests"),
+        optional=("starter_code",),
+        read=_deepcoder,
+    ),
+    "deepscaler": _math("agentica-org/DeepScaleR-Preview-Dataset", train=Source("train")),
+    "gsm8k": Dataset(
+        hub="openai/gsm8k",
+        splits={"train": Source("train", "main"), "test": Source("test", "main")},
+        columns=("question", "answer"),
+        read=_gsm8k,
+        reward="math",
+        template=BOXED,
+    ),
+    "hmmt_feb_2025": _math("MathArena/hmmt_feb_2025", test=Source("train")),
+    "hmmt_nov_2025": _math("MathArena/hmmt_nov_2025", test=Source("train")),
+    "humaneval": Dataset(
+        hub="openai/openai_humaneval",
+        splits={"test": Source("test")},
+        columns=("prompt", "test", "entry_point"),
+        read=_humaneval,
+        template="Complete this function. Give the whole function, with its imports, in one Python code block.\n"
+        "```python\n{prompt}\n```",
+    ),
+    # Release 5.
+    "livecodebench": Dataset(
+        hub="livecodebench/code_generation_lite",
+        splits={
+            "test": Source(
+                "train",
+                files=tuple(map(LIVECODEBENCH_FILES.format, ("test", "test2", "test3", "test4", "test5"))),
+            )
+        },
+        columns=("question_content", "starter_code", *LIVECODEBENCH_TESTS),
+        read=_livecodebench,
+    ),
+    "math500": _math("HuggingFaceH4/MATH-500", test=Source("test")),
+    "mbpp": Dataset(
+        hub="google-research-datasets/mbpp",
+        splits={"train": Source("train", "full"), "test": Source("test", "full")},
+        columns=("test_list",),
+        optional=("text", "prompt", "test_setup_code", "test_imports"),
+        read=_mbpp,
+        template="{prompt}\nGive the whole function, with its imports, in one Python code block.",
+    ),
+    "taco": Dataset(
+        hub="BAAI/TACO",
+        splits={"train": Source("train"), "test": Source("test")},
+        columns=("question", "input_output"),
+        optional=("starter_code",),
+        read=_apps,
+    ),
 }

@@ -30,9 +30,13 @@ class Problem(NamedTuple):
     """The gold answer, or tests in a layout of rewards/code/layouts.py."""
 
 
+Cells = dict[str, Any]
+"""A row's cells by column."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A published data set; each has a file in ``data/datasets/``."""
+    """A published data set; each has an entry in ``catalogue.py``."""
 
     hub: str
     """Its name on the Hugging Face hub."""
@@ -40,18 +44,11 @@ class Dataset:
     """Its splits by our names: ``train`` and ``test``."""
     columns: tuple[str, ...]
     """Columns that every row must have."""
-    read: Callable[[dict[str, Any]], Problem | None]
-    """Makes a problem from a row's cells by column, or None if the row cannot be graded."""
-    reward: Literal["math", "code"]
+    read: Callable[[Cells], Problem | None]
+    """Makes a problem from a row, or None if the row cannot be graded."""
+    reward: Literal["math", "code"] = "code"
     """The reward function that grades it."""
-    template: str
+    template: str = PROGRAM
     """User message, unless the config has one."""
     optional: tuple[str, ...] = ()
     """Columns that may be missing, which makes their cells None."""
-
-
-def with_starter_code(question: str, starter_code: str | None) -> str:
-    """A question, followed by the code that the program must begin with, if there is any."""
-    if not (starter_code or "").strip():
-        return question
-    return f"{question}\n\nBegin with this code:\n```python\n{starter_code}\n```"

@@ -1,7 +1,5 @@
 """The endless, shuffled stream of prompt and response pairs for supervised fine-tuning."""
 
-import sys
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -9,7 +7,7 @@ from jaxtyping import Int
 
 from oapl_jax.config.data import SftDataConfig
 from oapl_jax.data import rows, tasks
-from oapl_jax.data.order import ShuffledOrder
+from oapl_jax.data.streams import Made, Shuffled
 
 
 @runtime_checkable
@@ -30,53 +28,23 @@ class Pair(NamedTuple):
     response_ids: Int[np.ndarray, "R"]
 
 
-class PairSource:
-    """The pairs of a file, in a new order each epoch; position ``p`` is in epoch ``p // len(source)``."""
-
-    def __init__(self, pairs: Sequence[Pair], num_dropped: int, seed: int) -> None:
-        self._pairs = pairs
-        self.num_dropped = num_dropped
-        """Number of rows that were left out because they exceed a limit."""
-        self._order = ShuffledOrder(len(pairs), seed)
-
-    def __len__(self) -> int:
-        """Number of pairs in an epoch."""
-        return len(self._pairs)
-
-    def __getitem__(self, position: int) -> Pair:
-        return self._pairs[self._order[position]]
-
-
-class TaskPairSource:
-    """The demonstrations of a toy task, which never repeat."""
-
-    num_dropped = 0
-
-    def __init__(self, task: tasks.Task, tokenizer: PairEncoder, data: SftDataConfig, seed: int) -> None:
-        self._task, self._tokenizer, self._data, self._seed = task, tokenizer, data, seed
-        self[0]  # raises now, not at the first step, if a limit is too low
-
-    def __len__(self) -> int:
-        """``sys.maxsize``, because there is no second epoch."""
-        return sys.maxsize
-
-    def __getitem__(self, position: int) -> Pair:
-        prompt, response = self._task.demonstration(position, self._seed, self._tokenizer)
-        pair = _make_pair(prompt.token_ids, response, self._tokenizer)
-        overlong = _over_limit(pair, self._data)
-        if overlong:
-            raise ValueError(f"{prompt.id}: {overlong}; raise the limit (demonstrations are never dropped)")
-        return pair
-
-
-def load_pairs(data: SftDataConfig, tokenizer: PairEncoder, seed: int) -> PairSource | TaskPairSource:
+def load_pairs(data: SftDataConfig, tokenizer: PairEncoder, seed: int) -> Shuffled[Pair] | Made[Pair]:
     """The tokenised pairs as an endless random-access stream, shuffled by ``seed``.
 
     Raises:
         ValueError: a row cannot be read; a row exceeds a limit and ``data.overlong`` is ``error``; or all rows do.
     """
     if data.task is not None:
-        return TaskPairSource(tasks.make_task(data.task), tokenizer, data, seed)
+        task = tasks.make_task(data.task)
+
+        def make(position: int) -> Pair:
+            prompt, response = task.demonstration(position, seed, tokenizer)
+            pair = _make_pair(prompt.token_ids, response, tokenizer)
+            if overlong := _over_limit(pair, data):
+                raise ValueError(f"{prompt.id}: {overlong}; raise the limit (demonstrations are never dropped)")
+            return pair
+
+        return Made(make)
     table = rows.read(str(data.path), "jsonl", (data.prompt_column, data.response_column))
     pairs, num_dropped = [], 0
     for number, row in enumerate(table.rows):
@@ -95,7 +63,7 @@ def load_pairs(data: SftDataConfig, tokenizer: PairEncoder, seed: int) -> PairSo
         raise ValueError(
             f"{data.path!r}: all {num_dropped} rows exceed data.max_prompt_tokens or data.max_response_tokens"
         )
-    return PairSource(pairs, num_dropped, seed)
+    return Shuffled(pairs, num_dropped, seed)
 
 
 def _make_pair(prompt_ids: Int[np.ndarray, "P"], response: str, tokenizer: PairEncoder) -> Pair:

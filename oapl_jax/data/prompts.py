@@ -1,12 +1,6 @@
-"""The endless, shuffled stream of training prompts, and the held-out prompts.
-
-A stream has random access: ``source[position]``. The position is its whole state, so a resumed run continues exactly
-where it stopped.
-"""
+"""The endless, shuffled stream of training prompts, and the held-out prompts."""
 
 import pathlib
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,56 +11,17 @@ from oapl_jax.config.names import entry
 from oapl_jax.data import rows, tasks
 from oapl_jax.data.catalogue import DATASETS
 from oapl_jax.data.dataset import Problem
-from oapl_jax.data.order import ShuffledOrder
+from oapl_jax.data.streams import Made, Shuffled
 from oapl_jax.types import Prompt
 
 TASK_PROMPTS = 128
 """Number of held-out prompts of a built-in task, unless the config has one."""
 
 
-class PromptSource:
-    """The prompts of a dataset, in a new order each epoch; position ``p`` is in epoch ``p // len(source)``."""
-
-    def __init__(self, prompts: Sequence[Prompt], num_dropped: int, seed: int) -> None:
-        self.prompts = prompts
-        """The prompts in the order of the file."""
-        self.num_dropped = num_dropped
-        """Number of rows that were left out because they exceed the limit or cannot be graded."""
-        self._order = ShuffledOrder(len(prompts), seed)
-
-    def __len__(self) -> int:
-        """Number of prompts in an epoch."""
-        return len(self.prompts)
-
-    def __getitem__(self, position: int) -> Prompt:
-        return self.prompts[self._order[position]]
+PromptSource = Shuffled[Prompt] | Made[Prompt]
 
 
-class TaskPromptSource:
-    """The training prompts of a toy task, which never repeat."""
-
-    prompts: Sequence[Prompt] = ()
-    num_dropped = 0
-
-    def __init__(self, task: tasks.Task, tokenizer: tasks.PromptEncoder, data: DataConfig, seed: int) -> None:
-        self._task, self._tokenizer, self._limit, self._seed = task, tokenizer, data.max_prompt_tokens, seed
-        self[0]  # raises now, not at the first step, if the limit is too low
-
-    def __len__(self) -> int:
-        """``sys.maxsize``, because there is no second epoch."""
-        return sys.maxsize
-
-    def __getitem__(self, position: int) -> Prompt:
-        prompt = self._task.prompt(position, "train", self._seed, self._tokenizer)
-        if len(prompt.token_ids) > self._limit:
-            raise ValueError(
-                f"prompt {prompt.id} has {len(prompt.token_ids)} tokens, over data.max_prompt_tokens={self._limit};"
-                f" raise the limit (prompts of a built-in task are never dropped)"
-            )
-        return prompt
-
-
-def load_prompts(data: DataConfig, tokenizer: tasks.PromptEncoder, seed: int) -> PromptSource | TaskPromptSource:
+def load_prompts(data: DataConfig, tokenizer: tasks.PromptEncoder, seed: int) -> PromptSource:
     """The tokenised training prompts as an endless stream, shuffled by ``seed``.
 
     Raises:
@@ -74,9 +29,19 @@ def load_prompts(data: DataConfig, tokenizer: tasks.PromptEncoder, seed: int) ->
             prompt exceeds the limit and ``data.overlong`` is ``error``.
     """
     if data.task is not None:
-        return TaskPromptSource(tasks.make_task(data.task), tokenizer, data, seed)
-    prompts, num_dropped = _read_prompts(data, tokenizer)
-    return PromptSource(prompts, num_dropped, seed)
+        task, limit = tasks.make_task(data.task), data.max_prompt_tokens
+
+        def make(position: int) -> Prompt:
+            prompt = task.prompt(position, "train", seed, tokenizer)
+            if len(prompt.token_ids) > limit:
+                raise ValueError(
+                    f"prompt {prompt.id} has {len(prompt.token_ids)} tokens, over data.max_prompt_tokens={limit};"
+                    " raise the limit (prompts of a built-in task are never dropped)"
+                )
+            return prompt
+
+        return Made(make)
+    return Shuffled(*_read_prompts(data, tokenizer), seed)
 
 
 def held_out(config: TrainConfig, tokenizer: tasks.PromptEncoder) -> list[Prompt]:

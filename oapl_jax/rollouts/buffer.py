@@ -10,13 +10,10 @@ The next window starts after the last group that was consumed, and asks first wh
 (``left_over``): the prompt of a dropped group is asked again under the new policy.
 """
 
-import contextlib
-import itertools
 import threading
 import time
-from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -68,11 +65,32 @@ class Consumption(NamedTuple):
         return self.epochs > 1 or self.max_uses > 1
 
 
-class GroupBuffer:
+class Changes:
+    """A lock, and a count of what has happened under it, for threads that wait for the next thing to happen."""
+
+    def __init__(self):
+        self._changed = threading.Condition()
+        self.num_changes = 0
+        """Grows whenever something happens."""
+
+    def wait_for_change(self, since: int, timeout: float) -> None:
+        """Sleeps until ``num_changes`` is no longer ``since``, at most ``timeout`` seconds."""
+        with self._changed:
+            self._changed.wait_for(lambda: self.num_changes != since, timeout)
+
+    def _notify(self) -> None:
+        self.num_changes += 1
+        self._changed.notify_all()
+
+
+UNKNOWN, FRESH, PASSED_OVER, TAKEN = range(4)
+"""States of a group: not finished, accepted and not taken, finished and not accepted, taken at least once."""
+
+
+class GroupBuffer(Changes):
     """Groups of one policy version between a sampler thread and the learner's.
 
-    Admitting, putting and taking a group cost the same however large the window is: what they ask about the window
-    is counted as groups move (``_moving``), never recounted.
+    What is asked about the whole window is counted over arrays with a byte for each group.
 
     Args:
         is_accepted: which finished groups the learner wants; others are passed over.
@@ -86,11 +104,10 @@ class GroupBuffer:
         max_groups_ahead: int | None = None,
         consumption: Consumption = Consumption(),  # noqa: B008 - immutable
     ):
+        super().__init__()
         self._is_accepted = is_accepted
         self._max_ahead = max_groups_ahead
         self._consumption = consumption
-        self._changed = threading.Condition()
-        self._num_changes = 0
         self._failure: BaseException | None = None
         self.num_dropped = 0
         self._begin(Window(-1, 0, 0))
@@ -98,28 +115,14 @@ class GroupBuffer:
     def _begin(self, window: Window) -> None:
         """An empty buffer for a window."""
         self._window, self._needed = window, window.num_groups
-        self._fresh: OrderedDict[int, RolloutGroup] = OrderedDict()  # accepted and not taken, as they came
-        self._passed_over: set[int] = set()
+        self._fresh: dict[int, RolloutGroup] = {}  # as they came
         self._taken: dict[int, RolloutGroup | None] = {}  # in the order of taking; None: it will not be taken again
-        self._ungraded: set[int] = set()
+        self._uses: dict[int, tuple[int, int]] = {}  # how often a group was taken, and the last batch that took it
+        self._states = np.full(64, UNKNOWN, np.int8)  # by index; of the last one always UNKNOWN
+        self._is_ungraded = np.zeros(64, bool)
         self._next_index, self._num_batches = 0, 0
         self.cursor = 0
         """Index after the last group that was taken."""
-        self._uses: dict[int, int] = {}  # how often a group was taken
-        self._reusable: defaultdict[int, OrderedDict[int, None]] = defaultdict(OrderedDict)
-        """By number of uses: groups that may be taken again, that which was used longest ago first."""
-        self._epoch_order: tuple[tuple[int, int], list[int]] = ((0, 0), [])
-        """Pass and number of groups; the order of the groups in this pass."""
-        self._skipped: set[int] = set()
-        """Before the cursor, neither taken nor passed over."""
-        self._known_end, self._sampled_end = 0, 0
-        """First indices from the cursor on that are not finished, and that are not even sampled."""
-        self._in_order: OrderedDict[int, None] = OrderedDict()
-        """Fresh groups from the cursor to ``_known_end``."""
-        self._num_sampled = 0
-        """Groups from the cursor to ``_sampled_end`` that are fresh or ungraded."""
-        self._num_fresh_started, self._num_ahead = 0, 0
-        """Groups before ``_next_index`` that are fresh, and those that are neither taken nor passed over."""
 
     def open_window(
         self,
@@ -145,12 +148,10 @@ class GroupBuffer:
             ValueError: groups are to be taken again, and ``logged`` lacks one of ``batches``.
         """
         with self._changed:
-            self.num_dropped += self._num_unconsumed()
+            self.num_dropped += self._num_in_flight() + len(self._fresh) + self._num_passed_over()
             self._begin(Window(policy_version, start_position, num_groups, tuple(asked_again)))
             for group in logged:
-                with self._moving(group.index):
-                    self._add(group)
-            self._extend()
+                self._add(group)
             for indices in batches:
                 lacking = [index for index in indices if index not in self._fresh and index not in self._taken]
                 if lacking and self._consumption.is_repeating:
@@ -164,12 +165,12 @@ class GroupBuffer:
     def admit(self, policy_version: int) -> Ticket | None:
         """The next group for a sampler that holds this version's weights; None while none is wanted."""
         with self._changed:
-            while self._is_known(self._next_index):
-                self._start_to(self._next_index + 1)
+            self._next_index = self._first_unknown(self._next_index)
             if policy_version != self.policy_version or self._is_supplied() or self._is_far_ahead():
                 return None
             ticket = Ticket(self.policy_version, self._next_index, self._window.position(self._next_index))
-            self._start_to(self._next_index + 1)
+            self._next_index += 1
+            self._make_room(self._next_index)
             return ticket
 
     def wants_groups(self, policy_version: int) -> bool:
@@ -180,26 +181,28 @@ class GroupBuffer:
         their grades count as had.
         """
         with self._changed:
-            is_by_index = self._consumption.order == "index"
-            num_sampled = self._num_sampled if is_by_index else len(self._fresh) + len(self._ungraded)
-            return policy_version == self.policy_version and num_sampled < self._needed
+            states, is_ungraded = self._states, self._is_ungraded
+            if self._consumption.order == "index":
+                states, is_ungraded = states[self.cursor :], is_ungraded[self.cursor :]
+                end = int(np.argmin((states != UNKNOWN) | is_ungraded))
+                states, is_ungraded = states[:end], is_ungraded[:end]
+                num_sampled = np.count_nonzero((states == FRESH) | is_ungraded)
+            else:
+                num_sampled = len(self._fresh) + np.count_nonzero(is_ungraded)
+            return policy_version == self.policy_version and bool(num_sampled < self._needed)
 
     def mark_sampled(self, ticket: Ticket) -> None:
         """A group has left the sampler and will be ``put`` when it is graded."""
         with self._changed:
             if ticket.policy_version == self.policy_version:
-                with self._moving(ticket.index):
-                    self._ungraded.add(ticket.index)
-                self._extend()
+                self._make_room(ticket.index)
+                self._is_ungraded[ticket.index] = True
 
     def put(self, group: RolloutGroup) -> None:
         """Adds a graded group; one of another version came too late and is passed over (it was counted)."""
         with self._changed:
             if group.policy_version == self.policy_version:
-                with self._moving(group.index):
-                    self._ungraded.discard(group.index)
-                    self._add(group)
-                self._extend()
+                self._add(group)
                 self._notify()
 
     def take(
@@ -245,23 +248,13 @@ class GroupBuffer:
         and those that this window itself should have asked again and did not.
         """
         with self._changed:
-            again = len(self._window.asked_again)
-            return [self._window.position(i) for i in [*sorted(self._skipped), *range(self.cursor, again)]]
+            skipped = np.flatnonzero(self._states[: self.cursor] <= FRESH).tolist()
+            return [self._window.position(i) for i in [*skipped, *range(self.cursor, len(self._window.asked_again))]]
 
     @property
     def policy_version(self) -> int:
         """Version whose groups the buffer holds; -1 before the first window."""
         return self._window.policy_version
-
-    @property
-    def num_changes(self) -> int:
-        """Grows whenever something happens; see ``wait_for_change``."""
-        return self._num_changes
-
-    def wait_for_change(self, since: int, timeout: float) -> None:
-        """Sleeps until ``num_changes`` is no longer ``since``, at most ``timeout`` seconds."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._num_changes != since, timeout)
 
     def fail(self, error: BaseException) -> None:
         """Tells the learner that no more groups will come."""
@@ -275,72 +268,32 @@ class GroupBuffer:
         with self._changed:
             return len(self._fresh)
 
-    def _notify(self) -> None:
-        self._num_changes += 1
-        self._changed.notify_all()
+    def _make_room(self, index: int) -> None:
+        """Lengthens the arrays beyond a group."""
+        while index >= len(self._states) - 1:
+            self._states = np.append(self._states, np.full_like(self._states, UNKNOWN))
+            self._is_ungraded = np.append(self._is_ungraded, np.zeros_like(self._is_ungraded))
 
     def _add(self, group: RolloutGroup) -> None:
-        if self._is_known(group.index):
+        self._make_room(group.index)
+        self._is_ungraded[group.index] = False
+        if self._states[group.index] != UNKNOWN:
             return
-        if self._is_accepted(group):
+        is_accepted = self._is_accepted(group)
+        self._states[group.index] = FRESH if is_accepted else PASSED_OVER
+        if is_accepted:
             self._fresh[group.index] = group
-        else:
-            self._passed_over.add(group.index)
-            self._skipped.discard(group.index)
 
-    def _is_known(self, index: int) -> bool:
-        return index in self._fresh or self._is_behind(index)
+    def _first_unknown(self, start: int) -> int:
+        """The first group from ``start`` on that is not finished."""
+        return start + int(np.argmin(self._states[start:]))
 
-    def _is_behind(self, index: int) -> bool:
-        return index in self._taken or index in self._passed_over
+    def _num_in_flight(self) -> int:
+        return int(np.count_nonzero(self._states[: self._next_index] == UNKNOWN))
 
-    @contextlib.contextmanager
-    def _moving(self, index: int) -> Iterator[None]:
-        """Around every change of a group's state, or of an end that moves past it: keeps the counts true."""
-        self._count(index, -1)
-        yield
-        self._count(index, 1)
-
-    def _count(self, index: int, sign: int) -> None:
-        is_fresh = index in self._fresh
-        if index < self._next_index:
-            self._num_fresh_started += sign * is_fresh
-            self._num_ahead += sign * (not self._is_behind(index))
-        if self.cursor <= index < self._sampled_end:
-            self._num_sampled += sign * (is_fresh or index in self._ungraded)
-
-    def _start_to(self, end: int) -> None:
-        """Raises the next index."""
-        for index in range(self._next_index, end):
-            with self._moving(index):
-                self._next_index = index + 1
-
-    def _go_past(self, end: int) -> None:
-        """Raises the cursor."""
-        for index in range(self.cursor, end):
-            with self._moving(index):
-                self.cursor = index + 1
-            self._in_order.pop(index, None)
-            if not self._is_behind(index):
-                self._skipped.add(index)
-        self._extend()
-
-    def _extend(self) -> None:
-        """Moves the ends of what is finished, and of what is sampled, over what has become so."""
-        self._known_end = max(self._known_end, self.cursor)
-        while self._is_known(self._known_end):
-            if self._known_end in self._fresh:
-                self._in_order[self._known_end] = None
-            self._known_end += 1
-        self._sampled_end = max(self._sampled_end, self.cursor)
-        while self._sampled_end in self._ungraded or self._is_known(self._sampled_end):
-            with self._moving(self._sampled_end):
-                self._sampled_end += 1
-
-    def _num_unconsumed(self) -> int:
-        """Groups that were started or finished and not taken, without those that the learner went past."""
-        in_flight = self._num_ahead - self._num_fresh_started
-        return in_flight + len(self._fresh) + sum(index >= self.cursor for index in self._passed_over)
+    def _num_passed_over(self) -> int:
+        """Groups passed over that the learner has not gone past."""
+        return int(np.count_nonzero(self._states[self.cursor :] == PASSED_OVER))
 
     def _is_supplied(self) -> bool:
         """Enough groups are sampled, in whatever order; groups in flight do not count, they may prove unusable.
@@ -348,85 +301,82 @@ class GroupBuffer:
         Nor do, in the order of the index, logged groups beyond the next index: a gap before them, in flight at a
         kill, comes first.
         """
-        ready = self._num_fresh_started if self._consumption.order == "index" else len(self._fresh)
-        return ready + len(self._ungraded) >= self._needed
+        is_by_index = self._consumption.order == "index"
+        ready = np.count_nonzero(self._states[: self._next_index] == FRESH) if is_by_index else len(self._fresh)
+        return bool(ready + np.count_nonzero(self._is_ungraded) >= self._needed)
 
     def _is_far_ahead(self) -> bool:
         """Groups passed over do not count: a learner that waits for the groups after them would wait for ever."""
-        return self._max_ahead is not None and self._num_ahead >= self._max_ahead
+        num_ahead = int(np.count_nonzero(self._states[: self._next_index] <= FRESH))
+        return self._max_ahead is not None and num_ahead >= self._max_ahead
 
     def _choose(self, num_groups: int) -> list[int] | None:
         """Indices of the next batch; None: it has to wait."""
         batches_per_pass = max(1, self._window.num_groups // num_groups)
         number, batch = divmod(self._num_batches, batches_per_pass)
         if self._consumption.epochs > 1 and number > 0:
-            return self._order_of_pass(number)[batch * num_groups : (batch + 1) * num_groups]
+            draw = np.random.default_rng((self._consumption.seed, self.policy_version, number))
+            return draw.permutation(list(self._taken)).tolist()[batch * num_groups : (batch + 1) * num_groups]
         takeable = self._takeable()
         if self._num_batches == 0 and len(takeable) < min(self._consumption.min_groups, self._window.num_groups):
             return None
-        fresh = list(itertools.islice(takeable, num_groups))
-        if self._consumption.max_uses > 1:
-            used = itertools.chain.from_iterable(self._reusable[uses] for uses in sorted(self._reusable))
-            fresh += itertools.islice(used, num_groups - len(fresh))
-        return fresh if len(fresh) == num_groups else None
+        chosen = takeable[:num_groups]
+        if self._consumption.max_uses > 1 and len(chosen) < num_groups:
+            used = [index for index, group in self._taken.items() if group is not None]
+            chosen += sorted(used, key=lambda index: (self._uses[index], index))[: num_groups - len(chosen)]
+        return chosen if len(chosen) == num_groups else None
 
-    def _takeable(self) -> OrderedDict[int, Any]:
+    def _takeable(self) -> list[int]:
         """New groups in their order; by index, those up to the first that is not finished."""
-        return self._fresh if self._consumption.order == "ready" else self._in_order
-
-    def _order_of_pass(self, number: int) -> list[int]:
-        """Indices of the window's groups in a later pass over them."""
-        key = number, len(self._taken)
-        if self._epoch_order[0] != key:
-            draw = np.random.default_rng((self._consumption.seed, self.policy_version, number))
-            self._epoch_order = key, draw.permutation(list(self._taken)).tolist()
-        return self._epoch_order[1]
+        if self._consumption.order == "ready":
+            return list(self._fresh)
+        finished = self._states[self.cursor : self._first_unknown(self.cursor)]
+        return (self.cursor + np.flatnonzero(finished == FRESH)).tolist()
 
     def _all_there(self, recorded: Sequence[int]) -> list[int] | None:
-        if unusable := self._passed_over.intersection(recorded):
+        self._make_room(max(recorded))
+        if unusable := [index for index in recorded if self._states[index] == PASSED_OVER]:
             raise ValueError(
                 f"batches.jsonl has group {min(unusable)} of policy version {self.policy_version} in a batch, and it is"
                 " not usable now; the rollout log or the config was changed in between"
             )
-        is_there = all(index in self._fresh or self._taken.get(index) is not None for index in recorded)
-        return list(recorded) if is_there else None
+        return None if self._absent(recorded) else list(recorded)
+
+    def _absent(self, recorded: Sequence[int]) -> list[int]:
+        return [index for index in recorded if index not in self._fresh and self._taken.get(index) is None]
 
     def _take(self, indices: Sequence[int]) -> list[RolloutGroup]:
         """Moves the groups on, and returns those that are there: all of them but after a restart."""
         groups, limit = [], max(self._consumption.epochs, self._consumption.max_uses)
         for index in indices:
-            with self._moving(index):
-                group = self._fresh.pop(index, None) or self._taken.get(index)
-                self._uses[index] = uses = self._uses.get(index, 0) + 1
-                self._taken[index] = group if uses < limit else None
-            self._in_order.pop(index, None)
-            self._skipped.discard(index)
+            self._make_room(index)
+            group = self._fresh.pop(index, None) or self._taken.get(index)
+            uses = self._uses.get(index, (0, 0))[0] + 1
+            self._uses[index] = uses, self._num_batches
+            self._taken[index] = group if uses < limit else None
+            self._states[index] = TAKEN
+            self.cursor = max(self.cursor, index + 1)
             if group is not None:
                 groups.append(group)
-        for index in sorted(indices):
-            self._reusable[self._uses[index] - 1].pop(index, None)
-            if self._taken[index] is not None:
-                self._reusable[self._uses[index]][index] = None
-        self._go_past(max([0, *(index + 1 for index in indices)]))
         if self._consumption.order == "index":
-            self._start_to(self.cursor)
+            self._next_index = max(self._next_index, self.cursor)
         self._needed = max(0, self._needed - len(indices))
         self._num_batches += 1
         self._notify()
         return groups
 
     def _explain(self, num_groups: int, deadline: float, recorded: Sequence[int] | None) -> str:
-        takeable = self._takeable()
-        passed_over = sum(index >= self.cursor for index in self._passed_over)
+        passed_over = self._num_passed_over()
+        num_started = self._num_in_flight() + sum(index >= self.cursor for index in self._fresh) + passed_over
         what = f"{num_groups} groups of policy version {self.policy_version}"
         if recorded is not None:
-            gone = [i for i in recorded if i not in self._fresh and self._taken.get(i) is None]
+            gone = self._absent(recorded)
             what = f"groups {gone} of policy version {self.policy_version}, which batches.jsonl has in this batch"
         elif self._num_batches == 0 and self._consumption.min_groups > num_groups:
             what += f" (window.min_groups={self._consumption.min_groups} before the first batch)"
         return (
-            f"waited {deadline:g} s for {what}: {len(takeable)} are ready, group {self._known_end} is not finished,"
-            f" {self._num_ahead - self._num_fresh_started + sum(i >= self.cursor for i in [*self._fresh, *self._passed_over])} were started,"
+            f"waited {deadline:g} s for {what}: {len(self._takeable())} are ready,"
+            f" group {self._first_unknown(self.cursor)} is not finished, {num_started} were started,"
             f" {passed_over} were finished but passed over as unusable. Responses may take longer than window.deadline, or"
             " nearly all groups are filtered out, or the sampler hangs"
         )

@@ -8,13 +8,12 @@ two that think they hold the same lease, cost work and nothing else.
 import collections
 import contextlib
 import itertools
-import threading
 import time
 from collections.abc import Callable, Sequence
 
 from oapl_jax.io import storage
 from oapl_jax.io.lease import Lease, Leases
-from oapl_jax.rollouts.buffer import Ticket, Window
+from oapl_jax.rollouts.buffer import Changes, Ticket, Window
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.types import RolloutGroup
 
@@ -24,7 +23,7 @@ WRITE_DEADLINE = 600.0
 """For how long a whole shard is tried to be written."""
 
 
-class ShardQueue:
+class ShardQueue(Changes):
     """One sampler's tickets, and the way of its groups to the log: a sampling loop's queue and log in one.
 
     Args:
@@ -44,10 +43,9 @@ class ShardQueue:
         size: int,
         num_groups: int | None = None,
     ):
+        super().__init__()
         self._log, self._leases, self._is_accepted, self._size = log, leases, is_accepted, size
         self._num_groups = num_groups
-        self._changed = threading.Condition()
-        self._num_changes = 0
         self._window: Window | None = None
         self._num_accepted: dict[int, int] = {}  # of each file of the window's version that was seen
         self._held: dict[int, Lease] = {}
@@ -144,27 +142,17 @@ class ShardQueue:
         with self._changed:
             self._notify()
 
-    @property
-    def num_changes(self) -> int:
-        """Grows whenever something happens; see ``wait_for_change``."""
-        return self._num_changes
-
     def wait_for_change(self, since: int, timeout: float) -> None:
         """Sleeps until ``num_changes`` is no longer ``since`` or it is time to look, at most ``timeout`` seconds."""
-        with self._changed:
-            if self._next_poll > (now := time.monotonic()):
-                timeout = min(timeout, self._next_poll - now)
-            self._changed.wait_for(lambda: self._num_changes != since, timeout)
+        if self._next_poll > (now := time.monotonic()):
+            timeout = min(timeout, self._next_poll - now)
+        super().wait_for_change(since, timeout)
 
     def fail(self, error: BaseException) -> None:
         """A thread of the worker has died; the process looks at ``failure``."""
         with self._changed:
             self.failure = self.failure or error
             self._notify()
-
-    def _notify(self) -> None:
-        self._num_changes += 1
-        self._changed.notify_all()
 
     def _poll(self, window: Window) -> None:
         """Claims a shard where there is one, and says when to look again."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from oapl_jax.build.checks import objective_of
 from oapl_jax.config.commands import TrainConfig
-from oapl_jax.data.prompts import PromptSource, TaskPromptSource, held_out, load_prompts
+from oapl_jax.data.prompts import PromptSource, held_out, load_prompts
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.distributed.team import Team
 from oapl_jax.distributed.transfer import Transfer
@@ -32,7 +32,7 @@ class SamplingSetup:
 
     config: TrainConfig
     tokenizer: Tokenizer
-    prompts: PromptSource | TaskPromptSource
+    prompts: PromptSource
     held_out: list[Prompt]
     grading: Grading
     turns: SamplerTurns | None
@@ -113,7 +113,7 @@ def make_setup(
     prompts = load_prompts(config.data, tokenizer, config.run.seed)
     held_out_prompts = held_out(config, tokenizer)
     grader = make_grader(config)
-    grader.check_golds([*prompts.prompts, *held_out_prompts])
+    grader.check_golds([*prompts.items, *held_out_prompts])
     grading = make_grading(config, tokenizer, grader)
     return SamplingSetup(
         config, tokenizer, prompts, held_out_prompts, grading, turns, device_lock, trainers, samplers, transfer

@@ -108,7 +108,7 @@ def test_a_local_copy_becomes_prompts(tmp_path, name, rows, num_graded, right, s
     source = load(name, local_copy(tmp_path, name, rows, suffix))
     assert len(source) == num_graded
     assert source.num_dropped == len(rows) - num_graded
-    prompt = source.prompts[0]
+    prompt = source.items[0]
     assert prompt.id == f"{name}/test/0"
     if DATASETS[name].reward == "math":
         assert r"\boxed{}" in prompt.text
@@ -125,7 +125,7 @@ def test_right_programs_are_correct_and_wrong_ones_wrong(tmp_path):
     try:
         for name, rows, _, right in CASES:
             if DATASETS[name].reward == "code":
-                prompt = load(name, local_copy(tmp_path, name, rows, ".jsonl")).prompts[0]
+                prompt = load(name, local_copy(tmp_path, name, rows, ".jsonl")).items[0]
                 responses = [right, right.replace("2 *", "3 *")]
                 grades = grader.grade([(prompt, response, FinishReason.STOP) for response in responses])
                 assert [grade.verdict for grade in grades] == [Verdict.CORRECT, Verdict.WRONG], (name, grades)
@@ -135,7 +135,7 @@ def test_right_programs_are_correct_and_wrong_ones_wrong(tmp_path):
 
 def test_a_template_of_the_config_wins_and_another_layout_is_named(tmp_path):
     path = local_copy(tmp_path, "math500", [ARENA], ".jsonl")
-    assert load("math500", path, template="Q: {prompt}").prompts[0].text == "Q: What is $2+2$?"
+    assert load("math500", path, template="Q: {prompt}").items[0].text == "Q: What is $2+2$?"
     with pytest.raises(ValueError, match="has no column 'question_content'; it has problem_idx"):
         load("livecodebench", path)
     broken = local_copy(tmp_path, "broken", [{"question": "q", "input_output": "{"}], ".jsonl")
@@ -181,4 +181,4 @@ def test_training_on_one_data_set_and_evaluating_on_another(tmp_path):
 def test_the_published_files(shared_data, name, file, count):
     source = load(name, str(shared_data / file), max_prompt_tokens=4096)
     assert (len(source), source.num_dropped) == (count, 0)
-    assert all(prompt.answer for prompt in source.prompts)
+    assert all(prompt.answer for prompt in source.items)

@@ -28,7 +28,7 @@ def load(path, **fields):
 
 
 def texts_and_answers(source):
-    return [(p.text, p.answer) for p in source.prompts]
+    return [(p.text, p.answer) for p in source.items]
 
 
 EXPECTED = [(row["prompt"], row["answer"]) for row in ROWS]
@@ -38,7 +38,7 @@ def test_every_epoch_visits_every_row_in_another_order(tmp_path):
     source = load(write_jsonl(tmp_path / "sums.jsonl", ROWS))
     epochs = [[source[20 * epoch + i].id for i in range(20)] for epoch in range(3)]
     assert len(source) == 20
-    assert all(sorted(epoch) == sorted(p.id for p in source.prompts) for epoch in epochs)
+    assert all(sorted(epoch) == sorted(p.id for p in source.items) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
 
 
@@ -56,8 +56,8 @@ def test_json_lines_and_arrays(tmp_path):
     lines.write_text("\n" + "\n\n".join(json.dumps(row) for row in ROWS))
     source = load(lines)
     assert texts_and_answers(source) == EXPECTED
-    assert source.prompts[17].id == "sums/17"
-    assert source.prompts[17].token_ids.tolist() == CHARACTERS.encode("17+17=")
+    assert source.items[17].id == "sums/17"
+    assert source.items[17].token_ids.tolist() == CHARACTERS.encode("17+17=")
     array = tmp_path / "sums.json"
     array.write_text(json.dumps(ROWS))
     assert texts_and_answers(load(array)) == EXPECTED
@@ -66,7 +66,7 @@ def test_json_lines_and_arrays(tmp_path):
 def test_unescaped_unicode_line_ends_stay_in_their_row(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"prompt": "1+1=", "answer": "a\u2028b"}\n', encoding="utf-8")
-    assert load(path).prompts[0].answer == "a\u2028b"
+    assert load(path).items[0].answer == "a\u2028b"
 
 
 def test_parquet_file_and_folder(tmp_path):
@@ -76,7 +76,7 @@ def test_parquet_file_and_folder(tmp_path):
         pq.write_table(pa.Table.from_pylist(rows), folder / f"train-{part:05d}.parquet")
     source = load(folder, format="parquet")
     assert texts_and_answers(source) == EXPECTED
-    assert source.prompts[17].id == "sums/17"
+    assert source.items[17].id == "sums/17"
     assert texts_and_answers(load(folder / "train-00000.parquet", format="parquet")) == EXPECTED[:7]
 
 
@@ -88,7 +88,7 @@ def test_datasets_folder(tmp_path):
     assert texts_and_answers(load(tmp_path / "one", format="datasets")) == EXPECTED
     test = load(tmp_path / "split", format="datasets", split="test")
     assert texts_and_answers(test) == EXPECTED[:3]
-    assert test.prompts[2].id == "split/test/2"
+    assert test.items[2].id == "split/test/2"
     with pytest.raises(ValueError, match=r"has no split 'tset'; it has train, test; did you mean 'test'\?"):
         load(tmp_path / "split", format="datasets", split="tset")
     with pytest.raises(ValueError, match="has no column 'question'; it has prompt, answer"):
@@ -126,7 +126,7 @@ def test_tfds_folder_without_tensorflow(tmp_path):
     had_tensorflow = "tensorflow" in sys.modules
     source = load(tmp_path, format="tfds")
     assert sorted(texts_and_answers(source)) == sorted(EXPECTED)
-    assert source.prompts[4].id == "sums/train/4"
+    assert source.items[4].id == "sums/train/4"
     assert len(load(tmp_path, format="tfds", split="train[:5]")) == 5
     assert ("tensorflow" in sys.modules) == had_tensorflow
     with pytest.raises(ValueError, match="has no split 'trian'; it has train; did you mean 'train'"):
@@ -141,7 +141,7 @@ def test_template_keeps_the_braces_of_latex(tmp_path):
             return [len(question)]
 
     data = DataConfig(path=path, template=r"{prompt} in \boxed{}")
-    assert load_prompts(data, Loud(), seed=0).prompts[0].text == r"0+0= in \boxed{}"
+    assert load_prompts(data, Loud(), seed=0).items[0].text == r"0+0= in \boxed{}"
     with pytest.raises(ValueError, match=r"data.template='Solve\.': lacks \{prompt\}"):
         load(path, template="Solve.")
 
@@ -194,7 +194,7 @@ def test_cells_must_be_text(tmp_path):
     rows = [{"prompt": "1", "answer": ["1"]}]
     with pytest.raises(ValueError, match=r"row cells/0: column 'answer' is \['1'\] \(list\), not a string"):
         load(write_jsonl(tmp_path / "cells.jsonl", rows))
-    assert load(write_jsonl(tmp_path / "cells.jsonl", [{"prompt": "1", "answer": 17}])).prompts[0].answer == "17"
+    assert load(write_jsonl(tmp_path / "cells.jsonl", [{"prompt": "1", "answer": 17}])).items[0].answer == "17"
 
 
 def train_config(data, **evaluation):
@@ -262,6 +262,6 @@ def test_gsm8k(shared_data):
     path = str(shared_data / "math" / "gsm8k" / "train.jsonl")
     source = load_prompts(DataConfig(path=path, prompt_column="question"), Words(), seed=0)
     assert (len(source), source.num_dropped) == (7473, 0)
-    assert source.prompts[17].id == "gsm8k/train/17"
-    assert source.prompts[0].text.startswith("Natalia sold clips to 48")
-    assert source.prompts[0].answer.endswith("#### 72")
+    assert source.items[17].id == "gsm8k/train/17"
+    assert source.items[0].text.startswith("Natalia sold clips to 48")
+    assert source.items[0].answer.endswith("#### 72")

@@ -1,0 +1,48 @@
+"""Endless streams with random access: a position is the whole state, so a resumed run goes on exactly where it stopped."""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+Item = TypeVar("Item")
+
+
+class Shuffled(Generic[Item]):
+    """Rows of a file, in a new order each epoch; position ``p`` is in epoch ``p // len(stream)``.
+
+    Args:
+        items: in the order of the file.
+        num_dropped: number of rows that were left out because they exceed a limit or cannot be graded.
+        seed: of the order.
+    """
+
+    def __init__(self, items: Sequence[Item], num_dropped: int, seed: int) -> None:
+        import grain  # takes a second, and toy tasks do not need it
+
+        self.items, self.num_dropped = items, num_dropped
+        self._order: Any = grain.MapDataset.source(range(len(items))).seed(seed).shuffle().repeat()
+
+    def __len__(self) -> int:
+        """Number of items in an epoch."""
+        return len(self.items)
+
+    def __getitem__(self, position: int) -> Item:
+        return self.items[self._order[position]]
+
+
+class Made(Generic[Item]):
+    """Items that are made from their positions and never repeat; the first is made at once, to raise its errors now."""
+
+    items: Sequence[Item] = ()
+    num_dropped = 0
+
+    def __init__(self, make: Callable[[int], Item]) -> None:
+        self._make = make
+        make(0)
+
+    def __len__(self) -> int:
+        """``sys.maxsize``, because there is no second epoch."""
+        return sys.maxsize
+
+    def __getitem__(self, position: int) -> Item:
+        return self._make(position)
