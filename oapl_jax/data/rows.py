@@ -50,14 +50,15 @@ def read(
         ValueError: a file or column is missing, a row is broken, or there are no rows. The message has the most similar
             name that exists.
     """
+    wanted = (*columns, *optional)
     if file_format == "jsonl":
-        table = _read_json(_existing(path), columns, optional)
+        table = _read_json(_existing(path), columns, wanted)
     elif file_format == "parquet":
-        table = _read_parquet(_existing(path), columns, optional)
+        table = _read_parquet(_existing(path), columns, wanted)
     elif file_format == "datasets":
-        table = _read_datasets(path, columns, optional, name, split, files)
+        table = _read_datasets(path, columns, wanted, name, split, files)
     else:
-        table = _read_tfds(path, columns, optional, split)
+        table = _read_tfds(path, columns, wanted, split)
     if not table.rows:
         raise ValueError(f"{path!r}: has no rows")
     return table
@@ -74,42 +75,37 @@ def string_cell(value: Any, column: str, row_name: str) -> str:
     return value
 
 
-def _read_json(path: pathlib.Path, columns: Sequence[str], optional: Sequence[str]) -> Table:
+def _read_json(path: pathlib.Path, columns: Sequence[str], wanted: Sequence[str]) -> Table:
     """Reads a file with one JSON object per line, or with one array of objects; ``.gz`` is unpacked."""
     if path.is_dir():
         raise ValueError(f"{str(path)!r} is a folder; the format 'jsonl' needs a file")
     text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode("utf-8")
-    records = _json_array(path, text) if text.lstrip().startswith("[") else _json_lines(path, text)
     rows = []
-    for number, record in enumerate(records):
+    for number, record in enumerate(_records(path, text)):
         if not isinstance(record, dict):
             raise ValueError(f"{path} row {number}: is {type(record).__name__}, not an object")
         _require_columns(f"{path} row {number}", record, columns)
-        rows.append(tuple(record.get(column) for column in (*columns, *optional)))
+        rows.append(tuple(map(record.get, wanted)))
     return Table(path.name.removesuffix(".gz").rpartition(".")[0] or path.name, rows)
 
 
-def _json_array(path: pathlib.Path, text: str) -> list[Any]:
+def _records(path: pathlib.Path, text: str) -> list[Any]:
+    where = str(path)
     try:
-        return json.loads(text)
+        if text.lstrip().startswith("["):
+            return json.loads(text)
+        records = []
+        # splitlines() would also split at characters such as U+2028, which JSON strings may contain.
+        for number, line in enumerate(text.split("\n"), start=1):
+            where = f"{path} line {number}"
+            if line.strip():
+                records.append(json.loads(line))
+        return records
     except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: is not a JSON array: {error}") from error
+        raise ValueError(f"{where}: is not JSON: {error}") from error
 
 
-def _json_lines(path: pathlib.Path, text: str) -> list[Any]:
-    records = []
-    # splitlines() would also split at characters such as U+2028, which JSON strings may contain.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path} line {number}: is not JSON: {error}") from error
-    return records
-
-
-def _read_parquet(path: pathlib.Path, columns: Sequence[str], optional: Sequence[str]) -> Table:
+def _read_parquet(path: pathlib.Path, columns: Sequence[str], wanted: Sequence[str]) -> Table:
     """Reads a file, or all ``*.parquet`` files of a folder in the order of their names."""
     import pyarrow.parquet
 
@@ -122,21 +118,20 @@ def _read_parquet(path: pathlib.Path, columns: Sequence[str], optional: Sequence
             parquet = pyarrow.parquet.ParquetFile(file)
         except pyarrow.ArrowInvalid as error:
             raise ValueError(f"{file}: is not a Parquet file: {error}") from error
-        _require_columns(str(file), parquet.schema_arrow.names, columns)
-        table = parquet.read(columns=_present(columns, optional, parquet.schema_arrow.names))
-        nothing = [None] * len(table)
-        rows += zip(
-            *(
-                table.column(column).to_pylist() if column in table.column_names else nothing
-                for column in (*columns, *optional)
-            ),
-            strict=True,
-        )
+        names = parquet.schema_arrow.names
+        _require_columns(str(file), names, columns)
+        table = parquet.read(columns=[column for column in wanted if column in names])
+        rows += _rows(table.to_pydict(), len(table), wanted)
     return Table(path.stem, rows)
 
 
+def _rows(cells: dict[str, Any], num_rows: int, wanted: Sequence[str]) -> list[tuple[Any, ...]]:
+    """Rows of the wanted columns, from the cells of those that there are."""
+    return list(zip(*(cells.get(column, [None] * num_rows) for column in wanted), strict=True))
+
+
 def _read_datasets(
-    path: str, columns: Sequence[str], optional: Sequence[str], name: str | None, split: str, files: Sequence[str]
+    path: str, columns: Sequence[str], wanted: Sequence[str], name: str | None, split: str, files: Sequence[str]
 ) -> Table:
     """Reads a folder written by ``save_to_disk``, or what ``load_dataset`` accepts: a hub name or a folder of files."""
     datasets = libraries.load("datasets")
@@ -159,15 +154,11 @@ def _read_datasets(
     if not isinstance(loaded, datasets.Dataset):
         raise ValueError(f"{path!r} split {split!r}: is a {type(loaded).__name__}, not a table")
     _require_columns(f"{path!r} split {split!r}", loaded.column_names, columns)
-    nothing = [None] * len(loaded)
-    present = _present(columns, optional, loaded.column_names)
-    rows = list(
-        zip(*(loaded[column] if column in present else nothing for column in (*columns, *optional)), strict=True)
-    )
-    return Table(f"{pathlib.PurePath(path).name}/{split}", rows)
+    cells = {column: loaded[column] for column in wanted if column in loaded.column_names}
+    return Table(f"{pathlib.PurePath(path).name}/{split}", _rows(cells, len(loaded), wanted))
 
 
-def _read_tfds(path: str, columns: Sequence[str], optional: Sequence[str], split: str) -> Table:
+def _read_tfds(path: str, columns: Sequence[str], wanted: Sequence[str], split: str) -> Table:
     """Reads a prepared dataset (array_record) by folder or name; ``as_data_source`` does without TensorFlow."""
     tfds = libraries.load("tensorflow_datasets")
     if _looks_local(path) or pathlib.Path(path).is_dir():
@@ -183,12 +174,7 @@ def _read_tfds(path: str, columns: Sequence[str], optional: Sequence[str], split
         raise ValueError(f"{path!r}: has no split {split!r}; it has {_listed(known)}{_nearest(split, known)}")
     _require_columns(f"{path!r} split {split!r}", builder.info.features or {}, columns)
     source = builder.as_data_source(split=split)
-    rows = [tuple(record.get(column) for column in (*columns, *optional)) for record in source]
-    return Table(f"{builder.name}/{split}", rows)
-
-
-def _present(columns: Sequence[str], optional: Sequence[str], available: Sequence[str]) -> list[str]:
-    return [*columns, *(column for column in optional if column in available)]
+    return Table(f"{builder.name}/{split}", [tuple(map(record.get, wanted)) for record in source])
 
 
 def _tfds_folder(folder: pathlib.Path) -> pathlib.Path:
