@@ -25,42 +25,31 @@ from oapl_jax.types import FinishReason, Grade, Prompt, Rollout, Verdict
 CORRECT_REWARD = 1.0
 """Least reward of a correct response, where the data have no verdicts."""
 
-Kind = Callable[[pa.DataType], bool]
+KINDS = {
+    "text": pa.string(),
+    "an integer": pa.int64(),
+    "a number": pa.float64(),
+    "a list of integers": pa.list_(pa.int64()),
+    "a list of numbers": pa.list_(pa.float64()),
+    "a list of messages with role and content": pa.list_(pa.struct({"role": pa.string(), "content": pa.string()})),
+    "a struct with the text ground_truth": pa.struct({"ground_truth": pa.string()}),
+    "a struct": pa.struct([]),
+}
+"""What a column may be, in words and as a type; data from outside may have any width of it."""
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_floating(kind) or pa.types.is_integer(kind)
-
-
-def _is_list_of(inner: Kind) -> Kind:
-    def is_it(kind: pa.DataType) -> bool:
-        return (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and inner(kind.value_type)
-
-    return is_it
-
-
-def _is_struct_with(name: str, inner: Kind) -> Kind:
-    def is_it(kind: pa.DataType) -> bool:
-        return pa.types.is_struct(kind) and kind.get_field_index(name) >= 0 and inner(kind.field(name).type)
-
-    return is_it
-
-
-_IDS, _NUMBERS, _INTEGER = _is_list_of(pa.types.is_integer), _is_list_of(_is_number), pa.types.is_integer
-
-
-def _kind_of(column: schema.Column) -> tuple[Kind, str]:
-    """What a column of the log may be in data from outside: any width of its type."""
-    if pa.types.is_list(column.type):
-        is_ids = pa.types.is_integer(column.type.value_type)
-        return (_IDS, "a list of integers") if is_ids else (_NUMBERS, "a list of numbers")
-    if pa.types.is_integer(column.type):
-        return _INTEGER, "an integer"
-    return (_is_text, "text") if pa.types.is_string(column.type) else (_is_number, "a number")
+def _is_kind(found: pa.DataType, wanted: pa.DataType) -> bool:
+    if pa.types.is_struct(wanted):
+        return pa.types.is_struct(found) and all(
+            found.get_field_index(field.name) >= 0 and _is_kind(found.field(field.name).type, field.type)
+            for field in wanted
+        )
+    if pa.types.is_list(wanted):
+        is_list = pa.types.is_list(found) or pa.types.is_large_list(found)
+        return is_list and _is_kind(found.value_type, wanted.value_type)
+    if pa.types.is_string(wanted):
+        return pa.types.is_string(found) or pa.types.is_large_string(found)
+    return pa.types.is_integer(found) or (pa.types.is_floating(wanted) and pa.types.is_floating(found))
 
 
 NOT_READ = ("group_index", "policy_version", "value", "advantage")
@@ -68,28 +57,23 @@ NOT_READ = ("group_index", "policy_version", "value", "advantage")
 LOG_COLUMNS = {name: column for name, column in schema.COLUMNS.items() if name not in NOT_READ}
 LOG_REQUIRED = [name for name, column in LOG_COLUMNS.items() if column.is_required and name != "logprobs"]
 """Log-probabilities that data from outside lack are scored, or not needed."""
-LOG_KINDS = {name: _kind_of(column) for name, column in LOG_COLUMNS.items()}
-PUBLISHED_REQUIRED: dict[str, tuple[Kind, str]] = {
-    "prompt": (
-        lambda kind: (
-            _is_list_of(_is_struct_with("content", _is_text))(kind)
-            and _is_struct_with("role", _is_text)(kind.value_type)
-        ),
-        "a list of messages with role and content",
-    ),
-    "response": (_is_text, "text"),
-    "precomputed_reward": (_is_number, "a number"),
-    "response_rewards": (_NUMBERS, "a list of numbers"),
-    "reward_model": (_is_struct_with("ground_truth", _is_text), "a struct with the text ground_truth"),
+LOG_KINDS = {
+    name: next(words for words, kind in KINDS.items() if _is_kind(column.type, kind))
+    for name, column in LOG_COLUMNS.items()
 }
-PUBLISHED_OPTIONAL: dict[str, tuple[Kind, str]] = {
-    "prompt_token_ids": (_IDS, "a list of integers"),
-    "response_token_ids": (_IDS, "a list of integers"),
-    "response_logprobs": (_NUMBERS, "a list of numbers"),
-    "data_source": (_is_text, "text"),
-    "extra_info": (pa.types.is_struct, "a struct"),
+PUBLISHED_KINDS = {
+    "prompt": "a list of messages with role and content",
+    "response": "text",
+    "precomputed_reward": "a number",
+    "response_rewards": "a list of numbers",
+    "reward_model": "a struct with the text ground_truth",
+    "prompt_token_ids": "a list of integers",
+    "response_token_ids": "a list of integers",
+    "response_logprobs": "a list of numbers",
+    "data_source": "text",
+    "extra_info": "a struct",
 }
-PUBLISHED_KINDS = PUBLISHED_REQUIRED | PUBLISHED_OPTIONAL
+PUBLISHED_REQUIRED = list(PUBLISHED_KINDS)[:5]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,7 +186,7 @@ def _read_file(file: pathlib.Path, expectations: Expectations, bad: BadRows) -> 
         bad.found("unreadable file", str(file), f"is not a readable Parquet file ({_first_line(error)})")
         return
     is_ours = "group_id" in table.schema.names
-    reader, kinds = (_log_row, LOG_KINDS) if is_ours else (_published_row, PUBLISHED_KINDS)
+    to_log, kinds = (_log_cells, LOG_KINDS) if is_ours else (_published_cells, PUBLISHED_KINDS)
     problem = _schema_problem(table.schema, is_ours)
     if problem is not None:
         bad.found(problem.reason, str(file), str(problem), num_rows)
@@ -212,7 +196,8 @@ def _read_file(file: pathlib.Path, expectations: Expectations, bad: BadRows) -> 
     for number in range(table.num_rows):
         where = f"{file} row {number}"
         try:
-            row = reader(where, {name: cells[number] for name, cells in columns.items()}, expectations)
+            cells = to_log({name: cells[number] for name, cells in columns.items()}, expectations)
+            row = _row(where, cells, expectations)
         except BadRowError as error:
             bad.found(error.reason, where, str(error))
         else:
@@ -229,10 +214,10 @@ def _schema_problem(found: pa.Schema, is_ours: bool) -> BadRowError | None:
     for name in LOG_REQUIRED if is_ours else PUBLISHED_REQUIRED:
         if name not in found.names:
             return BadRowError("missing column", f"has no column {name!r}, which {layout} has; it has {found.names}")
-    for name, (is_right, wanted) in (LOG_KINDS if is_ours else PUBLISHED_KINDS).items():
+    for name, wanted in (LOG_KINDS if is_ours else PUBLISHED_KINDS).items():
         if found.names.count(name) > 1:
             return BadRowError("wrong type", f"has two columns {name!r}; it has {found.names}")
-        if name in found.names and not is_right(found.field(name).type):
+        if name in found.names and not _is_kind(found.field(name).type, KINDS[wanted]):
             return BadRowError("wrong type", f"column {name!r} is {found.field(name).type}, not {wanted}")
     return None
 
@@ -249,8 +234,7 @@ def _check_sampling(file: pathlib.Path, found: pa.Schema, expected: Expectations
 
 def _cells(column: pa.ChunkedArray) -> list[Any]:
     """Values of a column; those of lists of numbers as arrays, None inside of them as NaN."""
-    kind = column.type
-    if not (_NUMBERS(kind) or _IDS(kind)):
+    if not _is_kind(column.type, KINDS["a list of numbers"]):
         return column.to_pylist()
     cells: list[Any] = []
     for chunk in column.chunks:
@@ -263,90 +247,87 @@ def _cells(column: pa.ChunkedArray) -> list[Any]:
     return cells
 
 
-def _log_row(where: str, cells: dict[str, Any], expected: Expectations) -> _Row | None:
+def _row(where: str, cells: dict[str, Any], expected: Expectations) -> _Row | None:
+    """The row of the log's cells; None where its verdict is invalid."""
+    verdict = _one_of(Verdict, "verdict", cells["verdict"])
+    if verdict is Verdict.INVALID:
+        return None
+    prompt_ids = _ids("prompt_token_ids", cells["prompt_token_ids"], expected)
+    prompt = Prompt(cells["prompt_id"], prompt_ids, cells["prompt"], cells["answer"])
+    grade = Grade(verdict, _reward(cells["reward"], expected), cells["verdict_detail"])
+    tokens = _ids("token_ids", cells["token_ids"], expected)
+    finish = _one_of(FinishReason, "finish_reason", cells["finish_reason"])
+    rollout = Rollout(tokens, _logprobs(cells.get("logprobs"), len(tokens)), finish)
+    response = Response(rollout, cells["response"], grade, _extra(cells["extra"]))
+    return _Row(where, cells["group_id"], cells["rollout_index"], prompt, response, cells.get("siblings"))
+
+
+def _log_cells(cells: dict[str, Any], expected: Expectations) -> dict[str, Any]:
     cells = {name: column.default for name, column in LOG_COLUMNS.items() if not column.is_required} | cells
     for name, column in LOG_COLUMNS.items():
         if cells.get(name) is None and not column.is_nullable and name != "logprobs":
             raise BadRowError("missing value", f"{name} is null")
-    verdict = _one_of(Verdict, "verdict", cells["verdict"])
-    if verdict is Verdict.INVALID:
-        return None
-    prompt = Prompt(
-        cells["prompt_id"],
-        _ids("prompt_token_ids", cells["prompt_token_ids"], expected),
-        cells["prompt"],
-        cells["answer"],
-    )
-    reward = _reward(cells["reward"], expected)
-    tokens = _ids("token_ids", cells["token_ids"], expected)
-    finish = _one_of(FinishReason, "finish_reason", cells["finish_reason"])
-    rollout = Rollout(tokens, _logprobs(cells.get("logprobs"), len(tokens)), finish)
-    grade = Grade(verdict, reward, cells["verdict_detail"])
-    response = Response(rollout, cells["response"], grade, _extra(cells["extra"]))
-    return _Row(where, cells["group_id"], cells["rollout_index"], prompt, response, None)
+    return cells
 
 
-def _published_row(where: str, cells: dict[str, Any], expected: Expectations) -> _Row:
+def _published_cells(cells: dict[str, Any], expected: Expectations) -> dict[str, Any]:
     for name in PUBLISHED_REQUIRED:
         if cells[name] is None and name != "precomputed_reward":
             raise BadRowError("missing value", f"{name} is null")
     question, system = _messages(cells["prompt"])
     extra = cells.get("extra_info") or {}
-    answer = (cells["reward_model"] or {}).get("ground_truth")
+    answer = cells["reward_model"]["ground_truth"]
     if answer is None:
         raise BadRowError("missing value", "reward_model.ground_truth is null")
     try:
         answer = published.unpack_answer(answer)
     except ValueError as error:
         raise BadRowError("unreadable ground truth", f"reward_model.ground_truth {error}") from None
-    given = cells.get("prompt_token_ids")
-    prompt_ids = _encoded(lambda: expected.encode_prompt(question, system)) if given is None else given
-    name = cells.get("data_source") if given is not None else None
-    prompt = Prompt(
-        str(name or f"published/{extra.get('index', question[:40])}"),
-        _ids("prompt_token_ids", prompt_ids, expected),
-        question,
-        answer,
-    )
-    reward = _reward(cells["precomputed_reward"], expected)
-    siblings = tuple(float(value) for value in cells["response_rewards"])
-    verdict = Verdict.CORRECT if reward >= CORRECT_REWARD else Verdict.WRONG
-    if extra.get("verdict") is not None:
-        verdict = _one_of(Verdict, "extra_info.verdict", extra["verdict"])
-    grade = Grade(verdict, reward, str(extra.get("verdict_detail") or ""))
-    rollout = _published_rollout(cells, extra, expected)
-    index = extra.get("rollout_index")
+    prompt_ids, name = cells.get("prompt_token_ids"), cells.get("data_source")
+    if prompt_ids is None:
+        prompt_ids, name = _encoded(expected.encode_prompt, question, system), None
+    reward, index = cells["precomputed_reward"], extra.get("rollout_index")
     if index is not None and not isinstance(index, int):
         raise BadRowError("wrong type", f"extra_info.rollout_index is {index!r}, not an integer")
-    # Their programs know a prompt by its text; a text may be asked twice all the same.
-    group = f"{extra.get('policy_version')}/{extra.get('index')}/{question}"
-    response = Response(rollout, cells["response"], grade, _extra(extra.get("extra") or "{}"))
-    return _Row(where, group, -1 if index is None else index, prompt, response, siblings)
-
-
-def _encoded(encode: Callable[[], list[int]]) -> list[int]:
-    try:
-        return encode()
-    except (ValueError, KeyError) as error:
-        raise BadRowError("no tokens", f"cannot be made into tokens: {_first_line(error)}") from None
-
-
-def _published_rollout(cells: dict[str, Any], extra: dict[str, Any], expected: Expectations) -> Rollout:
-    given = cells.get("response_token_ids")
-    if given is not None:
-        tokens = _ids("response_token_ids", given, expected)
-    elif not cells["response"]:
-        raise BadRowError("empty response", "response is empty")
-    else:
-        tokens = _ids("response", _encoded(lambda: expected.encode_response(cells["response"])), expected)
-    finish = extra.get("finish_reason")
+    verdict = extra.get("verdict")
+    if verdict is None:
+        verdict = Verdict.CORRECT if reward is not None and reward >= CORRECT_REWARD else Verdict.WRONG
+    tokens, finish = cells.get("response_token_ids"), extra.get("finish_reason")
+    is_text = tokens is None
+    if tokens is None:
+        tokens = _encoded(expected.encode_response, cells["response"])
+        if not tokens:
+            raise BadRowError("empty response", "response is empty")
     if finish is None:
         is_truncated = expected.source_limit is not None and len(tokens) >= expected.source_limit
         finish = FinishReason.LENGTH if is_truncated else FinishReason.STOP
-        if given is None and not is_truncated:  # the text lacks the stop token that was drawn
-            tokens = np.append(tokens, np.int32(expected.eos_id))
-    logprobs = cells.get("response_logprobs") if given is not None else None
-    return Rollout(tokens, _logprobs(logprobs, len(tokens)), _one_of(FinishReason, "extra_info.finish_reason", finish))
+        if is_text and not is_truncated:  # the text lacks the stop token that was drawn
+            tokens = [*tokens, expected.eos_id]
+    return {
+        # Their programs know a prompt by its text; a text may be asked twice all the same.
+        "group_id": f"{extra.get('policy_version')}/{extra.get('index')}/{question}",
+        "prompt_id": str(name or f"published/{extra.get('index', question[:40])}"),
+        "prompt": question,
+        "prompt_token_ids": prompt_ids,
+        "answer": answer,
+        "rollout_index": -1 if index is None else index,
+        "response": cells["response"],
+        "token_ids": tokens,
+        "logprobs": None if is_text else cells.get("response_logprobs"),
+        "finish_reason": finish,
+        "verdict": verdict,
+        "verdict_detail": str(extra.get("verdict_detail") or ""),
+        "reward": reward,
+        "extra": extra.get("extra") or "{}",
+        "siblings": tuple(float(value) for value in cells["response_rewards"]),
+    }
+
+
+def _encoded(encode: Callable[..., list[int]], *arguments: Any) -> list[int]:
+    try:
+        return encode(*arguments)
+    except (ValueError, KeyError) as error:
+        raise BadRowError("no tokens", f"cannot be made into tokens: {_first_line(error)}") from None
 
 
 def _messages(messages: list[Any]) -> tuple[str, str | None]:
@@ -376,15 +357,17 @@ def _logprobs(given: Any, length: int) -> np.ndarray:
     """NaN where there are none."""
     if given is None or len(given) == 0:
         return np.full(length, np.nan, np.float32)
-    logprobs = np.asarray(given, np.float32)
-    if len(logprobs) == length and np.isnan(logprobs).all():
-        return logprobs
+    logprobs, problem = np.asarray(given, np.float32), None
     if len(logprobs) != length:
-        raise BadRowError("bad log-probabilities", f"{len(logprobs)} log-probabilities for {length} tokens")
-    if not np.isfinite(logprobs).all():
-        raise BadRowError("bad log-probabilities", "a log-probability is not finite")
-    if logprobs.max() > 1e-3:
-        raise BadRowError("bad log-probabilities", f"a log-probability is {logprobs.max():g}, above 0")
+        problem = f"{len(logprobs)} log-probabilities for {length} tokens"
+    elif np.isnan(logprobs).all():
+        return logprobs
+    elif not np.isfinite(logprobs).all():
+        problem = "a log-probability is not finite"
+    elif logprobs.max() > 1e-3:
+        problem = f"a log-probability is {logprobs.max():g}, above 0"
+    if problem is not None:
+        raise BadRowError("bad log-probabilities", problem)
     return logprobs
 
 
