@@ -9,10 +9,12 @@ by reason.
 
 import argparse
 import collections
+import dataclasses
+import itertools
 import json
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,26 +29,23 @@ from oapl_jax.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, 
 
 SUMMARY_FILE = "codenet.json"
 GROUPS_PER_FILE = 256
+HELP = {
+    "group_size": "programs in a group",
+    "max_correct": "correct programs kept per problem",
+    "max_tokens": "most tokens of a program; longer ones are left out",
+    "max_prompt_tokens": "most tokens of a prompt; problems with longer ones are left out",
+    "seed": "seed of the choice of programs and of their groups",
+}
 
 
-def write(
-    root: pathlib.Path,
-    out: pathlib.Path,
-    tokenizer: Tokenizer,
-    rules: codenet.Rules,
-    *,
-    max_tokens: int = 2048,
-    max_prompt_tokens: int = 2048,
-) -> dict[str, Any]:
+def write(root: pathlib.Path, out: pathlib.Path, tokenizer: Tokenizer, rules: codenet.Rules) -> dict[str, Any]:
     """Writes the log (version 0) and returns its summary.
 
     Args:
         root: ``Project_CodeNet``.
         out: folder of the log, which must not exist.
         tokenizer: of the model that will be trained.
-        rules: how groups are formed.
-        max_tokens: most tokens of a response; longer programs are left out.
-        max_prompt_tokens: most tokens of a prompt; problems with longer ones are left out.
+        rules: what is kept, and how groups are formed.
 
     Raises:
         ValueError: ``root`` is not a copy of CodeNet, ``out`` exists, or no group can be made.
@@ -54,43 +53,48 @@ def write(
     if out.exists():
         raise ValueError(f"{str(out)!r} exists; choose another folder")
     dropped: collections.Counter[str] = collections.Counter()
+    groups, log = _groups(root, tokenizer, rules, dropped), RolloutLog(out)
     statuses: collections.Counter[str] = collections.Counter()
-    log, waiting, index, num_problems = RolloutLog(out), [], 0, 0
-    for problem in codenet.read_problems(root, dropped):
-        prompt = _prompt(problem, tokenizer)
-        if len(prompt.token_ids) > max_prompt_tokens:
-            dropped["problems with a prompt that is too long"] += 1
-            continue
-        found = codenet.read_submissions(
-            root, problem.id, lambda source: len(response_ids(source, tokenizer)) <= max_tokens, dropped
-        )
-        groups = list(codenet.make_groups(problem.id, found, rules))
-        num_used = len(groups) * rules.group_size
-        dropped["programs beyond the groups"] += len(found) - num_used
-        if groups:
-            num_problems += 1
-        elif found:
-            dropped["problems without a correct or without an incorrect program, or with too few"] += 1
-        for members in groups:
-            statuses.update(member.status for member in members)
-            waiting.append(_group(index, prompt, members, tokenizer))
-            index += 1
-            if len(waiting) == GROUPS_PER_FILE:
-                log.append(waiting)
-                waiting = []
-    if not index:
+    problems: set[str] = set()
+    num_groups = 0
+    while batch := list(itertools.islice(groups, GROUPS_PER_FILE)):
+        log.append(batch)
+        num_groups += len(batch)
+        problems.update(group.prompt.id for group in batch)
+        statuses.update(item.grade.detail.partition(" (")[0] for group in batch for item in group.rollouts)
+    if not num_groups:
         raise ValueError(f"{str(root)!r}: no group can be made; left out: {dict(dropped)}")
-    if waiting:
-        log.append(waiting)
     summary = {
-        "groups": index,
-        "problems": num_problems,
-        "programs": index * rules.group_size,
+        "groups": num_groups,
+        "problems": len(problems),
+        "programs": num_groups * rules.group_size,
         "statuses": dict(statuses),
         "dropped": {reason: count for reason, count in dropped.items() if count},
     }
     (out / SUMMARY_FILE).write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     return summary
+
+
+def _groups(
+    root: pathlib.Path, tokenizer: Tokenizer, rules: codenet.Rules, dropped: collections.Counter[str]
+) -> Iterator[RolloutGroup]:
+    index = itertools.count()
+
+    def keeps(source: str) -> bool:
+        return len(response_ids(source, tokenizer)) <= rules.max_tokens
+
+    for problem in codenet.read_problems(root, dropped):
+        prompt = _prompt(problem, tokenizer)
+        if len(prompt.token_ids) > rules.max_prompt_tokens:
+            dropped["problems with a prompt that is too long"] += 1
+            continue
+        found = codenet.read_submissions(root, problem.id, keeps, dropped)
+        groups = list(codenet.make_groups(problem.id, found, rules))
+        dropped["programs beyond the groups"] += len(found) - len(groups) * rules.group_size
+        if found and not groups:
+            dropped["problems without a correct or without an incorrect program, or with too few"] += 1
+        for members in groups:
+            yield _group(next(index), prompt, members, tokenizer)
 
 
 def response_ids(source: str, tokenizer: Tokenizer) -> list[int]:
@@ -134,24 +138,12 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--tokenizer", required=True, help="tokenizer of the model to be trained: a folder or a name on the hub"
     )
-    parser.add_argument("--group-size", type=int, default=4)
-    parser.add_argument("--max-correct", type=int, default=50, help="correct programs kept per problem")
-    parser.add_argument(
-        "--max-tokens", type=int, default=2048, help="most tokens of a program; longer ones are left out"
-    )
-    parser.add_argument(
-        "--max-prompt-tokens", type=int, default=2048, help="most tokens of a prompt; longer ones are left out"
-    )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the choice of programs and of their groups")
-    arguments = parser.parse_args(argv)
-    if arguments.group_size < 2 or arguments.max_correct < 1:
+    for field in dataclasses.fields(codenet.Rules):
+        name = f"--{field.name.replace('_', '-')}"
+        parser.add_argument(name, type=int, default=field.default, help=HELP[field.name])
+    options = vars(parser.parse_args(argv))
+    root, out, tokenizer = (options.pop(name) for name in ("root", "out", "tokenizer"))
+    if options["group_size"] < 2 or options["max_correct"] < 1:
         parser.error("--group-size: at least 2; --max-correct: at least 1")
-    summary = write(
-        arguments.root,
-        arguments.out,
-        tokenizers.load(arguments.tokenizer),
-        codenet.Rules(arguments.group_size, arguments.max_correct, arguments.seed),
-        max_tokens=arguments.max_tokens,
-        max_prompt_tokens=arguments.max_prompt_tokens,
-    )
+    summary = write(root, out, tokenizers.load(tokenizer), codenet.Rules(**options))
     print(json.dumps(summary, indent=1))

@@ -51,13 +51,18 @@ class Problem(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """How submissions form groups; the defaults are the paper's."""
+    """Which submissions are kept, and how they form groups; the first two defaults are the paper's."""
 
     group_size: int = 4
     """Submissions in a group; at least one is correct and at least one is not."""
     max_correct: int = 50
     """Correct submissions kept per problem, drawn at random."""
+    max_tokens: int = 2048
+    """Most tokens of a response; longer programs are left out."""
+    max_prompt_tokens: int = 2048
+    """Most tokens of a prompt; problems with longer ones are left out."""
     seed: int = 0
+    """Of the choice of programs and of their groups."""
 
 
 def read_problems(root: pathlib.Path, dropped: collections.Counter[str]) -> list[Problem]:
@@ -135,8 +140,8 @@ def make_groups(problem: str, submissions: list[Submission], rules: Rules) -> It
     num_groups = min(len(correct), len(wrong), (len(correct) + len(wrong)) // rules.group_size)
     rest = [*correct[num_groups:], *wrong[num_groups:]]
     rest = [rest[i] for i in rng.permutation(len(rest))]
+    size = rules.group_size - 2
     for i in range(num_groups):
-        size = rules.group_size - 2
         members = [correct[i], wrong[i], *rest[i * size : (i + 1) * size]]
         yield [members[j] for j in rng.permutation(rules.group_size)]
 
@@ -153,14 +158,14 @@ class _Text(html.parser.HTMLParser):
         self._num_silent = self._num_pre = 0
 
     def handle_starttag(self, tag: str, attrs: object) -> None:
-        self._num_silent += tag in self.SILENT
-        self._num_pre += tag == "pre"
-        if tag in self.BLOCKS:
-            self.parts.append("\n")
+        self._pass(tag, 1)
 
     def handle_endtag(self, tag: str) -> None:
-        self._num_silent -= tag in self.SILENT
-        self._num_pre -= tag == "pre"
+        self._pass(tag, -1)
+
+    def _pass(self, tag: str, depth: int) -> None:
+        self._num_silent += depth * (tag in self.SILENT)
+        self._num_pre += depth * (tag == "pre")
         if tag in self.BLOCKS:
             self.parts.append("\n")
 
@@ -190,9 +195,7 @@ def _sample_test(root: pathlib.Path, problem: str) -> str:
 def _rows(path: pathlib.Path, columns: tuple[str, ...]) -> Iterator[dict[str, str]]:
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.DictReader(file)
-        missing = [column for column in columns if column not in (reader.fieldnames or ())]
-        if missing:
-            raise ValueError(
-                f"{path}: lacks the columns {', '.join(missing)}; it has {', '.join(reader.fieldnames or ())}"
-            )
+        found = reader.fieldnames or ()
+        if missing := [column for column in columns if column not in found]:
+            raise ValueError(f"{path}: lacks the columns {', '.join(missing)}; it has {', '.join(found)}")
         yield from reader

@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
+from benchmarks.codenet_toy import NUMBERS, STATUSES, write_corpus
 from oapl_jax.cli import codenet as command
 from oapl_jax.data import codenet
-from oapl_jax.data.codenet_toy import NUMBERS, STATUSES, write_corpus
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.types import Verdict
 
@@ -112,7 +112,7 @@ def test_what_is_left_out_is_counted(root, tmp_path):
     others = sum(row["language"] != "Python" for row in rows)
     assert summary["dropped"]["other languages"] == others > 0
     assert summary["programs"] + summary["dropped"]["programs beyond the groups"] == len(rows) - others
-    short = command.write(root, tmp_path / "short", Bytes(), codenet.Rules(), max_tokens=46)
+    short = command.write(root, tmp_path / "short", Bytes(), codenet.Rules(max_tokens=46))
     assert short["dropped"]["too long"] > 0
     assert all(len(r.rollout.token_ids) <= 46 for g in RolloutLog(tmp_path / "short").read(0) for r in g.rollouts)
 
@@ -128,7 +128,7 @@ def test_what_is_wrong_with_a_copy_is_named(root, tmp_path):
     with pytest.raises(ValueError, match="exists; choose another"):
         command.write(root, tmp_path, Bytes(), codenet.Rules())
     with pytest.raises(ValueError, match=r"no group can be made; left out: .*too long"):
-        command.write(root, tmp_path / "log", Bytes(), codenet.Rules(), max_tokens=5)
+        command.write(root, tmp_path / "log", Bytes(), codenet.Rules(max_tokens=5))
 
 
 def test_published_statements_are_read(shared_data):

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 
 import runs
+from benchmarks.codenet_toy import NUMBERS, write_corpus
 from oapl_jax import train
 from oapl_jax.cli import codenet as command
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.data import codenet
 from oapl_jax.data import tokenizer as tokenizers
-from oapl_jax.data.codenet_toy import NUMBERS, write_corpus
 from oapl_jax.io.metrics import read_metrics
 from oapl_jax.rollouts.log import RolloutLog
 
@@ -40,7 +40,7 @@ def test_people_s_programs_train_a_model_and_nothing_is_scored(tmp_path):
     write_corpus(root, NUMBERS[:4], most=60)
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     assert tokenizer.decode(tokenizer.encode("print(n*3)\n")) == "print(n*3)\n"
-    command.write(root, tmp_path / "log", tokenizer, codenet.Rules(), max_tokens=96)
+    command.write(root, tmp_path / "log", tokenizer, codenet.Rules(max_tokens=96))
     (tmp_path / "model.json").write_text(json.dumps(TOY | {"vocab_size": VOCABULARY, "eos_token_id": 0}))
     config = {
         "mode": "offline",
