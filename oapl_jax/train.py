@@ -22,7 +22,6 @@ from oapl_jax.distributed.sharding import is_here, make_meshes, num_processes
 from oapl_jax.distributed.team import Team
 from oapl_jax.io import console
 from oapl_jax.io.non_finite import check_finite
-from oapl_jax.io.stopwatch import Stopwatch
 from oapl_jax.learner import batch as batches
 from oapl_jax.run.run import MakeSource, Run, assemble, open_run, serve, setup_sampling
 from oapl_jax.run.summary import table, write_results
@@ -57,9 +56,9 @@ def run(config: TrainConfig, make_source: MakeSource | None = None) -> dict[str,
 
 def _step(run: Run) -> None:
     """One step of the learner: take, train, sync, evaluate, save."""
-    config, timer, start = run.config, Stopwatch(), time.perf_counter()
-    with timer("learner/wait_seconds"):
-        groups = run.take()
+    config, start = run.config, time.perf_counter()
+    groups = run.take()
+    wait_seconds = time.perf_counter() - start
 
     # Train on the batch (paper Eq. 3).
     lag = run.progress.step - run.progress.window_step
@@ -83,7 +82,7 @@ def _step(run: Run) -> None:
     evaluation, every = None, config.evaluation.every
     if every and step % every == 0 and not run.is_over:
         evaluation = run.evaluate(config.evaluation.samples)
-    metrics |= run.report() | timer.collect()
+    metrics |= run.report() | {"learner/wait_seconds": wait_seconds}
     metrics["learner/seconds"] = time.perf_counter() - start
     metrics["learner/padding"] = batches.padding(batch, run.assembly.learner.rows)
     metrics["learner/tokens_per_second"] = float(batch.response_mask.sum()) / metrics["learner/seconds"]

@@ -97,13 +97,6 @@ def mistakes(schema: type[Section], error: ValidationError, checks: Checks = NO_
     return [line for details in error.errors() for line in _describe(schema, details, checks)]
 
 
-def save(config: Section, path: pathlib.Path) -> None:
-    """Writes the resolved config as YAML that ``load`` reads back to an equal config; whole or not at all."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(to_yaml(config))
-    temporary.replace(path)
-
-
 def to_yaml(config: Section) -> str:
     """The resolved config as YAML text."""
     return OmegaConf.to_yaml(OmegaConf.create(config.model_dump()))

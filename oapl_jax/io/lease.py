@@ -23,7 +23,6 @@ import pathlib
 import socket
 import threading
 import time
-from types import TracebackType
 from typing import Any
 
 from oapl_jax.io import storage
@@ -108,7 +107,7 @@ class Leases:
     def __enter__(self) -> "Leases":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def claim(self, name: str) -> Lease | None:
@@ -226,22 +225,14 @@ def _this_process() -> dict[str, Any]:
 
 def _start_time(pid: int) -> str | None:
     """When a process of this host started, in the kernel's ticks; None where there is no such process."""
+    with contextlib.suppress(PermissionError):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return None
     try:
         fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        if pathlib.Path("/proc/self/stat").exists():
-            return None
-        return _is_running(pid)
+        return "unknown"  # without /proc
     is_zombie = fields[0] in ("Z", "X")
     return None if is_zombie else fields[19]
-
-
-def _is_running(pid: int) -> str | None:
-    """Without /proc: whether there is such a process, its start unknown."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return None
-    except PermissionError:
-        pass
-    return "unknown"

@@ -5,11 +5,10 @@ Every metric is a number under an ``area/name``; docs/metrics.md describes each 
 
 import json
 import math
-import os
 import pathlib
 from typing import Any
 
-from oapl_jax.io import trackers
+from oapl_jax.io import json_lines, trackers
 from oapl_jax.types import Metrics
 
 METRICS_FILE = "metrics.jsonl"
@@ -46,7 +45,7 @@ class MetricsWriter:
         self._path = run_dir / METRICS_FILE
         last_kept = -1 if resume_step is None else resume_step
         self._wandb = None if wandb_project is None else trackers.start_wandb(wandb_project, run_dir, config)
-        _drop_later_steps(self._path, last_kept)
+        json_lines.keep(self._path, lambda step: step <= last_kept)
         self._file = self._path.open("a", encoding="utf-8")
         self._tensorboard = trackers.start_tensorboard(run_dir, last_kept + 1) if tensorboard else None
 
@@ -80,43 +79,8 @@ class MetricsWriter:
 
 
 def read_metrics(path: pathlib.Path) -> list[Metrics]:
-    """The lines of a metrics.jsonl, null as NaN. A last line that a crash tore in two is left out.
-
-    Raises:
-        ValueError: any other line is not a metrics line; it is named.
-    """
-    return [record for _, record in _read_lines(path)]
-
-
-def _read_lines(path: pathlib.Path) -> list[tuple[str, Metrics]]:
-    """Each line with its record."""
-    *complete, last = path.read_text(encoding="utf-8").split("\n")
-    parsed = []
-    for number, line in enumerate([*complete, last] if last else complete, start=1):
-        try:
-            parsed.append((line, _parse(line)))
-        except ValueError as error:
-            if number > len(complete):
-                break  # no newline after it: the process was killed while it wrote
-            raise ValueError(f"{path}: line {number} is not a line of metrics ({error}): {line[:80]!r}") from None
-    return parsed
-
-
-def _parse(line: str) -> Metrics:
-    record = json.loads(line)
-    if not isinstance(record, dict) or "step" not in record:
-        raise ValueError("no step")
-    return {name: math.nan if value is None else value for name, value in record.items()}
-
-
-def _drop_later_steps(path: pathlib.Path, last_kept: int) -> None:
-    """Rewrites the file without later steps and without a torn last line; a crash leaves the old or the new one."""
-    if not path.exists():
-        return
-    kept = [line for line, record in _read_lines(path) if record["step"] <= last_kept]
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(f"{line}\n" for line in kept)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    """The lines of a metrics.jsonl, null as NaN; see ``json_lines.read``."""
+    return [
+        {name: math.nan if value is None else value for name, value in record.items()}
+        for record in json_lines.read(path)
+    ]

@@ -139,15 +139,15 @@ def digest(config: Any) -> str:
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Lines ``section.key: old -> new``."""
-    lines = []
-    for section, values in after.items():
-        if not isinstance(values, dict):
-            lines += [f"{section}: {before[section]!r} -> {values!r}"] if values != before[section] else []
-            continue
-        old = before[section] or {}
-        lines += [
-            f"{section}.{key}: {old.get(key)!r} -> {value!r}"
-            for key, value in values.items()
-            if value != old.get(key) and not (section == "run" and key in NOT_IDENTITY)
-        ]
-    return lines
+    old, new = _flat(before), _flat(after)
+    return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in {**new, **old} if old.get(key) != new.get(key)]
+
+
+def _flat(config: dict[str, Any]) -> dict[str, Any]:
+    """Values by ``section.key``, without ``NOT_IDENTITY``."""
+    values: dict[str, Any] = {}
+    for section, value in config.items():
+        values |= (
+            {f"{section}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {section: value}
+        )
+    return {key: value for key, value in values.items() if key not in {f"run.{name}" for name in NOT_IDENTITY}}

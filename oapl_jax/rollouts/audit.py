@@ -9,7 +9,6 @@ Exit code 1 names the first mistake and the file and line that it is in. It need
 """
 
 import collections
-import json
 import math
 import pathlib
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from oapl_jax.config.commands import TrainConfig
-from oapl_jax.io import run_dir, storage
+from oapl_jax.io import json_lines, run_dir, storage
 from oapl_jax.io.metrics import METRICS_FILE, read_metrics
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.types import RolloutGroup, RunError
@@ -44,7 +43,7 @@ def audit(run: pathlib.Path) -> str:
     num_damaged = 0
     uses: collections.Counter[str] = collections.Counter()
     version, window_step, step, num_rollouts, num_windows = -1, 0, 0, 0, 0
-    for where, line in _lines(run / BATCHES_FILE):
+    for where, line in _batches(run):
         step += 1
         _require(line["step"] == step, where, f"step {line['step']} follows step {step - 1}")
         if line["policy_version"] != version:
@@ -115,7 +114,7 @@ def _check_batch(
 def _check_order(run: pathlib.Path) -> None:
     """In the order of the index the groups of a window ascend."""
     before: dict[int, int] = {}
-    for where, line in _lines(run / BATCHES_FILE):
+    for where, line in _batches(run):
         indices = [int(name.rpartition("-")[2]) for name in line["groups"]]
         last = before.get(line["policy_version"], -1)
         _require([last, *indices] == sorted({last, *indices}), where, "the groups are not in the order of their index")
@@ -124,9 +123,7 @@ def _check_order(run: pathlib.Path) -> None:
 
 def _check_metrics(run: pathlib.Path, steps: int, config: TrainConfig) -> None:
     """Each step has one line, whose version and lag are those of its batch; a killed run lacks the last ones."""
-    if not (run / METRICS_FILE).exists():
-        return
-    batches = {line["step"]: line["policy_version"] for _, line in _lines(run / BATCHES_FILE)}
+    batches = {line["step"]: line["policy_version"] for _, line in _batches(run)}
     for line, row in enumerate((row for row in read_metrics(run / METRICS_FILE) if row["step"] > 0), start=1):
         where = f"{METRICS_FILE}, step {row['step']}"
         _require(row["step"] == line and line <= steps, where, f"is line {line} of {steps} recorded steps")
@@ -151,17 +148,14 @@ def _read(log: RolloutLog, version: int) -> tuple[dict[str, RolloutGroup], list[
     return groups, damaged
 
 
-def _lines(path: pathlib.Path) -> Iterator[tuple[str, Any]]:
-    """Each whole line with its file and number; a last line that a crash tore is no step."""
-    if not path.exists():
-        return
-    for number, line in enumerate(path.read_text().splitlines(keepends=True), start=1):
-        if line.endswith("\n"):
-            where = f"{path.name}, line {number}"
-            try:
-                yield where, json.loads(line)
-            except ValueError as error:
-                raise AuditError(f"{where}: {error}") from error
+def _batches(run: pathlib.Path) -> Iterator[tuple[str, Any]]:
+    """Each recorded batch with its file and line."""
+    try:
+        lines = json_lines.read(run / BATCHES_FILE)
+    except ValueError as error:
+        raise AuditError(str(error)) from error
+    for number, line in enumerate(lines, start=1):
+        yield f"{BATCHES_FILE}, line {number}", line
 
 
 def _require(is_so: bool, where: str, problem: str) -> None:

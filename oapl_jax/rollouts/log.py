@@ -8,12 +8,11 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from oapl_jax.io import storage
+from oapl_jax.io import json_lines, storage
 from oapl_jax.io.storage import SharedPath
 from oapl_jax.rollouts import schema
 from oapl_jax.types import FinishReason, RolloutGroup, Verdict
@@ -140,16 +139,8 @@ class BatchRecord:
             ValueError: for a damaged line.
         """
         self._path = path
-        self._recorded: dict[int, list[str]] = {}
-        if not path.exists():
-            return
-        lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-        rows = {line: _parse(path, number, line) for number, line in enumerate(lines, start=1)}
-        kept = [line for line in lines if delete_after is None or rows[line]["step"] <= delete_after]
-        temporary = path.with_suffix(".tmp")
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
-        self._recorded = {rows[line]["step"]: rows[line]["groups"] for line in kept}
+        kept = json_lines.keep(path, lambda step: delete_after is None or step <= delete_after)
+        self._recorded: dict[int, list[str]] = {row["step"]: row["groups"] for row in kept}
 
     def groups(self, step: int) -> list[str] | None:
         """Ids of the groups of a step's batch, as a former process recorded it; None where it did not."""
@@ -184,10 +175,3 @@ def _read_table(path: SharedPath, columns: list[str] | None = None) -> pa.Table:
         raise
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{path}: not a readable Parquet file ({error}); move it away to go on without it") from error
-
-
-def _parse(path: pathlib.Path, number: int, line: str) -> dict[str, Any]:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise ValueError(f"{path}: line {number} is damaged ({error}); remove it and the lines after it") from error

@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
 
 from oapl_jax.distributed.team import Team
+from oapl_jax.io import storage
 from oapl_jax.types import RunError
 
 Tree = TypeVar("Tree")
@@ -161,13 +162,7 @@ class Checkpoints:
         self._manager.close()
 
         def rename() -> str:
-            source, target = self._directory / str(step), self._directory / f"{step}.damaged"
-            times = 1
-            while target.exists():
-                times += 1
-                target = target.with_name(f"{step}.damaged-{times}")
-            source.rename(target)
-            return str(target)
+            return str(storage.move_aside(self._directory / str(step), ".damaged"))
 
         target = rename() if self._processes is None else self._processes.agree(rename, PEER_SECONDS)
         self._manager = self._open()

@@ -90,8 +90,6 @@ def _results(config: TrainConfig, run_dir: pathlib.Path, step: int) -> str:
 
 
 def _measured(run_dir: pathlib.Path, step: int) -> dict[str, float]:
-    if not (run_dir / METRICS_FILE).exists():
-        return {}
     lines = [line for line in read_metrics(run_dir / METRICS_FILE) if line["step"] == step]
     found = lines[-1] if lines else {}
     return {name.removeprefix("evaluation/"): value for name, value in found.items() if "pass@" in name}

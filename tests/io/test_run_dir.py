@@ -150,7 +150,7 @@ def test_a_run_directory_of_before_there_were_layouts_is_refused(tmp_path):
 
 def test_a_config_that_lies_in_the_folder_of_a_new_run_is_no_run(tmp_path):
     config = make_config(tmp_path)
-    config_file.save(config, tmp_path / "config.yaml")
+    (tmp_path / "config.yaml").write_text(config_file.to_yaml(config))
     assert open_run(config, TrainConfig) == tmp_path
     assert read_config(tmp_path, TrainConfig) == config
 

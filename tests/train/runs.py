@@ -39,7 +39,7 @@ def make_config(run_dir, **sections):
 
 
 def write_config(path, config):
-    config_file.save(config, path)
+    path.write_text(config_file.to_yaml(config))
     return path
 
 

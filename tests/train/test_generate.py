@@ -40,7 +40,7 @@ def make_config(run_dir, **sections) -> GenerateConfig:
 def start(config: GenerateConfig, path: pathlib.Path) -> subprocess.Popen:
     """The command as a user gives it."""
     if not path.exists():
-        config_file.save(config, path)
+        path.write_text(config_file.to_yaml(config))
     command = [sys.executable, "-m", "oapl_jax", "generate", "--config", str(path)]
     environment = {**os.environ, "PYTHONPATH": str(runs.ROOT)}
     return subprocess.Popen(command, cwd=runs.ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
