@@ -33,6 +33,7 @@ import numpy as np
 from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.data import tokenizer as tokenizers
 from oapl_jax.distributed.sharding import TRAINER_RULES, make_meshes, shardings
+from oapl_jax.distributed.team import Team
 from oapl_jax.model import qwen
 from oapl_jax.rollouts.buffer import Window
 from oapl_jax.types import Metrics
@@ -98,7 +99,8 @@ def measure(size: str, repeats: int, chunk_mib: int) -> dict[str, Any]:
         def publish() -> float:
             version = len(rates["publish"])
             store = PolicyStore(directory / f"policy-{version}")
-            report: Metrics = store.publish(Manifest(Window(version, 0, 0), 1, "", {}), config, held[0], tokenizer)
+            manifest = Manifest(Window(version, 0, 0), 1, "", {})
+            report: Metrics = store.publish(manifest, config, held[0], tokenizer, Team.alone())
             return report["sync/publish_bytes"]
 
         def disk() -> float:

@@ -1,6 +1,6 @@
 """The endless, shuffled stream of prompt and response pairs for supervised fine-tuning."""
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int
@@ -8,17 +8,7 @@ from jaxtyping import Int
 from oapl_jax.config.data import SftDataConfig
 from oapl_jax.data import rows, tasks
 from oapl_jax.data.streams import Made, Shuffled
-
-
-@runtime_checkable
-class PairEncoder(tasks.PromptEncoder, Protocol):
-    """The methods of a tokenizer that pairs need."""
-
-    eos_id: int
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of plain text."""
-        ...
+from oapl_jax.data.tokenizer import Tokenizer
 
 
 class Pair(NamedTuple):
@@ -28,7 +18,7 @@ class Pair(NamedTuple):
     response_ids: Int[np.ndarray, "R"]
 
 
-def load_pairs(data: SftDataConfig, tokenizer: PairEncoder, seed: int) -> Shuffled[Pair] | Made[Pair]:
+def load_pairs(data: SftDataConfig, tokenizer: Tokenizer, seed: int) -> Shuffled[Pair] | Made[Pair]:
     """The tokenised pairs as an endless random-access stream, shuffled by ``seed``.
 
     Raises:
@@ -66,7 +56,7 @@ def load_pairs(data: SftDataConfig, tokenizer: PairEncoder, seed: int) -> Shuffl
     return Shuffled(pairs, num_dropped, seed)
 
 
-def _make_pair(prompt_ids: Int[np.ndarray, "P"], response: str, tokenizer: PairEncoder) -> Pair:
+def _make_pair(prompt_ids: Int[np.ndarray, "P"], response: str, tokenizer: Tokenizer) -> Pair:
     return Pair(prompt_ids, np.asarray([*tokenizer.encode(response), tokenizer.eos_id], np.int32))
 
 

@@ -12,6 +12,7 @@ from oapl_jax.data import rows, tasks
 from oapl_jax.data.catalogue import DATASETS
 from oapl_jax.data.dataset import Problem
 from oapl_jax.data.streams import Made, Shuffled
+from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.types import Prompt
 
 TASK_PROMPTS = 128
@@ -21,7 +22,7 @@ TASK_PROMPTS = 128
 PromptSource = Shuffled[Prompt] | Made[Prompt]
 
 
-def load_prompts(data: DataConfig, tokenizer: tasks.PromptEncoder, seed: int) -> PromptSource:
+def load_prompts(data: DataConfig, tokenizer: Tokenizer, seed: int) -> PromptSource:
     """The tokenised training prompts as an endless stream, shuffled by ``seed``.
 
     Raises:
@@ -44,7 +45,7 @@ def load_prompts(data: DataConfig, tokenizer: tasks.PromptEncoder, seed: int) ->
     return Shuffled(*_read_prompts(data, tokenizer), seed)
 
 
-def held_out(config: TrainConfig, tokenizer: tasks.PromptEncoder) -> list[Prompt]:
+def held_out(config: TrainConfig, tokenizer: Tokenizer) -> list[Prompt]:
     """The first ``evaluation.prompts`` held-out prompts, or all if there are fewer; they are the same for every seed.
 
     Raises:
@@ -63,7 +64,7 @@ def held_out(config: TrainConfig, tokenizer: tasks.PromptEncoder) -> list[Prompt
     return first_prompts(source, tokenizer, evaluation.prompts)
 
 
-def first_prompts(data: DataConfig, tokenizer: tasks.PromptEncoder, num: int | None) -> list[Prompt]:
+def first_prompts(data: DataConfig, tokenizer: Tokenizer, num: int | None) -> list[Prompt]:
     """The first prompts of a source in its order, or all if there are fewer; for a built-in task the held-out ones."""
     if data.task is not None:
         task = tasks.make_task(data.task)
@@ -72,7 +73,7 @@ def first_prompts(data: DataConfig, tokenizer: tasks.PromptEncoder, num: int | N
     return _read_prompts(data, tokenizer)[0][:num]
 
 
-def _read_prompts(data: DataConfig, tokenizer: tasks.PromptEncoder) -> tuple[list[Prompt], int]:
+def _read_prompts(data: DataConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], int]:
     """All prompts within the limit, in the order of the source, and the number of rows that were left out."""
     if "{prompt}" not in data.template:
         raise ValueError(f"data.template={data.template!r}: lacks {{prompt}}, which stands for the question")
@@ -150,7 +151,7 @@ def _format_of(path: pathlib.Path) -> str:
     return "parquet" if path.suffix == ".parquet" else "jsonl"
 
 
-def _make_prompt(row_name: str, question: str, answer: str, data: DataConfig, tokenizer: tasks.PromptEncoder) -> Prompt:
+def _make_prompt(row_name: str, question: str, answer: str, data: DataConfig, tokenizer: Tokenizer) -> Prompt:
     template = data.template
     if data.dataset is not None and "template" not in data.changed_from_default():
         template = DATASETS[data.dataset].template

@@ -6,11 +6,12 @@ Each prompt is made from its index alone, so a stream can be resumed from a posi
 
 import abc
 import zlib
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from oapl_jax.config.names import entry
+from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.types import Prompt
 
 Split = Literal["train", "held_out"]
@@ -22,15 +23,6 @@ HELD_OUT_SEED = 99
 _SPLIT_ALPHABET = "_$0123456789+-*="
 
 _STREAMS = {"train": 0, "held_out": 1, "demonstration": 2}
-
-
-@runtime_checkable
-class PromptEncoder(Protocol):
-    """The method of a tokenizer that prompts need."""
-
-    def encode_prompt(self, question: str, system: str | None = None) -> list[int]:
-        """Token ids up to the beginning of the response."""
-        ...
 
 
 class Draw(NamedTuple):
@@ -57,13 +49,13 @@ class Task(abc.ABC):
     def draw(self, rng: np.random.Generator) -> Draw:
         """One question with a demonstration, from either split."""
 
-    def prompt(self, index: int, split: Split, seed: int, tokenizer: PromptEncoder) -> Prompt:
+    def prompt(self, index: int, split: Split, seed: int, tokenizer: Tokenizer) -> Prompt:
         """Prompt number ``index`` of a split; held-out prompts do not depend on ``seed``."""
         stream_seed = HELD_OUT_SEED if split == "held_out" else seed
         question = self._draw_at(index, stream_seed, split, is_held_out=split == "held_out").question
         return _make_prompt(f"{self.name}/{split}/{index}", question, tokenizer)
 
-    def demonstration(self, index: int, seed: int, tokenizer: PromptEncoder) -> tuple[Prompt, str]:
+    def demonstration(self, index: int, seed: int, tokenizer: Tokenizer) -> tuple[Prompt, str]:
         """Training prompt number ``index`` of a separate stream, with a response that lacks the stop token."""
         draw = self._draw_at(index, seed, "demonstration", is_held_out=False)
         return _make_prompt(f"{self.name}/demonstration/{index}", draw.question, tokenizer), draw.response
@@ -146,6 +138,6 @@ def _apply(operator: str, left: int, right: int) -> int:
     return {"+": left + right, "-": left - right, "*": left * right}[operator]
 
 
-def _make_prompt(prompt_id: str, question: str, tokenizer: PromptEncoder) -> Prompt:
+def _make_prompt(prompt_id: str, question: str, tokenizer: Tokenizer) -> Prompt:
     token_ids = np.asarray(tokenizer.encode_prompt(question), np.int32)
     return Prompt(id=prompt_id, token_ids=token_ids, text=question, answer="")

@@ -9,7 +9,7 @@ from oapl_jax.config.data import DataConfig
 from oapl_jax.config.reward import RewardConfig
 from oapl_jax.data.catalogue import DATASETS
 from oapl_jax.data.prompts import first_prompts
-from oapl_jax.data.tasks import PromptEncoder
+from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.rewards.grader import Grader, grader_of
 from oapl_jax.types import Prompt
 
@@ -51,7 +51,7 @@ def benchmarks(config: EvaluateConfig) -> list[Benchmark]:
     return found
 
 
-def load(config: EvaluateConfig, tokenizer: PromptEncoder, stack: contextlib.ExitStack) -> list[Graded]:
+def load(config: EvaluateConfig, tokenizer: Tokenizer, stack: contextlib.ExitStack) -> list[Graded]:
     """All problems, in the order of the config; benchmarks with the same options share a grader.
 
     Args:

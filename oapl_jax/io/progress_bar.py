@@ -27,32 +27,21 @@ class ProgressBar:
     Plain lines are at least 2 seconds apart, up to a minute in long runs; the last step always has one.
     """
 
-    def __init__(
-        self,
-        total_steps: int,
-        *,
-        enabled: bool = True,
-        live: bool | None = None,
-        stream: Any = None,
-        unit: str = "step",
-    ):
+    def __init__(self, total_steps: int, *, enabled: bool = True, stream: Any = None, unit: str = "step"):
         """Prepares the display.
 
         Args:
             total_steps: learner steps in all, those before a resume included.
             enabled: False silences ``update``; notes are printed all the same.
-            live: a bar that moves; None: when the stream is a terminal.
             stream: text file to print to; None: standard output.
             unit: what is counted.
         """
-        self._total, self._unit = total_steps, unit
+        self._total, self._unit, self._enabled = total_steps, unit, enabled
         self._stream = sys.stdout if stream is None else stream
-        self._live = enabled and (self._stream.isatty() if live is None else live)
-        self._enabled = enabled
         self._shown: Metrics = {}
         self._first: tuple[int, float] | None = None
         self._last_line = -math.inf
-        self._bar = _make_bar(self._stream) if self._live else None
+        self._bar = _make_bar(self._stream) if enabled and self._stream.isatty() else None
         self._task = self._bar.add_task("", total=total_steps, shown="", left="") if self._bar else None
 
     def expect(self, total_steps: int) -> None:
@@ -75,22 +64,19 @@ class ProgressBar:
         elif step >= self._total or now - self._last_line >= self._pause(now):
             self._last_line = now
             width = len(str(self._total))
-            self._print("  ".join([f"{self._unit} {step:{width}}/{self._total}", *shown, left]))
+            self.note("  ".join([f"{self._unit} {step:{width}}/{self._total}", *shown, left]))
 
     def note(self, message: str) -> None:
         """Prints one line that stays, above the bar if there is one."""
         if self._bar is not None:
             self._bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
         else:
-            self._print(message)
+            print(message.rstrip(), file=self._stream, flush=True)
 
     def _pause(self, now: float) -> float:
         shortest, longest = _SECONDS_BETWEEN_LINES
         elapsed = 0.0 if self._first is None else now - self._first[1]
         return min(longest, max(shortest, elapsed / 50))
-
-    def _print(self, line: str) -> None:
-        print(line.rstrip(), file=self._stream, flush=True)
 
     def __enter__(self) -> "ProgressBar":
         if self._bar is not None:
@@ -119,15 +105,9 @@ def _describe(metrics: Metrics) -> list[str]:
     columns = columns or [column for column in _SHOWN_WITHOUT_ROLLOUTS if column[0] in metrics]
     words = [f"{label} {float(metrics[name]):.{decimals}f}" for name, label, decimals in columns]
     if "learner/tokens_per_second" in metrics:
-        words.append(f"{_short(float(metrics['learner/tokens_per_second']))} tok/s")
+        speed = float(metrics["learner/tokens_per_second"])
+        words.append(f"{speed:.0f} tok/s" if speed < 1e3 else f"{speed / 1e3:.1f}k tok/s")
     return words
-
-
-def _short(value: float) -> str:
-    for limit, divisor, suffix in ((1e3, 1, ""), (1e6, 1e3, "k"), (1e9, 1e6, "M")):
-        if abs(value) < limit:
-            return f"{value / divisor:.{0 if divisor == 1 else 1}f}{suffix}"
-    return f"{value:.1e}"
 
 
 def _time_left(first: tuple[int, float], last: tuple[int, float], total: int) -> str:

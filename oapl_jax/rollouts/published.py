@@ -7,17 +7,19 @@ so that nothing is lost on the way there and back. Ground truths that are JSON (
 as theirs are (``rewards/layouts.py``).
 """
 
+import itertools
 import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from oapl_jax.rewards.code import layouts
+from oapl_jax.rollouts import schema
 from oapl_jax.types import GradedRollout, RolloutGroup
 
 GROUPS_AT_ONCE = 64
@@ -27,47 +29,48 @@ SHORTEST_PACKED = 24
 """A packed string has more characters; a gold answer that begins like one has fewer."""
 
 SCHEMA = pa.schema(
-    [
-        pa.field("data_source", pa.string()),
-        pa.field("prompt", pa.list_(pa.struct([("content", pa.string()), ("role", pa.string())]))),
-        pa.field("ability", pa.string()),
-        pa.field("reward_model", pa.struct([("ground_truth", pa.string()), ("style", pa.string())])),
-        pa.field(
-            "extra_info",
-            pa.struct(
-                [
-                    *(("index", pa.int64()), ("split", pa.string())),
-                    *(("policy_version", pa.int64()), ("rollout_index", pa.int32()), ("finish_reason", pa.string())),
-                    *(("verdict", pa.string()), ("verdict_detail", pa.string())),
-                    *(("value", pa.float64()), ("advantage", pa.float64()), ("extra", pa.string())),
-                ]
-            ),
+    {
+        "data_source": pa.string(),
+        "prompt": pa.list_(pa.struct({"content": pa.string(), "role": pa.string()})),
+        "ability": pa.string(),
+        "reward_model": pa.struct({"ground_truth": pa.string(), "style": pa.string()}),
+        "extra_info": pa.struct(
+            {
+                "index": pa.int64(),
+                "split": pa.string(),
+                "policy_version": pa.int64(),
+                "rollout_index": pa.int32(),
+                "finish_reason": pa.string(),
+                "verdict": pa.string(),
+                "verdict_detail": pa.string(),
+                "value": pa.float64(),
+                "advantage": pa.float64(),
+                "extra": pa.string(),
+            }
         ),
-        pa.field("response", pa.string()),
-        pa.field("precomputed_reward", pa.float64()),
-        pa.field("response_rewards", pa.list_(pa.float64())),
-        pa.field("prompt_token_ids", pa.list_(pa.int32())),
-        pa.field("response_token_ids", pa.list_(pa.int32())),
-        pa.field("response_logprobs", pa.list_(pa.float32())),
-    ]
+        "response": pa.string(),
+        "precomputed_reward": pa.float64(),
+        "response_rewards": pa.list_(pa.float64()),
+        "prompt_token_ids": pa.list_(pa.int32()),
+        "response_token_ids": pa.list_(pa.int32()),
+        "response_logprobs": pa.list_(pa.float32()),
+    }
 )
 
 
-def write(path: pathlib.Path, groups: Iterable[RolloutGroup]) -> int:
-    """Writes the groups' rollouts, whole or not at all; returns the number of rows.
+def write(path: pathlib.Path, groups: Iterable[RolloutGroup]) -> None:
+    """Writes the groups' rollouts, whole or not at all.
 
     A rollout whose verdict is invalid has no reward and is not written: their programs would average over it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    num_rows = 0
+    groups = iter(groups)
     with pq.ParquetWriter(temporary, SCHEMA, compression="zstd", write_page_checksum=True) as writer:
-        for batch in _batched(groups):
+        while batch := list(itertools.islice(groups, GROUPS_AT_ONCE)):
             rows = [row for group in batch for row in _rows(group)]
-            num_rows += len(rows)
             writer.write_table(pa.Table.from_pylist(rows, schema=SCHEMA))
     temporary.replace(path)
-    return num_rows
 
 
 def unpack_answer(ground_truth: str) -> str:
@@ -109,8 +112,8 @@ def _row(group: RolloutGroup, index: int, item: GradedRollout, rewards: list[flo
             "finish_reason": item.rollout.finish_reason.value,
             "verdict": item.grade.verdict.value,
             "verdict_detail": item.grade.detail,
-            "value": None if math.isnan(group.value) else group.value,
-            "advantage": None if math.isnan(item.advantage) else item.advantage,
+            "value": schema.null_if_nan(group.value),
+            "advantage": schema.null_if_nan(item.advantage),
             "extra": item.extra,
         },
         "response": item.text,
@@ -120,14 +123,3 @@ def _row(group: RolloutGroup, index: int, item: GradedRollout, rewards: list[flo
         "response_token_ids": item.rollout.token_ids,
         "response_logprobs": item.rollout.logprobs,
     }
-
-
-def _batched(groups: Iterable[RolloutGroup]) -> Iterator[list[RolloutGroup]]:
-    batch: list[RolloutGroup] = []
-    for group in groups:
-        batch.append(group)
-        if len(batch) == GROUPS_AT_ONCE:
-            yield batch
-            batch = []
-    if batch:
-        yield batch

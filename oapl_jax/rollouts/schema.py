@@ -174,9 +174,9 @@ def _row(group: RolloutGroup, rollout_index: int, item: GradedRollout) -> dict:
         "finish_reason": item.rollout.finish_reason.value,
         "verdict": item.grade.verdict.value,
         "verdict_detail": item.grade.detail,
-        "reward": _null_if_nan(item.grade.reward),
-        "value": _null_if_nan(group.value),
-        "advantage": _null_if_nan(item.advantage),
+        "reward": null_if_nan(item.grade.reward),
+        "value": null_if_nan(group.value),
+        "advantage": null_if_nan(item.advantage),
         "extra": item.extra,
     }
 
@@ -208,7 +208,8 @@ def _graded(row: dict) -> GradedRollout:
     return GradedRollout(rollout, row["response"], grade, _nan_if_null(row["advantage"]), row["extra"])
 
 
-def _null_if_nan(value: float) -> float | None:
+def null_if_nan(value: float) -> float | None:
+    """Arrow's way of saying that there is no number."""
     return None if math.isnan(value) else value
 
 

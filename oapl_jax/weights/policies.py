@@ -16,8 +16,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from jax.typing import DTypeLike
-
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.distributed.team import Team
 from oapl_jax.io import storage
@@ -74,8 +72,7 @@ class PolicyStore:
         config: qwen.QwenConfig,
         params: Any,
         tokenizer: Tokenizer,
-        dtype: DTypeLike | None = None,
-        writers: Team | None = None,
+        writers: Team,
     ) -> Metrics:
         """Writes a version and points to it. One that is whole already, from before a restart, is only pointed to.
 
@@ -84,7 +81,6 @@ class PolicyStore:
             config: the architecture.
             params: of ``nnx.split(Qwen(...))[1]``.
             tokenizer: saved with them.
-            dtype: of the weights in the file; default as they are.
             writers: the processes that have the parameters, all of which call this.
 
         Returns:
@@ -95,27 +91,22 @@ class PolicyStore:
         """
         start, version = time.perf_counter(), manifest.window.policy_version
         folder, local = self.folder(version), storage.is_local(self.directory)
-        is_leader = writers is None or writers.is_leader
-        if not local and writers is not None and len(writers.members) > 1:
+        if not local and writers.size > 1:
             raise ValueError(
                 f"{self.directory}: several processes write a policy in one folder; mount the bucket, or train in one process"
             )
-        if writers is None:
-            is_there = self._is_published(manifest)
-        else:
-            is_there = writers.agree(lambda: self._is_published(manifest), hf.WRITE_DEADLINE)
-        if is_there:
-            if is_leader:
+        if writers.agree(lambda: self._is_published(manifest), hf.WRITE_DEADLINE):
+            if writers.is_leader:
                 self._point_to(Current(version, is_finished=False))
             return {"sync/publish_seconds": time.perf_counter() - start, "sync/publish_bytes": 0}
         parent = pathlib.Path(str(self.directory)) if local else pathlib.Path(tempfile.gettempdir())
         staged = parent / f".{version:06d}.staged"
-        if is_leader:
+        if writers.is_leader:
             storage.remove(folder)  # half of it, from a writer that was killed
             parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(staged, ignore_errors=True)
-        hf.save_folder(staged, config, params, tokenizer, dtype, writers)
-        if not is_leader:
+        hf.save_folder(staged, config, params, tokenizer, writers=writers)
+        if not writers.is_leader:
             return {"sync/publish_seconds": time.perf_counter() - start}
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
             files = dict(pool.map(_describe, sorted(staged.iterdir())))

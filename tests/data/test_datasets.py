@@ -17,6 +17,7 @@ from oapl_jax.config.data import DataConfig
 from oapl_jax.config.reward import RewardConfig
 from oapl_jax.data.catalogue import DATASETS
 from oapl_jax.data.prompts import held_out, load_prompts
+from oapl_jax.data.tokenizer import CharacterTokenizer
 from oapl_jax.rewards.code import layouts, programs
 from oapl_jax.rewards.grader import RewardGrader
 from oapl_jax.rewards.math import answers
@@ -25,7 +26,7 @@ from oapl_jax.rewards.tasks import make_setup
 from oapl_jax.types import FinishReason, Verdict
 
 
-class Words:
+class Words(CharacterTokenizer):
     """A tokenizer with one token per word."""
 
     def encode_prompt(self, question, system=None):

@@ -31,7 +31,8 @@ def test_outside_a_terminal_progress_prints_plain_lines_seconds_apart():
 def test_a_terminal_gets_a_bar_that_fits_80_columns(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     stream = io.StringIO()
-    with ProgressBar(200, stream=stream, live=True) as progress:
+    stream.isatty = lambda: True
+    with ProgressBar(200, stream=stream) as progress:
         for step in (1, 2, 123):
             progress.update(step, SHOWN)
         progress.note("synced version 2 [not markup]")

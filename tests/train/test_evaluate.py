@@ -17,6 +17,7 @@ from oapl_jax.config.commands import EvaluateConfig
 from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.data.tokenizer import CharacterTokenizer
 from oapl_jax.distributed.sharding import TRAINER_RULES, make_meshes
+from oapl_jax.distributed.team import Team
 from oapl_jax.evaluation import tally
 from oapl_jax.io import run_dir
 from oapl_jax.model import hf
@@ -106,7 +107,7 @@ def test_published_policies_are_evaluated_and_half_of_one_is_not(tmp_path):
     config, params = hf.load_params(runs.BASE["model"]["path"], mesh, TRAINER_RULES, "float32")
     for version in (0, 1):
         manifest = Manifest(Window(version, 0, 4), 4, "digest", {}, "log")
-        store.publish(manifest, config, params, CharacterTokenizer())
+        store.publish(manifest, config, params, CharacterTokenizer(), Team.alone())
     (directory / "policy" / "000002").mkdir()
     run_dir.save_config(directory, runs.make_config(directory))
     (directory / "summary.json").write_text("{}")

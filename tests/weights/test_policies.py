@@ -11,6 +11,7 @@ from model import tiny
 from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.data.tokenizer import CharacterTokenizer
 from oapl_jax.distributed.sharding import SAMPLER_RULES, make_meshes
+from oapl_jax.distributed.team import Team
 from oapl_jax.model import hf
 from oapl_jax.rollouts.buffer import Window
 from oapl_jax.weights.policies import Current, Manifest, PolicyGoneError, PolicyStore, VersionLeases
@@ -23,7 +24,9 @@ def manifest(version, start=0):
 
 
 def publish(store, version, **options):
-    return store.publish(manifest(version, **options), CONFIG, tiny.split(CONFIG)[1], CharacterTokenizer())
+    return store.publish(
+        manifest(version, **options), CONFIG, tiny.split(CONFIG)[1], CharacterTokenizer(), Team.alone()
+    )
 
 
 @pytest.fixture
