@@ -13,6 +13,7 @@ Alignment, everywhere: ``logprobs[:, t]`` scores ``tokens[:, t]`` given the toke
 
 import dataclasses
 import enum
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,7 +78,7 @@ class GradedRollout:
     rollout: Rollout
     text: str
     grade: Grade
-    advantage: float
+    advantage: float = math.nan
     """A* = r - V*(x), float64 (objectives/oapl.py); NaN where the rollout is not usable."""
     extra: str = "{}"
     """A JSON object of what else is known of the rollout; the log keeps it as it is."""

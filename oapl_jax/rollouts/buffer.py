@@ -125,22 +125,12 @@ class GroupBuffer(Changes):
         """Index after the last group that was taken."""
 
     def open_window(
-        self,
-        policy_version: int,
-        *,
-        start_position: int,
-        num_groups: int,
-        asked_again: Sequence[int] = (),
-        logged: Iterable[RolloutGroup] = (),
-        batches: Sequence[Sequence[int]] = (),
+        self, window: Window, logged: Iterable[RolloutGroup] = (), batches: Sequence[Sequence[int]] = ()
     ) -> None:
         """Starts a window: clears the buffer, drops and counts what the last window left.
 
         Args:
-            policy_version: version whose groups the buffer holds from now on.
-            start_position: place in the prompt stream of the first group whose prompt is not asked again.
-            num_groups: new accepted groups that the learner wants in the whole window.
-            asked_again: places in the prompt stream of the window's first groups.
+            window: what is to be sampled.
             logged: groups of this version that are in the rollout log already, after a restart.
             batches: indices of the groups of each batch that the window has given already.
 
@@ -149,14 +139,14 @@ class GroupBuffer(Changes):
         """
         with self._changed:
             self.num_dropped += self._num_in_flight() + len(self._fresh) + self._num_passed_over()
-            self._begin(Window(policy_version, start_position, num_groups, tuple(asked_again)))
+            self._begin(window)
             for group in logged:
                 self._add(group)
             for indices in batches:
                 lacking = [index for index in indices if index not in self._fresh and index not in self._taken]
                 if lacking and self._consumption.is_repeating:
                     raise ValueError(
-                        f"batches.jsonl has group {lacking[0]} of policy version {policy_version} in a batch, and the"
+                        f"batches.jsonl has group {lacking[0]} of policy version {self.policy_version} in a batch, and the"
                         " rollout log does not have it; it would be trained on again: put the log's files back"
                     )
                 self._take(indices)

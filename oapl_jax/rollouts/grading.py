@@ -1,5 +1,6 @@
 """From rollouts to graded groups. A process has one ``Grading``, which all who sample share."""
 
+import dataclasses
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -54,7 +55,7 @@ class Grading:
         """Graded groups with their advantages."""
         graded = self.grade([(prompt, rollouts) for _, prompt, rollouts in items])
         return [
-            self.group(ticket, prompt, rollouts, texts, grades)
+            self.group(ticket, prompt, list(map(GradedRollout, rollouts, texts, grades)))
             for (ticket, prompt, rollouts), (texts, grades) in zip(items, graded, strict=True)
         ]
 
@@ -67,32 +68,23 @@ class Grading:
         self._thread.shutdown(cancel_futures=True)
         self._grader.close()
 
-    def group(
-        self,
-        ticket: Ticket,
-        prompt: Prompt,
-        rollouts: Sequence[Rollout],
-        texts: Sequence[str],
-        grades: Sequence[Grade],
-        extras: Sequence[str] | None = None,
-    ) -> RolloutGroup:
-        """V* and advantages over the rollouts whose verdict and log-probabilities can be used.
-
-        ``extras`` are those of rollouts that were read (``GradedRollout.extra``).
-        """
+    def group(self, ticket: Ticket, prompt: Prompt, graded: Sequence[GradedRollout]) -> RolloutGroup:
+        """V* and advantages over the rollouts whose verdict and log-probabilities can be used."""
         is_usable = np.array(
             [
-                grade.verdict is not Verdict.INVALID
-                and math.isfinite(grade.reward)
-                and np.isfinite(rollout.logprobs).all()
-                for grade, rollout in zip(grades, rollouts, strict=True)
+                item.grade.verdict is not Verdict.INVALID
+                and math.isfinite(item.grade.reward)
+                and np.isfinite(item.rollout.logprobs).all()
+                for item in graded
             ]
         )
-        advantages, value = np.full(len(rollouts), np.nan), math.nan
+        advantages, value = np.full(len(graded), np.nan), math.nan
         if is_usable.any():
-            rewards = np.array([grade.reward for grade in grades], np.float64)[is_usable]
-            is_correct = np.array([grade.verdict is Verdict.CORRECT for grade in grades])[is_usable]
+            rewards = np.array([item.grade.reward for item in graded], np.float64)[is_usable]
+            is_correct = np.array([item.grade.verdict is Verdict.CORRECT for item in graded])[is_usable]
             advantages[is_usable], value = self._advantages(rewards, is_correct), self._value(rewards)
-        extras = ["{}"] * len(rollouts) if extras is None else extras
-        graded = map(GradedRollout, rollouts, texts, grades, advantages.tolist(), extras)
-        return RolloutGroup(ticket.index, ticket.policy_version, prompt, tuple(graded), value)
+        rollouts = [
+            dataclasses.replace(item, advantage=advantage)
+            for item, advantage in zip(graded, advantages.tolist(), strict=True)
+        ]
+        return RolloutGroup(ticket.index, ticket.policy_version, prompt, tuple(rollouts), value)

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from oapl_jax.rollouts import published, schema
-from oapl_jax.types import FinishReason, Grade, Prompt, Rollout, Verdict
+from oapl_jax.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, Verdict
 
 CORRECT_REWARD = 1.0
 """Least reward of a correct response, where the data have no verdicts."""
@@ -115,22 +115,12 @@ class BadRows:
         self.examples.setdefault(reason, f"{where}: {message}")
 
 
-class Response(NamedTuple):
-    """One row that can be used; ``rollout.logprobs`` are NaN where the data have none."""
-
-    rollout: Rollout
-    text: str
-    grade: Grade
-    extra: str = "{}"
-    """As in ``GradedRollout``."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Responses:
-    """The rows of one prompt."""
+    """The rows of one prompt. They have no advantages; ``rollout.logprobs`` are NaN where the data have none."""
 
     prompt: Prompt
-    members: list[Response]
+    members: list[GradedRollout]
 
 
 class _Row(NamedTuple):
@@ -138,7 +128,7 @@ class _Row(NamedTuple):
     group: str
     index: int
     prompt: Prompt
-    response: Response
+    response: GradedRollout
     siblings: tuple[float, ...] | None
     """Rewards of all rows of the group, where the data say them."""
 
@@ -258,7 +248,7 @@ def _row(where: str, cells: dict[str, Any], expected: Expectations) -> _Row | No
     tokens = _ids("token_ids", cells["token_ids"], expected)
     finish = _one_of(FinishReason, "finish_reason", cells["finish_reason"])
     rollout = Rollout(tokens, _logprobs(cells.get("logprobs"), len(tokens)), finish)
-    response = Response(rollout, cells["response"], grade, _extra(cells["extra"]))
+    response = GradedRollout(rollout, cells["response"], grade, extra=_extra(cells["extra"]))
     return _Row(where, cells["group_id"], cells["rollout_index"], prompt, response, cells.get("siblings"))
 
 

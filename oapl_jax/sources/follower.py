@@ -130,7 +130,7 @@ class LogFollower:
             self._untidy = version
             for part in self._log.parts(version):
                 self._read_part(version, part, patience=0.0)
-        self._buffer.open_window(**window._asdict(), logged=self._log.read(version), batches=taken)
+        self._buffer.open_window(window, logged=self._log.read(version), batches=taken)
         if self._thread.ident is None:
             self._thread.start()
         return WindowPlan(self._sync_every)

@@ -28,7 +28,7 @@ class LocalSource:
         """Groups of this version that a killed run has logged are used again."""
         self._loop.set_weights(window.policy_version, weights.sampler)
         logged = self._log.read(window.policy_version)
-        self._buffer.open_window(**window._asdict(), logged=logged, batches=taken)
+        self._buffer.open_window(window, logged=logged, batches=taken)
         self._loop.start()
         return WindowPlan(self._sync_every)
 

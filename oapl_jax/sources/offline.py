@@ -30,7 +30,7 @@ from oapl_jax.rollouts.source import Taken, Weights, WindowPlan
 from oapl_jax.sources.generation import Generation, generate
 from oapl_jax.sources.local import describe, take
 from oapl_jax.sources.setup import SamplingSetup, acceptance
-from oapl_jax.types import FinishReason, Grade, Metrics, PreemptedError, Prompt, RolloutGroup, Verdict
+from oapl_jax.types import FinishReason, Grade, GradedRollout, Metrics, PreemptedError, Prompt, RolloutGroup, Verdict
 
 GROUPS_PER_FILE = 8
 GROUPS_PER_SCORING = 64
@@ -110,9 +110,7 @@ class OfflineRounds:
         self._note(f"round {number}: {usable:,} groups, {steps:,} steps an epoch, {data.epochs} epochs ({counts})")
         left = {group.index: group for group in kept}
         self._buffer.open_window(
-            number,
-            start_position=0,
-            num_groups=steps * per_batch,
+            Window(number, 0, steps * per_batch),
             logged=[left.get(group.index, dataclasses.replace(group, rollouts=())) for group in groups],
             batches=taken,
         )
@@ -269,7 +267,7 @@ class OfflineRounds:
             raise ValueError(f"{responses.prompt.id}: {message}; raise the limit, or drop such rows")
         bad.counts[reason] += 1
 
-    def _truncate(self, member: import_rollouts.Response, limit: int) -> import_rollouts.Response:
+    def _truncate(self, member: GradedRollout, limit: int) -> GradedRollout:
         """The beginning of a response; the reward was for all of it and is lost."""
         rollout = dataclasses.replace(
             member.rollout,
@@ -279,19 +277,11 @@ class OfflineRounds:
         )
         grade = Grade(Verdict.WRONG, min(0.0, member.grade.reward), "truncated for training")
         text = self._setup.tokenizer.decode(rollout.token_ids.tolist())
-        return member._replace(rollout=rollout, text=text, grade=grade)
+        return dataclasses.replace(member, rollout=rollout, text=text, grade=grade)
 
     def _group(self, number: int, index: int, responses: import_rollouts.Responses) -> RolloutGroup:
         """Not yet scored: whatever lacks log-probabilities is not usable."""
-        members = responses.members
-        return self._setup.grading.group(
-            Ticket(number, index, index),
-            responses.prompt,
-            [member.rollout for member in members],
-            [member.text for member in members],
-            [member.grade for member in members],
-            [member.extra for member in members],
-        )
+        return self._setup.grading.group(Ticket(number, index, index), responses.prompt, responses.members)
 
     def _scored(self, groups: Sequence[RolloutGroup], data: RoundConfig, params: Any) -> tuple[list[RolloutGroup], int]:
         """With log-probabilities where there were none, or everywhere, and the advantages that go with them."""

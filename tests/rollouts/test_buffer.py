@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from oapl_jax.rollouts.buffer import Consumption, GroupBuffer
+from oapl_jax.rollouts.buffer import Consumption, GroupBuffer, Window
 from rollouts.groups import group
 
 DEADLINE = 20.0
@@ -14,7 +14,8 @@ DEADLINE = 20.0
 
 def make_buffer(num_groups=4, max_groups_ahead=None, version=0, start_position=0, consumption=Consumption(), **window):  # noqa: B008
     buffer = GroupBuffer(lambda item: bool(item.usable), max_groups_ahead, consumption)
-    buffer.open_window(version, start_position=start_position, num_groups=num_groups, **window)
+    asked_again = window.pop("asked_again", ())
+    buffer.open_window(Window(version, start_position, num_groups, asked_again), **window)
     return buffer
 
 
@@ -100,18 +101,18 @@ def test_a_new_window_clears_the_buffer_and_counts_what_it_drops():
         finish(buffer, ticket)
     buffer.take(2, DEADLINE)
     assert buffer.num_dropped == 0
-    buffer.open_window(1, start_position=2, num_groups=4)
+    buffer.open_window(Window(1, 2, 4))
     assert buffer.num_dropped == 4, "two finished, two in flight"
     assert (buffer.policy_version, buffer.cursor, buffer.num_ready) == (1, 0, 0)
     assert buffer.admit(1)[:] == (1, 0, 2)
-    buffer.open_window(2, start_position=2, num_groups=4)
+    buffer.open_window(Window(2, 2, 4))
     assert buffer.num_dropped == 5
 
 
 def test_stale_versions_get_no_tickets_and_their_groups_no_place():
     buffer = make_buffer(2)
     stale = buffer.admit(0)
-    buffer.open_window(1, start_position=0, num_groups=2)
+    buffer.open_window(Window(1, 0, 2))
     assert buffer.admit(0) is None
     assert not buffer.wants_groups(0)
     buffer.mark_sampled(stale)
@@ -231,7 +232,7 @@ def test_after_a_restart_a_gap_in_the_log_is_filled_first():
     finish(buffer, ticket)
     assert buffer.admit(0) is None
     assert indices(buffer.take(2, DEADLINE)) == [0, 1]
-    buffer.open_window(1, start_position=2, num_groups=2)
+    buffer.open_window(Window(1, 2, 2))
     assert buffer.num_dropped == 1, "the logged group that was not taken"
 
 
@@ -243,7 +244,7 @@ def test_ready_takes_groups_as_they_are_finished_and_the_next_window_asks_first_
     assert indices(buffer.take(2, DEADLINE)) == [3, 1], "neither waits for group 0"
     assert buffer.cursor == 4
     assert buffer.left_over == [10], "its prompt is asked again; that of the unusable group 2 counts as asked"
-    buffer.open_window(1, start_position=10 + buffer.cursor, num_groups=4, asked_again=buffer.left_over)
+    buffer.open_window(Window(1, 10 + buffer.cursor, 4, tuple(buffer.left_over)))
     assert buffer.num_dropped == 3, "group 5 was ready, groups 0 and 4 in flight"
     tickets = [buffer.admit(1) for _ in range(3)]
     assert [ticket.position for ticket in tickets] == [10, 14, 15]
@@ -254,7 +255,7 @@ def test_ready_takes_groups_as_they_are_finished_and_the_next_window_asks_first_
 
 
 def test_what_a_window_has_to_ask_again_and_did_not_is_left_to_the_next():
-    buffer = make_buffer(4, start_position=20, asked_again=[3, 5, 8])
+    buffer = make_buffer(4, start_position=20, asked_again=(3, 5, 8))
     finish(buffer, buffer.admit(0))
     buffer.take(1, DEADLINE)
     assert buffer.left_over == [5, 8]
@@ -306,7 +307,7 @@ def test_the_first_batch_of_a_window_waits_for_min_groups():
         buffer.take(1, 0.01)
     finish(buffer, tickets[2])
     assert indices(buffer.take(1, DEADLINE)) == [0]
-    buffer.open_window(3, start_position=1, num_groups=2)
+    buffer.open_window(Window(3, 1, 2))
     for _ in range(2):
         finish(buffer, buffer.admit(3))
     assert indices(buffer.take(1, DEADLINE)) == [0], "a last, short window has fewer groups than min_groups"
@@ -377,7 +378,7 @@ def test_producers_and_a_consumer_never_wait_for_each_other_for_ever(seed, ahead
 
     producers = [threading.Thread(target=produce, args=(i,), daemon=True) for i in range(3)]
     position = 0
-    buffer.open_window(0, start_position=0, num_groups=takes * num_groups)
+    buffer.open_window(Window(0, 0, takes * num_groups))
     for producer in producers:
         producer.start()
     for version in range(windows):
@@ -388,7 +389,7 @@ def test_producers_and_a_consumer_never_wait_for_each_other_for_ever(seed, ahead
             assert [item.prompt.id for item in taken] == [f"test/{position + item.index}" for item in taken]
             assert {item.policy_version for item in taken} == {version}
         position += buffer.cursor
-        buffer.open_window(version + 1, start_position=position, num_groups=takes * num_groups)
+        buffer.open_window(Window(version + 1, position, takes * num_groups))
     done.set()
     for producer in producers:
         producer.join(DEADLINE)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import strategies as st
 
 from oapl_jax.rollouts import buffer as buffers
-from oapl_jax.rollouts.buffer import Consumption, GroupBuffer, Ticket
+from oapl_jax.rollouts.buffer import Consumption, GroupBuffer, Ticket, Window
 from rollouts import groups
 
 group = functools.cache(groups.group)
@@ -142,7 +142,7 @@ def test_counts_kept_as_groups_move_are_those_of_the_whole_window(
     rules = Recounted(ahead, consumption, num_groups, given, batches)
     buffer = GroupBuffer(lambda item: bool(item.usable), ahead, consumption)
     logged_groups = [group(index, is_usable=is_usable) for index, is_usable in given]
-    buffer.open_window(0, start_position=0, num_groups=num_groups, logged=logged_groups, batches=batches)
+    buffer.open_window(Window(0, 0, num_groups), logged=logged_groups, batches=batches)
     for event, index, is_usable in events:
         if event == "admit":
             ticket = buffer.admit(0)
@@ -166,7 +166,7 @@ def test_counts_kept_as_groups_move_are_those_of_the_whole_window(
         assert buffer.wants_groups(0) == rules.wants_groups()
         assert (buffer.num_ready, buffer.cursor) == (len(rules.fresh), rules.cursor)
         assert buffer.left_over == rules.left_over()
-    buffer.open_window(1, start_position=0, num_groups=1)
+    buffer.open_window(Window(1, 0, 1))
     assert buffer.num_dropped == rules.num_dropped()
 
 
@@ -191,7 +191,7 @@ def work(num_groups: int, consumption: Consumption, batch: int = 5) -> int:
     before = sys.gettrace()
     sys.settrace(count)
     try:
-        buffer.open_window(0, start_position=0, num_groups=num_groups)
+        buffer.open_window(Window(0, 0, num_groups))
         while buffer.wants_groups(0) and (ticket := buffer.admit(0)) is not None:
             finish(ticket.index)
         for _ in range(consumption.epochs * num_groups // batch):

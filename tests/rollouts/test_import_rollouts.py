@@ -66,15 +66,7 @@ def facts(found: list[import_rollouts.Responses]) -> list[tuple]:
 
 
 def facts_of(source: list[RolloutGroup]) -> list[tuple]:
-    return facts(
-        [
-            import_rollouts.Responses(
-                group.prompt,
-                [import_rollouts.Response(item.rollout, item.text, item.grade, item.extra) for item in group.rollouts],
-            )
-            for group in source
-        ]
-    )
+    return facts([import_rollouts.Responses(group.prompt, list(group.rollouts)) for group in source])
 
 
 def read(path, action="error", expectations=EXPECTATIONS):

@@ -15,7 +15,7 @@ from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.model import qwen
 from oapl_jax.objectives import oapl
 from oapl_jax.rewards.grader import ToyGrader
-from oapl_jax.rollouts.buffer import GroupBuffer
+from oapl_jax.rollouts.buffer import GroupBuffer, Window
 from oapl_jax.rollouts.grading import Grading
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.sampling import SamplingDistribution
@@ -101,7 +101,7 @@ def working(directory, grader=None, max_groups_ahead=None, finish_old=False, tur
     log = RolloutLog(directory)
     loop = make_loop(buffer, log, turns=turns, grader=grader, finish_old=finish_old)
     loop.set_weights(0, weights(0)[1])
-    buffer.open_window(0, start_position=0, num_groups=6)
+    buffer.open_window(Window(0, 0, 6))
     loop.start()
     try:
         yield loop, buffer, log
@@ -116,7 +116,7 @@ def take_two_windows(directory, between=lambda: None, **options):
         for version in (0, 1):
             if version:
                 loop.set_weights(version, weights(version)[1])
-                buffer.open_window(version, start_position=buffer.cursor, num_groups=6)
+                buffer.open_window(Window(version, buffer.cursor, 6))
             for _ in range(3):
                 taken += buffer.take(2, DEADLINE)
                 between()

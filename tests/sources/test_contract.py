@@ -77,7 +77,7 @@ class OtherProcess:
         buffer = GroupBuffer(is_usable)
         loop = make_loop(buffer, self._log)
         loop.set_weights(window.policy_version, weights)
-        buffer.open_window(**window._asdict())
+        buffer.open_window(window)
         loop.start()
         self._loops.append(loop)
         return {"sync/publish_seconds": 0.0}

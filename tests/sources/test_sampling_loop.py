@@ -12,7 +12,7 @@ import pytest
 from oapl_jax.learner.batch import RowLayout, from_groups
 from oapl_jax.objectives import oapl
 from oapl_jax.rewards.grader import ToyGrader
-from oapl_jax.rollouts.buffer import GroupBuffer, Ticket
+from oapl_jax.rollouts.buffer import GroupBuffer, Ticket, Window
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.sampling import Request, SamplingDistribution, run
 from oapl_jax.types import FinishReason, Grade, Rollout, Verdict
@@ -82,7 +82,7 @@ def test_groups_in_progress_at_a_sync_are_finished_with_the_old_weights_and_logg
         while loop.report()["sampler/live_rollouts"] == 0 and time.monotonic() < end:
             time.sleep(0.001)
         loop.set_weights(1, weights(1)[1])
-        buffer.open_window(1, start_position=0, num_groups=6)
+        buffer.open_window(Window(1, 0, 6))
         started = buffer.num_dropped
         assert started > 0
         taken = [buffer.take(2, DEADLINE) for _ in range(3)]
@@ -145,7 +145,7 @@ def test_weights_that_are_not_finite_give_no_usable_group_and_the_deadline_says_
     broken = jax.tree.map(lambda x: x * jnp.nan, weights(0)[1])
     log = RolloutLog(tmp_path)
     loop = make_loop(buffer, log)
-    buffer.open_window(0, start_position=0, num_groups=6)
+    buffer.open_window(Window(0, 0, 6))
     loop.set_weights(0, broken)
     loop.start()
     with pytest.raises(TimeoutError, match="waited 3 s for 2 groups of policy version 0: 0 are ready"):
