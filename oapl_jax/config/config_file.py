@@ -6,7 +6,6 @@ and validated by the models beside this file. The commands print a ``ConfigError
 """
 
 import argparse
-import difflib
 import pathlib
 import re
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 from yaml import YAMLError
 
-from oapl_jax.config.names import did_you_mean
+from oapl_jax.config.names import did_you_mean, nearest
 from oapl_jax.config.reward import RewardConfig
 from oapl_jax.config.section import Checks, Section
 
@@ -153,8 +152,7 @@ def _describe(schema: type[Section], error: ErrorDetails, checks: Checks) -> lis
     if error["type"] == "string_pattern_mismatch":
         message = "should be axes such as 'fsdp=4' or 'data=2,tensor=4' (data, fsdp, tensor; -1: all that are left)"
     if error["type"] == "literal_error":
-        close = difflib.get_close_matches(str(error["input"]), _quoted(error.get("ctx", {}).get("expected", "")), 1)
-        message += f"; did you mean {close[0]!r}?" if close else ""
+        message += nearest(str(error["input"]), _quoted(error.get("ctx", {}).get("expected", "")))
     return [f"{path}: {message} (value {error['input']!r})"]
 
 
@@ -168,7 +166,7 @@ def _nearest_key(schema: type[Section], location: tuple[str, ...], checks: Check
     *section, key = location
     known = _keys_at(schema, section, checks)
     elsewhere = [f"{other}.{key}" for other in _keys_at(schema, [], checks) if key in _keys_at(schema, [other], checks)]
-    if elsewhere and not difflib.get_close_matches(key, known, 1):
+    if elsewhere and not nearest(key, known):
         return f"; did you mean {elsewhere[0]!r}?"
     return did_you_mean(key, known, ".".join([*section, ""]))
 
@@ -188,6 +186,4 @@ def _quoted(expected: str) -> list[str]:
 
 def _nearest_file(path: pathlib.Path) -> str:
     folder = path.parent if path.parent.is_dir() else pathlib.Path("configs")
-    names = [str(p) for p in folder.glob("*.yaml")] if folder.is_dir() else []
-    close = difflib.get_close_matches(str(path), names, 1, cutoff=0.4)
-    return f"; did you mean {close[0]!r}?" if close else ""
+    return nearest(str(path), folder.glob("*.yaml"), cutoff=0.4)

@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Entry = TypeVar("Entry")
 
@@ -23,8 +23,13 @@ def entry(table: Mapping[str, Entry], name: str, key: str) -> Entry:
     return table[name]
 
 
+def nearest(name: str, known: Iterable[Any], prefix: str = "", cutoff: float = 0.6) -> str:
+    """The end of a message: the known name that is nearest, with the prefix before it; '' where none is near."""
+    close = difflib.get_close_matches(name, list(map(str, known)), 1, cutoff)
+    return f"; did you mean {prefix + close[0]!r}?" if close else ""
+
+
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
     """The end of a message: the nearest known name, with the prefix before it, else all of them."""
     known = list(known)
-    close = difflib.get_close_matches(name, known, 1)
-    return f"; did you mean {prefix + close[0]!r}?" if close else f"; known here: {', '.join(known)}"
+    return nearest(name, known, prefix) or f"; known here: {', '.join(known)}"

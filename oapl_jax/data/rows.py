@@ -5,14 +5,17 @@ missing. The libraries of the extra ``data`` are imported only by the readers th
 """
 
 import dataclasses
-import difflib
 import gzip
+import importlib
 import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from oapl_jax.data import optional as libraries
+from oapl_jax.config.names import nearest
+
+NEAR = 0.4
+"""How similar a name must be to be suggested: file names of one data set differ little."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +137,7 @@ def _read_datasets(
     path: str, columns: Sequence[str], wanted: Sequence[str], name: str | None, split: str, files: Sequence[str]
 ) -> Table:
     """Reads a folder written by ``save_to_disk``, or what ``load_dataset`` accepts: a hub name or a folder of files."""
-    datasets = libraries.load("datasets")
+    datasets = _library("datasets")
 
     if _looks_local(path):
         _existing(path)
@@ -149,7 +152,7 @@ def _read_datasets(
         raise ValueError(f"{path!r}: the datasets library cannot load it: {error}") from error
     if isinstance(loaded, datasets.DatasetDict):
         if split not in loaded:
-            raise ValueError(f"{path!r}: has no split {split!r}; it has {_listed(loaded)}{_nearest(split, loaded)}")
+            raise ValueError(f"{path!r}: has no split {split!r}; {_known(split, loaded)}")
         loaded = loaded[split]
     if not isinstance(loaded, datasets.Dataset):
         raise ValueError(f"{path!r} split {split!r}: is a {type(loaded).__name__}, not a table")
@@ -160,7 +163,7 @@ def _read_datasets(
 
 def _read_tfds(path: str, columns: Sequence[str], wanted: Sequence[str], split: str) -> Table:
     """Reads a prepared dataset (array_record) by folder or name; ``as_data_source`` does without TensorFlow."""
-    tfds = libraries.load("tensorflow_datasets")
+    tfds = _library("tensorflow_datasets")
     if _looks_local(path) or pathlib.Path(path).is_dir():
         builder = tfds.builder_from_directory(_tfds_folder(_existing(path)))
     else:
@@ -170,11 +173,18 @@ def _read_tfds(path: str, columns: Sequence[str], wanted: Sequence[str], split: 
         except (OSError, ValueError, ImportError) as error:
             raise ValueError(f"{path!r}: TFDS cannot load it: {error}") from error
     if split.partition("[")[0] not in builder.info.splits:  # a split can be a slice such as train[:100]
-        known = builder.info.splits
-        raise ValueError(f"{path!r}: has no split {split!r}; it has {_listed(known)}{_nearest(split, known)}")
+        raise ValueError(f"{path!r}: has no split {split!r}; {_known(split, builder.info.splits)}")
     _require_columns(f"{path!r} split {split!r}", builder.info.features or {}, columns)
     source = builder.as_data_source(split=split)
     return Table(f"{builder.name}/{split}", [tuple(map(record.get, wanted)) for record in source])
+
+
+def _library(module: str) -> Any:
+    """A module of the extra ``data``, imported when it is first used."""
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ValueError(f'{error.name} is not installed; run: pip install "oapl-jax[data]"') from error
 
 
 def _tfds_folder(folder: pathlib.Path) -> pathlib.Path:
@@ -199,21 +209,14 @@ def _existing(path: str) -> pathlib.Path:
     if not parent.is_dir():
         raise ValueError(f"{path!r} does not exist; its folder {str(parent)!r} does not exist either")
     siblings = sorted(sibling.name for sibling in parent.iterdir())
-    raise ValueError(f"{path!r} does not exist{_nearest(expanded.name, siblings)}")
+    raise ValueError(f"{path!r} does not exist{nearest(expanded.name, siblings, cutoff=NEAR)}")
 
 
 def _require_columns(where: str, available: Any, wanted: Sequence[str]) -> None:
     for column in wanted:
         if column not in available:
-            raise ValueError(
-                f"{where}: has no column {column!r}; it has {_listed(available)}{_nearest(column, available)}"
-            )
+            raise ValueError(f"{where}: has no column {column!r}; {_known(column, available)}")
 
 
-def _listed(names: Any) -> str:
-    return ", ".join(map(str, names)) or "none"
-
-
-def _nearest(name: str, names: Any) -> str:
-    close = difflib.get_close_matches(name, list(map(str, names)), 1, cutoff=0.4)
-    return f"; did you mean {close[0]!r}?" if close else ""
+def _known(name: str, names: Any) -> str:
+    return f"it has {', '.join(map(str, names)) or 'none'}{nearest(name, names, cutoff=NEAR)}"

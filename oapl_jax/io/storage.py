@@ -7,6 +7,7 @@ are reached through fsspec, which needs the store's own package: the extras ``gc
 
 import contextlib
 import errno
+import itertools
 import os
 import pathlib
 import shutil
@@ -48,12 +49,8 @@ def next_poll(cost: float, waited: float) -> float:
 def create(path: SharedPath, content: bytes, *, is_durable: bool = True) -> bool:
     """Writes a file that is not there yet, whole; False, and nothing changed, where it is there.
 
-    Of several processes that try, one gets True.
-
-    Args:
-        path: of the file.
-        content: of the file.
-        is_durable: it survives a crash of the machine when this returns; False for what only shows that a process is alive.
+    Of several processes that try, one gets True. Where it is durable it survives a crash of the machine when this
+    returns; what only shows that a process is alive need not be.
 
     Raises:
         OSError: full disk, no permission, no network.
@@ -86,12 +83,7 @@ def create(path: SharedPath, content: bytes, *, is_durable: bool = True) -> bool
 
 
 def replace(path: SharedPath, content: bytes, *, is_durable: bool = True) -> None:
-    """Writes a file: readers see the old content or the new one.
-
-    Args:
-        path: of the file.
-        content: of the file.
-        is_durable: as in ``create``.
+    """Writes a file: readers see the old content or the new one. Durable as in ``create``.
 
     Raises:
         OSError: full disk, no permission, no network.
@@ -151,11 +143,9 @@ def remove(path: SharedPath) -> None:
 
 def move_aside(path: SharedPath, suffix: str) -> SharedPath:
     """Gives a file another name, so that nothing reads it again; returns the new one."""
-    aside = path.with_name(path.name + suffix)
-    times = 1
+    aside, times = path.with_name(path.name + suffix), itertools.count(2)
     while exists(aside):
-        times += 1
-        aside = path.with_name(f"{path.name}{suffix}-{times}")
+        aside = path.with_name(f"{path.name}{suffix}-{next(times)}")
     if (store := _store(path)) is not None:
         store.copy(str(path), str(aside))
         store.rm_file(str(path))

@@ -182,7 +182,11 @@ def _read_file(file: pathlib.Path, expectations: Expectations, bad: BadRows) -> 
         bad.found(problem.reason, str(file), str(problem), num_rows)
         return
     _check_sampling(file, table.schema, expectations)
-    columns = {name: _cells(table.column(name)) for name in kinds if name in table.schema.names}
+    columns = {}
+    for name in set(kinds) & set(table.schema.names):
+        column = table.column(name)
+        is_list = _is_kind(column.type, KINDS["a list of numbers"])
+        columns[name] = schema.list_cells(column) if is_list else column.to_pylist()
     for number in range(table.num_rows):
         where = f"{file} row {number}"
         try:
@@ -220,21 +224,6 @@ def _check_sampling(file: pathlib.Path, found: pa.Schema, expected: Expectations
             f"{file}: was drawn at temperature {temperature:g}, and sampler.temperature is {expected.temperature:g};"
             " set it to that of the data"
         )
-
-
-def _cells(column: pa.ChunkedArray) -> list[Any]:
-    """Values of a column; those of lists of numbers as arrays, None inside of them as NaN."""
-    if not _is_kind(column.type, KINDS["a list of numbers"]):
-        return column.to_pylist()
-    cells: list[Any] = []
-    for chunk in column.chunks:
-        values, is_null = chunk.values.fill_null(0).to_numpy(), chunk.values.is_null().to_numpy(zero_copy_only=False)
-        offsets, is_there = chunk.offsets.to_numpy(), chunk.is_valid().to_numpy(zero_copy_only=False)
-        for start, end, there in zip(offsets[:-1], offsets[1:], is_there, strict=True):
-            cell = values[start:end]
-            has_null = is_null[start:end].any()
-            cells.append((np.where(is_null[start:end], np.nan, cell) if has_null else cell) if there else None)
-    return cells
 
 
 def _row(where: str, cells: dict[str, Any], expected: Expectations) -> _Row | None:

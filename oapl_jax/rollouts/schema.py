@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from oapl_jax.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, RolloutGroup, Verdict
@@ -142,7 +143,7 @@ def _rows(table: pa.Table, source: str) -> list[dict]:
     """The rows as Python values, but for lists: these become arrays without a Python object for each token."""
     columns = {}
     for field in SCHEMA:
-        column = table.column(field.name).combine_chunks()
+        column = table.column(field.name)
         if not pa.types.is_list(field.type):
             columns[field.name] = column.to_pylist()
             continue
@@ -150,12 +151,23 @@ def _rows(table: pa.Table, source: str) -> list[dict]:
             column = column.cast(field.type)
         except pa.ArrowException as error:
             raise ValueError(f"{source}: column {field.name} is {column.type}, not {field.type} ({error})") from error
-        values = column.values
-        if column.null_count or (values.null_count and pa.types.is_integer(values.type)):
+        tokens_null = pa.types.is_integer(field.type.value_type) and any(c.values.null_count for c in column.chunks)
+        if column.null_count or tokens_null:
             raise ValueError(f"{source}: column {field.name} has nulls; no list and no token may be null")
-        values, bounds = values.to_numpy(zero_copy_only=False), column.offsets.to_numpy()
-        columns[field.name] = [values[start:end].copy() for start, end in itertools.pairwise(bounds)]
+        columns[field.name] = list_cells(column)
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def list_cells(column: pa.ChunkedArray) -> list[np.ndarray | None]:
+    """Lists of numbers as arrays: a list that is null as None, a number that is null as NaN."""
+    cells = []
+    for chunk in column.chunks:
+        values, is_null = chunk.values.fill_null(0).to_numpy(), chunk.values.is_null().to_numpy(zero_copy_only=False)
+        bounds, is_there = chunk.offsets.to_numpy(), chunk.is_valid().to_numpy(zero_copy_only=False)
+        for (start, end), there in zip(itertools.pairwise(bounds), is_there, strict=True):
+            cell, nulls = values[start:end].copy(), is_null[start:end]
+            cells.append((np.where(nulls, np.nan, cell) if nulls.any() else cell) if there else None)
+    return cells
 
 
 def _row(group: RolloutGroup, rollout_index: int, item: GradedRollout) -> dict:

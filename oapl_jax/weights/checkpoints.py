@@ -52,19 +52,13 @@ class Checkpoints:
         directory: of the checkpoints.
         keep: see above.
         keep_every: see above.
-        processes: those that have the arrays, all of which make the same calls; None: this one alone.
+        team: processes that have the arrays, all of which make the same calls; None: this one alone.
     """
 
-    def __init__(
-        self,
-        directory: pathlib.Path,
-        keep: int,
-        keep_every: Sequence[int] = (),
-        processes: Team | None = None,
-    ):
+    def __init__(self, directory: pathlib.Path, keep: int, keep_every: Sequence[int] = (), team: Team | None = None):
         self._directory = directory.absolute()
         self._keep, self._keep_every = keep, keep_every
-        self._processes = processes if processes is not None and len(processes.members) > 1 else None
+        self._team = team or Team.alone()
         self._manager = self._open()
 
     @property
@@ -117,8 +111,7 @@ class Checkpoints:
                 raise
             except Exception as error:
                 problem = _first_line(error)
-            if self._processes is not None:
-                problem = self._processes.first_of(problem)
+            problem = self._team.first_of(problem)
             if loaded is not None and problem is None:
                 return step, *loaded
             damaged = self._set_aside(step)
@@ -164,7 +157,7 @@ class Checkpoints:
         def rename() -> str:
             return str(storage.move_aside(self._directory / str(step), ".damaged"))
 
-        target = rename() if self._processes is None else self._processes.agree(rename, PEER_SECONDS)
+        target = self._team.agree(rename, PEER_SECONDS)
         self._manager = self._open()
         return target
 
@@ -172,13 +165,12 @@ class Checkpoints:
         managers: Any = ocp.checkpoint_managers  # Orbax's policies do not satisfy Orbax's protocols for a type checker
         kept = [managers.LatestN(self._keep), *(managers.EveryNSteps(steps) for steps in self._keep_every if steps)]
         processes = ocp.options.MultiprocessingOptions()
-        if self._processes is not None:
-            members, name = self._processes.members, self._processes.name
+        if self._team.size > 1:
+            members, name = self._team.members, self._team.name
             processes = ocp.options.MultiprocessingOptions(members[0], set(members), barrier_sync_key_prefix=name)
-        if self._processes is None or self._processes.is_leader:
+        if self._team.is_leader:
             self._directory.mkdir(parents=True, exist_ok=True)
-        if self._processes is not None:
-            self._processes.wait()
+        self._team.wait()
         # The default policies decide by themselves what to save and keep everything.
         options = ocp.CheckpointManagerOptions(
             save_decision_policy=managers.FixedIntervalPolicy(1),
