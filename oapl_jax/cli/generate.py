@@ -20,6 +20,7 @@ from oapl_jax.build import policy
 from oapl_jax.build.checks import CHECKS
 from oapl_jax.build.sampler import make_engines
 from oapl_jax.config import config_file
+from oapl_jax.config.applies import changed
 from oapl_jax.config.commands import GenerateConfig
 from oapl_jax.data.prompts import load_prompts
 from oapl_jax.distributed.compile_cache import use_compile_cache
@@ -178,7 +179,7 @@ def _check_work(path: pathlib.Path, work: Generation) -> None:
 
 def _summarize(config: GenerateConfig, directory: pathlib.Path, work: Generation) -> dict[str, Any]:
     """Counts of the log, and of what the filters would leave; writes the published layout where it is wanted."""
-    path, is_filtered = directory / SUMMARY_FILE, config.filter.changed_from_default() or config.generation.published
+    path, is_filtered = directory / SUMMARY_FILE, changed(config.filter) or config.generation.published
     if path.exists() and not is_filtered:  # another process was the first to end
         return json.loads(path.read_text())
     summary: dict[str, Any] = work.log.count(work.version)

@@ -25,10 +25,6 @@ class Section(BaseModel):
         extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, strict=False
     )
 
-    def changed_from_default(self) -> set[str]:
-        """Fields that were given another value than their default: a saved config gives them all."""
-        return applies.changed(self)
-
     def find_mistakes(self) -> list[str]:
         """What is wrong with fields that are right one by one, a line each; one that concerns a field begins ``key: ``."""
         return []

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from oapl_jax.config.applies import changed
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.config.data import DataConfig
 from oapl_jax.config.names import entry
@@ -153,7 +154,7 @@ def _format_of(path: pathlib.Path) -> str:
 
 def _make_prompt(row_name: str, question: str, answer: str, data: DataConfig, tokenizer: Tokenizer) -> Prompt:
     template = data.template
-    if data.dataset is not None and "template" not in data.changed_from_default():
+    if data.dataset is not None and "template" not in changed(data):
         template = DATASETS[data.dataset].template
     # str.format would fail on the LaTeX braces of templates and questions
     message = template.replace("{prompt}", question)

@@ -9,6 +9,7 @@ Exit code 1 names the first mistake and the file and line that it is in. It need
 """
 
 import collections
+import itertools
 import math
 import pathlib
 from collections.abc import Iterator
@@ -38,33 +39,28 @@ def audit(run: pathlib.Path) -> str:
     """
     config = run_dir.read_config(run, TrainConfig)
     log = RolloutLog(storage.shared_path(config.run.shared_dir or run) / "rollouts")
-    groups: dict[str, RolloutGroup] = {}
-    damaged: list[str] = []
-    num_damaged = 0
     uses: collections.Counter[str] = collections.Counter()
-    version, window_step, step, num_rollouts, num_windows = -1, 0, 0, 0, 0
-    for where, line in _batches(run):
-        step += 1
-        _require(line["step"] == step, where, f"step {line['step']} follows step {step - 1}")
-        if line["policy_version"] != version:
-            is_due = version < 0 or config.offline is not None or step - 1 - window_step == config.window.sync_every
-            _require(
-                line["policy_version"] > version and is_due,
-                where,
-                f"step {step} is of version {line['policy_version']}, {step - 1 - window_step} steps after the sync to"
-                f" {version}; window.sync_every is {config.window.sync_every}",
-            )
-            version, window_step = line["policy_version"], step - 1
-            num_windows += 1
-            groups, damaged = _read(log, version)
-            num_damaged += len(damaged)
-        lag = step - 1 - window_step
-        _require(lag < _most_steps(config), where, f"step {step} lags {lag}, not below {_most_steps(config):g}")
-        absent = [name for name in line["groups"] if name not in groups]
-        _require(not absent or not damaged, where, f"group {absent[:1]} was trained on, and {'; '.join(damaged)}")
-        _check_batch(config, line["groups"], groups, version, where)
-        uses.update(line["groups"])
-        num_rollouts += sum(len(groups[name].usable) for name in line["groups"])
+    before, num_steps, step, num_rollouts, num_windows, num_damaged = -1, 0, 0, 0, 0, 0
+    for version, window in itertools.groupby(_batches(run), key=lambda found: found[1]["policy_version"]):
+        batches = list(window)
+        is_due = before < 0 or config.offline is not None or num_steps == config.window.sync_every
+        _require(
+            version > before and is_due,
+            batches[0][0],
+            f"step {step + 1} is of version {version}, {num_steps} steps after the sync to {before};"
+            f" window.sync_every is {config.window.sync_every}",
+        )
+        groups, damaged = _read(log, version)
+        before, num_steps, num_windows, num_damaged = version, len(batches), num_windows + 1, num_damaged + len(damaged)
+        for lag, (where, line) in enumerate(batches):
+            step += 1
+            _require(line["step"] == step, where, f"step {line['step']} follows step {step - 1}")
+            _require(lag < _most_steps(config), where, f"step {step} lags {lag}, not below {_most_steps(config):g}")
+            absent = [name for name in line["groups"] if name not in groups]
+            _require(not absent or not damaged, where, f"group {absent[:1]} was trained on, and {'; '.join(damaged)}")
+            _check_batch(config, line["groups"], groups, version, where)
+            uses.update(line["groups"])
+            num_rollouts += sum(len(groups[name].usable) for name in line["groups"])
     most = max(config.window.epochs, config.window.max_uses)
     if config.offline is not None:
         most = max(data.epochs for data in config.offline.rounds)
@@ -93,11 +89,10 @@ def _check_batch(
         group = groups[name]
         which = f"rollouts/{version:06d}, group {name}"
         _require(group.policy_version == version, which, f"is of version {group.policy_version}")
-        size = len(group.rollouts)
-        is_whole = size == config.sampler.group_size or (
-            config.offline is not None and size < config.sampler.group_size
+        size, whole = len(group.rollouts), config.sampler.group_size
+        _require(
+            size == whole or (config.offline is not None and size < whole), which, f"has {size} rollouts of {whole}"
         )
-        _require(is_whole, which, f"has {size} rollouts of {config.sampler.group_size}")
         _require(len(group.usable) > 1, which, "has fewer than two usable rollouts and was trained on")
         for index, item in enumerate(group.rollouts):
             tokens, logprobs = item.rollout.token_ids, item.rollout.logprobs

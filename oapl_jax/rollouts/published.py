@@ -20,13 +20,16 @@ import pyarrow.parquet as pq
 
 from oapl_jax.rewards.code import layouts
 from oapl_jax.rollouts import schema
-from oapl_jax.types import GradedRollout, RolloutGroup
+from oapl_jax.types import RolloutGroup
 
 GROUPS_AT_ONCE = 64
 PACKED_PREFIXES = ("eJ", "eN", "eA", "eF")
 """How base64 of a zlib stream begins, at any level of compression."""
 SHORTEST_PACKED = 24
 """A packed string has more characters; a gold answer that begins like one has fewer."""
+
+LOG_COLUMNS = ["policy_version", "rollout_index", "finish_reason", "verdict", "verdict_detail", "value", "advantage", "extra"]
+"""Columns of a rollout log that are kept in ``extra_info``."""
 
 SCHEMA = pa.schema(
     {
@@ -35,18 +38,7 @@ SCHEMA = pa.schema(
         "ability": pa.string(),
         "reward_model": pa.struct({"ground_truth": pa.string(), "style": pa.string()}),
         "extra_info": pa.struct(
-            {
-                "index": pa.int64(),
-                "split": pa.string(),
-                "policy_version": pa.int64(),
-                "rollout_index": pa.int32(),
-                "finish_reason": pa.string(),
-                "verdict": pa.string(),
-                "verdict_detail": pa.string(),
-                "value": pa.float64(),
-                "advantage": pa.float64(),
-                "extra": pa.string(),
-            }
+            {"index": pa.int64(), "split": pa.string()} | {name: schema.COLUMNS[name].type for name in LOG_COLUMNS}
         ),
         "response": pa.string(),
         "precomputed_reward": pa.float64(),
@@ -92,34 +84,24 @@ def _pack_answer(answer: str) -> str:
 
 
 def _rows(group: RolloutGroup) -> list[dict[str, Any]]:
-    graded = [(index, item) for index, item in enumerate(group.rollouts) if math.isfinite(item.grade.reward)]
-    rewards = [item.grade.reward for _, item in graded]
-    return [_row(group, index, item, rewards) for index, item in graded]
+    graded = [index for index, item in enumerate(group.rollouts) if math.isfinite(item.grade.reward)]
+    rewards = [group.rollouts[index].grade.reward for index in graded]
+    return [_row(schema.row(group, index), rewards) for index in graded]
 
 
-def _row(group: RolloutGroup, index: int, item: GradedRollout, rewards: list[float]) -> dict[str, Any]:
-    source, _, _ = group.prompt.id.rpartition("/")
+def _row(logged: dict[str, Any], rewards: list[float]) -> dict[str, Any]:
+    source, _, _ = logged["prompt_id"].rpartition("/")
+    kept = {name: logged[name] for name in LOG_COLUMNS}
     return {
-        "data_source": group.prompt.id,
-        "prompt": [{"content": group.prompt.text, "role": "user"}],
+        "data_source": logged["prompt_id"],
+        "prompt": [{"content": logged["prompt"], "role": "user"}],
         "ability": source,
-        "reward_model": {"ground_truth": _pack_answer(group.prompt.answer), "style": "rule"},
-        "extra_info": {
-            "index": group.index,
-            "split": "train",
-            "policy_version": group.policy_version,
-            "rollout_index": index,
-            "finish_reason": item.rollout.finish_reason.value,
-            "verdict": item.grade.verdict.value,
-            "verdict_detail": item.grade.detail,
-            "value": schema.null_if_nan(group.value),
-            "advantage": schema.null_if_nan(item.advantage),
-            "extra": item.extra,
-        },
-        "response": item.text,
-        "precomputed_reward": item.grade.reward,
+        "reward_model": {"ground_truth": _pack_answer(logged["answer"]), "style": "rule"},
+        "extra_info": {"index": logged["group_index"], "split": "train", **kept},
+        "response": logged["response"],
+        "precomputed_reward": logged["reward"],
         "response_rewards": rewards,
-        "prompt_token_ids": group.prompt.token_ids,
-        "response_token_ids": item.rollout.token_ids,
-        "response_logprobs": item.rollout.logprobs,
+        "prompt_token_ids": logged["prompt_token_ids"],
+        "response_token_ids": logged["token_ids"],
+        "response_logprobs": logged["logprobs"],
     }

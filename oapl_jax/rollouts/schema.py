@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import math
+import operator
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -71,7 +72,7 @@ def to_table(groups: Iterable[RolloutGroup], sampling: dict[str, float] | None =
         groups: of one file.
         sampling: temperature, top_k, top_p and min_p that all of them were drawn with, for the metadata.
     """
-    rows = [_row(group, index, item) for group in groups for index, item in enumerate(group.rollouts)]
+    rows = [row(group, index) for group in groups for index in range(len(group.rollouts))]
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     if sampling is None:
         return table
@@ -128,10 +129,10 @@ def from_table(table: pa.Table, source: str) -> list[RolloutGroup]:
     table = select(table, list(COLUMNS), source)
     if table.num_rows == 0:
         return []
-    rows = sorted(_rows(table, source), key=lambda row: (row["group_id"], row["rollout_index"]))
-    grouped = [list(members) for _, members in itertools.groupby(rows, key=lambda row: row["group_id"])]
+    rows = sorted(_rows(table, source), key=operator.itemgetter("group_id", "rollout_index"))
+    grouped = [list(members) for _, members in itertools.groupby(rows, key=operator.itemgetter("group_id"))]
     for members in grouped:
-        indices = [row["rollout_index"] for row in members]
+        indices = [cells["rollout_index"] for cells in members]
         if indices != list(range(len(members))):
             raise ValueError(
                 f"{source}: group {members[0]['group_id']} has rollouts {indices}; each must be there once, from 0 on"
@@ -170,7 +171,9 @@ def list_cells(column: pa.ChunkedArray) -> list[np.ndarray | None]:
     return cells
 
 
-def _row(group: RolloutGroup, rollout_index: int, item: GradedRollout) -> dict:
+def row(group: RolloutGroup, rollout_index: int) -> dict[str, Any]:
+    """The cells of a rollout by column."""
+    item = group.rollouts[rollout_index]
     return {
         "group_id": group.id,
         "group_index": group.index,
@@ -186,9 +189,9 @@ def _row(group: RolloutGroup, rollout_index: int, item: GradedRollout) -> dict:
         "finish_reason": item.rollout.finish_reason.value,
         "verdict": item.grade.verdict.value,
         "verdict_detail": item.grade.detail,
-        "reward": null_if_nan(item.grade.reward),
-        "value": null_if_nan(group.value),
-        "advantage": null_if_nan(item.advantage),
+        "reward": _null_if_nan(item.grade.reward),
+        "value": _null_if_nan(group.value),
+        "advantage": _null_if_nan(item.advantage),
         "extra": item.extra,
     }
 
@@ -205,7 +208,7 @@ def _group(rows: list[dict]) -> RolloutGroup:
         index=first["group_index"],
         policy_version=first["policy_version"],
         prompt=prompt,
-        rollouts=tuple(_graded(row) for row in rows),
+        rollouts=tuple(map(_graded, rows)),
         value=_nan_if_null(first["value"]),
     )
 
@@ -220,8 +223,7 @@ def _graded(row: dict) -> GradedRollout:
     return GradedRollout(rollout, row["response"], grade, _nan_if_null(row["advantage"]), row["extra"])
 
 
-def null_if_nan(value: float) -> float | None:
-    """Arrow's way of saying that there is no number."""
+def _null_if_nan(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 
