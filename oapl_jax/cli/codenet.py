@@ -39,13 +39,7 @@ HELP = {
 
 
 def write(root: pathlib.Path, out: pathlib.Path, tokenizer: Tokenizer, rules: codenet.Rules) -> dict[str, Any]:
-    """Writes the log (version 0) and returns its summary.
-
-    Args:
-        root: ``Project_CodeNet``.
-        out: folder of the log, which must not exist.
-        tokenizer: of the model that will be trained.
-        rules: what is kept, and how groups are formed.
+    """Writes the log (version 0) for a model with this tokenizer, and returns its summary.
 
     Raises:
         ValueError: ``root`` is not a copy of CodeNet, ``out`` exists, or no group can be made.

@@ -75,13 +75,9 @@ def load_reward(path: str | pathlib.Path) -> RewardConfig:
 
 
 def validate(schema: type[AnyConfig], raw: Any, source: str, checks: Checks = NO_CHECKS) -> AnyConfig:
-    """Validates a plain nested dict.
+    """Validates a plain nested dict, which ``source`` names in the error.
 
-    Args:
-        schema: of the whole.
-        raw: the dict.
-        source: names it in the error.
-        checks: of sections that name entries of dicts in other rooms: ``CHECKS`` of ``build/checks.py``.
+    ``checks`` are those of sections that name entries of dicts in other rooms: ``CHECKS`` of ``build/checks.py``.
     """
     try:
         return schema.model_validate(raw, context=checks)
@@ -111,12 +107,7 @@ def from_command_line(
 ) -> tuple[AnyConfig, argparse.Namespace]:
     """Parses ``--config FILE [--dry-run] [section.key=value ...]``; raises ``ConfigError`` on a mistake.
 
-    Args:
-        schema: of the file.
-        command: that is run.
-        argv: words of the command line.
-        add_options: adds further options of this command.
-        checks: see ``validate``.
+    ``add_options`` adds further options of the command; ``checks`` as in ``validate``.
     """
     summary = (schema.__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog=f"oapl-jax {command}", description=summary)

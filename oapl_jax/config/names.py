@@ -8,12 +8,7 @@ Entry = TypeVar("Entry")
 
 
 def entry(table: Mapping[str, Entry], name: str, key: str) -> Entry:
-    """The entry of that name.
-
-    Args:
-        table: all entries.
-        name: as the config gives it.
-        key: of the config, for the message.
+    """The entry that ``key`` of a config names.
 
     Raises:
         ValueError: there is no such entry; names the nearest.

@@ -66,11 +66,7 @@ class Rules:
 
 
 def read_problems(root: pathlib.Path, dropped: collections.Counter[str]) -> list[Problem]:
-    """All problems with a statement, in the order of the list.
-
-    Args:
-        root: ``Project_CodeNet``.
-        dropped: counts what is left out, by reason.
+    """All problems with a statement, in the order of the list; ``dropped`` counts what is left out, by reason.
 
     Raises:
         ValueError: ``root`` is another folder; the message says what it lacks.
@@ -94,13 +90,7 @@ def read_problems(root: pathlib.Path, dropped: collections.Counter[str]) -> list
 def read_submissions(
     root: pathlib.Path, problem: str, keeps: Callable[[str], bool], dropped: collections.Counter[str]
 ) -> list[Submission]:
-    """The Python submissions of a problem, in the order of their ids.
-
-    Args:
-        root: ``Project_CodeNet``.
-        problem: id of the problem.
-        keeps: whether a source is short enough to keep.
-        dropped: counts what is left out, by reason.
+    """The Python submissions of a problem whose source ``keeps`` accepts, in the order of their ids.
 
     Raises:
         ValueError: the metadata lack a column.

@@ -22,13 +22,9 @@ class ExitCode(enum.IntEnum):
 
 
 def run(command: Callable[[list[str]], int | None], argv: list[str]) -> int:
-    """Runs a command and returns its exit code.
+    """Runs ``main`` of a module of ``cli/`` and returns its exit code.
 
     Errors that a user can understand become one message on standard error; any other one leaves with its traceback.
-
-    Args:
-        command: ``main`` of a module of ``cli/``; it may return an exit code.
-        argv: words of the command line.
     """
     try:
         return int(command(argv) or ExitCode.DONE)

@@ -202,10 +202,10 @@ class GroupBuffer(Changes):
         is_cancelled: Callable[[], bool] = lambda: False,
         recorded: Sequence[int] | None = None,
     ) -> list[RolloutGroup]:
-        """The groups of the next batch; none when the wait is cancelled.
+        """The groups of the next batch, when all are finished; none when the wait is cancelled.
 
         Args:
-            num_groups: how many; the call waits until they are finished.
+            num_groups: how many.
             deadline: seconds to wait.
             is_cancelled: asked every second.
             recorded: indices of the groups that this batch had before a restart: it gets them again.

@@ -34,12 +34,9 @@ class FilterCounts:
 
 
 def apply(groups: Iterable[RolloutGroup], filters: FilterConfig, seed: int) -> tuple[list[RolloutGroup], FilterCounts]:
-    """The groups that are used, in their order, and the counts.
+    """The groups that are used, in their order, and the counts; ``seed`` draws the random subset of prompts.
 
-    Args:
-        groups: of a log. A group that loses rollouts keeps the V* and the advantages of before.
-        filters: the options.
-        seed: of the random subset of prompts.
+    A group that loses rollouts keeps the V* and the advantages of before.
     """
     counts = FilterCounts()
     kept = []

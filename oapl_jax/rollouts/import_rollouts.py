@@ -142,12 +142,7 @@ class BadRowError(ValueError):
 
 
 def read(path: pathlib.Path, expectations: Expectations, bad: BadRows) -> list[Responses]:
-    """All groups of a file or folder, in the order of their first row.
-
-    Args:
-        path: a Parquet file, or a folder with such files in it or below it.
-        expectations: what rows have to meet.
-        bad: counts those that do not, or raises.
+    """All groups of a Parquet file, or of those in a folder and below it, in the order of their first row.
 
     Raises:
         ValueError: there is nothing to read; or, as ``bad`` has it, for the first row that cannot be used.

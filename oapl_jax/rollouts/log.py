@@ -24,12 +24,7 @@ class RolloutLog:
     """``rollouts/VERSION/part-NNNNNN.parquet`` under a run directory."""
 
     def __init__(self, directory: SharedPath, sampling: dict[str, float] | None = None):
-        """Opens a log.
-
-        Args:
-            directory: the folder with a folder for each version; need not exist.
-            sampling: parameters of the distribution that groups are drawn with from now on, to be written with them.
-        """
+        """Opens a log, which need not exist; ``sampling`` is written with each group: what it was drawn with."""
         self.directory, self.sampling = directory, sampling
         self._next_part: dict[int, int] = {}
 
@@ -129,11 +124,9 @@ class BatchRecord:
     """
 
     def __init__(self, path: pathlib.Path, delete_after: int | None = None):
-        """Reads what a former process recorded.
+        """Reads what a former process recorded, but for a last line that a crash tore.
 
-        Args:
-            path: the file; a last line that a crash tore is removed.
-            delete_after: delete later steps, which a changed config will do in another way.
+        Steps beyond ``delete_after`` are deleted: a changed config will do them in another way.
 
         Raises:
             ValueError: for a damaged line.

@@ -28,7 +28,16 @@ PACKED_PREFIXES = ("eJ", "eN", "eA", "eF")
 SHORTEST_PACKED = 24
 """A packed string has more characters; a gold answer that begins like one has fewer."""
 
-LOG_COLUMNS = ["policy_version", "rollout_index", "finish_reason", "verdict", "verdict_detail", "value", "advantage", "extra"]
+LOG_COLUMNS = [
+    "policy_version",
+    "rollout_index",
+    "finish_reason",
+    "verdict",
+    "verdict_detail",
+    "value",
+    "advantage",
+    "extra",
+]
 """Columns of a rollout log that are kept in ``extra_info``."""
 
 SCHEMA = pa.schema(

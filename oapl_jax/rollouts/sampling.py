@@ -117,11 +117,7 @@ class Sampler(Protocol):
         ...
 
     def set_weights(self, weights: Any) -> None:
-        """Uses these weights from now on. Nothing may be in flight.
-
-        Args:
-            weights: parameters on the sampler's devices, or whatever the engine loads.
-        """
+        """Uses these weights from now on: parameters on its devices, or whatever it loads. Nothing may be in flight."""
         ...
 
     @property

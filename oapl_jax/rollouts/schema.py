@@ -68,9 +68,7 @@ SCHEMA = pa.schema(
 def to_table(groups: Iterable[RolloutGroup], sampling: dict[str, float] | None = None) -> pa.Table:
     """Rows of the groups, rollouts of a group adjacent and in order.
 
-    Args:
-        groups: of one file.
-        sampling: temperature, top_k, top_p and min_p that all of them were drawn with, for the metadata.
+    ``sampling``, for the metadata: temperature, top_k, top_p and min_p that all of them were drawn with.
     """
     rows = [row(group, index) for group in groups for index in range(len(group.rollouts))]
     table = pa.Table.from_pylist(rows, schema=SCHEMA)

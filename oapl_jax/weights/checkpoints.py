@@ -50,8 +50,8 @@ class Checkpoints:
 
     Args:
         directory: of the checkpoints.
-        keep: see above.
-        keep_every: see above.
+        keep: number of the newest ones.
+        keep_every: divisors of further steps.
         team: processes that have the arrays, all of which make the same calls; None: this one alone.
     """
 
@@ -90,13 +90,9 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def restore(self, abstract_tree: Tree, note: Callable[[str], None]) -> tuple[int, Tree, Meta] | None:
-        """Loads the newest checkpoint that can be loaded; None where there is none.
+        """Loads the newest checkpoint that can be loaded, as ``abstract_tree`` has it; None where there is none.
 
         A damaged one is renamed to ``STEP.damaged``, said through ``note``, and the one before is tried.
-
-        Args:
-            abstract_tree: ``jax.ShapeDtypeStruct`` leaves with shardings.
-            note: takes a sentence for the user.
 
         Raises:
             LayoutError: a checkpoint is of another model or optimizer.

@@ -15,15 +15,7 @@ _TAGS = ("reinforcement-learning", "oapl", "jax")
 
 
 def write_card(folder: pathlib.Path, config: TrainConfig, run_dir: pathlib.Path, step: int, dtype: str) -> None:
-    """Writes the card into a model folder.
-
-    Args:
-        folder: of the model.
-        config: of the run.
-        run_dir: its directory, for what it measured; a run that has not ended may have measured nothing yet.
-        step: of the checkpoint.
-        dtype: of the weights in the files.
-    """
+    """Writes the card of a checkpoint into its model folder, with what the run has measured so far."""
     name = config.objective.name
     objective = f"OAPL ([arXiv 2602.19362]({PAPER}))" if name == "oapl" else f"the objective `{name}`"
     parts = [

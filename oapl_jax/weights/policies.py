@@ -83,9 +83,6 @@ class PolicyStore:
             tokenizer: saved with them.
             writers: the processes that have the parameters, all of which call this.
 
-        Returns:
-            ``sync/publish_seconds`` and ``sync/publish_bytes``.
-
         Raises:
             ValueError: the version is there and was published for another window; several writers and no local folder.
         """
@@ -163,11 +160,7 @@ class PolicyStore:
         return manifest
 
     def fetch(self, version: int, cache: pathlib.Path) -> pathlib.Path:
-        """A local folder with the version's files, each checked against the manifest.
-
-        Args:
-            version: a published one.
-            cache: where a copy goes, if the store is not local.
+        """A local folder with the version's files, each checked against the manifest; in ``cache`` if it is a copy.
 
         Raises:
             PolicyGoneError: it is not there, or was removed meanwhile.

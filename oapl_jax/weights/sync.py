@@ -77,10 +77,8 @@ class WeightSync:
     def program(self, params: Any) -> tuple[Any, Any] | None:
         """The jitted program of the largest chunk and its argument, to compile for; None where there is only a transfer.
 
-        A sync to int8, or of adapters, is two programs; this is the one that holds the floats.
-
-        Args:
-            params: shapes with shardings on the trainer's mesh.
+        A sync to int8, or of adapters, is two programs; this is the one that holds the floats. ``params`` are shapes
+        with shardings on the trainer's mesh.
         """
         chunk = max(self.chunks, key=lambda chunk: device_bytes(_select(params, chunk)))
         part = _select(params, chunk)
