@@ -66,9 +66,12 @@ def load(source: str, folder: str | pathlib.Path | None = None) -> Tokenizer:
             )
         source = str(folder)
     saved = pathlib.Path(source) / CHARACTER_FILE
-    if saved.is_file():
-        return CharacterTokenizer.from_file(saved)
-    return HuggingFaceTokenizer(source)
+    if not saved.is_file():
+        return HuggingFaceTokenizer(source)
+    characters = json.loads(saved.read_text(encoding="utf-8"))["characters"]
+    if characters != CHARS:  # the alphabet gives the ids their meaning
+        raise ValueError(f"{saved}: its alphabet is {characters!r}, this program's is {CHARS!r}")
+    return CharacterTokenizer()
 
 
 class CharacterTokenizer:
@@ -79,14 +82,6 @@ class CharacterTokenizer:
         self.pad_id = CHARS.index("_")
         self.eos_id = CHARS.index("$")
         self.stop_ids = (self.eos_id,)
-
-    @classmethod
-    def from_file(cls, path: pathlib.Path) -> "CharacterTokenizer":
-        """Reads what ``save`` wrote, and checks the alphabet, because it gives the ids their meaning."""
-        characters = json.loads(path.read_text(encoding="utf-8"))["characters"]
-        if characters != CHARS:
-            raise ValueError(f"{path}: its alphabet is {characters!r}, this program's is {CHARS!r}")
-        return cls()
 
     def encode_prompt(self, question: str, system: str | None = None) -> list[int]:
         """Token ids of the question alone.

@@ -147,10 +147,9 @@ class Leases:
         for lease in list(self._held.values()):
             lease.release()
 
-    def finish_all(self) -> None:
-        """Finishes all leases of this process."""
-        for lease in list(self._held.values()):
-            lease.finish()
+    def names(self) -> list[str]:
+        """Names that are or were claimed and not finished."""
+        return sorted({file.rpartition(".")[0] for file in storage.names(self._directory)})
 
     def path(self, name: str, generation: int) -> SharedPath:
         """The file of a generation."""

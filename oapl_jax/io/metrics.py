@@ -8,6 +8,7 @@ import math
 import pathlib
 from typing import Any
 
+from oapl_jax.config.run import LoggingConfig
 from oapl_jax.io import json_lines, trackers
 from oapl_jax.types import Metrics
 
@@ -23,31 +24,30 @@ class MetricsWriter:
     def __init__(
         self,
         run_dir: pathlib.Path,
+        logging: LoggingConfig,
         *,
         resume_step: int | None = None,
-        tensorboard: bool = True,
-        wandb_project: str | None = None,
         config: dict[str, Any] | None = None,
     ):
         """Opens the files of a run.
 
         Args:
             run_dir: where the run lives.
+            logging: which trackers there are besides metrics.jsonl.
             resume_step: the last step that is kept; what was written of later ones is removed, because the
                 resumed run writes them again. None: the run starts at the beginning and so does its file.
-            tensorboard: write event files to ``RUN/tensorboard``.
-            wandb_project: Weights & Biases project, or None.
             config: the resolved config, shown by W&B.
 
         Raises:
-            ValueError: ``wandb_project`` is set and wandb is not installed, or metrics.jsonl is damaged.
+            ValueError: wandb is wanted and not installed, or metrics.jsonl is damaged.
         """
         self._path = run_dir / METRICS_FILE
         last_kept = -1 if resume_step is None else resume_step
-        self._wandb = None if wandb_project is None else trackers.start_wandb(wandb_project, run_dir, config)
+        project = logging.wandb_project
+        self._wandb = None if project is None else trackers.start_wandb(project, run_dir, config)
         json_lines.keep(self._path, lambda step: step <= last_kept)
         self._file = self._path.open("a", encoding="utf-8")
-        self._tensorboard = trackers.start_tensorboard(run_dir, last_kept + 1) if tensorboard else None
+        self._tensorboard = trackers.start_tensorboard(run_dir, last_kept + 1) if logging.tensorboard else None
 
     def write(self, step: int, metrics: Metrics) -> None:
         """Appends one line. Values become Python floats here, so device arrays are waited for."""

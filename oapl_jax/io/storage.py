@@ -155,14 +155,10 @@ def move_aside(path: SharedPath, suffix: str) -> SharedPath:
 
 
 def put_folder(local: pathlib.Path, target: SharedPath) -> None:
-    """Moves a finished local folder to ``target``, which must not exist; file by file in an object store."""
-    if (store := _store(target)) is not None:
-        for file in sorted(local.iterdir()):
-            store.put_file(str(file), str(target / file.name))
-        shutil.rmtree(local)
-        return
-    local.rename(pathlib.Path(str(target)))
-    sync_folder(pathlib.Path(str(target)).parent)
+    """Moves a finished local folder to an object store, file by file."""
+    for file in sorted(local.iterdir()):
+        _store(target).put_file(str(file), str(target / file.name))
+    shutil.rmtree(local)
 
 
 def get_folder(source: SharedPath, file_names: list[str], target: pathlib.Path) -> pathlib.Path:

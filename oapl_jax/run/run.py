@@ -491,13 +491,7 @@ def _warm_up(setup: SamplingSetup, weights: Any, bar: ProgressBar) -> None:
 
 
 def _open_writer(config: TrainConfig, directory: pathlib.Path, resume_step: int | None) -> MetricsWriter:
-    return MetricsWriter(
-        directory,
-        resume_step=resume_step,
-        tensorboard=config.logging.tensorboard,
-        wandb_project=config.logging.wandb_project,
-        config=config.model_dump(),
-    )
+    return MetricsWriter(directory, config.logging, resume_step=resume_step, config=config.model_dump())
 
 
 def _dismiss(cluster: Cluster, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:

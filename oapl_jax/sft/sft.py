@@ -81,14 +81,9 @@ def run(config: SftConfig) -> pathlib.Path:
         if restored is not None:
             first, state = restored[0], state.restored(restored[1])
             progress.note(f"resumed supervised training at step {first}")
+        resume_step = first if restored is not None else None
         writer = stack.enter_context(
-            MetricsWriter(
-                directory,
-                resume_step=first if restored is not None else None,
-                tensorboard=config.logging.tensorboard,
-                wandb_project=config.logging.wandb_project,
-                config=config.model_dump(),
-            )
+            MetricsWriter(directory, config.logging, resume_step=resume_step, config=config.model_dump())
         )
         for step in range(first + 1, config.run.steps + 1):
             start = time.perf_counter()

@@ -73,7 +73,7 @@ class SamplingProcess:
         self._store = PolicyStore(root / "policy")
         self._name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
         self._resources = contextlib.ExitStack()
-        self._leases: tuple[Leases | VersionLeases, ...] = ()
+        self._leases: tuple[Leases, ...] = ()
         self._next_report, self._beat = 0.0, 0
 
     def run(self) -> None:
@@ -112,7 +112,7 @@ class SamplingProcess:
             if current.policy_version != version:
                 held = None
                 with contextlib.suppress(OSError):  # without it the version may be removed, and is then left
-                    held = version_leases.claim(current.policy_version, self._name)
+                    held = version_leases.use(current.policy_version, self._name)
                 fetched = self._fetch(current.policy_version, run_dir.digest(config), cache)
                 if fetched is None:  # the trainer went on meanwhile
                     if held is not None:

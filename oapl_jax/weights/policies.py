@@ -10,7 +10,6 @@ Any engine that reads Hugging Face folders can follow it (docs/bring_your_own_sa
 import hashlib
 import json
 import pathlib
-import shutil
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -96,18 +95,17 @@ class PolicyStore:
             if writers.is_leader:
                 self._point_to(Current(version, is_finished=False))
             return {"sync/publish_seconds": time.perf_counter() - start, "sync/publish_bytes": 0}
-        parent = pathlib.Path(str(self.directory)) if local else pathlib.Path(tempfile.gettempdir())
-        staged = parent / f".{version:06d}.staged"
-        if writers.is_leader:
-            storage.remove(folder)  # half of it, from a writer that was killed
-            parent.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(staged, ignore_errors=True)
+        staged = pathlib.Path(str(folder)) if local else pathlib.Path(tempfile.gettempdir()) / f".{version:06d}.staged"
         hf.save_folder(staged, config, params, tokenizer, writers=writers)
         if not writers.is_leader:
             return {"sync/publish_seconds": time.perf_counter() - start}
         with ThreadPoolExecutor(HASHING_THREADS) as pool:
             files = dict(pool.map(_describe, sorted(staged.iterdir())))
-        storage.put_folder(staged, folder)
+        if local:
+            storage.sync_folder(staged.parent)
+        else:
+            storage.remove(folder)  # half of it, from a writer that was killed
+            storage.put_folder(staged, folder)
         written = manifest._replace(files=files)._asdict() | {"window": manifest.window._asdict()}
         storage.replace(folder / MANIFEST_FILE, json.dumps(written, indent=1).encode())
         self._point_to(Current(version, is_finished=False))
@@ -202,16 +200,12 @@ class PolicyStore:
         storage.replace(self.directory / CURRENT_FILE, json.dumps(current._asdict()).encode() + b"\n")
 
 
-class VersionLeases:
+class VersionLeases(Leases):
     """Who uses which version: a lease for each pair of version and process, which no other process needs."""
 
-    def __init__(self, directory: SharedPath, expires: float):
-        self._directory = directory
-        self._leases = Leases(directory, expires)
-
-    def claim(self, version: int, name: str) -> Lease | None:
+    def use(self, version: int, name: str) -> Lease | None:
         """Says that a process of this name uses a version, until the lease is finished."""
-        return self._leases.claim(f"{version:06d}-{name}")
+        return self.claim(f"{version:06d}-{name}")
 
     def in_use(self, before: int) -> set[int]:
         """Versions before this one that a living process uses; the leases of all others are finished.
@@ -219,11 +213,11 @@ class VersionLeases:
         A process that has fallen silent counts as living until the expiry.
         """
         found = set()
-        for name in sorted({file.rpartition(".")[0] for file in storage.names(self._directory)}):
+        for name in self.names():
             version = name.partition("-")[0]
             if not version.isdigit() or int(version) >= before:
                 continue
-            if (lease := self._leases.claim(name)) is None:
+            if (lease := self.claim(name)) is None:
                 found.add(int(version))
             else:
                 lease.finish()
@@ -231,8 +225,9 @@ class VersionLeases:
 
     def close(self) -> None:
         """Finishes the leases of this process."""
-        self._leases.finish_all()
-        self._leases.close()
+        for lease in list(self._held.values()):
+            lease.finish()
+        super().close()
 
 
 def _describe(path: pathlib.Path) -> tuple[str, dict[str, Any]]:

@@ -5,12 +5,13 @@ import sys
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from oapl_jax.config.run import LoggingConfig
 from oapl_jax.io import metrics
 
 
 def test_tensorboard_reads_what_was_written_and_no_steps_after_the_resume(tmp_path):
     for resume_step, steps, offset in ((None, range(1, 6), 0.0), (3, range(4, 6), 100.0)):
-        with metrics.MetricsWriter(tmp_path, resume_step=resume_step) as writer:
+        with metrics.MetricsWriter(tmp_path, LoggingConfig(), resume_step=resume_step) as writer:
             for step in steps:
                 writer.write(step, {"learner/loss": step + offset})
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -21,4 +22,4 @@ def test_tensorboard_reads_what_was_written_and_no_steps_after_the_resume(tmp_pa
 def test_a_wandb_project_without_wandb_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match=r"logging\.wandb_project='demo'.*oapl-jax\[wandb\]"):
-        metrics.MetricsWriter(tmp_path, wandb_project="demo")
+        metrics.MetricsWriter(tmp_path, LoggingConfig(wandb_project="demo"))

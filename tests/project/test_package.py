@@ -12,6 +12,7 @@ from packaging.requirements import Requirement
 
 import oapl_jax
 from oapl_jax.cli import serve
+from oapl_jax.config.run import LoggingConfig
 from oapl_jax.data import rows
 from oapl_jax.io import metrics
 from test_layers import PACKAGE, ROOT, libraries_of, normal, providers_of, real_modules
@@ -98,7 +99,7 @@ def test_no_command_imports_an_optional_library():
         ("tensorflow_datasets", lambda folder: rows.read("mnist", "tfds", ["label"]), "data"),
         ("jetstream", lambda folder: serve.main(["--ask", "1+1="]), "serve"),
         ("grpc", lambda folder: serve.main(["--model", str(folder)]), "serve"),
-        ("wandb", lambda folder: metrics.MetricsWriter(folder, wandb_project="demo"), "wandb"),
+        ("wandb", lambda folder: metrics.MetricsWriter(folder, LoggingConfig(wandb_project="demo")), "wandb"),
     ],
 )
 def test_a_library_that_is_missing_is_named_with_its_extra(library, use, extra, tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from oapl_jax.cli import commands
+from oapl_jax.config.run import LoggingConfig
 from oapl_jax.io import metrics
 from oapl_jax.io.console import ExitCode
 from oapl_jax.io.run_dir import LAYOUT, RUN_FILE
@@ -32,7 +33,7 @@ def make_run(run_dir, steps=100, sync_every=25):
     rng = np.random.default_rng(0)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text("run:\n  dir: runs/demo\n  steps: 100\n")
-    with metrics.MetricsWriter(run_dir, tensorboard=False) as writer:
+    with metrics.MetricsWriter(run_dir, LoggingConfig(tensorboard=False)) as writer:
         for step in range(1, steps + 1):
             done, lag = step / steps, (step - 1) % sync_every
             reward = 0.27 + 0.65 * done**0.7 + rng.normal(0, 0.04)
@@ -121,7 +122,7 @@ def test_an_empty_run_directory_gets_a_report(tmp_path):
 
 
 def test_a_single_step_and_values_that_are_not_finite_are_drawn(tmp_path):
-    with metrics.MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with metrics.MetricsWriter(tmp_path, LoggingConfig(tensorboard=False)) as writer:
         writer.write(1, {"rollouts/reward": 0.5, "learner/entropy": float("nan"), "learner/seconds": 0.0})
     report.write_report(tmp_path)
     assert (tmp_path / "curves.png").stat().st_size > 10_000

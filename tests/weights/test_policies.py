@@ -98,13 +98,13 @@ def test_old_versions_are_collected_when_no_one_uses_them(store, tmp_path):
     trainer, sampler = VersionLeases(tmp_path / "leases", 0.6), VersionLeases(tmp_path / "leases", 0.6)
     for version in range(4):
         publish(store, version)
-    held = sampler.claim(0, "a")
+    held = sampler.use(0, "a")
     assert store.collect(trainer) == [1], "the two newest stay, and the one that is used"
     assert store.versions() == [0, 2, 3]
     held.release()
     assert store.collect(trainer) == [0]
 
-    silent = sampler.claim(2, "b")
+    silent = sampler.use(2, "b")
     publish(store, 4)
     assert store.collect(trainer) == []
     sampler.close()  # it beats no longer
@@ -124,12 +124,12 @@ def test_the_leases_of_a_version_disappear_with_it(store, tmp_path):
     killed = json.dumps({"host": "elsewhere", "pid": 1, "started": "0", "beat": 1, "is_released": True})
     for version in range(10):
         publish(store, version)
-        own, other = sampler.claim(version, "a"), sampler.claim(version, "b.c")
+        own, other = sampler.use(version, "a"), sampler.use(version, "b.c")
         (folder / f"{version:06d}-gone.0").write_text(killed)
         store.collect(trainer)
         own.finish()
         other.release()
-    living = sampler.claim(0, "late")
+    living = sampler.use(0, "late")
     store.collect(trainer)
     assert {path.name.partition("-")[0] for path in folder.iterdir()} == {"000000", "000008", "000009"}
     living.finish()
