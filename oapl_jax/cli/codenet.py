@@ -29,13 +29,6 @@ from oapl_jax.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, 
 
 SUMMARY_FILE = "codenet.json"
 GROUPS_PER_FILE = 256
-HELP = {
-    "group_size": "programs in a group",
-    "max_correct": "correct programs kept per problem",
-    "max_tokens": "most tokens of a program; longer ones are left out",
-    "max_prompt_tokens": "most tokens of a prompt; problems with longer ones are left out",
-    "seed": "seed of the choice of programs and of their groups",
-}
 
 
 def write(root: pathlib.Path, out: pathlib.Path, tokenizer: Tokenizer, rules: codenet.Rules) -> dict[str, Any]:
@@ -134,7 +127,7 @@ def main(argv: list[str]) -> None:
     )
     for field in dataclasses.fields(codenet.Rules):
         name = f"--{field.name.replace('_', '-')}"
-        parser.add_argument(name, type=int, default=field.default, help=HELP[field.name])
+        parser.add_argument(name, type=int, default=field.default, help=field.metadata["help"])
     options = vars(parser.parse_args(argv))
     root, out, tokenizer = (options.pop(name) for name in ("root", "out", "tokenizer"))
     if options["group_size"] < 2 or options["max_correct"] < 1:

@@ -7,12 +7,12 @@ from oapl_jax.config.section import Count, Section
 
 NOT_OF_TASKS = AppliesWhen("task", condition=is_null)
 NOT_OF_DATASETS = AppliesWhen("dataset", condition=is_null)
-WITH_SPLITS = ("datasets", "tfds")
-"""Formats whose data come in splits."""
 
 
-def _has_splits(dataset: str | None, file_format: str) -> bool:
-    return dataset is not None or file_format in WITH_SPLITS
+def has_splits(*names: str | None) -> bool:
+    """For ``AppliesWhen``: whether data come in splits, by the names of data sets, where given, and the format."""
+    *datasets, file_format = names
+    return any(name is not None for name in datasets) or file_format in ("datasets", "tfds")
 
 
 def _has_configurations(dataset: str | None, file_format: str) -> bool:
@@ -33,7 +33,7 @@ class DataConfig(Section):
     """How ``path`` is read."""
     name: Annotated[str | None, NOT_OF_TASKS, AppliesWhen("dataset", "format", condition=_has_configurations)] = None
     """Configuration of a ``datasets`` dataset (GSM8K's is ``main``)."""
-    split: Annotated[str, NOT_OF_TASKS, AppliesWhen("dataset", "format", condition=_has_splits)] = "train"
+    split: Annotated[str, NOT_OF_TASKS, AppliesWhen("dataset", "format", condition=has_splits)] = "train"
     """Split, for ``datasets`` and ``tfds``."""
     prompt_column: Annotated[str, NOT_OF_TASKS, NOT_OF_DATASETS] = "prompt"
     """Column of the question."""

@@ -3,16 +3,12 @@
 from typing import Annotated
 
 from oapl_jax.config.applies import AppliesWhen, is_null
-from oapl_jax.config.data import WITH_SPLITS
+from oapl_jax.config.data import has_splits
 from oapl_jax.config.sampling import SamplingConfig
 from oapl_jax.config.section import Count, CountOrZero, Section
 
 NOT_OF_TASKS = AppliesWhen("data.task", condition=is_null)
 WITHOUT_DATA = AppliesWhen("data", condition=is_null)
-
-
-def _has_splits(dataset: str | None, held_out: str | None, file_format: str) -> bool:
-    return bool(dataset or held_out) or file_format in WITH_SPLITS
 
 
 class EvaluationConfig(SamplingConfig):
@@ -22,7 +18,7 @@ class EvaluationConfig(SamplingConfig):
     """Held-out prompts, in the format and columns of ``data``; the toy tasks bring their own."""
     dataset: Annotated[str | None, NOT_OF_TASKS] = None
     """Held-out prompts of another data set than ``data.dataset``, from the hub or from a copy at ``path``."""
-    split: Annotated[str, AppliesWhen("data.dataset", "evaluation.dataset", "data.format", condition=_has_splits)] = (
+    split: Annotated[str, AppliesWhen("data.dataset", "evaluation.dataset", "data.format", condition=has_splits)] = (
         "test"
     )
     """Split, for ``datasets`` and ``tfds``."""

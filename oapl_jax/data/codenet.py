@@ -16,7 +16,7 @@ import html.parser
 import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,20 +49,20 @@ class Problem(NamedTuple):
     """Its sample as JSON tests (rewards/code/layouts.py), or an empty string."""
 
 
+def _option(default: int, meaning: str) -> Any:
+    """A field that is an option of ``oapl-jax codenet``, with its help."""
+    return dataclasses.field(default=default, metadata={"help": meaning})
+
+
 @dataclasses.dataclass(frozen=True)
 class Rules:
     """Which submissions are kept, and how they form groups; the first two defaults are the paper's."""
 
-    group_size: int = 4
-    """Submissions in a group; at least one is correct and at least one is not."""
-    max_correct: int = 50
-    """Correct submissions kept per problem, drawn at random."""
-    max_tokens: int = 2048
-    """Most tokens of a response; longer programs are left out."""
-    max_prompt_tokens: int = 2048
-    """Most tokens of a prompt; problems with longer ones are left out."""
-    seed: int = 0
-    """Of the choice of programs and of their groups."""
+    group_size: int = _option(4, "submissions in a group; at least one is correct and at least one is not")
+    max_correct: int = _option(50, "correct submissions kept per problem, drawn at random")
+    max_tokens: int = _option(2048, "most tokens of a response; longer programs are left out")
+    max_prompt_tokens: int = _option(2048, "most tokens of a prompt; problems with longer ones are left out")
+    seed: int = _option(0, "seed of the choice of submissions and of their groups")
 
 
 def read_problems(root: pathlib.Path, dropped: collections.Counter[str]) -> list[Problem]:

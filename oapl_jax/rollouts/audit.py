@@ -26,15 +26,11 @@ from oapl_jax.types import RolloutGroup, RunError
 BATCHES_FILE = "batches.jsonl"
 
 
-class AuditError(RunError):
-    """A fact of the run that is not as it should be, and the file that says so."""
-
-
 def audit(run: pathlib.Path) -> str:
     """Checks a run, finished or not; returns what was proved as a sentence.
 
     Raises:
-        AuditError: the first thing that is not as it should be.
+        RunError: the first thing that is not as it should be.
         ValueError: there is no such run, or it is of another release.
     """
     config = run_dir.read_config(run, TrainConfig)
@@ -148,11 +144,11 @@ def _batches(run: pathlib.Path) -> Iterator[tuple[str, Any]]:
     try:
         lines = json_lines.read(run / BATCHES_FILE)
     except ValueError as error:
-        raise AuditError(str(error)) from error
+        raise RunError(str(error)) from error
     for number, line in enumerate(lines, start=1):
         yield f"{BATCHES_FILE}, line {number}", line
 
 
 def _require(is_so: bool, where: str, problem: str) -> None:
     if not is_so:
-        raise AuditError(f"{where}: {problem}")
+        raise RunError(f"{where}: {problem}")

@@ -60,9 +60,9 @@ class Consumption(NamedTuple):
     seed: int = 0
 
     @property
-    def is_repeating(self) -> bool:
-        """Groups are kept after their first use."""
-        return self.epochs > 1 or self.max_uses > 1
+    def limit(self) -> int:
+        """How often a group may be taken in all."""
+        return max(self.epochs, self.max_uses)
 
 
 class Changes:
@@ -144,7 +144,7 @@ class GroupBuffer(Changes):
                 self._add(group)
             for indices in batches:
                 lacking = [index for index in indices if index not in self._fresh and index not in self._taken]
-                if lacking and self._consumption.is_repeating:
+                if lacking and self._consumption.limit > 1:
                     raise ValueError(
                         f"batches.jsonl has group {lacking[0]} of policy version {self.policy_version} in a batch, and the"
                         " rollout log does not have it; it would be trained on again: put the log's files back"
@@ -337,13 +337,13 @@ class GroupBuffer(Changes):
 
     def _take(self, indices: Sequence[int]) -> list[RolloutGroup]:
         """Moves the groups on, and returns those that are there: all of them but after a restart."""
-        groups, limit = [], max(self._consumption.epochs, self._consumption.max_uses)
+        groups = []
         for index in indices:
             self._make_room(index)
             group = self._fresh.pop(index, None) or self._taken.get(index)
             uses = self._uses.get(index, (0, 0))[0] + 1
             self._uses[index] = uses, self._num_batches
-            self._taken[index] = group if uses < limit else None
+            self._taken[index] = group if uses < self._consumption.limit else None
             self._states[index] = TAKEN
             self.cursor = max(self.cursor, index + 1)
             if group is not None:

@@ -36,10 +36,6 @@ class LayoutError(ValueError):
     """A checkpoint is sound, but not of this model."""
 
 
-class SaveError(RunError):
-    """A checkpoint cannot be written; those before it are as they were."""
-
-
 class Checkpoints:
     """``checkpoints/STEP`` under a run directory: the newest ``keep``, and those of steps that one of ``keep_every`` divides.
 
@@ -72,7 +68,7 @@ class Checkpoints:
         The caller may donate or change the arrays when this returns. An error of the save before is raised here.
 
         Raises:
-            SaveError: full disk, no permission.
+            RunError: full disk, no permission; the checkpoints before are as they were.
         """
         arrays = flatten(tree)
         meta = {**meta, "layout": _layout(arrays), "fingerprint": fingerprint(list(arrays.values()))}
@@ -129,7 +125,7 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            raise SaveError(f"a checkpoint cannot be written to {self._directory}: {_first_line(error)}") from error
+            raise RunError(f"a checkpoint cannot be written to {self._directory}: {_first_line(error)}") from error
 
     def _load(self, step: int, abstract_tree: Tree) -> tuple[Tree, Meta]:
         abstract = flatten(abstract_tree)

@@ -10,8 +10,9 @@ from oapl_jax.cli import audit as command
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.io import console, run_dir
-from oapl_jax.rollouts.audit import AuditError, audit
+from oapl_jax.rollouts.audit import audit
 from oapl_jax.rollouts.log import BatchRecord, RolloutLog
+from oapl_jax.types import RunError
 from rollouts.groups import group
 
 CONFIG = {
@@ -106,10 +107,10 @@ def test_a_wrong_record_is_found(run, line, values, message, capsys):
 
 def test_metrics_of_another_version_or_lag_are_found(run):
     edit_line(run / "metrics.jsonl", 3, **{"window/version": 0})
-    with pytest.raises(AuditError, match="step 3: is of version 0, its batch of 1"):
+    with pytest.raises(RunError, match="step 3: is of version 0, its batch of 1"):
         audit(run)
     edit_line(run / "metrics.jsonl", 3, **{"window/version": 1, "window/lag": 2})
-    with pytest.raises(AuditError, match="step 3: lags 2"):
+    with pytest.raises(RunError, match="step 3: lags 2"):
         audit(run)
 
 
@@ -125,7 +126,7 @@ def test_a_wrong_group_is_found(run):
     }
     for message, bad in cases.items():
         rewrite(run, 0, [*sound[:2], bad, *sound[3:]])
-        with pytest.raises(AuditError, match=message):
+        with pytest.raises(RunError, match=message):
             audit(run)
     rewrite(run, 0, sound)
     audit(run)
@@ -139,7 +140,7 @@ def test_a_damaged_file_that_no_batch_needs_is_said(run):
 def test_a_damaged_file_and_a_folder_that_is_no_run(run, tmp_path, capsys):
     (path,) = (run / "rollouts" / "000001").glob("*.parquet")
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(AuditError, match=r"part-000000\.parquet: not a readable Parquet file"):
+    with pytest.raises(RunError, match=r"part-000000\.parquet: not a readable Parquet file"):
         audit(run)
     assert console.run(command.main, [str(tmp_path / "nothing")]) == console.ExitCode.USAGE
     assert "is no run directory: it has no run.json" in capsys.readouterr().err
