@@ -111,10 +111,6 @@ def open_run(config: Any, schema: type[Section]) -> pathlib.Path:
     check_run(config, schema)
     run = pathlib.Path(config.run.dir)
     try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"run.dir={config.run.dir!r}: cannot be made: {error}") from error
-    try:
         save_config(run, config)
     except OSError as error:
         raise ValueError(f"run.dir={config.run.dir!r}: cannot be written: {error}") from error

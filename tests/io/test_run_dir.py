@@ -73,7 +73,7 @@ def test_leave_to_change_is_itself_no_change(tmp_path):
 
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"run\.dir='.*/file/run': cannot be made"):
+    with pytest.raises(ValueError, match=r"run\.dir='.*/file/run': cannot be written"):
         open_run(make_config(tmp_path / "file" / "run"), TrainConfig)
 
 

@@ -13,6 +13,7 @@ from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.run.parity import ParityError
+from oapl_jax.types import RunError
 from runs import BASE, ROOT, finish, make_config, read_lines, start, write_config
 
 pytestmark = pytest.mark.slow
