@@ -64,17 +64,15 @@ def create(path: SharedPath, content: bytes, *, is_durable: bool = True) -> bool
     local.parent.mkdir(parents=True, exist_ok=True)
     temporary = _write_beside(local, content, is_durable)
     try:
-        os.link(temporary, local)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in NO_LINKS:
-            raise
         try:
+            os.link(temporary, local)
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
             with local.open("xb") as file:
                 _write(file, content, is_durable)
-        except FileExistsError:
-            return False
+    except FileExistsError:
+        return False
     finally:
         temporary.unlink(missing_ok=True)
     if is_durable:

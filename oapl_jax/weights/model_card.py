@@ -16,13 +16,14 @@ _TAGS = ("reinforcement-learning", "oapl", "jax")
 
 def write_card(folder: pathlib.Path, config: TrainConfig, run_dir: pathlib.Path, step: int, dtype: str) -> None:
     """Writes the card of a checkpoint into its model folder, with what the run has measured so far."""
-    name = config.objective.name
+    name, model, data = config.objective.name, config.model, config.data
+    start = model.path or model.warm_start or f"{model.config} (random weights)"
     objective = f"OAPL ([arXiv 2602.19362]({PAPER}))" if name == "oapl" else f"the objective `{name}`"
     parts = [
         _front_matter(config),
         f"# {run_dir.resolve().name}, step {step}",
         f"Trained with oapl_jax by {objective}: {step:,} of {config.run.steps:,} learner steps of"
-        f" {config.learner.batch_rollouts} rollouts, from `{_start(config)}`, on `{_data(config)}`. Weights: {dtype}.",
+        f" {config.learner.batch_rollouts} rollouts, from `{start}`, on `{data.task or data.dataset or data.path}`. Weights: {dtype}.",
         "## Results",
         _results(config, run_dir, step),
         "## Use",
@@ -46,16 +47,6 @@ def _front_matter(config: TrainConfig) -> str:
 
 def _is_hub_name(path: str) -> bool:
     return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not pathlib.Path(path).exists()
-
-
-def _start(config: TrainConfig) -> str:
-    model = config.model
-    return str(model.path or model.warm_start or f"{model.config} (random weights)")
-
-
-def _data(config: TrainConfig) -> str:
-    data = config.data
-    return str(data.task or data.dataset or data.path)
 
 
 def _results(config: TrainConfig, run_dir: pathlib.Path, step: int) -> str:
