@@ -15,8 +15,8 @@ import time
 
 import numpy as np
 import yaml
+from codenet_toy import NUMBERS, statement, write_corpus
 
-from benchmarks.codenet_toy import NUMBERS, statement, write_corpus
 from oapl_jax.data.dataset import PROGRAM
 
 OBJECTIVES = ("sft", "rloo", "rloo_grpo", "rloo_exp")

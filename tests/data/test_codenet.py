@@ -3,15 +3,19 @@
 import collections
 import csv
 import json
+import pathlib
+import runpy
 
 import numpy as np
 import pytest
 
-from benchmarks.codenet_toy import NUMBERS, STATUSES, write_corpus
 from oapl_jax.cli import codenet as command
 from oapl_jax.data import codenet
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.types import Verdict
+
+TOY = runpy.run_path(str(pathlib.Path(__file__).parents[2] / "benchmarks/codenet_toy.py"))
+NUMBERS, STATUSES, write_corpus = TOY["NUMBERS"], TOY["STATUSES"], TOY["write_corpus"]
 
 
 class Bytes:

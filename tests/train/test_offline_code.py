@@ -1,12 +1,12 @@
 """From Project CodeNet's layout to a trained model, without a sampler: the second paper's pipeline."""
 
 import json
+import runpy
 
 import numpy as np
 import pytest
 
 import runs
-from benchmarks.codenet_toy import NUMBERS, write_corpus
 from oapl_jax import train
 from oapl_jax.cli import codenet as command
 from oapl_jax.config import config_file
@@ -37,7 +37,8 @@ def make_tokenizer(folder):
 @pytest.mark.slow
 def test_people_s_programs_train_a_model_and_nothing_is_scored(tmp_path):
     root = tmp_path / "Project_CodeNet"
-    write_corpus(root, NUMBERS[:4], most=60)
+    corpus = runpy.run_path(str(runs.ROOT / "benchmarks/codenet_toy.py"))
+    corpus["write_corpus"](root, corpus["NUMBERS"][:4], most=60)
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     assert tokenizer.decode(tokenizer.encode("print(n*3)\n")) == "print(n*3)\n"
     command.write(root, tmp_path / "log", tokenizer, codenet.Rules(max_tokens=96))
