@@ -298,17 +298,14 @@ class OfflineRounds:
         else:
             scores, num_scored = self._score(pairs, data, params), len(pairs)
         found = dict(zip(todo, scores, strict=True))
-        make = self._setup.grading.group
         scored = []
         for i, group in enumerate(groups):
-            rollouts = [
-                dataclasses.replace(item.rollout, logprobs=found.get((i, j), item.rollout.logprobs))
-                for j, item in enumerate(group.rollouts)
-            ]
-            texts, grades = [item.text for item in group.rollouts], [item.grade for item in group.rollouts]
-            extras = [item.extra for item in group.rollouts]
+            members = []
+            for j, item in enumerate(group.rollouts):
+                logprobs = found.get((i, j), item.rollout.logprobs)
+                members.append(dataclasses.replace(item, rollout=dataclasses.replace(item.rollout, logprobs=logprobs)))
             ticket = Ticket(group.policy_version, group.index, group.index)
-            scored.append(make(ticket, group.prompt, rollouts, texts, grades, extras))
+            scored.append(self._setup.grading.group(ticket, group.prompt, members))
         return scored, num_scored
 
     def _score(
