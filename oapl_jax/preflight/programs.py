@@ -168,8 +168,7 @@ def _sampler_programs(assembly: Assembly) -> list[Program]:
     replica_params = WeightSync(params, engine.mesh, config.sampler.dtype).abstract(params)
     beside = account.evaluation_weights + (account.learner if account.is_colocated else 0)
     length = engine.padded_length(engine.max_prompt_tokens)
-    prompts = engine.prompts_at_once(length)
-    prefill = forward_flops(architecture, prompts * length, prompts * length * (length + 1) / 2, prompts)
+    prefill = forward_flops(architecture, length, length * (length + 1) / 2, 1)
     tokens = engine.num_rows * engine.decode_steps
     # Rows are on average half-way through their response, as far as there are pages.
     visible = min(

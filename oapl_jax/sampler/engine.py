@@ -38,14 +38,8 @@ Params = Any
 AttentionKind = Literal["dense", "xla", "tpu", "gpu"]
 """How decode steps read the cache: ``dense`` as in ``sampler/cpu``, or paged by one of ``paged_attend``'s kernels."""
 
-PREFILL_TOKENS = 2048
-"""Prompts are prefilled together up to this many padded tokens; a longer one is prefilled alone."""
-
 SHORTEST_DENSE = 64
 """Tokens that dense attention covers at least: longer ones are summed in an order that padding does not change."""
-
-FEWEST_ROWS = 4
-"""Chunks of fewer sequences are padded to this many rows."""
 
 
 class Prepared(NamedTuple):
@@ -59,20 +53,18 @@ class Prepared(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """Prefilled prompts: their keys and values, and the logits after each one's last token."""
+    """A prefilled prompt: its keys and values, and the logits after its last token."""
 
     kv: PromptKV
-    logits: Float[Array, "N V"]
-    length: Int[Array, "N"]
+    logits: Float[Array, "1 V"]
+    length: Int[Array, "1"]
 
 
 class Start(NamedTuple):
-    """The sequences that ``insert`` starts, host arrays; B of them from N prompts."""
+    """The sequences that ``insert`` starts after one prompt, host arrays."""
 
     slots: Any
     """int32 ``[B]``, free slots; out of range: the entry is padding."""
-    source: Any
-    """int32 ``[B]``, which prompt of the prefix."""
     seeds: Any
     """uint32 ``[B, 4]``: root seed, stream, index in it, rollout; the key is ``key(root)`` folded with the other three."""
     ends: Any
@@ -81,7 +73,7 @@ class Start(NamedTuple):
     """int32 ``[B]``, the token that follows the prompt, for a sequence that goes on; -1: it is drawn."""
     distribution: Distributions
     full_pages: Any
-    """int32 ``[N, M]``, page id of each page of the padded prompts; out of range: not written (it is not full)."""
+    """int32 ``[M]``, page id of each page of the padded prompt; out of range: not written (it is not full)."""
     tail_pages: Any
     """int32 ``[B]``, page id of each sequence's own copy of its prompt's partial page; out of range: there is none."""
 
@@ -244,14 +236,6 @@ class Engine:
         pages = 1 << (self.pages_of(num_tokens) - 1).bit_length()
         return min(pages, self.max_pages) * self.page_size
 
-    def prompts_at_once(self, padded_length: int) -> int:
-        """Prompts of this padded length that one call of ``prefill`` takes at most."""
-        return max(1, min(16, PREFILL_TOKENS // padded_length))
-
-    def padded_rows(self, num_rows: int) -> int:
-        """The number of rows that a chunk of ``num_rows`` sequences is padded to."""
-        return min(self.num_rows, max(FEWEST_ROWS, 1 << (num_rows - 1).bit_length()))
-
     def padded_pages(self, num_pages: int) -> int:
         """Columns of the page table for sequences of ``num_pages`` pages: 1 or 1.5 times a power of two, or the limit."""
         if self.attention != "dense":
@@ -276,28 +260,21 @@ class Engine:
                 raise ValueError(f"parameter {name} is {shapes[0]}, the engine's model has {shapes[1]}")
         return self._prepared(params, self._join)
 
-    def prefill(self, policy: Prepared, prompts: Sequence[Int[np.ndarray, "_P"]]) -> Prefix:
-        """Runs prompts of one padded length through the model.
+    def prefill(self, policy: Prepared, prompt: Int[np.ndarray, "_P"]) -> Prefix:
+        """Runs a prompt, padded, through the model.
 
         Raises:
             ValueError: for an empty prompt, or one beyond the limit of a whole sequence.
         """
         limit = self.max_prompt_tokens + self.max_response_tokens
-        lengths = [len(prompt) for prompt in prompts]
-        for length in lengths:
-            if not 0 < length <= limit:
-                raise ValueError(f"prompt of {length} tokens; the limit is 1 to {limit}")
-        padded_length = max(map(self.padded_length, lengths))
-        # A power of two of prompts, so that there are few programs.
-        num_prompts = 1 << (len(prompts) - 1).bit_length()
-        tokens = np.zeros((num_prompts, padded_length), np.int32)
-        for row, prompt in zip(tokens, prompts, strict=False):
-            row[: len(prompt)] = prompt
-        padding = [1] * (num_prompts - len(prompts))
-        return self._prefill(policy.params, tokens, np.array(lengths + padding, np.int32))
+        if not 0 < len(prompt) <= limit:
+            raise ValueError(f"prompt of {len(prompt)} tokens; the limit is 1 to {limit}")
+        tokens = np.zeros((1, self.padded_length(len(prompt))), np.int32)
+        tokens[0, : len(prompt)] = prompt
+        return self._prefill(policy.params, tokens, np.array([len(prompt)], np.int32))
 
     def insert(self, prefix: Prefix, state: DecodeState, start: Start) -> DecodeState:
-        """Starts sequences of prefilled prompts in free slots and draws their first tokens; the state is consumed."""
+        """Starts sequences of a prefilled prompt in free slots and draws their first tokens; the state is consumed."""
         return self._insert(prefix, state=state, start=start)
 
     def generate(
@@ -306,7 +283,6 @@ class Engine:
         state: DecodeState,
         slots: Int[np.ndarray, "B"],
         page_table: Int[np.ndarray, "B M"],
-        num_enough: int | None = None,
     ) -> tuple[DecodeState, Int[Array, "B X"]]:
         """Decodes a chunk of the sequences in some slots; the state is consumed.
 
@@ -315,13 +291,11 @@ class Engine:
             state: of the call before.
             slots: each at most once; out of range: padding.
             page_table: pages of each sequence, enough for the tokens that the chunk may add.
-            num_enough: the chunk ends early when this many of its sequences have ended; default all.
 
         Returns:
             The new state, and for ``unpack`` everything else in one array: one copy to the host.
         """
-        enough = len(slots) if num_enough is None else num_enough
-        return self._generate(policy, np.asarray(slots, np.int32), page_table, np.int32(enough), state=state)
+        return self._generate(policy, np.asarray(slots, np.int32), page_table, state=state)
 
     def unpack(self, packed: Int[np.ndarray, "B X"]) -> Decoded:
         """What ``generate`` returned, on the host."""
@@ -332,14 +306,13 @@ class Engine:
         return Decoded(tokens, logprobs.view(np.float32), is_valid, flags[:, 2].astype(bool), int(flags[0, 3]))
 
     def lower_prefill(self, params: Params) -> jax.stages.Lowered:
-        """``prefill`` of as many prompts of the longest kind as it takes at once, to be compiled ahead of time.
+        """``prefill`` of the longest prompt, to be compiled ahead of time.
 
         Args:
             params: shapes with shardings on this engine's mesh.
         """
         length = self.padded_length(self.max_prompt_tokens)
-        num_prompts = self.prompts_at_once(length)
-        return self._prefill.lower(params, self._integers(num_prompts, length), self._integers(num_prompts))
+        return self._prefill.lower(params, self._integers(1, length), self._integers(1))
 
     def lower_generate(self, params: Params) -> jax.stages.Lowered:
         """``generate`` of all rows, to be compiled ahead of time.
@@ -350,7 +323,7 @@ class Engine:
         state = placed(jax.eval_shape(self.init_decode_state), self._shardings())
         rows, table = self._integers(self.num_rows), self._integers(self.num_rows, self.max_pages)
         policy = self._prepared(params, functools.partial(jax.eval_shape, self._join))
-        return self._generate.lower(policy, rows, table, self._integers(), state=state)
+        return self._generate.lower(policy, rows, table, state=state)
 
     def _prepared(self, params: Params, join: Any) -> Prepared:
         return Prepared(params, *(join(params) if self._is_joined else (None, None)))
@@ -393,14 +366,13 @@ def _prefill(
     config: QwenConfig,
     cache_dtype: DTypeLike,
     params: Params,
-    tokens: Int[Array, "N P"],
-    length: Int[Array, "N"],
+    tokens: Int[Array, "1 P"],
+    length: Int[Array, "1"],
 ) -> Prefix:
     with jax.named_scope("prefill"):
         model = nnx.merge(graphdef, params)
-        num_prompts, padded_length = tokens.shape
-        positions = jnp.broadcast_to(jnp.arange(padded_length), tokens.shape)
-        cache = kv_cache.make_prompt_kv(config, num_prompts, padded_length, cache_dtype)
+        positions = jnp.arange(tokens.shape[1])[None]
+        cache = kv_cache.make_prompt_kv(config, tokens.shape[1], cache_dtype)
         # Padding comes after the prompt: causal attention never sees it, and decode steps overwrite its keys and
         # values before any query could.
         hidden, cache = model.hidden(tokens, positions, kv_cache.attend_prompt, cache)
@@ -410,16 +382,14 @@ def _prefill(
 
 def _insert(draw_fn: Any, stops: Int[Array, "_"], prefix: Prefix, state: DecodeState, start: Start) -> DecodeState:
     with jax.named_scope("insert"):
-        page_size, slots = state.pages.k.shape[2], start.slots
+        slots = start.slots
         keys = jax.vmap(_sequence_key)(start.seeds)
-        positions = prefix.length[start.source]
-        first = draw_fn(uniforms(keys, positions), prefix.logits[start.source].T, start.distribution)
+        positions = jnp.broadcast_to(prefix.length, slots.shape)
+        logits = jnp.broadcast_to(prefix.logits.T, (prefix.logits.shape[1], len(slots)))
+        first = draw_fn(uniforms(keys, positions), logits, start.distribution)
         is_fresh = start.given < 0
         token = jnp.where(is_fresh, first.token, start.given)
-        tail_start = positions // page_size * page_size
-        pages = kv_cache.write_prompts(
-            state.pages, prefix.kv, start.full_pages, start.source, tail_start, start.tail_pages
-        )
+        pages = kv_cache.write_prompt(state.pages, prefix.kv, start.full_pages, prefix.length[0], start.tail_pages)
         new = (token, first, positions, start.ends, is_fresh, _is_last(token, positions, start.ends, stops))
         state_of_slots = (*new, keys, start.distribution)
         return DecodeState(
@@ -446,7 +416,6 @@ def _generate(
     policy: Prepared,
     slots: Int[Array, "B"],
     table: Int[Array, "B M"],
-    num_enough: Int[Array, ""],
     state: DecodeState,
 ) -> tuple[DecodeState, Int[Array, "B X"]]:
     model = nnx.merge(graphdef, policy.params)
@@ -488,7 +457,7 @@ def _generate(
 
     def goes_on(carry: Any) -> Array:
         i, rows, _, _ = carry
-        return (i <= num_steps) & (jnp.sum(rows.is_done) < jnp.minimum(num_enough, slots.shape[0]))
+        return (i <= num_steps) & ~jnp.all(rows.is_done)
 
     # Column 0 is for the tokens that insert drew since the last call.
     out = jax.tree.map(

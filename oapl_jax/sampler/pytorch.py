@@ -85,10 +85,10 @@ class TorchSampler:
         """Queues a request.
 
         Raises:
-            ValueError: it has a limit or stop strings of its own.
+            ValueError: it has a limit of its own.
         """
-        if request.max_tokens is not None or request.stop_strings:
-            raise ValueError(f"request {request.tag!r}: max_tokens and stop_strings need --engine jax")
+        if request.max_tokens is not None:
+            raise ValueError(f"request {request.tag!r}: max_tokens needs --engine jax")
         self._waiting.append(request)
 
     def abort(self) -> None:

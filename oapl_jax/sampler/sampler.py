@@ -90,8 +90,7 @@ class JaxSampler:
     def set_weights(self, weights: Params) -> None:
         """Uses these parameters, which lie on the sampler's mesh."""
         if not self._schedulers:
-            # Fixed shapes: the last bits of a log-probability must not depend on what else is decoded.
-            self._schedulers = [Scheduler(engine, self.device_lock, fixed_shapes=True) for engine in self._engines]
+            self._schedulers = [Scheduler(engine, self.device_lock) for engine in self._engines]
         self._parts = self._split(weights)
 
     def submit(self, request: Request) -> None:
