@@ -41,11 +41,6 @@ class Team:
         return jax.process_index() == self.members[0]
 
     @property
-    def is_member(self) -> bool:
-        """Whether this process belongs to the team."""
-        return jax.process_index() in self.members
-
-    @property
     def rank(self) -> int:
         """Index of this process among the members."""
         return self.members.index(jax.process_index())

@@ -50,6 +50,7 @@ SHARD_BYTES = 5 * 10**9
 
 WRITE_DEADLINE = 1800.0
 """For how long the writers of a folder wait for each other."""
+
 QUEUED_BLOCKS = 2
 """Tensors on the devices that a writer has not written yet."""
 
@@ -377,16 +378,17 @@ def save_folder(
         params: of ``nnx.split(Qwen(...))[1]``.
         tokenizer: saved with the weights.
         dtype: of the weights in the file; default as they are.
-        writers: the processes that have the parameters, all of which call this; each writes files of its own.
+        writers: the processes that have the parameters, all of which call this; each writes files of its own. None:
+            this one alone.
 
     Returns:
         The folder.
     """
-    folder = pathlib.Path(folder)
+    folder, writers = pathlib.Path(folder), writers or Team.alone()
     with _written_beside(folder, writers) as partial:
         dtype = jnp.dtype(params.embedding.dtype if dtype is None else dtype)
         _write_weights(partial, config, params, dtype, writers)
-        if writers is not None and not writers.is_leader:
+        if not writers.is_leader:
             return folder
         _write_json(partial / CONFIG_FILE, config.to_hf() | {"torch_dtype": dtype.name})
         if tokenizer is not None:
@@ -431,14 +433,14 @@ def save_adapter(
         "inference_mode": True,
     }
     folder = pathlib.Path(folder)
-    with _written_beside(folder) as partial:
+    with _written_beside(folder, Team.alone()) as partial:
         safetensors.numpy.save_file(tensors, partial / ADAPTER_FILE, {"format": "pt"})
         _write_json(partial / ADAPTER_CONFIG_FILE, values)
     return folder
 
 
 @contextlib.contextmanager
-def _written_beside(folder: pathlib.Path, writers: Team | None = None) -> Iterator[pathlib.Path]:
+def _written_beside(folder: pathlib.Path, writers: Team) -> Iterator[pathlib.Path]:
     """A folder that takes the place of ``folder`` when it is whole, and is gone after an error."""
 
     def make() -> str:
@@ -446,25 +448,21 @@ def _written_beside(folder: pathlib.Path, writers: Team | None = None) -> Iterat
         partial.mkdir(parents=True)
         return str(partial)
 
-    partial = pathlib.Path(make() if writers is None else writers.agree(make, WRITE_DEADLINE))
-    if writers is not None and not writers.is_leader:
+    partial = pathlib.Path(writers.agree(make, WRITE_DEADLINE))
+    if not writers.is_leader:
         yield partial
         writers.wait()  # all files are there
         writers.wait()  # and in their place
         return
     try:
         yield partial
-        if writers is not None:
-            writers.wait()
+        writers.wait()
+        replaced = partial.with_suffix(".replaced")
         if folder.exists():
-            replaced = partial.with_suffix(".replaced")
             folder.rename(replaced)
-            partial.rename(folder)
-            shutil.rmtree(replaced)
-        else:
-            partial.rename(folder)
-        if writers is not None:
-            writers.wait()
+        partial.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        writers.wait()
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
@@ -481,13 +479,11 @@ def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _write_weights(
-    folder: pathlib.Path, config: qwen.QwenConfig, params: Any, dtype: np.dtype, writers: Team | None
-) -> None:
+def _write_weights(folder: pathlib.Path, config: qwen.QwenConfig, params: Any, dtype: np.dtype, writers: Team) -> None:
     """One file, or several of at most ``SHARD_BYTES`` with an index: at least one for each writer."""
     tensors = list(_all_tensors(config, params))
     sizes = [math.prod(shape) * dtype.itemsize for _, _, shape, _ in tensors]
-    limit = min(SHARD_BYTES, -(-sum(sizes) // (1 if writers is None else len(writers.members))))
+    limit = min(SHARD_BYTES, -(-sum(sizes) // writers.size))
     shards: list[list[Any]] = [[]]
     num_bytes = 0
     for tensor, size in zip(tensors, sizes, strict=True):
@@ -499,11 +495,11 @@ def _write_weights(
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = [WEIGHTS_FILE]
-    elif writers is None or writers.is_leader:
+    elif writers.is_leader:
         weight_map = {tensor[0]: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         _write_json(folder / INDEX_FILE, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
     files = dict(zip([folder / name for name in names], shards, strict=True))
-    if writers is not None and len(writers.members) > 1:
+    if writers.size > 1:
         _write_together(files, dtype, writers)
         return
     for path, shard in files.items():
@@ -512,7 +508,7 @@ def _write_weights(
 
 def _write_together(files: dict[pathlib.Path, list[Any]], dtype: np.dtype, writers: Team) -> None:
     """Each process writes its share of the files, while tensors of all files come by turns to all hosts' devices."""
-    mine = list(files)[writers.rank :: len(writers.members)]
+    mine = list(files)[writers.rank :: writers.size]
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(1))
         handles = {path: stack.enter_context(path.open("wb")) for path in mine}

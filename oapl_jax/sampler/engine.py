@@ -419,9 +419,7 @@ def _generate(
     state: DecodeState,
 ) -> tuple[DecodeState, Int[Array, "B X"]]:
     model = nnx.merge(graphdef, policy.params)
-    hidden_fn, logits_fn = model.hidden, lambda hidden: model.logits(hidden).T
-    if policy.layers is not None:
-        hidden_fn = functools.partial(joined_layers.hidden, model, policy.layers)
+    logits_fn = lambda hidden: model.logits(hidden).T  # noqa: E731
     if policy.head is not None:
         logits_fn = functools.partial(logits_by_id, head=policy.head)
     num_layers = config.num_hidden_layers
@@ -444,7 +442,7 @@ def _generate(
             if old is None
             else dense_cache.attend_chunk(old, started.position, i - 1)
         )
-        hidden, cache = hidden_fn(rows.token[:, None], rows.position[:, None], attend, cache)
+        hidden, cache = model.hidden(rows.token[:, None], rows.position[:, None], attend, cache, policy.layers)
         drawn = draw_fn(uniform[i - 1], logits_fn(hidden[:, 0]), rows.distribution)
         is_live = ~rows.is_done
         position = jnp.where(is_live, rows.position + 1, rows.position)

@@ -33,11 +33,6 @@ def test_the_longest_come_first():
     assert pack([2, 5, 4, 3, 6], 8) == [[4, 0], [1, 3], [2]]
 
 
-def test_a_rollout_longer_than_a_row_is_refused():
-    with pytest.raises(ValueError, match="a rollout of 9 tokens does not fit into a row of 8"):
-        pack([3, 9], 8)
-
-
 def make_pairs(num_pairs=10, seed=3):
     rng = np.random.default_rng(seed)
     sizes = [(int(rng.integers(1, 5)), int(rng.integers(1, 11))) for _ in range(num_pairs)]

@@ -55,9 +55,7 @@ def by_slot(result):
     result = result.convert_to_numpy()
     slots = []
     for slot in range(result.data.shape[0] // GROUP_SIZE):
-        data = result.get_result_at_slot(slot)
-        logprobs = result.get_logprobs_at_slot(slot)
-        slots.append({name: value.tolist() for name, value in (*vars(data).items(), ("logprobs", logprobs))})
+        slots.append({name: value.tolist() for name, value in vars(result.get_result_at_slot(slot)).items()})
     return {"generate": slots}
 
 

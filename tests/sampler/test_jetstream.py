@@ -108,26 +108,23 @@ def test_a_request_may_ask_for_fewer_tokens(session):
 
 
 @pytest.mark.slow
-def test_results_carry_stop_tokens_logprobs_and_lengths(session):
+def test_results_carry_stop_tokens_and_lengths(session):
     """Assembled from the raw results: what a program gets that drives the engine without the orchestrator."""
     groups, live, finished = our_own(), {}, []
     for call in session["calls"]:
         if "insert" in call:
-            live[call["insert"]] = [([], []) for _ in range(GROUP_SIZE)]
+            live[call["insert"]] = [[] for _ in range(GROUP_SIZE)]
             finished.append(live[call["insert"]])
             continue
         for slot, group in live.items():
             data = call["generate"][slot]
-            for g, (ids, logprobs) in enumerate(group):
+            for g, ids in enumerate(group):
                 valid = np.array(data["valid"][g], bool)
                 assert (np.diff(valid.astype(int)) <= 0).all(), "an empty column ends a response"
                 ids += np.array(data["tokens"][g])[valid].tolist()
-                logprobs += np.array(data["logprobs"][g])[valid].tolist()
                 assert data["lengths"][g] == len(ids) <= MAX_RESPONSE
     for group, expected in zip(finished[:-1], groups[:-1], strict=True):
-        for (ids, logprobs), rollout in zip(group, expected, strict=True):
-            assert ids == rollout.token_ids.tolist()
-            np.testing.assert_array_equal(np.float32(logprobs), rollout.logprobs)
+        assert group == [rollout.token_ids.tolist() for rollout in expected]
 
 
 @pytest.mark.slow

@@ -12,20 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from oapl_jax.model.matmul import einsum
-from oapl_jax.model.qwen import (
-    Attend,
-    Attention,
-    Cache,
-    Layer,
-    Mlp,
-    Qwen,
-    layer_params,
-    project_heads,
-    rope_tables,
-)
+from oapl_jax.model.qwen import Attention, Layer, Mlp, Qwen, layer_params, project_heads
 
 
 class JoinedAttention(Attention):
@@ -65,22 +55,6 @@ def join_layers(model: Qwen) -> list[Layer]:
         if isinstance(layer.mlp, Mlp):
             layer.mlp = JoinedMlp(layer.mlp)
     return layers
-
-
-def hidden(
-    model: Qwen,
-    layers: Sequence[Layer],
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    attend: Attend,
-    cache: Cache,
-) -> tuple[Float[Array, "B T D"], Cache]:
-    """``Qwen.hidden`` of one device, with these layers in place of the model's own."""
-    x = model.embed(tokens)
-    rope = rope_tables(positions, model.config.head_dim, model.config.rope_theta)
-    for index, layer in enumerate(layers):
-        x, cache = layer(x, rope, attend, index, cache)
-    return model.normalize(x), cache
 
 
 def _join(*matrices: Any, axis: int) -> nnx.Param:

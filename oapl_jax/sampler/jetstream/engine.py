@@ -25,12 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Int, Shaped
 from jetstream.engine import engine_api, token_utils, tokenizer_api, tokenizer_pb2
 
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.rollouts.sampling import SamplingDistribution
-from oapl_jax.sampler.draw import Draw
 from oapl_jax.sampler.engine import DecodeState, Engine, Params, Prefix, Prepared, Start
 
 # The one name that JetStream's orchestrator uses and jax has removed.
@@ -44,23 +43,6 @@ SERVING_STREAM = 2**32 - 3
 
 LONGEST_PREFILL = 32768
 """JetStream pads prompts to powers of two up to this."""
-
-
-@struct.dataclass
-class ScoredTokens(engine_api.ResultTokens):
-    """JetStream's result with log-probabilities: their bits are further columns of ``data``, for one copy to the host."""
-
-    logprobs_idx: tuple[int, int] = struct.field(pytree_node=False, default=(0, 0))
-    """The range of columns that hold log-probabilities."""
-
-    def convert_to_numpy(self) -> "ScoredTokens":
-        """The base class would return a base class."""
-        return self.replace(data=np.array(self.data))  # pyright: ignore[reportAttributeAccessIssue]
-
-    def get_logprobs_at_slot(self, slot: int) -> Float[np.ndarray, "G K"]:
-        """Log-probabilities of the tokens of ``get_result_at_slot``, where these are valid."""
-        rows = np.asarray(self.data)[slot * self.samples_per_slot : (slot + 1) * self.samples_per_slot]
-        return rows[:, slice(*self.logprobs_idx)].view(np.float32)
 
 
 @struct.dataclass
@@ -224,28 +206,27 @@ class JetStreamEngine(engine_api.Engine):
         """Starts the rollouts of a slot and draws their first tokens; the state is consumed."""
         return self._insert(prefix, decode_state, slot, next(self._num_inserted))
 
-    def generate(self, params: Prepared, decode_state: DecodeState) -> tuple[DecodeState, ScoredTokens]:
+    def generate(self, params: Prepared, decode_state: DecodeState) -> tuple[DecodeState, engine_api.ResultTokens]:
         """Returns the next ``decode_steps`` tokens of every row, fewer where it ends; the state is consumed.
 
         Our engine returns one token more in the first chunk, the one that ``insert`` drew. JetStream
         would take the column that is empty in later chunks for the end of the response, so the last
         token of every chunk is held back as if it had just been inserted: it comes first in the next.
         """
-        engine = self._engine
-        k = engine.decode_steps
+        engine, k = self._engine, self._engine.decode_steps
         slots = np.arange(engine.num_rows, dtype=np.int32)
         with self._device_lock:
             # A copy, because the program may read it after insert has changed the table.
             table = self._page_table.copy()
             state, packed = engine.generate(params, decode_state, slots, table)
-            first, is_fresh, data = self._report(state.first, state.position, state.end, state.is_fresh, packed)
-            state = state._replace(first=first, is_fresh=is_fresh)
+            held, is_held, data = self._report(state.position, state.end, packed)
+            state = state._replace(
+                first=state.first._replace(token=state.first.token.at[slots].set(held)),
+                is_fresh=state.is_fresh.at[slots].set(is_held),
+            )
             self._finished((state, data))
-        columns = {"tokens_idx": (0, k), "valid_idx": (k, 2 * k), "logprobs_idx": (2 * k, 3 * k)}
-        result = ScoredTokens(
-            data=data, **columns, length_idx=(3 * k, 3 * k + 1), samples_per_slot=self._samples_per_slot
-        )
-        return state, result
+        columns = {"tokens_idx": (0, k), "valid_idx": (k, 2 * k), "length_idx": (2 * k, 2 * k + 1)}
+        return state, engine_api.ResultTokens(data=data, **columns, samples_per_slot=self._samples_per_slot)
 
     def get_prefix_destination_sharding(self) -> NamedSharding:
         """Every device gets the whole prefix; used only between a prefill engine and another generate engine."""
@@ -311,28 +292,14 @@ class JetStreamEngine(engine_api.Engine):
 
 
 def _report(
-    k: int,
-    limit: int,
-    first: Draw,
-    position: Int[Array, "N"],
-    end: Int[Array, "N"],
-    is_fresh: Bool[Array, "N"],
-    packed: Int[Array, "B X"],
-) -> tuple[Draw, Bool[Array, "N"], Int[Array, "B Y"]]:
-    """The state's first draws with the tokens that are held back, and the columns of ``ScoredTokens``."""
-    tokens, bits, flags = packed[:, : k + 1], packed[:, k + 1 : 2 * k + 2], packed[:, -4:]
+    k: int, limit: int, position: Int[Array, "N"], end: Int[Array, "N"], packed: Int[Array, "B X"]
+) -> tuple[Int[Array, "B"], Bool[Array, "B"], Int[Array, "B Y"]]:
+    """The last token of each row, whether it is held back, and the columns of ``ResultTokens``."""
     rows = slice(0, packed.shape[0])
-    was_fresh, num_new = flags[:, :1] > 0, flags[:, 1]
-    # A row with a token from before the chunk has it in column 0, another one has nothing there.
-    tokens, held_tokens = jnp.where(was_fresh, tokens[:, :-1], tokens[:, 1:]), tokens[:, -1]
-    bits, held_bits = jnp.where(was_fresh, bits[:, :-1], bits[:, 1:]), bits[:, -1]
-    is_held = was_fresh[:, 0] & (num_new == k)
-    is_valid = jnp.arange(k) < (num_new + was_fresh[:, 0])[:, None]
+    was_fresh, num_new = packed[:, -4], packed[:, -3]
+    is_held = (was_fresh > 0) & (num_new == k)
+    is_valid = jnp.arange(k) < (num_new + was_fresh)[:, None]
     num_drawn = position[rows] + 1 - (end[rows] - limit)
     length = jnp.where(end[rows] > 0, num_drawn - is_held, 0)
-    first = first._replace(
-        token=first.token.at[rows].set(held_tokens),
-        logprob=first.logprob.at[rows].set(jax.lax.bitcast_convert_type(held_bits, jnp.float32)),
-    )
-    columns = [tokens, is_valid.astype(jnp.int32), bits, length[:, None]]
-    return first, is_fresh.at[rows].set(is_held), jnp.concatenate(columns, axis=1)
+    data = jnp.concatenate([packed[:, :k], is_valid.astype(jnp.int32), length[:, None]], axis=1)
+    return packed[:, k], is_held, data
