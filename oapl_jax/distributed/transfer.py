@@ -1,9 +1,9 @@
 """Arrays from the devices of some processes to those of others, in one JAX job.
 
-``jax.device_put`` does not serve: between processes it wants equal partitionings. Here the bits of a piece are laid
-out as rows of 16-bit words on the devices that have them, travel by one collective permutation for each round, and are
-put together on the other mesh. No arithmetic is done on them, so that -0.0 and NaNs arrive as they are. A piece is one
-parameter, or some layers of it: nothing more is ever gathered on a device.
+``jax.device_put`` does not serve: between processes it wants equal partitionings. Here the bits of a piece (a
+parameter, or some layers of it) are laid out as rows of 16-bit words on the devices that have them, travel by one
+collective permutation for each round, and are put together on the other mesh. No arithmetic is done on them, so that
+-0.0 and NaNs arrive as they are, and nothing more than a piece is ever gathered on a device.
 """
 
 import dataclasses
@@ -261,10 +261,8 @@ def _from_words(words: UInt16[Array, "senders words"], shape: tuple[int, ...], i
 def _merged(parts: Array, axis: int, spec: P) -> Array:
     """Parts along the mesh axis ``SPLIT_AXES[axis]``, one after the other in the dimension that it splits.
 
-    Args:
-        parts: the mesh axes up to this one, and then the dimensions of a part.
-        axis: of them, which goes.
-        spec: of the dimensions; where it lacks the mesh axis, the parts are copies.
+    ``parts`` has the mesh axes up to this one, then the dimensions of a part. Where ``spec`` lacks the axis, they are
+    copies.
     """
     if SPLIT_AXES[axis] not in spec:
         return jax.lax.index_in_dim(parts, 0, axis, keepdims=False)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -121,7 +122,7 @@ def from_pairs(
     lengths = [len(prompt) + len(response) for prompt, response in pairs]
     length = layout.row_length(max(lengths))
     rows = pack(lengths, layout.row_tokens) if layout.row_tokens else [[i] for i in range(len(pairs))]
-    batch = _empty(layout.num_rows(len(rows)), length, layout.max_segments)
+    batch = make_batch(np.zeros, (layout.num_rows(len(rows)),), length, layout.max_segments)
     for row, members in enumerate(rows):
         start = 0
         for segment, i in enumerate(members):
@@ -161,17 +162,12 @@ def padding(batch: TrainBatch, layout: RowLayout) -> float:
     return 1 - float((batch.segment_ids > 0).sum()) / num_computed
 
 
-def _empty(num_rows: int, length: int, num_segments: int) -> TrainBatch:
-    integers, segments = np.zeros((num_rows, length), np.int32), (num_rows, num_segments)
-    return TrainBatch(
-        tokens=integers,
-        positions=integers.copy(),
-        segment_ids=integers.copy(),
-        response_mask=np.zeros(integers.shape, bool),
-        sampler_logprobs=np.zeros(integers.shape, np.float32),
-        advantages=np.zeros(segments, np.float32),
-        segment_mask=np.zeros(segments, bool),
-    )
+def make_batch(make: Any, rows: tuple[int, ...], length: int, num_segments: int) -> TrainBatch:
+    """A batch of what ``make(shape, dtype)`` gives for each of its arrays."""
+    tokens, rollouts = (*rows, length), (*rows, num_segments)
+    integers = [make(tokens, np.int32) for _ in range(3)]
+    per_token = make(tokens, bool), make(tokens, np.float32)
+    return TrainBatch(*integers, *per_token, make(rollouts, np.float32), make(rollouts, bool))
 
 
 def _round_up(number: int, multiple: int) -> int:

@@ -1,12 +1,9 @@
 """Hugging Face model folders, both ways: safetensors <-> sharded, stacked parameters.
 
-Reading makes one stacked parameter at a time: each device's shard is cut out of the files by slices and
-cast, so the host holds the shards of one parameter and never the model. (Orbax's safetensors loader also
-reads ranges, but it returns the tensors of the file one to one, where ours are stacked and transposed,
-and casts after all have arrived: 2.5 times the model's bytes at the peak.) Writing goes parameter by parameter
-from the devices to the file.
-
-``LAYOUT`` is the only place that knows Hugging Face's names and shapes.
+Reading makes one stacked parameter at a time: each device's shard is cut out of the files by slices and cast, so the
+host holds the shards of one parameter and never the model. (Orbax's safetensors loader took 2.5 times the model's
+bytes.) Writing goes parameter by parameter from the devices to the file. ``LAYOUT`` alone knows Hugging Face's names
+and shapes.
 """
 
 import collections
@@ -184,16 +181,15 @@ def load_params(
     Args:
         source: a model folder, or the name of one on the Hugging Face hub.
         mesh: where the parameters go.
-        rules: logical axes -> mesh axes, see ``oapl_jax/distributed/sharding.py``.
+        rules: logical axes -> mesh axes, see ``distributed/sharding.py``.
         param_dtype: the tensors are cast to it, shard by shard.
 
     Returns:
         The architecture, and parameters as ``nnx.split(Qwen(...))[1]`` has them.
 
     Raises:
-        FileNotFoundError: the folder or a file of it does not exist; names it.
-        ValueError: an unknown model type, a missing tensor, a wrong shape, an unused tensor; names it and
-            the file.
+        FileNotFoundError: the folder or a file of it does not exist.
+        ValueError: an unknown model type, a missing or unused tensor, a wrong shape; names it and the file.
     """
     folder = resolve(source)
     config = load_config(folder)
@@ -317,37 +313,27 @@ def _load_stacked(
     sharding: jax.sharding.Sharding,
 ) -> jax.Array:
     """One parameter, made from slices of its tensors."""
-    shards: dict[Any, np.ndarray] = {}  # replicas of a shard are read once
+    num_stacked = layout.num_stacked
 
-    def read(index: Any) -> np.ndarray:
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-        if bounds not in shards:
-            shards[bounds] = _read_shard(folder, files, layout, shape, dtype, bounds)
-        return shards[bounds]
+    @functools.cache  # replicas of a shard are read once
+    def read(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        """The part within ``bounds``, start and stop of each dimension."""
+        inner = bounds[num_stacked:]
+        shard = np.empty([stop - start for start, stop in bounds], dtype)
+        slices = tuple(_merged_slice(group, shape[num_stacked:], inner) for group in layout.groups)
+        sizes = [inner[dim][1] - inner[dim][0] for dim in layout.order]
+        for place in np.ndindex(*shard.shape[:num_stacked]):
+            name = layout.hf_name(tuple(start + i for (start, _), i in zip(bounds, place, strict=False)))
+            # Opened again each time: pages that a map has touched count as ours until it is closed.
+            with safe_open(folder / files[name], "np") as file:
+                block = file.get_slice(name)[slices]
+                shard[place] = block.reshape(sizes).transpose(np.argsort(layout.order))
+        return shard
 
-    return jax.make_array_from_callback(shape, sharding, read)
+    def part(index: Any) -> np.ndarray:
+        return read(tuple(one.indices(size)[:2] for one, size in zip(index, shape, strict=True)))
 
-
-def _read_shard(
-    folder: pathlib.Path,
-    files: dict[str, str],
-    layout: TensorLayout,
-    shape: tuple[int, ...],
-    dtype: DTypeLike,
-    bounds: tuple[tuple[int, int], ...],
-) -> np.ndarray:
-    """The part of a parameter within ``bounds`` (start and stop of each dimension)."""
-    stacked, inner = bounds[: layout.num_stacked], bounds[layout.num_stacked :]
-    shard = np.empty([stop - start for start, stop in bounds], dtype)
-    slices = tuple(_merged_slice(group, shape[layout.num_stacked :], inner) for group in layout.groups)
-    sizes = [inner[dim][1] - inner[dim][0] for dim in layout.order]
-    for place in np.ndindex(*shard.shape[: layout.num_stacked]):
-        name = layout.hf_name(tuple(start + i for (start, _), i in zip(stacked, place, strict=True)))
-        # Opened again each time: pages that a map has touched count as ours until it is closed.
-        with safe_open(folder / files[name], "np") as file:
-            block = file.get_slice(name)[slices]
-            shard[place] = block.reshape(sizes).transpose(np.argsort(layout.order))
-    return shard
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def _merged_slice(group: tuple[int, ...], shape: tuple[int, ...], bounds: tuple[tuple[int, int], ...]) -> slice:
@@ -367,10 +353,10 @@ def save_folder(
     dtype: DTypeLike | None = None,
     writers: Team | None = None,
 ) -> pathlib.Path:
-    """Writes a model folder that ``transformers``, vLLM and ``load_params`` read.
+    """Writes a model folder that ``transformers``, vLLM and ``load_params`` read, and returns it.
 
-    It is written beside its place and renamed, so that a torn folder never looks whole. A folder that is
-    already there is replaced.
+    It is written beside its place and renamed, so that a torn folder never looks whole. A folder that is there is
+    replaced.
 
     Args:
         folder: where.
@@ -380,9 +366,6 @@ def save_folder(
         dtype: of the weights in the file; default as they are.
         writers: the processes that have the parameters, all of which call this; each writes files of its own. None:
             this one alone.
-
-    Returns:
-        The folder.
     """
     folder, writers = pathlib.Path(folder), writers or Team.alone()
     with _written_beside(folder, writers) as partial:
@@ -401,7 +384,7 @@ def save_folder(
 def save_adapter(
     folder: str | pathlib.Path, config: qwen.QwenConfig, params: Any, adapters: LoraConfig, base: str
 ) -> pathlib.Path:
-    """Writes the adapters of a policy as a folder that ``peft`` loads; in place of one that is there, as ``save_folder``.
+    """Writes the adapters of a policy as a folder that ``peft`` loads, and returns it; see ``save_folder``.
 
     Args:
         folder: where.
@@ -409,9 +392,6 @@ def save_adapter(
         params: of the policy, or ``lora.trained`` of them.
         adapters: how they were made.
         base: folder or hub name of the model that they belong to.
-
-    Returns:
-        The folder.
     """
     tensors = {}
     for path, leaf in nnx.to_flat_state(lora.trained(params)):

@@ -536,24 +536,12 @@ def layer_params(stacked: Any, index: int) -> Any:
 
 
 def abstract(config: QwenConfig, **options: Any) -> tuple[Any, Any]:
-    """``(graphdef, params)`` with shapes in place of arrays: no memory, for shardings and plans.
-
-    Args:
-        config: the architecture.
-        **options: of ``Qwen``.
-    """
+    """``(graphdef, params)`` of ``Qwen`` with these options, with shapes in place of arrays."""
     return nnx.split(nnx.eval_shape(lambda: Qwen(config, rngs=nnx.Rngs(0), **options)))
 
 
 def initialize(config: QwenConfig, key: PRNGKeyArray, shardings: Any, **options: Any) -> Any:
-    """Random parameters, made directly in their shardings; the values do not depend on the mesh.
-
-    Args:
-        config: the architecture.
-        key: of ``jax.random.key``.
-        shardings: of ``sharding.shardings(abstract(config)[1], mesh, rules)``.
-        **options: of ``Qwen``.
-    """
+    """Random parameters, made directly in their shardings; the values do not depend on the mesh."""
 
     def make(key: PRNGKeyArray) -> Any:
         return nnx.split(Qwen(config, rngs=nnx.Rngs(params=key), **options))[1]

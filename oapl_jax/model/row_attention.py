@@ -45,19 +45,11 @@ TRITON_CAPABILITY = 8
 def choose(
     device: Any, dtype: Any, num_queries: int, num_keys: int, head_dim: int, *, is_packed: bool
 ) -> RowAttentionKind:
-    """The fastest kind that a device has for its rows.
+    """The fastest kind that a device (``jax.Device``) has for rows of T keys and T / ``context`` queries.
 
-    cuDNN's is the fastest on a GPU, but it would take packed rows by a mask, with a gradient of the mask: T x T numbers
-    each. And its gradients are known to be NaN where a masked row's length is an odd multiple of 64 (PyTorch's issue
-    196678).
-
-    Args:
-        device: one of the devices (``jax.Device``).
-        dtype: of queries, keys and values.
-        num_queries: T over the size of the axis ``context``.
-        num_keys: T.
-        head_dim: C.
-        is_packed: a row may have several rollouts.
+    cuDNN's is the fastest on a GPU, but it would take packed rows by a mask, with a gradient of the mask: T x T
+    numbers each. And its gradients are known to be NaN where a masked row's length is an odd multiple of 64 (PyTorch's
+    issue 196678).
     """
     if device.platform == "tpu" and num_queries % LANES == 0 and head_dim % 64 == 0:
         return "splash"
@@ -131,8 +123,8 @@ def _on_devices(
 ) -> Array:
     """Runs ``attend_fn`` on each device's queries, with the keys and values of its rows and heads.
 
-    It is called with queries, keys, values, the segment ids of queries and of keys, the place of the first query
-    in the row (a Python 0 where no axis splits the row), and the kernel where one is given.
+    It gets the segment ids of queries and of keys, and the place of the first query in the row (0 where no axis splits
+    it).
     """
     if mesh is None:
         return attend_fn(query, key, value, segment_ids, segment_ids, 0, *kernel)

@@ -120,13 +120,9 @@ class _Reader:
         self.unknown_loops: set[tuple[str, str]] = set()
 
     def run(self, name: str, times: float, depth: int = 0, *, is_fused: bool = False) -> None:
-        """Adds the cost of a computation.
+        """Adds the cost of a computation that runs ``times`` times, inside ``depth`` loops whose trip count is unknown.
 
-        Args:
-            name: its name.
-            times: how often it runs.
-            depth: number of loops around it whose trip count is unknown.
-            is_fused: whether it belongs to a fusion, and so moves no bytes itself.
+        Where it belongs to a fusion, it moves no bytes itself.
         """
         computation = self.computations[name]
         for instruction in computation.values():

@@ -1,13 +1,11 @@
 """Prefill, insert and generate: the device programs of the sampler, after JetStream's engine API.
 
-An ``Engine`` holds no weights and no cache: the policy, of ``prepare``, and the decode state are passed in,
-as in JetStream, so the same compiled programs serve every policy version. The state has *slots*, one for
-each sequence that has been started, and pages of keys and values. A prompt is prefilled once and
-inserted into as many slots as it has rollouts. ``generate`` decodes the sequences of some of the
-slots, up to ``decode_steps`` tokens of each in one program. Which slots and which pages is for the
-caller to say: ``sampler/scheduler.py``, or JetStream's orchestrator through ``sampler/jetstream/engine.py``,
-the subclass of JetStream's own class over these programs (this file does not import JetStream,
-because that imports TensorFlow).
+An ``Engine`` holds no weights and no cache: the policy, of ``prepare``, and the decode state are passed in, so the
+same compiled programs serve every policy version. The state has *slots*, one for each sequence that has been started,
+and pages of keys and values. A prompt is prefilled once and inserted into as many slots as it has rollouts.
+``generate`` decodes the sequences of some of the slots, up to ``decode_steps`` tokens of each in one program. The
+caller chooses slots and pages: ``sampler/scheduler.py``, or JetStream's orchestrator through
+``sampler/jetstream/engine.py``.
 """
 
 import functools
@@ -247,8 +245,8 @@ class Engine:
     def prepare(self, params: Params) -> Prepared:
         """A policy version in the form that ``prefill`` and ``generate`` take; once for each version.
 
-        Where attention is ``dense`` this copies the layers, and an output matrix that has to be transposed: on a
-        CPU, where memory is not what is short. On a GPU it copies the layers. Elsewhere nothing is copied.
+        Where attention is ``dense`` this copies the layers, and an output matrix that has to be transposed. On a GPU
+        it copies the layers. Elsewhere nothing is copied.
 
         Raises:
             ValueError: the parameters are those of another architecture; names the first that differs.
@@ -284,7 +282,7 @@ class Engine:
         slots: Int[np.ndarray, "B"],
         page_table: Int[np.ndarray, "B M"],
     ) -> tuple[DecodeState, Int[Array, "B X"]]:
-        """Decodes a chunk of the sequences in some slots; the state is consumed.
+        """Decodes a chunk of the sequences in some slots, until all have ended; the state is consumed.
 
         Args:
             policy: of ``prepare``.
@@ -293,7 +291,7 @@ class Engine:
             page_table: pages of each sequence, enough for the tokens that the chunk may add.
 
         Returns:
-            The new state, and for ``unpack`` everything else in one array: one copy to the host.
+            The new state, and everything else in one array for ``unpack``: one copy to the host.
         """
         return self._generate(policy, np.asarray(slots, np.int32), page_table, state=state)
 
@@ -306,20 +304,12 @@ class Engine:
         return Decoded(tokens, logprobs.view(np.float32), is_valid, flags[:, 2].astype(bool), int(flags[0, 3]))
 
     def lower_prefill(self, params: Params) -> jax.stages.Lowered:
-        """``prefill`` of the longest prompt, to be compiled ahead of time.
-
-        Args:
-            params: shapes with shardings on this engine's mesh.
-        """
+        """``prefill`` of the longest prompt, to be compiled for parameters that are shapes with shardings."""
         length = self.padded_length(self.max_prompt_tokens)
         return self._prefill.lower(params, self._integers(1, length), self._integers(1))
 
     def lower_generate(self, params: Params) -> jax.stages.Lowered:
-        """``generate`` of all rows, to be compiled ahead of time.
-
-        Args:
-            params: shapes with shardings on this engine's mesh.
-        """
+        """``generate`` of all rows, to be compiled for parameters that are shapes with shardings."""
         state = placed(jax.eval_shape(self.init_decode_state), self._shardings())
         rows, table = self._integers(self.num_rows), self._integers(self.num_rows, self.max_pages)
         policy = self._prepared(params, functools.partial(jax.eval_shape, self._join))

@@ -1,19 +1,15 @@
 """The paged cache of keys and values: its arrays, and writing prompts and tokens to it.
 
-A page holds the keys and values of ``page_size`` consecutive tokens of one sequence in one layer. A
-sequence has one table of page ids for all layers: page ``p`` of layer ``l`` is row ``l * P + p`` of the
-arrays, so that the layers can be scanned with the arrays as the carry and none is sliced. Which page
-belongs to which sequence is decided on the host (``sampler/page_pool.py``); sequences may share pages.
+A page holds the keys and values of ``page_size`` consecutive tokens of one sequence in one layer. A sequence has one
+table of page ids for all layers: page ``p`` of layer ``l`` is row ``l * P + p`` of the arrays, so that the layers can
+be scanned with the arrays as the carry. Which page belongs to which sequence is decided on the host
+(``sampler/page_pool.py``).
 
-There are two ways to decode over it. Both are ``Attend`` functions of the model:
+Decode steps read the pages where they lie (``sampler/paged_attention.py``), or from one array for each layer to which
+a chunk copies them (``sampler/cpu/dense_cache.py``).
 
-* **paged**: each step writes its token to the pages, and a kernel reads the pages where they lie
-  (``sampler/paged_attention.py``).
-* **dense**: the pages of a chunk's sequences are copied to one array for each layer (``sampler/cpu/dense_cache.py``).
-
-Where the cache is int8, each "Array" here is an ``Int8`` whose scale is that of one token and head. Keys
-and values are quantised once, before anything sees them: prompts and steps attend to what the pages will
-hold, so where a chunk ends does not matter. (What is prefilled again may round some number otherwise.)
+Where the cache is int8, each "Array" here is an ``Int8`` whose scale is that of one token and head. Keys and values
+are quantised before anything sees them, so where a chunk ends does not matter.
 """
 
 from typing import Any, NamedTuple

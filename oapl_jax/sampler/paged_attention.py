@@ -1,12 +1,9 @@
 """Attention of one new token a sequence over keys and values that lie in pages.
 
-All layers share one pool of pages: page ``p`` of layer ``l`` is page ``l * (pages per layer) + p`` of the
-pool. So the layers can be scanned with the whole pool as the carry: a layer writes its new tokens in
-place and passes the pool as it is, with ``table + l * (pages per layer)``. A kernel that took one layer's
-slice would get a copy of it in every step.
+All layers share one pool of pages (``kv_cache.py``). A layer writes its new tokens in place and passes the whole pool
+with ``table + l * (pages per layer)``: a kernel that took one layer's slice would get a copy of it in every step.
 
-Dimension letters of this file beyond the legend: "P" pages of the pool, "S" tokens of a page, "M" entries
-of a row's page table.
+Dimension letters beyond the legend: "P" pages of the pool, "S" tokens of a page, "M" entries of a row's page table.
 """
 
 import contextlib
@@ -50,9 +47,8 @@ GPU_MAX_SPLITS = 16
 def choose_implementation(device: Any, dtype: DTypeLike, head_dim: int) -> Implementation:
     """The implementation for a device (``jax.Device``), the dtype of the pages and a head width.
 
-    A TPU has its kernel, for heads whose width is a multiple of 128. A GPU has one for 16 bits and widths that are a
-    power of two; float32 it would round to TF32. It was compiled for GPUs and has run interpreted, on no GPU; the
-    parity gate before the first step compares what it gives with the learner. Everything else gets ``"xla"``.
+    A GPU has a kernel for 16 bits and widths that are a power of two; float32 it would round to TF32. It was compiled
+    for GPUs and has run interpreted, on no GPU; the parity gate compares what it gives with the learner.
     """
     if jnp.dtype(dtype) == jnp.int8:
         return "xla"

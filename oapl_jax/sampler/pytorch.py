@@ -1,10 +1,8 @@
-"""PyTorch's ``generate`` as the engine of a detached sampler, with the log-probabilities of the distribution it samples.
+"""PyTorch's ``generate`` as the engine of a detached sampler, with the log-probabilities of what it samples from.
 
 This is the shortest whole example of another engine for a JAX trainer. It is not fast: prompts of one length are
-decoded together, and a batch lasts as long as its longest response.
-
-The draws come from PyTorch's global generator, so a group that is sampled again is another one. The log has what
-was drawn.
+decoded together, and a batch lasts as long as its longest response. The draws come from PyTorch's global generator, so
+a group that is sampled again is another one.
 """
 
 import functools

@@ -1,11 +1,10 @@
 """Continuous batching for groups: which sequences are decoded, in which slots and pages, and when they leave.
 
-A prompt is prefilled once for all its rollouts; they share its full pages, and each has its own copy of
-the last, partial one. A rollout that ends frees its row for the next sequence, of whatever group; a
-group is handed out the moment its last rollout ends. Sequences that are expected to be long start first,
-because what starts last alone decides when all are done. When the pages run out, the sequence that
-started last gives its pages up and waits; later its prompt and its tokens so far are prefilled again,
-and it goes on where it was, with the log-probabilities that it had.
+A prompt is prefilled once for all its rollouts; they share its full pages, and each has its own copy of the last,
+partial one. A rollout that ends frees its row for the next sequence, of whatever group. Sequences that are expected to
+be long start first, because what starts last alone decides when all are done. When the pages run out, the sequence
+that started last gives its pages up and waits; later its prompt and its tokens so far are prefilled again, and it goes
+on where it was.
 
 What a rollout says depends on its seed only, not on anything that is decided here.
 """
@@ -89,11 +88,6 @@ class Scheduler(Generic[Tag]):
     def num_unfinished(self) -> int:
         """Rollouts that have not ended."""
         return len(self._live) + sum(map(len, self._waiting))
-
-    @property
-    def num_free_pages(self) -> int:
-        """Pages that no sequence holds."""
-        return self._pool.num_free
 
     def submit(self, request: Request[Tag]) -> None:
         """Puts a request in the queue.

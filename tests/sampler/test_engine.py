@@ -189,7 +189,7 @@ def test_running_out_of_pages_preempts_and_loses_nothing():
     done = run(scheduler, requests)
     assert scheduler.stats.preemptions > 0
     assert scheduler.stats.tokens == sum(len(r.token_ids) for group in done.values() for r in group)
-    assert scheduler.num_free_pages == 11
+    assert scheduler._pool.num_free == 11
 
 
 def test_another_seed_another_group_and_another_rollout_draw_differently():
@@ -306,7 +306,7 @@ def test_abort_frees_rows_and_pages():
         assert 0 < scheduler.num_live < scheduler.num_unfinished
         scheduler.abort()
         assert scheduler.is_idle
-        assert scheduler.num_free_pages == engine.num_pages
+        assert scheduler._pool.num_free == engine.num_pages
         reference = sample(engine, prompts=PROMPTS[1:2])
         assert_alike([run(scheduler, [Request(0, PROMPTS[1], 4, (7, 0, 0))])[0]], reference)
 

@@ -116,7 +116,7 @@ def test_every_rollout_is_returned_once_and_right_and_every_page_is_freed(shape,
             np.testing.assert_array_equal(rollout.token_ids, ids)
             np.testing.assert_allclose(rollout.logprobs, logprobs, atol=1e-5)
             assert rollout.finish_reason is reason
-    assert scheduler.num_free_pages == engine.num_pages
+    assert scheduler._pool.num_free == engine.num_pages
     assert scheduler.is_idle
 
 

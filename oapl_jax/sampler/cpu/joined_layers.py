@@ -1,9 +1,8 @@
 """The layers of a policy for many steps of few tokens: separate, and with fewer products.
 
-A scan cuts each layer out of the stack before it multiplies. In a decode step, whose cost is to read the weights once,
-that reads them twice and writes them once; a step on a CPU also pays for every product that it starts. So the layers are
-copied out of the stack once for each policy version, with the matrices that multiply the same activations joined. A CPU
-profits from both, and so does a single GPU.
+A scan cuts each layer out of the stack before it multiplies: in a decode step that reads the weights twice and writes
+them once. A step on a CPU also pays for every product that it starts. So the layers are copied out of the stack once
+for each policy version, with the matrices that multiply the same activations joined, for a CPU and for a single GPU.
 """
 
 from collections.abc import Sequence

@@ -1,9 +1,8 @@
-"""JetStream's gRPC server over a policy.
+"""JetStream's gRPC server over a policy; server, queues and threads are JetStream's own.
 
-The server, its queues and its threads are JetStream's own. ``CheckedOrchestrator`` stands between them
-and the client, because JetStream 0.2.2 has no answer to a request that it cannot serve (an error in one
-of its threads kills the process), looks at ``max_tokens`` only once a chunk, and decodes text token by
-token, which breaks characters of several tokens: so it gives JetStream token ids, and takes token ids.
+``CheckedOrchestrator`` stands between them and the client. JetStream 0.2.2 has no answer to a request that it cannot
+serve (an error in one of its threads kills the process), looks at ``max_tokens`` only once a chunk, and decodes text
+token by token, which breaks characters of several tokens: so it gets token ids, and returns them.
 """
 
 import contextlib
@@ -135,11 +134,7 @@ def _response(texts: list[str]) -> Response:
 
 
 def start(engine: JetStreamEngine, port: int) -> Any:
-    """Starts JetStream's server on a port of all interfaces, without encryption, as JetStream does.
-
-    Returns:
-        A ``server_lib.JetStreamServer``, which has ``stop``.
-    """
+    """Starts JetStream's server on a port of all interfaces, without encryption. What it returns has ``stop``."""
     # server_lib makes the servicer itself; this name is where it looks for the class.
     orchestrator.LLMOrchestrator = CheckedOrchestrator
     devices = list(engine.mesh.devices.flat)
