@@ -104,11 +104,7 @@ def num_processes() -> int:
 
 
 def check_processes(mesh_config: MeshConfig, trainer: Mesh, sampler: Mesh) -> None:
-    """Whether the meshes of a run follow the borders of its processes.
-
-    Raises:
-        ValueError: they do not; names the meshes and the process.
-    """
+    """Raises ValueError where the meshes of a run do not follow the borders of its processes."""
     if jax.process_count() == 1:
         return
     words = f"mesh.trainer={mesh_config.trainer!r}, mesh.sampler={mesh_config.sampler!r}"
@@ -187,10 +183,8 @@ def _parted_replica(devices: np.ndarray) -> list[int] | None:
 def _arranged(name: str, words: str, devices: Sequence[Any], shape: Sequence[int]) -> np.ndarray:
     """Devices in the shape of a mesh: neighbours on its last axes are neighbours in a TPU slice, slices are apart.
 
-    Devices that are not TPUs, or are no whole block of one, stay in their order.
-
-    Raises:
-        ValueError: there are several slices, and neither ``data`` nor ``fsdp`` can be split over them.
+    Devices that are not TPUs, or are no whole block of one, stay in their order. Several slices need a ``data`` or
+    ``fsdp`` that can be split over them.
     """
     slices: dict[int, list[Any]] = {}
     for device in devices:
@@ -262,16 +256,6 @@ def platform_of(mesh: Mesh | None) -> str:
 def row_shards(mesh: Mesh) -> int:
     """Parts that the rows of a batch are split into."""
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
-
-
-def token_sharding(mesh: Mesh) -> NamedSharding:
-    """Of ``[A, B, T]``: rows split over ``BATCH_AXES``, tokens over ``context``; micro-batches come one by one."""
-    return NamedSharding(mesh, P(None, BATCH_AXES, "context"))
-
-
-def row_sharding(mesh: Mesh) -> NamedSharding:
-    """Of ``[A, B, ...]``: rows split over ``BATCH_AXES``."""
-    return NamedSharding(mesh, P(None, BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

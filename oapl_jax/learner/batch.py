@@ -6,11 +6,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
-from oapl_jax.distributed.sharding import row_sharding, row_shards, to_devices, token_sharding
-from oapl_jax.learner.packing import pack
+from oapl_jax.distributed.sharding import BATCH_AXES, row_shards, to_devices
 from oapl_jax.types import FinishReason, Metrics, RolloutGroup, TrainBatch, Verdict
 
 SHORTEST_ROW = 16
@@ -77,11 +76,7 @@ class RowLayout:
         return _round_up(num_used, _round_up(-(-self.num_rollouts // ROW_COUNTS), self._row_shards))
 
     def row_length(self, num_tokens: int) -> int:
-        """T: ``row_tokens``, or for rows of one rollout the limit or a half, a quarter, ... of it.
-
-        Raises:
-            ValueError: for a rollout beyond the limit.
-        """
+        """T: ``row_tokens``, or for rows of one rollout the limit or a half, a quarter, ... of it."""
         if num_tokens > self.max_tokens:
             raise ValueError(
                 f"a rollout of {num_tokens} tokens exceeds the limit of {self.max_tokens} (prompt + response)"
@@ -92,6 +87,25 @@ class RowLayout:
         while length > SHORTEST_ROW and (length + 1) // 2 >= num_tokens:
             length = (length + 1) // 2
         return length if self.mesh is None else _round_up(length, self.mesh.shape["context"])
+
+
+def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """The rows of rollouts of these lengths, each with the indices of its rollouts, by first-fit decreasing.
+
+    The longest comes first, each into the first row that has room for it: at most 11/9 of the fewest possible rows,
+    plus one.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, left in enumerate(room) if left >= lengths[index]), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            room.append(row_tokens)
+        rows[row].append(index)
+        room[row] -= lengths[index]
+    return rows
 
 
 def from_groups(groups: Iterable[RolloutGroup], layout: RowLayout) -> TrainBatch:
@@ -151,7 +165,8 @@ def place(batch: TrainBatch, layout: RowLayout) -> TrainBatch:
 
 def shardings(mesh: Mesh) -> TrainBatch:
     """How a batch with its axis of micro-batches is sharded: rows over data and fsdp, tokens over context."""
-    tokens, rollouts = token_sharding(mesh), row_sharding(mesh)
+    tokens = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, "context"))
+    rollouts = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
     return TrainBatch(tokens, tokens, tokens, tokens, tokens, rollouts, rollouts)
 
 

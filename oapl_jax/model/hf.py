@@ -176,13 +176,7 @@ def _file_of_other_head(folder: pathlib.Path) -> pathlib.Path | None:
 def load_params(
     source: str | pathlib.Path, mesh: Mesh, rules: Rules, param_dtype: DTypeLike
 ) -> tuple[qwen.QwenConfig, Any]:
-    """Loads a checkpoint straight into its shardings and dtype.
-
-    Args:
-        source: a model folder, or the name of one on the Hugging Face hub.
-        mesh: where the parameters go.
-        rules: logical axes -> mesh axes, see ``distributed/sharding.py``.
-        param_dtype: the tensors are cast to it, shard by shard.
+    """Loads a model folder, or a model of the hub, straight into its shardings and dtype, shard by shard.
 
     Returns:
         The architecture, and parameters as ``nnx.split(Qwen(...))[1]`` has them.
@@ -356,16 +350,8 @@ def save_folder(
     """Writes a model folder that ``transformers``, vLLM and ``load_params`` read, and returns it.
 
     It is written beside its place and renamed, so that a torn folder never looks whole. A folder that is there is
-    replaced.
-
-    Args:
-        folder: where.
-        config: the architecture.
-        params: of ``nnx.split(Qwen(...))[1]``.
-        tokenizer: saved with the weights.
-        dtype: of the weights in the file; default as they are.
-        writers: the processes that have the parameters, all of which call this; each writes files of its own. None:
-            this one alone.
+    replaced. Weights have ``dtype``, by default their own. ``writers`` are the processes that have the parameters, all
+    of which call this; each writes files of its own. None: this process alone.
     """
     folder, writers = pathlib.Path(folder), writers or Team.alone()
     with _written_beside(folder, writers) as partial:
@@ -386,12 +372,7 @@ def save_adapter(
 ) -> pathlib.Path:
     """Writes the adapters of a policy as a folder that ``peft`` loads, and returns it; see ``save_folder``.
 
-    Args:
-        folder: where.
-        config: the architecture.
-        params: of the policy, or ``lora.trained`` of them.
-        adapters: how they were made.
-        base: folder or hub name of the model that they belong to.
+    ``params`` may be the trained ones alone; ``base`` is the folder or hub name of the model that they belong to.
     """
     tensors = {}
     for path, leaf in nnx.to_flat_state(lora.trained(params)):

@@ -40,23 +40,12 @@ def sequence_logprobs(
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Teacher-forced log-probabilities and entropies of whole rows.
+    """Teacher-forced log-probabilities and entropies of whole rows, in nats, float32.
 
     ``logprobs[:, t]`` scores ``tokens[:, t]`` given the tokens before it; ``entropy[:, t]`` is of the distribution
-    that token t was drawn from. Position 0 (nothing before it) and everything outside ``mask`` is 0.
-
-    Args:
-        graphdef: of ``nnx.split(model)``.
-        params: of ``nnx.split(model)``, or the tree that gradients are taken of.
-        tokens: rows of prompt + response.
-        mask: which positions are scored, usually the responses; never the first of a rollout.
-        temperature: of the sampled distribution.
-        vocab_size: length of the tokenizer, see ``token_logprobs``.
-        positions: of each token in its rollout; None: a row is one rollout, padded on the right.
-        segment_ids: which rollout of the row a token belongs to; None: as for ``positions``.
-
-    Returns:
-        Both in nats, float32. Only log-probabilities have a gradient.
+    that token t was drawn from. Position 0 (nothing before it) and everything outside ``mask``, usually the responses,
+    is 0. Without ``positions`` and ``segment_ids`` a row is one rollout, padded on the right; a packed row's mask has
+    no rollout's first token. Only log-probabilities have a gradient.
     """
     model = nnx.merge(graphdef, params)
     if positions is None:

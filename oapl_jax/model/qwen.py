@@ -419,17 +419,9 @@ class Qwen(nnx.Module):
     ) -> None:
         """Random weights: normal with ``initializer_range``, norms 1, biases 0.
 
-        Args:
-            config: the architecture.
-            rngs: has the stream ``params``.
-            param_dtype: of the weights.
-            compute_dtype: of matrix products and of the residual stream.
-            lora: adapters of the layers; None or rank 0: none.
-            remat: what the backward pass recomputes instead of keeping it.
-            attention: of training rows; None: the fastest for the device and the shape.
-            scan_layers: False runs the layers as a Python loop, for debugging; same numbers.
-            mesh: where given, rows are split over its data and fsdp axes, and their tokens over context;
-                without it the model runs on one device.
+        ``attention`` is that of training rows; None: the fastest for the device and the shape. Without a mesh the
+        model runs on one device; with one, rows are split over its data and fsdp axes, and their tokens over context.
+        ``scan_layers=False`` runs the layers as a Python loop, for debugging, with the same numbers.
         """
         self.config = config
         self.compute_dtype = jnp.dtype(compute_dtype)
@@ -453,7 +445,7 @@ class Qwen(nnx.Module):
         cache: Cache = None,
         layers: "Sequence[Layer] | None" = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """States after the final norm.
+        """States after the final norm, in the compute dtype, and the cache after the last layer.
 
         Args:
             tokens: ids; T = 1 in a decode step.
@@ -461,9 +453,6 @@ class Qwen(nnx.Module):
             attend: what queries see; None: ``attend_rows()``.
             cache: given to the first layer's ``attend``, and from layer to layer.
             layers: in place of the model's own, one by one, on one device.
-
-        Returns:
-            States in the compute dtype, and the cache after the last layer.
         """
         with jax.named_scope("embedding"):
             x = self._constrain(lookup(self.embedding, tokens, self.compute_dtype))

@@ -81,17 +81,9 @@ def attend_rows(
 ) -> Float[Array, "B T H C"]:
     """Softmax attention of each token over the tokens of its own rollout up to itself.
 
-    Args:
-        query: after norm and rope.
-        key: each serves H/K query heads.
-        value: like ``key``.
-        segment_ids: which rollout of the row a token belongs to; None: there is one, and padding only after it.
-        kind: see ``choose``.
-        mesh: the trainer's; None: the arrays are on one device.
-        interpret: run the TPU's or Triton's kernel on any platform, slowly.
-
-    Returns:
-        In the query's dtype; scores and softmax are float32.
+    Queries and keys come after norm and rope; each key serves H/K query heads. Without segment ids a row is one
+    rollout, and padding comes only after it. Without a mesh the arrays are on one device. ``interpret`` runs the TPU's
+    or Triton's kernel on any platform, slowly. Scores and softmax are float32; the result has the query's dtype.
     """
     mesh = None if mesh is None or mesh.size == 1 else mesh
     is_packed = segment_ids is not None

@@ -3,9 +3,8 @@
 XLA's ``cost_analysis`` counts the body of a loop once; here it is multiplied by the trip count. All numbers are per
 device, because an SPMD module is the program of one device.
 
-* **FLOPs** are those of matrix products (``dot``, and ``convolution``, which a TPU uses for them). A multiplication
-  and an addition count as two. The text does not show what a kernel (Pallas, ``tpu_custom_call``) computes, so only the
-  calls of kernels are counted.
+* **FLOPs** are those of matrix products (``dot``, and ``convolution``, which a TPU uses for them); additions and
+  multiplications count. What a kernel (Pallas, ``tpu_custom_call``) computes is not in the text: its calls are counted.
 * **HBM bytes** are the operands and results of each instruction that runs by itself. Values inside a fusion and values
   in fast memory cost nothing, and a slice counts with its own size. Kernels and the padding of tiles are not counted,
   so the number is a lower bound.

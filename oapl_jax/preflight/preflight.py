@@ -151,10 +151,8 @@ def advice(result: Result, plan: Plan) -> list[str]:
     if result.name == "train_step" and config.model.remat == "none":
         found.append("model.remat=layer: activations are recomputed instead of stored")
     if result.name in ("train_step", "score"):
-        num_rows, shards = (
-            rows.micro_batch_rows or rows.num_rows(rows.num_rollouts),
-            row_shards(plan.assembly.trainer_mesh),
-        )
+        shards = row_shards(plan.assembly.trainer_mesh)
+        num_rows = rows.micro_batch_rows or rows.num_rows(rows.num_rollouts)
         if num_rows > shards:
             found.append(f"learner.micro_batch_rows={max(shards, num_rows // 2)} (now {num_rows}): fewer rows at once")
     if is_samplers and memory.evaluation_weights:
@@ -239,11 +237,7 @@ def describe(result: Result, plan: Plan) -> str:
 
 
 def check(config: TrainConfig, slices: Topology, *, dry_run: bool) -> dict[str, Any]:
-    """Compiles the programs, prints each as soon as it is compiled, and returns the report for ``--json``.
-
-    Raises:
-        ValueError: the config or the command line has a mistake.
-    """
+    """Compiles the programs, prints each as soon as it is compiled, and returns the report for ``--json``."""
     usable = slices.chip.usable_bytes
     plan = make_plan(config, topology.devices(slices), usable, functools.partial(topology.slice_alone, slices))
     print(describe_plan(plan, slices), flush=True)

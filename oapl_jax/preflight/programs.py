@@ -201,11 +201,7 @@ def forward_flops(model: qwen.QwenConfig, tokens: float, pairs: float, scored: f
 
 
 def _model_config(config: TrainConfig) -> str:
-    """The ``config.json`` of the model's architecture.
-
-    Raises:
-        ValueError: a model on the hub that is not among ``MODELS``.
-    """
+    """The ``config.json`` of the model's architecture, from its folder or from ``MODELS``."""
     section = config.model
     if section.warm_start is not None:
         section = config_file.load(SftConfig, section.warm_start, checks=CHECKS).model

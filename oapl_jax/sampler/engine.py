@@ -25,7 +25,6 @@ from oapl_jax.model.qwen import Layer, QwenConfig, abstract
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.sampler import kv_cache
 from oapl_jax.sampler.cpu import dense_cache, joined_layers
-from oapl_jax.sampler.cpu.head import head_by_id, logits_by_id
 from oapl_jax.sampler.draw import Distributions, Draw, draw, uniforms
 from oapl_jax.sampler.kv_cache import KVPages, PromptKV
 from oapl_jax.sampler.paged_attention import choose_implementation, paged_attend
@@ -47,7 +46,7 @@ class Prepared(NamedTuple):
     layers: list[Layer] | None
     """For ``dense``, and on a GPU; see ``joins_layers`` and ``sampler/cpu/joined_layers.py``."""
     head: Float[Array, "V D"] | None
-    """For ``dense``; see ``sampler/cpu/head.py``."""
+    """For ``dense``."""
 
 
 class Prefix(NamedTuple):
@@ -348,7 +347,7 @@ def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
 
 def _join(graphdef: nnx.GraphDef, with_head: bool, params: Params) -> tuple[list[Layer], Float[Array, "V D"] | None]:
     model = nnx.merge(graphdef, params)
-    return joined_layers.join_layers(model), head_by_id(model) if with_head else None
+    return joined_layers.join_layers(model), joined_layers.head_by_id(model) if with_head else None
 
 
 def _prefill(
@@ -411,7 +410,7 @@ def _generate(
     model = nnx.merge(graphdef, policy.params)
     logits_fn = lambda hidden: model.logits(hidden).T  # noqa: E731
     if policy.head is not None:
-        logits_fn = functools.partial(logits_by_id, head=policy.head)
+        logits_fn = functools.partial(joined_layers.logits_by_id, head=policy.head)
     num_layers = config.num_hidden_layers
     pages = state.pages
     own: Any = jax.tree.map(lambda whole: whole.at[slots].get(mode="clip"), tuple(state)[1:])

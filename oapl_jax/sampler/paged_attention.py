@@ -72,10 +72,9 @@ def paged_attend(
 ) -> Float[Array, "B H C"]:
     """Softmax attention of one query a row over the first ``lengths[b]`` tokens of the row's pages.
 
-    The kernels run under ``shard_map``: query heads are split over mesh axis ``tensor``, kv heads too
-    where it divides them (otherwise every device holds all, as in ``sharding.shardings``), rows over the
-    batch axes where those divide them. Scores and softmax are float32; ``"tpu"`` rounds keys and values
-    to bfloat16 whatever the pages' dtype, ``"gpu"`` rounds queries to the pages' dtype.
+    The kernels run under ``shard_map``: query heads are split over mesh axis ``tensor``, kv heads too where it divides
+    them (otherwise every device holds all, as in ``sharding.shardings``). Scores and softmax are float32; ``"tpu"``
+    rounds keys and values to bfloat16 whatever the pages' dtype, ``"gpu"`` rounds queries to the pages' dtype.
 
     Args:
         query: after norm and rope, not scaled.

@@ -39,15 +39,7 @@ def make(config: TrainConfig, tokenizer: Tokenizer) -> tuple["TorchSampler", Any
 
 
 class TorchSampler:
-    """A ``Sampler`` that runs requests in batches.
-
-    Args:
-        num_rows: rollouts decoded at once.
-        max_response_tokens: limit of a response.
-        vocab_size: the tokenizer's length; ids beyond it are padding of the embedding and never drawn.
-        stop_ids: tokens that end a response.
-        pad_id: fills the rows of responses that have ended.
-    """
+    """A ``Sampler`` that runs requests in batches; ids from ``vocab_size`` on are padding and never drawn."""
 
     def __init__(
         self, *, num_rows: int, max_response_tokens: int, vocab_size: int, stop_ids: tuple[int, ...], pad_id: int
@@ -79,11 +71,7 @@ class TorchSampler:
         return sum(request.num_rollouts for request in self._waiting)
 
     def submit(self, request: Request) -> None:
-        """Queues a request.
-
-        Raises:
-            ValueError: it has a limit of its own.
-        """
+        """Queues a request; refuses one with a limit of its own."""
         if request.max_tokens is not None:
             raise ValueError(f"request {request.tag!r}: max_tokens needs --engine jax")
         self._waiting.append(request)

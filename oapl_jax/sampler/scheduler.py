@@ -102,11 +102,7 @@ class Scheduler(Generic[Tag]):
         self._enqueue([LiveSequence(group, index, limit) for index, limit in enumerate(limits)])
 
     def step(self, params: Params) -> list[tuple[Tag, list[Rollout]]]:
-        """Schedules and runs prefills and a chunk, reads what has run; returns the groups that are finished.
-
-        Raises:
-            ValueError: the parameters are those of another architecture.
-        """
+        """Schedules and runs prefills and a chunk, reads what has run; returns the groups that are finished."""
         policy = self._prepare(params)
         self._start_waiting(policy)
         sequences, finished = self._schedule_chunk()
@@ -265,12 +261,9 @@ class Scheduler(Generic[Tag]):
         )
 
     def _schedule_chunk(self) -> tuple[list[LiveSequence[Tag]], list[tuple[Tag, list[Rollout]]]]:
-        """The sequences of the next chunk, with pages for what it may write.
+        """The sequences of the next chunk, with pages for what it may write, and groups that were finished meanwhile.
 
         Where pages are short it reads the chunks in flight, and then preempts.
-
-        Returns:
-            The sequences, and the groups that the chunks it read have finished.
         """
         finished: list[tuple[Tag, list[Rollout]]] = []
         sequences = [s for s in self._live if s.started >= 0 and not self._surely_ends(s)]

@@ -11,8 +11,7 @@ from learner.test_step import CONFIG, VOCAB, assert_close, gradient, norm, run
 from model import tiny
 from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import make_meshes
-from oapl_jax.learner.batch import RowLayout, from_pairs, padding, place
-from oapl_jax.learner.packing import pack
+from oapl_jax.learner.batch import RowLayout, from_pairs, pack, padding, place
 
 ROW = 32
 

@@ -1,4 +1,4 @@
-"""The layers of a policy for many steps of few tokens: separate, and with fewer products.
+"""The weights of a policy for many steps of few tokens: layers apart from their stack, fewer products, the head by id.
 
 A scan cuts each layer out of the stack before it multiplies: in a decode step that reads the weights twice and writes
 them once. A step on a CPU also pays for every product that it starts. So the layers are copied out of the stack once
@@ -11,9 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 from oapl_jax.model.matmul import einsum
+from oapl_jax.model.quantized import Int8
 from oapl_jax.model.qwen import Attention, Layer, Mlp, Qwen, layer_params, project_heads
 
 
@@ -60,3 +61,17 @@ def _join(*matrices: Any, axis: int) -> nnx.Param:
     """Matrices that multiply the same activations, float or ``Int8``, side by side as one."""
     values = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis), *[matrix.get_value() for matrix in matrices])
     return matrices[0].replace(values)
+
+
+def head_by_id(model: Qwen) -> Float[Array, "V D"] | None:
+    """The output matrix, ids first, which a CPU reads fastest for the draw's ``[V, B]``; None where it is quantised."""
+    head = model.embedding if model.lm_head is None else model.lm_head
+    if isinstance(head.get_value(), Int8):
+        return None
+    return head[...] if model.lm_head is None else head[...].T
+
+
+def logits_by_id(hidden: Float[Array, "B D"], head: Float[Array, "V D"]) -> Float[Array, "V B"]:
+    """Float32 logits of one token a sequence."""
+    with jax.named_scope("logits"):
+        return jnp.einsum("VD,BD->VB", head.astype(hidden.dtype), hidden, preferred_element_type=jnp.float32)

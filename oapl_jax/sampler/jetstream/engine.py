@@ -54,23 +54,13 @@ class PromptPrefix:
 
 
 class JetStreamTokenizer(tokenizer_api.Tokenizer):
-    """A tokenizer of ours in JetStream's interface.
-
-    Args:
-        tokenizer: the policy's.
-        stop_ids: the engine's.
-        is_chat: text is what the user says in a chat; False: it is encoded as it stands.
-    """
+    """A tokenizer of ours in JetStream's interface; with ``is_chat``, text is what the user says in a chat."""
 
     def __init__(self, tokenizer: Tokenizer, stop_ids: tuple[int, ...], *, is_chat: bool = False):
         self._tokenizer, self._stop_ids, self._is_chat = tokenizer, stop_ids, is_chat
 
     def encode_text(self, text: str) -> list[int]:
-        """Token ids of a request's text.
-
-        Raises:
-            ValueError: the tokenizer has no token for it.
-        """
+        """Token ids of a request's text; raises ValueError where the tokenizer has no token for it."""
         return self._tokenizer.encode_prompt(text) if self._is_chat else self._tokenizer.encode(text)
 
     def encode(self, s: str, **kwargs: Any) -> tuple[Shaped[np.ndarray | Array, "P"], int]:
@@ -106,14 +96,8 @@ class JetStreamTokenizer(tokenizer_api.Tokenizer):
 class JetStreamEngine(engine_api.Engine):
     """JetStream's engine: slot ``i`` owns the rows from ``i * samples_per_slot`` on, rollouts of one prompt.
 
-    Args:
-        engine: the programs; ``num_rows`` is a multiple of ``samples_per_slot``.
-        params: the policy, on the engine's mesh.
-        tokenizer: the policy's.
-        samples_per_slot: G, rollouts of a request.
-        sampling: the distribution of every request.
-        seed: root of all draws; the i-th request inserted draws from ``(seed, SERVING_STREAM, i)``.
-        is_chat: see ``JetStreamTokenizer``.
+    The i-th request that is inserted draws from ``(seed, SERVING_STREAM, i)``. ``is_chat`` is that of
+    ``JetStreamTokenizer``.
     """
 
     def __init__(
@@ -181,15 +165,8 @@ class JetStreamEngine(engine_api.Engine):
     ) -> PromptPrefix:
         """Runs a prompt through the model; of one beyond the limit the last tokens, as JetStream does.
 
-        Args:
-            params: of ``load_params``.
-            existing_prefix: not supported.
-            padded_tokens: the prompt, padded to any length.
-            true_length: without padding.
-            sampler: not supported: the draw is part of the compiled programs.
-
         Raises:
-            ValueError: for an empty prompt, or something that is not supported.
+            ValueError: for an empty prompt, an existing prefix or a sampler (the draw is compiled in).
         """
         if existing_prefix is not None or sampler is not None:
             raise ValueError("existing_prefix and sampler are not supported; leave them out")

@@ -32,12 +32,6 @@ with _root_logger_kept():
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """How a tokenizer shows a character whose bytes have not all come."""
 
-Request = Any
-"""``jetstream_pb2.DecodeRequest``."""
-
-Response = Any
-"""``jetstream_pb2.DecodeResponse``."""
-
 
 class CheckedOrchestrator(orchestrator.LLMOrchestrator):
     """JetStream's servicer: refuses what cannot be served, keeps ``max_tokens`` exactly, decodes text whole."""
@@ -47,7 +41,7 @@ class CheckedOrchestrator(orchestrator.LLMOrchestrator):
         self._engine: Any = driver._generate_engines[0]
         self._tokenizer: JetStreamTokenizer = self._engine.build_tokenizer(self._engine.get_tokenizer())
 
-    async def Decode(self, request: Request, context: Any = None) -> AsyncIterator[Response]:  # noqa: N802 - JetStream's
+    async def Decode(self, request: Any, context: Any = None) -> AsyncIterator[Any]:  # noqa: N802 - JetStream's
         """Streams the responses to a prompt; a request that is refused ends with ``INVALID_ARGUMENT``."""
         programs = self._engine.programs
         try:
@@ -71,12 +65,8 @@ class CheckedOrchestrator(orchestrator.LLMOrchestrator):
         if any(output.rest for output in outputs):
             yield _response([output.rest for output in outputs])
 
-    def _prompt(self, request: Request) -> list[int]:
-        """The prompt of a request that can be served.
-
-        Raises:
-            ValueError: it cannot.
-        """
+    def _prompt(self, request: Any) -> list[int]:
+        """The prompt of a request; raises ValueError where it cannot be served."""
         programs = self._engine.programs
         if request.session_cache:
             raise ValueError(f"session_cache={request.session_cache!r} is not supported; leave it out")
@@ -122,12 +112,12 @@ class _Output:
             self._text = sure
 
 
-def _request(token_ids: list[int], max_tokens: int) -> Request:
+def _request(token_ids: list[int], max_tokens: int) -> Any:
     message: Any = jetstream_pb2.DecodeRequest  # pyright: ignore[reportAttributeAccessIssue]
     return message(token_content=message.TokenContent(token_ids=token_ids), max_tokens=max_tokens)
 
 
-def _response(texts: list[str]) -> Response:
+def _response(texts: list[str]) -> Any:
     message: Any = jetstream_pb2.DecodeResponse  # pyright: ignore[reportAttributeAccessIssue]
     samples = [message.StreamContent.Sample(text=text) for text in texts]
     return message(stream_content=message.StreamContent(samples=samples))
