@@ -50,7 +50,7 @@ class Transfer:
     Args:
         source: tree of ``nnx.Variable`` with ``jax.ShapeDtypeStruct``, with shardings on the source mesh.
         target: tree of shardings on the target mesh.
-        chunk_bytes: that a device needs beside the arrays, about; more for a larger layer, or parameter without layers.
+        chunk_bytes: about what a device needs beside the arrays; more for a larger layer, or parameter without layers.
         meet: called before each collective of both sides, which must not wait for each other in it.
     """
 

@@ -241,7 +241,6 @@ def _find_tensors(folder: pathlib.Path) -> dict[str, str]:
         for name in sorted(set(files.values())):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder / name} does not exist, but {index} names it; the copy is incomplete")
-        for name in sorted(set(files.values())):
             absent = {tensor for tensor, file in files.items() if file == name} - set(_names(folder / name))
             if absent:
                 raise ValueError(f"{folder / name} lacks tensor {min(absent)}, but {index} says that it is there")
@@ -360,10 +359,12 @@ def save_folder(
         if not writers.is_leader:
             return folder
         _write_json(partial / CONFIG_FILE, config.to_hf() | {"torch_dtype": dtype.name})
+        values = {"bos_token_id": config.bos_token_id, "eos_token_id": config.to_hf()["eos_token_id"]}
         if tokenizer is not None:
             tokenizer.save(partial)
+            values |= {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
         if not (partial / GENERATION_FILE).exists():
-            _write_json(partial / GENERATION_FILE, _generation_config(config, tokenizer))
+            _write_json(partial / GENERATION_FILE, {key: value for key, value in values.items() if value is not None})
     return folder
 
 
@@ -426,14 +427,6 @@ def _written_beside(folder: pathlib.Path, writers: Team) -> Iterator[pathlib.Pat
         writers.wait()
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _generation_config(config: qwen.QwenConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    stop_ids = config.to_hf()["eos_token_id"] if tokenizer is None else list(tokenizer.stop_ids)
-    values = {"bos_token_id": config.bos_token_id, "eos_token_id": stop_ids}
-    if tokenizer is not None:
-        values["pad_token_id"] = tokenizer.pad_id
-    return {key: value for key, value in values.items() if value is not None}
 
 
 def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:

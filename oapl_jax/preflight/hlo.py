@@ -88,13 +88,11 @@ _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 
 
 def analyze(text: str, *, expected_trips: Sequence[float] = (), slices: Sequence[int] = ()) -> Cost:
-    """Adds up the cost of a module.
+    """Adds up the cost of a module, given as ``compiled.as_text()``.
 
-    Args:
-        text: ``compiled.as_text()``.
-        expected_trips: trip counts of loops whose count is known only at run time, by nesting depth among such loops; 1
-            for deeper loops.
-        slices: TPU slice of each device of the program, in its order; empty if all devices are in one slice.
+    ``expected_trips`` are the trip counts of loops whose count is known only at run time, by nesting depth among such
+    loops; 1 for deeper loops. ``slices`` has the TPU slice of each device of the program, or nothing if all are in
+    one.
     """
     reader = _Reader(text, expected_trips, slices)
     reader.run(reader.entry, 1)

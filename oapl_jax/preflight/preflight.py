@@ -258,15 +258,14 @@ def check(config: TrainConfig, slices: Topology, *, dry_run: bool) -> dict[str, 
         "parameters": plan.assembly.architecture.num_params,
         "memory": dataclasses.asdict(plan.assembly.account),
         "kv_cache": kv_capacity(plan),
-        "programs": [_as_json(result) for result in results],
+        "programs": [
+            dataclasses.asdict(result)
+            | {"collectives": [collective._asdict() for collective in result.collectives]}
+            | {"fits": result.fits, "bound": result.bound[0]}
+            for result in results
+        ],
         "config": config.model_dump(),
     }
-
-
-def _as_json(result: Result) -> dict[str, Any]:
-    values = dataclasses.asdict(result)
-    values["collectives"] = [collective._asdict() for collective in result.collectives]
-    return values | {"fits": result.fits, "bound": result.bound[0]}
 
 
 def _mesh(mesh: Any) -> str:

@@ -55,16 +55,11 @@ def draw(
     is_sharded: bool = False,
     can_truncate: bool = True,
 ) -> Draw:
-    """Draws one token a sequence.
+    """Draws one token a sequence from unprocessed logits; ``uniform``, of ``uniforms``, is all the randomness there is.
 
-    Args:
-        uniform: of ``uniforms``: all the randomness there is.
-        logits: unprocessed.
-        distribution: of each sequence.
-        vocab_size: the tokenizer's length; ids from it on are padding and never drawn.
-        is_sharded: the vocabulary is split over devices: what is needed of it is then found by sums over
-            all of it, because a gather would bring all logits to every device.
-        can_truncate: False: no sequence has a top-k or a top-p, and there is less to compile.
+    Ids from ``vocab_size`` on, the tokenizer's length, are padding and never drawn. Where the vocabulary is split over
+    devices (``is_sharded``), what is needed of it is found by sums over all of it: a gather would bring all logits to
+    every device. Without ``can_truncate`` no sequence may have a top-k or a top-p, and there is less to compile.
     """
     if vocab_size > logits.shape[0]:
         raise ValueError(f"vocab_size={vocab_size}: the model has logits for {logits.shape[0]} ids only")

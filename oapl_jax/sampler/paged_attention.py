@@ -8,7 +8,6 @@ Dimension letters beyond the legend: "P" pages of the pool, "S" tokens of a page
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -21,7 +20,6 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from oapl_jax.distributed.sharding import BATCH_AXES
 from oapl_jax.model.attention import MASKED
 from oapl_jax.model.quantized import Int8, dequantize
 from oapl_jax.model.row_attention import has_triton
@@ -185,8 +183,7 @@ def _over_mesh(
     lengths: Array,
 ) -> Array:
     """A kernel on every device of the mesh; XLA cannot partition kernels by itself."""
-    B, H, _ = query.shape
-    K, P, _, _ = k_pages.shape
+    H, (K, P, _, _) = query.shape[1], k_pages.shape
     tensor = mesh.shape["tensor"]
     is_split = K % tensor == 0
     if not is_split and (tensor % K or H % tensor):
@@ -195,14 +192,13 @@ def _over_mesh(
             f" share one kv head or to have their own; choose a tensor that divides {K}, or a multiple of {K} that"
             f" divides {H}, or implementation 'xla'"
         )
-    rows = BATCH_AXES if B % math.prod(mesh.shape[axis] for axis in BATCH_AXES) == 0 else None
-    heads = PartitionSpec(rows, "tensor")
+    heads = PartitionSpec(None, "tensor")
     pages = PartitionSpec("tensor") if is_split else PartitionSpec()
 
     @functools.partial(
         jax.shard_map,
         mesh=mesh,
-        in_specs=(heads, pages, pages, PartitionSpec(rows), PartitionSpec(rows)),
+        in_specs=(heads, pages, pages, PartitionSpec(), PartitionSpec()),
         out_specs=heads,
         check_vma=False,
     )

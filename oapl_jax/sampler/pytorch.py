@@ -71,7 +71,7 @@ class TorchSampler:
         return sum(request.num_rollouts for request in self._waiting)
 
     def submit(self, request: Request) -> None:
-        """Queues a request; refuses one with a limit of its own."""
+        """Queues a request; raises ValueError for one with a limit of its own."""
         if request.max_tokens is not None:
             raise ValueError(f"request {request.tag!r}: max_tokens needs --engine jax")
         self._waiting.append(request)

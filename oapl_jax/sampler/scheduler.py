@@ -182,9 +182,13 @@ class Scheduler(Generic[Tag]):
     def _start_waiting(self, policy: Prepared) -> None:
         """Prefills what waits, while there are slots and pages, and rows that nothing with a slot could fill."""
         engine = self._engine
-        while self._waiting and self._num_going_on() < engine.num_rows and self._free_slots:
+        while self._waiting and self._free_slots:
+            if sum(not self._surely_ends(sequence) for sequence in self._live) >= engine.num_rows:
+                return
             entry = self._waiting[0]
-            prefix, shared = entry[0].prefix(), self._shared_pages(entry[0])
+            prefix, num_full = entry[0].prefix(), entry[0].prompt_length // engine.page_size
+            # Full pages of the prompt that another rollout of the group holds.
+            shared = next((other.pages[:num_full] for other in self._live if other.group is entry[0].group), [])
             if not (started := self._take_pages(entry, len(prefix), shared)):
                 return
             del entry[: len(started)]
@@ -213,14 +217,6 @@ class Scheduler(Generic[Tag]):
             sequence.slot = self._free_slots.pop()
             self._live.append(sequence)
         return entry[:count]
-
-    def _shared_pages(self, sequence: LiveSequence[Tag]) -> list[int]:
-        """Full pages of the prompt that another rollout of the group holds."""
-        num_full = sequence.prompt_length // self._engine.page_size
-        for other in self._live:
-            if other.group is sequence.group:
-                return other.pages[:num_full]
-        return []
 
     def _run_prefill(
         self, policy: Prepared, prefix: np.ndarray, sequences: list[LiveSequence[Tag]], num_shared: int
@@ -280,7 +276,10 @@ class Scheduler(Generic[Tag]):
                 if self._chunks:
                     finished += self._postprocess()  # what has ended frees pages, and none in flight may be preempted
                 else:
-                    self._preempt(max(self._live, key=lambda s: (s.started < 0, s.started)))
+                    preempted = max(self._live, key=lambda s: (s.started < 0, s.started))
+                    self._release(preempted)
+                    self._enqueue([preempted])
+                    self.stats.preemptions += 1
                 if sequence.slot is None:
                     break
                 num_missing = self._pages_needed(sequence) - len(sequence.pages)
@@ -325,22 +324,15 @@ class Scheduler(Generic[Tag]):
             sequence.take(decoded, row)
             self.stats.live_row_steps += int(decoded.is_valid[row, 1:].sum())
             self.stats.tokens += sequence.num_tokens - num_before
-            if decoded.is_done[row] and self._end(sequence):
-                rollouts = sequence.group.finished
-                finished.append((sequence.group.request.tag, [rollouts[i] for i in range(len(rollouts))]))
+            if not decoded.is_done[row]:
+                continue
+            self._release(sequence)
+            sequence.has_ended = True
+            request, rollouts = sequence.group.request, sequence.group.finished
+            rollouts[sequence.index] = sequence.rollout(self._engine.stop_ids)
+            if len(rollouts) == request.num_rollouts:
+                finished.append((request.tag, [rollouts[i] for i in range(len(rollouts))]))
         return finished
-
-    def _end(self, sequence: LiveSequence[Tag]) -> bool:
-        """Frees what an ended sequence holds; True when it was the last of its group."""
-        self._release(sequence)
-        sequence.has_ended = True
-        sequence.group.finished[sequence.index] = sequence.rollout(self._engine.stop_ids)
-        return len(sequence.group.finished) == sequence.group.request.num_rollouts
-
-    def _preempt(self, sequence: LiveSequence[Tag]) -> None:
-        self._release(sequence)
-        self.stats.preemptions += 1
-        self._enqueue([sequence])
 
     def _release(self, sequence: LiveSequence[Tag]) -> None:
         """Takes a sequence off its slot and its pages."""
@@ -348,10 +340,6 @@ class Scheduler(Generic[Tag]):
         self._free_slots.append(sequence.slot)  # pyright: ignore[reportArgumentType]
         self._pool.release(sequence.pages)
         sequence.slot, sequence.pages = None, []
-
-    def _num_going_on(self) -> int:
-        """Sequences with a slot that the chunks in flight may not bring to an end."""
-        return sum(not self._surely_ends(sequence) for sequence in self._live)
 
     def _surely_ends(self, sequence: LiveSequence[Tag]) -> bool:
         """The unread chunks reach its limit, if nothing ended it before."""
