@@ -30,6 +30,7 @@ from jetstream.engine import engine_api, token_utils, tokenizer_api, tokenizer_p
 
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.rollouts.sampling import SamplingDistribution
+from oapl_jax.sampler.draw import Draw
 from oapl_jax.sampler.engine import DecodeState, Engine, Params, Prefix, Prepared, Start
 
 # The one name that JetStream's orchestrator uses and jax has removed.
@@ -196,11 +197,8 @@ class JetStreamEngine(engine_api.Engine):
             # A copy, because the program may read it after insert has changed the table.
             table = self._page_table.copy()
             state, packed = engine.generate(params, decode_state, slots, table)
-            held, is_held, data = self._report(state.position, state.end, packed)
-            state = state._replace(
-                first=state.first._replace(token=state.first.token.at[slots].set(held)),
-                is_fresh=state.is_fresh.at[slots].set(is_held),
-            )
+            first, is_fresh, data = self._report(state.first, state.is_fresh, state.position, state.end, packed)
+            state = state._replace(first=first, is_fresh=is_fresh)
             self._finished((state, data))
         columns = {"tokens_idx": (0, k), "valid_idx": (k, 2 * k), "length_idx": (2 * k, 2 * k + 1)}
         return state, engine_api.ResultTokens(data=data, **columns, samples_per_slot=self._samples_per_slot)
@@ -269,9 +267,15 @@ class JetStreamEngine(engine_api.Engine):
 
 
 def _report(
-    k: int, limit: int, position: Int[Array, "N"], end: Int[Array, "N"], packed: Int[Array, "B X"]
-) -> tuple[Int[Array, "B"], Bool[Array, "B"], Int[Array, "B Y"]]:
-    """The last token of each row, whether it is held back, and the columns of ``ResultTokens``."""
+    k: int,
+    limit: int,
+    first: Draw,
+    is_fresh: Bool[Array, "N"],
+    position: Int[Array, "N"],
+    end: Int[Array, "N"],
+    packed: Int[Array, "B X"],
+) -> tuple[Draw, Bool[Array, "N"], Int[Array, "B Y"]]:
+    """The state's first draws with the tokens that are held back, and the columns of ``ResultTokens``."""
     rows = slice(0, packed.shape[0])
     was_fresh, num_new = packed[:, -4], packed[:, -3]
     is_held = (was_fresh > 0) & (num_new == k)
@@ -279,4 +283,5 @@ def _report(
     num_drawn = position[rows] + 1 - (end[rows] - limit)
     length = jnp.where(end[rows] > 0, num_drawn - is_held, 0)
     data = jnp.concatenate([packed[:, :k], is_valid.astype(jnp.int32), length[:, None]], axis=1)
-    return packed[:, k], is_held, data
+    first = first._replace(token=first.token.at[rows].set(packed[:, k]))
+    return first, is_fresh.at[rows].set(is_held), data
