@@ -443,7 +443,7 @@ class Qwen(nnx.Module):
         positions: Int[Array, "B T"],
         attend: Attend | None = None,
         cache: Cache = None,
-        layers: "Sequence[Layer] | None" = None,
+        layers: Sequence[Layer] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """States after the final norm, in the compute dtype, and the cache after the last layer.
 
