@@ -21,7 +21,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from oapl_jax.distributed.sharding import placed
-from oapl_jax.model.qwen import Layer, QwenConfig, abstract
+from oapl_jax.model.qwen import Attend, Layer, QwenConfig, abstract
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.sampler import kv_cache
 from oapl_jax.sampler.cpu import dense_cache, joined_layers
@@ -182,22 +182,14 @@ class Engine:
         self._is_joined = joins_layers(mesh) if join_layers is None else join_layers
         self._is_joined |= self.attention == "dense"
         is_sharded = mesh.shape["tensor"] > 1
-        draw_fn = functools.partial(draw, vocab_size=vocab_size, is_sharded=is_sharded, can_truncate=can_truncate)
-        stops = jnp.asarray(self.stop_ids)
-        self._join = jax.jit(functools.partial(_join, graphdef, self.attention == "dense"))
+        self._draw = functools.partial(draw, vocab_size=vocab_size, is_sharded=is_sharded, can_truncate=can_truncate)
+        self._graphdef, self._stops = graphdef, jnp.asarray(self.stop_ids)
         replicated: Any = NamedSharding(mesh, PartitionSpec())
-        self._prefill = jax.jit(
-            functools.partial(_prefill, graphdef, model_config, cache_dtype),
-            out_shardings=Prefix(PromptKV(self._kv_sharding(3, 5), self._kv_sharding(3, 5)), replicated, replicated),
-        )
-        self._insert = jax.jit(
-            functools.partial(_insert, draw_fn, stops), donate_argnames="state", out_shardings=self._shardings()
-        )
-        self._generate = jax.jit(
-            functools.partial(_generate, graphdef, model_config, draw_fn, stops, decode_steps, self.attention, mesh),
-            donate_argnames="state",
-            out_shardings=(self._shardings(), replicated),
-        )
+        state, prompt = self._shardings(), PromptKV(self._kv_sharding(3, 5), self._kv_sharding(3, 5))
+        self._join = jax.jit(self._join_program)
+        self._prefill = jax.jit(self._prefill_program, out_shardings=Prefix(prompt, replicated, replicated))
+        self._insert = jax.jit(self._insert_program, donate_argnames="state", out_shardings=state)
+        self._generate = jax.jit(self._generate_program, donate_argnames="state", out_shardings=(state, replicated))
 
     @property
     def cache_bytes(self) -> int:
@@ -338,53 +330,125 @@ class Engine:
         pages: Any = self._kv_sharding(0, 4)
         return DecodeState(KVPages(pages, pages), *[replicated] * (len(DecodeState._fields) - 1))
 
+    def _join_program(self, params: Params) -> tuple[list[Layer], Float[Array, "V D"] | None]:
+        model = nnx.merge(self._graphdef, params)
+        head = joined_layers.head_by_id(model) if self.attention == "dense" else None
+        return joined_layers.join_layers(model), head
+
+    def _prefill_program(self, params: Params, tokens: Int[Array, "1 P"], length: Int[Array, "1"]) -> Prefix:
+        with jax.named_scope("prefill"):
+            model = nnx.merge(self._graphdef, params)
+            positions = jnp.arange(tokens.shape[1])[None]
+            cache = kv_cache.make_prompt_kv(self.model_config, tokens.shape[1], self._cache_dtype)
+            # Padding comes after the prompt: causal attention never sees it, and decode steps overwrite its keys and
+            # values before any query could.
+            hidden, cache = model.hidden(tokens, positions, kv_cache.attend_prompt, cache)
+            last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
+            return Prefix(cache, model.logits(last)[:, 0], length)
+
+    def _insert_program(self, prefix: Prefix, state: DecodeState, start: Start) -> DecodeState:
+        with jax.named_scope("insert"):
+            slots = start.slots
+            keys = jax.vmap(_sequence_key)(start.seeds)
+            positions = jnp.broadcast_to(prefix.length, slots.shape)
+            logits = jnp.broadcast_to(prefix.logits.T, (prefix.logits.shape[1], len(slots)))
+            first = self._draw(uniforms(keys, positions), logits, start.distribution)
+            is_fresh = start.given < 0
+            token = jnp.where(is_fresh, first.token, start.given)
+            pages = kv_cache.write_prompt(state.pages, prefix.kv, start.full_pages, prefix.length[0], start.tail_pages)
+            new = (token, first, positions, start.ends, is_fresh, self._is_last(token, positions, start.ends))
+            state_of_slots = (*new, keys, start.distribution)
+            return DecodeState(
+                pages,
+                *jax.tree.map(
+                    lambda whole, part: whole.at[slots].set(part, mode="drop"), tuple(state)[1:], state_of_slots
+                ),
+            )
+
+    def _generate_program(
+        self, policy: Prepared, slots: Int[Array, "B"], table: Int[Array, "B M"], state: DecodeState
+    ) -> tuple[DecodeState, Int[Array, "B X"]]:
+        model, num_steps = nnx.merge(self._graphdef, policy.params), self.decode_steps
+        logits_fn = lambda hidden: model.logits(hidden).T  # noqa: E731
+        if policy.head is not None:
+            logits_fn = functools.partial(joined_layers.logits_by_id, head=policy.head)
+        num_layers, pages = self.model_config.num_hidden_layers, state.pages
+        own: Any = jax.tree.map(lambda whole: whole.at[slots].get(mode="clip"), tuple(state)[1:])
+        rows = DecodeState(None, *own)  # pyright: ignore[reportArgumentType]
+        rows = rows._replace(is_done=rows.is_done | (slots >= state.token.shape[0]))
+        started, cache, old = rows, pages, None
+        if self.attention == "dense":
+            old = dense_cache.gather(pages, table, num_layers, model.compute_dtype)
+            cache = dense_cache.make_empty(pages, num_layers, table.shape[0], num_steps)
+        positions = started.position + jnp.arange(1, num_steps + 1)[:, None]
+        # For all steps at once: random bits cost a CPU their loop of rounds, whatever their number.
+        uniform = jax.vmap(uniforms, in_axes=(None, 0))(started.key, positions)
+
+        def step(carry: Any) -> Any:
+            i, rows, cache, out = carry
+            attend = (
+                self._attend_pages(table, rows.position, ~rows.is_done)
+                if old is None
+                else dense_cache.attend_chunk(old, started.position, i - 1)
+            )
+            hidden, cache = model.hidden(rows.token[:, None], rows.position[:, None], attend, cache, policy.layers)
+            drawn = self._draw(uniform[i - 1], logits_fn(hidden[:, 0]), rows.distribution)
+            is_live = ~rows.is_done
+            position = jnp.where(is_live, rows.position + 1, rows.position)
+            rows = rows._replace(
+                token=jnp.where(is_live, drawn.token, rows.token),
+                position=position,
+                is_done=rows.is_done | self._is_last(drawn.token, position, rows.end),
+            )
+            return i + 1, rows, cache, jax.tree.map(lambda whole, one: whole.at[:, i].set(one), out, drawn)
+
+        def goes_on(carry: Any) -> Array:
+            i, rows, _, _ = carry
+            return (i <= num_steps) & ~jnp.all(rows.is_done)
+
+        # Column 0 is for the tokens that insert drew since the last call.
+        out = jax.tree.map(
+            lambda one: jnp.zeros((one.shape[0], num_steps + 1, *one.shape[1:]), one.dtype).at[:, 0].set(one),
+            rows.first,
+        )
+        with jax.named_scope("decode"):
+            i, rows, cache, out = jax.lax.while_loop(goes_on, step, (jnp.int32(1), rows, cache, out))
+        if self.attention == "dense":
+            cache = dense_cache.scatter(pages, cache, table, started.position, rows.position)
+        num_new = rows.position - started.position
+        num_done_steps = jnp.full_like(num_new, i - 1)
+        flags = jnp.stack([started.is_fresh, num_new, rows.is_done, num_done_steps], axis=1).astype(jnp.int32)
+        packed = [_bits(leaf.reshape(leaf.shape[0], -1)) for leaf in jax.tree.leaves(out)]
+        rows = rows._replace(is_fresh=jnp.zeros_like(rows.is_fresh))
+        own = jax.tree.map(
+            lambda whole, part: whole.at[slots].set(part, mode="drop"), tuple(state)[1:], tuple(rows)[1:]
+        )
+        return DecodeState(cache, *own), jnp.concatenate([*packed, flags], axis=1)
+
+    def _attend_pages(self, table: Array, positions: Array, is_live: Array) -> Attend:
+        """For one token a sequence over ``KVPages``."""
+        num_layers, kind = self.model_config.num_hidden_layers, self.attention
+        assert kind != "dense"
+
+        def attend(layer: Any, query: Array, key: Array, value: Array, cache: KVPages) -> tuple[Array, KVPages]:
+            k = kv_cache.put_tokens(cache.k, layer, num_layers, table, positions, is_live, key)
+            v = kv_cache.put_tokens(cache.v, layer, num_layers, table, positions, is_live, value)
+            in_layer = table + layer * (k.shape[1] // num_layers)
+            lengths = jnp.where(is_live, positions + 1, 0)
+            output = paged_attend(query[:, 0], k, v, in_layer, lengths, mesh=self.mesh, implementation=kind)
+            return output[:, None], KVPages(k, v)
+
+        return attend
+
+    def _is_last(self, token: Int[Array, "B"], position: Int[Array, "B"], end: Int[Array, "B"]) -> Bool[Array, "B"]:
+        """Whether a token ends its response: a stop token, or the last position that the limit allows."""
+        return jnp.isin(token, self._stops) | (position + 1 >= end)
+
 
 def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter by its name; a quantised one has that of its values."""
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     return {"/".join(str(key.key) for key in path): param.get_value().shape for path, param in leaves}
-
-
-def _join(graphdef: nnx.GraphDef, with_head: bool, params: Params) -> tuple[list[Layer], Float[Array, "V D"] | None]:
-    model = nnx.merge(graphdef, params)
-    return joined_layers.join_layers(model), joined_layers.head_by_id(model) if with_head else None
-
-
-def _prefill(
-    graphdef: nnx.GraphDef,
-    config: QwenConfig,
-    cache_dtype: DTypeLike,
-    params: Params,
-    tokens: Int[Array, "1 P"],
-    length: Int[Array, "1"],
-) -> Prefix:
-    with jax.named_scope("prefill"):
-        model = nnx.merge(graphdef, params)
-        positions = jnp.arange(tokens.shape[1])[None]
-        cache = kv_cache.make_prompt_kv(config, tokens.shape[1], cache_dtype)
-        # Padding comes after the prompt: causal attention never sees it, and decode steps overwrite its keys and
-        # values before any query could.
-        hidden, cache = model.hidden(tokens, positions, kv_cache.attend_prompt, cache)
-        last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
-        return Prefix(cache, model.logits(last)[:, 0], length)
-
-
-def _insert(draw_fn: Any, stops: Int[Array, "_"], prefix: Prefix, state: DecodeState, start: Start) -> DecodeState:
-    with jax.named_scope("insert"):
-        slots = start.slots
-        keys = jax.vmap(_sequence_key)(start.seeds)
-        positions = jnp.broadcast_to(prefix.length, slots.shape)
-        logits = jnp.broadcast_to(prefix.logits.T, (prefix.logits.shape[1], len(slots)))
-        first = draw_fn(uniforms(keys, positions), logits, start.distribution)
-        is_fresh = start.given < 0
-        token = jnp.where(is_fresh, first.token, start.given)
-        pages = kv_cache.write_prompt(state.pages, prefix.kv, start.full_pages, prefix.length[0], start.tail_pages)
-        new = (token, first, positions, start.ends, is_fresh, _is_last(token, positions, start.ends, stops))
-        state_of_slots = (*new, keys, start.distribution)
-        return DecodeState(
-            pages,
-            *jax.tree.map(lambda whole, part: whole.at[slots].set(part, mode="drop"), tuple(state)[1:], state_of_slots),
-        )
 
 
 def _sequence_key(seed: UInt32[Array, "4"]) -> Key[Array, ""]:
@@ -394,95 +458,5 @@ def _sequence_key(seed: UInt32[Array, "4"]) -> Key[Array, ""]:
     return key
 
 
-def _generate(
-    graphdef: nnx.GraphDef,
-    config: QwenConfig,
-    draw_fn: Any,
-    stops: Int[Array, "_"],
-    num_steps: int,
-    kind: AttentionKind,
-    mesh: Mesh,
-    policy: Prepared,
-    slots: Int[Array, "B"],
-    table: Int[Array, "B M"],
-    state: DecodeState,
-) -> tuple[DecodeState, Int[Array, "B X"]]:
-    model = nnx.merge(graphdef, policy.params)
-    logits_fn = lambda hidden: model.logits(hidden).T  # noqa: E731
-    if policy.head is not None:
-        logits_fn = functools.partial(joined_layers.logits_by_id, head=policy.head)
-    num_layers = config.num_hidden_layers
-    pages = state.pages
-    own: Any = jax.tree.map(lambda whole: whole.at[slots].get(mode="clip"), tuple(state)[1:])
-    rows = DecodeState(None, *own)  # pyright: ignore[reportArgumentType]
-    rows = rows._replace(is_done=rows.is_done | (slots >= state.token.shape[0]))
-    started, cache, old = rows, pages, None
-    if kind == "dense":
-        old = dense_cache.gather(pages, table, num_layers, model.compute_dtype)
-        cache = dense_cache.make_empty(pages, num_layers, table.shape[0], num_steps)
-    positions = started.position + jnp.arange(1, num_steps + 1)[:, None]
-    # For all steps at once: random bits cost a CPU their loop of rounds, whatever their number.
-    uniform = jax.vmap(uniforms, in_axes=(None, 0))(started.key, positions)
-
-    def step(carry: Any) -> Any:
-        i, rows, cache, out = carry
-        attend = (
-            _attend_pages(kind, mesh, num_layers, table, rows.position, ~rows.is_done)
-            if old is None
-            else dense_cache.attend_chunk(old, started.position, i - 1)
-        )
-        hidden, cache = model.hidden(rows.token[:, None], rows.position[:, None], attend, cache, policy.layers)
-        drawn = draw_fn(uniform[i - 1], logits_fn(hidden[:, 0]), rows.distribution)
-        is_live = ~rows.is_done
-        position = jnp.where(is_live, rows.position + 1, rows.position)
-        rows = rows._replace(
-            token=jnp.where(is_live, drawn.token, rows.token),
-            position=position,
-            is_done=rows.is_done | _is_last(drawn.token, position, rows.end, stops),
-        )
-        return i + 1, rows, cache, jax.tree.map(lambda whole, one: whole.at[:, i].set(one), out, drawn)
-
-    def goes_on(carry: Any) -> Array:
-        i, rows, _, _ = carry
-        return (i <= num_steps) & ~jnp.all(rows.is_done)
-
-    # Column 0 is for the tokens that insert drew since the last call.
-    out = jax.tree.map(
-        lambda one: jnp.zeros((one.shape[0], num_steps + 1, *one.shape[1:]), one.dtype).at[:, 0].set(one), rows.first
-    )
-    with jax.named_scope("decode"):
-        i, rows, cache, out = jax.lax.while_loop(goes_on, step, (jnp.int32(1), rows, cache, out))
-    if kind == "dense":
-        cache = dense_cache.scatter(pages, cache, table, started.position, rows.position)
-    num_new = rows.position - started.position
-    num_done_steps = jnp.full_like(num_new, i - 1)
-    flags = jnp.stack([started.is_fresh, num_new, rows.is_done, num_done_steps], axis=1).astype(jnp.int32)
-    packed = [_bits(leaf.reshape(leaf.shape[0], -1)) for leaf in jax.tree.leaves(out)]
-    rows = rows._replace(is_fresh=jnp.zeros_like(rows.is_fresh))
-    own = jax.tree.map(lambda whole, part: whole.at[slots].set(part, mode="drop"), tuple(state)[1:], tuple(rows)[1:])
-    return DecodeState(cache, *own), jnp.concatenate([*packed, flags], axis=1)
-
-
-def _attend_pages(kind: Any, mesh: Mesh, num_layers: int, table: Array, positions: Array, is_live: Array) -> Any:
-    """An ``Attend`` for one token a sequence over ``KVPages``."""
-
-    def attend(layer: Any, query: Array, key: Array, value: Array, cache: KVPages) -> tuple[Array, KVPages]:
-        k = kv_cache.put_tokens(cache.k, layer, num_layers, table, positions, is_live, key)
-        v = kv_cache.put_tokens(cache.v, layer, num_layers, table, positions, is_live, value)
-        in_layer = table + layer * (k.shape[1] // num_layers)
-        lengths = jnp.where(is_live, positions + 1, 0)
-        output = paged_attend(query[:, 0], k, v, in_layer, lengths, mesh=mesh, implementation=kind)
-        return output[:, None], KVPages(k, v)
-
-    return attend
-
-
 def _bits(array: Array) -> Int[Array, "..."]:
     return jax.lax.bitcast_convert_type(array, jnp.int32)
-
-
-def _is_last(
-    token: Int[Array, "B"], position: Int[Array, "B"], end: Int[Array, "B"], stops: Int[Array, "_"]
-) -> Bool[Array, "B"]:
-    """Whether a token ends its response: a stop token, or the last position that the limit allows."""
-    return jnp.isin(token, stops) | (position + 1 >= end)
