@@ -180,9 +180,15 @@ def padding(batch: TrainBatch, layout: RowLayout) -> float:
 def make_batch(make: Any, rows: tuple[int, ...], length: int, num_segments: int) -> TrainBatch:
     """A batch of what ``make(shape, dtype)`` gives for each of its arrays."""
     tokens, rollouts = (*rows, length), (*rows, num_segments)
-    integers = [make(tokens, np.int32) for _ in range(3)]
-    per_token = make(tokens, bool), make(tokens, np.float32)
-    return TrainBatch(*integers, *per_token, make(rollouts, np.float32), make(rollouts, bool))
+    return TrainBatch(
+        tokens=make(tokens, np.int32),
+        positions=make(tokens, np.int32),
+        segment_ids=make(tokens, np.int32),
+        response_mask=make(tokens, bool),
+        sampler_logprobs=make(tokens, np.float32),
+        advantages=make(rollouts, np.float32),
+        segment_mask=make(rollouts, bool),
+    )
 
 
 def _round_up(number: int, multiple: int) -> int:
