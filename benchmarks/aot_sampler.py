@@ -122,7 +122,7 @@ def measure(case: Case) -> dict[str, Any]:
         return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=replicated(mesh))
 
     # The arguments of Engine.generate's call.
-    inputs = engine.prepare(params), integers(NUM_ROWS), integers(NUM_ROWS, engine.max_pages), integers()
+    inputs = engine.prepare(params), integers(NUM_ROWS), integers(NUM_ROWS, engine.max_pages)
     lowered = engine._generate.lower(*inputs, state=state)
     start = time.perf_counter()
     compiled = lowered.compile()

@@ -157,16 +157,15 @@ def make_prompts(vocab_size: int, rows: int, length: int) -> np.ndarray:
 
 def ours(attention: str, join_layers: bool | None, model: str, rows: int, prompt_tokens: int, new_tokens: int) -> Any:
     """This repository's sampler."""
-    import contextlib
-
     import jax
 
     from oapl_jax.config.mesh import MeshConfig
     from oapl_jax.distributed.sharding import SAMPLER_RULES, make_meshes, shardings
     from oapl_jax.model.qwen import abstract, initialize
+    from oapl_jax.rollouts import sampling
     from oapl_jax.rollouts.sampling import Request
     from oapl_jax.sampler.engine import Engine
-    from oapl_jax.sampler.scheduler import Scheduler
+    from oapl_jax.sampler.sampler import JaxSampler
 
     config = read_model(model)
     mesh, _ = make_meshes(MeshConfig(trainer="tensor=1"))
@@ -188,12 +187,13 @@ def ours(attention: str, join_layers: bool | None, model: str, rows: int, prompt
         join_layers=join_layers,
         can_truncate=False,
     )
-    scheduler = Scheduler(engine, contextlib.nullcontext())
+    sampler = JaxSampler([engine], mesh)
+    sampler.set_weights(params)
     prompts = make_prompts(config.vocab_size, rows, prompt_tokens)
 
     def run(length: int) -> None:
         requests = [Request(i, p, GROUP_SIZE, (0, 0, i), max_tokens=length) for i, p in enumerate(prompts)]
-        rollouts = [rollout for _, group in scheduler.run(params, requests) for rollout in group]
+        rollouts = [rollout for _, group in sampling.run(sampler, requests) for rollout in group]
         assert len(rollouts) == rows
         # One token of the vocabulary ends a response, and random weights draw it about once in so many.
         assert sum(len(rollout.token_ids) for rollout in rollouts) > 0.98 * rows * length or model == "tiny"

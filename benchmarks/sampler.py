@@ -166,17 +166,16 @@ def serve(generate: Callable[[Workload], Callable[[int], Report]], workload: Wor
 
 
 def ours(workload: Workload) -> Callable[[int], Report]:
-    """This repository's sampler: the scheduler over the engine."""
-    import contextlib
-
+    """This repository's sampler, as a run has it."""
     import jax
 
     from oapl_jax.config.mesh import MeshConfig
     from oapl_jax.distributed.sharding import SAMPLER_RULES, make_meshes, shardings
     from oapl_jax.model.qwen import QwenConfig, abstract, initialize
-    from oapl_jax.rollouts.sampling import Request, Stats
+    from oapl_jax.rollouts import sampling
+    from oapl_jax.rollouts.sampling import Request
     from oapl_jax.sampler.engine import Engine
-    from oapl_jax.sampler.scheduler import Scheduler
+    from oapl_jax.sampler.sampler import JaxSampler
 
     config = QwenConfig.from_hf({"model_type": "qwen3", **MODEL})
     mesh, _ = make_meshes(MeshConfig(trainer="tensor=1"))
@@ -197,19 +196,24 @@ def ours(workload: Workload) -> Callable[[int], Report]:
         mesh=mesh,
         can_truncate=False,
     )
-    scheduler = Scheduler(engine, contextlib.nullcontext())
+    sampler = JaxSampler([engine], mesh)
+    sampler.set_weights(params)
 
     def run(seed: int) -> Report:
-        scheduler.stats = Stats()
+        before = sampler.stats
         requests = [
             Request(n, prompt, len(lengths), (seed, 0, n), max_tokens=tuple(map(int, lengths)))
             for n, (prompt, lengths) in enumerate(zip(workload.prompts, workload.lengths, strict=True))
         ]
-        groups = dict(scheduler.run(params, requests))
+        groups = dict(sampling.run(sampler, requests))
         for n, lengths in enumerate(workload.lengths):
             assert [len(rollout.token_ids) for rollout in groups[n]] == list(lengths)
             assert all(np.isfinite(rollout.logprobs).all() for rollout in groups[n])
-        return {"slot_use": scheduler.stats.slot_use, "preemptions": scheduler.stats.preemptions}
+        done = sampler.stats
+        return {
+            "slot_use": (done.live_row_steps - before.live_row_steps) / (done.row_steps - before.row_steps),
+            "preemptions": done.preemptions - before.preemptions,
+        }
 
     return run
 

@@ -10,6 +10,9 @@ from oapl_jax.config.section import CountOrZero, Positive, Section
 LoraTarget = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 """A matrix of each layer, by Hugging Face's name."""
 
+SavedName = Literal["layer_input", "query", "key", "value", "attention", "gate", "up"]
+"""A value of a layer that the backward pass may find saved."""
+
 
 class ModelConfig(Section):
     """Which policy is trained. Exactly one of ``path``, ``config`` and ``warm_start``."""
@@ -30,8 +33,9 @@ class ModelConfig(Section):
     remat: Literal["none", "layer", "names", "offload"] = "none"
     """What the backward pass recomputes. none: nothing, all activations are kept; layer: all of a layer but its input;
     names: all but ``remat_names``; offload: the same, and these are kept in the host's memory."""
-    remat_names: Annotated[tuple[str, ...], AppliesWhen("remat", condition=one_of("names", "offload"))] = ()
-    """For ``names`` and ``offload``: of layer_input, query, key, value, attention, gate, up."""
+    remat_names: Annotated[tuple[SavedName, ...], AppliesWhen("remat", condition=one_of("names", "offload"))] = ()
+    """For ``names`` and ``offload``: a layer's input, and results of its matmuls. With all of them saved, the backward pass
+    recomputes only norms, rope and scores."""
     attention: Literal["xla", "splash", "cudnn", "triton"] | None = None
     """Attention of training rows: plain XLA, the TPU's Pallas kernel, cuDNN's or Triton's on GPUs; null: the device's
     own."""

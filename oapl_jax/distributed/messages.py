@@ -1,7 +1,6 @@
-"""What the processes of a JAX job say to each other: JSON values by key.
+"""What the processes of a JAX job say to each other: small JSON values by key, through the job's coordination service.
 
-The values are small and rare. They go through the job's coordination service, which the first process hosts. Every
-wait has a deadline, and ends at once when a process has reported that it failed.
+Every wait has a deadline, and ends at once when a process has reported that it failed.
 """
 
 import contextlib
@@ -48,16 +47,11 @@ def get(key: str) -> Any:
 
 
 def wait_for(key: str, deadline: float, poll: Callable[[], object] = lambda: None) -> Any:
-    """The value of a key, as soon as it has one.
-
-    Args:
-        key: its name.
-        deadline: seconds to wait.
-        poll: called again and again meanwhile.
+    """The value of a key, as soon as it has one; ``poll`` is called again and again meanwhile.
 
     Raises:
         PeerError: a process has failed.
-        TimeoutError: nobody has put a value there.
+        TimeoutError: nobody has put a value there within ``deadline`` seconds.
     """
     end = time.monotonic() + deadline
     while True:

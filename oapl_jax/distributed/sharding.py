@@ -1,8 +1,7 @@
 """Meshes for trainer and sampler, the tables from logical axes to mesh axes, and copies between meshes.
 
-A parameter knows the *meaning* of its dimensions, not where they live: ``model/qwen.py`` labels each
-with logical axes such as ``("layers", "embed", "mlp")``. A role's table says which mesh axis each
-meaning is split over, so one model serves every mesh.
+``model/qwen.py`` labels the dimensions of each parameter with logical axes such as ``("layers", "embed", "mlp")``. A
+role's table says which mesh axis each is split over, so one model serves every mesh.
 """
 
 import functools
@@ -58,12 +57,9 @@ gathered first (``fsdp``) would cost more on the wire than the whole step."""
 def make_meshes(mesh_config: MeshConfig, devices: Sequence[Any] | None = None) -> tuple[Mesh, Mesh]:
     """The trainer's and the sampler's mesh; one and the same object when colocated.
 
-    Both carry all four axes of ``AXES``, absent ones with size 1. ``-1`` means all devices that are
-    left; the sampler's devices come after the trainer's. Explicit sizes may leave devices unused.
-
-    Args:
-        mesh_config: axes in words, e.g. ``fsdp=4`` or ``data=2,tensor=-1``.
-        devices: ``jax.Device`` objects that may be used; default ``jax.devices()``.
+    Both carry all four axes of ``AXES``, absent ones with size 1. ``-1`` means all devices that are left; the
+    sampler's devices come after the trainer's. Explicit sizes may leave devices unused. ``devices`` are by default
+    ``jax.devices()``.
 
     Raises:
         ValueError: the axes do not fit the devices; names the words, the sizes and the device count.
@@ -108,11 +104,7 @@ def num_processes() -> int:
 
 
 def check_processes(mesh_config: MeshConfig, trainer: Mesh, sampler: Mesh) -> None:
-    """Whether the meshes of a run follow the borders of its processes.
-
-    Raises:
-        ValueError: they do not; names the meshes and the process.
-    """
+    """Raises ValueError where the meshes of a run do not follow the borders of its processes."""
     if jax.process_count() == 1:
         return
     words = f"mesh.trainer={mesh_config.trainer!r}, mesh.sampler={mesh_config.sampler!r}"
@@ -191,10 +183,8 @@ def _parted_replica(devices: np.ndarray) -> list[int] | None:
 def _arranged(name: str, words: str, devices: Sequence[Any], shape: Sequence[int]) -> np.ndarray:
     """Devices in the shape of a mesh: neighbours on its last axes are neighbours in a TPU slice, slices are apart.
 
-    Devices that are not TPUs, or are no whole block of one, stay in their order.
-
-    Raises:
-        ValueError: there are several slices, and neither ``data`` nor ``fsdp`` can be split over them.
+    Devices that are not TPUs, or are no whole block of one, stay in their order. Several slices need a ``data`` or
+    ``fsdp`` that can be split over them.
     """
     slices: dict[int, list[Any]] = {}
     for device in devices:
@@ -223,16 +213,13 @@ def _is_block(devices: Sequence[Any]) -> bool:
 def shardings(abstract_params: Tree, mesh: Mesh, rules: Rules) -> Tree:
     """The sharding of each parameter, as a tree of the same structure with ``NamedSharding`` leaves.
 
-    Reads the logical axes that each ``nnx.Variable`` carries as ``axes``, for its array or for each of
-    several (``model/quantized.py``). Leaves that are not variables (an optimizer's step count) are
-    replicated, so an abstract optimizer state works as well.
-
-    ``kv_heads`` that the mesh axis does not divide are replicated: grouped-query models have as few as
-    2 kv heads, and a copy of them per device is cheap. So are dimensions of size 1. Everything else that
-    does not divide is an error.
+    Reads the logical axes that each ``nnx.Variable`` carries as ``axes``. Leaves that are not variables (an
+    optimizer's step count) are replicated. ``kv_heads`` that the mesh axis does not divide are replicated:
+    grouped-query models have as few as 2 kv heads, and a copy of them per device is cheap. So are dimensions of size
+    1.
 
     Raises:
-        ValueError: a dimension is not divisible by its mesh axis; names the parameter.
+        ValueError: another dimension is not divisible by its mesh axis; names the parameter.
     """
 
     def one(path: tuple[Any, ...], leaf: Any) -> Any:
@@ -271,31 +258,17 @@ def row_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
-def token_sharding(mesh: Mesh) -> NamedSharding:
-    """Of ``[A, B, T]``: rows split over ``BATCH_AXES``, tokens over ``context``; micro-batches come one by one."""
-    return NamedSharding(mesh, P(None, BATCH_AXES, "context"))
-
-
-def row_sharding(mesh: Mesh) -> NamedSharding:
-    """Of ``[A, B, ...]``: rows split over ``BATCH_AXES``."""
-    return NamedSharding(mesh, P(None, BATCH_AXES))
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     """A full copy on every device of the mesh."""
     return NamedSharding(mesh, P())
 
 
 def reshard(tree: Tree, target: Any, dtype: DTypeLike | None = None) -> Tree:
-    """Copies a tree of ``jax.Array`` to other shardings, of the same mesh or of another one.
+    """Copies a tree of ``jax.Array`` to a tree of shardings of the same mesh or another; bit-exact without ``dtype``.
 
-    The copy never shares a buffer with the input: the train step donates its parameters, and a sampler
-    that aliased them would read freed or changed memory. Bit-exact when ``dtype`` is None.
-
-    Args:
-        tree: arrays, all on the same devices.
-        target: tree of shardings of the same structure, see ``shardings``.
-        dtype: floating leaves are cast to it before they travel, so that a bf16 sync moves half the bytes.
+    The copy never shares a buffer with the input: the train step donates its parameters, and a sampler that aliased
+    them would read freed or changed memory. Floating leaves are cast to ``dtype`` before they travel: a bf16 sync
+    moves half the bytes.
     """
     leaves, structure = jax.tree.flatten(tree)
     targets = tuple(structure.flatten_up_to(target))

@@ -41,11 +41,6 @@ class Team:
         return jax.process_index() == self.members[0]
 
     @property
-    def is_member(self) -> bool:
-        """Whether this process belongs to the team."""
-        return jax.process_index() in self.members
-
-    @property
     def rank(self) -> int:
         """Index of this process among the members."""
         return self.members.index(jax.process_index())
@@ -56,16 +51,11 @@ class Team:
         return len(self.members)
 
     def agree(self, make: Callable[[], Any], deadline: float, poll: Callable[[], object] = lambda: None) -> Any:
-        """Returns in every member what the leader makes, as JSON has it.
-
-        Args:
-            make: called by the leader only.
-            deadline: seconds that the others wait.
-            poll: called again and again by those who wait.
+        """Returns in every member what ``make`` returns in the leader, as JSON has it; those who wait call ``poll``.
 
         Raises:
             PeerError: a process has failed.
-            TimeoutError: the leader says nothing.
+            TimeoutError: the leader says nothing within ``deadline`` seconds.
         """
         if self.size == 1:
             return make()

@@ -1,9 +1,9 @@
 """Arrays from the devices of some processes to those of others, in one JAX job.
 
-``jax.device_put`` does not serve: between processes it wants equal partitionings. Here the bits of a piece are laid
-out as rows of 16-bit words on the devices that have them, travel by one collective permutation for each round, and are
-put together on the other mesh. No arithmetic is done on them, so that -0.0 and NaNs arrive as they are. A piece is one
-parameter, or some layers of it: nothing more is ever gathered on a device.
+``jax.device_put`` does not serve: between processes it wants equal partitionings. Here the bits of a piece (a
+parameter, or some layers of it) are laid out as rows of 16-bit words on the devices that have them, travel by one
+collective permutation for each round, and are put together on the other mesh. No arithmetic is done on them, so that
+-0.0 and NaNs arrive as they are, and nothing more than a piece is ever gathered on a device.
 """
 
 import dataclasses
@@ -50,7 +50,7 @@ class Transfer:
     Args:
         source: tree of ``nnx.Variable`` with ``jax.ShapeDtypeStruct``, with shardings on the source mesh.
         target: tree of shardings on the target mesh.
-        chunk_bytes: that a device needs beside the arrays, about; more for a larger layer, or parameter without layers.
+        chunk_bytes: about what a device needs beside the arrays; more for a larger layer, or parameter without layers.
         meet: called before each collective of both sides, which must not wait for each other in it.
     """
 
@@ -66,8 +66,8 @@ class Transfer:
         self._receivers = np.asarray(self._target_mesh.devices).reshape(-1)
         self._union = Mesh(np.concatenate([self._senders, self._receivers]), ("device",))
         self._num_rounds = -(-len(self._senders) // len(self._receivers))
-        self._packs: dict[Piece, Any] = {}
-        self._unpacks: dict[Piece, Any] = {}
+        self._pack = functools.cache(self._make_pack)
+        self._unpack = functools.cache(self._make_unpack)
 
     def send(self, tree: Any) -> None:
         """The source's part: sends a tree; returns when it is gone."""
@@ -148,10 +148,8 @@ class Transfer:
             jax.shard_map(move, mesh=self._union, in_specs=P("device"), out_specs=P("device"), check_vma=False)
         )
 
-    def _pack(self, piece: Piece) -> Any:
+    def _make_pack(self, piece: Piece) -> Any:
         """Jitted ``(parameter, first layer) -> [devices * rows, LANES]``; no device reads another's memory."""
-        if piece in self._packs:
-            return self._packs[piece]
         num_words = self._num_rows(piece) * LANES
 
         def pack(leaf: Array, start: Array) -> UInt16[Array, "rows lanes"]:
@@ -162,15 +160,12 @@ class Transfer:
             return jnp.pad(words, (0, num_words - words.size)).reshape(-1, LANES)
 
         rows = P(self._source_mesh.axis_names)
-        self._packs[piece] = jax.jit(
+        return jax.jit(
             jax.shard_map(pack, mesh=self._source_mesh, in_specs=(piece.spec, P()), out_specs=rows, check_vma=False)
         )
-        return self._packs[piece]
 
-    def _unpack(self, piece: Piece) -> Any:
+    def _make_unpack(self, piece: Piece) -> Any:
         """Jitted ``(words, parameter, first layer) -> parameter`` with the piece in place; the parameter is donated."""
-        if piece in self._unpacks:
-            return self._unpacks[piece]
         target, num_words = self._targets[piece.leaf], self._num_words(piece)
 
         def unpack(words: UInt16[Array, "rows lanes"], leaf: Array, start: Array) -> Array:
@@ -187,8 +182,7 @@ class Transfer:
             out_specs=target.spec,
             check_vma=False,
         )
-        self._unpacks[piece] = jax.jit(mapped, out_shardings=target, donate_argnums=1)
-        return self._unpacks[piece]
+        return jax.jit(mapped, out_shardings=target, donate_argnums=1)
 
     def _own_part(self, words: UInt16[Array, "rounds words"], piece: Piece, spec: P) -> Array:
         """On a device of the target: its part of a piece, of which each has the words of one sender of each round."""
@@ -267,10 +261,8 @@ def _from_words(words: UInt16[Array, "senders words"], shape: tuple[int, ...], i
 def _merged(parts: Array, axis: int, spec: P) -> Array:
     """Parts along the mesh axis ``SPLIT_AXES[axis]``, one after the other in the dimension that it splits.
 
-    Args:
-        parts: the mesh axes up to this one, and then the dimensions of a part.
-        axis: of them, which goes.
-        spec: of the dimensions; where it lacks the mesh axis, the parts are copies.
+    ``parts`` has the mesh axes up to this one, then the dimensions of a part. Where ``spec`` lacks the axis, they are
+    copies.
     """
     if SPLIT_AXES[axis] not in spec:
         return jax.lax.index_in_dim(parts, 0, axis, keepdims=False)

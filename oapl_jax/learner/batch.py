@@ -2,14 +2,14 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Int
 
-from oapl_jax.distributed.sharding import row_sharding, row_shards, to_devices, token_sharding
-from oapl_jax.learner.packing import pack
+from oapl_jax.distributed.sharding import BATCH_AXES, row_shards, to_devices
 from oapl_jax.types import FinishReason, Metrics, RolloutGroup, TrainBatch, Verdict
 
 SHORTEST_ROW = 16
@@ -76,11 +76,7 @@ class RowLayout:
         return _round_up(num_used, _round_up(-(-self.num_rollouts // ROW_COUNTS), self._row_shards))
 
     def row_length(self, num_tokens: int) -> int:
-        """T: ``row_tokens``, or for rows of one rollout the limit or a half, a quarter, ... of it.
-
-        Raises:
-            ValueError: for a rollout beyond the limit.
-        """
+        """T: ``row_tokens``, or for rows of one rollout the limit or a half, a quarter, ... of it."""
         if num_tokens > self.max_tokens:
             raise ValueError(
                 f"a rollout of {num_tokens} tokens exceeds the limit of {self.max_tokens} (prompt + response)"
@@ -91,6 +87,25 @@ class RowLayout:
         while length > SHORTEST_ROW and (length + 1) // 2 >= num_tokens:
             length = (length + 1) // 2
         return length if self.mesh is None else _round_up(length, self.mesh.shape["context"])
+
+
+def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
+    """The rows of rollouts of these lengths, each with the indices of its rollouts, by first-fit decreasing.
+
+    The longest comes first, each into the first row that has room for it: at most 11/9 of the fewest possible rows,
+    plus one.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        row = next((r for r, left in enumerate(room) if left >= lengths[index]), None)
+        if row is None:
+            row = len(rows)
+            rows.append([])
+            room.append(row_tokens)
+        rows[row].append(index)
+        room[row] -= lengths[index]
+    return rows
 
 
 def from_groups(groups: Iterable[RolloutGroup], layout: RowLayout) -> TrainBatch:
@@ -121,7 +136,7 @@ def from_pairs(
     lengths = [len(prompt) + len(response) for prompt, response in pairs]
     length = layout.row_length(max(lengths))
     rows = pack(lengths, layout.row_tokens) if layout.row_tokens else [[i] for i in range(len(pairs))]
-    batch = _empty(layout.num_rows(len(rows)), length, layout.max_segments)
+    batch = make_batch(np.zeros, (layout.num_rows(len(rows)),), length, layout.max_segments)
     for row, members in enumerate(rows):
         start = 0
         for segment, i in enumerate(members):
@@ -150,7 +165,8 @@ def place(batch: TrainBatch, layout: RowLayout) -> TrainBatch:
 
 def shardings(mesh: Mesh) -> TrainBatch:
     """How a batch with its axis of micro-batches is sharded: rows over data and fsdp, tokens over context."""
-    tokens, rollouts = token_sharding(mesh), row_sharding(mesh)
+    tokens = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, "context"))
+    rollouts = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
     return TrainBatch(tokens, tokens, tokens, tokens, tokens, rollouts, rollouts)
 
 
@@ -161,16 +177,17 @@ def padding(batch: TrainBatch, layout: RowLayout) -> float:
     return 1 - float((batch.segment_ids > 0).sum()) / num_computed
 
 
-def _empty(num_rows: int, length: int, num_segments: int) -> TrainBatch:
-    integers, segments = np.zeros((num_rows, length), np.int32), (num_rows, num_segments)
+def make_batch(make: Any, rows: tuple[int, ...], length: int, num_segments: int) -> TrainBatch:
+    """A batch of what ``make(shape, dtype)`` gives for each of its arrays."""
+    tokens, rollouts = (*rows, length), (*rows, num_segments)
     return TrainBatch(
-        tokens=integers,
-        positions=integers.copy(),
-        segment_ids=integers.copy(),
-        response_mask=np.zeros(integers.shape, bool),
-        sampler_logprobs=np.zeros(integers.shape, np.float32),
-        advantages=np.zeros(segments, np.float32),
-        segment_mask=np.zeros(segments, bool),
+        tokens=make(tokens, np.int32),
+        positions=make(tokens, np.int32),
+        segment_ids=make(tokens, np.int32),
+        response_mask=make(tokens, bool),
+        sampler_logprobs=make(tokens, np.float32),
+        advantages=make(rollouts, np.float32),
+        segment_mask=make(rollouts, bool),
     )
 
 

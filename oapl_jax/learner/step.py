@@ -33,19 +33,9 @@ def make_train_step(
 ) -> Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, Array]]]:
     """Compiles ``(state, batch) -> (state, metrics)``; the state is donated.
 
-    The gradients of the batch's micro-batches are summed one after the other, as many as hold anything: each
-    rollout weighs 1 / (rollouts of the batch), so the result does not depend on which rows share a micro-batch.
-
-    Args:
-        graphdef: structure half of ``nnx.split(Qwen(...))``.
-        optimizer: see ``make_optimizer``.
-        schedule: its learning rate, for the metrics.
-        objective: has the loss of each rollout.
-        options: of the objective.
-        temperature: of the policy; the sampler's.
-        vocab_size: ids from here on are never drawn and have no probability.
-        mesh: the trainer's.
-        shardings: of the state.
+    The gradients of the batch's micro-batches are summed one after the other, as many as hold anything: each rollout
+    weighs 1 / (rollouts of the batch), so the result does not depend on which rows share a micro-batch. Ids from
+    ``vocab_size`` on have no probability; ``schedule`` is for the metrics.
     """
     score = _score_fn(graphdef, temperature, vocab_size)
     beta2 = oapl.options_or_defaults(options).beta2

@@ -16,14 +16,9 @@ def attend(
 ) -> Float[Array, "B T H C"]:
     """Softmax attention; each group of H/K query heads shares one key/value head.
 
-    Queries are folded to ``[B, T, K, H/K, C]`` instead of repeating keys and values H/K times in memory.
-    Scores and softmax are float32; the result has the query's dtype.
-
-    Args:
-        query: after norm and rope.
-        key: of the row itself (S = T), or of what it follows too.
-        value: like ``key``.
-        mask: True where query t may see slot s.
+    Queries are folded to ``[B, T, K, H/K, C]`` instead of repeating keys and values. Scores and softmax are float32;
+    the result has the query's dtype. Queries and keys come after norm and rope; the mask is True where query t may see
+    slot s.
     """
     B, T, H, C = query.shape
     K = key.shape[2]

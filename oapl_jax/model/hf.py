@@ -1,12 +1,9 @@
 """Hugging Face model folders, both ways: safetensors <-> sharded, stacked parameters.
 
-Reading makes one stacked parameter at a time: each device's shard is cut out of the files by slices and
-cast, so the host holds the shards of one parameter and never the model. (Orbax's safetensors loader also
-reads ranges, but it returns the tensors of the file one to one, where ours are stacked and transposed,
-and casts after all have arrived: 2.5 times the model's bytes at the peak.) Writing goes parameter by parameter
-from the devices to the file.
-
-``LAYOUT`` is the only place that knows Hugging Face's names and shapes.
+Reading makes one stacked parameter at a time: each device's shard is cut out of the files by slices and cast, so the
+host holds the shards of one parameter and never the model. (Orbax's safetensors loader took 2.5 times the model's
+bytes.) Writing goes parameter by parameter from the devices to the file. ``LAYOUT`` alone knows Hugging Face's names
+and shapes.
 """
 
 import collections
@@ -50,6 +47,7 @@ SHARD_BYTES = 5 * 10**9
 
 WRITE_DEADLINE = 1800.0
 """For how long the writers of a folder wait for each other."""
+
 QUEUED_BLOCKS = 2
 """Tensors on the devices that a writer has not written yet."""
 
@@ -178,21 +176,14 @@ def _file_of_other_head(folder: pathlib.Path) -> pathlib.Path | None:
 def load_params(
     source: str | pathlib.Path, mesh: Mesh, rules: Rules, param_dtype: DTypeLike
 ) -> tuple[qwen.QwenConfig, Any]:
-    """Loads a checkpoint straight into its shardings and dtype.
-
-    Args:
-        source: a model folder, or the name of one on the Hugging Face hub.
-        mesh: where the parameters go.
-        rules: logical axes -> mesh axes, see ``oapl_jax/distributed/sharding.py``.
-        param_dtype: the tensors are cast to it, shard by shard.
+    """Loads a model folder, or a model of the hub, straight into its shardings and dtype, shard by shard.
 
     Returns:
         The architecture, and parameters as ``nnx.split(Qwen(...))[1]`` has them.
 
     Raises:
-        FileNotFoundError: the folder or a file of it does not exist; names it.
-        ValueError: an unknown model type, a missing tensor, a wrong shape, an unused tensor; names it and
-            the file.
+        FileNotFoundError: the folder or a file of it does not exist.
+        ValueError: an unknown model type, a missing or unused tensor, a wrong shape; names it and the file.
     """
     folder = resolve(source)
     config = load_config(folder)
@@ -250,7 +241,6 @@ def _find_tensors(folder: pathlib.Path) -> dict[str, str]:
         for name in sorted(set(files.values())):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder / name} does not exist, but {index} names it; the copy is incomplete")
-        for name in sorted(set(files.values())):
             absent = {tensor for tensor, file in files.items() if file == name} - set(_names(folder / name))
             if absent:
                 raise ValueError(f"{folder / name} lacks tensor {min(absent)}, but {index} says that it is there")
@@ -316,37 +306,27 @@ def _load_stacked(
     sharding: jax.sharding.Sharding,
 ) -> jax.Array:
     """One parameter, made from slices of its tensors."""
-    shards: dict[Any, np.ndarray] = {}  # replicas of a shard are read once
+    num_stacked = layout.num_stacked
 
-    def read(index: Any) -> np.ndarray:
-        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
-        if bounds not in shards:
-            shards[bounds] = _read_shard(folder, files, layout, shape, dtype, bounds)
-        return shards[bounds]
+    @functools.cache  # replicas of a shard are read once
+    def read(bounds: tuple[tuple[int, int], ...]) -> np.ndarray:
+        """The part within ``bounds``, start and stop of each dimension."""
+        inner = bounds[num_stacked:]
+        shard = np.empty([stop - start for start, stop in bounds], dtype)
+        slices = tuple(_merged_slice(group, shape[num_stacked:], inner) for group in layout.groups)
+        sizes = [inner[dim][1] - inner[dim][0] for dim in layout.order]
+        for place in np.ndindex(*shard.shape[:num_stacked]):
+            name = layout.hf_name(tuple(start + i for (start, _), i in zip(bounds, place, strict=False)))
+            # Opened again each time: pages that a map has touched count as ours until it is closed.
+            with safe_open(folder / files[name], "np") as file:
+                block = file.get_slice(name)[slices]
+                shard[place] = block.reshape(sizes).transpose(np.argsort(layout.order))
+        return shard
 
-    return jax.make_array_from_callback(shape, sharding, read)
+    def part(index: Any) -> np.ndarray:
+        return read(tuple(one.indices(size)[:2] for one, size in zip(index, shape, strict=True)))
 
-
-def _read_shard(
-    folder: pathlib.Path,
-    files: dict[str, str],
-    layout: TensorLayout,
-    shape: tuple[int, ...],
-    dtype: DTypeLike,
-    bounds: tuple[tuple[int, int], ...],
-) -> np.ndarray:
-    """The part of a parameter within ``bounds`` (start and stop of each dimension)."""
-    stacked, inner = bounds[: layout.num_stacked], bounds[layout.num_stacked :]
-    shard = np.empty([stop - start for start, stop in bounds], dtype)
-    slices = tuple(_merged_slice(group, shape[layout.num_stacked :], inner) for group in layout.groups)
-    sizes = [inner[dim][1] - inner[dim][0] for dim in layout.order]
-    for place in np.ndindex(*shard.shape[: layout.num_stacked]):
-        name = layout.hf_name(tuple(start + i for (start, _), i in zip(stacked, place, strict=True)))
-        # Opened again each time: pages that a map has touched count as ours until it is closed.
-        with safe_open(folder / files[name], "np") as file:
-            block = file.get_slice(name)[slices]
-            shard[place] = block.reshape(sizes).transpose(np.argsort(layout.order))
-    return shard
+    return jax.make_array_from_callback(shape, sharding, part)
 
 
 def _merged_slice(group: tuple[int, ...], shape: tuple[int, ...], bounds: tuple[tuple[int, int], ...]) -> slice:
@@ -366,50 +346,34 @@ def save_folder(
     dtype: DTypeLike | None = None,
     writers: Team | None = None,
 ) -> pathlib.Path:
-    """Writes a model folder that ``transformers``, vLLM and ``load_params`` read.
+    """Writes a model folder that ``transformers``, vLLM and ``load_params`` read, and returns it.
 
-    It is written beside its place and renamed, so that a torn folder never looks whole. A folder that is
-    already there is replaced.
-
-    Args:
-        folder: where.
-        config: the architecture.
-        params: of ``nnx.split(Qwen(...))[1]``.
-        tokenizer: saved with the weights.
-        dtype: of the weights in the file; default as they are.
-        writers: the processes that have the parameters, all of which call this; each writes files of its own.
-
-    Returns:
-        The folder.
+    It is written beside its place and renamed, so that a torn folder never looks whole. A folder that is there is
+    replaced. Weights have ``dtype``, by default their own. ``writers`` are the processes that have the parameters, all
+    of which call this; each writes files of its own. None: this process alone.
     """
-    folder = pathlib.Path(folder)
+    folder, writers = pathlib.Path(folder), writers or Team.alone()
     with _written_beside(folder, writers) as partial:
         dtype = jnp.dtype(params.embedding.dtype if dtype is None else dtype)
         _write_weights(partial, config, params, dtype, writers)
-        if writers is not None and not writers.is_leader:
+        if not writers.is_leader:
             return folder
         _write_json(partial / CONFIG_FILE, config.to_hf() | {"torch_dtype": dtype.name})
+        values = {"bos_token_id": config.bos_token_id, "eos_token_id": config.to_hf()["eos_token_id"]}
         if tokenizer is not None:
             tokenizer.save(partial)
+            values |= {"eos_token_id": list(tokenizer.stop_ids), "pad_token_id": tokenizer.pad_id}
         if not (partial / GENERATION_FILE).exists():
-            _write_json(partial / GENERATION_FILE, _generation_config(config, tokenizer))
+            _write_json(partial / GENERATION_FILE, {key: value for key, value in values.items() if value is not None})
     return folder
 
 
 def save_adapter(
     folder: str | pathlib.Path, config: qwen.QwenConfig, params: Any, adapters: LoraConfig, base: str
 ) -> pathlib.Path:
-    """Writes the adapters of a policy as a folder that ``peft`` loads; in place of one that is there, as ``save_folder``.
+    """Writes the adapters of a policy as a folder that ``peft`` loads, and returns it; see ``save_folder``.
 
-    Args:
-        folder: where.
-        config: the architecture.
-        params: of the policy, or ``lora.trained`` of them.
-        adapters: how they were made.
-        base: folder or hub name of the model that they belong to.
-
-    Returns:
-        The folder.
+    ``params`` may be the trained ones alone; ``base`` is the folder or hub name of the model that they belong to.
     """
     tensors = {}
     for path, leaf in nnx.to_flat_state(lora.trained(params)):
@@ -431,14 +395,14 @@ def save_adapter(
         "inference_mode": True,
     }
     folder = pathlib.Path(folder)
-    with _written_beside(folder) as partial:
+    with _written_beside(folder, Team.alone()) as partial:
         safetensors.numpy.save_file(tensors, partial / ADAPTER_FILE, {"format": "pt"})
         _write_json(partial / ADAPTER_CONFIG_FILE, values)
     return folder
 
 
 @contextlib.contextmanager
-def _written_beside(folder: pathlib.Path, writers: Team | None = None) -> Iterator[pathlib.Path]:
+def _written_beside(folder: pathlib.Path, writers: Team) -> Iterator[pathlib.Path]:
     """A folder that takes the place of ``folder`` when it is whole, and is gone after an error."""
 
     def make() -> str:
@@ -446,48 +410,34 @@ def _written_beside(folder: pathlib.Path, writers: Team | None = None) -> Iterat
         partial.mkdir(parents=True)
         return str(partial)
 
-    partial = pathlib.Path(make() if writers is None else writers.agree(make, WRITE_DEADLINE))
-    if writers is not None and not writers.is_leader:
+    partial = pathlib.Path(writers.agree(make, WRITE_DEADLINE))
+    if not writers.is_leader:
         yield partial
         writers.wait()  # all files are there
         writers.wait()  # and in their place
         return
     try:
         yield partial
-        if writers is not None:
-            writers.wait()
+        writers.wait()
+        replaced = partial.with_suffix(".replaced")
         if folder.exists():
-            replaced = partial.with_suffix(".replaced")
             folder.rename(replaced)
-            partial.rename(folder)
-            shutil.rmtree(replaced)
-        else:
-            partial.rename(folder)
-        if writers is not None:
-            writers.wait()
+        partial.rename(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+        writers.wait()
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def _generation_config(config: qwen.QwenConfig, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    stop_ids = config.to_hf()["eos_token_id"] if tokenizer is None else list(tokenizer.stop_ids)
-    values = {"bos_token_id": config.bos_token_id, "eos_token_id": stop_ids}
-    if tokenizer is not None:
-        values["pad_token_id"] = tokenizer.pad_id
-    return {key: value for key, value in values.items() if value is not None}
 
 
 def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n")
 
 
-def _write_weights(
-    folder: pathlib.Path, config: qwen.QwenConfig, params: Any, dtype: np.dtype, writers: Team | None
-) -> None:
+def _write_weights(folder: pathlib.Path, config: qwen.QwenConfig, params: Any, dtype: np.dtype, writers: Team) -> None:
     """One file, or several of at most ``SHARD_BYTES`` with an index: at least one for each writer."""
     tensors = list(_all_tensors(config, params))
     sizes = [math.prod(shape) * dtype.itemsize for _, _, shape, _ in tensors]
-    limit = min(SHARD_BYTES, -(-sum(sizes) // (1 if writers is None else len(writers.members))))
+    limit = min(SHARD_BYTES, -(-sum(sizes) // writers.size))
     shards: list[list[Any]] = [[]]
     num_bytes = 0
     for tensor, size in zip(tensors, sizes, strict=True):
@@ -499,11 +449,11 @@ def _write_weights(
     names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
     if len(shards) == 1:
         names = [WEIGHTS_FILE]
-    elif writers is None or writers.is_leader:
+    elif writers.is_leader:
         weight_map = {tensor[0]: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         _write_json(folder / INDEX_FILE, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
     files = dict(zip([folder / name for name in names], shards, strict=True))
-    if writers is not None and len(writers.members) > 1:
+    if writers.size > 1:
         _write_together(files, dtype, writers)
         return
     for path, shard in files.items():
@@ -512,7 +462,7 @@ def _write_weights(
 
 def _write_together(files: dict[pathlib.Path, list[Any]], dtype: np.dtype, writers: Team) -> None:
     """Each process writes its share of the files, while tensors of all files come by turns to all hosts' devices."""
-    mine = list(files)[writers.rank :: len(writers.members)]
+    mine = list(files)[writers.rank :: writers.size]
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(1))
         handles = {path: stack.enter_context(path.open("wb")) for path in mine}

@@ -40,23 +40,12 @@ def sequence_logprobs(
     positions: Int[Array, "B T"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Teacher-forced log-probabilities and entropies of whole rows.
+    """Teacher-forced log-probabilities and entropies of whole rows, in nats, float32.
 
     ``logprobs[:, t]`` scores ``tokens[:, t]`` given the tokens before it; ``entropy[:, t]`` is of the distribution
-    that token t was drawn from. Position 0 (nothing before it) and everything outside ``mask`` is 0.
-
-    Args:
-        graphdef: of ``nnx.split(model)``.
-        params: of ``nnx.split(model)``, or the tree that gradients are taken of.
-        tokens: rows of prompt + response.
-        mask: which positions are scored, usually the responses; never the first of a rollout.
-        temperature: of the sampled distribution.
-        vocab_size: length of the tokenizer, see ``token_logprobs``.
-        positions: of each token in its rollout; None: a row is one rollout, padded on the right.
-        segment_ids: which rollout of the row a token belongs to; None: as for ``positions``.
-
-    Returns:
-        Log-probabilities in nats and entropies in nats, float32. Only the former have a gradient.
+    that token t was drawn from. Position 0 (nothing before it) and everything outside ``mask``, usually the responses,
+    is 0. Without ``positions`` and ``segment_ids`` a row is one rollout, padded on the right; a packed row's mask has
+    no rollout's first token. Only log-probabilities have a gradient.
     """
     model = nnx.merge(graphdef, params)
     if positions is None:
@@ -91,13 +80,14 @@ def token_logprobs(
     mesh: Mesh | None = None,
     chunk: int | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """Log-probability of each target, and entropy, under ``softmax(logits / temperature)``.
+    """Log-probability of each target, and entropy, under ``softmax(logits / temperature)``, in nats, float32.
 
-    The distribution is restricted to ids below ``vocab_size``: checkpoints pad their embedding beyond the
-    tokenizer, and the sampler never draws those ids. A target at or beyond it has log-probability -inf.
+    The distribution is restricted to ids below ``vocab_size``: checkpoints pad their embedding beyond the tokenizer,
+    and the sampler never draws those ids. A target at or beyond it has log-probability -inf.
 
     Each device gathers its own tokens inside the mask, and scores them chunk by chunk. The backward pass recomputes
-    the logits of a chunk, and sums the unembedding's gradient in float32, whatever the dtype of the products.
+    the logits of a chunk, and sums the unembedding's gradient in float32, whatever the dtype of the products. The
+    entropy has no gradient.
 
     Args:
         hidden: after the final norm; ``hidden[:, t]`` predicts ``targets[:, t]``. Its dtype is the one in
@@ -110,9 +100,6 @@ def token_logprobs(
         vocab_size: number of ids that can be drawn, at most V.
         mesh: the trainer's, which splits rows, tokens and vocabulary; None: the arrays are on one device.
         chunk: tokens of a device whose logits exist at once; None: ``chunk_tokens``.
-
-    Returns:
-        Log-probabilities and entropies in nats, float32, ``[B, T]`` each. The entropy has no gradient.
     """
     platform = platform_of(mesh)
     mesh = None if mesh is None or mesh.size == 1 else mesh

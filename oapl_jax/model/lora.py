@@ -4,8 +4,7 @@ A target's parameter ``W`` in the tree of ``nnx.split(Qwen(...))[1]`` becomes th
 ``up``; the layer multiplies by ``base + alpha / rank * down @ up`` without making that matrix. ``merged`` makes it, for
 the sampler and for exports, whose trees are those of a model without adapters.
 
-Not built on qwix or ``nnx.LoRA``: both wrap one matrix of a module, and ours are stacked over layers, keep heads as a
-dimension, and know their mesh axes by name.
+qwix and ``nnx.LoRA`` wrap one matrix of a module; ours are stacked over layers, and keep heads as a dimension.
 """
 
 import math
@@ -37,8 +36,7 @@ class LowRank(nnx.Module):
     Attributes:
         base: the frozen parameter, ``[layers, *inputs, *outputs]``.
         down: ``[layers, *inputs, rank]``, float32; uniform as in PEFT, variance 1 / (3 inputs).
-        up: ``[layers, rank, *outputs]``, float32; zeros, so that training starts at the base. It carries ``scale``, which
-            is alpha / rank.
+        up: ``[layers, rank, *outputs]``, float32; zeros: training starts at the base. Its ``scale`` is alpha / rank.
     """
 
     def __init__(self, base: nnx.Param, rank: int, alpha: float, rngs: nnx.Rngs) -> None:
@@ -56,11 +54,7 @@ class LowRank(nnx.Module):
 
 
 def adapt(layer: Any, config: LoraConfig, rngs: nnx.Rngs) -> None:
-    """Puts a ``LowRank`` in the place of each target of a ``Layer``.
-
-    Raises:
-        ValueError: the model has no such matrix.
-    """
+    """Puts a ``LowRank`` in the place of each target of a ``Layer``; raises ValueError for a mixture of experts."""
     for target in config.targets:
         module_name, name = MODULES[target]
         module = getattr(layer, module_name)

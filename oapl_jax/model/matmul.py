@@ -17,11 +17,7 @@ from oapl_jax.model.quantized import Int8, dequantize
 def einsum(spec: str, x: Float[Array, "..."], weight: nnx.Variable | LowRank, **options: Any) -> Float[Array, "..."]:
     """``jnp.einsum`` of activations and a parameter of any kind, computed in the dtype of ``x``.
 
-    Args:
-        spec: the letters that the weight shares with the output are the output's last ones, in this order.
-        x: activations.
-        weight: the parameter.
-        **options: of ``jnp.einsum``.
+    The letters that the weight shares with the output must be the output's last ones, in this order.
     """
     inputs, letters, output = re.split(",|->", spec)
     if isinstance(weight, LowRank):
@@ -43,16 +39,11 @@ def einsum(spec: str, x: Float[Array, "..."], weight: nnx.Variable | LowRank, **
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def matmul(spec: str, x: Float[Array, "..."], matrix: Float[Array, "..."]) -> Float[Array, "..."]:
-    """``jnp.einsum`` in the dtype of ``x``, with a gradient of its own.
+    """``jnp.einsum`` of ``x`` and a float matrix in the dtype of ``x``, with a gradient of its own.
 
     The gradient of the matrix is the matmul of ``x`` and the output's gradient, in this order and summed over tokens
     in float32 whatever the dtype of ``x``. Autodiff would put the output's gradient first, which XLA on a CPU
-    transposes before it multiplies: that costs as much as the matmul.
-
-    Args:
-        spec: two inputs and an output; every letter occurs in two of the three.
-        x: activations.
-        matrix: of any floating dtype, which is that of its gradient.
+    transposes before it multiplies: that costs as much as the matmul. Every letter of ``spec`` occurs twice.
     """
     return jnp.einsum(spec, x, matrix.astype(x.dtype))
 
@@ -75,14 +66,7 @@ matmul.defvjp(_forward, _backward)
 def ragged_dot(
     rows: Float[Array, "N D"], weight: nnx.Variable, sizes: Int[Array, "E"], experts: Int[Array, "N"]
 ) -> Float[Array, "N F"]:
-    """``jax.lax.ragged_dot`` of rows sorted by expert and their matrices ``[E, D, F]``.
-
-    Args:
-        rows: sorted by expert.
-        weight: the parameter, float or ``Int8``.
-        sizes: rows of each expert.
-        experts: of each row.
-    """
+    """``jax.lax.ragged_dot`` of rows sorted by expert and their matrices ``[E, D, F]``, float or ``Int8``."""
     matrix = weight.get_value()
     if not isinstance(matrix, Int8):
         return jax.lax.ragged_dot(rows, matrix.astype(rows.dtype), sizes)

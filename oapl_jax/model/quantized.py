@@ -1,12 +1,9 @@
 """Eight-bit numbers in place of floats: the sampler's weights and its cache.
 
-Numbers that are summed over together share a scale, so a product is taken of the integers and scaled
-once, at its output: the compiler converts the integers on their way into the product, and no float copy
-of a matrix is stored. Integers up to 127 are exact in bfloat16.
-
-A weight has a scale for each output channel, and the embedding one for each row of the vocabulary, which
-serves both as a lookup and as the output matrix. Norms, biases and routers stay as they are: they are
-small, and a router's choice is not continuous.
+Numbers that are summed over together share a scale, so a product is taken of the integers and scaled once, at its
+output: no float copy of a matrix is stored. Integers up to 127 are exact in bfloat16. A weight has a scale for each
+output channel, the embedding one for each row. Norms, biases and routers stay floats: they are small, and a router's
+choice is not continuous.
 """
 
 from typing import NamedTuple, TypeVar

@@ -35,10 +35,6 @@ from oapl_jax.model.row_attention import RowAttentionKind
 
 MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe")
 
-SAVED_NAMES = ("layer_input", "query", "key", "value", "attention", "gate", "up")
-"""Values of a layer that ``Remat`` may name: its input, and the results of its matmuls except the two that are added to
-the residual stream. With all of them saved, the backward pass recomputes only norms, rope and scores."""
-
 CUDNN_ATTENTION = "dot_product_attention_fwd_wrapper"
 """JAX's primitive for the forward pass of cuDNN's attention: its result, and the sums that its backward pass needs."""
 
@@ -84,14 +80,7 @@ class QwenConfig:
     @property
     def num_params(self) -> int:
         """Number of weights; tied embeddings count once."""
-        D, H, K, C = self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim
-        attention = 2 * D * (H + K) * C + self.qkv_bias * (H + 2 * K) * C + self.qk_norm * 2 * C
-        mlp = 3 * D * self.intermediate_size
-        if self.num_experts:
-            mlp = self.num_experts * (3 * D * self.moe_intermediate_size + D)  # each expert has a column of the router
-        layer = attention + mlp + 2 * D
-        num_embeddings = 1 if self.tie_word_embeddings else 2
-        return num_embeddings * self.vocab_size * D + self.num_hidden_layers * layer + D
+        return sum(leaf.size for leaf in jax.tree.leaves(abstract(self)[1]))
 
     @classmethod
     def from_hf(cls, values: dict[str, Any]) -> "QwenConfig":
@@ -194,25 +183,14 @@ Cache = Any
 
 @dataclasses.dataclass(frozen=True)
 class Remat:
-    """What the backward pass finds and what it recomputes; by default it finds every activation.
-
-    Raises:
-        ValueError: a name that no value of a layer has.
-    """
+    """What the backward pass finds and what it recomputes; by default it finds every activation."""
 
     is_on: bool = False
     """Recompute each layer from its input and from what is saved by name."""
     saved: tuple[str, ...] = ()
-    """Some of ``SAVED_NAMES``."""
+    """Values of a layer that are kept, by their names in ``checkpoint_name``."""
     offload: bool = False
     """Save them in the host's memory, not in the device's."""
-
-    def __post_init__(self):
-        unknown = [name for name in self.saved if name not in SAVED_NAMES]
-        if unknown:
-            raise ValueError(
-                f"remat: no value of a layer is called {', '.join(unknown)}; known: {', '.join(SAVED_NAMES)}"
-            )
 
     @property
     def policy(self) -> Any:
@@ -441,17 +419,9 @@ class Qwen(nnx.Module):
     ) -> None:
         """Random weights: normal with ``initializer_range``, norms 1, biases 0.
 
-        Args:
-            config: the architecture.
-            rngs: has the stream ``params``.
-            param_dtype: of the weights.
-            compute_dtype: of matrix products and of the residual stream.
-            lora: adapters of the layers; None or rank 0: none.
-            remat: what the backward pass recomputes instead of keeping it.
-            attention: of training rows; None: the fastest for the device and the shape.
-            scan_layers: False runs the layers as a Python loop, for debugging; same numbers.
-            mesh: where given, rows are split over its data and fsdp axes, and their tokens over context;
-                without it the model runs on one device.
+        ``attention`` is that of training rows; None: the fastest for the device and the shape. Without a mesh the
+        model runs on one device; with one, rows are split over its data and fsdp axes, and their tokens over context.
+        ``scan_layers=False`` runs the layers as a Python loop, for debugging, with the same numbers.
         """
         self.config = config
         self.compute_dtype = jnp.dtype(compute_dtype)
@@ -473,21 +443,23 @@ class Qwen(nnx.Module):
         positions: Int[Array, "B T"],
         attend: Attend | None = None,
         cache: Cache = None,
+        layers: Sequence[Layer] | None = None,
     ) -> tuple[Float[Array, "B T D"], Cache]:
-        """States after the final norm.
+        """States after the final norm, in the compute dtype, and the cache after the last layer.
 
         Args:
             tokens: ids; T = 1 in a decode step.
             positions: of each token in its sequence, from 0.
             attend: what queries see; None: ``attend_rows()``.
             cache: given to the first layer's ``attend``, and from layer to layer.
-
-        Returns:
-            States in the compute dtype, and the cache after the last layer.
+            layers: in place of the model's own, one by one, on one device.
         """
-        x = self.embed(tokens)
+        with jax.named_scope("embedding"):
+            x = self._constrain(lookup(self.embedding, tokens, self.compute_dtype))
         rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
         attend = self.attend_rows() if attend is None else attend
+        for index, layer in enumerate(layers or ()):
+            x, cache = layer(x, rope, attend, index, cache)
         graphdef, stacked = nnx.split(self.layers)
 
         def run_layer(carry: tuple[Array, Cache], xs: tuple[Any, Any]) -> tuple[Any, None]:
@@ -496,17 +468,9 @@ class Qwen(nnx.Module):
             x, cache = nnx.merge(graphdef, params)(x, rope, attend, layer, cache)
             return (self._constrain(x), cache), None
 
-        x, cache = self._run_layers(run_layer, (x, cache), stacked)
-        return self.normalize(x), cache
-
-    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """What the first layer gets, in the compute dtype."""
-        with jax.named_scope("embedding"):
-            return self._constrain(lookup(self.embedding, tokens, self.compute_dtype))
-
-    def normalize(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """The final norm of what the last layer gives."""
-        return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
+        if layers is None:
+            x, cache = self._run_layers(run_layer, (x, cache), stacked)
+        return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), cache
 
     def attend_rows(self, segment_ids: Int[Array, "B T"] | None = None) -> Attend:
         """Each token sees its own rollout up to itself; no segment ids: a row is one rollout, padded on the right."""
@@ -561,24 +525,12 @@ def layer_params(stacked: Any, index: int) -> Any:
 
 
 def abstract(config: QwenConfig, **options: Any) -> tuple[Any, Any]:
-    """``(graphdef, params)`` with shapes in place of arrays: no memory, for shardings and plans.
-
-    Args:
-        config: the architecture.
-        **options: of ``Qwen``.
-    """
+    """``(graphdef, params)`` of ``Qwen`` with these options, with shapes in place of arrays."""
     return nnx.split(nnx.eval_shape(lambda: Qwen(config, rngs=nnx.Rngs(0), **options)))
 
 
 def initialize(config: QwenConfig, key: PRNGKeyArray, shardings: Any, **options: Any) -> Any:
-    """Random parameters, made directly in their shardings; the values do not depend on the mesh.
-
-    Args:
-        config: the architecture.
-        key: of ``jax.random.key``.
-        shardings: of ``sharding.shardings(abstract(config)[1], mesh, rules)``.
-        **options: of ``Qwen``.
-    """
+    """Random parameters, made directly in their shardings; the values do not depend on the mesh."""
 
     def make(key: PRNGKeyArray) -> Any:
         return nnx.split(Qwen(config, rngs=nnx.Rngs(params=key), **options))[1]

@@ -45,19 +45,11 @@ TRITON_CAPABILITY = 8
 def choose(
     device: Any, dtype: Any, num_queries: int, num_keys: int, head_dim: int, *, is_packed: bool
 ) -> RowAttentionKind:
-    """The fastest kind that a device has for its rows.
+    """The fastest kind that a device (``jax.Device``) has for rows of T keys and T / ``context`` queries.
 
-    cuDNN's is the fastest on a GPU, but it would take packed rows by a mask, with a gradient of the mask: T x T numbers
-    each. And its gradients are known to be NaN where a masked row's length is an odd multiple of 64 (PyTorch's issue
-    196678).
-
-    Args:
-        device: one of the devices (``jax.Device``).
-        dtype: of queries, keys and values.
-        num_queries: T over the size of the axis ``context``.
-        num_keys: T.
-        head_dim: C.
-        is_packed: a row may have several rollouts.
+    cuDNN's is the fastest on a GPU, but it would take packed rows by a mask, with a gradient of the mask: T x T
+    numbers each. And its gradients are known to be NaN where a masked row's length is an odd multiple of 64 (PyTorch's
+    issue 196678).
     """
     if device.platform == "tpu" and num_queries % LANES == 0 and head_dim % 64 == 0:
         return "splash"
@@ -89,17 +81,9 @@ def attend_rows(
 ) -> Float[Array, "B T H C"]:
     """Softmax attention of each token over the tokens of its own rollout up to itself.
 
-    Args:
-        query: after norm and rope.
-        key: each serves H/K query heads.
-        value: like ``key``.
-        segment_ids: which rollout of the row a token belongs to; None: there is one, and padding only after it.
-        kind: see ``choose``.
-        mesh: the trainer's; None: the arrays are on one device.
-        interpret: run the TPU's or Triton's kernel on any platform, slowly.
-
-    Returns:
-        In the query's dtype; scores and softmax are float32.
+    Queries and keys come after norm and rope; each key serves H/K query heads. Without segment ids a row is one
+    rollout, and padding comes only after it. Without a mesh the arrays are on one device. ``interpret`` runs the TPU's
+    or Triton's kernel on any platform, slowly. Scores and softmax are float32; the result has the query's dtype.
     """
     mesh = None if mesh is None or mesh.size == 1 else mesh
     is_packed = segment_ids is not None
@@ -131,8 +115,8 @@ def _on_devices(
 ) -> Array:
     """Runs ``attend_fn`` on each device's queries, with the keys and values of its rows and heads.
 
-    It is called with queries, keys, values, the segment ids of queries and of keys, the place of the first query
-    in the row (a Python 0 where no axis splits the row), and the kernel where one is given.
+    It gets the segment ids of queries and of keys, and the place of the first query in the row (0 where no axis splits
+    it).
     """
     if mesh is None:
         return attend_fn(query, key, value, segment_ids, segment_ids, 0, *kernel)

@@ -3,9 +3,8 @@
 XLA's ``cost_analysis`` counts the body of a loop once; here it is multiplied by the trip count. All numbers are per
 device, because an SPMD module is the program of one device.
 
-* **FLOPs** are those of matrix products (``dot``, and ``convolution``, which a TPU uses for them). A multiplication
-  and an addition count as two. The text does not show what a kernel (Pallas, ``tpu_custom_call``) computes, so only the
-  calls of kernels are counted.
+* **FLOPs** are those of matrix products (``dot``, and ``convolution``, which a TPU uses for them); additions and
+  multiplications count. What a kernel (Pallas, ``tpu_custom_call``) computes is not in the text: its calls are counted.
 * **HBM bytes** are the operands and results of each instruction that runs by itself. Values inside a fusion and values
   in fast memory cost nothing, and a slice counts with its own size. Kernels and the padding of tiles are not counted,
   so the number is a lower bound.
@@ -89,13 +88,11 @@ _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 
 
 def analyze(text: str, *, expected_trips: Sequence[float] = (), slices: Sequence[int] = ()) -> Cost:
-    """Adds up the cost of a module.
+    """Adds up the cost of a module, given as ``compiled.as_text()``.
 
-    Args:
-        text: ``compiled.as_text()``.
-        expected_trips: trip counts of loops whose count is known only at run time, by nesting depth among such loops; 1
-            for deeper loops.
-        slices: TPU slice of each device of the program, in its order; empty if all devices are in one slice.
+    ``expected_trips`` are the trip counts of loops whose count is known only at run time, by nesting depth among such
+    loops; 1 for deeper loops. ``slices`` has the TPU slice of each device of the program, or nothing if all are in
+    one.
     """
     reader = _Reader(text, expected_trips, slices)
     reader.run(reader.entry, 1)
@@ -120,13 +117,9 @@ class _Reader:
         self.unknown_loops: set[tuple[str, str]] = set()
 
     def run(self, name: str, times: float, depth: int = 0, *, is_fused: bool = False) -> None:
-        """Adds the cost of a computation.
+        """Adds the cost of a computation that runs ``times`` times, inside ``depth`` loops whose trip count is unknown.
 
-        Args:
-            name: its name.
-            times: how often it runs.
-            depth: number of loops around it whose trip count is unknown.
-            is_fused: whether it belongs to a fusion, and so moves no bytes itself.
+        Where it belongs to a fusion, it moves no bytes itself.
         """
         computation = self.computations[name]
         for instruction in computation.values():

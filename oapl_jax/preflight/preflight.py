@@ -23,47 +23,38 @@ TOO_LARGE = "RESOURCE_EXHAUSTED"
 
 
 @dataclasses.dataclass(frozen=True)
-class Seconds:
-    """Lower bounds of a program's time by resource; the resources can work at the same time."""
-
-    compute: float
-    hbm: float
-    ici: float
-    dcn: float
-
-    @property
-    def bound(self) -> tuple[str, float]:
-        """The resource that takes longest, and its time."""
-        return max(dataclasses.asdict(self).items(), key=lambda item: item[1])
-
-
-@dataclasses.dataclass(frozen=True)
 class Result:
     """A compiled program. Sizes are in bytes of one device."""
 
     name: str
     compile_seconds: float
-    arguments: float
-    outputs: float
+    arguments: float = 0
+    outputs: float = 0
     """Outputs that do not reuse the memory of an argument."""
-    temporaries: float
-    code: float
-    beside: float
+    temporaries: float = 0
+    code: float = 0
+    beside: float = 0
     """Other data on the device while the program runs."""
-    total: float
-    usable: float
-    flops: float
+    total: float = 0
+    usable: float = 0
+    flops: float = 0
     """FLOPs of matrix products and attention kernels on one device, including recomputation."""
-    model_flops: float
+    model_flops: float = 0
     """FLOPs of the model's mathematics over all devices."""
-    seconds: Seconds
-    mfu: float
+    seconds: dict[str, float] = dataclasses.field(default_factory=lambda: {"compute": 0, "hbm": 0, "ici": 0, "dcn": 0})
+    """Lower bounds of the time by resource; the resources can work at the same time."""
+    mfu: float = 0
     """Upper bound of the model FLOPs utilization: ``model_flops`` over the peak FLOPs of all devices in that time."""
-    collectives: tuple[hlo.Collective, ...]
-    num_unknown_loops: int
+    collectives: tuple[hlo.Collective, ...] = ()
+    num_unknown_loops: int = 0
     """Number of loops whose trip count was taken from the config."""
     refusal: str = ""
     """The compiler's message if it refused the program; most other numbers are then 0."""
+
+    @property
+    def bound(self) -> tuple[str, float]:
+        """The resource that takes longest, and its time."""
+        return max(self.seconds.items(), key=lambda item: item[1])
 
     @property
     def missing(self) -> float:
@@ -107,20 +98,20 @@ def compile_program(program: Program, slices: Topology) -> Result:
         flops=flops,
         model_flops=program.model_flops,
         seconds=least,
-        mfu=program.model_flops / (slices.chip.flops * program.mesh.size * least.bound[1]),
+        mfu=program.model_flops / (slices.chip.flops * program.mesh.size * max(least.values())),
         collectives=cost.collectives,
         num_unknown_loops=cost.num_unknown_loops,
     )
 
 
-def roofline(flops: float, hbm_bytes: float, cost: hlo.Cost, chip: Chip) -> Seconds:
+def roofline(flops: float, hbm_bytes: float, cost: hlo.Cost, chip: Chip) -> dict[str, float]:
     """Work divided by the chip's peak rates; no program is faster."""
-    return Seconds(
-        compute=flops / chip.flops,
-        hbm=hbm_bytes / chip.hbm_bandwidth,
-        ici=cost.network_bytes("ICI") / chip.ici_bandwidth,
-        dcn=cost.network_bytes("DCN") / chip.dcn_bandwidth,
-    )
+    return {
+        "compute": flops / chip.flops,
+        "hbm": hbm_bytes / chip.hbm_bandwidth,
+        "ici": cost.network_bytes("ICI") / chip.ici_bandwidth,
+        "dcn": cost.network_bytes("DCN") / chip.dcn_bandwidth,
+    }
 
 
 def parse_refusal(message: str) -> float:
@@ -138,21 +129,13 @@ def parse_refusal(message: str) -> float:
 def _refused(program: Program, message: str, seconds: float, chip: Chip) -> Result:
     needed = parse_refusal(message)
     return Result(
-        name=program.name,
-        compile_seconds=seconds,
-        arguments=0,
-        outputs=0,
+        program.name,
+        seconds,
         temporaries=needed,
-        code=0,
         beside=program.beside,
         total=max(needed, chip.usable_bytes) + program.beside,
         usable=chip.usable_bytes,
-        flops=0,
         model_flops=program.model_flops,
-        seconds=Seconds(0, 0, 0, 0),
-        mfu=0,
-        collectives=(),
-        num_unknown_loops=0,
         refusal=" ".join(message.split())[:400],
     )
 
@@ -168,10 +151,8 @@ def advice(result: Result, plan: Plan) -> list[str]:
     if result.name == "train_step" and config.model.remat == "none":
         found.append("model.remat=layer: activations are recomputed instead of stored")
     if result.name in ("train_step", "score"):
-        num_rows, shards = (
-            rows.micro_batch_rows or rows.num_rows(rows.num_rollouts),
-            row_shards(plan.assembly.trainer_mesh),
-        )
+        shards = row_shards(plan.assembly.trainer_mesh)
+        num_rows = rows.micro_batch_rows or rows.num_rows(rows.num_rollouts)
         if num_rows > shards:
             found.append(f"learner.micro_batch_rows={max(shards, num_rows // 2)} (now {num_rows}): fewer rows at once")
     if is_samplers and memory.evaluation_weights:
@@ -238,8 +219,8 @@ def describe(result: Result, plan: Plan) -> str:
     if result.refusal:
         lines.append(f"  the compiler: {result.refusal}")
     else:
-        bound, seconds = result.seconds.bound
-        parts = ", ".join(f"{name} {value:.3g}" for name, value in dataclasses.asdict(result.seconds).items())
+        bound, seconds = result.bound
+        parts = ", ".join(f"{name} {value:.3g}" for name, value in result.seconds.items())
         lines.append(f"  time  at least {seconds:.3g} s ({bound}; seconds: {parts})")
     if result.mfu:
         lines.append(
@@ -256,11 +237,7 @@ def describe(result: Result, plan: Plan) -> str:
 
 
 def check(config: TrainConfig, slices: Topology, *, dry_run: bool) -> dict[str, Any]:
-    """Compiles the programs, prints each as soon as it is compiled, and returns the report for ``--json``.
-
-    Raises:
-        ValueError: the config or the command line has a mistake.
-    """
+    """Compiles the programs, prints each as soon as it is compiled, and returns the report for ``--json``."""
     usable = slices.chip.usable_bytes
     plan = make_plan(config, topology.devices(slices), usable, functools.partial(topology.slice_alone, slices))
     print(describe_plan(plan, slices), flush=True)
@@ -281,15 +258,14 @@ def check(config: TrainConfig, slices: Topology, *, dry_run: bool) -> dict[str, 
         "parameters": plan.assembly.architecture.num_params,
         "memory": dataclasses.asdict(plan.assembly.account),
         "kv_cache": kv_capacity(plan),
-        "programs": [_as_json(result) for result in results],
+        "programs": [
+            dataclasses.asdict(result)
+            | {"collectives": [collective._asdict() for collective in result.collectives]}
+            | {"fits": result.fits, "bound": result.bound[0]}
+            for result in results
+        ],
         "config": config.model_dump(),
     }
-
-
-def _as_json(result: Result) -> dict[str, Any]:
-    values = dataclasses.asdict(result)
-    values["collectives"] = [collective._asdict() for collective in result.collectives]
-    return values | {"fits": result.fits, "bound": result.seconds.bound[0]}
 
 
 def _mesh(mesh: Any) -> str:

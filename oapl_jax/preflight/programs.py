@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from oapl_jax.build import policy
@@ -17,7 +16,7 @@ from oapl_jax.build.checks import CHECKS
 from oapl_jax.build.sampler import PAGE_SIZE, kv_shards
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import SftConfig, TrainConfig
-from oapl_jax.distributed.sharding import platform_of, row_shards
+from oapl_jax.distributed.sharding import placed, platform_of, row_shards
 from oapl_jax.learner import batch as batches
 from oapl_jax.learner.batch import RowLayout
 from oapl_jax.model import qwen
@@ -39,11 +38,11 @@ class Program:
     mesh: Mesh
     beside: float
     """Bytes of a device that are taken while it runs and are not its arguments."""
-    model_flops: float
+    model_flops: float = 0
     """Of the model's mathematics, over all devices: nothing computed twice, attention to visible tokens only."""
-    kernel_flops: float
+    kernel_flops: float = 0
     """The share of attention in them, which is not in the program's text where kernels do it."""
-    kernel_bytes: float
+    kernel_bytes: float = 0
     """Bytes that attention kernels read on a device: of the cache, in decode steps."""
     expected_trips: tuple[float, ...] = ()
     """Of loops whose end only the run knows, the outer ones first."""
@@ -66,15 +65,10 @@ def make_plan(
     usable: float,
     replica_devices: Callable[[int], Sequence[Any] | None] = lambda num_devices: None,
 ) -> Plan:
-    """Builds the programs of a run on these devices.
+    """Builds the programs of a run on devices, real or described ones, with ``usable`` bytes each.
 
-    The tokenizer is not read: all rows of the vocabulary count as in use.
-
-    Args:
-        config: of the run.
-        devices: real ones or described ones.
-        usable: memory of each in bytes.
-        replica_devices: see ``make_assembly``.
+    The tokenizer is not read: all rows of the vocabulary count as in use. For ``replica_devices`` see
+    ``make_assembly``.
 
     Raises:
         ValueError: what the config got wrong; the message names it.
@@ -115,7 +109,7 @@ def _learner_programs(assembly: Assembly) -> list[Program]:
     forward, attention = forward_flops(assembly.architecture, tokens, pairs, tokens)
     chunks = num_chunks(num_rows * length / row_shards(mesh) / mesh.shape["context"], assembly.architecture, mesh)
     micro_batches = (num_micro_batches,) if num_micro_batches > 1 else ()
-    make = functools.partial(Program, mesh=mesh, kernel_bytes=0)
+    make = functools.partial(Program, mesh=mesh)
     return [
         make(
             "train_step",
@@ -141,19 +135,8 @@ def _full_batch(layout: RowLayout, mesh: Mesh) -> TrainBatch:
     """The largest batch, as shapes on the trainer's mesh."""
     num_rows, length = layout.num_rows(layout.num_rollouts), layout.row_length(layout.max_tokens)
     at_once = layout.micro_batch_rows or num_rows
-    places = batches.shardings(mesh)
-
-    def array(name: str, dtype: Any, width: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((num_rows // at_once, at_once, width), dtype, sharding=getattr(places, name))
-
-    integers = {name: array(name, jnp.int32, length) for name in ("tokens", "positions", "segment_ids")}
-    return TrainBatch(
-        **integers,
-        response_mask=array("response_mask", bool, length),
-        sampler_logprobs=array("sampler_logprobs", jnp.float32, length),
-        advantages=array("advantages", jnp.float32, layout.max_segments),
-        segment_mask=array("segment_mask", bool, layout.max_segments),
-    )
+    shapes = batches.make_batch(jax.ShapeDtypeStruct, (num_rows // at_once, at_once), length, layout.max_segments)
+    return placed(shapes, batches.shardings(mesh))
 
 
 def num_chunks(tokens: float, model: qwen.QwenConfig, mesh: Mesh) -> int:
@@ -168,8 +151,7 @@ def _sampler_programs(assembly: Assembly) -> list[Program]:
     replica_params = WeightSync(params, engine.mesh, config.sampler.dtype).abstract(params)
     beside = account.evaluation_weights + (account.learner if account.is_colocated else 0)
     length = engine.padded_length(engine.max_prompt_tokens)
-    prompts = engine.prompts_at_once(length)
-    prefill = forward_flops(architecture, prompts * length, prompts * length * (length + 1) / 2, prompts)
+    prefill = forward_flops(architecture, length, length * (length + 1) / 2, 1)
     tokens = engine.num_rows * engine.decode_steps
     # Rows are on average half-way through their response, as far as there are pages.
     visible = min(
@@ -186,7 +168,6 @@ def _sampler_programs(assembly: Assembly) -> list[Program]:
             beside=beside + account.kv_cache,
             model_flops=prefill[0],
             kernel_flops=prefill[1],
-            kernel_bytes=0,
         ),
         Program(
             "decode",
@@ -204,18 +185,14 @@ def _sampler_programs(assembly: Assembly) -> list[Program]:
         # The sampler has its old weights until the new ones are complete.
         taken = account.optimizer + account.beside_train_step
         lower = functools.partial(copy[0].lower, copy[1])
-        programs.append(Program("sync", lower, assembly.trainer_mesh, taken, 0, 0, 0))
+        programs.append(Program("sync", lower, assembly.trainer_mesh, taken))
     return programs
 
 
 def forward_flops(model: qwen.QwenConfig, tokens: float, pairs: float, scored: float) -> tuple[float, float]:
-    """FLOPs of a forward pass of a dense model, and of its attention alone; an addition counts as a multiplication does.
+    """FLOPs of a forward pass of a dense model, and of its attention alone; additions and multiplications count.
 
-    Args:
-        model: the architecture.
-        tokens: that go through the layers.
-        pairs: (token, token that it sees), over all sequences.
-        scored: tokens whose logits are computed.
+    ``pairs`` are (token, token that it sees), over all sequences; ``scored`` are tokens whose logits are computed.
     """
     embedding = model.vocab_size * model.hidden_size
     num_matrix_weights = model.num_params - embedding * (1 if model.tie_word_embeddings else 2)
@@ -224,11 +201,7 @@ def forward_flops(model: qwen.QwenConfig, tokens: float, pairs: float, scored: f
 
 
 def _model_config(config: TrainConfig) -> str:
-    """The ``config.json`` of the model's architecture.
-
-    Raises:
-        ValueError: a model on the hub that is not among ``MODELS``.
-    """
+    """The ``config.json`` of the model's architecture, from its folder or from ``MODELS``."""
     section = config.model
     if section.warm_start is not None:
         section = config_file.load(SftConfig, section.warm_start, checks=CHECKS).model

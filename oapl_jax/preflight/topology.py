@@ -123,11 +123,7 @@ class Topology(NamedTuple):
 
 
 def parse(name: str, num_slices: int = 1) -> Topology:
-    """Reads ``v5p-64``, or a shape as in ``v5p-2x4x4`` and ``v5p:2x4x4``.
-
-    Raises:
-        ValueError: there is no such slice; the message names those of similar size.
-    """
+    """Reads ``v5p-64``, or a shape as in ``v5p-2x4x4`` and ``v5p:2x4x4``; raises ValueError with sizes nearby."""
     prefix, _, size = name.strip().lower().replace(":", "-").partition("-")
     generation = ALIASES.get(prefix, prefix)
     if generation not in GENERATIONS:
@@ -146,11 +142,7 @@ def parse(name: str, num_slices: int = 1) -> Topology:
 
 
 def devices(topology: Topology) -> list[Any]:
-    """The described devices, slice by slice; no program can run on them.
-
-    Raises:
-        ValueError: libtpu is not installed.
-    """
+    """The described devices, slice by slice, on which no program can run; raises ValueError where libtpu is missing."""
     options = dict(GENERATIONS[topology.generation].options)
     if topology.shape == "1x1":
         # By default a host has four or eight chips.

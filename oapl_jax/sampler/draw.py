@@ -1,12 +1,9 @@
-"""The distribution that tokens are drawn from, and the draw.
+"""The distribution that tokens are drawn from, and the draw, in few passes over V x B logits, without sorting them.
 
-Every step of decoding runs this over all V x B logits, so it takes few passes over them and neither
-sorts them nor makes a random number for each. Ids come first, ``[V, B]``: every sum and maximum over ids
-is then one of whole rows of memory, and what there is one of for each sequence broadcasts as it is.
+Ids come first, ``[V, B]``: every sum over ids is then one of whole rows of memory.
 
 * The vocabulary is N blocks of W ids. One uniform number picks a block by the blocks' masses, another
-  one a token of that block: the inverse of the distribution function, on two levels. It takes one
-  pass for the maxima of the blocks and one for their masses.
+  one a token of that block: the inverse of the distribution function, on two levels.
 * Top-k, top-p and min-p each keep the logits from some cut upwards. The cuts of top-k and top-p are
   found by bisection down to neighbouring float32 numbers where need be, so they are exact; each of
   its 10 to 30 steps is a pass. Where no row asks for them there is no pass.
@@ -58,16 +55,11 @@ def draw(
     is_sharded: bool = False,
     can_truncate: bool = True,
 ) -> Draw:
-    """Draws one token a sequence.
+    """Draws one token a sequence from unprocessed logits; ``uniform``, of ``uniforms``, is all the randomness there is.
 
-    Args:
-        uniform: of ``uniforms``: all the randomness there is.
-        logits: unprocessed.
-        distribution: of each sequence.
-        vocab_size: the tokenizer's length; ids from it on are padding and never drawn.
-        is_sharded: the vocabulary is split over devices: what is needed of it is then found by sums over
-            all of it, because a gather would bring all logits to every device.
-        can_truncate: False: no sequence has a top-k or a top-p, and there is less to compile.
+    Ids from ``vocab_size`` on, the tokenizer's length, are padding and never drawn. Where the vocabulary is split over
+    devices (``is_sharded``), what is needed of it is found by sums over all of it: a gather would bring all logits to
+    every device. Without ``can_truncate`` no sequence may have a top-k or a top-p, and there is less to compile.
     """
     if vocab_size > logits.shape[0]:
         raise ValueError(f"vocab_size={vocab_size}: the model has logits for {logits.shape[0]} ids only")
@@ -102,10 +94,9 @@ def draw(
 
 
 def uniforms(keys: Key[Array, "B"], positions: Int[Array, "B"]) -> Float[Array, "2 B"]:
-    """Two numbers for each token to draw, strictly between 0 and 1: one that is 0 would draw tokens next to impossible.
+    """Two numbers strictly between 0 and 1 (0 would draw tokens next to impossible) for each token to draw.
 
-    They follow from ``fold_in(keys[b], positions[b])``: a sample depends on its own key and on the positions
-    of its tokens, not on its position in the batch or its neighbours.
+    They follow from ``fold_in(keys[b], positions[b])``, not from the place of a sequence in the batch.
     """
     bits = jax.vmap(lambda key, position: jax.random.bits(jax.random.fold_in(key, position), (2,)))(keys, positions)
     return (((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23).T

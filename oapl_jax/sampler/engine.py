@@ -1,13 +1,11 @@
 """Prefill, insert and generate: the device programs of the sampler, after JetStream's engine API.
 
-An ``Engine`` holds no weights and no cache: the policy, of ``prepare``, and the decode state are passed in,
-as in JetStream, so the same compiled programs serve every policy version. The state has *slots*, one for
-each sequence that has been started, and pages of keys and values. A prompt is prefilled once and
-inserted into as many slots as it has rollouts. ``generate`` decodes the sequences of some of the
-slots, up to ``decode_steps`` tokens of each in one program. Which slots and which pages is for the
-caller to say: ``sampler/scheduler.py``, or JetStream's orchestrator through ``sampler/jetstream/engine.py``,
-the subclass of JetStream's own class over these programs (this file does not import JetStream,
-because that imports TensorFlow).
+An ``Engine`` holds no weights and no cache: the policy, of ``prepare``, and the decode state are passed in, so the
+same compiled programs serve every policy version. The state has *slots*, one for each sequence that has been started,
+and pages of keys and values. A prompt is prefilled once and inserted into as many slots as it has rollouts.
+``generate`` decodes the sequences of some of the slots, up to ``decode_steps`` tokens of each in one program. The
+caller chooses slots and pages: ``sampler/scheduler.py``, or JetStream's orchestrator through
+``sampler/jetstream/engine.py``.
 """
 
 import functools
@@ -23,11 +21,10 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from oapl_jax.distributed.sharding import placed
-from oapl_jax.model.qwen import Layer, QwenConfig, abstract
+from oapl_jax.model.qwen import Attend, Layer, QwenConfig, abstract
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.sampler import kv_cache
 from oapl_jax.sampler.cpu import dense_cache, joined_layers
-from oapl_jax.sampler.cpu.head import head_by_id, logits_by_id
 from oapl_jax.sampler.draw import Distributions, Draw, draw, uniforms
 from oapl_jax.sampler.kv_cache import KVPages, PromptKV
 from oapl_jax.sampler.paged_attention import choose_implementation, paged_attend
@@ -38,14 +35,8 @@ Params = Any
 AttentionKind = Literal["dense", "xla", "tpu", "gpu"]
 """How decode steps read the cache: ``dense`` as in ``sampler/cpu``, or paged by one of ``paged_attend``'s kernels."""
 
-PREFILL_TOKENS = 2048
-"""Prompts are prefilled together up to this many padded tokens; a longer one is prefilled alone."""
-
 SHORTEST_DENSE = 64
 """Tokens that dense attention covers at least: longer ones are summed in an order that padding does not change."""
-
-FEWEST_ROWS = 4
-"""Chunks of fewer sequences are padded to this many rows."""
 
 
 class Prepared(NamedTuple):
@@ -55,24 +46,22 @@ class Prepared(NamedTuple):
     layers: list[Layer] | None
     """For ``dense``, and on a GPU; see ``joins_layers`` and ``sampler/cpu/joined_layers.py``."""
     head: Float[Array, "V D"] | None
-    """For ``dense``; see ``sampler/cpu/head.py``."""
+    """For ``dense``."""
 
 
 class Prefix(NamedTuple):
-    """Prefilled prompts: their keys and values, and the logits after each one's last token."""
+    """A prefilled prompt: its keys and values, and the logits after its last token."""
 
     kv: PromptKV
-    logits: Float[Array, "N V"]
-    length: Int[Array, "N"]
+    logits: Float[Array, "1 V"]
+    length: Int[Array, "1"]
 
 
 class Start(NamedTuple):
-    """The sequences that ``insert`` starts, host arrays; B of them from N prompts."""
+    """The sequences that ``insert`` starts after one prompt, host arrays."""
 
     slots: Any
     """int32 ``[B]``, free slots; out of range: the entry is padding."""
-    source: Any
-    """int32 ``[B]``, which prompt of the prefix."""
     seeds: Any
     """uint32 ``[B, 4]``: root seed, stream, index in it, rollout; the key is ``key(root)`` folded with the other three."""
     ends: Any
@@ -81,7 +70,7 @@ class Start(NamedTuple):
     """int32 ``[B]``, the token that follows the prompt, for a sequence that goes on; -1: it is drawn."""
     distribution: Distributions
     full_pages: Any
-    """int32 ``[N, M]``, page id of each page of the padded prompts; out of range: not written (it is not full)."""
+    """int32 ``[M]``, page id of each page of the padded prompt; out of range: not written (it is not full)."""
     tail_pages: Any
     """int32 ``[B]``, page id of each sequence's own copy of its prompt's partial page; out of range: there is none."""
 
@@ -193,22 +182,14 @@ class Engine:
         self._is_joined = joins_layers(mesh) if join_layers is None else join_layers
         self._is_joined |= self.attention == "dense"
         is_sharded = mesh.shape["tensor"] > 1
-        draw_fn = functools.partial(draw, vocab_size=vocab_size, is_sharded=is_sharded, can_truncate=can_truncate)
-        stops = jnp.asarray(self.stop_ids)
-        self._join = jax.jit(functools.partial(_join, graphdef, self.attention == "dense"))
+        self._draw = functools.partial(draw, vocab_size=vocab_size, is_sharded=is_sharded, can_truncate=can_truncate)
+        self._graphdef, self._stops = graphdef, jnp.asarray(self.stop_ids)
         replicated: Any = NamedSharding(mesh, PartitionSpec())
-        self._prefill = jax.jit(
-            functools.partial(_prefill, graphdef, model_config, cache_dtype),
-            out_shardings=Prefix(PromptKV(self._kv_sharding(3, 5), self._kv_sharding(3, 5)), replicated, replicated),
-        )
-        self._insert = jax.jit(
-            functools.partial(_insert, draw_fn, stops), donate_argnames="state", out_shardings=self._shardings()
-        )
-        self._generate = jax.jit(
-            functools.partial(_generate, graphdef, model_config, draw_fn, stops, decode_steps, self.attention, mesh),
-            donate_argnames="state",
-            out_shardings=(self._shardings(), replicated),
-        )
+        state, prompt = self._shardings(), PromptKV(self._kv_sharding(3, 5), self._kv_sharding(3, 5))
+        self._join = jax.jit(self._join_program)
+        self._prefill = jax.jit(self._prefill_program, out_shardings=Prefix(prompt, replicated, replicated))
+        self._insert = jax.jit(self._insert_program, donate_argnames="state", out_shardings=state)
+        self._generate = jax.jit(self._generate_program, donate_argnames="state", out_shardings=(state, replicated))
 
     @property
     def cache_bytes(self) -> int:
@@ -244,14 +225,6 @@ class Engine:
         pages = 1 << (self.pages_of(num_tokens) - 1).bit_length()
         return min(pages, self.max_pages) * self.page_size
 
-    def prompts_at_once(self, padded_length: int) -> int:
-        """Prompts of this padded length that one call of ``prefill`` takes at most."""
-        return max(1, min(16, PREFILL_TOKENS // padded_length))
-
-    def padded_rows(self, num_rows: int) -> int:
-        """The number of rows that a chunk of ``num_rows`` sequences is padded to."""
-        return min(self.num_rows, max(FEWEST_ROWS, 1 << (num_rows - 1).bit_length()))
-
     def padded_pages(self, num_pages: int) -> int:
         """Columns of the page table for sequences of ``num_pages`` pages: 1 or 1.5 times a power of two, or the limit."""
         if self.attention != "dense":
@@ -263,8 +236,8 @@ class Engine:
     def prepare(self, params: Params) -> Prepared:
         """A policy version in the form that ``prefill`` and ``generate`` take; once for each version.
 
-        Where attention is ``dense`` this copies the layers, and an output matrix that has to be transposed: on a
-        CPU, where memory is not what is short. On a GPU it copies the layers. Elsewhere nothing is copied.
+        Where attention is ``dense`` this copies the layers, and an output matrix that has to be transposed. On a GPU
+        it copies the layers. Elsewhere nothing is copied.
 
         Raises:
             ValueError: the parameters are those of another architecture; names the first that differs.
@@ -276,28 +249,21 @@ class Engine:
                 raise ValueError(f"parameter {name} is {shapes[0]}, the engine's model has {shapes[1]}")
         return self._prepared(params, self._join)
 
-    def prefill(self, policy: Prepared, prompts: Sequence[Int[np.ndarray, "_P"]]) -> Prefix:
-        """Runs prompts of one padded length through the model.
+    def prefill(self, policy: Prepared, prompt: Int[np.ndarray, "_P"]) -> Prefix:
+        """Runs a prompt, padded, through the model.
 
         Raises:
             ValueError: for an empty prompt, or one beyond the limit of a whole sequence.
         """
         limit = self.max_prompt_tokens + self.max_response_tokens
-        lengths = [len(prompt) for prompt in prompts]
-        for length in lengths:
-            if not 0 < length <= limit:
-                raise ValueError(f"prompt of {length} tokens; the limit is 1 to {limit}")
-        padded_length = max(map(self.padded_length, lengths))
-        # A power of two of prompts, so that there are few programs.
-        num_prompts = 1 << (len(prompts) - 1).bit_length()
-        tokens = np.zeros((num_prompts, padded_length), np.int32)
-        for row, prompt in zip(tokens, prompts, strict=False):
-            row[: len(prompt)] = prompt
-        padding = [1] * (num_prompts - len(prompts))
-        return self._prefill(policy.params, tokens, np.array(lengths + padding, np.int32))
+        if not 0 < len(prompt) <= limit:
+            raise ValueError(f"prompt of {len(prompt)} tokens; the limit is 1 to {limit}")
+        tokens = np.zeros((1, self.padded_length(len(prompt))), np.int32)
+        tokens[0, : len(prompt)] = prompt
+        return self._prefill(policy.params, tokens, np.array([len(prompt)], np.int32))
 
     def insert(self, prefix: Prefix, state: DecodeState, start: Start) -> DecodeState:
-        """Starts sequences of prefilled prompts in free slots and draws their first tokens; the state is consumed."""
+        """Starts sequences of a prefilled prompt in free slots and draws their first tokens; the state is consumed."""
         return self._insert(prefix, state=state, start=start)
 
     def generate(
@@ -306,22 +272,19 @@ class Engine:
         state: DecodeState,
         slots: Int[np.ndarray, "B"],
         page_table: Int[np.ndarray, "B M"],
-        num_enough: int | None = None,
     ) -> tuple[DecodeState, Int[Array, "B X"]]:
-        """Decodes a chunk of the sequences in some slots; the state is consumed.
+        """Decodes a chunk of the sequences in some slots, until all have ended; the state is consumed.
 
         Args:
             policy: of ``prepare``.
             state: of the call before.
             slots: each at most once; out of range: padding.
             page_table: pages of each sequence, enough for the tokens that the chunk may add.
-            num_enough: the chunk ends early when this many of its sequences have ended; default all.
 
         Returns:
-            The new state, and for ``unpack`` everything else in one array: one copy to the host.
+            The new state, and everything else in one array for ``unpack``: one copy to the host.
         """
-        enough = len(slots) if num_enough is None else num_enough
-        return self._generate(policy, np.asarray(slots, np.int32), page_table, np.int32(enough), state=state)
+        return self._generate(policy, np.asarray(slots, np.int32), page_table, state=state)
 
     def unpack(self, packed: Int[np.ndarray, "B X"]) -> Decoded:
         """What ``generate`` returned, on the host."""
@@ -332,25 +295,16 @@ class Engine:
         return Decoded(tokens, logprobs.view(np.float32), is_valid, flags[:, 2].astype(bool), int(flags[0, 3]))
 
     def lower_prefill(self, params: Params) -> jax.stages.Lowered:
-        """``prefill`` of as many prompts of the longest kind as it takes at once, to be compiled ahead of time.
-
-        Args:
-            params: shapes with shardings on this engine's mesh.
-        """
+        """``prefill`` of the longest prompt, to be compiled for parameters that are shapes with shardings."""
         length = self.padded_length(self.max_prompt_tokens)
-        num_prompts = self.prompts_at_once(length)
-        return self._prefill.lower(params, self._integers(num_prompts, length), self._integers(num_prompts))
+        return self._prefill.lower(params, self._integers(1, length), self._integers(1))
 
     def lower_generate(self, params: Params) -> jax.stages.Lowered:
-        """``generate`` of all rows, to be compiled ahead of time.
-
-        Args:
-            params: shapes with shardings on this engine's mesh.
-        """
+        """``generate`` of all rows, to be compiled for parameters that are shapes with shardings."""
         state = placed(jax.eval_shape(self.init_decode_state), self._shardings())
         rows, table = self._integers(self.num_rows), self._integers(self.num_rows, self.max_pages)
         policy = self._prepared(params, functools.partial(jax.eval_shape, self._join))
-        return self._generate.lower(policy, rows, table, self._integers(), state=state)
+        return self._generate.lower(policy, rows, table, state=state)
 
     def _prepared(self, params: Params, join: Any) -> Prepared:
         return Prepared(params, *(join(params) if self._is_joined else (None, None)))
@@ -376,56 +330,125 @@ class Engine:
         pages: Any = self._kv_sharding(0, 4)
         return DecodeState(KVPages(pages, pages), *[replicated] * (len(DecodeState._fields) - 1))
 
+    def _join_program(self, params: Params) -> tuple[list[Layer], Float[Array, "V D"] | None]:
+        model = nnx.merge(self._graphdef, params)
+        head = joined_layers.head_by_id(model) if self.attention == "dense" else None
+        return joined_layers.join_layers(model), head
+
+    def _prefill_program(self, params: Params, tokens: Int[Array, "1 P"], length: Int[Array, "1"]) -> Prefix:
+        with jax.named_scope("prefill"):
+            model = nnx.merge(self._graphdef, params)
+            positions = jnp.arange(tokens.shape[1])[None]
+            cache = kv_cache.make_prompt_kv(self.model_config, tokens.shape[1], self._cache_dtype)
+            # Padding comes after the prompt: causal attention never sees it, and decode steps overwrite its keys and
+            # values before any query could.
+            hidden, cache = model.hidden(tokens, positions, kv_cache.attend_prompt, cache)
+            last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
+            return Prefix(cache, model.logits(last)[:, 0], length)
+
+    def _insert_program(self, prefix: Prefix, state: DecodeState, start: Start) -> DecodeState:
+        with jax.named_scope("insert"):
+            slots = start.slots
+            keys = jax.vmap(_sequence_key)(start.seeds)
+            positions = jnp.broadcast_to(prefix.length, slots.shape)
+            logits = jnp.broadcast_to(prefix.logits.T, (prefix.logits.shape[1], len(slots)))
+            first = self._draw(uniforms(keys, positions), logits, start.distribution)
+            is_fresh = start.given < 0
+            token = jnp.where(is_fresh, first.token, start.given)
+            pages = kv_cache.write_prompt(state.pages, prefix.kv, start.full_pages, prefix.length[0], start.tail_pages)
+            new = (token, first, positions, start.ends, is_fresh, self._is_last(token, positions, start.ends))
+            state_of_slots = (*new, keys, start.distribution)
+            return DecodeState(
+                pages,
+                *jax.tree.map(
+                    lambda whole, part: whole.at[slots].set(part, mode="drop"), tuple(state)[1:], state_of_slots
+                ),
+            )
+
+    def _generate_program(
+        self, policy: Prepared, slots: Int[Array, "B"], table: Int[Array, "B M"], state: DecodeState
+    ) -> tuple[DecodeState, Int[Array, "B X"]]:
+        model, num_steps = nnx.merge(self._graphdef, policy.params), self.decode_steps
+        logits_fn = lambda hidden: model.logits(hidden).T  # noqa: E731
+        if policy.head is not None:
+            logits_fn = functools.partial(joined_layers.logits_by_id, head=policy.head)
+        num_layers, pages = self.model_config.num_hidden_layers, state.pages
+        own: Any = jax.tree.map(lambda whole: whole.at[slots].get(mode="clip"), tuple(state)[1:])
+        rows = DecodeState(None, *own)  # pyright: ignore[reportArgumentType]
+        rows = rows._replace(is_done=rows.is_done | (slots >= state.token.shape[0]))
+        started, cache, old = rows, pages, None
+        if self.attention == "dense":
+            old = dense_cache.gather(pages, table, num_layers, model.compute_dtype)
+            cache = dense_cache.make_empty(pages, num_layers, table.shape[0], num_steps)
+        positions = started.position + jnp.arange(1, num_steps + 1)[:, None]
+        # For all steps at once: random bits cost a CPU their loop of rounds, whatever their number.
+        uniform = jax.vmap(uniforms, in_axes=(None, 0))(started.key, positions)
+
+        def step(carry: Any) -> Any:
+            i, rows, cache, out = carry
+            attend = (
+                self._attend_pages(table, rows.position, ~rows.is_done)
+                if old is None
+                else dense_cache.attend_chunk(old, started.position, i - 1)
+            )
+            hidden, cache = model.hidden(rows.token[:, None], rows.position[:, None], attend, cache, policy.layers)
+            drawn = self._draw(uniform[i - 1], logits_fn(hidden[:, 0]), rows.distribution)
+            is_live = ~rows.is_done
+            position = jnp.where(is_live, rows.position + 1, rows.position)
+            rows = rows._replace(
+                token=jnp.where(is_live, drawn.token, rows.token),
+                position=position,
+                is_done=rows.is_done | self._is_last(drawn.token, position, rows.end),
+            )
+            return i + 1, rows, cache, jax.tree.map(lambda whole, one: whole.at[:, i].set(one), out, drawn)
+
+        def goes_on(carry: Any) -> Array:
+            i, rows, _, _ = carry
+            return (i <= num_steps) & ~jnp.all(rows.is_done)
+
+        # Column 0 is for the tokens that insert drew since the last call.
+        out = jax.tree.map(
+            lambda one: jnp.zeros((one.shape[0], num_steps + 1, *one.shape[1:]), one.dtype).at[:, 0].set(one),
+            rows.first,
+        )
+        with jax.named_scope("decode"):
+            i, rows, cache, out = jax.lax.while_loop(goes_on, step, (jnp.int32(1), rows, cache, out))
+        if self.attention == "dense":
+            cache = dense_cache.scatter(pages, cache, table, started.position, rows.position)
+        num_new = rows.position - started.position
+        num_done_steps = jnp.full_like(num_new, i - 1)
+        flags = jnp.stack([started.is_fresh, num_new, rows.is_done, num_done_steps], axis=1).astype(jnp.int32)
+        packed = [_bits(leaf.reshape(leaf.shape[0], -1)) for leaf in jax.tree.leaves(out)]
+        rows = rows._replace(is_fresh=jnp.zeros_like(rows.is_fresh))
+        own = jax.tree.map(
+            lambda whole, part: whole.at[slots].set(part, mode="drop"), tuple(state)[1:], tuple(rows)[1:]
+        )
+        return DecodeState(cache, *own), jnp.concatenate([*packed, flags], axis=1)
+
+    def _attend_pages(self, table: Array, positions: Array, is_live: Array) -> Attend:
+        """For one token a sequence over ``KVPages``."""
+        num_layers, kind = self.model_config.num_hidden_layers, self.attention
+        assert kind != "dense"
+
+        def attend(layer: Any, query: Array, key: Array, value: Array, cache: KVPages) -> tuple[Array, KVPages]:
+            k = kv_cache.put_tokens(cache.k, layer, num_layers, table, positions, is_live, key)
+            v = kv_cache.put_tokens(cache.v, layer, num_layers, table, positions, is_live, value)
+            in_layer = table + layer * (k.shape[1] // num_layers)
+            lengths = jnp.where(is_live, positions + 1, 0)
+            output = paged_attend(query[:, 0], k, v, in_layer, lengths, mesh=self.mesh, implementation=kind)
+            return output[:, None], KVPages(k, v)
+
+        return attend
+
+    def _is_last(self, token: Int[Array, "B"], position: Int[Array, "B"], end: Int[Array, "B"]) -> Bool[Array, "B"]:
+        """Whether a token ends its response: a stop token, or the last position that the limit allows."""
+        return jnp.isin(token, self._stops) | (position + 1 >= end)
+
 
 def _shapes(params: Params) -> dict[str, tuple[int, ...]]:
     """The shape of each parameter by its name; a quantised one has that of its values."""
     leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
     return {"/".join(str(key.key) for key in path): param.get_value().shape for path, param in leaves}
-
-
-def _join(graphdef: nnx.GraphDef, with_head: bool, params: Params) -> tuple[list[Layer], Float[Array, "V D"] | None]:
-    model = nnx.merge(graphdef, params)
-    return joined_layers.join_layers(model), head_by_id(model) if with_head else None
-
-
-def _prefill(
-    graphdef: nnx.GraphDef,
-    config: QwenConfig,
-    cache_dtype: DTypeLike,
-    params: Params,
-    tokens: Int[Array, "N P"],
-    length: Int[Array, "N"],
-) -> Prefix:
-    with jax.named_scope("prefill"):
-        model = nnx.merge(graphdef, params)
-        num_prompts, padded_length = tokens.shape
-        positions = jnp.broadcast_to(jnp.arange(padded_length), tokens.shape)
-        cache = kv_cache.make_prompt_kv(config, num_prompts, padded_length, cache_dtype)
-        # Padding comes after the prompt: causal attention never sees it, and decode steps overwrite its keys and
-        # values before any query could.
-        hidden, cache = model.hidden(tokens, positions, kv_cache.attend_prompt, cache)
-        last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
-        return Prefix(cache, model.logits(last)[:, 0], length)
-
-
-def _insert(draw_fn: Any, stops: Int[Array, "_"], prefix: Prefix, state: DecodeState, start: Start) -> DecodeState:
-    with jax.named_scope("insert"):
-        page_size, slots = state.pages.k.shape[2], start.slots
-        keys = jax.vmap(_sequence_key)(start.seeds)
-        positions = prefix.length[start.source]
-        first = draw_fn(uniforms(keys, positions), prefix.logits[start.source].T, start.distribution)
-        is_fresh = start.given < 0
-        token = jnp.where(is_fresh, first.token, start.given)
-        tail_start = positions // page_size * page_size
-        pages = kv_cache.write_prompts(
-            state.pages, prefix.kv, start.full_pages, start.source, tail_start, start.tail_pages
-        )
-        new = (token, first, positions, start.ends, is_fresh, _is_last(token, positions, start.ends, stops))
-        state_of_slots = (*new, keys, start.distribution)
-        return DecodeState(
-            pages,
-            *jax.tree.map(lambda whole, part: whole.at[slots].set(part, mode="drop"), tuple(state)[1:], state_of_slots),
-        )
 
 
 def _sequence_key(seed: UInt32[Array, "4"]) -> Key[Array, ""]:
@@ -435,98 +458,5 @@ def _sequence_key(seed: UInt32[Array, "4"]) -> Key[Array, ""]:
     return key
 
 
-def _generate(
-    graphdef: nnx.GraphDef,
-    config: QwenConfig,
-    draw_fn: Any,
-    stops: Int[Array, "_"],
-    num_steps: int,
-    kind: AttentionKind,
-    mesh: Mesh,
-    policy: Prepared,
-    slots: Int[Array, "B"],
-    table: Int[Array, "B M"],
-    num_enough: Int[Array, ""],
-    state: DecodeState,
-) -> tuple[DecodeState, Int[Array, "B X"]]:
-    model = nnx.merge(graphdef, policy.params)
-    hidden_fn, logits_fn = model.hidden, lambda hidden: model.logits(hidden).T
-    if policy.layers is not None:
-        hidden_fn = functools.partial(joined_layers.hidden, model, policy.layers)
-    if policy.head is not None:
-        logits_fn = functools.partial(logits_by_id, head=policy.head)
-    num_layers = config.num_hidden_layers
-    pages = state.pages
-    own: Any = jax.tree.map(lambda whole: whole.at[slots].get(mode="clip"), tuple(state)[1:])
-    rows = DecodeState(None, *own)  # pyright: ignore[reportArgumentType]
-    rows = rows._replace(is_done=rows.is_done | (slots >= state.token.shape[0]))
-    started, cache, old = rows, pages, None
-    if kind == "dense":
-        old = dense_cache.gather(pages, table, num_layers, model.compute_dtype)
-        cache = dense_cache.make_empty(pages, num_layers, table.shape[0], num_steps)
-    positions = started.position + jnp.arange(1, num_steps + 1)[:, None]
-    # For all steps at once: random bits cost a CPU their loop of rounds, whatever their number.
-    uniform = jax.vmap(uniforms, in_axes=(None, 0))(started.key, positions)
-
-    def step(carry: Any) -> Any:
-        i, rows, cache, out = carry
-        attend = (
-            _attend_pages(kind, mesh, num_layers, table, rows.position, ~rows.is_done)
-            if old is None
-            else dense_cache.attend_chunk(old, started.position, i - 1)
-        )
-        hidden, cache = hidden_fn(rows.token[:, None], rows.position[:, None], attend, cache)
-        drawn = draw_fn(uniform[i - 1], logits_fn(hidden[:, 0]), rows.distribution)
-        is_live = ~rows.is_done
-        position = jnp.where(is_live, rows.position + 1, rows.position)
-        rows = rows._replace(
-            token=jnp.where(is_live, drawn.token, rows.token),
-            position=position,
-            is_done=rows.is_done | _is_last(drawn.token, position, rows.end, stops),
-        )
-        return i + 1, rows, cache, jax.tree.map(lambda whole, one: whole.at[:, i].set(one), out, drawn)
-
-    def goes_on(carry: Any) -> Array:
-        i, rows, _, _ = carry
-        return (i <= num_steps) & (jnp.sum(rows.is_done) < jnp.minimum(num_enough, slots.shape[0]))
-
-    # Column 0 is for the tokens that insert drew since the last call.
-    out = jax.tree.map(
-        lambda one: jnp.zeros((one.shape[0], num_steps + 1, *one.shape[1:]), one.dtype).at[:, 0].set(one), rows.first
-    )
-    with jax.named_scope("decode"):
-        i, rows, cache, out = jax.lax.while_loop(goes_on, step, (jnp.int32(1), rows, cache, out))
-    if kind == "dense":
-        cache = dense_cache.scatter(pages, cache, table, started.position, rows.position)
-    num_new = rows.position - started.position
-    num_done_steps = jnp.full_like(num_new, i - 1)
-    flags = jnp.stack([started.is_fresh, num_new, rows.is_done, num_done_steps], axis=1).astype(jnp.int32)
-    packed = [_bits(leaf.reshape(leaf.shape[0], -1)) for leaf in jax.tree.leaves(out)]
-    rows = rows._replace(is_fresh=jnp.zeros_like(rows.is_fresh))
-    own = jax.tree.map(lambda whole, part: whole.at[slots].set(part, mode="drop"), tuple(state)[1:], tuple(rows)[1:])
-    return DecodeState(cache, *own), jnp.concatenate([*packed, flags], axis=1)
-
-
-def _attend_pages(kind: Any, mesh: Mesh, num_layers: int, table: Array, positions: Array, is_live: Array) -> Any:
-    """An ``Attend`` for one token a sequence over ``KVPages``."""
-
-    def attend(layer: Any, query: Array, key: Array, value: Array, cache: KVPages) -> tuple[Array, KVPages]:
-        k = kv_cache.put_tokens(cache.k, layer, num_layers, table, positions, is_live, key)
-        v = kv_cache.put_tokens(cache.v, layer, num_layers, table, positions, is_live, value)
-        in_layer = table + layer * (k.shape[1] // num_layers)
-        lengths = jnp.where(is_live, positions + 1, 0)
-        output = paged_attend(query[:, 0], k, v, in_layer, lengths, mesh=mesh, implementation=kind)
-        return output[:, None], KVPages(k, v)
-
-    return attend
-
-
 def _bits(array: Array) -> Int[Array, "..."]:
     return jax.lax.bitcast_convert_type(array, jnp.int32)
-
-
-def _is_last(
-    token: Int[Array, "B"], position: Int[Array, "B"], end: Int[Array, "B"], stops: Int[Array, "_"]
-) -> Bool[Array, "B"]:
-    """Whether a token ends its response: a stop token, or the last position that the limit allows."""
-    return jnp.isin(token, stops) | (position + 1 >= end)

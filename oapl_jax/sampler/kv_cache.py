@@ -1,19 +1,15 @@
 """The paged cache of keys and values: its arrays, and writing prompts and tokens to it.
 
-A page holds the keys and values of ``page_size`` consecutive tokens of one sequence in one layer. A
-sequence has one table of page ids for all layers: page ``p`` of layer ``l`` is row ``l * P + p`` of the
-arrays, so that the layers can be scanned with the arrays as the carry and none is sliced. Which page
-belongs to which sequence is decided on the host (``sampler/page_pool.py``); sequences may share pages.
+A page holds the keys and values of ``page_size`` consecutive tokens of one sequence in one layer. A sequence has one
+table of page ids for all layers: page ``p`` of layer ``l`` is row ``l * P + p`` of the arrays, so that the layers can
+be scanned with the arrays as the carry. Which page belongs to which sequence is decided on the host
+(``sampler/page_pool.py``).
 
-There are two ways to decode over it. Both are ``Attend`` functions of the model:
+Decode steps read the pages where they lie (``sampler/paged_attention.py``), or from one array for each layer to which
+a chunk copies them (``sampler/cpu/dense_cache.py``).
 
-* **paged**: each step writes its token to the pages, and a kernel reads the pages where they lie
-  (``sampler/paged_attention.py``).
-* **dense**: the pages of a chunk's sequences are copied to one array for each layer (``sampler/cpu/dense_cache.py``).
-
-Where the cache is int8, each "Array" here is an ``Int8`` whose scale is that of one token and head. Keys
-and values are quantised once, before anything sees them: prompts and steps attend to what the pages will
-hold, so where a chunk ends does not matter. (What is prefilled again may round some number otherwise.)
+Where the cache is int8, each "Array" here is an ``Int8`` whose scale is that of one token and head. Keys and values
+are quantised before anything sees them, so where a chunk ends does not matter.
 """
 
 from typing import Any, NamedTuple
@@ -38,10 +34,10 @@ class KVPages(NamedTuple):
 
 
 class PromptKV(NamedTuple):
-    """Keys and values of right-padded prompts, before they are in pages."""
+    """Keys and values of a right-padded prompt, before they are in pages."""
 
-    k: Float[Array, "L N P K C"] | Int8
-    v: Float[Array, "L N P K C"] | Int8
+    k: Float[Array, "L 1 P K C"] | Int8
+    v: Float[Array, "L 1 P K C"] | Int8
 
 
 def make_pages(config: QwenConfig, num_pages: int, page_size: int, dtype: DTypeLike) -> KVPages:
@@ -57,9 +53,9 @@ def page_bytes(config: QwenConfig, page_size: int, dtype: DTypeLike) -> int:
     return num_heads * page_size * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(one))
 
 
-def make_prompt_kv(config: QwenConfig, num_prompts: int, length: int, dtype: DTypeLike) -> PromptKV:
+def make_prompt_kv(config: QwenConfig, length: int, dtype: DTypeLike) -> PromptKV:
     """Zeros, for ``attend_prompt`` to fill."""
-    shape = (config.num_hidden_layers, num_prompts, length, config.num_key_value_heads, config.head_dim)
+    shape = (config.num_hidden_layers, 1, length, config.num_key_value_heads, config.head_dim)
     return PromptKV(_zeros(shape, dtype), _zeros(shape, dtype))
 
 
@@ -74,46 +70,41 @@ def encode(new: Array, like: MaybeInt8) -> MaybeInt8:
 
 
 def attend_prompt(layer: Any, query: Array, key: Array, value: Array, cache: PromptKV) -> tuple[Array, PromptKV]:
-    """Causal attention within the prompts; keeps keys and values. See ``qwen.Attend``."""
+    """Causal attention within the prompt; keeps keys and values. See ``qwen.Attend``."""
     new = PromptKV(encode(key, cache.k), encode(value, cache.v))
     cache = jax.tree.map(lambda to, new: to.at[layer].set(new), cache, new)
     key, value = dequantize(new.k, query.dtype), dequantize(new.v, query.dtype)
     return attention.attend(query, key, value, attention.causal_mask(query.shape[1])), cache
 
 
-def write_prompts(
+def write_prompt(
     pages: KVPages,
-    prompts: PromptKV,
-    full_pages: Int[Array, "N M"],
-    source: Int[Array, "B"],
-    tail_start: Int[Array, "B"],
-    tail_page: Int[Array, "B"],
+    prompt: PromptKV,
+    full_pages: Int[Array, "M"],
+    length: Int[Array, ""],
+    tail_pages: Int[Array, "B"],
 ) -> KVPages:
-    """Writes the full pages of prompts once, and the last, partial page once for each sequence.
+    """Writes the full pages of a prompt once, and its last, partial page once for each sequence.
 
     Args:
         pages: is updated in place where the caller donates it.
-        prompts: P is a multiple of the page size.
-        full_pages: page id of each page of each prompt; out of range: not written.
-        source: the prompt of each sequence.
-        tail_start: first position of the sequence's partial page.
-        tail_page: page id of the sequence's own copy of it; out of range: not written.
+        prompt: P is a multiple of the page size.
+        full_pages: page id of each page; out of range: not written.
+        length: of the prompt.
+        tail_pages: page ids of the sequences' own copies of the partial page; out of range: not written.
     """
-    page_size = pages.k.shape[2]
-    num_layers = prompts.k.shape[0]
-    last = prompts.k.shape[2] - page_size
+    page_size, num_layers = pages.k.shape[2], prompt.k.shape[0]
+    # The start is inside the array wherever the page is written at all.
+    tail_start = jnp.minimum(length // page_size * page_size, prompt.k.shape[2] - page_size)
 
     def write(to: Array, new: Array) -> Array:
-        whole = new.reshape(*new.shape[:2], -1, page_size, *new.shape[3:])
-        to = to.at[:, in_layers(full_pages, num_layers, to)].set(jnp.moveaxis(whole, 4, 0), mode="drop")
-        # The start is inside the array wherever the page is written at all.
-        tail = jax.vmap(
-            lambda prompt, start: jax.lax.dynamic_slice_in_dim(new[:, prompt], start, page_size, axis=1), out_axes=1
-        )(source, jnp.minimum(tail_start, last))
-        return to.at[:, in_layers(tail_page, num_layers, to)].set(jnp.moveaxis(tail, 3, 0), mode="drop")
+        whole = new.reshape(num_layers, -1, page_size, *new.shape[3:])
+        to = to.at[:, in_layers(full_pages, num_layers, to)].set(jnp.moveaxis(whole, 3, 0), mode="drop")
+        tail = jnp.moveaxis(jax.lax.dynamic_slice_in_dim(new[:, 0], tail_start, page_size, axis=1), 2, 0)
+        return to.at[:, in_layers(tail_pages, num_layers, to)].set(tail[:, :, None], mode="drop")
 
-    with jax.named_scope("write_prompts"):
-        return jax.tree.map(write, pages, KVPages(*prompts))
+    with jax.named_scope("write_prompt"):
+        return jax.tree.map(write, pages, KVPages(*prompt))
 
 
 def put_tokens(

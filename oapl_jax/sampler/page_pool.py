@@ -23,11 +23,7 @@ class PagePool:
         return len(self._free)
 
     def take(self, count: int) -> list[int]:
-        """Pages with one holder each.
-
-        Raises:
-            ValueError: fewer are free.
-        """
+        """Pages with one holder each; raises ValueError where fewer are free."""
         if count > len(self._free):
             raise ValueError(f"{count} pages asked for, {len(self._free)} of {self.num_pages} are free")
         pages = [self._free.pop() for _ in range(count)]

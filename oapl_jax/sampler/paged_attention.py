@@ -1,17 +1,13 @@
 """Attention of one new token a sequence over keys and values that lie in pages.
 
-All layers share one pool of pages: page ``p`` of layer ``l`` is page ``l * (pages per layer) + p`` of the
-pool. So the layers can be scanned with the whole pool as the carry: a layer writes its new tokens in
-place and passes the pool as it is, with ``table + l * (pages per layer)``. A kernel that took one layer's
-slice would get a copy of it in every step.
+All layers share one pool of pages (``kv_cache.py``). A layer writes its new tokens in place and passes the whole pool
+with ``table + l * (pages per layer)``: a kernel that took one layer's slice would get a copy of it in every step.
 
-Dimension letters of this file beyond the legend: "P" pages of the pool, "S" tokens of a page, "M" entries
-of a row's page table.
+Dimension letters beyond the legend: "P" pages of the pool, "S" tokens of a page, "M" entries of a row's page table.
 """
 
 import contextlib
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -24,7 +20,6 @@ from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from oapl_jax.distributed.sharding import BATCH_AXES
 from oapl_jax.model.attention import MASKED
 from oapl_jax.model.quantized import Int8, dequantize
 from oapl_jax.model.row_attention import has_triton
@@ -50,9 +45,8 @@ GPU_MAX_SPLITS = 16
 def choose_implementation(device: Any, dtype: DTypeLike, head_dim: int) -> Implementation:
     """The implementation for a device (``jax.Device``), the dtype of the pages and a head width.
 
-    A TPU has its kernel, for heads whose width is a multiple of 128. A GPU has one for 16 bits and widths that are a
-    power of two; float32 it would round to TF32. It was compiled for GPUs and has run interpreted, on no GPU; the
-    parity gate before the first step compares what it gives with the learner. Everything else gets ``"xla"``.
+    A GPU has a kernel for 16 bits and widths that are a power of two; float32 it would round to TF32. It was compiled
+    for GPUs and has run interpreted, on no GPU; the parity gate compares what it gives with the learner.
     """
     if jnp.dtype(dtype) == jnp.int8:
         return "xla"
@@ -76,10 +70,9 @@ def paged_attend(
 ) -> Float[Array, "B H C"]:
     """Softmax attention of one query a row over the first ``lengths[b]`` tokens of the row's pages.
 
-    The kernels run under ``shard_map``: query heads are split over mesh axis ``tensor``, kv heads too
-    where it divides them (otherwise every device holds all, as in ``sharding.shardings``), rows over the
-    batch axes where those divide them. Scores and softmax are float32; ``"tpu"`` rounds keys and values
-    to bfloat16 whatever the pages' dtype, ``"gpu"`` rounds queries to the pages' dtype.
+    The kernels run under ``shard_map``: query heads are split over mesh axis ``tensor``, kv heads too where it divides
+    them (otherwise every device holds all, as in ``sharding.shardings``). Scores and softmax are float32; ``"tpu"``
+    rounds keys and values to bfloat16 whatever the pages' dtype, ``"gpu"`` rounds queries to the pages' dtype.
 
     Args:
         query: after norm and rope, not scaled.
@@ -190,8 +183,7 @@ def _over_mesh(
     lengths: Array,
 ) -> Array:
     """A kernel on every device of the mesh; XLA cannot partition kernels by itself."""
-    B, H, _ = query.shape
-    K, P, _, _ = k_pages.shape
+    H, (K, P, _, _) = query.shape[1], k_pages.shape
     tensor = mesh.shape["tensor"]
     is_split = K % tensor == 0
     if not is_split and (tensor % K or H % tensor):
@@ -200,14 +192,13 @@ def _over_mesh(
             f" share one kv head or to have their own; choose a tensor that divides {K}, or a multiple of {K} that"
             f" divides {H}, or implementation 'xla'"
         )
-    rows = BATCH_AXES if B % math.prod(mesh.shape[axis] for axis in BATCH_AXES) == 0 else None
-    heads = PartitionSpec(rows, "tensor")
+    heads = PartitionSpec(None, "tensor")
     pages = PartitionSpec("tensor") if is_split else PartitionSpec()
 
     @functools.partial(
         jax.shard_map,
         mesh=mesh,
-        in_specs=(heads, pages, pages, PartitionSpec(rows), PartitionSpec(rows)),
+        in_specs=(heads, pages, pages, PartitionSpec(), PartitionSpec()),
         out_specs=heads,
         check_vma=False,
     )

@@ -1,13 +1,10 @@
-"""PyTorch's ``generate`` as the engine of a detached sampler, with the log-probabilities of the distribution it samples.
+"""PyTorch's ``generate`` as the engine of a detached sampler, with the log-probabilities of what it samples from.
 
 This is the shortest whole example of another engine for a JAX trainer. It is not fast: prompts of one length are
-decoded together, and a batch lasts as long as its longest response.
-
-The draws come from PyTorch's global generator, so a group that is sampled again is another one. The log has what
-was drawn.
+decoded together, and a batch lasts as long as its longest response. The draws come from PyTorch's global generator, so
+a group that is sampled again is another one.
 """
 
-import collections
 import functools
 import pathlib
 from collections.abc import Iterable
@@ -15,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]  (a test extra)
-from transformers import AutoModelForCausalLM, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.data.tokenizer import Tokenizer
@@ -42,22 +39,14 @@ def make(config: TrainConfig, tokenizer: Tokenizer) -> tuple["TorchSampler", Any
 
 
 class TorchSampler:
-    """A ``Sampler`` that runs requests in batches.
-
-    Args:
-        num_rows: rollouts decoded at once.
-        max_response_tokens: limit of a response.
-        vocab_size: the tokenizer's length; ids beyond it are padding of the embedding and never drawn.
-        stop_ids: tokens that end a response.
-        pad_id: fills the rows of responses that have ended.
-    """
+    """A ``Sampler`` that runs requests in batches; ids from ``vocab_size`` on are padding and never drawn."""
 
     def __init__(
         self, *, num_rows: int, max_response_tokens: int, vocab_size: int, stop_ids: tuple[int, ...], pad_id: int
     ):
         self._num_rows, self._max_response_tokens, self._vocab_size = num_rows, max_response_tokens, vocab_size
         self._stop_ids, self._pad_id = stop_ids, pad_id
-        self._waiting: collections.deque[Request] = collections.deque()
+        self._waiting: list[Request] = []
         self._model: Any = None
         self.stats = Stats()
         torch.seed()
@@ -82,13 +71,9 @@ class TorchSampler:
         return sum(request.num_rollouts for request in self._waiting)
 
     def submit(self, request: Request) -> None:
-        """Queues a request.
-
-        Raises:
-            ValueError: it has a limit or stop strings of its own.
-        """
-        if request.max_tokens is not None or request.stop_strings:
-            raise ValueError(f"request {request.tag!r}: max_tokens and stop_strings need --engine jax")
+        """Queues a request; raises ValueError for one with a limit of its own."""
+        if request.max_tokens is not None:
+            raise ValueError(f"request {request.tag!r}: max_tokens needs --engine jax")
         self._waiting.append(request)
 
     def abort(self) -> None:
@@ -104,23 +89,14 @@ class TorchSampler:
 
     def step(self) -> list[tuple[Any, list[Rollout]]]:
         """Generates all rollouts of the first requests that have prompts of one length and one distribution."""
-        first = self._waiting[0]
-
-        def is_alike(request: Request) -> bool:
-            return (len(request.prompt_token_ids), request.distribution) == (
-                len(first.prompt_token_ids),
-                first.distribution,
-            )
-
-        batch, num_rows = [], 0
-        for request in [request for request in self._waiting if is_alike(request)]:
-            if batch and num_rows + request.num_rollouts > self._num_rows:
+        batch: list[Request] = []
+        for request in [each for each in self._waiting if _kind(each) == _kind(self._waiting[0])]:
+            if batch and sum(each.num_rollouts for each in (*batch, request)) > self._num_rows:
                 break
             batch.append(request)
-            num_rows += request.num_rollouts
-            self._waiting.remove(request)
+        self._waiting = [request for request in self._waiting if all(request is not each for each in batch)]
         prompts = np.concatenate([np.tile(item.prompt_token_ids, (item.num_rollouts, 1)) for item in batch])
-        rollouts = iter(self._generate(prompts, first.distribution))
+        rollouts = iter(self._generate(prompts, batch[0].distribution))
         return [(request.tag, [next(rollouts) for _ in range(request.num_rollouts)]) for request in batch]
 
     def _generate(self, prompts: np.ndarray, distribution: SamplingDistribution) -> list[Rollout]:
@@ -130,7 +106,6 @@ class TorchSampler:
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 generation_config=self._generation_config(distribution),
-                logits_processor=LogitsProcessorList([_OnlyVocabulary(self._vocab_size)]),
             )
             tokens = output.sequences[:, inputs.shape[1] :]
             # The scores are the logits after all processors: their softmax is the distribution that was drawn from.
@@ -160,6 +135,7 @@ class TorchSampler:
             top_p=distribution.top_p,
             min_p=distribution.min_p or None,
             max_new_tokens=self._max_response_tokens,
+            suppress_tokens=list(range(self._vocab_size, self._model.config.vocab_size)) or None,
             eos_token_id=list(self._stop_ids),
             pad_token_id=self._pad_id,
             output_scores=True,
@@ -167,13 +143,6 @@ class TorchSampler:
         )
 
 
-class _OnlyVocabulary(LogitsProcessor):
-    """Rules out the ids that the tokenizer does not have."""
-
-    def __init__(self, vocab_size: int):
-        self._vocab_size = vocab_size
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
-        """Logits with minus infinity at the padding of the embedding."""
-        scores[:, self._vocab_size :] = -torch.inf
-        return scores
+def _kind(request: Request) -> tuple[int, SamplingDistribution]:
+    """What the requests of a batch have in common."""
+    return len(request.prompt_token_ids), request.distribution

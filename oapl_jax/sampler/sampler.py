@@ -1,8 +1,7 @@
 """The process's sampler: replicas of the policy, their caches, and the lock of the devices.
 
-The axes of the sampler's mesh other than ``tensor`` are replicas, each with an engine and a scheduler. Replicas share
-nothing but the weights' values. No program runs on more than one of them, so none ever waits for another's sequences,
-and a request's rollouts are the same on whichever replica it runs.
+The axes of the sampler's mesh other than ``tensor`` are replicas, each with an engine and a scheduler. No program runs
+on more than one of them, and a request's rollouts are the same on whichever replica it runs.
 """
 
 import contextlib
@@ -30,12 +29,7 @@ def replica_meshes(mesh: Mesh) -> list[Mesh]:
 
 
 def replica_params(params: Params, replica: Mesh) -> Params:
-    """The part of the weights that lies on one replica's devices, without a copy.
-
-    Args:
-        params: on a mesh that has the replica's devices, and split over its axis ``tensor`` only.
-        replica: of ``replica_meshes``.
-    """
+    """The weights on the devices of one of ``replica_meshes``, without a copy; they are split over ``tensor`` only."""
     order = {device: i for i, device in enumerate(np.asarray(replica.devices).flat)}
 
     def part(leaf: jax.Array) -> jax.Array:
@@ -90,8 +84,7 @@ class JaxSampler:
     def set_weights(self, weights: Params) -> None:
         """Uses these parameters, which lie on the sampler's mesh."""
         if not self._schedulers:
-            # Fixed shapes: the last bits of a log-probability must not depend on what else is decoded.
-            self._schedulers = [Scheduler(engine, self.device_lock, fixed_shapes=True) for engine in self._engines]
+            self._schedulers = [Scheduler(engine, self.device_lock) for engine in self._engines]
         self._parts = self._split(weights)
 
     def submit(self, request: Request) -> None:

@@ -1,11 +1,10 @@
 """Continuous batching for groups: which sequences are decoded, in which slots and pages, and when they leave.
 
-A prompt is prefilled once for all its rollouts; they share its full pages, and each has its own copy of
-the last, partial one. A rollout that ends frees its row for the next sequence, of whatever group; a
-group is handed out the moment its last rollout ends. Sequences that are expected to be long start first,
-because what starts last alone decides when all are done. When the pages run out, the sequence that
-started last gives its pages up and waits; later its prompt and its tokens so far are prefilled again,
-and it goes on where it was, with the log-probabilities that it had.
+A prompt is prefilled once for all its rollouts; they share its full pages, and each has its own copy of the last,
+partial one. A rollout that ends frees its row for the next sequence, of whatever group. Sequences that are expected to
+be long start first, because what starts last alone decides when all are done. When the pages run out, the sequence
+that started last gives its pages up and waits; later its prompt and its tokens so far are prefilled again, and it goes
+on where it was.
 
 What a rollout says depends on its seed only, not on anything that is decided here.
 """
@@ -13,10 +12,9 @@ What a rollout says depends on its seed only, not on anything that is decided he
 import bisect
 import collections
 import contextlib
-import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeVar
 
@@ -35,31 +33,12 @@ QUEUE = 4
 """The longest-first order is kept within blocks of this many times as many rollouts as there are rows, so that no
 request waits for ever."""
 
-REFILL_FRACTION = 8
-"""Where a chunk may end early and others wait, it ends when one in this many of its sequences has ended."""
-
-
-@dataclasses.dataclass(frozen=True)
-class _Prefill(Generic[Tag]):
-    """Tokens to be prefilled, for sequences that go on from there."""
-
-    prefix: np.ndarray
-    sequences: list[LiveSequence[Tag]]
-    num_shared: int
-    """How many of their pages another rollout of the group has filled."""
-
-
-@dataclasses.dataclass(eq=False)
-class _Chunk:
-    """A call of ``generate`` that is under way."""
-
-    sequences: list[LiveSequence]
-    packed: Any
-    num_rows: int
-
 
 class Scheduler(Generic[Tag]):
     """Runs requests on one replica of the policy; owns the decode state. For one thread.
+
+    The programs have fixed shapes: prompts are prefilled one by one, and every chunk has all rows. Then not even the
+    last bits of a log-probability depend on what else is decoded, unless the pages run out. The price is idle rows.
 
     Args:
         engine: the programs.
@@ -68,26 +47,10 @@ class Scheduler(Generic[Tag]):
             wait for each other for ever. ``contextlib.nullcontext()`` where that cannot happen.
         chunks_ahead: 1: the next chunk is enqueued before the results of the last are read, so that the
             device never waits for the host; 0: after. None: 0 on CPU, where the host is the device.
-        decode: token ids to text, for stop strings.
-        fixed_shapes: prompts are prefilled one by one, and every chunk has all rows and goes on until all of them have
-            ended or made all steps. Then not even the last bits of a log-probability depend on what else is decoded
-            (unless the pages run out), at the price of idle rows. False: chunks have as many rows as are live, and end
-            early when that lets others start.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        device_lock: AbstractContextManager,
-        *,
-        chunks_ahead: int | None = None,
-        decode: Callable[[list[int]], str] | None = None,
-        fixed_shapes: bool = False,
-    ):
-        self._engine, self._device_lock, self._decode = engine, device_lock, decode
-        self._fixed_shapes = fixed_shapes
-        # A kernel passes over idle rows, so fewer rows gain nothing.
-        self._fixed_rows = fixed_shapes or engine.attention != "dense"
+    def __init__(self, engine: Engine, device_lock: AbstractContextManager, *, chunks_ahead: int | None = None):
+        self._engine, self._device_lock = engine, device_lock
         self._is_cpu = engine.mesh.devices.flat[0].platform == "cpu"
         self._chunks_ahead = (0 if self._is_cpu else 1) if chunks_ahead is None else chunks_ahead
         with self._device_lock:
@@ -98,7 +61,8 @@ class Scheduler(Generic[Tag]):
         """Sequences without a slot, those that begin with the same tokens together, in the order of starting."""
         self._live: list[LiveSequence[Tag]] = []
         """Sequences with a slot."""
-        self._chunks: collections.deque[_Chunk] = collections.deque()
+        self._chunks: collections.deque[tuple[list[LiveSequence[Tag]], jax.Array]] = collections.deque()
+        """Calls of ``generate`` under way: their sequences, and what they return for ``Engine.unpack``."""
         self._starts = itertools.count()
         self._num_submitted = 0
         self._policy = Prepared(None, None, None)
@@ -112,13 +76,8 @@ class Scheduler(Generic[Tag]):
 
     @property
     def wants_more(self) -> bool:
-        """Fewer rollouts wait than there are rows: enough to choose the longest from, and to prefill together."""
+        """Fewer rollouts wait than there are rows: enough to choose the longest from."""
         return self.num_unfinished - self.num_live < self._engine.num_rows
-
-    @property
-    def num_rows(self) -> int:
-        """Rollouts decoded at once."""
-        return self._engine.num_rows
 
     @property
     def num_live(self) -> int:
@@ -130,17 +89,12 @@ class Scheduler(Generic[Tag]):
         """Rollouts that have not ended."""
         return len(self._live) + sum(map(len, self._waiting))
 
-    @property
-    def num_free_pages(self) -> int:
-        """Pages that no sequence holds."""
-        return self._pool.num_free
-
     def submit(self, request: Request[Tag]) -> None:
         """Puts a request in the queue.
 
         Raises:
             ValueError: for an empty or overlong prompt, no rollouts, a limit out of range, log-probabilities
-                asked of a greedy request, stop strings without a decoder.
+                asked of a greedy request, truncation that the engine was not compiled for.
         """
         limits = self._check(request)
         group = LiveGroup(request, self._num_submitted // (QUEUE * self._engine.num_rows))
@@ -148,30 +102,15 @@ class Scheduler(Generic[Tag]):
         self._enqueue([LiveSequence(group, index, limit) for index, limit in enumerate(limits)])
 
     def step(self, params: Params) -> list[tuple[Tag, list[Rollout]]]:
-        """Schedules and runs prefills and a chunk, reads what has run; returns the groups that are finished.
-
-        Raises:
-            ValueError: the parameters are those of another architecture.
-        """
+        """Schedules and runs prefills and a chunk, reads what has run; returns the groups that are finished."""
         policy = self._prepare(params)
-        for batch in self._schedule_prefills():
-            self._run_prefill(policy, batch)
+        self._start_waiting(policy)
         sequences, finished = self._schedule_chunk()
         if sequences:
             self._run_chunk(policy, sequences)
         while len(self._chunks) > (self._chunks_ahead if sequences else 0):
             finished += self._postprocess()
         return finished
-
-    def run(self, params: Params, requests: Iterable[Request[Tag]]) -> Iterator[tuple[Tag, list[Rollout]]]:
-        """Runs all requests, yielding each as it ends, for benchmarks; others use ``rollouts.sampling.run``."""
-        waiting = iter(requests)
-        request = next(waiting, None)
-        while request is not None or not self.is_idle:
-            while request is not None and self.num_unfinished < (QUEUE + 1) * self.num_rows:
-                self.submit(request)
-                request = next(waiting, None)
-            yield from self.step(params)
 
     def abort(self) -> None:
         """Drops all requests and frees what they hold."""
@@ -180,36 +119,18 @@ class Scheduler(Generic[Tag]):
             self._release(sequence)
         self._waiting.clear()
 
-    def warm_up(self, params: Params, prompt_lengths: Iterable[int], group_size: int) -> int:
-        """Compiles the programs that requests of these sizes need, by running them on nothing.
-
-        Args:
-            params: the policy.
-            prompt_lengths: of the prompts to come.
-            group_size: rollouts of each.
-
-        Returns:
-            The number of programs.
-        """
+    def warm_up(self, params: Params, prompt_lengths: Iterable[int], group_size: int) -> None:
+        """Compiles the programs that requests of these sizes need, by running them on nothing."""
         engine, policy = self._engine, self._prepare(params)
-        num_programs = 0
         with self._device_lock:
-            lengths = {engine.padded_length(length): length for length in prompt_lengths}
-            for padded, length in sorted(lengths.items()):
-                for count in _doublings(1 if self._fixed_shapes else engine.prompts_at_once(padded)):
-                    prefix = engine.prefill(policy, [np.zeros(length, np.int32)] * count)
-                    start = self._empty_start(count, padded, count * group_size)
-                    self._state = engine.insert(prefix, self._state, start)
-                    num_programs += 2
-            row_counts = [] if self._fixed_rows else _doublings(engine.num_rows)
-            for num_rows in sorted({engine.padded_rows(n) for n in row_counts} | {engine.num_rows}):
-                for num_pages in sorted({engine.padded_pages(n + 1) for n in range(engine.max_pages)}):
-                    table = np.zeros((num_rows, num_pages), np.int32)
-                    slots = np.full(num_rows, engine.num_slots)
-                    self._state, _ = engine.generate(policy, self._state, slots, table)
-                    num_programs += 1
+            for padded in sorted(set(map(engine.padded_length, prompt_lengths))):
+                prefix = engine.prefill(policy, np.zeros(padded, np.int32))
+                self._state = engine.insert(prefix, self._state, self._empty_start(padded, group_size))
+            slots = np.full(engine.num_rows, engine.num_slots)
+            for num_pages in sorted({engine.padded_pages(n + 1) for n in range(engine.max_pages)}):
+                table = np.zeros((engine.num_rows, num_pages), np.int32)
+                self._state, _ = engine.generate(policy, self._state, slots, table)
             jax.block_until_ready(self._state)
-        return num_programs
 
     def _check(self, request: Request[Tag]) -> list[int]:
         """The limit of each rollout."""
@@ -234,8 +155,6 @@ class Scheduler(Generic[Tag]):
             )
         if request.distribution.truncates and not engine.can_truncate:
             raise ValueError(f"{name}: {request.distribution} on an engine that was made with can_truncate=False")
-        if request.stop_strings and self._decode is None:
-            raise ValueError(f"{name}: stop_strings={request.stop_strings} need a scheduler that was given `decode`")
         return limits
 
     def _enqueue(self, sequences: list[LiveSequence[Tag]]) -> None:
@@ -260,31 +179,22 @@ class Scheduler(Generic[Tag]):
                 self._finish_on_device(self._policy)
         return self._policy
 
-    def _schedule_prefills(self) -> Iterator[list[_Prefill[Tag]]]:
-        """Gives slots and pages to what waits, while there are rows that nothing with a slot could fill.
-
-        Each batch has to run before the next one is asked for.
-        """
+    def _start_waiting(self, policy: Prepared) -> None:
+        """Prefills what waits, while there are slots and pages, and rows that nothing with a slot could fill."""
         engine = self._engine
-        while self._waiting and self._num_going_on() < engine.num_rows and self._free_slots:
-            batch: list[_Prefill[Tag]] = []
-            while self._waiting and self._num_going_on() < engine.num_rows:
-                entry = self._waiting[0]
-                prefix = entry[0].prefix()
-                padded = engine.padded_length(len(prefix))
-                most = 1 if self._fixed_shapes else engine.prompts_at_once(padded)
-                if batch and (len(batch) == most or padded != engine.padded_length(len(batch[0].prefix))):
-                    break
-                shared = self._shared_pages(entry[0])
-                if not (started := self._take_pages(entry, len(prefix), shared)):
-                    break
-                batch.append(_Prefill(prefix, started, len(shared)))
-                del entry[: len(started)]
-                if not entry:
-                    del self._waiting[0]
-            if not batch:
+        while self._waiting and self._free_slots:
+            if sum(not self._surely_ends(sequence) for sequence in self._live) >= engine.num_rows:
                 return
-            yield batch
+            entry = self._waiting[0]
+            prefix, num_full = entry[0].prefix(), entry[0].prompt_length // engine.page_size
+            # Full pages of the prompt that another rollout of the group holds.
+            shared = next((other.pages[:num_full] for other in self._live if other.group is entry[0].group), [])
+            if not (started := self._take_pages(entry, len(prefix), shared)):
+                return
+            del entry[: len(started)]
+            if not entry:
+                del self._waiting[0]
+            self._run_prefill(policy, prefix, started, len(shared))
 
     def _take_pages(self, entry: list[LiveSequence[Tag]], length: int, shared: list[int]) -> list[LiveSequence[Tag]]:
         """Gives pages and slots to as many of the sequences as there are pages for.
@@ -308,67 +218,51 @@ class Scheduler(Generic[Tag]):
             self._live.append(sequence)
         return entry[:count]
 
-    def _shared_pages(self, sequence: LiveSequence[Tag]) -> list[int]:
-        """Full pages of the prompt that another rollout of the group holds."""
-        num_full = sequence.prompt_length // self._engine.page_size
-        for other in self._live:
-            if other.group is sequence.group:
-                return other.pages[:num_full]
-        return []
-
-    def _run_prefill(self, policy: Prepared, batch: list[_Prefill[Tag]]) -> None:
-        """Prefills a batch of prompts and starts their sequences."""
-        engine = self._engine
-        sequences = [(n, sequence) for n, prefill in enumerate(batch) for sequence in prefill.sequences]
-        num_prompts, padded = 1 << (len(batch) - 1).bit_length(), engine.padded_length(len(batch[0].prefix))
-        # With fixed shapes the rest of a group, which waited for slots, runs the program of the whole group.
-        group_size = min(batch[0].sequences[0].group.request.num_rollouts, engine.num_slots)
-        start = self._empty_start(num_prompts, padded, max(len(sequences), group_size if self._fixed_shapes else 0))
-        for n, prefill in enumerate(batch):
-            to_write = slice(prefill.num_shared, len(prefill.prefix) // engine.page_size)
-            start.full_pages[n, to_write] = prefill.sequences[0].pages[to_write]
-        for i, (n, sequence) in enumerate(sequences):
-            request = sequence.group.request
-            start.slots[i], start.source[i], start.ends[i] = sequence.slot, n, sequence.end
+    def _run_prefill(
+        self, policy: Prepared, prefix: np.ndarray, sequences: list[LiveSequence[Tag]], num_shared: int
+    ) -> None:
+        """Prefills tokens and starts the sequences that go on from there, which share the first pages with others."""
+        engine, request = self._engine, sequences[0].group.request
+        num_full = len(prefix) // engine.page_size
+        # The rest of a group, which waited for slots, runs the program of the whole group.
+        num_sequences = max(len(sequences), min(request.num_rollouts, engine.num_slots))
+        start = self._empty_start(engine.padded_length(len(prefix)), num_sequences)
+        start.full_pages[num_shared:num_full] = sequences[0].pages[num_shared:num_full]
+        for i, sequence in enumerate(sequences):
+            start.slots[i], start.ends[i] = sequence.slot, sequence.end
             start.seeds[i] = (*request.seed, sequence.index)
             start.given[i] = sequence.tokens[-1][-1] if sequence.num_tokens else -1
-            if len(batch[n].prefix) % engine.page_size:
+            if len(prefix) % engine.page_size:
                 start.tail_pages[i] = sequence.pages[-1]
-        distributions = [sequence.group.request.distribution for _, sequence in sequences]
+        distributions = [request.distribution] * len(sequences)
         distributions += [SamplingDistribution()] * (len(start.slots) - len(distributions))
         start = start._replace(distribution=engine.distributions(distributions))
         self._count_gap()
         with self._device_lock:
-            prefix = engine.prefill(policy, [prefill.prefix for prefill in batch])
-            self._state = engine.insert(prefix, self._state, start)
+            self._state = engine.insert(engine.prefill(policy, prefix), self._state, start)
             self._finish_on_device(self._state)
-        self.stats.prefill_tokens += sum(len(prefill.prefix) for prefill in batch)
+        self.stats.prefill_tokens += len(prefix)
 
-    def _empty_start(self, num_prompts: int, padded_length: int, num_sequences: int) -> Start:
+    def _empty_start(self, padded_length: int, num_sequences: int) -> Start:
         engine = self._engine
         rows = 1 << (num_sequences - 1).bit_length()
-        integers = np.zeros(rows, np.int32)
         return Start(
             slots=np.full(rows, engine.num_slots, np.int32),
-            source=integers,
             seeds=np.zeros((rows, 4), np.uint32),
-            ends=integers.copy(),
+            ends=np.zeros(rows, np.int32),
             given=np.full(rows, -1, np.int32),
             distribution=engine.distributions([SamplingDistribution()] * rows),
-            full_pages=np.full((num_prompts, padded_length // engine.page_size), engine.num_pages, np.int32),
+            full_pages=np.full(padded_length // engine.page_size, engine.num_pages, np.int32),
             tail_pages=np.full(rows, engine.num_pages, np.int32),
         )
 
     def _schedule_chunk(self) -> tuple[list[LiveSequence[Tag]], list[tuple[Tag, list[Rollout]]]]:
-        """The sequences of the next chunk, with pages for what it may write.
+        """The sequences of the next chunk, with pages for what it may write, and groups that were finished meanwhile.
 
         Where pages are short it reads the chunks in flight, and then preempts.
-
-        Returns:
-            The sequences, and the groups that the chunks it read have finished.
         """
         finished: list[tuple[Tag, list[Rollout]]] = []
-        sequences = [s for s in self._live if s.started >= 0 and not s.surely_ends]
+        sequences = [s for s in self._live if s.started >= 0 and not self._surely_ends(s)]
         parked = [s for s in self._live if s.started < 0]
         for sequence in parked[: self._engine.num_rows - len(sequences)]:
             sequence.started = next(self._starts)
@@ -382,82 +276,63 @@ class Scheduler(Generic[Tag]):
                 if self._chunks:
                     finished += self._postprocess()  # what has ended frees pages, and none in flight may be preempted
                 else:
-                    self._preempt(max(self._live, key=lambda s: (s.started < 0, s.started)))
+                    preempted = max(self._live, key=lambda s: (s.started < 0, s.started))
+                    self._release(preempted)
+                    self._enqueue([preempted])
+                    self.stats.preemptions += 1
                 if sequence.slot is None:
                     break
                 num_missing = self._pages_needed(sequence) - len(sequence.pages)
             else:
                 sequence.pages += self._pool.take(max(num_missing, 0))
-        return [s for s in sequences if s.slot is not None and not s.surely_ends], finished
+        return [s for s in sequences if s.slot is not None and not self._surely_ends(s)], finished
 
     def _pages_needed(self, sequence: LiveSequence[Tag]) -> int:
         """For every position that the next chunk may write; the last token of a response is not written."""
-        last = sequence.next_write + (len(sequence.unread) + 1) * self._engine.decode_steps
+        last = sequence.next_write + (sequence.num_unread + 1) * self._engine.decode_steps
         return self._engine.pages_of(min(last, sequence.end - 1))
 
     def _run_chunk(self, policy: Prepared, sequences: list[LiveSequence[Tag]]) -> None:
         """Enqueues a chunk of decode steps."""
         engine = self._engine
-        num_rows = engine.num_rows if self._fixed_rows else engine.padded_rows(len(sequences))
         num_pages = engine.padded_pages(max(len(sequence.pages) for sequence in sequences))
-        slots = np.full(num_rows, engine.num_slots, np.int32)
-        table = np.zeros((num_rows, num_pages), np.int32)
+        slots = np.full(engine.num_rows, engine.num_slots, np.int32)
+        table = np.zeros((engine.num_rows, num_pages), np.int32)
         for i, sequence in enumerate(sequences):
             slots[i] = sequence.slot or 0
             table[i, : len(sequence.pages)] = sequence.pages
-        enough = self._enough(len(sequences), num_rows)
+            sequence.num_unread += 1
         self._count_gap()
         with self._device_lock:
-            self._state, packed = engine.generate(
-                policy, self._state, slots, table, num_enough=enough + num_rows - len(sequences)
-            )
+            self._state, packed = engine.generate(policy, self._state, slots, table)
             packed.copy_to_host_async()
             self._finish_on_device(self._state)
-        sure = engine.decode_steps if enough == len(sequences) else 0
-        for sequence in sequences:
-            sequence.unread.append(sure)
-        self._chunks.append(_Chunk(sequences, packed, num_rows))
-
-    def _enough(self, num_sequences: int, num_rows: int) -> int:
-        """How many sequences must end before the chunk does: where rows cost, as many as one could put to use."""
-        if self._fixed_rows:
-            return num_sequences
-        if self._waiting or len(self._live) > num_sequences:
-            return max(1, num_sequences // REFILL_FRACTION)
-        smaller = num_rows // 2
-        return num_sequences - smaller if num_sequences > smaller >= self._engine.padded_rows(1) else num_sequences
+        self._chunks.append((sequences, packed))
 
     def _postprocess(self) -> list[tuple[Tag, list[Rollout]]]:
         """Reads the oldest chunk and frees what has ended; returns the groups that it finished."""
-        chunk = self._chunks.popleft()
-        decoded = self._engine.unpack(np.asarray(chunk.packed))
-        self.stats.row_steps += chunk.num_rows * decoded.num_steps
+        sequences, packed = self._chunks.popleft()
+        decoded = self._engine.unpack(np.asarray(packed))
+        self.stats.row_steps += self._engine.num_rows * decoded.num_steps
         self._idle_since = time.perf_counter() if not self._chunks and self._live else None
         finished = []
-        for row, sequence in enumerate(chunk.sequences):
-            sequence.unread.popleft()
+        for row, sequence in enumerate(sequences):
+            sequence.num_unread -= 1
             if sequence.has_ended:
                 continue
             num_before = sequence.num_tokens
-            is_done = sequence.take(decoded, row, self._decode)
+            sequence.take(decoded, row)
             self.stats.live_row_steps += int(decoded.is_valid[row, 1:].sum())
             self.stats.tokens += sequence.num_tokens - num_before
-            if is_done and self._end(sequence):
-                rollouts = sequence.group.finished
-                finished.append((sequence.group.request.tag, [rollouts[i] for i in range(len(rollouts))]))
+            if not decoded.is_done[row]:
+                continue
+            self._release(sequence)
+            sequence.has_ended = True
+            request, rollouts = sequence.group.request, sequence.group.finished
+            rollouts[sequence.index] = sequence.rollout(self._engine.stop_ids)
+            if len(rollouts) == request.num_rollouts:
+                finished.append((request.tag, [rollouts[i] for i in range(len(rollouts))]))
         return finished
-
-    def _end(self, sequence: LiveSequence[Tag]) -> bool:
-        """Frees what an ended sequence holds; True when it was the last of its group."""
-        self._release(sequence)
-        sequence.has_ended = True
-        sequence.group.finished[sequence.index] = sequence.rollout(self._engine.stop_ids)
-        return len(sequence.group.finished) == sequence.group.request.num_rollouts
-
-    def _preempt(self, sequence: LiveSequence[Tag]) -> None:
-        self._release(sequence)
-        self.stats.preemptions += 1
-        self._enqueue([sequence])
 
     def _release(self, sequence: LiveSequence[Tag]) -> None:
         """Takes a sequence off its slot and its pages."""
@@ -466,9 +341,10 @@ class Scheduler(Generic[Tag]):
         self._pool.release(sequence.pages)
         sequence.slot, sequence.pages = None, []
 
-    def _num_going_on(self) -> int:
-        """Sequences with a slot that the chunks in flight may not bring to an end."""
-        return sum(not sequence.surely_ends for sequence in self._live)
+    def _surely_ends(self, sequence: LiveSequence[Tag]) -> bool:
+        """The unread chunks reach its limit, if nothing ended it before."""
+        num_steps = sequence.num_unread * self._engine.decode_steps
+        return num_steps > 0 and sequence.next_write + num_steps + 1 >= sequence.end
 
     def _count_gap(self) -> None:
         """Something is enqueued: the device waits no longer."""
@@ -480,8 +356,3 @@ class Scheduler(Generic[Tag]):
         """On shared CPU devices a program must have ended, not only been enqueued, when the lock is left."""
         if self._is_cpu and not isinstance(self._device_lock, contextlib.nullcontext):
             jax.block_until_ready(result)
-
-
-def _doublings(most: int) -> list[int]:
-    """Powers of two up to a number."""
-    return [1 << i for i in range(most.bit_length())]

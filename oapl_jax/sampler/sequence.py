@@ -1,8 +1,7 @@
 """The state of requests that are under way: their groups and their sequences."""
 
-import collections
 import dataclasses
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -38,8 +37,8 @@ class LiveSequence(Generic[Tag]):
     slot: int | None = None
     """None: it waits for pages and a prefill."""
     pages: list[int] = dataclasses.field(default_factory=list)
-    unread: collections.deque[int] = dataclasses.field(default_factory=collections.deque)
-    """For each chunk that decodes it and has not been read, the steps that it makes unless it ends."""
+    num_unread: int = 0
+    """Chunks that decode it and have not been read."""
     started: int = -1
     """Order in which it began to decode; -1: it has a slot and has not yet."""
     has_ended: bool = False
@@ -59,54 +58,19 @@ class LiveSequence(Generic[Tag]):
         """First position beyond the limit."""
         return self.prompt_length + self.limit
 
-    @property
-    def surely_ends(self) -> bool:
-        """The unread chunks reach its limit, if nothing ended it before."""
-        return bool(self.unread) and self.next_write + sum(self.unread) + 1 >= self.end
-
     def prefix(self) -> Int[np.ndarray, "_P"]:
         """What has to be in the cache before it can go on: all but the last token."""
         return np.concatenate([self.group.request.prompt_token_ids, *self.tokens])[: self.next_write]
 
-    def take(self, decoded: Decoded, row: int, decode: Callable[[list[int]], str] | None) -> bool:
-        """Appends what a chunk has decoded in one of its rows.
-
-        Args:
-            decoded: the chunk.
-            row: the sequence's.
-            decode: token ids to text; needed where the request has stop strings.
-
-        Returns:
-            Whether the sequence has ended.
-        """
-        is_valid, is_done = decoded.is_valid[row], bool(decoded.is_done[row])
-        tokens = decoded.tokens[row, is_valid]
-        count = len(tokens)
-        if self.group.request.stop_strings and count:
-            assert decode is not None
-            count, is_stopped = self._find_stop(tokens, decode)
-            is_done = is_done or is_stopped
-        self.tokens.append(tokens[:count])
-        self.logprobs.append(decoded.logprobs[row, is_valid][:count])
-        self.num_tokens += count
-        return is_done
+    def take(self, decoded: Decoded, row: int) -> None:
+        """Appends what a chunk has decoded in one of its rows."""
+        is_valid = decoded.is_valid[row]
+        self.tokens.append(decoded.tokens[row, is_valid])
+        self.logprobs.append(decoded.logprobs[row, is_valid])
+        self.num_tokens += len(self.tokens[-1])
 
     def rollout(self, stop_ids: Collection[int]) -> Rollout:
         """What it is when it has ended."""
         token_ids = np.concatenate(self.tokens).astype(np.int32)
-        # Shorter than its limit without a stop token: at a stop string.
-        is_stop = token_ids[-1] in stop_ids or len(token_ids) < self.limit
-        reason = FinishReason.STOP if is_stop else FinishReason.LENGTH
+        reason = FinishReason.STOP if token_ids[-1] in stop_ids else FinishReason.LENGTH
         return Rollout(token_ids, np.concatenate(self.logprobs), reason)
-
-    def _find_stop(self, new: np.ndarray, decode: Callable[[list[int]], str]) -> tuple[int, bool]:
-        """How many of the new tokens belong to the response, and whether they complete a stop string."""
-        tokens = np.concatenate([*self.tokens, new]).tolist()
-
-        def has_stop(count: int) -> bool:
-            text = decode(tokens[: self.num_tokens + count])
-            return any(stop in text for stop in self.group.request.stop_strings)
-
-        if not has_stop(len(new)):
-            return len(new), False
-        return next(count for count in range(1, len(new) + 1) if has_stop(count)), True

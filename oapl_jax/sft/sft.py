@@ -45,9 +45,6 @@ def run(config: SftConfig) -> pathlib.Path:
     """Trains to the last step, resuming from the newest checkpoint, and returns the model's folder.
 
     The position in the data is a function of the step, so a resumed run sees the same batches.
-
-    Raises:
-        ValueError: what the config got wrong; the message names it.
     """
     run_dir.check_run(config, SftConfig)
     mesh, _ = make_meshes(config.mesh)

@@ -1,7 +1,6 @@
 """A policy on JetStream's real gRPC server: a server process, JetStream's own client, and what they say."""
 
 import asyncio
-import contextlib
 import os
 import pathlib
 import re
@@ -25,9 +24,10 @@ from oapl_jax.data.tokenizer import CHARS, CharacterTokenizer
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.io import console
 from oapl_jax.model import hf, qwen
+from oapl_jax.rollouts import sampling
 from oapl_jax.rollouts.sampling import Request, SamplingDistribution
 from oapl_jax.sampler.engine import Engine
-from oapl_jax.sampler.scheduler import Scheduler
+from oapl_jax.sampler.sampler import JaxSampler
 from oapl_jax.types import FinishReason
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -159,7 +159,9 @@ def our_own(policy):
         )
         for i, question in enumerate(QUESTIONS)
     ]
-    done = dict(Scheduler(engine, contextlib.nullcontext()).run(params, requests))
+    sampler = JaxSampler([engine], engine.mesh)
+    sampler.set_weights(params)
+    done = dict(sampling.run(sampler, requests))
     return [
         [r.token_ids[: -1 if r.finish_reason is FinishReason.STOP else None].tolist() for r in done[i]]
         for i in sorted(done)

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 from model import tiny
 from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed import sharding
+from oapl_jax.learner import batch
 from oapl_jax.model import qwen
 
 
@@ -173,8 +174,8 @@ def test_optimizer_state_is_placed_like_its_parameters():
 
 def test_batch_rows_are_split_over_data_and_fsdp_and_tokens_over_context():
     mesh, _ = sharding.make_meshes(MeshConfig(trainer="data=2,fsdp=2,context=2"))
-    tokens = jax.device_put(jnp.zeros((3, 8, 6)), sharding.token_sharding(mesh))
+    tokens = jax.device_put(jnp.zeros((3, 8, 6)), batch.shardings(mesh).tokens)
     assert tokens.addressable_shards[0].data.shape == (3, 2, 3)
-    rollouts = jax.device_put(jnp.zeros((3, 8, 5)), sharding.row_sharding(mesh))
+    rollouts = jax.device_put(jnp.zeros((3, 8, 5)), batch.shardings(mesh).advantages)
     assert rollouts.addressable_shards[0].data.shape == (3, 2, 5)
     assert sharding.row_shards(mesh) == 4

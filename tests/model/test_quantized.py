@@ -1,7 +1,5 @@
 """int8 weights and cache: the error of each number, and models of them against models of floats."""
 
-import contextlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +11,10 @@ from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.learner.batch import RowLayout, from_pairs
 from oapl_jax.model.quantized import Int8, dequantize, quantize, quantize_weights
+from oapl_jax.rollouts import sampling
 from oapl_jax.rollouts.sampling import Request
 from oapl_jax.sampler.engine import Engine
-from oapl_jax.sampler.scheduler import Scheduler
+from oapl_jax.sampler.sampler import JaxSampler
 
 OUTPUT_CHANNELS = {
     "embedding": (0,),
@@ -94,7 +93,9 @@ def sample(graphdef, params, config, **options):
     )
     prompts = [np.array([3, 4, 5, 6, 7], np.int32), np.array([9], np.int32)]
     requests = [Request(i, prompt, 2, (7, 0, i)) for i, prompt in enumerate(prompts)]
-    done = dict(Scheduler(engine, contextlib.nullcontext()).run(params, requests))
+    sampler = JaxSampler([engine], engine.mesh)
+    sampler.set_weights(params)
+    done = dict(sampling.run(sampler, requests))
     return [(prompt, rollout) for i, prompt in enumerate(prompts) for rollout in done[i]]
 
 

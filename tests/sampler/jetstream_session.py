@@ -15,13 +15,10 @@ from jaxtyping import install_import_hook
 logging.disable(logging.INFO)
 
 with install_import_hook("oapl_jax", "typecheck.checker"):
-    import jax
-    import numpy as np
     from jetstream.core import orchestrator
     from jetstream.core.proto import jetstream_pb2
 
     from oapl_jax.data.tokenizer import CharacterTokenizer
-    from oapl_jax.rollouts.sampling import SamplingDistribution
     from oapl_jax.sampler.jetstream import server as jetstream_server
     from oapl_jax.sampler.jetstream.engine import JetStreamEngine, JetStreamTokenizer
     from test_engine import PARAMS
@@ -58,82 +55,8 @@ def by_slot(result):
     result = result.convert_to_numpy()
     slots = []
     for slot in range(result.data.shape[0] // GROUP_SIZE):
-        data = result.get_result_at_slot(slot)
-        logprobs = result.get_logprobs_at_slot(slot)
-        slots.append({name: value.tolist() for name, value in (*vars(data).items(), ("logprobs", logprobs))})
+        slots.append({name: value.tolist() for name, value in vars(result.get_result_at_slot(slot)).items()})
     return {"generate": slots}
-
-
-def abandon(engine):
-    """Rows of both slots that return a token when slot 0 was abandoned, and when it was then taken again."""
-    tokens, length = engine.build_tokenizer(engine.get_tokenizer()).encode(TEXT, max_prefill_length=32)
-
-    def insert(state, slot):
-        prefix = engine.prefill(params=engine.load_params(), padded_tokens=tokens, true_length=length)
-        return engine.insert(prefix, state, slot)
-
-    def rows_with_a_token(result):
-        result = result.convert_to_numpy()
-        return [int(result.get_result_at_slot(slot).valid[:, 0].sum()) for slot in (0, 1)]
-
-    state = insert(insert(engine.init_decode_state(), 0), 1)
-    engine.free_resource(0)
-    state, abandoned = engine.generate(engine.load_params(), state)
-    engine.free_resource(0)
-    _, taken_again = engine.generate(engine.load_params(), insert(state, 0))
-    return rows_with_a_token(abandoned), rows_with_a_token(taken_again)
-
-
-def of_prompt(engine, ids, **options):
-    return {
-        "params": engine.load_params(),
-        "padded_tokens": np.array(ids, np.int32),
-        "true_length": len(ids),
-        **options,
-    }
-
-
-def multisample(engine):
-    """Two slots' samples of one prompt: token ids and log-probabilities."""
-    prefix, first = engine.prefill_multisampling(**of_prompt(engine, PROMPTS[2], num_samples=2 * GROUP_SIZE))
-    state = engine.bulk_insert(prefix, engine.init_decode_state(), slots=[0, 1])
-    first = first.convert_to_numpy()
-    data, logprobs = first.get_result_at_slot(0), first.get_logprobs_at_slot(0)
-    samples = [([int(data.tokens[g, 0])], [float(logprobs[g, 0])]) for g in range(2 * GROUP_SIZE)]
-    is_live = True
-    while is_live:
-        state, result = engine.generate(engine.load_params(), state)
-        result = result.convert_to_numpy()
-        is_live = False
-        for g, (ids, scores) in enumerate(samples):
-            data, i = result.get_result_at_slot(g // GROUP_SIZE), g % GROUP_SIZE
-            valid = data.valid[i].astype(bool)
-            ids += data.tokens[i][valid].tolist()
-            scores += result.get_logprobs_at_slot(g // GROUP_SIZE)[i][valid].tolist()
-            assert data.lengths[i] == len(ids)
-            is_live = is_live or valid.any()
-    return samples
-
-
-def first_tokens(engine):
-    greedy, key = SamplingDistribution(0), jax.random.key(3)
-    options = {"sampler": greedy}, {"rng": key}, {"rng": key}, {"rng": jax.random.key(4)}
-    results = [engine.prefill_multisampling(**of_prompt(engine, [5, 6], num_samples=8, **o))[1] for o in options]
-    return [np.asarray(result.data)[:, 0].tolist() for result in results]
-
-
-def refusals(engine):
-    prefix, _ = engine.prefill_multisampling(**of_prompt(engine, [5, 6], num_samples=8))
-    state = engine.init_decode_state()
-    for call in (
-        lambda: JetStreamEngine.generate(engine, engine.load_params(), state, sampler=SamplingDistribution(0)),
-        lambda: engine.prefill(**of_prompt(engine, [5], existing_prefix=prefix)),
-        lambda: engine.bulk_insert(prefix, state, [0]),
-    ):
-        try:
-            call()
-        except ValueError as error:
-            yield str(error)
 
 
 async def ask(client, **content):
@@ -211,10 +134,6 @@ def main():
         "answers": answers,
         "threads_left": threads_left,
         "calls": [call if isinstance(call, dict) else by_slot(call) for call in calls],
-        "multisampled": multisample(engine),
-        "abandoned": abandon(engine),
-        "first_tokens": first_tokens(engine),
-        "refused": list(refusals(engine)),
         "streamed": stream(STREAMED, 1000),
         "streamed_in_part": stream(STREAMED, len(STREAMED.encode()) - 1),
         "sharded_answers": serve(make_engine(JetStreamEngine, "tensor=2"))[0],

@@ -15,7 +15,7 @@ def main(address: str, number: str, total: str) -> None:
     from oapl_jax.model import qwen
     from oapl_jax.rollouts.sampling import Request
     from oapl_jax.sampler.scheduler import Scheduler
-    from test_engine import CONFIG, PARAMS, PROMPTS, make_engine
+    from test_engine import CONFIG, PARAMS, PROMPTS, make_engine, run
 
     engine = make_engine(sampler_mesh=f"tensor={total}")
     targets = shardings(qwen.abstract(CONFIG)[1], engine.mesh, SAMPLER_RULES)
@@ -23,7 +23,7 @@ def main(address: str, number: str, total: str) -> None:
         lambda leaf, to: jax.make_array_from_callback(leaf.shape, to, lambda i: leaf[i]), PARAMS, targets
     )
     scheduler = Scheduler(engine, contextlib.nullcontext())
-    done = dict(scheduler.run(params, [Request(i, p, 4, (7, 0, i)) for i, p in enumerate(PROMPTS)]))
+    done = run(scheduler, [Request(i, p, 4, (7, 0, i)) for i, p in enumerate(PROMPTS)], params)
     print(json.dumps([[r.token_ids.tolist() for r in done[i]] for i in sorted(done)]), flush=True)
     jax.distributed.shutdown()
 

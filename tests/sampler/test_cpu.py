@@ -25,7 +25,7 @@ def test_joined_layers_are_those_of_the_stack():
     def logits(params):
         model = nnx.merge(graphdef, params)
         layers = joined_layers.join_layers(model)
-        hidden = joined_layers.hidden(model, layers, tokens, tiny.positions(tokens), model.attend_rows(), None)[0]
+        hidden, _ = model.hidden(tokens, tiny.positions(tokens), layers=layers)
         return model.logits(hidden)
 
     quantized = jax.jit(quantize_weights)(params)

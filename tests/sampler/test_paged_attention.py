@@ -96,8 +96,6 @@ def test_tables_larger_than_the_memory_of_a_tpu_kernel(monkeypatch):
         pytest.param("tensor=2", 10, 2, id="kv-heads-split"),
         pytest.param("tensor=2", 10, 1, id="one-kv-head-everywhere"),
         pytest.param("tensor=4", 12, 2, id="kv-heads-of-two-devices-each"),
-        pytest.param("data=2,tensor=2", 4, 2, id="rows-split-too"),
-        pytest.param("data=2,fsdp=2,tensor=2", 4, 2, id="rows-that-do-not-divide"),
     ],
 )
 @pytest.mark.parametrize("implementation", ["xla", "gpu", "tpu"])

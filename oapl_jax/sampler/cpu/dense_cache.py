@@ -1,8 +1,7 @@
 """A cache of keys and values for decoding a chunk on a CPU: one array a layer instead of pages.
 
-Plain XLA reads an array faster than it gathers pages in every step. The pages of the sequences are gathered once a
-chunk, as far as the longest live sequence reaches (rounded up), not up to the limit. The steps only read these arrays.
-What the steps add goes to second, short arrays, which are written back to the pages at the end of the chunk.
+Plain XLA reads an array faster than it gathers pages in every step. So the pages are gathered once a chunk, as far as
+the longest live sequence reaches. What the steps add goes to short arrays, which are written back when the chunk ends.
 """
 
 import functools
@@ -20,11 +19,7 @@ from oapl_jax.sampler.kv_cache import KVPages, MaybeInt8, encode, in_layers
 
 
 class DenseKV(NamedTuple):
-    """Keys and values of the sequences of one chunk, an array for each layer.
-
-    In the layouts that the two products of a decode step read fastest on a CPU: keys ``[B, K, C, S]``,
-    values ``[B, K, S, C]``.
-    """
+    """Keys and values of the sequences of one chunk, by layer, in the layouts that a CPU reads fastest."""
 
     k: tuple[Float[Array, "B K C S"] | Int8, ...]
     v: tuple[Float[Array, "B K S C"] | Int8, ...]
@@ -58,10 +53,9 @@ def make_empty(like: KVPages, num_layers: int, num_sequences: int, length: int) 
 
 
 def attend_chunk(old: DenseKV, num_old: Int[Array, "B"], step: Int[Array, ""]) -> Attend:
-    """An ``Attend`` for step ``step`` of a chunk, one token a sequence.
+    """An ``Attend`` for step ``step`` of a chunk.
 
-    Its cache is the ``DenseKV`` of what the chunk has added: ``step`` tokens of each sequence that is still
-    live. Of ``old``, sequence b sees ``num_old[b]`` tokens.
+    Sequence b sees ``num_old[b]`` tokens of ``old``, and its cache, the ``DenseKV`` of what the chunk has added.
     """
 
     def attend(layer: Any, query: Array, key: Array, value: Array, cache: DenseKV) -> tuple[Array, DenseKV]:
@@ -111,18 +105,10 @@ def attend_two(
     new_value: Float[Array, "B K T C"],
     num_new: Int[Array, ""],
 ) -> Float[Array, "B 1 H C"]:
-    """Attention of one query a sequence over two caches, together one: what a chunk began with, and what it added.
+    """Attention of one query a sequence over two caches: what a chunk began with, and what it added.
 
-    The layouts are those that a decode step reads fastest on a CPU. Scores and softmax are float32.
-
-    Args:
-        query: after norm and rope.
-        old_key: the first ``num_old[b]`` slots of sequence b are visible.
-        old_value: like ``old_key``.
-        num_old: may be 0.
-        new_key: the first ``num_new`` slots are visible, at least one.
-        new_value: like ``new_key``.
-        num_new: the same for every sequence.
+    Sequence b sees ``num_old[b]`` slots of the first (maybe none), and ``num_new`` of the second (at least one).
+    Scores and softmax are float32.
     """
     B, _, H, C = query.shape
     K, S, T = old_key.shape[1], old_key.shape[3], new_key.shape[3]

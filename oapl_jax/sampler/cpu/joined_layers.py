@@ -1,9 +1,8 @@
-"""The layers of a policy for many steps of few tokens: separate, and with fewer products.
+"""The weights of a policy for many steps of few tokens: layers apart from their stack, fewer products, the head by id.
 
-A scan cuts each layer out of the stack before it multiplies. In a decode step, whose cost is to read the weights once,
-that reads them twice and writes them once; a step on a CPU also pays for every product that it starts. So the layers are
-copied out of the stack once for each policy version, with the matrices that multiply the same activations joined. A CPU
-profits from both, and so does a single GPU.
+A scan cuts each layer out of the stack before it multiplies: in a decode step that reads the weights twice and writes
+them once. A step on a CPU also pays for every product that it starts. So the layers are copied out of the stack once
+for each policy version, with the matrices that multiply the same activations joined, for a CPU and for a single GPU.
 """
 
 from collections.abc import Sequence
@@ -12,20 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from oapl_jax.model.matmul import einsum
-from oapl_jax.model.qwen import (
-    Attend,
-    Attention,
-    Cache,
-    Layer,
-    Mlp,
-    Qwen,
-    layer_params,
-    project_heads,
-    rope_tables,
-)
+from oapl_jax.model.quantized import Int8
+from oapl_jax.model.qwen import Attention, Layer, Mlp, Qwen, layer_params, project_heads
 
 
 class JoinedAttention(Attention):
@@ -67,23 +57,21 @@ def join_layers(model: Qwen) -> list[Layer]:
     return layers
 
 
-def hidden(
-    model: Qwen,
-    layers: Sequence[Layer],
-    tokens: Int[Array, "B T"],
-    positions: Int[Array, "B T"],
-    attend: Attend,
-    cache: Cache,
-) -> tuple[Float[Array, "B T D"], Cache]:
-    """``Qwen.hidden`` of one device, with these layers in place of the model's own."""
-    x = model.embed(tokens)
-    rope = rope_tables(positions, model.config.head_dim, model.config.rope_theta)
-    for index, layer in enumerate(layers):
-        x, cache = layer(x, rope, attend, index, cache)
-    return model.normalize(x), cache
-
-
 def _join(*matrices: Any, axis: int) -> nnx.Param:
     """Matrices that multiply the same activations, float or ``Int8``, side by side as one."""
     values = jax.tree.map(lambda *parts: jnp.concatenate(parts, axis), *[matrix.get_value() for matrix in matrices])
     return matrices[0].replace(values)
+
+
+def head_by_id(model: Qwen) -> Float[Array, "V D"] | None:
+    """The output matrix, ids first, which a CPU reads fastest for the draw's ``[V, B]``; None where it is quantised."""
+    head = model.embedding if model.lm_head is None else model.lm_head
+    if isinstance(head.get_value(), Int8):
+        return None
+    return head[...] if model.lm_head is None else head[...].T
+
+
+def logits_by_id(hidden: Float[Array, "B D"], head: Float[Array, "V D"]) -> Float[Array, "V B"]:
+    """Float32 logits of one token a sequence."""
+    with jax.named_scope("logits"):
+        return jnp.einsum("VD,BD->VB", head.astype(hidden.dtype), hidden, preferred_element_type=jnp.float32)

@@ -1,9 +1,8 @@
-"""JetStream's gRPC server over a policy.
+"""JetStream's gRPC server over a policy; server, queues and threads are JetStream's own.
 
-The server, its queues and its threads are JetStream's own. ``CheckedOrchestrator`` stands between them
-and the client, because JetStream 0.2.2 has no answer to a request that it cannot serve (an error in one
-of its threads kills the process), looks at ``max_tokens`` only once a chunk, and decodes text token by
-token, which breaks characters of several tokens: so it gives JetStream token ids, and takes token ids.
+``CheckedOrchestrator`` stands between them and the client. JetStream 0.2.2 has no answer to a request that it cannot
+serve (an error in one of its threads kills the process), looks at ``max_tokens`` only once a chunk, and decodes text
+token by token, which breaks characters of several tokens: so it gets token ids, and returns them.
 """
 
 import contextlib
@@ -33,12 +32,6 @@ with _root_logger_kept():
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """How a tokenizer shows a character whose bytes have not all come."""
 
-Request = Any
-"""``jetstream_pb2.DecodeRequest``."""
-
-Response = Any
-"""``jetstream_pb2.DecodeResponse``."""
-
 
 class CheckedOrchestrator(orchestrator.LLMOrchestrator):
     """JetStream's servicer: refuses what cannot be served, keeps ``max_tokens`` exactly, decodes text whole."""
@@ -48,7 +41,7 @@ class CheckedOrchestrator(orchestrator.LLMOrchestrator):
         self._engine: Any = driver._generate_engines[0]
         self._tokenizer: JetStreamTokenizer = self._engine.build_tokenizer(self._engine.get_tokenizer())
 
-    async def Decode(self, request: Request, context: Any = None) -> AsyncIterator[Response]:  # noqa: N802 - JetStream's
+    async def Decode(self, request: Any, context: Any = None) -> AsyncIterator[Any]:  # noqa: N802 - JetStream's
         """Streams the responses to a prompt; a request that is refused ends with ``INVALID_ARGUMENT``."""
         programs = self._engine.programs
         try:
@@ -72,12 +65,8 @@ class CheckedOrchestrator(orchestrator.LLMOrchestrator):
         if any(output.rest for output in outputs):
             yield _response([output.rest for output in outputs])
 
-    def _prompt(self, request: Request) -> list[int]:
-        """The prompt of a request that can be served.
-
-        Raises:
-            ValueError: it cannot.
-        """
+    def _prompt(self, request: Any) -> list[int]:
+        """The prompt of a request; raises ValueError where it cannot be served."""
         programs = self._engine.programs
         if request.session_cache:
             raise ValueError(f"session_cache={request.session_cache!r} is not supported; leave it out")
@@ -123,23 +112,19 @@ class _Output:
             self._text = sure
 
 
-def _request(token_ids: list[int], max_tokens: int) -> Request:
+def _request(token_ids: list[int], max_tokens: int) -> Any:
     message: Any = jetstream_pb2.DecodeRequest  # pyright: ignore[reportAttributeAccessIssue]
     return message(token_content=message.TokenContent(token_ids=token_ids), max_tokens=max_tokens)
 
 
-def _response(texts: list[str]) -> Response:
+def _response(texts: list[str]) -> Any:
     message: Any = jetstream_pb2.DecodeResponse  # pyright: ignore[reportAttributeAccessIssue]
     samples = [message.StreamContent.Sample(text=text) for text in texts]
     return message(stream_content=message.StreamContent(samples=samples))
 
 
 def start(engine: JetStreamEngine, port: int) -> Any:
-    """Starts JetStream's server on a port of all interfaces, without encryption, as JetStream does.
-
-    Returns:
-        A ``server_lib.JetStreamServer``, which has ``stop``.
-    """
+    """Starts JetStream's server on a port of all interfaces, without encryption. What it returns has ``stop``."""
     # server_lib makes the servicer itself; this name is where it looks for the class.
     orchestrator.LLMOrchestrator = CheckedOrchestrator
     devices = list(engine.mesh.devices.flat)
