@@ -23,8 +23,9 @@ from oapl_jax.distributed.team import Team
 from oapl_jax.io import console
 from oapl_jax.io.non_finite import check_finite
 from oapl_jax.learner import batch as batches
-from oapl_jax.run.run import MakeSource, Run, assemble, open_run, serve, setup_sampling
+from oapl_jax.run.run import MakeSource, Run, assemble, open_run, serve
 from oapl_jax.run.summary import table, write_results
+from oapl_jax.sources.setup import make_setup
 from oapl_jax.types import Metrics
 
 GUARDED = ("learner/loss", "learner/grad_norm")
@@ -116,7 +117,7 @@ def main(argv: list[str]) -> int | None:
 def describe(config: TrainConfig) -> str:
     """The plan of a run for people: everything is checked and nothing is trained."""
     assembly, tokenizer = assemble(config)
-    setup = setup_sampling(assembly, tokenizer)
+    setup = make_setup(assembly, tokenizer)
     setup.grading.close()
     task, prompts = config.data.task, setup.prompts
     size = f"{task} task" if task else f"{len(prompts):,} ({prompts.num_dropped:,} overlong dropped)"

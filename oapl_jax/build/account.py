@@ -1,10 +1,7 @@
 """The account of memory: what lies on a device from the start of a run to its end."""
 
 import dataclasses
-import math
 from typing import Any
-
-import jax
 
 from oapl_jax.distributed.sharding import device_bytes
 
@@ -47,19 +44,19 @@ class Account:
 
     def describe(self) -> dict[str, str]:
         """Lines for people."""
-        trainer = f"weights {_size(self.weights)}, optimizer {_size(self.optimizer)}, gradient {_size(self.gradient)}"
-        sampler = [f"weights {_size(self.sampler_weights)}", f"KV cache {_size(self.kv_cache)}"]
+        trainer = f"weights {size(self.weights)}, optimizer {size(self.optimizer)}, gradient {size(self.gradient)}"
+        sampler = [f"weights {size(self.sampler_weights)}", f"KV cache {size(self.kv_cache)}"]
         if self.prepared_weights:
-            sampler.append(f"prepared layers {_size(self.prepared_weights)}")
+            sampler.append(f"prepared layers {size(self.prepared_weights)}")
         if self.evaluation_weights:
-            sampler.append(f"weights of an evaluation {_size(self.evaluation_weights)}")
+            sampler.append(f"weights of an evaluation {size(self.evaluation_weights)}")
         total = self.learner + self.gradient + self.beside_train_step
         return {
             "trainer": trainer,
             "sampler": ", ".join(sampler),
-            "a device": f"{_size(total)} for certain"
+            "a device": f"{size(total)} for certain"
             if self.is_colocated
-            else f"{_size(total)} for certain of a trainer's, {_size(self.sampler)} of a sampler's",
+            else f"{size(total)} for certain of a trainer's, {size(self.sampler)} of a sampler's",
         }
 
 
@@ -68,12 +65,8 @@ def learner_bytes(state: Any) -> tuple[int, int, int]:
     return device_bytes(state.params), device_bytes(state.opt_state), device_bytes(state.stored.params)
 
 
-def tree_bytes(tree: Any) -> int:
-    """Bytes of arrays or shapes over all devices, each counted once."""
-    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def _size(num_bytes: float) -> str:
+def size(num_bytes: float) -> str:
+    """Bytes for people."""
     for unit, divisor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if num_bytes >= divisor:
             return f"{num_bytes / divisor:.2f} {unit}"

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from oapl_jax.build.account import Account, learner_bytes
 from oapl_jax.build.checks import objective_of
 from oapl_jax.build.learner import Learner, make_learner
-from oapl_jax.build.sampler import PAGE_SIZE, NoRoomError, kv_shards, make_engines, prepares_layers
+from oapl_jax.build.sampler import PAGE_SIZE, NoRoomError, cache_bytes, make_engines, prepares_layers
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.distributed.memory import usable_bytes
 from oapl_jax.distributed.sharding import (
@@ -187,7 +187,7 @@ def make_assembly(
         sampler_weights=copy,
         prepared_weights=copy if prepares_layers(replicas[0]) else 0,
         evaluation_weights=copy if has_second_policy else 0,
-        kv_cache=engines[0].cache_bytes / kv_shards(architecture, engines[0].mesh) if engines else 0,
+        kv_cache=cache_bytes(engines[0]) if engines else 0,
         is_colocated=is_colocated,
     )
     return Assembly(

@@ -64,18 +64,8 @@ def make_learner(
 ) -> Learner:
     """The programs that these sections of a config describe.
 
-    Args:
-        model: precisions, remat, kind of attention.
-        lora: adapters.
-        learner: optimizer and batch.
-        architecture: of the model.
-        mesh: the trainer's.
-        num_steps: of the whole run, for the learning rate.
-        max_tokens: limit of a prompt and its response.
-        objective: whose loss is minimised.
-        options: its own.
-        temperature: of the policy.
-        vocab_size: the tokenizer's length.
+    ``num_steps`` are those of the whole run, for the learning rate; ``max_tokens`` limits a prompt with its response;
+    ``vocab_size`` is the tokenizer's length.
 
     Raises:
         ValueError: the rows do not divide over the mesh, or the model has no matrix that an adapter is for.

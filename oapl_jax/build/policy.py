@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from flax import nnx
@@ -15,39 +15,27 @@ from oapl_jax.distributed.sharding import TRAINER_RULES, shardings
 from oapl_jax.model import hf, lora, qwen
 
 
-class Policy(NamedTuple):
-    """What ``load`` returns."""
-
-    config: qwen.QwenConfig
-    graphdef: Any
-    """Structure half of ``nnx.split(Qwen(...))``, with the trainer's precision and remat."""
-    params: Any
-    """State half, sharded over the trainer's mesh."""
-    tokenizer: Tokenizer
-
-
-def load(model: ModelConfig, path: str | None, mesh: Mesh, seed: int, adapters: LoraConfig | None = None) -> Policy:
-    """Loads the weights at ``path``, or makes random ones of ``model.config``.
+def load_params(
+    model: ModelConfig,
+    path: str | None,
+    config: qwen.QwenConfig,
+    mesh: Mesh,
+    seed: int,
+    adapters: LoraConfig | None = None,
+) -> Any:
+    """The weights at ``path`` with the trainer's sharding, or random ones of ``model.config``.
 
     Args:
         model: the config's section.
-        path: Hugging Face folder or hub name; None: ``model.config`` with random weights.
+        path: Hugging Face folder or hub name; None: random weights.
+        config: the architecture, of ``outline``.
         mesh: the trainer's.
         seed: of random weights.
         adapters: new ones beside the weights; None or rank 0: none.
 
     Raises:
-        ValueError: what cannot be read, and where; a tokenizer larger than the model's vocabulary.
+        ValueError: what cannot be read, and where.
     """
-    config, tokenizer = outline(model, path)
-    graphdef, _ = abstract(model, config, mesh, adapters)
-    return Policy(config, graphdef, load_params(model, path, config, mesh, seed, adapters), tokenizer)
-
-
-def load_params(
-    model: ModelConfig, path: str | None, config: qwen.QwenConfig, mesh: Mesh, seed: int, adapters: LoraConfig | None
-) -> Any:
-    """The parameters alone; arguments and errors as ``load``."""
     if path is None:
         placed = shardings(qwen.abstract(config, param_dtype=model.param_dtype)[1], mesh, TRAINER_RULES)
         params = qwen.initialize(config, jax.random.key(seed), placed, param_dtype=model.param_dtype)
@@ -67,7 +55,11 @@ def load_params(
 
 
 def outline(model: ModelConfig, path: str | None) -> tuple[qwen.QwenConfig, Tokenizer]:
-    """Architecture and tokenizer, without the weights; arguments and errors as ``load``."""
+    """Architecture and tokenizer, without the weights.
+
+    Raises:
+        ValueError: what cannot be read, and where; a tokenizer larger than the model's vocabulary.
+    """
     if path is None:
         config = read_config(pathlib.Path(str(model.config)))
     else:
@@ -83,7 +75,9 @@ def outline(model: ModelConfig, path: str | None) -> tuple[qwen.QwenConfig, Toke
     return config, tokenizer
 
 
-def abstract(model: ModelConfig, config: qwen.QwenConfig, mesh: Mesh, adapters: LoraConfig | None) -> tuple[Any, Any]:
+def abstract(
+    model: ModelConfig, config: qwen.QwenConfig, mesh: Mesh, adapters: LoraConfig | None = None
+) -> tuple[Any, Any]:
     """Structure of the trainer's model, and the shapes of its parameters.
 
     Raises:

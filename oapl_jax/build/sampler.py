@@ -6,13 +6,16 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
+from oapl_jax.config.commands import EvaluateConfig, GenerateConfig, TrainConfig
 from oapl_jax.config.sampling import EvaluateSamplerConfig, SamplerConfig
+from oapl_jax.data.tokenizer import Tokenizer
+from oapl_jax.distributed.memory import usable_bytes
 from oapl_jax.distributed.sharding import is_here, platform_of
 from oapl_jax.model import qwen
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.sampler import kv_cache
 from oapl_jax.sampler.engine import Engine, joins_layers
-from oapl_jax.sampler.sampler import replica_meshes
+from oapl_jax.sampler.sampler import JaxSampler, replica_meshes
 
 PAGE_SIZE = 16
 """Tokens of a page of the cache."""
@@ -38,18 +41,9 @@ def make_engines(
 ) -> tuple[Engine, ...]:
     """An engine for each replica of the sampler's mesh that this process has.
 
-    Args:
-        sampler: precisions, limit of a response, memory of the cache.
-        model: the policy's architecture.
-        mesh: the whole sampler's.
-        compute_dtype: of products where ``sampler.dtype`` is int8.
-        vocab_size: the tokenizer's length.
-        stop_ids: tokens that end a response.
-        max_prompt_tokens: limit of a prompt.
-        free: bytes on each device that weights and cache share.
-        others: sampling distributions that may be asked for besides that of ``sampler``.
-        num_copies: of the weights, at most.
-        meshes: of the replicas, where the devices are only described; None: those of this process.
+    ``mesh`` is the whole sampler's; ``meshes`` are the replicas', where the devices are only described. Weights, at most
+    ``num_copies`` of them, and cache share ``free`` bytes on each device. ``compute_dtype`` is that of products where
+    ``sampler.dtype`` is int8, and ``others`` are sampling distributions that may be asked for besides the sampler's own.
 
     Raises:
         NoRoomError: the memory has no room for one sequence.
@@ -63,8 +57,9 @@ def make_engines(
         raise ValueError(f"{key}: {num_rows} rows do not divide over the {num_replicas} replicas of the sampler's mesh")
     if not meshes:
         return ()
-    rows, cached = num_rows // num_replicas, cache_dtype(sampler, compute_dtype)
-    graphdef = qwen.abstract(model, compute_dtype=_compute_dtype(sampler, compute_dtype))[0]
+    computed = compute_dtype if sampler.dtype == "int8" else sampler.dtype
+    rows, cached = num_rows // num_replicas, jnp.dtype(sampler.kv_dtype or computed)
+    graphdef = qwen.abstract(model, compute_dtype=computed)[0]
     max_pages = -(-(max_prompt_tokens + sampler.max_response_tokens) // PAGE_SIZE)
     copies = num_copies + prepares_layers(meshes[0])
     weights = model.num_params * jnp.dtype(sampler.dtype).itemsize * copies
@@ -96,14 +91,32 @@ def make_engines(
     )
 
 
+def make_sampler(
+    config: TrainConfig | GenerateConfig | EvaluateConfig,
+    architecture: qwen.QwenConfig,
+    mesh: Mesh,
+    tokenizer: Tokenizer,
+    max_prompt_tokens: int,
+    num_copies: int = 1,
+) -> JaxSampler:
+    """The sampler of a process that only samples: weights and cache have all of its memory; errors as above."""
+    engines = make_engines(
+        config.sampler,
+        architecture,
+        mesh,
+        compute_dtype=config.model.compute_dtype,
+        vocab_size=tokenizer.vocab_size,
+        stop_ids=tokenizer.stop_ids,
+        max_prompt_tokens=max_prompt_tokens,
+        free=usable_bytes(mesh),
+        num_copies=num_copies,
+    )
+    return JaxSampler(engines, mesh)
+
+
 def prepares_layers(mesh: Mesh) -> bool:
     """Whether a sampler on this replica reads a copy of the layers that it has made for itself."""
     return platform_of(mesh) == "cpu" or joins_layers(mesh)
-
-
-def cache_dtype(sampler: SamplerConfig | EvaluateSamplerConfig, compute_dtype: DTypeLike) -> jnp.dtype:
-    """Precision of keys and values."""
-    return jnp.dtype(sampler.kv_dtype or _compute_dtype(sampler, compute_dtype))
 
 
 def kv_shards(model: qwen.QwenConfig, mesh: Mesh) -> int:
@@ -112,13 +125,14 @@ def kv_shards(model: qwen.QwenConfig, mesh: Mesh) -> int:
     return tensor if model.num_key_value_heads % tensor == 0 else 1
 
 
+def cache_bytes(engine: Engine) -> float:
+    """Bytes of an engine's cache on each of its devices."""
+    return engine.cache_bytes / kv_shards(engine.model_config, engine.mesh)
+
+
 def _rows(sampler: SamplerConfig | EvaluateSamplerConfig) -> tuple[str, int]:
     """Sequences decoded at once, over all replicas, and how the config says it."""
     if isinstance(sampler, EvaluateSamplerConfig):
         return f"sampler.rows={sampler.rows}", sampler.rows
     key = f"sampler.groups_in_flight={sampler.groups_in_flight} x group_size={sampler.group_size}"
     return key, sampler.groups_in_flight * sampler.group_size
-
-
-def _compute_dtype(sampler: SamplerConfig | EvaluateSamplerConfig, compute_dtype: DTypeLike) -> DTypeLike:
-    return compute_dtype if sampler.dtype == "int8" else sampler.dtype

@@ -16,18 +16,21 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 
+from jax.sharding import Mesh
+
 from oapl_jax.build import policy
 from oapl_jax.build.checks import CHECKS
-from oapl_jax.build.sampler import make_engines
+from oapl_jax.build.sampler import make_sampler
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import EvaluateConfig, TrainConfig
 from oapl_jax.data import tokenizer as tokenizers
+from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.distributed.compile_cache import use_compile_cache
-from oapl_jax.distributed.memory import usable_bytes
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.evaluation import benchmarks, plots, sampling, scores, tables, tally
 from oapl_jax.io import run_dir
 from oapl_jax.io.progress_bar import ProgressBar
+from oapl_jax.model import qwen
 from oapl_jax.rollouts.grading import Grading
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.sampling import SamplingDistribution
@@ -46,6 +49,9 @@ SUMMARY_FILE = "summary.json"
 """Of a training run: it has ended."""
 
 
+Made = tuple[list[Prompt], JaxSampler, Grading]
+
+
 def evaluate(config: EvaluateConfig, *, watch: bool = False) -> str:
     """Samples what is not sampled yet, writes tables and pictures, and returns the table.
 
@@ -54,13 +60,20 @@ def evaluate(config: EvaluateConfig, *, watch: bool = False) -> str:
         TimeoutError: with ``watch``, no new version came in time.
     """
     run_dir.check_run(config, EvaluateConfig)
-    directory = pathlib.Path(config.run.dir)
+    log = pathlib.Path(config.run.dir) / ROLLOUTS
     label = config.run.label or _label(str(config.model.path or config.model.config or config.model.warm_start))
+    made = None  # with the first policy; the next ones have its shapes
     with contextlib.ExitStack() as stack:
-        evaluation = _Evaluation(config, stack)
         for version, path in _versions(config, watch):
-            evaluation.run(version, path)
-            table = report([(label, directory / ROLLOUTS)], directory)
+            architecture, tokenizer = policy.outline(config.model, path)
+            mesh, sampler_mesh = make_meshes(config.mesh)
+            params = policy.load_params(config.model, path, architecture, mesh, config.run.seed)
+            made = made or _make(config, architecture, tokenizer, sampler_mesh, stack)
+            sampler = made[1]
+            sampler.set_weights(WeightSync(params, sampler_mesh, config.sampler.dtype)(params)[0])
+            del params
+            _sample(config, made, log, version)
+            table = report([(label, log)], log.parent)
             if watch:
                 print(f"\nversion {version}:\n{table}", flush=True)
     return table
@@ -72,55 +85,41 @@ def _label(path: str) -> str:
     return place.parent.name if place.name.startswith("export") and place.parent.name else place.name
 
 
-class _Evaluation:
-    """Sampler, problems and graders, made with the first policy and kept for the next ones, which have its shapes."""
+def _make(
+    config: EvaluateConfig,
+    architecture: qwen.QwenConfig,
+    tokenizer: Tokenizer,
+    mesh: Mesh,
+    stack: contextlib.ExitStack,
+) -> Made:
+    """Problems, sampler and graders."""
+    prompts, grader = benchmarks.load(config, tokenizer)
+    grading = sampling.make_grading(grader, tokenizer.decode)
+    stack.callback(grading.close)
+    run_dir.open_run(config, EvaluateConfig)
+    return prompts, make_sampler(config, architecture, mesh, tokenizer, _longest(prompts)), grading
 
-    def __init__(self, config: EvaluateConfig, stack: contextlib.ExitStack):
-        self._config, self._stack = config, stack
-        self._mesh, self._sampler_mesh = make_meshes(config.mesh)
-        self._distribution = SamplingDistribution.of(config.sampler)
-        self._made: tuple[list[Prompt], JaxSampler, Grading, WeightSync] | None = None
 
-    def run(self, version: int, path: str | None) -> None:
-        """Samples the policy at ``path`` under ``version``; None: random weights."""
-        config = self._config
-        loaded = policy.load(config.model, path, self._mesh, config.run.seed)
-        prompts, sampler, grading, sync = self._made or self._make(loaded)
-        sampler.set_weights(sync(loaded.params)[0])
-        del loaded
-        log = RolloutLog(pathlib.Path(config.run.dir) / ROLLOUTS, dataclasses.asdict(self._distribution))
-        with ProgressBar(len(prompts), enabled=config.logging.progress) as progress:
-            sampling.sample(
-                sampler,
-                prompts,
-                grading,
-                log,
-                version,
-                distribution=self._distribution,
-                num_samples=config.sampler.samples,
-                seed=config.run.seed,
-                progress=progress,
-            )
+def _longest(prompts: Sequence[Prompt]) -> int:
+    return max(len(prompt.token_ids) for prompt in prompts)
 
-    def _make(self, loaded: policy.Policy) -> tuple[list[Prompt], JaxSampler, Grading, WeightSync]:
-        config, tokenizer, mesh = self._config, loaded.tokenizer, self._sampler_mesh
-        problems = benchmarks.load(config, tokenizer, self._stack)
-        run_dir.open_run(config, EvaluateConfig)
-        engines = make_engines(
-            config.sampler,
-            loaded.config,
-            mesh,
-            compute_dtype=config.model.compute_dtype,
-            vocab_size=tokenizer.vocab_size,
-            stop_ids=tokenizer.stop_ids,
-            max_prompt_tokens=sampling.longest(problems),
-            free=usable_bytes(mesh),
+
+def _sample(config: EvaluateConfig, made: Made, directory: pathlib.Path, version: int) -> None:
+    prompts, sampler, grading = made
+    distribution = SamplingDistribution.of(config.sampler)
+    log = RolloutLog(directory, dataclasses.asdict(distribution))
+    with ProgressBar(len(prompts), enabled=config.logging.progress) as progress:
+        sampling.sample(
+            sampler,
+            prompts,
+            grading,
+            log,
+            version,
+            distribution=distribution,
+            num_samples=config.sampler.samples,
+            seed=config.run.seed,
+            progress=progress,
         )
-        grading = sampling.make_grading(problems, tokenizer.decode)
-        self._stack.callback(grading.close)
-        sync = WeightSync(loaded.params, mesh, config.sampler.dtype)
-        self._made = [problem.prompt for problem in problems], JaxSampler(engines, mesh), grading, sync
-        return self._made
 
 
 def _versions(config: EvaluateConfig, watch: bool) -> Iterator[tuple[int, str | None]]:
@@ -133,65 +132,41 @@ def _versions(config: EvaluateConfig, watch: bool) -> Iterator[tuple[int, str | 
         return
     source = pathlib.Path(str(path))
     run_dir.check_release(source)
-    if not watch:
-        step = export.steps(source)[-1:] if config.run.step is None else [config.run.step]
-        yield from _exported(config, source, step[0] if step else None)
-        return
-    for step in _new_steps(config, source):
-        try:
-            yield from _published(config, source, step) if _publishes(source) else _exported(config, source, step)
-        except (ValueError, PolicyGoneError):
-            if step in _present(source):
-                raise
-            print(f"version {step}: the run has removed it before it was its turn; left out", flush=True)
+    if watch:
+        yield from _followed(config, source)
+    else:
+        yield from _exported(config, source, export.choose_step(source, config.run.step))
 
 
-def _exported(config: EvaluateConfig, source: pathlib.Path, step: int | None) -> Iterator[tuple[int, str]]:
+def _exported(config: EvaluateConfig, source: pathlib.Path, step: int) -> Iterator[tuple[int, str]]:
     """The checkpoint as a folder, for as long as it is sampled."""
     folder = pathlib.Path(config.run.dir) / f"policy-{step}"
     export.export(source, folder, step)
     try:
-        yield int(step or 0), str(folder)
+        yield step, str(folder)
     finally:
         shutil.rmtree(folder)
 
 
-def _published(config: EvaluateConfig, source: pathlib.Path, version: int) -> Iterator[tuple[int, str]]:
-    store = PolicyStore(source / POLICY_FOLDER)
-    yield version, str(store.fetch(version, pathlib.Path(config.run.dir) / "fetched"))
-
-
-def _publishes(source: pathlib.Path) -> bool:
-    """Whether a run publishes its policies, for samplers in other processes."""
-    return (source / POLICY_FOLDER).is_dir()
-
-
-def _present(source: pathlib.Path) -> list[int]:
-    """Versions that a run has now: its published policies, else the steps of its checkpoints."""
-    if not _publishes(source):
-        return export.steps(source)
-    store = PolicyStore(source / POLICY_FOLDER)
-    return [version for version in store.versions() if _is_whole(store, version)]
-
-
-def _is_whole(store: PolicyStore, version: int) -> bool:
-    try:
-        store.manifest(version)
-    except PolicyGoneError:
-        return False
-    return True
-
-
-def _new_steps(config: EvaluateConfig, source: pathlib.Path) -> Iterator[int]:
-    """Versions that were not evaluated yet, as they appear, until the run has ended."""
+def _followed(config: EvaluateConfig, source: pathlib.Path) -> Iterator[tuple[int, str]]:
+    """The versions of a run as they appear, until the run has ended: its published policies, else its checkpoints."""
+    store = PolicyStore(source / POLICY_FOLDER) if (source / POLICY_FOLDER).is_dir() else None
     seen: set[int] = set()
     deadline = time.monotonic() + config.run.watch_deadline
     while True:
         has_ended = (source / SUMMARY_FILE).exists()  # before the look at the steps, or the last could be missed
-        new = [step for step in _present(source) if step not in seen]
-        for step in new:
-            seen.add(step)
-            yield step
+        new = [version for version in _present(source, store) if version not in seen]
+        for version in new:
+            seen.add(version)
+            try:
+                if store is None:
+                    yield from _exported(config, source, version)
+                else:
+                    yield version, str(store.fetch(version, pathlib.Path(config.run.dir) / "fetched"))
+            except (ValueError, PolicyGoneError):
+                if version in _present(source, store):
+                    raise
+                print(f"version {version}: the run has removed it before it was its turn; left out", flush=True)
             deadline = time.monotonic() + config.run.watch_deadline
         if has_ended and not new:
             if not seen:
@@ -203,6 +178,18 @@ def _new_steps(config: EvaluateConfig, source: pathlib.Path) -> Iterator[int]:
             )
         if not new:
             time.sleep(POLL_SECONDS)
+
+
+def _present(source: pathlib.Path, store: PolicyStore | None) -> list[int]:
+    """Versions that a run has now, without published ones that are not whole."""
+    if store is None:
+        return export.steps(source)
+    found = []
+    for version in store.versions():
+        with contextlib.suppress(PolicyGoneError):
+            store.manifest(version)
+            found.append(version)
+    return found
 
 
 def report(logs: Sequence[tuple[str, pathlib.Path]], out: pathlib.Path) -> str:
@@ -245,21 +232,17 @@ def report(logs: Sequence[tuple[str, pathlib.Path]], out: pathlib.Path) -> str:
     return "\n".join([tables.render(found, comparisons), *([""] if lines else []), *lines])
 
 
-def _add_watch(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--watch", action="store_true", help="evaluate each new version of the run at model.path")
-
-
 def _plan(config: EvaluateConfig) -> str:
     """Loads the problems and their graders, and says how many samples there will be."""
     model = config.model
     if is_run(model.path):
         model = run_dir.read_config(pathlib.Path(str(model.path)), TrainConfig).model
-    with contextlib.ExitStack() as stack:
-        problems = benchmarks.load(config, tokenizers.load(config.model.tokenizer, model_path(model)), stack)
+    prompts, grader = benchmarks.load(config, tokenizers.load(config.model.tokenizer, model_path(model)))
+    grader.close()
     sampler = config.sampler
     return (
-        f"{len(problems):,} problems x {sampler.samples} samples of at most {sampler.max_response_tokens:,} tokens;"
-        f" the longest prompt has {sampling.longest(problems):,}"
+        f"{len(prompts):,} problems x {sampler.samples} samples of at most {sampler.max_response_tokens:,} tokens;"
+        f" the longest prompt has {_longest(prompts):,}"
     )
 
 
@@ -280,7 +263,11 @@ def main(argv: list[str]) -> None:
         arguments = parser.parse_args(argv)
         print(report([_parse_log(word) for word in arguments.log], arguments.out))
         return
-    config, arguments = config_file.from_command_line(EvaluateConfig, "evaluate", argv, _add_watch, checks=CHECKS)
+
+    def add_watch(parser: argparse.ArgumentParser) -> None:
+        parser.add_argument("--watch", action="store_true", help="evaluate each new version of the run at model.path")
+
+    config, arguments = config_file.from_command_line(EvaluateConfig, "evaluate", argv, add_watch, checks=CHECKS)
     use_compile_cache(config.run.compile_cache)
     if arguments.dry_run:
         print(config_file.to_yaml(config))

@@ -18,13 +18,12 @@ import numpy as np
 
 from oapl_jax.build import policy
 from oapl_jax.build.checks import CHECKS
-from oapl_jax.build.sampler import make_engines
+from oapl_jax.build.sampler import make_sampler
 from oapl_jax.config import config_file
 from oapl_jax.config.applies import changed
 from oapl_jax.config.commands import GenerateConfig
 from oapl_jax.data.prompts import load_prompts
 from oapl_jax.distributed.compile_cache import use_compile_cache
-from oapl_jax.distributed.memory import usable_bytes
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.io import run_dir, storage
 from oapl_jax.io.lease import Leases
@@ -38,7 +37,6 @@ from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.run import export
 from oapl_jax.run.start import is_run, make_warm_start, model_path
-from oapl_jax.sampler.sampler import JaxSampler
 from oapl_jax.sources.generation import Generation, generate
 from oapl_jax.sources.turns import SamplerTurns
 from oapl_jax.types import PreemptedError, Prompt
@@ -74,17 +72,16 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
         TimeoutError: see ``generation.generate``.
     """
     run_dir.check_run(config, GenerateConfig)
-    directory, sampler, deadline = pathlib.Path(config.run.dir), config.sampler, config.generation.deadline
-    distribution = SamplingDistribution.of(sampler)
+    directory, deadline = pathlib.Path(config.run.dir), config.generation.deadline
     with contextlib.ExitStack() as stack:
         leases = stack.enter_context(Leases(directory / LEASES_FOLDER, config.generation.lease_seconds))
         is_stopped = stack.enter_context(catch_sigterm())
         with _alone(leases, "policy", deadline):
             path = _start(config, directory)
         trainer_mesh, mesh = make_meshes(config.mesh)
-        loaded = policy.load(config.model, path, trainer_mesh, config.run.seed)
-        weights, _ = WeightSync(loaded.params, mesh, sampler.dtype)(loaded.params)
-        tokenizer = loaded.tokenizer
+        architecture, tokenizer = policy.outline(config.model, path)
+        params = policy.load_params(config.model, path, architecture, trainer_mesh, config.run.seed)
+        weights, _ = WeightSync(params, mesh, config.sampler.dtype)(params)
         source = load_prompts(config.data, tokenizer, config.run.seed)
         prompts = _choose(source, config)
         grader = make_grader(config)
@@ -92,34 +89,24 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
         grading = Grading(tokenizer.decode, grader, lambda rewards, _: oapl.advantages(rewards, BETA1), value)
         stack.callback(grading.close)
         grader.check_golds([] if config.data.task else prompts)
-        log = RolloutLog(directory / "rollouts", dataclasses.asdict(distribution))
+        log = RolloutLog(directory / "rollouts", dataclasses.asdict(SamplingDistribution.of(config.sampler)))
         size = config.generation.groups_per_file
         work = Generation(log, leases, config.generation.policy_version, prompts, size, deadline)
         with _alone(leases, "work", deadline):
             _check_work(directory / WORK_FILE, work)
             run_dir.open_run(config, GenerateConfig)
-        engines = make_engines(
-            sampler,
-            loaded.config,
-            mesh,
-            compute_dtype=config.model.compute_dtype,
-            vocab_size=tokenizer.vocab_size,
-            stop_ids=tokenizer.stop_ids,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            free=usable_bytes(mesh),
-        )
-        del loaded
+        sampler = make_sampler(config, architecture, mesh, tokenizer, config.data.max_prompt_tokens)
+        del params
         progress = stack.enter_context(ProgressBar(len(prompts), enabled=config.logging.progress, unit="group"))
         if source.num_dropped:
             progress.note(f"prompts: {source.num_dropped} over data.max_prompt_tokens were dropped")
         is_done = generate(
             work,
-            SamplerTurns(JaxSampler(engines, mesh)),
+            SamplerTurns(sampler),
             grading,
             weights,
-            distribution=distribution,
-            group_size=sampler.group_size,
-            seed=config.run.seed,
+            config.sampler,
+            config.run.seed,
             report=lambda done, speed: progress.update(done, {"learner/tokens_per_second": speed}),
             is_stopped=is_stopped,
         )

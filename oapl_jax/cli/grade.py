@@ -12,19 +12,17 @@ Exit codes: 0 all rows have a verdict, 1 some verdicts are invalid, 2 the rows o
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import math
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
-
 from oapl_jax.config import config_file
 from oapl_jax.config.reward import RewardConfig
+from oapl_jax.io.progress_bar import ProgressBar
 from oapl_jax.rewards import tasks
 from oapl_jax.rewards.code import layouts, programs
 from oapl_jax.rewards.grader import compose
@@ -50,18 +48,14 @@ def grade_file(source: pathlib.Path, target: pathlib.Path, reward: RewardConfig)
     # All rows are checked before the first is graded.
     kinds = [row["kind"] for row, _ in _rows(source, reward)]
     setup = tasks.make_setup(reward, tuple(sorted(set(kinds))))
-    rows, num_rows = _rows(source, reward), len(kinds)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    rows, done = _rows(source, reward), 0
     with (
         GraderPool(reward.workers, reward.retries, setup) as pool,
         target.open("w", encoding="utf-8") as out,
-        Progress(*columns, console=Console(stderr=True)) as bar,
+        ProgressBar(len(kinds), stream=sys.stderr, unit="row") as bar,
     ):
-        shown, done = bar.add_task("grading", total=num_rows), 0
         while chunk := list(itertools.islice(rows, ROWS_AT_ONCE * reward.workers)):
-            graded = pool.grade(
-                [task for _, task in chunk], lambda count, done=done: bar.update(shown, completed=done + count)
-            )
+            graded = pool.grade([task for _, task in chunk], lambda count, done=done: bar.update(done + count, {}))
             for (row, _), grade in zip(chunk, graded, strict=True):
                 weight = reward.functions.get(row["kind"], 1.0)
                 total = compose(reward, [weight], [grade], row.get("response", ""))
@@ -104,14 +98,9 @@ def _task(row: Any, reward: RewardConfig) -> dict[str, Any]:
 
 
 def _result(name: Any, grade: Grade) -> dict[str, Any]:
-    values = dataclasses.asdict(grade)
     reward = None if math.isnan(grade.reward) else grade.reward
-    return {
-        "id": name,
-        "status": grade.verdict.value,
-        "reward": reward,
-        **{key: values[key] for key in ("detail", "level", "cpu_ms")},
-    }
+    rest = {key: getattr(grade, key) for key in ("detail", "level", "cpu_ms")}
+    return {"id": name, "status": grade.verdict.value, "reward": reward, **rest}
 
 
 def main(argv: list[str]) -> int:

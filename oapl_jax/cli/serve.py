@@ -21,11 +21,13 @@ import jax
 import jax.numpy as jnp
 
 from oapl_jax.build import policy
+from oapl_jax.build.account import size
+from oapl_jax.build.sampler import cache_bytes, prepares_layers
 from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.config.model import ModelConfig
 from oapl_jax.distributed.memory import usable_bytes
-from oapl_jax.distributed.sharding import make_meshes
-from oapl_jax.model import hf, qwen
+from oapl_jax.distributed.sharding import device_bytes, make_meshes
+from oapl_jax.model import qwen
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.sampler.engine import Engine
 from oapl_jax.types import RunError
@@ -81,15 +83,11 @@ def load(arguments: argparse.Namespace) -> Any:
     """
     sampling = SamplingDistribution(arguments.temperature, top_p=arguments.top_p)
     _check_port(arguments.port)
-    try:
-        config = hf.load_config(hf.resolve(arguments.model))
-    except FileNotFoundError as error:
-        raise ValueError(f"--model {arguments.model}: {error}") from error
-    is_cpu = jax.devices()[0].platform == "cpu"
-    dtype = arguments.dtype or ("float32" if is_cpu else "bfloat16")
-    mesh = make_meshes(MeshConfig(trainer=f"tensor={_num_devices(config)}"))[0]
+    dtype = arguments.dtype or ("float32" if jax.devices()[0].platform == "cpu" else "bfloat16")
     model = ModelConfig(path=arguments.model, tokenizer=arguments.tokenizer, param_dtype=dtype, compute_dtype=dtype)
-    _, _, params, tokenizer = policy.load(model, arguments.model, mesh, arguments.seed)
+    config, tokenizer = policy.outline(model, arguments.model)
+    mesh = make_meshes(MeshConfig(trainer=f"tensor={_num_devices(config)}"))[0]
+    params = policy.load_params(model, arguments.model, config, mesh, arguments.seed, adapters=None)
     engine = Engine(
         qwen.abstract(config, param_dtype=dtype, compute_dtype=dtype)[0],
         config,
@@ -102,13 +100,13 @@ def load(arguments: argparse.Namespace) -> Any:
         mesh=mesh,
         cache_dtype=jnp.dtype(dtype),
     )
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    free = usable_bytes(mesh) * mesh.size - weights
-    if engine.cache_bytes > free:
+    copies = 2 if prepares_layers(mesh) else 1
+    weights, cache, usable = copies * device_bytes(params), cache_bytes(engine), usable_bytes(mesh)
+    if weights + cache > usable:
         raise ValueError(
             f"the KV cache of {arguments.slots} slots x {arguments.group_size} responses x {arguments.max_prompt_tokens} +"
-            f" {arguments.max_response_tokens} tokens takes {engine.cache_bytes / 2**30:.1f} GiB, {free / 2**30:.1f} are"
-            " free; lower --slots, --group-size, --max-prompt-tokens or --max-response-tokens"
+            f" {arguments.max_response_tokens} tokens takes {size(cache)} of each device, the weights leave"
+            f" {size(usable - weights)}; lower --slots, --group-size, --max-prompt-tokens or --max-response-tokens"
         )
     from oapl_jax.sampler.jetstream.engine import JetStreamEngine
 

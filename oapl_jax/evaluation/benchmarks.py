@@ -1,8 +1,7 @@
-"""The problems of an evaluation, each with its grader."""
+"""The problems of an evaluation and their graders."""
 
-import contextlib
 import pathlib
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
 
 from oapl_jax.config.commands import EvaluateConfig
 from oapl_jax.config.data import DataConfig
@@ -10,35 +9,63 @@ from oapl_jax.config.reward import RewardConfig
 from oapl_jax.data.catalogue import DATASETS
 from oapl_jax.data.prompts import first_prompts
 from oapl_jax.data.tokenizer import Tokenizer
-from oapl_jax.rewards.grader import Grader, grader_of
-from oapl_jax.types import Prompt
+from oapl_jax.rewards.grader import Grader, Item, grader_of
+from oapl_jax.types import Grade, Prompt
 
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet", "")
 
 
-class Benchmark(NamedTuple):
-    """A source of problems and its reward."""
+class ProblemGrader:
+    """A ``Grader`` that gives each response to the grader of its problem, which it owns."""
 
-    data: DataConfig
-    reward: RewardConfig
+    def __init__(self, graders: dict[str, Grader]):
+        self._graders = graders
+
+    def check_golds(self, prompts: Sequence[Prompt]) -> None:
+        """Each grader checks those of its problems."""
+        for grader in dict.fromkeys(self._graders.values()):
+            grader.check_golds([prompt for prompt in prompts if self._graders[prompt.id] is grader])
+
+    def grade(self, items: Sequence[Item]) -> list[Grade]:
+        """Grades in the order of the items."""
+        grades: dict[int, Grade] = {}
+        for grader in set(self._graders.values()):
+            mine = [i for i, (prompt, _, _) in enumerate(items) if self._graders[prompt.id] is grader]
+            grades |= dict(zip(mine, grader.grade([items[i] for i in mine]), strict=True))
+        return [grades[i] for i in range(len(items))]
+
+    def close(self) -> None:
+        """Closes the graders."""
+        for grader in set(self._graders.values()):
+            grader.close()
 
 
-class Graded(NamedTuple):
-    """A problem and the grader of its responses."""
-
-    prompt: Prompt
-    grader: Grader
-
-
-def benchmarks(config: EvaluateConfig) -> list[Benchmark]:
-    """The benchmarks that the config names.
+def load(config: EvaluateConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], ProblemGrader]:
+    """All problems in the order of the config, and what grades them; equal options share a grader.
 
     Raises:
-        ValueError: the folder of local copies lacks a data set.
+        ValueError: a data set cannot be read, a gold answer does not parse, or a grader does not work.
     """
+    by_options: dict[str, Grader] = {}
+    graders: dict[str, Grader] = {}
+    prompts: list[Prompt] = []
+    for data, reward in _sources(config):
+        found = first_prompts(data, tokenizer, config.benchmarks.problems)
+        if str(reward) not in by_options:
+            by_options[str(reward)] = grader_of(data.task, reward)
+        prompts += found
+        graders |= dict.fromkeys((prompt.id for prompt in found), by_options[str(reward)])
+    grader = ProblemGrader(graders)
+    grader.check_golds(prompts)
+    return prompts, grader
+
+
+def _sources(config: EvaluateConfig) -> Iterator[tuple[DataConfig, RewardConfig]]:
+    """The benchmarks that the config names, or its own data."""
     if config.data is not None:
-        return [Benchmark(config.data, config.reward)]
-    section, found = config.benchmarks, []
+        yield config.data, config.reward
+        return
+    section = config.benchmarks
     for name in section.names:
         data = DataConfig(
             dataset=name,
@@ -47,35 +74,7 @@ def benchmarks(config: EvaluateConfig) -> list[Benchmark]:
             max_prompt_tokens=section.max_prompt_tokens,
             overlong="error",
         )
-        found.append(Benchmark(data, config.reward.model_copy(update={"functions": {DATASETS[name].reward: 1.0}})))
-    return found
-
-
-def load(config: EvaluateConfig, tokenizer: Tokenizer, stack: contextlib.ExitStack) -> list[Graded]:
-    """All problems, in the order of the config; benchmarks with the same options share a grader.
-
-    Args:
-        config: of the evaluation.
-        tokenizer: of the policy.
-        stack: closes the graders.
-
-    Raises:
-        ValueError: a data set cannot be read, a gold answer does not parse, or a grader does not work.
-    """
-    graders: dict[str, Grader] = {}
-    members: dict[str, list[Prompt]] = {}
-    problems: list[Graded] = []
-    for data, reward in benchmarks(config):
-        key = str(reward)
-        prompts = first_prompts(data, tokenizer, config.benchmarks.problems)
-        if key not in graders:
-            graders[key] = grader_of(data.task, reward)
-            stack.callback(graders[key].close)
-        members.setdefault(key, []).extend(prompts)
-        problems += [Graded(prompt, graders[key]) for prompt in prompts]
-    for key, prompts in members.items():
-        graders[key].check_golds(prompts)
-    return problems
+        yield data, config.reward.model_copy(update={"functions": {DATASETS[name].reward: 1.0}})
 
 
 def _local_copy(folder: pathlib.Path, name: str) -> str:

@@ -40,17 +40,8 @@ def evaluate(
     """Samples each prompt ``num_samples`` times with the sampler's weights, and grades responses while it samples.
 
     The same seed draws the same random numbers for every policy, so two evaluations of one run differ by the policy
-    alone. Processes can share the prompts: each counts zeros for those of the others.
-
-    Args:
-        sampler: idle, with the weights of the policy.
-        prompts: all of them.
-        grading: of this process.
-        distribution: of the samples.
-        num_samples: of each prompt.
-        seed: of the run.
-        part: this process takes each ``num_parts``-th prompt, from this one on.
-        num_parts: processes that share the prompts.
+    alone. Processes can share the prompts: each takes every ``num_parts``-th from ``part`` on, and counts zeros for the
+    others. The sampler is idle, with the weights of the policy.
     """
     requests = [
         Request(i, prompt.token_ids, num_samples, (seed, EVALUATION_STREAM, i), distribution, needs_logprobs=False)
@@ -81,7 +72,5 @@ def summarize(counts: Counts, prompts: Sequence[Prompt]) -> Metrics:
     if fewest == 0:
         raise ValueError(f"evaluation: every sample of prompt {prompts[int(counts.graded.argmin())].id} was invalid")
     ks = [2**i for i in range(fewest.bit_length())]
-    metrics = {
-        f"evaluation/{name}": value for name, value in passk.summarize(counts.graded, counts.correct, ks).items()
-    }
+    metrics = {f"evaluation/pass@{k}": float(passk.pass_at_k(counts.graded, counts.correct, k).mean()) for k in ks}
     return {**metrics, "evaluation/response_tokens": float(counts.tokens.sum() / counts.sampled.sum())}

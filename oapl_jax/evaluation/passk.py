@@ -5,7 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Float, Int
 
-POWERS_OF_TWO = (1, 2, 4, 8, 16, 32, 64)
+NUM_RESAMPLINGS = 4000
+TAIL = (1 - 0.95) / 2
+"""Share of the resampled means on each side of a 95 % interval."""
 
 
 def pass_at_k(num_samples: Int[np.ndarray, "N"], num_correct: Int[np.ndarray, "N"], k: int) -> Float[np.ndarray, "N"]:
@@ -17,55 +19,13 @@ def pass_at_k(num_samples: Int[np.ndarray, "N"], num_correct: Int[np.ndarray, "N
     Args:
         num_samples: n, number of samples of each problem.
         num_correct: c, number of correct samples of each problem.
-        k: number of attempts.
-
-    Raises:
-        ValueError: a problem has fewer than k samples, or c is outside 0..n.
+        k: number of attempts, at most the samples of any problem.
     """
-    num_samples, num_correct = np.asarray(num_samples), np.asarray(num_correct)
-    _check(num_samples, num_correct, k)
     factors = np.arange(1, num_samples.max(initial=0) + 1)
     in_product = (factors > (num_samples - num_correct)[:, None]) & (factors <= num_samples[:, None])
     # The product has a factor with i <= k only if fewer than k samples are wrong, and then pass@k is exactly 1.
     terms = np.where(in_product, np.maximum(1.0 - k / factors, 0.0), 1.0)
     return 1.0 - terms.prod(axis=1)
-
-
-def summarize(
-    num_samples: Int[np.ndarray, "N"], num_correct: Int[np.ndarray, "N"], ks: Sequence[int] = POWERS_OF_TWO
-) -> dict[str, float]:
-    """The mean over problems for each k up to the fewest samples of a problem: ``{"pass@1": ..., "pass@2": ...}``.
-
-    Raises:
-        ValueError: there are no problems, or a problem has too few samples for the smallest k.
-    """
-    if not len(num_samples):
-        raise ValueError("pass@k of no problems: the evaluation has no prompts")
-    fewest = int(np.min(num_samples))
-    usable = [k for k in ks if k <= fewest] or [min(ks)]
-    return {f"pass@{k}": float(pass_at_k(num_samples, num_correct, k).mean()) for k in usable}
-
-
-def _check(num_samples: np.ndarray, num_correct: np.ndarray, k: int) -> None:
-    if k < 1:
-        raise ValueError(f"pass@{k}: k must be at least 1")
-    too_few = np.flatnonzero(num_samples < k)
-    if too_few.size:
-        first = too_few[0]
-        raise ValueError(
-            f"pass@{k} needs at least k={k} samples of every problem; problem {first} has n={num_samples[first]}"
-            f" ({too_few.size} such problems)"
-        )
-    _check_counts(num_samples, num_correct)
-
-
-def _check_counts(num_samples: np.ndarray, num_correct: np.ndarray) -> None:
-    impossible = np.flatnonzero((num_correct < 0) | (num_correct > num_samples))
-    if impossible.size:
-        first = impossible[0]
-        raise ValueError(
-            f"problem {first}: {num_correct[first]} correct of n={num_samples[first]} samples is impossible"
-        )
 
 
 def pass_at_ks(
@@ -75,12 +35,8 @@ def pass_at_ks(
 
     ``1 - pass@k = prod_{j<k} (n-c-j) / (n-j)`` is the chance that k samples drawn without replacement are all wrong.
     Every factor is between 0 and 1, so the product cannot overflow, and a cumulative product gives all k.
-
-    Raises:
-        ValueError: a number of correct samples is outside 0..n.
     """
-    samples, correct = np.asarray(num_samples)[:, None], np.asarray(num_correct)[:, None]
-    _check_counts(samples[:, 0], correct[:, 0])
+    samples, correct = num_samples[:, None], num_correct[:, None]
     drawn = np.arange(max_k)
     left = np.maximum(samples - drawn, 1)
     all_wrong = np.cumprod(np.clip((samples - correct - drawn) / left, 0.0, 1.0), axis=1)
@@ -112,9 +68,10 @@ def majority_at_k(
     return float(((wins @ correct) / np.maximum(wins.sum(axis=1), 1)).mean())
 
 
-def bootstrap_weights(num_problems: int, rng: np.random.Generator, num_draws: int = 4000) -> Float[np.ndarray, "W N"]:
+def bootstrap_weights(num_problems: int, rng: np.random.Generator) -> Float[np.ndarray, "W N"]:
     """How often each problem occurs in each of many bootstrap resamplings."""
-    return rng.multinomial(num_problems, np.full(num_problems, 1 / num_problems), size=num_draws).astype(np.float64)
+    shares = np.full(num_problems, 1 / num_problems)
+    return rng.multinomial(num_problems, shares, size=NUM_RESAMPLINGS).astype(np.float64)
 
 
 def resampled_means(weights: Float[np.ndarray, "W N"], values: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "W K"]:
@@ -124,8 +81,7 @@ def resampled_means(weights: Float[np.ndarray, "W N"], values: Float[np.ndarray,
     return np.where(total > 0, weights @ np.where(is_known, values, 0.0) / np.maximum(total, 1e-300), np.nan)
 
 
-def interval(means: Float[np.ndarray, "W K"], level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
-    """The percentile interval of each column, without resamplings whose mean is NaN."""
-    tail = (1 - level) / 2
-    low, high = np.nanquantile(means, [tail, 1 - tail], axis=0)
+def interval(means: Float[np.ndarray, "W K"]) -> tuple[np.ndarray, np.ndarray]:
+    """The 95 % percentile interval of each column, without resamplings whose mean is NaN."""
+    low, high = np.nanquantile(means, [TAIL, 1 - TAIL], axis=0)
     return low, high

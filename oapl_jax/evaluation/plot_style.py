@@ -1,11 +1,13 @@
 """The style of all plots."""
 
+from collections.abc import Sequence
 from typing import Any
 
-BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, GREY = (
-    *("#0072B2", "#D55E00", "#009E73", "#CC79A7"),
-    *("#E69F00", "#56B4E9", "#8A8F98"),
-)
+from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8A8F98")
+BLUE, ORANGE, GREEN, *_, GREY = COLOURS
 """The palette of Okabe and Ito, which colour-blind people can distinguish, and a grey."""
 
 STYLE: Any = {
@@ -21,3 +23,11 @@ STYLE: Any = {
     "legend.frameon": False,
 }
 """Parameters for ``matplotlib.rc_context``."""
+
+
+def log_axis(axes: Axes, ks: Sequence[int]) -> None:
+    """A logarithmic axis of k with ticks at these values."""
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(ks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda k, _: f"{k:g}"))

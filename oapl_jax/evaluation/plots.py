@@ -7,22 +7,13 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
+from matplotlib.ticker import PercentFormatter
 
-from oapl_jax.evaluation import plot_style
-from oapl_jax.evaluation.scores import Comparison, Score, Value, shown_ks
+from oapl_jax.evaluation.plot_style import COLOURS, STYLE, log_axis
+from oapl_jax.evaluation.scores import Score, Value, shown_ks
 
 PASS_FILE, DIFFERENCE_FILE, VERSIONS_FILE = "passk.png", "difference.png", "versions.png"
 
-_COLOURS = (
-    plot_style.BLUE,
-    plot_style.ORANGE,
-    plot_style.GREEN,
-    plot_style.PINK,
-    plot_style.YELLOW,
-    plot_style.SKY,
-    plot_style.GREY,
-)
 _MARKERS = "osD^vPX"
 _COLUMNS = 3
 
@@ -33,7 +24,7 @@ def draw_pass(path: pathlib.Path, scores: Sequence[Score]) -> None:
     _draw(path, curves, "pass@k: chance that one of k samples is correct; band: 95 % over problems")
 
 
-def draw_differences(path: pathlib.Path, comparisons: Sequence[Comparison]) -> None:
+def draw_differences(path: pathlib.Path, comparisons: Sequence[Score]) -> None:
     """Draws the paired difference of pass@k from the baseline, over k."""
     curves = {(item.benchmark, item.label): list(item.values) for item in comparisons}
     title = f"pass@k minus that of {comparisons[0].baseline}; band: 95 %, paired over problems"
@@ -43,14 +34,14 @@ def draw_differences(path: pathlib.Path, comparisons: Sequence[Comparison]) -> N
 def draw_versions(path: pathlib.Path, scores: Mapping[int, Sequence[Score]]) -> None:
     """Draws pass@1 and pass@k of the largest k over the versions of a run: a panel for each benchmark."""
     benchmarks = dict.fromkeys(item.benchmark for members in scores.values() for item in members)
-    with matplotlib.rc_context(plot_style.STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, panels = _panels(list(benchmarks), "pass@k over the versions of the run; bars: 95 % over problems")
         for axes, benchmark in zip(panels, benchmarks, strict=True):
             found = {
                 v: item.of("pass") for v, members in scores.items() for item in members if item.benchmark == benchmark
             }
             ks = sorted({1, min(values[-1].k for values in found.values())})
-            for k, colour, marker in zip(ks, _COLOURS, _MARKERS, strict=False):
+            for k, colour, marker in zip(ks, COLOURS, _MARKERS, strict=False):
                 values = [members[k - 1] for members in found.values()]
                 mean = np.array([value.value for value in values])
                 error = np.array([[v.value - v.low for v in values], [v.high - v.value for v in values]])
@@ -67,14 +58,16 @@ def _draw(
     path: pathlib.Path, curves: dict[tuple[str, str], list[Value]], title: str, *, is_difference: bool = False
 ) -> None:
     benchmarks, labels = (list(dict.fromkeys(key[i] for key in curves)) for i in (0, 1))
-    with matplotlib.rc_context(plot_style.STYLE):
+    with matplotlib.rc_context(STYLE):
         figure, panels = _panels(benchmarks, title)
         for axes, benchmark in zip(panels, benchmarks, strict=True):
             for i, label in enumerate(labels, start=is_difference):  # the baseline has the first colour
                 if curves.get((benchmark, label)):
                     _curve(axes, curves[benchmark, label], label, i)
             max_k = max(value.k for (name, _), values in curves.items() for value in values if name == benchmark)
-            _ticks(axes, max_k)
+            log_axis(axes, [2**i for i in range(max_k.bit_length())])
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axes.set_xlabel("k")
             if is_difference:
                 axes.axhline(0, color="#4A4F57", linewidth=1)
         handles, names = panels[0].get_legend_handles_labels()
@@ -84,7 +77,7 @@ def _draw(
 
 def _curve(axes: Axes, values: Sequence[Value], label: str, i: int) -> None:
     """Draws a line with markers at the powers of two."""
-    ks, colour = [value.k for value in values], _COLOURS[i % len(_COLOURS)]
+    ks, colour = [value.k for value in values], COLOURS[i % len(COLOURS)]
     marks = [i for i, k in enumerate(ks) if k in shown_ks(ks[-1])]
     axes.plot(
         ks,
@@ -94,7 +87,7 @@ def _curve(axes: Axes, values: Sequence[Value], label: str, i: int) -> None:
         marker=_MARKERS[i % len(_MARKERS)],
         markevery=marks,
         markersize=4.5,
-        linestyle="-" if i < len(_COLOURS) else "--",
+        linestyle="-" if i < len(COLOURS) else "--",
     )
     axes.fill_between(ks, [v.low for v in values], [v.high for v in values], color=colour, alpha=0.14, linewidth=0)
 
@@ -111,12 +104,3 @@ def _panels(benchmarks: Sequence[str], title: str) -> tuple[Figure, list[Axes]]:
     for panel, benchmark in zip(axes, benchmarks, strict=False):
         panel.set_title(benchmark)
     return figure, axes[: len(benchmarks)]
-
-
-def _ticks(axes: Axes, max_k: int) -> None:
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator([2.0**i for i in range(max_k.bit_length())]))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda k, _: f"{k:g}"))
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    axes.set_xlabel("k")

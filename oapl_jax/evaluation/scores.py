@@ -1,14 +1,16 @@
 """Computes pass@k, avg@k and maj@k with intervals from tallies, and paired differences between policies."""
 
 import dataclasses
+import functools
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from oapl_jax.evaluation import passk
-from oapl_jax.evaluation.tally import Tally
+from oapl_jax.evaluation.tally import Problem, Tally
 
 MAX_K = 256
 AVERAGE = "average"
@@ -34,45 +36,38 @@ class Value:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """The result of a policy on a benchmark, or on all of them (``AVERAGE``)."""
+    """The result of a policy on a benchmark, or on all of them (``AVERAGE``); or its difference from a baseline."""
 
     label: str
     benchmark: str
     values: tuple[Value, ...]
-    counts: dict[str, float]
-    """Numbers of problems, samples and verdicts, mean response tokens, share of truncated responses."""
+    counts: Mapping[str, float]
+    """Numbers of problems, samples and verdicts, mean response tokens, share of truncated responses; of a difference
+    the number of problems that only one of the two has."""
+    baseline: str = ""
 
     def of(self, metric: str) -> list[Value]:
         """The values of a metric, in the order of k."""
         return [value for value in self.values if value.metric == metric]
 
 
-@dataclasses.dataclass(frozen=True)
-class Comparison:
-    """pass@k of a policy minus pass@k of a baseline, on the problems that both have."""
-
-    label: str
-    baseline: str
-    benchmark: str
-    values: tuple[Value, ...]
-    num_unpaired: int
-    """Number of problems that only one of the two has."""
-
-
-def score(label: str, tallies: Sequence[Tally], max_k: int = MAX_K) -> list[Score]:
+def score(label: str, tallies: Sequence[Tally]) -> list[Score]:
     """A score for each benchmark, and their average if there are several."""
     scores, draws = [], []
     for tally in tallies:
-        rates = passk.pass_at_ks(tally.num_samples, tally.num_correct, min(max_k, int(tally.num_samples.max())))
-        means = passk.resampled_means(_weights(tally.benchmark, len(rates)), rates)
+        rates = passk.pass_at_ks(tally.num_samples, tally.num_correct, min(MAX_K, int(tally.num_samples.max())))
+        means = _resampled(tally.benchmark, rates)
         draws.append(means)
-        values = [*_values("pass", rates, means), *_averages(tally, max_k), *_majorities(tally, max_k)]
+        values = _values("pass", np.arange(rates.shape[1]) + 1, rates, means)
+        values += _by_problem("avg", tally, lambda problem, k: np.mean(problem.is_correct[:k]))
+        if all(problem.votes is not None for problem in tally.problems):
+            values += _by_problem("maj", tally, functools.partial(_majority, np.random.default_rng(_SEED)))
         scores.append(Score(label, tally.benchmark, tuple(values), _counts(tally)))
     return [*scores, _average(label, scores, draws)] if len(scores) > 1 else scores
 
 
-def compare(label: str, tallies: Sequence[Tally], baseline: str, others: Sequence[Tally]) -> list[Comparison]:
-    """Paired differences of pass@k for each benchmark: both sides are resampled with the same problems."""
+def compare(label: str, tallies: Sequence[Tally], baseline: str, others: Sequence[Tally]) -> list[Score]:
+    """pass@k minus that of the baseline, on shared problems: both sides are resampled with the same ones."""
     theirs = {tally.benchmark: tally for tally in others}
     found = []
     for tally in tallies:
@@ -82,14 +77,13 @@ def compare(label: str, tallies: Sequence[Tally], baseline: str, others: Sequenc
         shared = [name for name in ours if name in base]
         if not shared:
             continue
-        pairs = np.array([[*ours[name], *base[name]] for name in shared])
-        max_k = min(MAX_K, int(pairs[:, 0].max()), int(pairs[:, 2].max()))
-        difference = passk.pass_at_ks(pairs[:, 0], pairs[:, 1], max_k) - passk.pass_at_ks(
-            pairs[:, 2], pairs[:, 3], max_k
-        )
-        means = passk.resampled_means(_weights(tally.benchmark, len(shared)), difference)
-        values = tuple(_values("difference", difference, means))
-        found.append(Comparison(label, baseline, tally.benchmark, values, len(ours) + len(base) - 2 * len(shared)))
+        n, c, base_n, base_c = np.array([[*ours[name], *base[name]] for name in shared]).T
+        max_k = min(MAX_K, int(n.max()), int(base_n.max()))
+        difference = passk.pass_at_ks(n, c, max_k) - passk.pass_at_ks(base_n, base_c, max_k)
+        ks, means = np.arange(max_k) + 1, _resampled(tally.benchmark, difference)
+        values = tuple(_values("difference", ks, difference, means))
+        counts = {"unpaired": len(ours) + len(base) - 2 * len(shared)}
+        found.append(Score(label, tally.benchmark, values, counts, baseline))
     return found
 
 
@@ -98,55 +92,29 @@ def shown_ks(max_k: int) -> list[int]:
     return sorted({*(2**i for i in range(max_k.bit_length())), max_k} - {0})
 
 
-def _values(metric: str, rates: Float[np.ndarray, "N K"], means: Float[np.ndarray, "W K"]) -> list[Value]:
-    """The mean of each column that has a value, with its interval."""
+def _values(
+    metric: str, ks: Int[np.ndarray, "K"], rates: Float[np.ndarray, "N K"], means: Float[np.ndarray, "W K"]
+) -> list[Value]:
+    """The mean of each column that has a value, with its interval; column i belongs to ``ks[i]``."""
     counts = (~np.isnan(rates)).sum(axis=0)
     kept = counts > 0
     low, high = passk.interval(means[:, kept])
     value = np.nanmean(rates[:, kept], axis=0)
-    ks = np.flatnonzero(kept) + 1
     return [
         Value(metric, int(k), float(v), float(lo), float(hi), int(n), len(rates) - int(n))
-        for k, v, lo, hi, n in zip(ks, value, low, high, counts[kept], strict=True)
+        for k, v, lo, hi, n in zip(ks[kept], value, low, high, counts[kept], strict=True)
     ]
 
 
-def _averages(tally: Tally, max_k: int) -> list[Value]:
-    """avg@k: the share of correct samples among the first k of each problem."""
-    ks = shown_ks(min(max_k, int(tally.num_samples.max())))
-    rates = np.array(
-        [
-            [np.mean(problem.is_correct[:k]) if len(problem.is_correct) >= k else np.nan for k in ks]
-            for problem in tally.problems
-        ]
-    )
-    return _at(ks, "avg", rates, tally)
+def _by_problem(metric: str, tally: Tally, rate: Callable[[Problem, int], Any]) -> list[Value]:
+    """The values of a metric for the shown k, from its rate for a problem that has k samples."""
+    ks = shown_ks(min(MAX_K, int(tally.num_samples.max())))
+    rates = np.array([[rate(item, k) if len(item.is_correct) >= k else np.nan for k in ks] for item in tally.problems])
+    return _values(metric, np.array(ks), rates, _resampled(tally.benchmark, rates))
 
 
-def _majorities(tally: Tally, max_k: int) -> list[Value]:
-    """maj@k, if the responses of the benchmark have answers that can be voted on."""
-    if any(problem.votes is None for problem in tally.problems):
-        return []
-    ks = shown_ks(min(max_k, int(tally.num_samples.max())))
-    rng = np.random.default_rng(_SEED)
-    rates = np.array(
-        [
-            [
-                passk.majority_at_k(problem.votes or (), problem.num_silent, k, rng)
-                if len(problem.is_correct) >= k
-                else np.nan
-                for k in ks
-            ]
-            for problem in tally.problems
-        ]
-    )
-    return _at(ks, "maj", rates, tally)
-
-
-def _at(ks: list[int], metric: str, rates: Float[np.ndarray, "N K"], tally: Tally) -> list[Value]:
-    """The values of rates whose column i belongs to ``ks[i]``."""
-    values = _values(metric, rates, passk.resampled_means(_weights(tally.benchmark, len(rates)), rates))
-    return [dataclasses.replace(value, k=ks[value.k - 1]) for value in values]
+def _majority(rng: np.random.Generator, problem: Problem, k: int) -> float:
+    return passk.majority_at_k(problem.votes or (), problem.num_silent, k, rng)
 
 
 def _average(label: str, scores: Sequence[Score], draws: Sequence[np.ndarray]) -> Score:
@@ -154,13 +122,11 @@ def _average(label: str, scores: Sequence[Score], draws: Sequence[np.ndarray]) -
     values: list[Value] = []
     columns = [{value.k: value for value in item.of("pass")} for item in scores]
     for k in sorted(set.intersection(*map(set, columns))):
-        means = np.mean([draw[:, k - 1] for draw in draws], axis=0)
-        low, high = passk.interval(means[:, None])
-        mean = float(np.mean([column[k].value for column in columns]))
-        num_problems, num_short = (
-            sum(getattr(column[k], name) for column in columns) for name in ("num_problems", "num_short")
-        )
-        values.append(Value("pass", k, mean, float(low[0]), float(high[0]), num_problems, num_short))
+        found = [column[k] for column in columns]
+        low, high = passk.interval(np.mean([draw[:, k - 1] for draw in draws], axis=0)[:, None])
+        mean = float(np.mean([value.value for value in found]))
+        problems, short = sum(value.num_problems for value in found), sum(value.num_short for value in found)
+        values.append(Value("pass", k, mean, float(low[0]), float(high[0]), problems, short))
     names = ("response_tokens", "truncated")
     counts = {name: float(np.mean([item.counts[name] for item in scores])) for name in names}
     totals = {name: sum(item.counts[name] for item in scores) for name in scores[0].counts if name not in names}
@@ -173,14 +139,15 @@ def _counts(tally: Tally) -> dict[str, float]:
         "problems": len(tally.problems),
         "samples": num_samples,
         **{f"verdict_{name}": count for name, count in tally.verdicts.items()},
-        "response_tokens": sum(tally.tokens.values()) / max(num_samples, 1),
+        "response_tokens": tally.num_tokens / max(num_samples, 1),
         "truncated": tally.num_truncated / max(num_samples, 1),
     }
 
 
-def _weights(benchmark: str, num_problems: int) -> Float[np.ndarray, "W N"]:
-    """Resamplings that are the same for all policies and differ between benchmarks."""
-    return passk.bootstrap_weights(num_problems, np.random.default_rng((_SEED, zlib.crc32(benchmark.encode()))))
+def _resampled(benchmark: str, rates: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "W K"]:
+    """Means over resamplings that are the same for all policies and differ between benchmarks."""
+    rng = np.random.default_rng((_SEED, zlib.crc32(benchmark.encode())))
+    return passk.resampled_means(passk.bootstrap_weights(len(rates), rng), rates)
 
 
 def _by_id(tally: Tally) -> dict[str, tuple[int, int]]:

@@ -2,43 +2,37 @@
 
 import csv
 import dataclasses
+import io
 import json
-import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
-from oapl_jax.evaluation.scores import AVERAGE, Comparison, Score, Value, shown_ks
+from oapl_jax.evaluation.scores import AVERAGE, Score, Value, shown_ks
 from oapl_jax.evaluation.tally import Tally
+from oapl_jax.io import storage
 
 JSON_FILE, CSV_FILE = "results.json", "results.csv"
 MAX_NAMED = 5
 _CSV = ("label", "benchmark", "baseline", "metric", "k", "value", "low", "high", "problems", "short")
 
 
-def write(directory: pathlib.Path, scores: Sequence[Score], comparisons: Sequence[Comparison]) -> None:
+def write(directory: pathlib.Path, scores: Sequence[Score], comparisons: Sequence[Score]) -> None:
     """Writes both files, each of them atomically."""
-    directory.mkdir(parents=True, exist_ok=True)
     records = {
         "scores": [_record(item, {"counts": item.counts}) for item in scores],
-        "comparisons": [
-            _record(item, {"baseline": item.baseline, "unpaired": item.num_unpaired}) for item in comparisons
-        ],
+        "comparisons": [_record(item, {"baseline": item.baseline, **item.counts}) for item in comparisons],
     }
-    temporary = directory / f"{JSON_FILE}.tmp"
-    temporary.write_text(json.dumps(_finite(records), indent=1, allow_nan=False) + "\n", encoding="utf-8")
-    temporary.replace(directory / JSON_FILE)
-    temporary = directory / f"{CSV_FILE}.tmp"
-    with temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(_CSV)
-        for item in [*scores, *comparisons]:
-            baseline = item.baseline if isinstance(item, Comparison) else ""
-            writer.writerows([item.label, item.benchmark, baseline, *dataclasses.astuple(v)] for v in item.values)
-    temporary.replace(directory / CSV_FILE)
+    storage.replace(directory / JSON_FILE, json.dumps(records, indent=1, allow_nan=False).encode() + b"\n")
+    rows = io.StringIO(newline="")
+    writer = csv.writer(rows)
+    writer.writerow(_CSV)
+    for item in [*scores, *comparisons]:
+        writer.writerows([item.label, item.benchmark, item.baseline, *dataclasses.astuple(v)] for v in item.values)
+    storage.replace(directory / CSV_FILE, rows.getvalue().encode())
 
 
-def render(scores: Sequence[Score], comparisons: Sequence[Comparison]) -> str:
+def render(scores: Sequence[Score], comparisons: Sequence[Score]) -> str:
     """The table that the command prints: pass@k in percent with its interval, avg@k, maj@k and counts."""
     lines = []
     for benchmark in dict.fromkeys(item.benchmark for item in scores):
@@ -62,7 +56,7 @@ def render(scores: Sequence[Score], comparisons: Sequence[Comparison]) -> str:
     for item in comparisons:
         ks = {1, *shown_ks(max(v.k for v in item.values))[-1:]}
         cells = "  ".join(f"k={v.k}: {_cell(v, '+')}" for v in item.values if v.k in ks)
-        unpaired = f"  ({item.num_unpaired} unpaired problems)" if item.num_unpaired else ""
+        unpaired = f"  ({item.counts['unpaired']} unpaired problems)" if item.counts["unpaired"] else ""
         lines.append(f"{item.label}, {item.benchmark}: {cells}{unpaired}")
     return "\n".join(lines).strip("\n")
 
@@ -83,17 +77,9 @@ def shortages(label: str, tallies: Sequence[Tally]) -> list[str]:
     return lines
 
 
-def _record(item: Score | Comparison, rest: dict[str, Any]) -> dict[str, Any]:
-    values: dict[str, dict[str, Any]] = {}
-    for value in item.values:
-        name = f"{value.metric}@{value.k}"
-        values[name] = {
-            "value": value.value,
-            "low": value.low,
-            "high": value.high,
-            "problems": value.num_problems,
-            "short": value.num_short,
-        }
+def _record(item: Score, rest: dict[str, Any]) -> dict[str, Any]:
+    names = ("value", "low", "high", "problems", "short")
+    values = {f"{v.metric}@{v.k}": dict(zip(names, dataclasses.astuple(v)[2:], strict=True)) for v in item.values}
     return {"label": item.label, "benchmark": item.benchmark, **rest, "values": values}
 
 
@@ -113,12 +99,3 @@ def _last(item: Score, metric: str) -> str:
     """The value at the largest k; the average over benchmarks has none."""
     values = item.of(metric)
     return f"{100 * values[-1].value:.1f}" if values and item.benchmark != AVERAGE else "-"
-
-
-def _finite(value: Any) -> Any:
-    """Replaces NaN and infinities, which JSON does not have, by None."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

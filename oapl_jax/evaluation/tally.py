@@ -4,8 +4,7 @@ import collections
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow.compute as pc
@@ -17,7 +16,7 @@ from oapl_jax.rewards.math import answers
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.types import FinishReason, Verdict
 
-COLUMNS = ("prompt_id", "answer", "rollout_index", "verdict", "finish_reason", "response", "token_ids")
+COLUMNS = ["prompt_id", "answer", "verdict", "finish_reason", "response"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,8 +41,8 @@ class Tally:
     """In the order of the numbers in their ids."""
     verdicts: dict[str, int]
     num_truncated: int
-    tokens: dict[str, int]
-    """Total number of response tokens, by verdict."""
+    num_tokens: int
+    """Of all responses."""
 
     @property
     def num_samples(self) -> Int[np.ndarray, "N"]:
@@ -80,8 +79,12 @@ def read(log: SharedPath, version: int) -> list[Tally]:
     """
     rows: dict[str, dict[str, list[tuple]]] = collections.defaultdict(lambda: collections.defaultdict(list))
     golds: dict[str, str] = {}
-    for part in RolloutLog(log).parts(version):
-        for prompt_id, answer, *sample in _samples(RolloutLog(log), version, part):
+    rollouts = RolloutLog(log)
+    for part in rollouts.parts(version):
+        table = rollouts.read_columns(version, part, [*COLUMNS, "token_ids"])
+        lengths = pc.list_value_length(table["token_ids"])  # pyright: ignore[reportAttributeAccessIssue]
+        columns = [*(table[column].to_pylist() for column in COLUMNS), lengths.to_pylist()]
+        for prompt_id, answer, *sample in zip(*columns, strict=True):
             benchmark = prompt_id.rpartition("/")[0] or prompt_id
             golds.setdefault(benchmark, answer)
             rows[benchmark][prompt_id].append(tuple(sample))
@@ -97,38 +100,28 @@ def prompt_ids(log: SharedPath, version: int) -> set[str]:
     return found
 
 
-def _samples(log: RolloutLog, version: int, part: int) -> Iterator[tuple[Any, ...]]:
-    table = log.read_columns(version, part, list(COLUMNS))
-    lengths = pc.list_value_length(table["token_ids"])  # pyright: ignore[reportAttributeAccessIssue]
-    columns = [table[column].to_pylist() for column in COLUMNS[:-1]]
-    return zip(*columns, lengths.to_pylist(), strict=True)
-
-
 def _tally(benchmark: str, rows: dict[str, list[tuple]], gold: str) -> Tally:
-    verdicts, tokens, num_truncated = collections.Counter(), collections.Counter(), 0
-    for _, verdict, finish_reason, _, length in itertools.chain.from_iterable(rows.values()):
-        verdicts[verdict] += 1
-        tokens[verdict] += length
-        num_truncated += finish_reason == FinishReason.LENGTH
+    samples = list(itertools.chain.from_iterable(rows.values()))
+    verdicts = collections.Counter(verdict for verdict, *_ in samples)
     has_votes = _is_mathematical(benchmark, gold)
     return Tally(
         benchmark,
         tuple(_problem(name, rows[name], has_votes) for name in sorted(rows, key=_number)),
         {verdict.value: verdicts[verdict.value] for verdict in Verdict},
-        num_truncated,
-        {verdict.value: tokens[verdict.value] for verdict in Verdict},
+        sum(finish_reason == FinishReason.LENGTH for _, finish_reason, *_ in samples),
+        sum(length for *_, length in samples),
     )
 
 
 def _problem(name: str, samples: Sequence[tuple], has_votes: bool) -> Problem:
     """The tally of one prompt; samples of a second group follow those of the first."""
-    judged = [sample for sample in samples if sample[1] != Verdict.INVALID]
-    is_correct = tuple(verdict == Verdict.CORRECT for _, verdict, *_ in judged)
+    judged = [sample for sample in samples if sample[0] != Verdict.INVALID]
+    is_correct = tuple(verdict == Verdict.CORRECT for verdict, *_ in judged)
     if not has_votes:
         return Problem(name, is_correct, None, 0)
     votes: collections.Counter[str | None] = collections.Counter()
     num_correct = 0
-    for _, verdict, finish_reason, response, _ in judged:
+    for verdict, finish_reason, response, _ in judged:
         if verdict == Verdict.CORRECT:
             num_correct += 1  # all correct answers equal the gold answer, so they count as one
         else:

@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
-from oapl_jax.evaluation.plot_style import BLUE, GREEN, GREY, ORANGE, STYLE
+from oapl_jax.evaluation.plot_style import BLUE, GREEN, GREY, ORANGE, STYLE, log_axis
 from oapl_jax.io.metrics import METRICS_FILE, read_metrics
 from oapl_jax.types import Metrics
 
@@ -80,7 +80,11 @@ def draw_curves(record: RunRecord) -> bytes:
     """Draws all panels as one PNG: results, fit of the regression, and progress of the run."""
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=(13.5, 9.6), dpi=140, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12))
-        for axes, draw in zip(figure.subplots(3, 3).flat, _PANELS, strict=True):
+        num_syncs = _series(record, "sync/seconds")[0].size
+        for axes, (title, unit, draw) in zip(figure.subplots(3, 3).flat, _PANELS, strict=True):
+            axes.set_title(title, pad=22)
+            unit = unit.format(num_syncs=num_syncs)
+            axes.text(0, 1.035, unit, transform=axes.transAxes, color="#5B616B", fontsize=9)
             draw(axes, record)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="png")
@@ -88,7 +92,6 @@ def draw_curves(record: RunRecord) -> bytes:
 
 
 def _draw_reward(axes: Axes, record: RunRecord) -> None:
-    _title(axes, "Reward of training rollouts", "mean over a batch")
     reward, pass_rate = (_series(record, f"rollouts/{name}")[1] for name in ("reward", "pass_rate"))
     if np.array_equal(reward, pass_rate):
         _draw_series(axes, record, {"reward (1 if correct)": "rollouts/reward"})
@@ -97,50 +100,38 @@ def _draw_reward(axes: Axes, record: RunRecord) -> None:
 
 
 def _draw_held_out(axes: Axes, record: RunRecord) -> None:
-    _title(axes, "Held-out pass@k", "share of prompts")
+    """Evaluations during training, and those before and after it, which are in the summary."""
+    ends = [
+        {"step": step} | {f"evaluation/{name}": value for name, value in record.summary.get(when, {}).items()}
+        for when, step in (("before", 0), ("after", record.summary.get("steps", 0)))
+    ]
     names = {f"k = {k}": f"evaluation/pass@{k}" for k in (1, 4, 16)}
-    _draw_series(axes, _with_ends(record), names, smooth=False, marker="o", markersize=4)
+    whole = dataclasses.replace(record, lines=ends + record.lines)
+    _draw_series(axes, whole, names, smooth=False, marker="o", markersize=4)
     if axes.has_data():
         axes.set_ylim(0, 1.02)
 
 
-def _with_ends(record: RunRecord) -> RunRecord:
-    """Adds the evaluations before and after training, which are in the summary, to those during training."""
-    ends = [("before", 0), ("after", record.summary.get("steps", 0))]
-    lines = [
-        {"step": step} | {f"evaluation/{name}": value for name, value in record.summary.get(when, {}).items()}
-        for when, step in ends
-    ]
-    return dataclasses.replace(record, lines=lines + record.lines)
-
-
 def _draw_pass_at_k(axes: Axes, record: RunRecord) -> None:
-    _title(axes, "Held-out pass@k, before and after", "share of prompts")
     curves = {when: _by_k(record.summary.get(when, {})) for when in ("before", "after")}
     for (when, by_k), color in zip(curves.items(), (GREY, BLUE), strict=True):
         if by_k:
             axes.plot(list(by_k), list(by_k.values()), "o-", color=color, markersize=4, label=when)
     if not axes.has_data():
         return _say_missing(axes, "summary.json")
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(sorted({k for by_k in curves.values() for k in by_k})))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda k, _: f"{k:.0f}"))
+    log_axis(axes, sorted({k for by_k in curves.values() for k in by_k}))
     axes.set_xlabel("k, samples per prompt")
     axes.set_ylim(0, 1.02)
-    _legend(axes)
-    return None
+    return _legend(axes)
 
 
 def _draw_residual(axes: Axes, record: RunRecord) -> None:
-    _title(axes, "Residual of the regression", "mean |·|, reward units")
     _draw_series(axes, record, {"residual": "learner/residual", "advantage": "learner/advantage_abs"})
     if axes.has_data():
         axes.set_ylim(bottom=0)
 
 
 def _draw_log_ratio(axes: Axes, record: RunRecord) -> None:
-    _title(axes, "Log-ratio, learner to sampler", "nats per response")
     # A running mean would hide the drop to zero at each sync.
     names = {"mean": "learner/log_ratio", "mean |·|": "learner/log_ratio_abs"}
     _draw_series(axes, record, names, smooth=False, linewidth=1.2)
@@ -148,25 +139,7 @@ def _draw_log_ratio(axes: Axes, record: RunRecord) -> None:
         axes.axhline(0, color=GREY, linewidth=0.8)
 
 
-def _draw_entropy(axes: Axes, record: RunRecord) -> None:
-    _title(axes, "Entropy of the policy", "nats per token")
-    _draw_series(axes, record, {"entropy": "learner/entropy"})
-
-
-def _draw_lag(axes: Axes, record: RunRecord) -> None:
-    syncs = _series(record, "sync/seconds")[0]
-    _title(axes, "Lag of the sampler", f"learner steps since the sync; syncs: {syncs.size}")
-    _draw_series(axes, record, {"lag": "window/lag"}, smooth=False)
-
-
-def _draw_length(axes: Axes, record: RunRecord) -> None:
-    _title(axes, "Response length", "tokens")
-    names = {"training": "rollouts/response_tokens", "held-out": "evaluation/response_tokens"}
-    _draw_series(axes, record, names)
-
-
 def _draw_time(axes: Axes, record: RunRecord) -> None:
-    _title(axes, "Time of a learner step", "seconds")
     names = {"whole step": "learner/seconds", "waiting for rollouts": "learner/wait_seconds"}
     _draw_series(axes, record, names, smooth=False, linewidth=1.2)
     seconds = _series(record, "learner/seconds")[1]
@@ -175,22 +148,26 @@ def _draw_time(axes: Axes, record: RunRecord) -> None:
         axes.set_ylim(0, 1.5 * float(np.quantile(seconds[1:] if seconds.size > 1 else seconds, 0.98)) or None)
 
 
-_PANELS: tuple[Callable[[Axes, RunRecord], None], ...] = (
-    _draw_reward,
-    _draw_held_out,
-    _draw_pass_at_k,
-    _draw_residual,
-    _draw_log_ratio,
-    _draw_entropy,
-    _draw_lag,
-    _draw_length,
-    _draw_time,
+def _lines(names: dict[str, str], *, smooth: bool = True) -> Callable[[Axes, RunRecord], None]:
+    return lambda axes, record: _draw_series(axes, record, names, smooth)
+
+
+_LENGTHS = {"training": "rollouts/response_tokens", "held-out": "evaluation/response_tokens"}
+_PANELS: tuple[tuple[str, str, Callable[[Axes, RunRecord], None]], ...] = (
+    ("Reward of training rollouts", "mean over a batch", _draw_reward),
+    ("Held-out pass@k", "share of prompts", _draw_held_out),
+    ("Held-out pass@k, before and after", "share of prompts", _draw_pass_at_k),
+    ("Residual of the regression", "mean |·|, reward units", _draw_residual),
+    ("Log-ratio, learner to sampler", "nats per response", _draw_log_ratio),
+    ("Entropy of the policy", "nats per token", _lines({"entropy": "learner/entropy"})),
+    (
+        "Lag of the sampler",
+        "learner steps since the sync; syncs: {num_syncs}",
+        _lines({"lag": "window/lag"}, smooth=False),
+    ),
+    ("Response length", "tokens", _lines(_LENGTHS)),
+    ("Time of a learner step", "seconds", _draw_time),
 )
-
-
-def _title(axes: Axes, title: str, unit: str) -> None:
-    axes.set_title(title, pad=22)
-    axes.text(0, 1.035, unit, transform=axes.transAxes, color="#5B616B", fontsize=9)
 
 
 def _draw_series(axes: Axes, record: RunRecord, names: dict[str, str], smooth: bool = True, **options: Any) -> None:
@@ -209,9 +186,7 @@ def _draw_series(axes: Axes, record: RunRecord, names: dict[str, str], smooth: b
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     for step in _series(record, "sync/seconds")[0]:
         axes.axvline(step, color=_SYNC, linewidth=1, zorder=0.5)
-    if len(axes.get_legend_handles_labels()[0]) > 1:
-        _legend(axes)
-    return None
+    return _legend(axes) if len(axes.get_legend_handles_labels()[0]) > 1 else None
 
 
 def _legend(axes: Axes) -> None:

@@ -14,11 +14,8 @@ from oapl_jax.types import Metrics, Prompt
 class Evaluator:
     """Evaluates policies on the held-out prompts, one after the other, while the learner may go on.
 
-    Args:
-        count: samples and grades with some weights; see ``SamplingSetup.count_held_out``.
-        prompts: the held-out ones.
-        has_thread: False where ``count`` is a collective of several processes, which must not be called from a thread
-            of its own: then evaluations are over when they are started.
+    ``count`` samples and grades with some weights, as ``SamplingSetup.count_held_out``. Where it is a collective of
+    several processes, it must not be called from a thread of its own: then evaluations are over when they are started.
     """
 
     def __init__(self, count: Callable[[Any, int], Counts], prompts: list[Prompt], *, has_thread: bool):
@@ -47,8 +44,7 @@ class Evaluator:
 class StepLog:
     """Writes the metrics of each step in order; a step whose evaluation goes on keeps the later ones waiting.
 
-    Args:
-        writer: None in a process that another one leads.
+    In a process that another one leads the writer is None.
     """
 
     def __init__(self, writer: MetricsWriter | None):

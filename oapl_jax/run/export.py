@@ -57,7 +57,7 @@ def export(
     """
     train = read_config(run_dir, TrainConfig)
     model = train.model
-    step = _choose(steps(run_dir), run_dir, step)
+    step = choose_step(run_dir, step)
     out = run_dir / f"export-{step}" if out is None else out
     if adapter and not train.lora.rank:
         raise ValueError(f"{str(run_dir)!r} trained all weights (lora.rank=0), and has no adapters to export")
@@ -146,11 +146,11 @@ def steps(run_dir: pathlib.Path) -> list[int]:
     return sorted(int(path.name) for path in (run_dir / CHECKPOINTS_FOLDER).glob("*") if path.name.isdigit())
 
 
-def _choose(steps: list[int], run_dir: pathlib.Path, step: int | None) -> int:
-    if not steps:
+def choose_step(run_dir: pathlib.Path, step: int | None) -> int:
+    """The step of the newest checkpoint, or this one, which must be there."""
+    there = steps(run_dir)
+    if not there:
         raise ValueError(f"{str(run_dir)!r} has no checkpoint yet")
-    if step is None:
-        return steps[-1]
-    if step not in steps:
-        raise ValueError(f"{str(run_dir)!r} has no checkpoint of step {step}; it has {', '.join(map(str, steps))}")
-    return step
+    if step not in (None, *there):
+        raise ValueError(f"{str(run_dir)!r} has no checkpoint of step {step}; it has {', '.join(map(str, there))}")
+    return there[-1] if step is None else step

@@ -9,7 +9,7 @@ from oapl_jax.build.learner import Learner
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.distributed.sharding import to_host
 from oapl_jax.learner.batch import from_pairs
-from oapl_jax.sources.probe import Drawn
+from oapl_jax.sources.setup import Drawn
 from oapl_jax.types import RunError
 
 

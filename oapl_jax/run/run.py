@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import io
 import pathlib
@@ -21,7 +20,6 @@ from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.distributed.messages import forward_preemption
 from oapl_jax.distributed.sharding import num_processes
 from oapl_jax.io import run_dir
-from oapl_jax.io.console import ExitCode
 from oapl_jax.io.lease import Lease, Leases
 from oapl_jax.io.metrics import MetricsWriter
 from oapl_jax.io.preemption import catch_sigterm
@@ -35,17 +33,14 @@ from oapl_jax.run.evaluator import Evaluator, StepLog
 from oapl_jax.run.parity import check_parity
 from oapl_jax.run.progress import RunProgress
 from oapl_jax.run.start import make_warm_start, model_path, outline
-from oapl_jax.sampler.sampler import JaxSampler
 from oapl_jax.sources.cluster import Cluster
-from oapl_jax.sources.follower import LogFollower, Published
+from oapl_jax.sources.follower import POLICY_FOLDER, LogFollower, Published
 from oapl_jax.sources.local import LocalSource
 from oapl_jax.sources.offline import OfflineRounds
-from oapl_jax.sources.probe import draw
-from oapl_jax.sources.setup import SamplingSetup, acceptance, make_setup
-from oapl_jax.sources.turns import SamplerTurns
+from oapl_jax.sources.setup import Drawn, SamplingSetup, acceptance, make_setup
 from oapl_jax.types import Metrics, PreemptedError, RolloutGroup
 from oapl_jax.weights.checkpoints import Checkpoints
-from oapl_jax.weights.policies import Manifest, PolicyStore, VersionLeases
+from oapl_jax.weights.policies import PolicyStore
 
 MakeSource = Callable[[SamplingSetup], GroupSource]
 
@@ -66,8 +61,6 @@ class Run:
     """The lagged weights that the sampler holds: version ``progress.policy_version``."""
     source: GroupSource
     evaluator: Evaluator
-    draw: Callable[[Any], Any]
-    """Draws rollouts for the parity gate with some weights."""
     checkpoints: Checkpoints
     log: StepLog
     record: BatchRecord | None
@@ -116,9 +109,8 @@ class Run:
         """Whether an epoch over a round's data ended with the last step."""
         return self.plan is not None and self.plan.ends_epoch(self.progress.step - self.progress.window_step)
 
-    def begin(self) -> None:
+    def begin(self, scored: Sequence[Drawn]) -> None:
         """Before step 1: the parity gate, pass@k of the start, the first checkpoint."""
-        scored = self.draw(self.sampler_weights)
         with self.trainer_lock:
             parity = check_parity(self.config, self.assembly.learner, self.state.params, scored)
         self.bar.note(f"parity gate: sampler and learner differ by {parity:.2g} nats a token")
@@ -297,10 +289,6 @@ class Run:
 def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iterator[Run]:
     """Loads what the config names, opens files and threads, and restores the newest checkpoint, where there is one.
 
-    Args:
-        config: of the run.
-        make_source: makes the source of groups; None: the one of ``config.mode``.
-
     Raises:
         ValueError: what the config got wrong; the message names it.
     """
@@ -311,7 +299,7 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
     directory = pathlib.Path(config.run.dir)
     is_leader = assembly.trainers.is_leader
     with contextlib.ExitStack() as stack:
-        setup = setup_sampling(assembly, tokenizer)
+        setup = make_setup(assembly, tokenizer)
         stack.callback(setup.grading.close)
         if is_leader:
             run_dir.open_run(config, TrainConfig)
@@ -326,33 +314,29 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
         rollouts = RolloutLog(setup.root / "rollouts", dataclasses.asdict(setup.distribution))
         cluster = None
         if num_processes() > 1:
-            cluster = Cluster(setup, rollouts, is_preempted)
-            stack.push(functools.partial(_dismiss, cluster))
-
+            cluster = stack.enter_context(Cluster(setup, rollouts, is_preempted))
+        poll = is_preempted if cluster is None else cluster.poll
         progress, state, weights, is_changed = _restore(assembly, setup, checkpoints, rollouts, bar)
+        is_new = checkpoints.latest_step is None
         record = writer = None
         if is_leader:
             record = BatchRecord(directory / "batches.jsonl", delete_after=progress.step if is_changed else None)
+            resume_step = None if is_new else progress.step
             writer = stack.enter_context(
-                _open_writer(config, directory, progress.step if checkpoints.latest_step is not None else None)
+                MetricsWriter(directory, config.logging, resume_step=resume_step, config=config.model_dump())
             )
-
-        def poll() -> bool:
-            if cluster is not None:
-                cluster.poll()
-            return is_preempted()
-
-        if cluster is None:
-            _warm_up(setup, weights, bar)
-        make = make_source or functools.partial(
-            _make_source, assembly=assembly, rollouts=rollouts, cluster=cluster, poll=poll, bar=bar, stack=stack
-        )
-        source = make(setup)
+        if cluster is None and setup.turns is not None and config.mode == "online":
+            start = time.perf_counter()
+            setup.warm_up(weights)
+            bar.note(f"sampler: compiled in {time.perf_counter() - start:.1f} s")
+        if make_source is None:
+            source = _make_source(assembly, setup, rollouts, cluster, poll, bar.note, stack)
+        else:
+            source = make_source(setup)
         count = setup.count_held_out if cluster is None else cluster.evaluate
         evaluator = Evaluator(count, setup.held_out, has_thread=cluster is None)
         stack.callback(source.close)
         stack.callback(evaluator.close)
-        is_new = checkpoints.latest_step is None
         run = Run(
             assembly,
             setup,
@@ -361,7 +345,6 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
             weights,
             source,
             evaluator,
-            functools.partial(draw, setup) if cluster is None else cluster.draw,
             checkpoints,
             StepLog(writer),
             record,
@@ -374,7 +357,7 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
         del state, weights  # the run has them, and gives them up one after the other
         stack.callback(run.log.flush)
         if is_new:
-            run.begin()
+            run.begin((setup.draw if cluster is None else cluster.draw)(run.sampler_weights))
         yield run
 
 
@@ -385,7 +368,9 @@ def _restore(
     config, learner = assembly.config, assembly.learner
     state, weights, progress, is_changed = None, None, RunProgress(), False
     if config.lora.rank or checkpoints.latest_step is None:  # else a checkpoint holds all of it
-        state = learner.init(_load_weights(assembly))
+        path, mesh = model_path(config.model), assembly.trainer_mesh
+        params = policy.load_params(config.model, path, assembly.architecture, mesh, config.run.seed, config.lora)
+        state = learner.init(params)
     restored = checkpoints.restore((learner.shapes.stored, assembly.sampler_shapes), bar.note)
     if restored is not None:
         _, (stored, weights), meta = restored
@@ -401,18 +386,10 @@ def _restore(
             weights, _ = assembly.sync(state.params)
     if is_changed:
         # Groups of the old config must not meet the new one's: a new window, under a version of its own.
-        policies = PolicyStore(setup.root / "policy")
+        policies = PolicyStore(setup.root / POLICY_FOLDER)
         newest = setup.trainers.agree(lambda: max([0, *rollouts.versions(), *policies.versions()]), PEER_SECONDS)
         progress.next_window(max(progress.policy_version, newest) + 1)
     return progress, state, weights, is_changed
-
-
-def _load_weights(assembly: Assembly) -> Any:
-    """The parameters that the run starts from, on the trainer's mesh."""
-    config = assembly.config
-    path = model_path(config.model)
-    mesh = assembly.trainer_mesh
-    return policy.load_params(config.model, path, assembly.architecture, mesh, config.run.seed, config.lora)
 
 
 def assemble(config: TrainConfig) -> tuple[Assembly, Tokenizer]:
@@ -425,83 +402,48 @@ def assemble(config: TrainConfig) -> tuple[Assembly, Tokenizer]:
     return make_assembly(config, architecture, tokenizer.vocab_size, tokenizer.stop_ids), tokenizer
 
 
-def setup_sampling(assembly: Assembly, tokenizer: Tokenizer) -> SamplingSetup:
-    """Prompts, graders and the process's sampler."""
-    turns, lock = None, contextlib.nullcontext()
-    if assembly.engines:
-        sampler = JaxSampler(assembly.engines, assembly.sampler_mesh)
-        turns, lock = SamplerTurns(sampler), sampler.device_lock
-    teams = assembly.trainers, assembly.samplers
-    return make_setup(assembly.config, tokenizer, turns, lock, *teams, assembly.transfer)
-
-
 def serve(config: TrainConfig) -> int:
     """A process of the job that only samples, until the trainers dismiss it; returns its exit code."""
-    setup = setup_sampling(*assemble(config))
+    setup = make_setup(*assemble(config))
     rollouts = RolloutLog(setup.root / "rollouts", dataclasses.asdict(setup.distribution))
-    with contextlib.ExitStack() as stack:
-        stack.callback(setup.grading.close)
-        is_preempted = forward_preemption(stack.enter_context(catch_sigterm()))
-        return Cluster(setup, rollouts, is_preempted).serve()
+    with contextlib.closing(setup.grading), catch_sigterm() as is_preempted:
+        return Cluster(setup, rollouts, forward_preemption(is_preempted)).serve()
 
 
 def _make_source(
-    setup: SamplingSetup,
     assembly: Assembly,
+    setup: SamplingSetup,
     rollouts: RolloutLog,
     cluster: Cluster | None,
     poll: Callable[[], bool],
-    bar: ProgressBar,
+    note: Callable[[str], None],
     stack: contextlib.ExitStack,
 ) -> GroupSource:
     """Who fills the windows, by ``config.mode``."""
     config = assembly.config
     window = config.window
     if config.mode == "offline":
-        directory = pathlib.Path(config.run.dir)
-        return OfflineRounds(setup, assembly.learner, setup.device_lock, directory, rollouts, poll, bar.note)
+        return OfflineRounds(setup, assembly.learner, pathlib.Path(config.run.dir), rollouts, poll, note)
     consumption = Consumption(window.order, window.epochs, window.max_uses, window.min_groups, seed=config.run.seed)
     buffer = GroupBuffer(acceptance(config), window.max_groups_ahead, consumption)
     if config.mode == "online" and cluster is None:
         loop = setup.make_loop(buffer, rollouts)
         return LocalSource(loop, buffer, rollouts, window.sync_every, window.deadline)
-    samplers = cluster if config.mode == "online" else _publish_policies(stack, assembly, setup, bar.note)
+    samplers = cluster
+    if config.mode == "detached":
+        samplers = stack.enter_context(contextlib.closing(Published(assembly, setup)))
+        note(f"samplers: oapl-jax sample --run {setup.root}")
     assert samplers is not None
     return LogFollower(
         setup.root,
         rollouts,
         buffer,
         samplers,
-        bar.note,
+        note,
         sync_every=window.sync_every,
         deadline=window.deadline,
         is_leader=setup.trainers.is_leader,
     )
-
-
-def _warm_up(setup: SamplingSetup, weights: Any, bar: ProgressBar) -> None:
-    """Compiles the sampler's programs before the first group, for the lengths of the first prompts."""
-    if setup.turns is None or setup.config.mode != "online":
-        return
-    start = time.perf_counter()
-    with setup.turns.take() as sampler:
-        sampler.set_weights(weights)
-        sampler.warm_up(setup.first_lengths, setup.config.sampler.group_size)
-    bar.note(f"sampler: compiled in {time.perf_counter() - start:.1f} s")
-
-
-def _open_writer(config: TrainConfig, directory: pathlib.Path, resume_step: int | None) -> MetricsWriter:
-    return MetricsWriter(directory, config.logging, resume_step=resume_step, config=config.model_dump())
-
-
-def _dismiss(cluster: Cluster, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
-    """Ends the processes that sample as this one ends."""
-    if error is None:
-        cluster.dismiss(ExitCode.DONE)
-    elif isinstance(error, PreemptedError):
-        cluster.dismiss(ExitCode.PREEMPTED)
-    else:
-        cluster.close()
 
 
 def _claim_run(stack: contextlib.ExitStack, setup: SamplingSetup) -> Lease:
@@ -515,25 +457,6 @@ def _claim_run(stack: contextlib.ExitStack, setup: SamplingSetup) -> Lease:
             " Two would overwrite each other: stop it, or choose another run.dir"
         )
     return lease
-
-
-def _publish_policies(
-    stack: contextlib.ExitStack, assembly: Assembly, setup: SamplingSetup, note: Callable[[str], None]
-) -> Published:
-    """For samplers that read the config and the policies in the run's shared folder."""
-    config, root, policies = assembly.config, setup.root, PolicyStore(setup.root / "policy")
-    if setup.trainers.is_leader:
-        run_dir.save_config(root, config)
-    digest = run_dir.digest(config)
-
-    def publish(window: Window, weights: Any) -> Metrics:
-        manifest = Manifest(window, config.window.shard_groups, digest, {})
-        return policies.publish(manifest, assembly.architecture, weights, setup.tokenizer, writers=setup.trainers)
-
-    leases = VersionLeases(root / "leases" / "policies", config.window.lease_seconds)
-    stack.callback(leases.close)
-    note(f"samplers: oapl-jax sample --run {root}")
-    return Published(publish, policies, leases)
 
 
 def pass_at(metrics: Metrics) -> dict[str, float]:

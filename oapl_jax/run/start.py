@@ -20,10 +20,9 @@ def make_warm_start(config: TrainConfig | GenerateConfig) -> None:
     Raises:
         ValueError: a job of several processes needs one that does not exist.
     """
-    path = config.model.warm_start
-    if path is None:
+    warm_start, path = _warm_start(config.model), config.model.warm_start
+    if warm_start is None:
         return
-    warm_start = config_file.load(SftConfig, path, checks=CHECKS)
     if num_processes() > 1 and not sft.is_finished(warm_start):
         raise ValueError(
             f"model.warm_start={path}: it is made by one process; run it first: oapl-jax sft --config {path}"
@@ -33,9 +32,8 @@ def make_warm_start(config: TrainConfig | GenerateConfig) -> None:
 
 def model_path(model: ModelConfig) -> str | None:
     """The folder or hub name of the weights; None: random weights of ``model.config``."""
-    if model.warm_start is None:
-        return model.path
-    return str(sft.export_folder(config_file.load(SftConfig, model.warm_start, checks=CHECKS)))
+    warm_start = _warm_start(model)
+    return model.path if warm_start is None else str(sft.export_folder(warm_start))
 
 
 def outline(model: ModelConfig) -> tuple[qwen.QwenConfig, Tokenizer]:
@@ -44,12 +42,15 @@ def outline(model: ModelConfig) -> tuple[qwen.QwenConfig, Tokenizer]:
     Raises:
         ValueError: what cannot be read, and where.
     """
-    if model.warm_start is not None:
-        warm_start = config_file.load(SftConfig, model.warm_start, checks=CHECKS)
-        if not sft.is_finished(warm_start):
-            tokenizer = model.tokenizer if model.tokenizer != "model" else warm_start.model.tokenizer
-            return policy.outline(warm_start.model.model_copy(update={"tokenizer": tokenizer}), warm_start.model.path)
-    return policy.outline(model, model_path(model))
+    warm_start = _warm_start(model)
+    if warm_start is None or sft.is_finished(warm_start):
+        return policy.outline(model, model_path(model))
+    tokenizer = model.tokenizer if model.tokenizer != "model" else warm_start.model.tokenizer
+    return policy.outline(warm_start.model.model_copy(update={"tokenizer": tokenizer}), warm_start.model.path)
+
+
+def _warm_start(model: ModelConfig) -> SftConfig | None:
+    return None if model.warm_start is None else config_file.load(SftConfig, model.warm_start, checks=CHECKS)
 
 
 def is_run(path: str | None) -> bool:

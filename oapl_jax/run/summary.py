@@ -14,12 +14,7 @@ EXPORT_FOLDER = "export"
 
 
 def write_results(run: Run, after: Metrics) -> dict[str, Any]:
-    """Writes the model folder, the summary and the report; returns the summary.
-
-    Args:
-        run: at its last step.
-        after: evaluation of the trained model.
-    """
+    """Writes the model folder, the summary and the report of a run at its last step; returns the summary."""
     config, directory, progress = run.config, pathlib.Path(run.config.run.dir), run.progress
     epochs = progress.epochs
     summary = {

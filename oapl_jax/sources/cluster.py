@@ -21,18 +21,17 @@ from oapl_jax.distributed.messages import check_peers, delete, put, wait_for
 from oapl_jax.distributed.team import KEPT_KEYS, Team
 from oapl_jax.evaluation.held_out import Counts
 from oapl_jax.io import storage
+from oapl_jax.io.console import ExitCode
 from oapl_jax.io.lease import Leases
 from oapl_jax.rollouts.buffer import Window
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.shards import ShardQueue
 from oapl_jax.sources import follower
-from oapl_jax.sources.probe import Drawn, draw
-from oapl_jax.sources.setup import SamplingSetup, acceptance
-from oapl_jax.types import Metrics
+from oapl_jax.sources.setup import Drawn, SamplingSetup, acceptance
+from oapl_jax.types import Metrics, PreemptedError
 
 ORDER_DEADLINE = 4 * 3600.0
 """How long a process that samples waits for the next order, and a trainer for the result of one."""
-REPORT_SECONDS = 1.0
 DRAIN_SECONDS = 3.0
 PARITY_FILE = "parity.npz"
 FILE_SECONDS = 120.0
@@ -40,19 +39,12 @@ FILE_SECONDS = 120.0
 
 
 class Cluster:
-    """This process's part in a run of several; owns its sampling loop, where it samples.
+    """This process's part in a run of several; owns its sampling loop, where it samples."""
 
-    Args:
-        setup: of this process.
-        log: of the run.
-        poll: called again and again while this process waits.
-    """
-
-    def __init__(self, setup: SamplingSetup, log: RolloutLog, poll: Callable[[], object]):
-        self._setup, self._root, self._poll = setup, setup.root, poll
+    def __init__(self, setup: SamplingSetup, log: RolloutLog, is_preempted: Callable[[], bool]):
+        self._setup, self._root, self._is_preempted = setup, setup.root, is_preempted
         self._num_orders = 0
-        self._name = f"{socket.gethostname()}-{os.getpid()}"
-        self._beat, self._next_report = 0, 0.0
+        self._reporter = follower.Reporter(self._root, f"{socket.gethostname()}-{os.getpid()}")
         window = setup.config.window
         self._leases = Leases(self._root / follower.LEASES_FOLDER, window.lease_seconds)
         self._shards = ShardQueue(log, self._leases, acceptance(setup.config), window.shard_groups)
@@ -86,9 +78,14 @@ class Cluster:
         """Trainers: has nothing sampled any longer."""
         self._order("finish", None, {})
 
-    def dismiss(self, exit_code: int) -> None:
-        """Trainers: ends the processes that sample, with this code."""
-        self._order("stop", None, {"exit_code": exit_code})
+    def __enter__(self) -> "Cluster":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: Any) -> None:
+        """Trainers: ends the processes that sample as this one ends; those see for themselves that it has failed."""
+        if error is None or isinstance(error, PreemptedError):
+            code = ExitCode.DONE if error is None else ExitCode.PREEMPTED
+            self._order("stop", None, {"exit_code": code})
         self.close()
 
     def serve(self) -> int:
@@ -111,16 +108,15 @@ class Cluster:
                 if order["kind"] == "stop":
                     return order["values"]["exit_code"]
 
-    def poll(self) -> None:
-        """Reports on this process's sampler, and raises what its threads have raised."""
-        self._poll()
+    def poll(self) -> bool:
+        """Reports on this process's sampler, and raises what its threads have raised; whether SIGTERM came."""
+        is_preempted = self._is_preempted()
         check_peers()
         if self._shards.failure is not None:
             raise self._shards.failure
-        if self._loop is not None and self._loop.is_running and time.monotonic() >= self._next_report:
-            self._next_report, self._beat = time.monotonic() + REPORT_SECONDS, self._beat + 1
-            with contextlib.suppress(OSError):  # for people; a full disk must not end the sampling
-                follower.write_report(self._root, self._name, self._beat, *self._loop.sums)
+        if self._loop is not None and self._loop.is_running:
+            self._reporter.report(self._loop)
+        return is_preempted
 
     def close(self) -> None:
         """Ends the threads of the sampler, and gives its shards back."""
@@ -157,7 +153,7 @@ class Cluster:
             self._put_result({name: column.tolist() for name, column in counts._asdict().items()})
         elif kind == "draw" and samplers.is_leader:
             content = io.BytesIO()
-            np.savez(content, *(array for drawn in draw(self._setup, weights) for array in drawn))
+            np.savez(content, *(array for drawn in self._setup.draw(weights) for array in drawn))
             storage.replace(self._root / PARITY_FILE, content.getvalue())
             self._put_result(hashlib.sha256(content.getvalue()).hexdigest())
         elif kind == "finish":
@@ -165,12 +161,9 @@ class Cluster:
 
     def _sample(self, window: Window, weights: Any) -> None:
         assert self._loop is not None
-        assert self._setup.turns is not None
         self._shards.open_window(None)
         if not self._loop.is_running:
-            with self._setup.turns.take() as sampler:
-                sampler.set_weights(weights)
-                sampler.warm_up(self._setup.first_lengths, self._setup.config.sampler.group_size)
+            self._setup.warm_up(weights)
         self._loop.set_weights(window.policy_version, weights)
         self._loop.start()
         self._shards.open_window(window)

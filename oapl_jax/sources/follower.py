@@ -10,14 +10,17 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
-from oapl_jax.io import storage
+from oapl_jax.build.assembly import Assembly
+from oapl_jax.io import run_dir, storage
 from oapl_jax.io.storage import SharedPath
 from oapl_jax.rollouts.buffer import GroupBuffer, Window
 from oapl_jax.rollouts.log import RolloutLog
-from oapl_jax.rollouts.source import Taken, Weights, WindowPlan
-from oapl_jax.sources.local import describe, take
+from oapl_jax.rollouts.source import Weights, WindowPlan
+from oapl_jax.sources.local import BufferedSource
+from oapl_jax.sources.sampling_loop import SamplingLoop
+from oapl_jax.sources.setup import SamplingSetup
 from oapl_jax.types import Metrics, RolloutGroup
-from oapl_jax.weights.policies import PolicyStore, VersionLeases
+from oapl_jax.weights.policies import Manifest, PolicyStore, VersionLeases
 
 STOP_DEADLINE = 60.0
 DAMAGED_SECONDS = 0.5
@@ -28,6 +31,8 @@ REPORT_SECONDS = 1.0
 
 SAMPLERS_FOLDER = "samplers"
 LEASES_FOLDER = "leases/shards"
+VERSION_LEASES_FOLDER = "leases/policies"
+POLICY_FOLDER = "policy"
 
 
 @runtime_checkable
@@ -48,22 +53,22 @@ class Samplers(Protocol):
 
 
 class Published:
-    """Samplers that read policies from a store, and come and go as they like.
+    """Samplers that read the config and the policies in the run's shared folder, and come and go as they like."""
 
-    Args:
-        publish: writes a version for a window.
-        store: where it goes.
-        leases: who uses which version.
-    """
-
-    def __init__(self, publish: Callable[[Window, Any], Metrics], store: PolicyStore, leases: VersionLeases):
-        self._publish, self._store, self._leases = publish, store, leases
-        self._version = 0
+    def __init__(self, assembly: Assembly, setup: SamplingSetup):
+        config, self._assembly, self._setup, self._version = setup.config, assembly, setup, 0
+        if setup.trainers.is_leader:
+            run_dir.save_config(setup.root, config)
+        self._digest = run_dir.digest(config)
+        self._store = PolicyStore(setup.root / POLICY_FOLDER)
+        self._leases = VersionLeases(setup.root / VERSION_LEASES_FOLDER, config.window.lease_seconds)
 
     def open_window(self, window: Window, weights: Any) -> Metrics:
         """Publishes the weights."""
-        self._version = window.policy_version
-        return self._publish(window, weights)
+        self._version, setup = window.policy_version, self._setup
+        manifest = Manifest(window, setup.config.window.shard_groups, self._digest, {})
+        architecture, writers = self._assembly.architecture, setup.trainers
+        return self._store.publish(manifest, architecture, weights, setup.tokenizer, writers=writers)
 
     def tidy(self) -> None:
         """Removes versions that nobody uses any longer."""
@@ -73,19 +78,16 @@ class Published:
         """Marks the newest version as the last."""
         self._store.finish(self._version)
 
+    def close(self) -> None:
+        """Gives the leases back."""
+        self._leases.close()
 
-class LogFollower:
+
+class LogFollower(BufferedSource):
     """A ``GroupSource``: puts what appears in the log into the buffer; owns a thread.
 
-    Args:
-        root: the shared folder of the run.
-        log: of the run.
-        buffer: of the window.
-        samplers: fill the log.
-        note: prints a sentence for the user.
-        sync_every: learner steps of a window.
-        deadline: seconds that ``take`` waits.
-        is_leader: False: another process does the same, and moves damaged files away.
+    ``sync_every`` are the learner steps of a window; ``note`` prints a sentence for the user. Not ``is_leader``: another
+    process does the same, and moves damaged files away.
     """
 
     def __init__(
@@ -100,9 +102,9 @@ class LogFollower:
         deadline: float,
         is_leader: bool = True,
     ):
-        self._root, self._log, self._buffer, self._samplers = root, log, buffer, samplers
+        super().__init__(buffer, deadline)
+        self._root, self._log, self._samplers, self._sync_every = root, log, samplers, sync_every
         self._note, self._is_leader = note, is_leader
-        self._sync_every, self._deadline = sync_every, deadline
         self._version = -1
         self._untidy = -1
         """Version before which leases and policies are to be removed; -1: done."""
@@ -135,12 +137,6 @@ class LogFollower:
             self._thread.start()
         return WindowPlan(self._sync_every)
 
-    def take(
-        self, num_groups: int, is_cancelled: Callable[[], bool], recorded: Sequence[int] | None = None
-    ) -> Taken | None:
-        """See ``GroupBuffer.take``."""
-        return take(self._buffer, num_groups, self._deadline, is_cancelled, recorded)
-
     def report(self) -> Metrics:
         """Metrics since the last report, summed over the samplers that have reported since."""
         now, seconds = time.perf_counter(), max(time.perf_counter() - self._last_time, 1e-9)
@@ -159,7 +155,7 @@ class LogFollower:
             "sampler/tokens_per_second": total("tokens") / seconds,
             "sampler/idle_seconds": total("idle_seconds"),
             "window/damaged_files": self._num_damaged,
-            **describe(self._buffer),
+            **super().report(),
             **published,
         }
 
@@ -210,9 +206,8 @@ class LogFollower:
 
     def _follow(self) -> bool:
         """Puts new files into the buffer; whether there was something new."""
-        version = (
-            self._buffer.policy_version
-        )  # not that of the last ``open_window``: the buffer takes no other's groups
+        # Not that of the last ``open_window``: the buffer takes no other's groups.
+        version = self._buffer.policy_version
         is_news = version != self._version
         if is_news:
             self._version, self._known, self._failures = version, set(), {}
@@ -244,11 +239,19 @@ class LogFollower:
             return None
 
 
-def write_report(root: SharedPath, name: str, beat: int, tokens: int, idle_seconds: float) -> None:
-    """A sampler's sums since it started, for the trainer's metrics and for people."""
-    values = {"beat": beat, "tokens": tokens, "idle_seconds": round(idle_seconds, 3)}
-    content = json.dumps(values).encode() + b"\n"
-    storage.replace(root / SAMPLERS_FOLDER / f"{name}.json", content, is_durable=False)
+class Reporter:
+    """Writes a sampler's sums since it started now and then, for the trainer's metrics and for people."""
+
+    def __init__(self, root: SharedPath, name: str):
+        self._path, self._beat, self._next = root / SAMPLERS_FOLDER / f"{name}.json", 0, 0.0
+
+    def report(self, loop: SamplingLoop) -> None:
+        """Writes, where it is time."""
+        if time.monotonic() >= self._next:
+            self._next, self._beat = time.monotonic() + REPORT_SECONDS, self._beat + 1
+            values = {"beat": self._beat, "tokens": loop.sums[0], "idle_seconds": round(loop.sums[1], 3)}
+            with contextlib.suppress(OSError):  # a full disk must not end the sampling
+                storage.replace(self._path, json.dumps(values).encode() + b"\n", is_durable=False)
 
 
 def _read_reports(folder: SharedPath) -> dict[str, dict[str, float]]:

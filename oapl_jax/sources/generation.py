@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from oapl_jax.config.sampling import SamplerConfig
 from oapl_jax.io.lease import Leases
 from oapl_jax.rollouts.buffer import Window
 from oapl_jax.rollouts.grading import Grading
@@ -41,25 +42,15 @@ def generate(
     turns: SamplerTurns,
     grading: Grading,
     weights: Any,
-    *,
-    distribution: SamplingDistribution,
-    group_size: int,
+    sampler: SamplerConfig,
     seed: int,
+    *,
     report: Callable[[int, float], None],
     is_stopped: Callable[[], bool],
 ) -> bool:
     """Generates until every group is in the log, or until it is stopped.
 
-    Args:
-        work: what is to be done.
-        turns: of this process's sampler.
-        grading: of this process.
-        weights: the policy, as the sampler takes it.
-        distribution: that responses are drawn from.
-        group_size: responses a prompt.
-        seed: root of all draws; group ``i`` of version ``v`` draws from ``(seed, v, i)``.
-        report: called now and then with the number of groups in the log and this process's tokens a second.
-        is_stopped: asked again and again.
+    ``report`` is called now and then with the number of groups in the log and this process's tokens a second.
 
     Returns:
         Whether every group is in the log.
@@ -75,8 +66,8 @@ def generate(
         grading,
         shards,
         shards,
-        distribution=distribution,
-        group_size=group_size,
+        distribution=SamplingDistribution.of(sampler),
+        group_size=sampler.group_size,
         seed=seed,
     )
     start = last_change = time.monotonic()

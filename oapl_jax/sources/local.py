@@ -9,20 +9,33 @@ from oapl_jax.sources.sampling_loop import SamplingLoop
 from oapl_jax.types import Metrics
 
 
-class LocalSource:
+class BufferedSource:
+    """What all sources with a window's buffer share; ``deadline``: seconds that ``take`` waits."""
+
+    def __init__(self, buffer: GroupBuffer, deadline: float):
+        self._buffer, self._deadline = buffer, deadline
+
+    def take(
+        self, num_groups: int, is_cancelled: Callable[[], bool], recorded: Sequence[int] | None = None
+    ) -> Taken | None:
+        """See ``GroupBuffer.take``."""
+        groups = self._buffer.take(num_groups, self._deadline, is_cancelled, recorded)
+        return Taken(groups, self._buffer.cursor, self._buffer.left_over) if groups else None
+
+    def report(self) -> Metrics:
+        """``window/ready_groups`` and, since the run's process started, ``window/dropped_groups``."""
+        return {"window/ready_groups": self._buffer.num_ready, "window/dropped_groups": self._buffer.num_dropped}
+
+
+class LocalSource(BufferedSource):
     """A ``GroupSource``: the loop's groups go to the log and to the window's buffer, from which the learner takes.
 
-    Args:
-        loop: samples what ``buffer`` wants.
-        buffer: of the window.
-        log: of the run.
-        sync_every: learner steps of a window.
-        deadline: seconds that ``take`` waits.
+    ``sync_every``: learner steps of a window.
     """
 
     def __init__(self, loop: SamplingLoop, buffer: GroupBuffer, log: RolloutLog, sync_every: int, deadline: float):
-        self._loop, self._buffer, self._log = loop, buffer, log
-        self._sync_every, self._deadline = sync_every, deadline
+        super().__init__(buffer, deadline)
+        self._loop, self._log, self._sync_every = loop, log, sync_every
 
     def open_window(self, window: Window, weights: Weights, taken: Sequence[Sequence[int]]) -> WindowPlan:
         """Groups of this version that a killed run has logged are used again."""
@@ -32,37 +45,12 @@ class LocalSource:
         self._loop.start()
         return WindowPlan(self._sync_every)
 
-    def take(
-        self, num_groups: int, is_cancelled: Callable[[], bool], recorded: Sequence[int] | None = None
-    ) -> Taken | None:
-        """See ``GroupBuffer.take``."""
-        return take(self._buffer, num_groups, self._deadline, is_cancelled, recorded)
-
     def report(self) -> Metrics:
         """``sampler/*`` and ``window/*``."""
-        return {**self._loop.report(), **describe(self._buffer)}
+        return {**self._loop.report(), **super().report()}
 
     def finish(self) -> None:
         """Stops sampling: nothing is wanted any longer."""
         self._loop.stop()
 
-    def close(self) -> None:
-        """Stops sampling."""
-        self._loop.stop()
-
-
-def take(
-    buffer: GroupBuffer,
-    num_groups: int,
-    deadline: float,
-    is_cancelled: Callable[[], bool],
-    recorded: Sequence[int] | None,
-) -> Taken | None:
-    """The groups of the next batch from a window's buffer; None when the wait was cancelled."""
-    groups = buffer.take(num_groups, deadline, is_cancelled, recorded)
-    return Taken(groups, buffer.cursor, buffer.left_over) if groups else None
-
-
-def describe(buffer: GroupBuffer) -> Metrics:
-    """``window/ready_groups`` and, since the run's process started, ``window/dropped_groups``."""
-    return {"window/ready_groups": buffer.num_ready, "window/dropped_groups": buffer.num_dropped}
+    close = finish

@@ -26,11 +26,11 @@ from oapl_jax.objectives.catalogue import OBJECTIVES
 from oapl_jax.rollouts import filters, import_rollouts
 from oapl_jax.rollouts.buffer import Consumption, GroupBuffer, Ticket, Window
 from oapl_jax.rollouts.log import RolloutLog
-from oapl_jax.rollouts.source import Taken, Weights, WindowPlan
+from oapl_jax.rollouts.source import Weights, WindowPlan
 from oapl_jax.sources.generation import Generation, generate
-from oapl_jax.sources.local import describe, take
+from oapl_jax.sources.local import BufferedSource
 from oapl_jax.sources.setup import SamplingSetup, acceptance
-from oapl_jax.types import FinishReason, Grade, GradedRollout, Metrics, PreemptedError, Prompt, RolloutGroup, Verdict
+from oapl_jax.types import FinishReason, Grade, GradedRollout, PreemptedError, Prompt, RolloutGroup, Verdict
 
 GROUPS_PER_FILE = 8
 GROUPS_PER_SCORING = 64
@@ -41,17 +41,10 @@ LEASES_FOLDER = "leases"
 GENERATED_FOLDER = "generated"
 
 
-class OfflineRounds:
+class OfflineRounds(BufferedSource):
     """A ``GroupSource``: makes the data of each round, and gives them out.
 
-    Args:
-        setup: of the process, for rounds that are generated.
-        learner: scores responses that lack log-probabilities.
-        device_lock: held while the learner's devices work.
-        directory: of the run.
-        log: the run's rollout log.
-        is_stopped: polled while data are generated.
-        note: prints a line.
+    The learner scores responses that lack log-probabilities; ``is_stopped`` is polled while data are generated.
 
     Raises:
         ValueError: data that a round names are not there.
@@ -61,25 +54,23 @@ class OfflineRounds:
         self,
         setup: SamplingSetup,
         learner: Learner,
-        device_lock: Any,
         directory: pathlib.Path,
         log: RolloutLog,
         is_stopped: Callable[[], bool],
         note: Callable[[str], None],
     ):
         assert setup.config.offline is not None
-        self._setup, self._learner, self._device_lock = setup, learner, device_lock
+        self._setup, self._learner = setup, learner
         self._config, self._directory, self._log = setup.config.offline, directory, log
         self._is_stopped, self._note = is_stopped, note
         self._scorers: dict[str, tuple[Any, Any]] = {}
-        """Structure and parameters of models that made the data of other programs."""
+        """Of models that made the data of other programs: ``_scorer``."""
         for i, data in enumerate(self._config.rounds):
             if data.log is not None and not pathlib.Path(data.log).expanduser().exists():
                 raise ValueError(f"offline.rounds.{i}.log={data.log!r} does not exist")
         epochs = max(data.epochs for data in self._config.rounds)
-        self._buffer = GroupBuffer(
-            acceptance(setup.config), None, Consumption(epochs=epochs, seed=setup.config.run.seed)
-        )
+        consumption = Consumption(epochs=epochs, seed=setup.config.run.seed)
+        super().__init__(GroupBuffer(acceptance(setup.config), None, consumption), setup.config.window.deadline)
 
     def open_window(self, window: Window, weights: Weights, taken: Sequence[Sequence[int]]) -> WindowPlan:
         """Makes the data of the round where they are not there yet.
@@ -123,16 +114,6 @@ class OfflineRounds:
             expected_steps=steps * sum(later.epochs for later in self._config.rounds[number:]),
         )
 
-    def take(
-        self, num_groups: int, is_cancelled: Callable[[], bool], recorded: Sequence[int] | None = None
-    ) -> Taken | None:
-        """See ``GroupBuffer.take``."""
-        return take(self._buffer, num_groups, self._setup.config.window.deadline, is_cancelled, recorded)
-
-    def report(self) -> Metrics:
-        """``window/*``; the sampler rests while the learner learns."""
-        return describe(self._buffer)
-
     def finish(self) -> None:
         """Nobody waits for the end."""
 
@@ -161,10 +142,7 @@ class OfflineRounds:
 
     def _generate(self, number: int, log: RolloutLog, weights: Any) -> None:
         """Draws a group for each prompt of the round; what a killed run has drawn is kept."""
-        prompts = self._prompts(number)
-
-        config = self._setup.config
-        last = time.monotonic()
+        prompts, config, last = self._prompts(number), self._setup.config, time.monotonic()
 
         def report(num_done: int, tokens_per_second: float) -> None:
             nonlocal last
@@ -181,9 +159,8 @@ class OfflineRounds:
                 self._setup.turns,
                 self._setup.grading,
                 weights,
-                distribution=self._setup.distribution,
-                group_size=config.sampler.group_size,
-                seed=config.run.seed,
+                config.sampler,
+                config.run.seed,
                 report=report,
                 is_stopped=self._is_stopped,
             )
@@ -199,9 +176,8 @@ class OfflineRounds:
             raise ValueError(
                 f"offline.rounds.{number}.prompts={sizes[before]}: the data has only {len(prompts)} prompts; say null"
             )
-        first = sum(sizes[:before])
-        if not self._setup.config.data.task:  # an epoch of its own, or a prompt could be there twice
-            first = before * len(prompts)
+        # Each round of a file has an epoch of its own, or a prompt could be there twice.
+        first = sum(sizes[:before]) if self._setup.config.data.task else before * len(prompts)
         return [prompts[first + i] for i in range(sizes[before])]
 
     def _take_in(self, number: int, data: RoundConfig, source: pathlib.Path, params: Any) -> dict[str, Any]:
@@ -224,7 +200,10 @@ class OfflineRounds:
             self._note(f"round {number}: {bad.counts[reason]:,} x {reason}, such as {example}")
         # In a random order: the file's own may go by difficulty, and the first pass takes groups by index.
         order = np.random.default_rng((config.run.seed, number)).permutation(len(found)).tolist()
-        groups = [self._group(number, index, found[i]) for index, i in enumerate(order)]
+        groups = [
+            self._setup.grading.group(Ticket(number, index, index), found[i].prompt, found[i].members)
+            for index, i in enumerate(order)
+        ]
         kept, counts = filters.apply(groups, data.filter, config.run.seed)
         kept = [dataclasses.replace(group, index=index) for index, group in enumerate(kept)]
         num_scored = 0
@@ -279,30 +258,26 @@ class OfflineRounds:
         text = self._setup.tokenizer.decode(rollout.token_ids.tolist())
         return dataclasses.replace(member, rollout=rollout, text=text, grade=grade)
 
-    def _group(self, number: int, index: int, responses: import_rollouts.Responses) -> RolloutGroup:
-        """Not yet scored: whatever lacks log-probabilities is not usable."""
-        return self._setup.grading.group(Ticket(number, index, index), responses.prompt, responses.members)
-
     def _scored(self, groups: Sequence[RolloutGroup], data: RoundConfig, params: Any) -> tuple[list[RolloutGroup], int]:
         """With log-probabilities where there were none, or everywhere, and the advantages that go with them."""
         is_all = self._config.logprobs == "scored"
         todo = [
-            (i, j)
-            for i, group in enumerate(groups)
-            for j, item in enumerate(group.rollouts)
+            (group.prompt.token_ids, item.rollout)
+            for group in groups
+            for item in group.rollouts
             if is_all or np.isnan(item.rollout.logprobs).all()
         ]
-        pairs = [(groups[i].prompt.token_ids, groups[i].rollouts[j].rollout.token_ids) for i, j in todo]
         if not OBJECTIVES[self._setup.config.objective.name].needs_sampler_logprobs:
-            scores, num_scored = [np.zeros(len(response), np.float32) for _, response in pairs], 0
+            scores, num_scored = [np.zeros(len(rollout.token_ids), np.float32) for _, rollout in todo], 0
         else:
-            scores, num_scored = self._score(pairs, data, params), len(pairs)
-        found = dict(zip(todo, scores, strict=True))
+            scores = self._score([(prompt, rollout.token_ids) for prompt, rollout in todo], data, params)
+            num_scored = len(todo)
+        found = {id(rollout): logprobs for (_, rollout), logprobs in zip(todo, scores, strict=True)}
         scored = []
-        for i, group in enumerate(groups):
+        for group in groups:
             members = []
-            for j, item in enumerate(group.rollouts):
-                logprobs = found.get((i, j), item.rollout.logprobs)
+            for item in group.rollouts:
+                logprobs = found.get(id(item.rollout), item.rollout.logprobs)
                 members.append(dataclasses.replace(item, rollout=dataclasses.replace(item.rollout, logprobs=logprobs)))
             ticket = Ticket(group.policy_version, group.index, group.index)
             scored.append(self._setup.grading.group(ticket, group.prompt, members))
@@ -312,20 +287,17 @@ class OfflineRounds:
         self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], data: RoundConfig, params: Any
     ) -> list[np.ndarray]:
         """Log-probabilities of the responses, by the model that made the data, at ``sampler.temperature``."""
-        setup, scores = self._setup, [np.zeros(0, np.float32)] * len(pairs)
+        scores = [np.zeros(0, np.float32)] * len(pairs)
         if not pairs:
             return scores
-        graphdef, params = self._scorer(data, params)
+        score, params = self._scorer(data, params)
         layout = dataclasses.replace(self._learner.rows, row_tokens=None)
-        score = make_scorer(
-            graphdef, temperature=setup.config.sampler.temperature, vocab_size=setup.tokenizer.vocab_size
-        )
         # Those of one length together: a batch is as long as its longest row.
         order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
         for start in range(0, len(order), layout.num_rollouts):
             members = order[start : start + layout.num_rollouts]
             batch = batches.from_pairs([pairs[i] for i in members], layout)
-            with self._device_lock:
+            with self._setup.device_lock:
                 logprobs = np.asarray(jax.device_get(score(params, batches.place(batch, layout))))
             rows = logprobs.reshape(batch.tokens.shape)
             for row, i in enumerate(members):
@@ -333,12 +305,15 @@ class OfflineRounds:
         return scores
 
     def _scorer(self, data: RoundConfig, params: Any) -> tuple[Any, Any]:
-        """Structure and parameters of the model that made the data."""
+        """Scorer and parameters of the model that made the data."""
         if data.scorer is None:
-            return self._learner.graphdef, params
+            return self._learner.score, params
         if data.scorer not in self._scorers:
-            config = self._setup.config
+            config, learner = self._setup.config, self._learner
             section = config.model.model_copy(update={"path": data.scorer, "warm_start": None, "config": None})
-            loaded = policy.load(section, data.scorer, self._learner.mesh, config.run.seed)
-            self._scorers = {data.scorer: (loaded.graphdef, loaded.params)}
+            architecture, _ = policy.outline(section, data.scorer)
+            graphdef, _ = policy.abstract(section, architecture, learner.mesh)
+            score = make_scorer(graphdef, temperature=learner.temperature, vocab_size=learner.vocab_size)
+            params = policy.load_params(section, data.scorer, architecture, learner.mesh, config.run.seed)
+            self._scorers = {data.scorer: (score, params)}
         return self._scorers[data.scorer]

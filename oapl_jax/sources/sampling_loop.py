@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import astuple, replace
 from typing import Any, Protocol, runtime_checkable
 
+from oapl_jax.data.prompts import PromptSource
 from oapl_jax.rollouts.buffer import Ticket
 from oapl_jax.rollouts.grading import Grading
 from oapl_jax.rollouts.sampling import Request, Sampler, SamplingDistribution, Stats
@@ -37,13 +38,6 @@ MAX_REMEMBERED_PROMPTS = 2**16
 
 MAX_GRADED_AT_ONCE = 32
 """Groups that are graded and written together: one file for many, yet one slow answer holds up only these."""
-
-
-@runtime_checkable
-class PromptStream(Protocol):
-    """A seeded stream of prompts with random access."""
-
-    def __getitem__(self, position: int) -> Prompt: ...
 
 
 @runtime_checkable
@@ -92,22 +86,15 @@ class GroupLog(Protocol):
 class SamplingLoop:
     """Samples what a queue wants until stopped; owns two threads.
 
-    Args:
-        turns: of the process's sampler.
-        prompts: the stream of prompts.
-        grading: of the process.
-        groups: says what to sample, takes what is finished.
-        log: gets every finished group before ``groups`` does.
-        distribution: that rollouts are drawn from.
-        group_size: G.
-        seed: root of all draws; group ``i`` of version ``v`` draws from ``(seed, v, i)``.
-        finish_old: groups in flight when new weights come are finished with the old ones and logged first.
+    ``groups`` says what to sample, and takes what is finished when ``log`` has it. Group ``i`` of version ``v`` draws
+    from ``(seed, v, i)``. With ``finish_old`` the groups in flight when new weights come are finished with the old ones
+    and logged first.
     """
 
     def __init__(
         self,
         turns: SamplerTurns,
-        prompts: PromptStream | Sequence[Prompt],
+        prompts: PromptSource | Sequence[Prompt],
         grading: Grading,
         groups: GroupQueue,
         log: GroupLog,

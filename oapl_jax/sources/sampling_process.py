@@ -22,14 +22,14 @@ from typing import Any
 
 import jax
 
-from oapl_jax.build.sampler import make_engines
+from oapl_jax.build.sampler import make_sampler
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.data import tokenizer as tokenizers
 from oapl_jax.data.prompts import load_prompts
 from oapl_jax.data.tokenizer import Tokenizer
-from oapl_jax.distributed.memory import usable_bytes
 from oapl_jax.distributed.sharding import SAMPLER_RULES, make_meshes
+from oapl_jax.distributed.team import Team
 from oapl_jax.io import run_dir, storage
 from oapl_jax.io.lease import Leases
 from oapl_jax.io.storage import SharedPath
@@ -39,10 +39,9 @@ from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.sampling import Sampler, SamplingDistribution
 from oapl_jax.rollouts.schema import SCHEMA_VERSION
 from oapl_jax.rollouts.shards import ShardQueue
-from oapl_jax.sampler.sampler import JaxSampler
 from oapl_jax.sources import follower
 from oapl_jax.sources.sampling_loop import SamplingLoop
-from oapl_jax.sources.setup import acceptance, make_grading
+from oapl_jax.sources.setup import SamplingSetup, acceptance, make_grading
 from oapl_jax.sources.turns import SamplerTurns
 from oapl_jax.weights.policies import Current, Manifest, PolicyGoneError, PolicyStore, VersionLeases
 
@@ -50,7 +49,6 @@ TRANSFORMERS = "oapl_jax.sampler.pytorch:make"
 """PyTorch is no requirement of any other program, so it is imported by name."""
 POLL_SECONDS = 0.3
 """Between two looks for a policy that is to come."""
-REPORT_SECONDS = 1.0
 DRAIN_SECONDS = 3.0
 IDLE_DEADLINE = 4 * 3600.0
 """For how long a sampler waits for a trainer that wants nothing: it may be stopped, or be at a long step."""
@@ -70,11 +68,11 @@ class SamplingProcess:
     def __init__(self, root: SharedPath, engine: str, mesh: str, wait_seconds: float, stop: threading.Event):
         self._root, self._engine, self._mesh_axes, self._stop = root, engine, mesh, stop
         self._wait_seconds = wait_seconds
-        self._store = PolicyStore(root / "policy")
+        self._store = PolicyStore(root / follower.POLICY_FOLDER)
         self._name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
+        self._reporter = follower.Reporter(root, self._name)
         self._resources = contextlib.ExitStack()
         self._leases: tuple[Leases, ...] = ()
-        self._next_report, self._beat = 0.0, 0
 
     def run(self) -> None:
         """Samples until the run is over, or ``stop`` is set.
@@ -100,15 +98,13 @@ class SamplingProcess:
         window = config.window
         log = RolloutLog(self._root / "rollouts", dataclasses.asdict(SamplingDistribution.of(config.sampler)))
         leases = self._resources.enter_context(Leases(self._root / follower.LEASES_FOLDER, window.lease_seconds))
-        version_leases = VersionLeases(self._root / "leases" / "policies", window.lease_seconds)
+        version_leases = VersionLeases(self._root / follower.VERSION_LEASES_FOLDER, window.lease_seconds)
         self._resources.callback(version_leases.close)
         self._leases = (leases, version_leases)
         shards = ShardQueue(log, leases, acceptance(config), window.shard_groups)
         loop, version, hold, since = None, -1, None, time.monotonic()
         seen, end, delay = None, time.monotonic() + IDLE_DEADLINE, 0.0
-        while not self._stop.is_set():
-            if current.is_finished:
-                break
+        while not (self._stop.is_set() or current.is_finished):
             if current.policy_version != version:
                 held = None
                 with contextlib.suppress(OSError):  # without it the version may be removed, and is then left
@@ -142,7 +138,8 @@ class SamplingProcess:
                 seen, end = (version, shards.num_written), time.monotonic() + IDLE_DEADLINE
             if time.monotonic() > end:
                 raise TimeoutError(f"version {version} wanted nothing for {IDLE_DEADLINE:g} s; is its trainer running?")
-            self._report(loop)
+            if loop is not None:
+                self._reporter.report(loop)
             self._stop.wait(delay)
             start = time.monotonic()
             current = self._store.current() or current
@@ -161,43 +158,27 @@ class SamplingProcess:
             sampler, load = self._make_sampler(config, folder, tokenizer)
         else:
             sampler, load = _make_foreign_sampler(self._engine, config, tokenizer)
-        weights = load(folder)
-        sampler.set_weights(weights)
-        lengths = {len(prompts[i].token_ids) for i in range(config.sampler.groups_in_flight)}
-        sampler.warm_up(lengths, config.sampler.group_size)
-        loop = SamplingLoop(
-            SamplerTurns(sampler),
-            prompts,
-            grading,
-            shards,
-            shards,
-            distribution=SamplingDistribution.of(config.sampler),
-            group_size=config.sampler.group_size,
-            seed=config.run.seed,
+        lock, alone = contextlib.nullcontext(), Team.alone()
+        setup = SamplingSetup(
+            config, tokenizer, prompts, [], grading, SamplerTurns(sampler), lock, alone, alone, transfer=None
         )
-        return loop, load, weights
+        weights = load(folder)
+        setup.warm_up(weights)
+        return setup.make_loop(shards, shards), load, weights
 
     def _make_sampler(
         self, config: TrainConfig, folder: pathlib.Path, tokenizer: Tokenizer
     ) -> tuple[Sampler, Callable[[pathlib.Path], Any]]:
         """Our sampler on this process's devices, and what loads weights straight into its sharding."""
         mesh, _ = make_meshes(MeshConfig(trainer=self._mesh_axes))
-        engines = make_engines(
-            config.sampler,
-            hf.load_config(folder),
-            mesh,
-            compute_dtype=config.model.compute_dtype,
-            vocab_size=tokenizer.vocab_size,
-            stop_ids=tokenizer.stop_ids,
-            max_prompt_tokens=config.data.max_prompt_tokens,
-            free=usable_bytes(mesh),
-            num_copies=2,  # the next version is loaded while the last one samples
-        )
+        architecture = hf.load_config(folder)
+        # Two copies of the weights: the next version is loaded while the last one samples.
+        sampler = make_sampler(config, architecture, mesh, tokenizer, config.data.max_prompt_tokens, num_copies=2)
 
         def load(folder: pathlib.Path) -> Any:
             return jax.block_until_ready(hf.load_params(folder, mesh, SAMPLER_RULES, config.sampler.dtype)[1])
 
-        return JaxSampler(engines, mesh), load
+        return sampler, load
 
     def _fetch(self, version: int, digest: str, cache: pathlib.Path) -> tuple[Manifest, pathlib.Path] | None:
         """A version's manifest and files; None where it is no longer what the pointer names.
@@ -235,12 +216,6 @@ class SamplingProcess:
                 )
             self._stop.wait(POLL_SECONDS)
         return None
-
-    def _report(self, loop: SamplingLoop | None) -> None:
-        if loop is not None and time.monotonic() >= self._next_report:
-            self._next_report, self._beat = time.monotonic() + REPORT_SECONDS, self._beat + 1
-            with contextlib.suppress(OSError):  # for people; a full disk must not end the sampling
-                follower.write_report(self._root, self._name, self._beat, *loop.sums)
 
 
 def _make_foreign_sampler(name: str, config: TrainConfig, tokenizer: Tokenizer) -> tuple[Sampler, Any]:

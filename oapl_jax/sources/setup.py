@@ -1,10 +1,14 @@
 """What a process needs that samples for a run: prompts, graders, the sampler, and who the other processes are."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from oapl_jax.build.assembly import Assembly
 from oapl_jax.build.checks import objective_of
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.data.prompts import PromptSource, held_out, load_prompts
@@ -17,13 +21,24 @@ from oapl_jax.learner import batch as batches
 from oapl_jax.objectives import oapl
 from oapl_jax.rewards.grader import Grader, make_grader
 from oapl_jax.rollouts.grading import Grading
-from oapl_jax.rollouts.sampling import SamplingDistribution
+from oapl_jax.rollouts.sampling import Request, SamplingDistribution, run
+from oapl_jax.sampler.sampler import JaxSampler
 from oapl_jax.sources.sampling_loop import GroupLog, GroupQueue, SamplingLoop
 from oapl_jax.sources.turns import SamplerTurns
 from oapl_jax.types import Prompt, RolloutGroup
 
 FEWEST_USABLE = 2
 """Usable rollouts that a group must have: V* of one rollout is its own reward."""
+PARITY_STREAM = 2**32 - 2
+"""Stream of the sampling keys, see ``evaluation.held_out.EVALUATION_STREAM``."""
+
+
+class Drawn(NamedTuple):
+    """A rollout for the parity gate."""
+
+    prompt_ids: np.ndarray
+    token_ids: np.ndarray
+    logprobs: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +61,8 @@ class SamplingSetup:
 
     @property
     def root(self) -> SharedPath:
-        """The folder that all processes of the run share."""
-        return shared_root(self.config)
+        """The folder of policies, rollouts and leases, which all processes of the run see."""
+        return shared_path(self.config.run.shared_dir or self.config.run.dir)
 
     @property
     def distribution(self) -> SamplingDistribution:
@@ -59,10 +74,28 @@ class SamplingSetup:
         """N: groups of one learner step."""
         return self.config.learner.batch_rollouts // self.config.sampler.group_size
 
-    @property
-    def first_lengths(self) -> set[int]:
-        """Numbers of tokens of the first prompts: for these the sampler compiles before it begins."""
-        return {len(self.prompts[i].token_ids) for i in range(self.config.sampler.groups_in_flight)}
+    def warm_up(self, weights: Any) -> None:
+        """Compiles the sampler's programs before the first group, for the lengths of the first prompts."""
+        assert self.turns is not None
+        lengths = {len(self.prompts[i].token_ids) for i in range(self.config.sampler.groups_in_flight)}
+        with self.turns.take() as sampler:
+            sampler.set_weights(weights)
+            sampler.warm_up(lengths, self.config.sampler.group_size)
+
+    def draw(self, weights: Any) -> list[Drawn]:
+        """A batch of rollouts, or as many as are decoded at once, with these weights."""
+        assert self.turns is not None
+        size, seed = self.config.sampler.group_size, self.config.run.seed
+        prompts = [
+            self.prompts[i].token_ids for i in range(min(self.groups_per_batch, self.config.sampler.groups_in_flight))
+        ]
+        requests = [
+            Request(ids, ids, size, (seed, PARITY_STREAM, i), self.distribution) for i, ids in enumerate(prompts)
+        ]
+        with self.turns.take() as sampler:
+            sampler.set_weights(weights)
+            finished = list(run(sampler, requests))
+        return [Drawn(ids, rollout.token_ids, rollout.logprobs) for ids, rollouts in finished for rollout in rollouts]
 
     def make_loop(self, groups: GroupQueue, log: GroupLog) -> SamplingLoop:
         """A loop with this process's sampler."""
@@ -96,28 +129,23 @@ class SamplingSetup:
             )
 
 
-def make_setup(
-    config: TrainConfig,
-    tokenizer: Tokenizer,
-    turns: SamplerTurns | None,
-    device_lock: AbstractContextManager,
-    trainers: Team,
-    samplers: Team,
-    transfer: Transfer | None,
-) -> SamplingSetup:
-    """Loads prompts and graders, and checks them.
+def make_setup(assembly: Assembly, tokenizer: Tokenizer) -> SamplingSetup:
+    """Prompts and graders, which are checked, and the process's sampler.
 
     Raises:
         ValueError: what the config got wrong; the message names it.
     """
+    config, turns, lock = assembly.config, None, contextlib.nullcontext()
+    if assembly.engines:
+        sampler = JaxSampler(assembly.engines, assembly.sampler_mesh)
+        turns, lock = SamplerTurns(sampler), sampler.device_lock
     prompts = load_prompts(config.data, tokenizer, config.run.seed)
     held_out_prompts = held_out(config, tokenizer)
     grader = make_grader(config)
     grader.check_golds([*prompts.items, *held_out_prompts])
     grading = make_grading(config, tokenizer, grader)
-    return SamplingSetup(
-        config, tokenizer, prompts, held_out_prompts, grading, turns, device_lock, trainers, samplers, transfer
-    )
+    teams = assembly.trainers, assembly.samplers
+    return SamplingSetup(config, tokenizer, prompts, held_out_prompts, grading, turns, lock, *teams, assembly.transfer)
 
 
 def make_grading(config: TrainConfig, tokenizer: Tokenizer, grader: Grader) -> Grading:
@@ -130,11 +158,6 @@ def make_grading(config: TrainConfig, tokenizer: Tokenizer, grader: Grader) -> G
         lambda rewards, is_correct: objective.advantages(rewards, is_correct, options),
         lambda rewards: oapl.optimal_value(rewards, beta1=beta1),
     )
-
-
-def shared_root(config: TrainConfig) -> SharedPath:
-    """The folder of policies, rollouts and leases, which all processes of a run see."""
-    return shared_path(config.run.shared_dir or config.run.dir)
 
 
 def acceptance(config: TrainConfig) -> Callable[[RolloutGroup], bool]:

@@ -12,9 +12,6 @@ class SamplerTurns:
 
     The sampling loop has it most of the time. When somebody else wants it, for an evaluation or the parity gate, the
     loop admits nothing new, finishes what is in flight, and passes it on.
-
-    Args:
-        sampler: of this process.
     """
 
     def __init__(self, sampler: Sampler):

@@ -53,8 +53,6 @@ def test_all_ks_of_256_samples_equal_fractions():
 def test_problems_with_too_few_samples_have_no_value_there():
     table = passk.pass_at_ks(np.array([2, 4]), np.array([1, 4]), 4)
     np.testing.assert_array_equal(table, [[0.5, 1, np.nan, np.nan], [1, 1, 1, 1]])
-    with pytest.raises(ValueError, match="5 correct of n=4"):
-        passk.pass_at_ks(np.array([4]), np.array([5]), 1)
 
 
 def enumerated_majority(answers, correct, k):
@@ -112,31 +110,3 @@ def test_is_unbiased():
     estimates = passk.pass_at_k(np.full(n + 1, n), np.arange(n + 1), k)
     distribution = [math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
     assert estimates @ np.array(distribution) == pytest.approx(1 - (1 - p) ** k, abs=1e-14)
-
-
-def test_summary_is_the_mean_over_problems_for_every_k_there_are_samples_for():
-    summary = passk.summarize(np.array([8, 16]), np.array([4, 0]))
-    assert list(summary) == ["pass@1", "pass@2", "pass@4", "pass@8"]
-    assert summary["pass@1"] == pytest.approx(0.25)
-    assert summary["pass@8"] == pytest.approx(0.5)
-
-
-def test_too_few_samples_name_k_and_n():
-    with pytest.raises(ValueError, match=r"k=4.*problem 1 has n=3"):
-        passk.pass_at_k(np.array([4, 3]), np.array([1, 1]), 4)
-    with pytest.raises(ValueError, match=r"k=4.*n=2"):
-        passk.summarize(np.array([2]), np.array([1]), ks=(4, 8))
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: passk.pass_at_k(np.array([4]), np.array([5]), 1), "5 correct of n=4"),
-        (lambda: passk.pass_at_k(np.array([4]), np.array([-1]), 1), "-1 correct of n=4"),
-        (lambda: passk.pass_at_k(np.array([4]), np.array([1]), 0), "k must be at least 1"),
-        (lambda: passk.summarize(np.array([], int), np.array([], int)), "no prompts"),
-    ],
-)
-def test_impossible_counts_are_refused(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()

@@ -101,7 +101,7 @@ def test_a_difference_is_paired_and_of_shared_problems(tmp_path):
     theirs["aime2025/test/99"] = "cccc"
     a, b = write(tmp_path / "a", mine), write(tmp_path / "b", theirs)
     (comparison,) = scores.compare("b", tally.read(b, 0), "a", tally.read(a, 0))
-    assert comparison.num_unpaired == 1
+    assert comparison.counts == {"unpaired": 1}
     expected = (6 - solved[:6].sum()) / 60
     first = comparison.values[0]
     assert (first.value, first.num_problems) == (pytest.approx(expected), 60)

@@ -124,7 +124,7 @@ def offline(directory):
     config = make_config(directory, mode="offline", offline={"rounds": rounds})
     setup = make_setup(config, make_turns())
     log = RolloutLog(directory / "rollouts", dataclasses.asdict(setup.distribution))
-    source = OfflineRounds(setup, make_scorer(config), contextlib.nullcontext(), directory, log, lambda: False, print)
+    source = OfflineRounds(setup, make_scorer(config), directory, log, lambda: False, print)
     with contextlib.closing(source):
         yield source
 
@@ -189,7 +189,7 @@ def test_all_processes_of_a_run_meet_in_its_shared_folder(tmp_path):
     config = config.model_copy(update={"run": config.run.model_copy(update={"shared_dir": str(shared)})})
     log = RolloutLog(shared / "rollouts")
     for turns in (make_turns(), None):
-        cluster = Cluster(make_setup(config, turns), log, lambda: None)
+        cluster = Cluster(make_setup(config, turns), log, lambda: False)
         with contextlib.closing(cluster):
             assert str(cluster._root) == str(shared)
     assert str(make_setup(make_config(tmp_path / "run"), None).root) == str(tmp_path / "run")
