@@ -75,6 +75,8 @@ class Request(Generic[Tag]):
     """Limit of the responses, or of each; None: the engine's."""
     needs_logprobs: bool = True
     """False for greedy requests, whose rollouts have NaN for log-probabilities."""
+    stop_strings: tuple[str, ...] = ()
+    """A response ends with the token that completes one of them."""
     expected_tokens: float | None = None
     """Likely length of a response, for the order; None: the limit."""
 

@@ -71,9 +71,9 @@ class TorchSampler:
         return sum(request.num_rollouts for request in self._waiting)
 
     def submit(self, request: Request) -> None:
-        """Queues a request; raises ValueError for one with a limit of its own."""
-        if request.max_tokens is not None:
-            raise ValueError(f"request {request.tag!r}: max_tokens needs --engine jax")
+        """Queues a request; raises ValueError for one with a limit or stop strings of its own."""
+        if request.max_tokens is not None or request.stop_strings:
+            raise ValueError(f"request {request.tag!r}: max_tokens and stop_strings need --engine jax")
         self._waiting.append(request)
 
     def abort(self) -> None:

@@ -14,7 +14,7 @@ import collections
 import contextlib
 import itertools
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Generic, TypeVar
 
@@ -47,10 +47,18 @@ class Scheduler(Generic[Tag]):
             wait for each other for ever. ``contextlib.nullcontext()`` where that cannot happen.
         chunks_ahead: 1: the next chunk is enqueued before the results of the last are read, so that the
             device never waits for the host; 0: after. None: 0 on CPU, where the host is the device.
+        decode: token ids to text, for stop strings.
     """
 
-    def __init__(self, engine: Engine, device_lock: AbstractContextManager, *, chunks_ahead: int | None = None):
-        self._engine, self._device_lock = engine, device_lock
+    def __init__(
+        self,
+        engine: Engine,
+        device_lock: AbstractContextManager,
+        *,
+        chunks_ahead: int | None = None,
+        decode: Callable[[list[int]], str] | None = None,
+    ):
+        self._engine, self._device_lock, self._decode = engine, device_lock, decode
         self._is_cpu = engine.mesh.devices.flat[0].platform == "cpu"
         self._chunks_ahead = (0 if self._is_cpu else 1) if chunks_ahead is None else chunks_ahead
         with self._device_lock:
@@ -94,7 +102,8 @@ class Scheduler(Generic[Tag]):
 
         Raises:
             ValueError: for an empty or overlong prompt, no rollouts, a limit out of range, log-probabilities
-                asked of a greedy request, truncation that the engine was not compiled for.
+                asked of a greedy request, truncation that the engine was not compiled for, stop strings without
+                ``decode``.
         """
         limits = self._check(request)
         group = LiveGroup(request, self._num_submitted // (QUEUE * self._engine.num_rows))
@@ -155,6 +164,8 @@ class Scheduler(Generic[Tag]):
             )
         if request.distribution.truncates and not engine.can_truncate:
             raise ValueError(f"{name}: {request.distribution} on an engine that was made with can_truncate=False")
+        if request.stop_strings and self._decode is None:
+            raise ValueError(f"{name}: stop_strings={request.stop_strings} need a scheduler that was given `decode`")
         return limits
 
     def _enqueue(self, sequences: list[LiveSequence[Tag]]) -> None:
@@ -321,10 +332,10 @@ class Scheduler(Generic[Tag]):
             if sequence.has_ended:
                 continue
             num_before = sequence.num_tokens
-            sequence.take(decoded, row)
+            is_done = sequence.take(decoded, row, self._decode)
             self.stats.live_row_steps += int(decoded.is_valid[row, 1:].sum())
             self.stats.tokens += sequence.num_tokens - num_before
-            if not decoded.is_done[row]:
+            if not is_done:
                 continue
             self._release(sequence)
             sequence.has_ended = True

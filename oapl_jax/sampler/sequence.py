@@ -1,7 +1,7 @@
 """The state of requests that are under way: their groups and their sequences."""
 
 import dataclasses
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -62,15 +62,33 @@ class LiveSequence(Generic[Tag]):
         """What has to be in the cache before it can go on: all but the last token."""
         return np.concatenate([self.group.request.prompt_token_ids, *self.tokens])[: self.next_write]
 
-    def take(self, decoded: Decoded, row: int) -> None:
-        """Appends what a chunk has decoded in one of its rows."""
-        is_valid = decoded.is_valid[row]
-        self.tokens.append(decoded.tokens[row, is_valid])
-        self.logprobs.append(decoded.logprobs[row, is_valid])
-        self.num_tokens += len(self.tokens[-1])
+    def take(self, decoded: Decoded, row: int, decode: Callable[[list[int]], str] | None) -> bool:
+        """Appends what a chunk has decoded in one of its rows, to the end of a stop string; whether that is the end.
+
+        Args:
+            decoded: the chunk.
+            row: the sequence's.
+            decode: token ids to text; needed where the request has stop strings.
+        """
+        is_valid, is_done = decoded.is_valid[row], bool(decoded.is_done[row])
+        tokens, logprobs = decoded.tokens[row, is_valid], decoded.logprobs[row, is_valid]
+        if self.group.request.stop_strings:
+            assert decode is not None
+            known = np.concatenate([*self.tokens, tokens]).tolist()
+            for count in range(1, len(tokens) + 1):
+                text = decode(known[: self.num_tokens + count])
+                if any(stop in text for stop in self.group.request.stop_strings):
+                    tokens, logprobs, is_done = tokens[:count], logprobs[:count], True
+                    break
+        self.tokens.append(tokens)
+        self.logprobs.append(logprobs)
+        self.num_tokens += len(tokens)
+        return is_done
 
     def rollout(self, stop_ids: Collection[int]) -> Rollout:
         """What it is when it has ended."""
         token_ids = np.concatenate(self.tokens).astype(np.int32)
-        reason = FinishReason.STOP if token_ids[-1] in stop_ids else FinishReason.LENGTH
+        # Shorter than its limit without a stop token: at a stop string.
+        is_stop = token_ids[-1] in stop_ids or len(token_ids) < self.limit
+        reason = FinishReason.STOP if is_stop else FinishReason.LENGTH
         return Rollout(token_ids, np.concatenate(self.logprobs), reason)

@@ -254,6 +254,7 @@ def test_generate_stops_early_when_all_rows_are_done():
         ({"max_tokens": (1, 2)}, r"max_tokens=\(1, 2\); one number for each of 3 rollouts"),
         ({"distribution": SamplingDistribution(0.0)}, "temperature=0 has no log-probabilities to learn from"),
         ({"distribution": SamplingDistribution(top_k=2)}, "on an engine that was made with can_truncate=False"),
+        ({"stop_strings": ("x",)}, "need a scheduler that was given `decode`"),
     ],
 )
 def test_bad_requests_are_refused_by_name(changes, message):
@@ -294,6 +295,26 @@ def test_each_request_has_its_own_distribution_and_limits():
     one, three = done["limits"]
     assert len(one.token_ids) == 1
     assert len(three.token_ids) == 3 or three.finish_reason is FinishReason.STOP
+
+
+def test_a_stop_string_ends_a_response_at_the_token_that_completes_it():
+    def decode(ids):
+        return "".join(chr(ord("A") + i) for i in ids)
+
+    engine = make_engine()
+    [free] = sample(engine, prompts=PROMPTS[1:2])
+    long = max(free, key=lambda rollout: len(rollout.token_ids))
+    stop = decode(long.token_ids.tolist())[4:6]
+    scheduler = Scheduler(engine, contextlib.nullcontext(), decode=decode)
+    stopped = run(scheduler, [Request(0, PROMPTS[1], 4, (7, 0, 0), stop_strings=(stop,))])[0]
+    for rollout, whole in zip(stopped, free, strict=True):
+        text = decode(whole.token_ids.tolist())
+        length = text.index(stop) + 2 if stop in text else len(text)
+        assert decode(rollout.token_ids.tolist()) == text[:length]
+        np.testing.assert_allclose(rollout.logprobs, whole.logprobs[:length], atol=1e-5)
+        if stop in text:
+            assert rollout.finish_reason is FinishReason.STOP
+    assert scheduler._pool.num_free == engine.num_pages
 
 
 def test_abort_frees_rows_and_pages():

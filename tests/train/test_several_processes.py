@@ -1,5 +1,6 @@
-"""A run over two processes that train and two that sample, of one JAX job: preempted, resumed, and one all the same."""
+"""Runs over several processes of one JAX job: preempted, resumed, and one run all the same."""
 
+import dataclasses
 import json
 import shutil
 import signal
@@ -18,18 +19,15 @@ pytestmark = pytest.mark.slow
 MODEL = {"vocab_size": 24, "num_attention_heads": 4, "num_key_value_heads": 4}
 
 
-def start_run(run_dir, num_processes=4, devices_each=4, **sections):
-    """By default the trainer has eight devices of two processes, each replica of the sampler four of one."""
+def start_run(run_dir, num_processes, devices_each, **sections):
     model = run_dir.parent / "model.json"
     model.write_text(json.dumps(json.loads((ROOT / "configs/toy_qwen3.json").read_text()) | MODEL))
     config = make_config(
         run_dir,
         **{
-            "run": {"steps": 11, "seed": 3},
             "model": {"path": None, "config": str(model), "tokenizer": "characters"},
             "window": {"sync_every": 4, "deadline": 240.0, "shard_groups": 2},
             "evaluation": {"every": 5, "prompts": 6, "samples": 2, "final_samples": 4},
-            "mesh": {"trainer": "fsdp=8", "sampler": "data=2,tensor=4"},
             **sections,
         },
     )
@@ -41,55 +39,79 @@ def weights(run_dir):
     return {name: x for path in run_dir.glob("export/*.safetensors") for name, x in load_file(path).items()}
 
 
-@pytest.fixture(scope="module")
-def preempted(tmp_path_factory):
-    """A run whose machines were taken away twice: of a process that samples, and of one that trains."""
-    directory = tmp_path_factory.mktemp("preempted") / "run"
-    for process, step in ((3, 3), (1, 7)):
-        job = start_run(directory)
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A job whose first two processes train, and sample too where no others do."""
+
+    num_processes: int
+    devices_each: int
+    mesh: dict[str, str]
+    num_samplers: int
+    preempted: tuple[tuple[int, int], ...]
+    """The process that gets SIGTERM, and the step before which it does not; one job after another."""
+
+    def start(self, run_dir):
+        return start_run(run_dir, self.num_processes, self.devices_each, run={"steps": 11, "seed": 3}, mesh=self.mesh)
+
+
+SMALL = Layout(2, 1, {"trainer": "fsdp=2"}, 2, ((1, 3),))
+LARGE = Layout(4, 4, {"trainer": "fsdp=8", "sampler": "data=2,tensor=4"}, 2, ((3, 3), (1, 7)))
+
+
+@pytest.fixture(scope="module", params=[SMALL, pytest.param(LARGE, marks=pytest.mark.long)], ids=["small", "large"])
+def preempted(request, tmp_path_factory):
+    """A run one of whose machines was taken away, in turn of each process of ``preempted``, and that was resumed."""
+    layout, directory = request.param, tmp_path_factory.mktemp("preempted") / "run"
+    for process, step in layout.preempted:
+        job = layout.start(directory)
         assert signal_after(job[process], directory, step, signal.SIGTERM)
         codes, outputs = finish_job(job)
-        assert codes == [42] * 4, "\n".join(outputs)
+        assert codes == [42] * layout.num_processes, "\n".join(outputs)
         last = read_lines(directory / "metrics.jsonl")[-1]["step"]
         assert f"saved at step {last};" in outputs[0]
         assert step <= last < 11
-    codes, outputs = finish_job(start_run(directory))
-    assert codes == [0] * 4, "\n".join(outputs)
+    codes, outputs = finish_job(layout.start(directory))
+    assert codes == [0] * layout.num_processes, "\n".join(outputs)
     assert f"resumed at step {last}," in outputs[0]
-    return directory
+    return layout, directory
 
 
-def test_a_run_of_four_processes_ends_as_recorded(preempted):
-    assert audit(preempted).startswith("11 steps, 3 windows")
-    rows = read_lines(preempted / "metrics.jsonl")
+def test_a_preempted_run_ends_as_recorded(preempted):
+    layout, directory = preempted
+    assert audit(directory).startswith("11 steps, 3 windows")
+    rows = read_lines(directory / "metrics.jsonl")
     assert [row["step"] for row in rows] == list(range(12))
     assert [row["window/lag"] for row in rows[1:]] == [0, 1, 2, 3] * 2 + [0, 1, 2]
     assert max(row["learner/log_ratio_abs"] for row in rows[1:] if row["window/lag"] == 0) < 1e-4
     assert {"evaluation/pass@1", "evaluation/pass@2"} <= rows[5].keys()
-    assert json.loads((preempted / "summary.json").read_text())["policy_versions"] == 3
-    assert len(list((preempted / "samplers").iterdir())) == 6  # two in each of three jobs
+    assert json.loads((directory / "summary.json").read_text())["policy_versions"] == 3
+    num_jobs = len(layout.preempted) + 1
+    assert len(list((directory / "samplers").iterdir())) == layout.num_samplers * num_jobs
 
 
+@pytest.mark.long
 def test_it_is_the_run_that_its_log_makes_without_interruption(preempted, tmp_path):
     # A sampler over several devices sums in an order that depends on the row, so another run draws other last bits.
-    shutil.copytree(preempted / "rollouts", tmp_path / "run/rollouts")
-    codes, outputs = finish_job(start_run(tmp_path / "run"))
-    assert codes == [0] * 4, "\n".join(outputs)
-    for name, tensor in weights(preempted).items():
+    layout, directory = preempted
+    shutil.copytree(directory / "rollouts", tmp_path / "run/rollouts")
+    codes, outputs = finish_job(layout.start(tmp_path / "run"))
+    assert codes == [0] * layout.num_processes, "\n".join(outputs)
+    for name, tensor in weights(directory).items():
         np.testing.assert_array_equal(tensor, weights(tmp_path / "run")[name], err_msg=name)
-    assert read_lines(preempted / "batches.jsonl") == read_lines(tmp_path / "run/batches.jsonl")
+    assert read_lines(directory / "batches.jsonl") == read_lines(tmp_path / "run/batches.jsonl")
 
 
-def test_all_processes_may_do_both(tmp_path):
-    codes, outputs = finish_job(start_run(tmp_path / "run", 2, 2, run={"steps": 5}, mesh={"trainer": "fsdp=4"}))
-    assert codes == [0, 0], "\n".join(outputs)
+def test_two_processes_train_and_a_third_one_samples(tmp_path):
+    mesh = {"trainer": "fsdp=2", "sampler": "data=1"}
+    codes, outputs = finish_job(start_run(tmp_path / "run", 3, 1, run={"steps": 5}, mesh=mesh))
+    assert codes == [0] * 3, "\n".join(outputs)
     assert audit(tmp_path / "run").startswith("5 steps, 2 windows")
-    assert len(list((tmp_path / "run/samplers").iterdir())) == 2
+    assert len(list((tmp_path / "run/samplers").iterdir())) == 1
 
 
 def test_a_trainer_of_two_processes_publishes_for_a_detached_sampler(tmp_path):
     directory = tmp_path / "run"
-    job = start_run(directory, 2, 2, mode="detached", run={"steps": 5}, mesh={"trainer": "fsdp=4"})
+    job = start_run(directory, 2, 1, mode="detached", run={"steps": 5}, mesh={"trainer": "fsdp=2"})
     sampler = start_sampler(directory)
     try:
         codes, outputs = finish_job(job)
@@ -103,12 +125,14 @@ def test_a_trainer_of_two_processes_publishes_for_a_detached_sampler(tmp_path):
 
 
 def test_a_process_that_fails_ends_all_with_its_reason(tmp_path):
-    codes, outputs = finish_job(start_run(tmp_path / "run", window={"parity_tolerance": 1e-12}))
-    assert codes == [1] * 4, "\n".join(outputs)
+    codes, outputs = finish_job(
+        start_run(tmp_path / "run", 2, 1, mesh={"trainer": "fsdp=2"}, window={"parity_tolerance": 1e-12})
+    )
+    assert codes == [1] * 2, "\n".join(outputs)
     assert all("parity gate" in output for output in outputs)
 
 
 def test_meshes_that_part_a_process_are_refused(tmp_path):
-    codes, outputs = finish_job(start_run(tmp_path / "run", 2, mesh={"trainer": "fsdp=6", "sampler": "tensor=2"}))
+    codes, outputs = finish_job(start_run(tmp_path / "run", 2, 4, mesh={"trainer": "fsdp=6", "sampler": "tensor=2"}))
     assert codes == [2] * 2, "\n".join(outputs)
     assert "process 1 would have devices of both" in outputs[0]

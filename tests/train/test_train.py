@@ -76,10 +76,9 @@ def test_the_run_leaves_what_people_look_at(finished):
     "mesh",
     [
         {"trainer": "fsdp=2"},  # two replicas of the sampler; each device compiles programs of its own
-        {"trainer": "fsdp=4", "sampler": "tensor=2"},
         {"trainer": "fsdp=2,tensor=2", "sampler": "data=2,tensor=2"},
     ],
-    ids=["colocated", "disaggregated", "both-sharded"],
+    ids=["colocated", "disaggregated"],
 )
 def test_meshes_of_several_devices_train_like_one_device(finished, tmp_path, mesh):
     """Same prompts and draws, so the first step has the same loss and gradient but for the last bits.
@@ -110,17 +109,6 @@ def test_the_parity_gate_stops_a_sampler_of_another_precision(tmp_path):
         train.run(config)
 
 
-def test_bfloat16_everywhere_trains(tmp_path):
-    config = make_config(
-        tmp_path / "run",
-        run={"steps": 5},
-        model={"compute_dtype": "bfloat16", "remat": "layer"},
-        sampler={"dtype": "bfloat16"},
-        window={"parity_tolerance": 0.1},
-    )
-    assert train.run(config)["steps"] == 5
-
-
 def test_on_policy_limit_and_one_window(tmp_path):
     for sync_every, versions in ((1, list(range(5))), (100, [0] * 5)):
         directory = tmp_path / str(sync_every)
@@ -138,15 +126,24 @@ def test_epochs_train_on_each_window_again(tmp_path):
     assert len({*batches[4], *batches[5]}) == 8, "the last window is over before its second pass"
 
 
-def test_grpo_and_filtered_groups_train(tmp_path):
-    sections = {**BASE, "objective": {"name": "grpo"}, "run": {"dir": str(tmp_path / "grpo"), "steps": 5}}
-    grpo = config_file.validate(TrainConfig, sections, source="test")
-    assert train.run(grpo)["steps"] == 5
+def test_grpo_trains_in_bfloat16(tmp_path):
+    sections = {
+        **BASE,
+        "run": {"dir": str(tmp_path), "steps": 5},
+        "model": BASE["model"] | {"compute_dtype": "bfloat16", "remat": "layer"},
+        "sampler": BASE["sampler"] | {"dtype": "bfloat16"},
+        "objective": {"name": "grpo"},
+        "window": BASE["window"] | {"parity_tolerance": 0.1},
+    }
+    assert train.run(config_file.validate(TrainConfig, sections, source="test"))["steps"] == 5
+
+
+def test_filtered_groups_train(tmp_path):
     config = make_config(
-        tmp_path / "filtered", run={"steps": 3}, objective={"drop_equal_reward_groups": True}, window={"sync_every": 2}
+        tmp_path / "run", run={"steps": 3}, objective={"drop_equal_reward_groups": True}, window={"sync_every": 2}
     )
     train.run(config)
-    rows = read_lines(tmp_path / "filtered/metrics.jsonl")[1:]
+    rows = read_lines(tmp_path / "run/metrics.jsonl")[1:]
     assert [row["rollouts/equal_reward_groups"] for row in rows] == [0, 0, 0]
 
 
