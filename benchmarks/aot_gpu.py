@@ -18,7 +18,7 @@ import dataclasses
 import json
 import os
 import time
-from typing import Any
+from typing import Any, get_args
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -31,13 +31,14 @@ from jax.sharding import Mesh
 
 from oapl_jax.config.learner import LearnerConfig
 from oapl_jax.config.mesh import MeshConfig
+from oapl_jax.config.model import SavedName
 from oapl_jax.distributed.sharding import SAMPLER_RULES, TRAINER_RULES, make_meshes, placed, shardings
 from oapl_jax.learner import batch as batches
 from oapl_jax.learner.batch import RowLayout
 from oapl_jax.learner.state import abstract_state, make_optimizer, make_schedule
 from oapl_jax.learner.step import make_train_step
 from oapl_jax.model.logprob import chunk_tokens
-from oapl_jax.model.qwen import SAVED_NAMES, Remat, abstract
+from oapl_jax.model.qwen import Remat, abstract
 from oapl_jax.objectives import oapl
 from oapl_jax.preflight import hlo
 from oapl_jax.preflight.programs import forward_flops
@@ -74,7 +75,7 @@ gpu_device_info {
 """What XLA asks of a card, in the text form of its ``GpuTargetConfigProto``."""
 
 STEP_TOKENS = 65536
-REMATS = {"layer": Remat(True), "names": Remat(True, SAVED_NAMES), "none": Remat()}
+REMATS = {"layer": Remat(True), "names": Remat(True, get_args(SavedName)), "none": Remat()}
 GIB = 2**30
 
 

@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -141,9 +141,10 @@ def ours(are_products_saved: bool, config_file: pathlib.Path, lengths: np.ndarra
     from train_step import our_step
 
     from oapl_jax.build.policy import read_config
-    from oapl_jax.model.qwen import SAVED_NAMES, Remat
+    from oapl_jax.config.model import SavedName
+    from oapl_jax.model.qwen import Remat
 
-    remat = Remat(True, SAVED_NAMES if are_products_saved else ())
+    remat = Remat(True, get_args(SavedName) if are_products_saved else ())
     options = {"micro_batch_rows": rows, "compute_dtype": "bfloat16", "remat": remat}
     step = our_step(read_config(config_file), lengths, int(lengths[0].sum()), **options)
 
