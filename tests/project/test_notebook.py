@@ -1,5 +1,6 @@
 import os
 import pathlib
+import shutil
 
 import pytest
 
@@ -11,7 +12,10 @@ NOTEBOOK = ROOT / "notebooks/quickstart.ipynb"
 def test_the_quickstart_notebook_runs_to_the_end_and_shows_its_curves(tmp_path, monkeypatch):
     nbformat = pytest.importorskip("nbformat")
     nbclient = pytest.importorskip("nbclient")
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    warm_start = tmp_path / "configs/chain_sft.yaml"
+    shortened = warm_start.read_text().replace("  steps: 700", "  steps: 20").replace("steps: 100", "steps: 5")
+    warm_start.write_text(shortened)  # what the policy has learnt before does not matter here
     monkeypatch.setenv("OAPL_SMOKE", "1")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     # One device, as on a laptop; the tests' eight would only be slower.
