@@ -364,6 +364,7 @@ def test_configs_are_frozen(load):
         load().run.steps = 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["train", "sft"])
 def test_the_commands_print_mistakes_and_exit_with_2_without_a_traceback(tmp_path, command):
     (tmp_path / "run.yaml").write_text(SFT if command == "sft" else TOY)

@@ -9,6 +9,7 @@ from oapl_jax.config.run import LoggingConfig
 from oapl_jax.io import metrics
 
 
+@pytest.mark.slow
 def test_tensorboard_reads_what_was_written_and_no_steps_after_the_resume(tmp_path):
     for resume_step, steps, offset in ((None, range(1, 6), 0.0), (3, range(4, 6), 100.0)):
         with metrics.MetricsWriter(tmp_path, LoggingConfig(), resume_step=resume_step) as writer:

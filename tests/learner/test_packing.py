@@ -88,6 +88,7 @@ def test_the_number_of_rows_takes_few_values():
     assert all(used <= layout.num_rows(used) < used + 16 for used in range(1, 129))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["oapl", "grpo", "supervised"])
 def test_packed_equals_unpacked(objective):
     unpacked, metrics = run(make_batch(RowLayout(10, 16)), objective=objective)
@@ -97,6 +98,7 @@ def test_packed_equals_unpacked(objective):
     assert packed_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_group_may_be_split_over_rows_and_micro_batches():
     whole, metrics = run(make_batch(PACKED))
     batch = make_batch(RowLayout(10, 16, ROW, micro_batch_rows=2))

@@ -115,6 +115,7 @@ def reference_loss(params, batch):
     return sum(losses) / len(losses)
 
 
+@pytest.mark.slow
 def test_metrics_equal_numpy():
     batch = make_batch()
     _, metrics = run(batch)

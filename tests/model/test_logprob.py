@@ -69,6 +69,7 @@ def test_gradients_of_chunks_are_those_of_the_whole_and_of_finite_differences():
     assert np.all(np.asarray(whole[1])[:, 30:] == 0)
 
 
+@pytest.mark.slow
 def test_gradient_of_a_bfloat16_unembedding_is_summed_in_float32():
     """512 chunks: sums in bf16 would be off by several per cent."""
     rng = np.random.default_rng(0)

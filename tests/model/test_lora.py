@@ -40,6 +40,7 @@ def split(name, config=LORA, mesh=None, is_new=False):
     return graphdef, params
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2_tied", "qwen3_tied"])
 def test_new_adapters_change_nothing(name):
     tokens = tiny.rows(2, 9)
@@ -48,6 +49,7 @@ def test_new_adapters_change_nothing(name):
     np.testing.assert_allclose(found, expected, atol=1e-6 * np.abs(expected).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [LORA, SOME], ids=["all", "some"])
 @pytest.mark.parametrize("name", ["qwen2_tied", "qwen3_tied"])
 def test_merged_equals_unmerged(name, config):
@@ -115,6 +117,7 @@ def moments(state):
     return jax.tree.map(np.asarray, moment)
 
 
+@pytest.mark.slow
 def test_only_adapters_are_trained():
     before = jax.tree.map(np.asarray, split("qwen3_tied")[1])
     step, state, batch = step_and_state("fsdp=1")
@@ -127,6 +130,7 @@ def test_only_adapters_are_trained():
     assert float(metrics["learner/grad_norm"]) > 0
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_merged_weights():
     """By the chain rule, in NumPy, from the gradient of every weight of the merged policy."""
     params = split("qwen3_tied")[1]
@@ -171,6 +175,7 @@ def test_experts_are_refused():
         qwen.abstract(tiny.config("moe"), lora=LORA.model_copy(update={"targets": ("gate_proj",)}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2_tied", "qwen3_tied"])
 def test_peft_reads_the_adapter(name, tmp_path):
     """Base and adapter, loaded by peft, have the logits of ours."""

@@ -66,6 +66,7 @@ def test_a_channel_of_zeros_stays_zero_and_a_nan_is_not_hidden():
     np.testing.assert_allclose(found[2], numbers[2], atol=2 / 127)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2_untied", "qwen3_tied", "moe"])
 def test_logits_are_those_of_the_rounded_weights(name):
     graphdef, params = tiny.split(tiny.config(name))
@@ -107,6 +108,7 @@ def differences(graphdef, params, rollouts):
     return np.concatenate([r.logprobs for _, r in rollouts]) - np.asarray(expected)[batch.response_mask]
 
 
+@pytest.mark.slow
 def test_the_samplers_logprobs_are_those_of_the_rounded_weights():
     config = tiny.config("qwen3_tied")
     graphdef, params = tiny.split(config)

@@ -184,6 +184,7 @@ def test_a_later_token_changes_no_earlier_state():
     assert np.abs(before[:, 5:] - after[:, 5:]).max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2_untied", "moe"])
 def test_sharded_equals_unsharded(name):
     mesh, _ = sharding.make_meshes(MeshConfig(trainer="fsdp=4,tensor=2"))
@@ -198,6 +199,7 @@ def test_sharded_equals_unsharded(name):
     assert_trees_close(loss_and_gradient(graphdef, sharded, batch), expected, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_random_weights_do_not_depend_on_the_mesh():
     config = tiny.config(DENSE)
     trees = []
@@ -208,6 +210,7 @@ def test_random_weights_do_not_depend_on_the_mesh():
     jax.tree.map(np.testing.assert_array_equal, *trees)
 
 
+@pytest.mark.slow
 def test_bfloat16_products_stay_near_float32():
     config, token_ids = tiny.config(DENSE), tiny.rows(2, 9)
     graphdef, params = tiny.split(config)

@@ -90,6 +90,7 @@ def test_a_replica_may_be_compiled_for_other_devices():
     assert found.assembly.num_replicas == 4
 
 
+@pytest.mark.slow
 def test_abstract_programs_compile_as_they_are():
     """For CPU devices as for any: arguments have the bytes that the plan says."""
     found = plan("mesh.trainer=data=2,fsdp=4", "model.scan_layers=true")

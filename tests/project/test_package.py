@@ -80,6 +80,7 @@ def test_the_console_script_is_the_command_line():
     assert main(["--version"]) == 0
 
 
+@pytest.mark.slow
 def test_no_command_imports_an_optional_library():
     """All of them at once, as a process does that has everything installed: what would be loaded without being used."""
     program = (

@@ -219,6 +219,7 @@ def test_toy_grader():
     tasks_grader.close()
 
 
+@pytest.mark.slow
 def test_math_grader_names_the_rows_of_bad_golds_and_calls_truncated_responses_wrong():
     math_grader = grader.make_grader(train_config({"path": "unused"}, workers=1, gold="last_hash"))
     good = prompt("1+2?", "because\n#### 3")

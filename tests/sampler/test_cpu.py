@@ -69,6 +69,7 @@ def run_chunks(lengths, dtype):
     return np.stack(outputs), pages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_with_an_int8_cache_the_end_of_a_chunk_does_not_show(dtype):
     whole, pages = run_chunks((6,), dtype)

@@ -109,6 +109,7 @@ def learner_logprobs(prompt, rollouts, temperature=1.0):
     return [np.asarray(row)[mask] for row, mask in zip(logprobs, batch.response_mask, strict=True)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_equal_the_learners_up_to_and_including_the_stop_token(temperature):
     groups = sample(make_engine(), distribution=SamplingDistribution(temperature))

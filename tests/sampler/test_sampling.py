@@ -103,6 +103,7 @@ def check_rows(logits, params, vocab_size, atol=2e-6):
                 np.testing.assert_allclose(drawn.logprob[row], np.log(exact[token]), atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("num_ids", "vocab_size"), SIZES.values(), ids=SIZES)
 def test_distributions_of_one_batch_equal_the_transcription(num_ids, vocab_size):
     params = [*COMBINATIONS, SamplingDistribution(0, 3, 0.5, 0.1), SamplingDistribution(0)]
@@ -110,6 +111,7 @@ def test_distributions_of_one_batch_equal_the_transcription(num_ids, vocab_size)
     check_rows(logits, params, vocab_size)
 
 
+@pytest.mark.slow
 def test_ties_with_the_last_kept_token_are_kept():
     logits = np.random.default_rng(1).normal(0, 3, (len(COMBINATIONS), 640)).round().astype(np.float32)
     check_rows(logits, COMBINATIONS, 601)
@@ -121,6 +123,7 @@ def test_of_equally_likely_tokens_a_greedy_draw_takes_the_lowest_id():
     np.testing.assert_array_equal(drawn.token, np.argmax(logits[:, :601], axis=1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fill",
     [
@@ -186,6 +189,7 @@ def test_draws_follow_the_distribution(params):
     assert scipy.stats.chisquare(observed[cells], num_draws * np.array(expected[cells])).pvalue > 1e-3
 
 
+@pytest.mark.slow
 def test_a_sample_depends_on_its_key_and_position_only():
     params = [
         SamplingDistribution(),
@@ -216,6 +220,7 @@ def test_a_sample_depends_on_its_key_and_position_only():
     )
 
 
+@pytest.mark.slow
 def test_draws_in_a_loop():
     params = [SamplingDistribution(0.8, 20, 0.9, 0.01), SamplingDistribution()]
     logits = jnp.asarray(np.random.default_rng(6).normal(0, 2, (2, 640)).astype(np.float32))
@@ -232,6 +237,7 @@ def test_draws_in_a_loop():
     np.testing.assert_array_equal(loop(), np.stack(steps))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_ids", [4096, 1187 * 16])
 def test_a_sharded_vocabulary_draws_the_same_tokens_and_is_not_gathered(num_ids):
     num_rows = 16

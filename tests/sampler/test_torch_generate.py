@@ -35,6 +35,7 @@ def sample(model, distribution):
     return [(PROMPTS[number], rollout) for number in range(len(PROMPTS)) for rollout in done[number]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "distribution",
     [

@@ -140,6 +140,7 @@ def both(version):
     return Weights(None, weights(version)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SOURCES)
 def test_a_source_fills_windows_in_order_and_ends(kind, tmp_path):
     with SOURCES[kind](tmp_path) as source:

@@ -124,6 +124,7 @@ def test_a_run_without_news_is_an_error_after_the_deadline(tmp_path):
         evaluate.evaluate(watching, watch=True)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_named(tmp_path):
     model = {"config": str(runs.ROOT / "configs/toy_qwen3.json"), "tokenizer": "characters"}
     with pytest.raises(ValueError, match="--watch needs a run directory"):

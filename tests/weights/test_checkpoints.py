@@ -291,6 +291,7 @@ print(mib("VmHWM") - before, sum(array.nbytes for array in arrays.values()) // 2
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not pathlib.Path("/proc/self/clear_refs").exists(), reason="Linux counts the memory")
 def test_a_save_needs_less_memory_than_another_copy_of_the_arrays(tmp_path):
     result = subprocess.run([sys.executable, "-c", SAVE, str(tmp_path)], capture_output=True, text=True, timeout=300)

@@ -150,6 +150,7 @@ def test_an_int8_copy_is_the_same_on_every_mesh(meshes):
             np.testing.assert_array_equal(leaf, value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("meshes", ["colocated", "disaggregated"])
 def test_a_copy_in_chunks_is_the_whole_copy(meshes, dtype):
@@ -173,6 +174,7 @@ def test_a_copy_in_chunks_is_the_whole_copy(meshes, dtype):
         np.testing.assert_allclose(np.asarray(leaf, np.float64), np.asarray(value, np.float64), atol=atol)
 
 
+@pytest.mark.slow
 def test_an_int8_copy_is_restored_from_a_checkpoint(tmp_path):
     trainer, sampler = make_meshes(MESHES["disaggregated"])
     abstract = qwen.abstract(CONFIG)[1]
