@@ -150,7 +150,8 @@ mesh = jax.sharding.Mesh([device], "x")
 place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 matrix = jax.ShapeDtypeStruct((65536, 65536), "float32", sharding=place)
 program = Program("square", lambda: jax.jit(lambda x: x @ x).lower(matrix), mesh, 0, 2.0 * 65536**3, 0, 0)
-print(json.dumps(preflight._as_json(preflight.compile_program(program, slices))))
+result = preflight.compile_program(program, slices)
+print(json.dumps({"fits": result.fits, "refusal": result.refusal, "temporaries": result.temporaries}))
 """
 
 
