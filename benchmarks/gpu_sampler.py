@@ -195,7 +195,7 @@ def ours(attention: str, join_layers: bool | None, model: str, rows: int, prompt
         requests = [Request(i, p, GROUP_SIZE, (0, 0, i), max_tokens=length) for i, p in enumerate(prompts)]
         rollouts = [rollout for _, group in sampling.run(sampler, requests) for rollout in group]
         assert len(rollouts) == rows
-        # One token of the vocabulary ends a response, and random weights draw it about once in so many.
+        # One token of the vocabulary ends a response, and random weights draw it about as often as any other token.
         assert sum(len(rollout.token_ids) for rollout in rollouts) > 0.98 * rows * length or model == "tiny"
 
     device = jax.devices()[0].device_kind

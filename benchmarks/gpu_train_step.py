@@ -6,7 +6,7 @@ Models of Qwen2.5's shapes with random weights, bfloat16 products, float32 weigh
 tokens a sequence, of which three quarters are response; ``--micro-batch-tokens`` a forward and backward pass, gradients
 summed over a batch. The peer is ``AutoModelForCausalLM`` under bfloat16 autocast with PyTorch's scaled-dot-product
 attention and fused AdamW; its loss is the mean of the squared sums of response log-probabilities, as ours. Both once
-with layers computed anew in the backward pass (``ours_layer``, ``transformers``) and once with what is faster where
+with layers recomputed in the backward pass (``ours_layer``, ``transformers``) and once with what is faster where
 there is room: ours with the results of its products saved (``ours``), the peer with everything kept
 (``transformers_kept``).
 

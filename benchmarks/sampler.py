@@ -446,7 +446,7 @@ def num_weights() -> tuple[int, int]:
 
 
 def bind_to_cores(num_threads: int) -> None:
-    """This process and those it starts use the first so many of its cores, with a thread on each."""
+    """This process and those it starts use the first ``num_threads`` of its cores, with a thread on each."""
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:num_threads])
     for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
         os.environ[name] = str(num_threads)

@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 
 
 def start_job(words, num_processes, devices_each):
-    """Starts ``python WORDS`` so many times as one job; returns the processes."""
+    """Starts ``python WORDS`` in each process of one job; returns the processes."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]

@@ -87,7 +87,7 @@ def load(arguments: argparse.Namespace) -> Any:
     model = ModelConfig(path=arguments.model, tokenizer=arguments.tokenizer, param_dtype=dtype, compute_dtype=dtype)
     config, tokenizer = policy.outline(model, arguments.model)
     mesh = make_meshes(MeshConfig(trainer=f"tensor={_num_devices(config)}"))[0]
-    params = policy.load_params(model, arguments.model, config, mesh, arguments.seed, adapters=None)
+    params = policy.load_params(model, arguments.model, config, mesh, arguments.seed)
     engine = Engine(
         qwen.abstract(config, param_dtype=dtype, compute_dtype=dtype)[0],
         config,

@@ -19,13 +19,39 @@ def pass_at_k(num_samples: Int[np.ndarray, "N"], num_correct: Int[np.ndarray, "N
     Args:
         num_samples: n, number of samples of each problem.
         num_correct: c, number of correct samples of each problem.
-        k: number of attempts, at most the samples of any problem.
+        k: number of attempts.
+
+    Raises:
+        ValueError: a problem has fewer than k samples, or c is outside 0..n.
     """
+    _check(num_samples, num_correct, k)
     factors = np.arange(1, num_samples.max(initial=0) + 1)
     in_product = (factors > (num_samples - num_correct)[:, None]) & (factors <= num_samples[:, None])
     # The product has a factor with i <= k only if fewer than k samples are wrong, and then pass@k is exactly 1.
     terms = np.where(in_product, np.maximum(1.0 - k / factors, 0.0), 1.0)
     return 1.0 - terms.prod(axis=1)
+
+
+def _check(num_samples: np.ndarray, num_correct: np.ndarray, k: int) -> None:
+    if k < 1:
+        raise ValueError(f"pass@{k}: k must be at least 1")
+    too_few = np.flatnonzero(num_samples < k)
+    if too_few.size:
+        first = too_few[0]
+        raise ValueError(
+            f"pass@{k} needs at least k={k} samples of every problem; problem {first} has n={num_samples[first]}"
+            f" ({too_few.size} such problems)"
+        )
+    _check_counts(num_samples, num_correct)
+
+
+def _check_counts(num_samples: np.ndarray, num_correct: np.ndarray) -> None:
+    impossible = np.flatnonzero((num_correct < 0) | (num_correct > num_samples))
+    if impossible.size:
+        first = impossible[0]
+        raise ValueError(
+            f"problem {first}: {num_correct[first]} correct of n={num_samples[first]} samples is impossible"
+        )
 
 
 def pass_at_ks(
@@ -35,7 +61,11 @@ def pass_at_ks(
 
     ``1 - pass@k = prod_{j<k} (n-c-j) / (n-j)`` is the chance that k samples drawn without replacement are all wrong.
     Every factor is between 0 and 1, so the product cannot overflow, and a cumulative product gives all k.
+
+    Raises:
+        ValueError: a number of correct samples is outside 0..n.
     """
+    _check_counts(num_samples, num_correct)
     samples, correct = num_samples[:, None], num_correct[:, None]
     drawn = np.arange(max_k)
     left = np.maximum(samples - drawn, 1)

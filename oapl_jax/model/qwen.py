@@ -80,7 +80,14 @@ class QwenConfig:
     @property
     def num_params(self) -> int:
         """Number of weights; tied embeddings count once."""
-        return sum(leaf.size for leaf in jax.tree.leaves(abstract(self)[1]))
+        D, H, K, C = self.hidden_size, self.num_attention_heads, self.num_key_value_heads, self.head_dim
+        attention = 2 * D * (H + K) * C + self.qkv_bias * (H + 2 * K) * C + self.qk_norm * 2 * C
+        mlp = 3 * D * self.intermediate_size
+        if self.num_experts:
+            mlp = self.num_experts * (3 * D * self.moe_intermediate_size + D)  # each expert has a column of the router
+        layer = attention + mlp + 2 * D
+        num_embeddings = 1 if self.tie_word_embeddings else 2
+        return num_embeddings * self.vocab_size * D + self.num_hidden_layers * layer + D
 
     @classmethod
     def from_hf(cls, values: dict[str, Any]) -> "QwenConfig":

@@ -75,11 +75,14 @@ class LiveSequence(Generic[Tag]):
         if self.group.request.stop_strings:
             assert decode is not None
             known = np.concatenate([*self.tokens, tokens]).tolist()
-            for count in range(1, len(tokens) + 1):
+
+            def has_stop(count: int) -> bool:
                 text = decode(known[: self.num_tokens + count])
-                if any(stop in text for stop in self.group.request.stop_strings):
-                    tokens, logprobs, is_done = tokens[:count], logprobs[:count], True
-                    break
+                return any(stop in text for stop in self.group.request.stop_strings)
+
+            if has_stop(len(tokens)):
+                count = next(count for count in range(1, len(tokens) + 1) if has_stop(count))
+                tokens, logprobs, is_done = tokens[:count], logprobs[:count], True
         self.tokens.append(tokens)
         self.logprobs.append(logprobs)
         self.num_tokens += len(tokens)

@@ -32,8 +32,7 @@ class Bytes:
     def decode(self, ids):
         return bytes(i for i in ids if i < 256).decode()
 
-    def save(self, folder):
-        raise NotImplementedError
+    def save(self, folder): ...
 
 
 @pytest.fixture(scope="module")

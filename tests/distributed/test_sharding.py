@@ -132,7 +132,7 @@ def test_reshard_is_bit_exact_and_shares_no_memory(words, same_partitioning):
     assert pointers(copied).isdisjoint(pointers(params))
     for leaf, expected in zip(jax.tree.leaves(copied), jax.tree.leaves(target), strict=True):
         assert leaf.sharding.is_equivalent_to(expected, leaf.ndim)
-    # What the train step does: its parameters are donated, their memory is used anew.
+    # What the train step does: its parameters are donated, their memory is reused.
     jax.block_until_ready(jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)(params))
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(copied), before)
 

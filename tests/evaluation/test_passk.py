@@ -110,3 +110,22 @@ def test_is_unbiased():
     estimates = passk.pass_at_k(np.full(n + 1, n), np.arange(n + 1), k)
     distribution = [math.comb(n, c) * p**c * (1 - p) ** (n - c) for c in range(n + 1)]
     assert estimates @ np.array(distribution) == pytest.approx(1 - (1 - p) ** k, abs=1e-14)
+
+
+def test_too_few_samples_name_k_and_n():
+    with pytest.raises(ValueError, match=r"k=4.*problem 1 has n=3"):
+        passk.pass_at_k(np.array([4, 3]), np.array([1, 1]), 4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: passk.pass_at_k(np.array([4]), np.array([5]), 1), "5 correct of n=4"),
+        (lambda: passk.pass_at_k(np.array([4]), np.array([-1]), 1), "-1 correct of n=4"),
+        (lambda: passk.pass_at_k(np.array([4]), np.array([1]), 0), "k must be at least 1"),
+        (lambda: passk.pass_at_ks(np.array([4]), np.array([5]), 1), "5 correct of n=4"),
+    ],
+)
+def test_impossible_counts_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

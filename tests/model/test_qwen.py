@@ -63,6 +63,13 @@ def test_published_configs_have_the_published_number_of_weights(name, shared_dat
     assert qwen.QwenConfig.from_hf(json.loads(path.read_text())).num_params == configs[name]["params"]
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+@pytest.mark.parametrize("name", ["qwen2_untied", "qwen3_wide_heads", "qwen3_one_kv_head", "moe"])
+def test_the_number_of_weights_is_that_of_the_traced_model(name, is_tied):
+    config = tiny.config(name, tie_word_embeddings=is_tied, num_hidden_layers=3)
+    assert config.num_params == sum(leaf.size for leaf in jax.tree.leaves(qwen.abstract(config)[1]))
+
+
 def test_all_published_configs_are_tested(shared_data):
     files = {path.stem.replace("--", "/", 1) for path in (shared_data / "model_configs" / "hf").glob("*.json")}
     assert files == set(HUB_MODELS)

@@ -9,6 +9,7 @@ import json
 import logging
 import threading
 
+import numpy as np
 from jaxtyping import install_import_hook
 
 # Before the orchestrator sets the root logger to DEBUG.
@@ -19,6 +20,7 @@ with install_import_hook("oapl_jax", "typecheck.checker"):
     from jetstream.core.proto import jetstream_pb2
 
     from oapl_jax.data.tokenizer import CharacterTokenizer
+    from oapl_jax.rollouts.sampling import SamplingDistribution
     from oapl_jax.sampler.jetstream import server as jetstream_server
     from oapl_jax.sampler.jetstream.engine import JetStreamEngine, JetStreamTokenizer
     from test_engine import PARAMS
@@ -55,7 +57,8 @@ def by_slot(result):
     result = result.convert_to_numpy()
     slots = []
     for slot in range(result.data.shape[0] // GROUP_SIZE):
-        slots.append({name: value.tolist() for name, value in vars(result.get_result_at_slot(slot)).items()})
+        data, logprobs = result.get_result_at_slot(slot), result.get_logprobs_at_slot(slot)
+        slots.append({name: value.tolist() for name, value in (*vars(data).items(), ("logprobs", logprobs))})
     return {"generate": slots}
 
 
@@ -123,6 +126,26 @@ def serve(engine):
     return answers, [thread.name for thread in set(threading.enumerate()) - before]
 
 
+def prefill(engine, **options):
+    ids = np.array([5, 6], np.int32)
+    return engine.prefill(params=engine.load_params(), padded_tokens=ids, true_length=len(ids), **options)
+
+
+def greedy_tokens(engine):
+    """The first chunk of a slot whose request brings its distribution."""
+    state = engine.insert(prefill(engine, sampler=SamplingDistribution(0)), engine.init_decode_state(), 0)
+    _, result = engine.generate(engine.load_params(), state)
+    return result.convert_to_numpy().get_result_at_slot(0).tokens.tolist()
+
+
+def refusals(engine):
+    for options in ({"sampler": "greedy"}, {"existing_prefix": prefill(engine)}):
+        try:
+            prefill(engine, **options)
+        except ValueError as error:
+            yield str(error)
+
+
 def main():
     def make_engine(kind, mesh):
         options = {"samples_per_slot": GROUP_SIZE, "sampling": DISTRIBUTION, "seed": SEED}
@@ -136,6 +159,8 @@ def main():
         "calls": [call if isinstance(call, dict) else by_slot(call) for call in calls],
         "streamed": stream(STREAMED, 1000),
         "streamed_in_part": stream(STREAMED, len(STREAMED.encode()) - 1),
+        "greedy": greedy_tokens(engine),
+        "refused": list(refusals(engine)),
         "sharded_answers": serve(make_engine(JetStreamEngine, "tensor=2"))[0],
     }
     print(json.dumps(result))

@@ -108,23 +108,26 @@ def test_a_request_may_ask_for_fewer_tokens(session):
 
 
 @pytest.mark.slow
-def test_results_carry_stop_tokens_and_lengths(session):
+def test_results_carry_stop_tokens_logprobs_and_lengths(session):
     """Assembled from the raw results: what a program gets that drives the engine without the orchestrator."""
     groups, live, finished = our_own(), {}, []
     for call in session["calls"]:
         if "insert" in call:
-            live[call["insert"]] = [[] for _ in range(GROUP_SIZE)]
+            live[call["insert"]] = [([], []) for _ in range(GROUP_SIZE)]
             finished.append(live[call["insert"]])
             continue
         for slot, group in live.items():
             data = call["generate"][slot]
-            for g, ids in enumerate(group):
+            for g, (ids, logprobs) in enumerate(group):
                 valid = np.array(data["valid"][g], bool)
                 assert (np.diff(valid.astype(int)) <= 0).all(), "an empty column ends a response"
                 ids += np.array(data["tokens"][g])[valid].tolist()
+                logprobs += np.array(data["logprobs"][g])[valid].tolist()
                 assert data["lengths"][g] == len(ids) <= MAX_RESPONSE
     for group, expected in zip(finished[:-1], groups[:-1], strict=True):
-        assert group == [rollout.token_ids.tolist() for rollout in expected]
+        for (ids, logprobs), rollout in zip(group, expected, strict=True):
+            assert ids == rollout.token_ids.tolist()
+            np.testing.assert_array_equal(np.float32(logprobs), rollout.logprobs)
 
 
 @pytest.mark.slow
@@ -143,6 +146,15 @@ def test_no_thread_of_the_driver_is_left(session):
 @pytest.mark.slow
 def test_a_sharded_engine_serves_the_same_responses(session):
     assert session["sharded_answers"] == session["answers"]
+
+
+@pytest.mark.slow
+def test_a_request_may_bring_its_distribution(session):
+    assert len({tuple(tokens) for tokens in session["greedy"]}) == 1, "greedy responses of one prompt are the same"
+    assert session["refused"] == [
+        "sampler='greedy': give SamplingDistribution; the draw is part of the compiled programs",
+        "existing_prefix: prefilling onto another prefix is not supported",
+    ]
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 from jetstream.engine import engine_api, token_utils, tokenizer_api, tokenizer_pb2
 
 from oapl_jax.data.tokenizer import Tokenizer
@@ -47,11 +47,29 @@ LONGEST_PREFILL = 32768
 
 
 @struct.dataclass
+class ScoredTokens(engine_api.ResultTokens):
+    """JetStream's result with log-probabilities: their bits are further columns of ``data``, for one copy to the host."""
+
+    logprobs_idx: tuple[int, int] = struct.field(pytree_node=False, default=(0, 0))
+    """The range of columns that hold log-probabilities."""
+
+    def convert_to_numpy(self) -> "ScoredTokens":
+        """The base class would return a base class."""
+        return self.replace(data=np.array(self.data))  # pyright: ignore[reportAttributeAccessIssue]
+
+    def get_logprobs_at_slot(self, slot: int) -> Float[np.ndarray, "G K"]:
+        """Log-probabilities of the tokens of ``get_result_at_slot``, where these are valid."""
+        rows = np.asarray(self.data)[slot * self.samples_per_slot : (slot + 1) * self.samples_per_slot]
+        return rows[:, slice(*self.logprobs_idx)].view(np.float32)
+
+
+@struct.dataclass
 class PromptPrefix:
-    """What ``prefill`` returns: a prompt in the cache's form, and its number of tokens."""
+    """What ``prefill`` returns: a prompt in the cache's form, its number of tokens, and how its responses are drawn."""
 
     prefix: Prefix
     length: int = struct.field(pytree_node=False)
+    sampling: SamplingDistribution = struct.field(pytree_node=False)
 
 
 class JetStreamTokenizer(tokenizer_api.Tokenizer):
@@ -97,8 +115,8 @@ class JetStreamTokenizer(tokenizer_api.Tokenizer):
 class JetStreamEngine(engine_api.Engine):
     """JetStream's engine: slot ``i`` owns the rows from ``i * samples_per_slot`` on, rollouts of one prompt.
 
-    The i-th request that is inserted draws from ``(seed, SERVING_STREAM, i)``. ``is_chat`` is that of
-    ``JetStreamTokenizer``.
+    The i-th request that is inserted draws from ``(seed, SERVING_STREAM, i)``; ``sampling`` is the distribution of those
+    that do not bring their own. ``is_chat`` is that of ``JetStreamTokenizer``.
     """
 
     def __init__(
@@ -166,11 +184,17 @@ class JetStreamEngine(engine_api.Engine):
     ) -> PromptPrefix:
         """Runs a prompt through the model; of one beyond the limit the last tokens, as JetStream does.
 
+        ``sampler`` is a ``SamplingDistribution``, that of this request's responses.
+
         Raises:
-            ValueError: for an empty prompt, an existing prefix or a sampler (the draw is compiled in).
+            ValueError: for an empty prompt, an existing prefix, or another kind of sampler.
         """
-        if existing_prefix is not None or sampler is not None:
-            raise ValueError("existing_prefix and sampler are not supported; leave them out")
+        if existing_prefix is not None:
+            raise ValueError("existing_prefix: prefilling onto another prefix is not supported")
+        if not isinstance(sampler, SamplingDistribution | None):
+            raise ValueError(
+                f"sampler={sampler!r}: give SamplingDistribution; the draw is part of the compiled programs"
+            )
         token_ids = np.asarray(padded_tokens, np.int32)[:true_length]
         token_ids = token_ids[token_ids != NO_BOS]
         if len(token_ids) > self._engine.max_prompt_tokens:
@@ -178,13 +202,14 @@ class JetStreamEngine(engine_api.Engine):
             logging.getLogger(__name__).warning("prompt of %d tokens: only the last %d are used", true_length, limit)
             token_ids = token_ids[-limit:]
         with self._device_lock:
-            return PromptPrefix(self._finished(self._engine.prefill(params, token_ids)), len(token_ids))
+            prefix = self._finished(self._engine.prefill(params, token_ids))
+        return PromptPrefix(prefix, len(token_ids), sampler or self._sampling)
 
     def insert(self, prefix: PromptPrefix, decode_state: DecodeState, slot: int) -> DecodeState:
         """Starts the rollouts of a slot and draws their first tokens; the state is consumed."""
         return self._insert(prefix, decode_state, slot, next(self._num_inserted))
 
-    def generate(self, params: Prepared, decode_state: DecodeState) -> tuple[DecodeState, engine_api.ResultTokens]:
+    def generate(self, params: Prepared, decode_state: DecodeState) -> tuple[DecodeState, ScoredTokens]:
         """Returns the next ``decode_steps`` tokens of every row, fewer where it ends; the state is consumed.
 
         Our engine returns one token more in the first chunk, the one that ``insert`` drew. JetStream
@@ -200,8 +225,9 @@ class JetStreamEngine(engine_api.Engine):
             first, is_fresh, data = self._report(state.first, state.is_fresh, state.position, state.end, packed)
             state = state._replace(first=first, is_fresh=is_fresh)
             self._finished((state, data))
-        columns = {"tokens_idx": (0, k), "valid_idx": (k, 2 * k), "length_idx": (2 * k, 2 * k + 1)}
-        return state, engine_api.ResultTokens(data=data, **columns, samples_per_slot=self._samples_per_slot)
+        columns = {"tokens_idx": (0, k), "valid_idx": (k, 2 * k), "logprobs_idx": (2 * k, 3 * k)}
+        length = (3 * k, 3 * k + 1)
+        return state, ScoredTokens(data=data, **columns, length_idx=length, samples_per_slot=self._samples_per_slot)
 
     def get_prefix_destination_sharding(self) -> NamedSharding:
         """Every device gets the whole prefix; used only between a prefill engine and another generate engine."""
@@ -255,7 +281,7 @@ class JetStreamEngine(engine_api.Engine):
             seeds=np.array([[self._seed, SERVING_STREAM, index, g] for g in range(G)], np.uint32),
             ends=np.full(G, prefix.length + engine.max_response_tokens, np.int32),
             given=np.full(G, -1, np.int32),
-            distribution=engine.distributions([self._sampling] * G),
+            distribution=engine.distributions([prefix.sampling] * G),
             full_pages=full_pages,
             tail_pages=self._own_pages[rows, num_full] if has_tail else np.full(G, engine.num_pages, np.int32),
         )
@@ -275,13 +301,17 @@ def _report(
     end: Int[Array, "N"],
     packed: Int[Array, "B X"],
 ) -> tuple[Draw, Bool[Array, "N"], Int[Array, "B Y"]]:
-    """The state's first draws with the tokens that are held back, and the columns of ``ResultTokens``."""
+    """The state's first draws with the tokens that are held back, and the columns of ``ScoredTokens``."""
+    tokens, bits = packed[:, : k + 1], packed[:, k + 1 : 2 * k + 2]
     rows = slice(0, packed.shape[0])
     was_fresh, num_new = packed[:, -4], packed[:, -3]
     is_held = (was_fresh > 0) & (num_new == k)
     is_valid = jnp.arange(k) < (num_new + was_fresh)[:, None]
     num_drawn = position[rows] + 1 - (end[rows] - limit)
     length = jnp.where(end[rows] > 0, num_drawn - is_held, 0)
-    data = jnp.concatenate([packed[:, :k], is_valid.astype(jnp.int32), length[:, None]], axis=1)
-    first = first._replace(token=first.token.at[rows].set(packed[:, k]))
-    return first, is_fresh.at[rows].set(is_held), data
+    first = first._replace(
+        token=first.token.at[rows].set(tokens[:, k]),
+        logprob=first.logprob.at[rows].set(jax.lax.bitcast_convert_type(bits[:, k], jnp.float32)),
+    )
+    columns = [tokens[:, :k], is_valid.astype(jnp.int32), bits[:, :k], length[:, None]]
+    return first, is_fresh.at[rows].set(is_held), jnp.concatenate(columns, axis=1)
