@@ -1,4 +1,4 @@
-"""Qwen2, Qwen2.5, Qwen3 and Qwen3-MoE decoders: configuration and modules.
+"""Qwen2, Qwen2.5, Qwen3, Qwen3-MoE and Llama decoders: configuration and modules.
 
 Layers are stacked: each parameter of a layer is one array with a leading ``layers`` axis, and the layers
 run as one ``lax.scan``, so that compile time does not grow with depth. Every parameter carries the
@@ -31,9 +31,11 @@ from oapl_jax.model import lora as low_rank
 from oapl_jax.model import row_attention
 from oapl_jax.model.lora import LowRank
 from oapl_jax.model.matmul import einsum, lookup, ragged_dot
+from oapl_jax.model.rope import RopeScaling, rope_tables, rotate
 from oapl_jax.model.row_attention import RowAttentionKind
 
-MODEL_TYPES = ("qwen2", "qwen3", "qwen3_moe")
+ARCHITECTURES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "llama": "Llama"}
+"""Hugging Face's ``model_type`` -> the beginning of its class names."""
 
 CUDNN_ATTENTION = "dot_product_attention_fwd_wrapper"
 """JAX's primitive for the forward pass of cuDNN's attention: its result, and the sums that its backward pass needs."""
@@ -44,7 +46,7 @@ class QwenConfig:
     """Architecture of a decoder. Field names are Hugging Face's where it has one."""
 
     model_type: str
-    """One of ``MODEL_TYPES``; Qwen2.5 says ``qwen2``. Decides qkv bias, qk-norm and the kind of ffn."""
+    """One of ``ARCHITECTURES``; Qwen2.5 says ``qwen2``. Decides qkv bias, qk-norm and the kind of ffn."""
     vocab_size: int
     """Rows of the embedding; may exceed the tokenizer's length (padded vocabulary)."""
     hidden_size: int
@@ -56,6 +58,7 @@ class QwenConfig:
     rope_theta: float
     rms_norm_eps: float
     tie_word_embeddings: bool
+    rope_scaling: RopeScaling | None = None
     max_position_embeddings: int = 32768
     initializer_range: float = 0.02
     bos_token_id: int | None = None
@@ -75,7 +78,7 @@ class QwenConfig:
     @property
     def qk_norm(self) -> bool:
         """Queries and keys are RMS-normalised per head."""
-        return self.model_type != "qwen2"
+        return self.model_type in ("qwen3", "qwen3_moe")
 
     @property
     def num_params(self) -> int:
@@ -98,11 +101,12 @@ class QwenConfig:
                 the key and the value.
         """
         model_type = values.get("model_type")
-        if model_type not in MODEL_TYPES:
-            raise ValueError(f"model_type={model_type!r} is unknown; known: {', '.join(MODEL_TYPES)}")
+        if model_type not in ARCHITECTURES:
+            raise ValueError(f"model_type={model_type!r} is unknown; known: {', '.join(ARCHITECTURES)}")
         _refuse_unimplemented(values)
         # transformers' own defaults, for keys that older files leave out.
-        default_head_dim = {"qwen2": None, "qwen3": 128, "qwen3_moe": None}[model_type]
+        default_head_dim = 128 if model_type == "qwen3" else None
+        max_positions = values.get("max_position_embeddings", 2048 if model_type == "llama" else 32768)
         eos = values.get("eos_token_id")
         config = {
             "model_type": model_type,
@@ -110,7 +114,8 @@ class QwenConfig:
             "rope_theta": _rope_theta(values),
             "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
             "tie_word_embeddings": values.get("tie_word_embeddings", False),
-            "max_position_embeddings": values.get("max_position_embeddings", 32768),
+            "rope_scaling": _rope_scaling(values, max_positions),
+            "max_position_embeddings": max_positions,
             "initializer_range": values.get("initializer_range", 0.02),
             "bos_token_id": values.get("bos_token_id"),
             "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
@@ -137,12 +142,11 @@ class QwenConfig:
         """The content of a ``config.json`` that transformers 4 and 5 read."""
         values = dataclasses.asdict(self)
         values["eos_token_id"] = list(self.eos_token_id) if isinstance(self.eos_token_id, tuple) else self.eos_token_id
-        architecture = {"qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe"}[self.model_type]
         values |= {
-            "architectures": [f"{architecture}ForCausalLM"],
+            "architectures": [f"{ARCHITECTURES[self.model_type]}ForCausalLM"],
             "hidden_act": "silu",
             "attention_dropout": 0.0,
-            "rope_scaling": None,
+            "rope_scaling": self.rope_scaling and self.rope_scaling.to_hf(),
             "use_sliding_window": False,
             "sliding_window": None,
             "use_cache": True,
@@ -151,6 +155,8 @@ class QwenConfig:
             return values | {"attention_bias": False, "decoder_sparse_step": 1, "mlp_only_layers": []}
         for key in ("num_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"):
             del values[key]
+        if self.model_type == "llama":
+            return values | {"attention_bias": False, "mlp_bias": False}
         return values | ({"attention_bias": False} if self.model_type == "qwen3" else {})
 
 
@@ -160,6 +166,8 @@ def _refuse_unimplemented(values: dict[str, Any]) -> None:
         "hidden_act": "silu",
         "use_sliding_window": False,
         "attention_bias": False,
+        "mlp_bias": False,
+        "partial_rotary_factor": 1.0,
         "decoder_sparse_step": 1,
         "mlp_only_layers": [],
         "use_mrope": False,
@@ -169,11 +177,18 @@ def _refuse_unimplemented(values: dict[str, Any]) -> None:
             raise ValueError(f"{key}={values[key]!r} is not implemented; only {value!r} is")
     if any(kind != "full_attention" for kind in values.get("layer_types") or []):
         raise ValueError(f"layer_types={values['layer_types']!r} is not implemented; only 'full_attention' is")
-    for key in ("rope_scaling", "rope_parameters"):
-        scaling = values.get(key) or {}
-        kind = scaling.get("rope_type", scaling.get("type", "default"))
-        if kind != "default":
-            raise ValueError(f"{key}={scaling!r}: rope type {kind!r} is not implemented; only 'default' is")
+
+
+def _rope_scaling(values: dict[str, Any], max_position_embeddings: int) -> RopeScaling | None:
+    """Transformers 4 writes ``rope_scaling``, 5 ``rope_parameters``."""
+    for key in ("rope_parameters", "rope_scaling"):
+        try:
+            scaling = RopeScaling.from_hf(values.get(key) or {}, max_position_embeddings)
+        except ValueError as error:
+            raise ValueError(f"{key}={values[key]!r}: {error}") from error
+        if scaling is not None:
+            return scaling
+    return None
 
 
 def _rope_theta(values: dict[str, Any]) -> float:
@@ -255,20 +270,6 @@ def rms_norm(x: Float[Array, "..."], scale: Float[Array, " D"], eps: float) -> F
     x32 = x.astype(jnp.float32)
     normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + eps)
     return (normed * scale.astype(jnp.float32)).astype(x.dtype)
-
-
-def rope_tables(positions: Int[Array, "B T"], head_dim: int, theta: float) -> tuple[Array, Array]:
-    """Cosines and sines ``[B, T, 1, C/2]``, float32: bf16 angles are wrong by whole turns at long positions."""
-    frequencies = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angles = positions.astype(jnp.float32)[..., None, None] * frequencies
-    return jnp.cos(angles), jnp.sin(angles)
-
-
-def rotate(x: Float[Array, "B T N C"], rope: tuple[Array, Array]) -> Float[Array, "B T N C"]:
-    """Rotary embedding in the half-split layout of Llama and Qwen; N heads of either kind."""
-    cos, sin = rope
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
 class Attention(nnx.Module):
@@ -463,7 +464,8 @@ class Qwen(nnx.Module):
         """
         with jax.named_scope("embedding"):
             x = self._constrain(lookup(self.embedding, tokens, self.compute_dtype))
-        rope = rope_tables(positions, self.config.head_dim, self.config.rope_theta)
+        config = self.config
+        rope = rope_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         attend = self.attend_rows() if attend is None else attend
         for index, layer in enumerate(layers or ()):
             x, cache = layer(x, rope, attend, index, cache)

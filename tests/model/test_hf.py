@@ -178,8 +178,8 @@ def test_an_absent_file_is_refused_by_name(file, named, tmp_path):
 
 def test_an_unknown_model_type_is_refused_with_its_file(tmp_path):
     write(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    with pytest.raises(ValueError, match=r"config\.json: model_type='llama' is unknown; known: qwen2"):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma"}))
+    with pytest.raises(ValueError, match=r"config\.json: model_type='gemma' is unknown; known: qwen2"):
         load(tmp_path)
 
 

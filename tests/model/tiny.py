@@ -32,6 +32,12 @@ _BASE = {
 }
 _EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 
+_LLAMA = {"model_type": "llama", **_BASE, "rope_theta": 100.0}
+# A context so short that the positions of the tests reach kept, mixed and divided frequencies.
+_LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+_LLAMA3 |= {"original_max_position_embeddings": 32}
+_YARN = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 4.0}
+
 HF_CONFIGS: dict[str, dict[str, Any]] = {
     # qkv bias, no qk-norm; head_dim = D/H is implied
     "qwen2_untied": {"model_type": "qwen2", **_BASE},
@@ -45,6 +51,11 @@ HF_CONFIGS: dict[str, dict[str, Any]] = {
     "qwen3_eps_1e5": {"model_type": "qwen3", **_BASE, "head_dim": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e4},
     # more rows in the embedding than any tokenizer has ids
     "qwen3_padded_vocabulary": {"model_type": "qwen3", **_BASE, "head_dim": 8, "vocab_size": 64},
+    # neither bias nor qk-norm
+    "llama_tied": {"model_type": "llama", **_BASE, "tie_word_embeddings": True, "rope_theta": 1e4},
+    "llama_linear": {**_LLAMA, "rope_scaling": {"type": "linear", "factor": 4.0}},
+    "llama_llama3": {**_LLAMA, "rope_scaling": _LLAMA3},
+    "qwen2_yarn": {"model_type": "qwen2", **_BASE, "rope_scaling": _YARN},
     "moe": {"model_type": "qwen3_moe", **_BASE, "head_dim": 8, **_EXPERTS, "norm_topk_prob": True},
     "moe_raw_weights": {"model_type": "qwen3_moe", **_BASE, "head_dim": 8, **_EXPERTS, "norm_topk_prob": False},
 }
