@@ -1,0 +1,146 @@
+r"""Where the answer stands in a response: the last box, a tag, ``####``, "the answer is", or the last formula or number."""
+
+import re
+
+from oapl_jax.rewards.math.notation import cleaned
+from oapl_jax.rewards.math.parser import NotMathematicsError, parse
+
+MAX_ANSWER_CHARACTERS = 1000
+"""Longer boxed answers are not read; the longest gold answer of the data sets that we checked has 159."""
+MAX_UNBOXED_CHARACTERS = 1500
+"""An answer without a box is searched for in this many characters at the end of a response."""
+MAX_JOINT = 80
+"""Most characters between two boxes of one answer."""
+
+_END_OF_THINKING = "</think>"
+_SPECIAL_TOKEN = re.compile(r"<\|[a-z_]{1,30}\|>(?:user\s*$)?")
+_BOX_JOINT = re.compile(
+    r"(?:\s|\\[,;:! ]|\\q?quad|\\text\{[^{}]{0,40}\}|[$,;.&]|\\[()\[\]]|[A-Za-z]{1,20}\s+and(?![A-Za-z])|and|or)*"
+)
+_BRACE = re.compile(r"\\+(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
+"""The opening of a box, an escaped character (so that ``\\{`` is not a brace), or a brace."""
+_TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)(</answer>)?", re.DOTALL | re.IGNORECASE)
+_ANSWER_IS = re.compile(
+    r"(?:answer|result|solution)\b[*_]*(?:\s+is\b|\s*[:=])[\s:*_]*?(?:[ ]*\n\s*)?([^\n]*)|^A:\s*([^\n]*)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_SENTENCE_END = re.compile(r"[.!?](?=\s|$|[*_`])")
+_FORMULA = re.compile(
+    r"\$\$(.+?)\$\$|(?<!\\)\$((?:\\.|[^$])+)(?<!\\)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|\*\*(.+?)\*\*|__(.+?)__|`([^`]+)`", re.DOTALL
+)
+_DISPLAY = re.compile(r"\$\$.+?\$\$|\\\[.+?\\\]", re.DOTALL)
+_NUMBER_RUN = re.compile(
+    r"(?<![\w.\\])[-+−–(√$€£¥₹]*\.?\d[\d.,]*(?:\s*[-+*/^=×·÷−–%()√π°²³⁴⁵⁶⁷⁸⁹⁰¹½¼¾:$]+\s*[\d.,πe]*|\s+\d[\d.,/]*)*(?:\s?[a-zA-Zµ]{1,4}[²³])?"
+)
+_NEGATION = re.compile(r"\b(?:not|never|isn't|isn’t|cannot|can't)\b", re.IGNORECASE)
+
+
+def extract_answer(response: str, where: str = "any") -> str | None:
+    r"""The text of the answer after the end of thinking, or None.
+
+    Args:
+        response: the decoded response, thinking included.
+        where: ``boxed``: only in the last box; ``hash``: only after ``####`` in the last line; ``any``: in the last
+            box, else between ``<answer>`` tags, else after ``####``, else after "answer is", else in the last lines.
+    """
+    if "<think>" in response and _END_OF_THINKING not in response:
+        return None
+    text = response.rpartition(_END_OF_THINKING)[2]
+    if where != "hash":
+        boxes, is_open = find_boxes(text)
+        if is_open:
+            return None
+        if boxes:
+            return _short(last_boxes(text, boxes))
+    if where == "boxed":
+        return None
+    tail = text[-MAX_UNBOXED_CHARACTERS:]
+    if len(tail) < len(text):
+        tail = tail.partition("\n")[2] or tail  # a partial line could begin inside a formula
+    tail = _SPECIAL_TOKEN.sub("", tail).strip()
+    last_line = tail.rpartition("\n")[2]
+    if where == "any" and (tags := _TAG.findall(tail)):
+        content, is_closed = tags[-1]
+        return _short(content) if is_closed else None
+    if "####" in last_line:
+        return last_line.rpartition("####")[2].strip() or None
+    return None if where == "hash" else _unmarked(tail)
+
+
+def find_boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
+    r"""Every closed outermost ``\boxed{...}`` or ``\fbox{...}`` as (start, end, content); whether a later one is open.
+
+    This is one pass with a stack. A search from every box would take quadratic time on a text of open boxes.
+    """
+    found: list[tuple[int, int, str]] = []
+    open_braces: list[re.Match[str]] = []
+    for match in _BRACE.finditer(text):
+        if match[0] == "}":
+            opening = open_braces.pop() if open_braces else None
+            if opening is not None and opening[0] != "{":
+                while found and found[-1][0] > opening.start():
+                    found.pop()
+                content = text[opening.end() : match.start()]
+                # In a response that is escaped twice, \\frac is a command.
+                content = content.replace("\\\\", "\\") if opening[0].startswith("\\\\") else content
+                found.append((opening.start(), match.end(), content))
+        elif match[0].endswith("{") and match[0] != r"\{":
+            open_braces.append(match)
+    last = found[-1][1] if found else -1
+    return found, any(brace[0] != "{" and brace.start() >= last for brace in open_braces)
+
+
+def last_boxes(text: str, boxes: list[tuple[int, int, str]]) -> str:
+    """Content of the last box, preceded by that of boxes separated from it only by a comma, `and` or the like."""
+    contents = [boxes[-1][2]]
+    for (_, end, content), (start, _, _) in zip(boxes[-2::-1], boxes[:0:-1], strict=True):
+        joint = text[end:start]
+        if len(joint) > MAX_JOINT or "\n\n" in joint or not _BOX_JOINT.fullmatch(joint):
+            break
+        contents.insert(0, content)
+    return contents[0] if len(set(contents)) == 1 else ", ".join(contents)
+
+
+def _short(answer: str) -> str | None:
+    return answer.strip() if answer.strip() and len(answer) <= MAX_ANSWER_CHARACTERS else None
+
+
+def _unmarked(tail: str) -> str | None:
+    """The answer in prose: what follows "answer is", else the last line if it is one, else its last formula or number."""
+    tail = _DISPLAY.sub(lambda match: " ".join(match[0].split()), tail)
+    said = [match for match in _ANSWER_IS.finditer(tail)]
+    if said:
+        statement = (said[-1][1] if said[-1][1] is not None else said[-1][2]).strip(" *_`")
+        if _is_answer(statement):
+            return statement
+        sentence = (statement[: end.start()] if (end := _SENTENCE_END.search(statement)) else statement).strip(" *_`")
+        if _is_answer(sentence):
+            return sentence
+        starts_at_once = re.match(r"[\s*_`$\\(\[]*[-−]?[\d.]", sentence) is not None
+        return _from_sentence(sentence, -1 if not starts_at_once else 0) or (sentence or None)
+    last_line = tail.rpartition("\n")[2]
+    if _is_answer(last_line):
+        return last_line.strip()
+    return _from_sentence(last_line, -1) or (last_line.strip() or None)
+
+
+def _from_sentence(sentence: str, which: int) -> str | None:
+    """The first or last formula, emphasised text or number that can be read, unless the sentence denies it."""
+    if _NEGATION.search(sentence):
+        return None
+    formulas = [next(filter(None, match.groups())) for match in _FORMULA.finditer(sentence)]
+    formulas = [formula for formula in formulas if _is_answer(formula)]
+    if formulas:
+        return formulas[which].strip()
+    runs = [(match[0].rstrip(), match.start()) for match in _NUMBER_RUN.finditer(sentence)]
+    runs = [run for run, start in runs if not re.match(r"\.?[A-Za-z_]", sentence[start + len(run) :])]
+    return runs[which].rstrip(",.") if runs else None
+
+
+def _is_answer(text: str) -> bool:
+    """Whether a text is mathematics from its first character to its last; words alone are not."""
+    try:
+        node = parse(text)
+    except NotMathematicsError:
+        return False
+    return bool(cleaned(text)) and node.kind != "word"

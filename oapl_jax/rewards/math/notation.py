@@ -1,0 +1,168 @@
+r"""Mathematical notation as people and models write it, brought to one form: cleaned text, and its tokens.
+
+``cleaned`` maps Unicode characters to LaTeX and removes what has no meaning (Markdown, dollars, spacing, sizes of
+brackets). Nothing that has a meaning is removed: what the parser does not know stays, and makes the text no mathematics.
+"""
+
+import re
+import unicodedata
+from typing import NamedTuple
+
+_LATEX = {
+    "−–—‒﹣": "-",
+    "×⋅·∙": r"\cdot ",
+    "÷": r"\div ",
+    "√": r"\sqrt ",
+    "∛": r"\sqrt[3]",
+    "∜": r"\sqrt[4]",
+    "∞": r"\infty ",
+    "≤⩽": r"\le ",
+    "≥⩾": r"\ge ",
+    "≠": r"\ne ",
+    "≈≅": r"\approx ",
+    "∈": r"\in ",
+    "∪": r"\cup ",
+    "∩": r"\cap ",
+    "∖": r"\setminus ",
+    "∅": r"\emptyset ",
+    "ℝ": r"\mathbb{R}",
+    "°º": r"^\circ ",
+    "±": r"\pm ",
+    "∓": r"\mp ",
+    "…⋯": r"\ldots ",
+    "′’": "'",
+    "“”": '"',
+    "、": ",",
+    "⁄∕": "/",
+    "∣": "|",
+    "\u00a0\u2009\u202f\u2007\u2002\u2003\u3000": " ",
+    "\u200b\u200c\u200d\u2060\ufeff\u2061\u2062": "",
+}
+_CHARACTERS = {ord(character): latex for characters, latex in _LATEX.items() for character in characters}
+_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣ", "0123456789+-()nix")
+_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙₓ", "0123456789+-()nx")
+_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣ]+")
+_LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙₓ]+")
+_VULGAR = re.compile("[¼-¾⅐-⅞]")
+_STYLED = re.compile("[\uff01-\uff5e\U0001d400-\U0001d7ff]")
+_GREEK = re.compile("[Α-Ωα-ω]")
+
+MONEY = "\uff04"
+"""An escaped dollar; a plain one only delimits formulas. (It is the full-width dollar, after full-width has gone.)"""
+
+_REWRITES = tuple(
+    (re.compile(pattern, re.ASCII), replacement)
+    for pattern, replacement in (
+        (r"\\\$", MONEY),
+        (r"\$|(?<!\\)\\[()[\]]", " "),
+        (r"(?<![\w*)])(\*\*|__)(?=\S)(.+?)(?<=\S)\1(?![\w*(])", r"\2"),
+        (r"(?<!\w)(`+)([^`]+)\1(?!\w)", r"\2"),
+        (r"(?<!\\)\\\\(?=[dtc]?frac|sqrt)", r"\\"),  # escaped twice
+        (r"\\(?:left|right)\s*\.", " "),
+        (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits)(?![A-Za-z])", ""),
+        (r"\\!\s*", ""),
+        (r"(?<!\\)\\(?:[,;:>]|(?=\s|$)|q?quad(?![A-Za-z]))|~|\s", " "),
+        (r"\{,\}", ","),
+        (r"\{\s*:\s*\}", ":"),
+        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\%", "%"),
+        (r"\\_", "_"),
+        (r"\\[lr]brace(?![A-Za-z])", lambda match: r"\{" if match[0][1] == "l" else r"\}"),
+        (r"\\(?:[lr]?vert|mid)(?![A-Za-z])", "|"),
+        (r"\\colon(?![A-Za-z])", ":"),
+        (r"\\l?dots[a-z]?(?![A-Za-z])|\\cdots(?![A-Za-z])|\.\.\.+", r"\\ldots "),
+        (r"\\(?:times|ast)(?![A-Za-z])|\*(?!\*)(?<!\*\*)", r"\\cdot "),
+        (r"\*\*", "^"),
+        (r"\\not\s*=|!=|\\neq(?![A-Za-z])", r"\\ne "),
+        (r"<=|\\leq(?:slant)?(?![A-Za-z])", r"\\le "),
+        (r">=|\\geq(?:slant)?(?![A-Za-z])", r"\\ge "),
+        (r"\\varnothing(?![A-Za-z])", r"\\emptyset "),
+        (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ|\\degree)(?![A-Za-z])|\\degree(?![A-Za-z])", r"\\degrees "),
+        (r"\\(?:mathrm|mathbf|mathit|mathsf|operatorname\*?|bm|boldsymbol|text)\s*\{\s*(\\?[A-Za-z])\s*\}", r"\1 "),
+        (r"(?<![\d.,])(\d{1,3})((?: \d{3})+)(?![\d ]*\d)", lambda match: match[0].replace(" ", "")),
+    )
+)
+_TEXT = r"\\(?:text|textbf|textit|textrm|textsf|texttt|mbox|hbox|mathrm|mathbf|mathit|operatorname\*?)\s*\{(?P<inner>[^{}]*)\}"
+_TOKEN = re.compile(
+    rf"(?P<space>\s+)|{_TEXT}"
+    r"|(?P<number>\d+(?:\.\d*\(\d+\)|\.\d+)?(?:[eE][-+]?\d+(?![A-Za-z\d.]))?|\.\d+)"
+    r"|(?P<command>\\[A-Za-z]+|\\.)|(?P<letters>[A-Za-z]+)|(?P<mark>.)",
+    re.ASCII,
+)
+_WRAPPERS = "*_\"'"
+_LABEL = re.compile(r"^(?:the )?(?:final )?(?:answer|result)(?: is)?\s*[:=]\s*", re.IGNORECASE)
+
+
+class Token(NamedTuple):
+    """A number, a run of letters, a command with its backslash, or one other character."""
+
+    kind: str
+    """``number``, ``letters``, ``words`` (letters of ``\\text``), ``command`` or ``mark``."""
+    text: str
+    is_spaced: bool
+    """Whether a space stands before it."""
+
+
+def cleaned(text: str) -> str:
+    """The text in plain LaTeX without decoration."""
+    text = _unwrapped(text)
+    text = _RAISED.sub(lambda match: "^{" + match[0].translate(_SUPERSCRIPTS) + "}", text)
+    text = _LOWERED.sub(lambda match: "_{" + match[0].translate(_SUBSCRIPTS) + "}", text)
+    text = _VULGAR.sub(lambda match: r"\frac{{{}}}{{{}}}".format(*_parts(match[0])), text)
+    text = _STYLED.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
+    text = _GREEK.sub(_greek, text.translate(_CHARACTERS))
+    for pattern, replacement in _REWRITES:
+        text = pattern.sub(replacement, text)
+    return _unwrapped(text)
+
+
+def tokens(text: str) -> list[Token]:
+    r"""The tokens of cleaned text; the content of ``\text{...}`` becomes tokens too."""
+    found, is_spaced = [], False
+    for match in _TOKEN.finditer(text):
+        if match["space"]:
+            is_spaced = True
+        elif match["inner"] is not None:
+            inner = tokens(match["inner"])
+            found += [token._replace(kind="words") if token.kind == "letters" else token for token in inner]
+            is_spaced = True
+        else:
+            found.append(Token(match.lastgroup or "", match[0], is_spaced))
+            is_spaced = False
+    return found
+
+
+def spelling(text: str) -> str:
+    """What is compared where a text is no mathematics: its tokens, with spaces only where they matter.
+
+    Letters are folded if the text consists of words: "Odd" is "odd", but ``x`` is not ``X``.
+    """
+    parts = tokens(cleaned(text))
+    spelled = ""
+    for before, token in zip([None, *parts], parts, strict=False):
+        is_joint = before is not None and before.text[-1:].isalnum() and token.text[:1].isalnum()
+        spelled += f" {token.text}" if is_joint else token.text
+    is_words = any(len(part.text) > 1 for part in parts) and all(
+        part.kind in ("letters", "words") or part.text in ",.'-" for part in parts
+    )
+    return spelled.casefold() if is_words else spelled
+
+
+def _parts(fraction: str) -> list[str]:
+    return unicodedata.normalize("NFKC", fraction).split("\u2044")
+
+
+def _greek(match: re.Match[str]) -> str:
+    *_, size, _, name = ("", *unicodedata.name(match[0]).split())
+    name = "lambda" if name == "LAMDA" else name.lower()
+    return rf"\{name.title() if size == 'CAPITAL' else name} "
+
+
+def _unwrapped(text: str) -> str:
+    """Removes a final full stop, a label like "Answer:", and marks around the whole text."""
+    before = None
+    while text != before:
+        before, text = text, _LABEL.sub("", text.strip().rstrip(".,;").strip(), count=1)
+        if len(text) > 2 and text[0] == text[-1] and text[0] in _WRAPPERS and text[0] not in text[1:-1]:
+            text = text[1:-1]
+    return text
