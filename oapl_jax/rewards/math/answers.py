@@ -141,7 +141,9 @@ def _unboxed(gold: str) -> str:
 def _readings(text: str) -> tuple[Node, ...]:
     """The trees of a text. A comma between digits may group them, be the decimal point, or separate two numbers."""
     text = cleaned(text)
-    variants = [_without_grouping(text), _DECIMAL_COMMA.sub(r"\1.\2", text), text]
+    variants = [_without_grouping(text), text]
+    if text.count(",") == 1 and not re.search(r"[(\[{]", text):
+        variants.append(_DECIMAL_COMMA.sub(r"\1.\2", text))
     trees = []
     for variant in dict.fromkeys(variants):
         try:
@@ -173,7 +175,7 @@ def _is_unevaluated(gold: Node, answer: Node) -> bool:
 def _stands_in(answer: str, prompt: str) -> bool:
     """Whether an expression stands in the prompt, whatever the spaces, brackets and signs of multiplication."""
     needle, hay = (_squashed(text) for text in (answer.rpartition("=")[2], prompt))
-    return bool(needle) and re.search(rf"(?<![\w.]){re.escape(needle)}(?!\d|\.\d)", hay) is not None
+    return bool(needle) and re.search(rf"(?<![\d.]){re.escape(needle)}(?!\d|\.\d)", hay) is not None
 
 
 def _squashed(text: str) -> str:

@@ -122,6 +122,8 @@ def _matches(gold: Node, answer: Node, is_same: _Same) -> bool:
         return _matches(gold.args[0], answer, is_same)
     if answer.kind == "list" and answer.text == "{}" and len(answer.args) == 1:
         return _matches(gold, answer.args[0], is_same)
+    if gold.kind == answer.kind == "ratio" and any(part.text[:1] == "0" for part in (*gold.args, *answer.args)):
+        return False  # 10:05 is a time, and 10:5 is none
     if gold.kind == answer.kind and gold.kind in ("ratio", "matrix", "list"):
         return _match_in_order(gold.args, answer.args, is_same)
     if gold.kind in ("list", "ratio", "matrix", "relation") or answer.kind in ("list", "ratio", "matrix", "relation"):

@@ -2,7 +2,6 @@ r"""Where the answer stands in a response: the last box, a tag, ``####``, "the a
 
 import re
 
-from oapl_jax.rewards.math.notation import cleaned
 from oapl_jax.rewards.math.parser import NotMathematicsError, parse
 
 MAX_ANSWER_CHARACTERS = 1000
@@ -14,6 +13,7 @@ MAX_JOINT = 80
 
 _END_OF_THINKING = "</think>"
 _SPECIAL_TOKEN = re.compile(r"<\|[a-z_]{1,30}\|>(?:user\s*$)?")
+_FENCE = re.compile(r"^[ \t]*(?:```|~~~)\w*[ \t]*$", re.MULTILINE)
 _BOX_JOINT = re.compile(
     r"(?:\s|\\[,;:! ]|\\q?quad|\\text\{[^{}]{0,40}\}|[$,;.&]|\\[()\[\]]|[A-Za-z]{1,20}\s+and(?![A-Za-z])|and|or)*"
 )
@@ -32,6 +32,9 @@ _DISPLAY = re.compile(r"\$\$.+?\$\$|\\\[.+?\\\]", re.DOTALL)
 _NUMBER_RUN = re.compile(
     r"(?<![\w.\\])[-+−–(√$€£¥₹]*\.?\d[\d.,]*(?:\s*[-+*/^=×·÷−–%()√π°²³⁴⁵⁶⁷⁸⁹⁰¹½¼¾:$]+\s*[\d.,πe]*|\s+\d[\d.,/]*)*(?:\s?[a-zA-Zµ]{1,4}[²³])?"
 )
+_WORDS = {"word"}
+_MARKS = " *_`!"
+"""What may surround an answer in prose; an exclamation mark there is no factorial."""
 _NEGATION = re.compile(r"\b(?:not|never|isn't|isn’t|cannot|can't)\b", re.IGNORECASE)
 
 
@@ -57,13 +60,13 @@ def extract_answer(response: str, where: str = "any") -> str | None:
     tail = text[-MAX_UNBOXED_CHARACTERS:]
     if len(tail) < len(text):
         tail = tail.partition("\n")[2] or tail  # a partial line could begin inside a formula
-    tail = _SPECIAL_TOKEN.sub("", tail).strip()
+    tail = _FENCE.sub("", _SPECIAL_TOKEN.sub("", tail)).strip()
     last_line = tail.rpartition("\n")[2]
     if where == "any" and (tags := _TAG.findall(tail)):
         content, is_closed = tags[-1]
-        return _short(content) if is_closed else None
+        return _unmarked(content.strip()) if is_closed else None
     if "####" in last_line:
-        return last_line.rpartition("####")[2].strip() or None
+        return _unmarked(last_line.rpartition("####")[2].strip())
     return None if where == "hash" else _unmarked(tail)
 
 
@@ -106,14 +109,16 @@ def _short(answer: str) -> str | None:
 
 
 def _unmarked(tail: str) -> str | None:
-    """The answer in prose: what follows "answer is", else the last line if it is one, else its last formula or number."""
+    """The answer in text without a box: all of it if it can be read, else what follows "answer is", else the last line if it is one, else its last formula or number."""
+    if _is_answer(tail):
+        return tail
     tail = _DISPLAY.sub(lambda match: " ".join(match[0].split()), tail)
     said = [match for match in _ANSWER_IS.finditer(tail)]
     if said:
-        statement = (said[-1][1] if said[-1][1] is not None else said[-1][2]).strip(" *_`")
+        statement = (said[-1][1] if said[-1][1] is not None else said[-1][2]).strip(_MARKS)
         if _is_answer(statement):
             return statement
-        sentence = (statement[: end.start()] if (end := _SENTENCE_END.search(statement)) else statement).strip(" *_`")
+        sentence = (statement[: end.start()] if (end := _SENTENCE_END.search(statement)) else statement).strip(_MARKS)
         if _is_answer(sentence):
             return sentence
         starts_at_once = re.match(r"[\s*_`$\\(\[]*[-−]?[\d.]", sentence) is not None
@@ -138,9 +143,9 @@ def _from_sentence(sentence: str, which: int) -> str | None:
 
 
 def _is_answer(text: str) -> bool:
-    """Whether a text is mathematics from its first character to its last; words alone are not."""
+    """Whether a text is mathematics from its first character to its last, without words before it."""
     try:
         node = parse(text)
     except NotMathematicsError:
         return False
-    return bool(cleaned(text)) and node.kind != "word"
+    return node.kind != "word" and (not _WORDS & {part.kind for part in node.args} or _WORDS == {p.kind for p in node.args})

@@ -47,15 +47,15 @@ _VULGAR = re.compile("[¼-¾⅐-⅞]")
 _STYLED = re.compile("[\uff01-\uff5e\U0001d400-\U0001d7ff]")
 _GREEK = re.compile("[Α-Ωα-ω]")
 
-MONEY = "\uff04"
-"""An escaped dollar; a plain one only delimits formulas. (It is the full-width dollar, after full-width has gone.)"""
+MONEY = "\u00a4"
+"""Stands for an escaped dollar; a plain one only delimits formulas."""
 
 _REWRITES = tuple(
     (re.compile(pattern, re.ASCII), replacement)
     for pattern, replacement in (
         (r"\\\$", MONEY),
         (r"\$|(?<!\\)\\[()[\]]", " "),
-        (r"(?<![\w*)])(\*\*|__)(?=\S)(.+?)(?<=\S)\1(?![\w*(])", r"\2"),
+        (r"(?<![\w*)])(\*{1,3}|__)(?=\S)(.+?)(?<=\S)\1(?![\w*(])", r"\2"),
         (r"(?<!\w)(`+)([^`]+)\1(?!\w)", r"\2"),
         (r"(?<!\\)\\\\(?=[dtc]?frac|sqrt)", r"\\"),  # escaped twice
         (r"\\(?:left|right)\s*\.", " "),
@@ -78,7 +78,8 @@ _REWRITES = tuple(
         (r">=|\\geq(?:slant)?(?![A-Za-z])", r"\\ge "),
         (r"\\varnothing(?![A-Za-z])", r"\\emptyset "),
         (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ|\\degree)(?![A-Za-z])|\\degree(?![A-Za-z])", r"\\degrees "),
-        (r"\\(?:mathrm|mathbf|mathit|mathsf|operatorname\*?|bm|boldsymbol|text)\s*\{\s*(\\?[A-Za-z])\s*\}", r"\1 "),
+        (r"\\(?:mathrm|mathbf|mathit|mathsf|operatorname\*?|bm|boldsymbol|text)\s*\{([ei])\}", r"\1 "),
+        (r"(?<![\d)} ])\\(?:mathrm|mathbf|mathit|bm|boldsymbol|text)\s*\{\s*(\\?[A-Za-z])\s*\}", r"\1 "),
         (r"(?<![\d.,])(\d{1,3})((?: \d{3})+)(?![\d ]*\d)", lambda match: match[0].replace(" ", "")),
     )
 )
@@ -90,7 +91,8 @@ _TOKEN = re.compile(
     re.ASCII,
 )
 _WRAPPERS = "*_\"'"
-_LABEL = re.compile(r"^(?:the )?(?:final )?(?:answer|result)(?: is)?\s*[:=]\s*", re.IGNORECASE)
+_END = re.compile(r"\s*(?<![.\\])[.,;]$")
+_LABEL = re.compile(r"^(?:(?:the )?(?:final )?(?:answer|result)(?: is)?\s*[:=]\s*|(?-i:A):\s+)", re.IGNORECASE)
 
 
 class Token(NamedTuple):
@@ -140,7 +142,8 @@ def spelling(text: str) -> str:
     parts = tokens(cleaned(text))
     spelled = ""
     for before, token in zip([None, *parts], parts, strict=False):
-        is_joint = before is not None and before.text[-1:].isalnum() and token.text[:1].isalnum()
+        ends = "" if before is None else before.text[-1] + token.text[0]
+        is_joint = len(ends) == 2 and all(character.isalnum() or character == "." for character in ends)
         spelled += f" {token.text}" if is_joint else token.text
     is_words = any(len(part.text) > 1 for part in parts) and all(
         part.kind in ("letters", "words") or part.text in ",.'-" for part in parts
@@ -162,7 +165,7 @@ def _unwrapped(text: str) -> str:
     """Removes a final full stop, a label like "Answer:", and marks around the whole text."""
     before = None
     while text != before:
-        before, text = text, _LABEL.sub("", text.strip().rstrip(".,;").strip(), count=1)
+        before, text = text, _LABEL.sub("", _END.sub("", text.strip()), count=1)
         if len(text) > 2 and text[0] == text[-1] and text[0] in _WRAPPERS and text[0] not in text[1:-1]:
             text = text[1:-1]
     return text

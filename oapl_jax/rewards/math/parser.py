@@ -88,6 +88,7 @@ _NO_UNITS = set(
     " plus minus times divided by squared cubed half factorial choose mod modulo remainder negative positive if when where"
     " but except for then so because which that percent pct percentage".split()
 )
+_IN_UNITS = {"/", "^", "{", "}", "(", ")", ".", "-", "1", "2", "3", r"\cdot", r"\frac"}
 _PERCENT = {"percent", "pct", "percentage", "%"}
 
 
@@ -251,6 +252,8 @@ class _Parser:
     def _is_factor(self) -> bool:
         """Whether the next token is a factor of a product without a sign; a number is not, and a unit is not."""
         token = self._next()
+        if token is not None and token.kind == "number" and self._tokens[self._at - 1].text == "!":
+            return True  # 50! 50!
         if token is None or token.kind in ("number", "words") or self._starts_unit():
             return False
         if token.kind == "letters":
@@ -306,7 +309,8 @@ class _Parser:
         if token.kind == "command":
             return self._command(token)
         if token.text in _OPEN:
-            return self._group(token.text)
+            node = self._group(token.text)
+            return self._based(node.text) if node.kind == "number" and self._sees("_") else node
         if token.text == "|":
             self._bars += 1
             node = Node("call", (self._sum(),), "abs")
@@ -524,6 +528,8 @@ class _Parser:
             return False
         if token.kind == "words" or token.text in _MONEY:
             return token.text not in _SEPARATORS
+        if token.text == r"\frac" and (name := self._next(2)) is not None:
+            return name.text in UNITS and name.kind in ("letters", "words")
         before = self._tokens[self._at - 1]
         if before.kind != "number" and before.text not in (")", "}", "%", r"\pi", "pi"):
             return False
@@ -551,7 +557,7 @@ class _Parser:
         if words and words[0].lower() in _PERCENT and len(words) == 1:
             return Node("percent", (node,))
         is_unit = all(
-            word.lower() not in _NO_UNITS and (word.isalpha() or word in "/^{}().-2 3" or word in _MONEY or word == r"\cdot")
+            word.lower() not in _NO_UNITS and (word.isalpha() or word in _IN_UNITS or word in _MONEY)
             for word in words
         )
         if not is_unit:

@@ -158,7 +158,8 @@ def variables(node: Node) -> frozenset[str]:
     """Names of the variables in a tree; words are variables too."""
     if node.kind in ("symbol", "word") and node.text not in _CONSTANTS:
         return frozenset({node.text})
-    own = {node.text + "()"} if node.kind == "call" and node.text not in _NUMERIC else set()
+    is_known = node.text in _NUMERIC or node.text in _OF_NATURALS
+    own = {node.text + "()"} if node.kind == "call" and not is_known else set()
     return frozenset(own).union(*map(variables, node.args))
 
 
@@ -211,6 +212,8 @@ def approximate(node: Node, point: dict[str, Any]) -> Any:
     parts = [approximate(part, point) for part in node.args]
     if node.kind == "call":
         if node.text not in _NUMERIC:
+            if node.text in _OF_NATURALS:
+                raise UnknownValueError(node.text)
             return _unknown_function(node.text, parts, point)
         if any(_size(part) > math.log2(MAX_EXPONENT) for part in parts):
             raise TooLargeError
@@ -347,7 +350,7 @@ def _is_zero(node: Node) -> bool:
         return True
     if expanded.count_ops() > MAX_SIMPLIFIED:
         raise TooLargeError
-    rational = sympy.cancel(sympy.together(expanded)) if expanded.free_symbols else expanded
+    rational = sympy.cancel(sympy.together(expanded)) if expanded.free_symbols else sympy.expand(expanded, complex=True)
     return bool(rational == 0 or sympy.simplify(value) == 0 or sympy.simplify(expanded) == 0)
 
 
