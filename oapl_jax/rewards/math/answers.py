@@ -17,7 +17,7 @@ from typing import NamedTuple
 from oapl_jax.rewards.math import comparison, extraction
 from oapl_jax.rewards.math.extraction import extract_answer
 from oapl_jax.rewards.math.notation import cleaned, spelling
-from oapl_jax.rewards.math.parser import Node, NotMathematicsError, parse
+from oapl_jax.rewards.math.parser import MAX_DEPTH, Node, NotMathematicsError, parse
 from oapl_jax.rewards.math.values import TooLargeError, UnknownValueError, exact, variables
 
 RULES = {
@@ -105,6 +105,11 @@ def vote(response: str) -> str | None:
     return f"{'-' if text.startswith('-') and (whole or decimals) else ''}{whole or '0'}.{decimals}"
 
 
+def response_with(answer: str, where: str) -> str:
+    """A response that gives an answer where ``where`` expects it."""
+    return f"#### {_unboxed(answer)}" if where == "hash" else rf"\boxed{{{_unboxed(answer)}}}"
+
+
 def extract_gold(answer: str, rule: str) -> str:
     """The gold answer in its column: all of it (``whole``), or the text after the last ``####`` (``last_hash``, GSM8K).
 
@@ -129,7 +134,7 @@ def is_usable_gold(gold: str) -> bool:
         deepest = max(deepest, depth)
         if brace == "}" and depth < 0:
             return False
-    return bool(spelling(text)) and deepest <= 30 and text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
+    return bool(spelling(text)) and deepest <= MAX_DEPTH and text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
 
 
 def _unboxed(gold: str) -> str:

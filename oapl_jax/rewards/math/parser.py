@@ -15,7 +15,7 @@ from oapl_jax.rewards.math.notation import MONEY, Token, cleaned, tokens
 MAX_TOKENS = 400
 MAX_LETTERS, MAX_UPPER = 3, 4
 """Most letters, and most capitals, of a product of letters in an expression."""
-MAX_DEPTH = 40
+MAX_DEPTH = 14
 """Most nested groups, powers and functions."""
 
 

@@ -22,10 +22,8 @@ MAX_EXPONENT = 10.0**6
 """Largest magnitude of a computed power, as an exponent of 2."""
 MAX_ROOT_BITS = 20_000
 """Precision of the longest computation that decides whether a number with roots is zero."""
-MAX_TERMS = 500
+MAX_TERMS = 5000
 """Most terms of an expression that SymPy expands."""
-MAX_SIMPLIFIED = 120
-"""Most operations of an expression that SymPy simplifies."""
 DIGITS = 60
 AGREEING_DIGITS = 40
 POINTS = 3
@@ -109,11 +107,10 @@ def _root(_: str, value: Fraction, degree: Fraction) -> Fraction | None:
 
 
 def _integer_root(value: int, degree: int) -> int | None:
-    low, high = 0, 1 << (value.bit_length() // degree + 1)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if middle**degree <= value else (low, middle - 1)
-    return low if low**degree == value else None
+    from sympy import integer_nthroot
+
+    root, is_exact = integer_nthroot(value, degree)
+    return int(root) if is_exact else None
 
 
 def _called(name: str, *values: Fraction) -> Fraction | None:
@@ -280,7 +277,7 @@ _NUMERIC: dict[str, Callable[..., Any]] = {
 def _is_zero_with_roots(node: Node) -> bool | None:
     """Whether a number is zero that is made of rational numbers, roots and i; None if it is made of more, or too large.
 
-    Such a number is U / L with algebraic integers U and L, whose degrees are at most the product D of the degrees of
+    Sines and the like of rational multiples of pi count as roots. Such a number is U / L with algebraic integers U and L, whose degrees are at most the product D of the degrees of
     all roots in it. Each conjugate of U is at most u, and of L at most l, so that U is zero or at least 1 / u^(D - 1)
     (Burnikel, Fleischer, Mehlhorn, Schirra, "A strong and easily computable separation bound for arithmetic expressions
     involving radicals", Algorithmica 2000). Computed with a smaller error, the number shows which.
@@ -305,6 +302,10 @@ def _log_bounds(node: Node, roots: dict[Node, int]) -> tuple[float, float] | Non
     if node.kind == "symbol" and node.text == "i":
         roots[node] = 2
         return 0.0, 0.0
+    if node.kind == "call" and node.text in _OF_ANGLES and (turns := _turns(node.args[0])) is not None:
+        # Twice a sine or cosine of p/q turns is an algebraic integer in the field of the 4q-th roots of unity.
+        roots[_UNITY] = math.lcm(roots.get(_UNITY, 1), 4 * turns.denominator)
+        return 1.0, 1.0
     if node.kind not in ("add", "mul", "neg", "div", "pow", "root"):
         return None
     if node.kind in ("root", "pow"):
@@ -333,25 +334,48 @@ def _log_bounds(node: Node, roots: dict[Node, int]) -> tuple[float, float] | Non
     return upper, lower
 
 
+_OF_ANGLES = ("sin", "cos", "tan", "cot", "sec", "csc")
+_UNITY = Node("symbol", (), "roots of unity")
+
+
+def _turns(angle: Node) -> Fraction | None:
+    """An angle as a fraction of a full turn; None if it is no rational multiple of pi."""
+    if angle.kind == "degrees":
+        degrees = exact(angle.args[0])
+        return None if degrees is None else degrees / 360
+    zero, one, two = (exact(_with_pi(angle, digit)) for digit in "012")
+    return one / 2 if one is not None and zero == 0 and two == 2 * one else None
+
+
+def _with_pi(node: Node, digit: str) -> Node:
+    """A tree with a digit in the place of pi, which shows whether it is a multiple of pi."""
+    if node == Node("symbol", (), r"\pi"):
+        return Node("number", (), digit)
+    return node._replace(args=tuple(_with_pi(part, digit) for part in node.args))
+
+
 def _is_zero(node: Node) -> bool:
     """Whether SymPy proves that an expression is zero."""
     import sympy
 
     value = symbolic(node)
-    if value == 0:
-        return True
+    if value.has(sympy.factorial, sympy.factorial2, sympy.binomial):
+        value = sympy.gammasimp(value)
+    forms = (
+        lambda: value,
+        lambda: sympy.expand_log(value, factor=True),
+        lambda: sympy.expand(value, complex=True) if not value.free_symbols else value,
+        lambda: sympy.numer(sympy.together(value.rewrite(sympy.exp))),
+    )
+    return any(_expanded(form()) == 0 for form in forms)
+
+
+def _expanded(value: Any) -> Any:
+    import sympy
+
     if _num_terms(value) > MAX_TERMS:
         raise TooLargeError
-    expanded = sympy.expand(value)
-    if expanded == 0:
-        return True
-    logarithms = sympy.expand_log(expanded, force=False, factor=True)
-    if sympy.expand(logarithms) == 0:
-        return True
-    if expanded.count_ops() > MAX_SIMPLIFIED:
-        raise TooLargeError
-    rational = sympy.cancel(sympy.together(expanded)) if expanded.free_symbols else sympy.expand(expanded, complex=True)
-    return bool(rational == 0 or sympy.simplify(value) == 0 or sympy.simplify(expanded) == 0)
+    return sympy.expand(value)
 
 
 def _num_terms(value: Any) -> float:
