@@ -125,11 +125,13 @@ class GraderPool:
             self._greet(worker, reply["child"], batch)
         elif reply is not None and "exhausted" in reply:
             worker.expect_probe(f"out of {reply['exhausted']}")
-        elif reply is not None:
+        elif reply is not None and ("in_time" not in reply or worker.exhausted):
             worker.task, worker.deadline = None, float("inf")
+            grade = _blamed(worker.exhausted, reply) if "in_time" in reply else _grade(reply)
+            worker.exhausted = ""
             if task is not None:
-                batch.settle(task, _blamed(worker, reply) if "in_time" in reply else _grade(reply))
-        elif worker.is_dead or time.monotonic() >= worker.deadline:
+                batch.settle(task, grade)
+        elif reply is None and (worker.is_dead or time.monotonic() >= worker.deadline):
             reason = "worker died" if worker.is_dead else worker.exhausted or _late(batch, task)
             if not worker.is_ready:
                 raise RuntimeError(
@@ -170,9 +172,8 @@ def _grade(reply: dict[str, Any]) -> Grade:
     return Grade(**{**reply, "verdict": Verdict(reply["verdict"])})
 
 
-def _blamed(worker: "_Worker", reply: dict[str, Any]) -> Grade:
+def _blamed(reason: str, reply: dict[str, Any]) -> Grade:
     """The grade of an answer that exhausted a worker: wrong if the worker then judged its probe in time."""
-    reason, worker.exhausted = worker.exhausted, ""
     if reply["in_time"]:
         return Grade(Verdict.WRONG, 0.0, f"{reason}, unlike the gold answer")
     return Grade(Verdict.INVALID, math.nan, reason)
@@ -259,17 +260,18 @@ class _Worker:
 
     def receive(self) -> dict[str, Any] | None:
         """The next reply, or None if no complete one has come; it never waits."""
-        self.channel.setblocking(False)
-        try:
-            data = self.channel.recv(MAX_REPLY)
-        except BlockingIOError:
-            return None
-        except OSError:
-            data = b""
-        self._received += data
-        if not data or len(self._received) > MAX_REPLY:
-            self.is_dead = True
-            return None
+        if b"\n" not in self._received:
+            self.channel.setblocking(False)
+            try:
+                data = self.channel.recv(MAX_REPLY)
+            except BlockingIOError:
+                return None
+            except OSError:
+                data = b""
+            self._received += data
+            if not data or len(self._received) > MAX_REPLY:
+                self.is_dead = True
+                return None
         line, newline, self._received = self._received.partition(b"\n")
         if not newline:
             self._received = line

@@ -76,58 +76,43 @@ def test_hostile_answers_are_wrong_at_once(workers):
     assert time.monotonic() - began < 15
 
 
-def stop_children(running):
-    """Stops the processes that serve, as an answer does that takes for ever."""
-    for worker in running._workers:
-        os.kill(worker.child, signal.SIGSTOP)
-
-
-def test_an_answer_that_takes_too_long_is_wrong_and_the_others_are_graded():
-    with pool.GraderPool(2, 1, Setup()) as running:
-        running.grade(answers([("1", r"\boxed{1}")] * 2))
-        pids, children = running.pids, [worker.child for worker in running._workers]
-        stop_children(running)
-        began = time.monotonic()
-        items = [("5", r"\boxed{5}"), ("5", r"\boxed{\frac{10}{2}}"), ("5", r"\boxed{5.0}")]
-        grades = running.grade(answers(items, timeout=2.0))
-        assert [(g.verdict, g.reward) for g in grades] == [("wrong", 0.0), ("wrong", 0.0), ("correct", 1.0)]
-        assert grades[0].detail == "no verdict in 2 s, unlike the gold answer"
-        assert time.monotonic() - began < 10
-        assert running.pids == pids, "the same workers judged the gold answer"
-        assert not any(map(is_alive, children))
-
-
-def test_an_answer_is_not_to_blame_if_its_gold_answer_is_not_judged_either():
-    with pool.GraderPool(1, 0, Setup()) as running:
-        running.grade(answers([("1", r"\boxed{1}")]))
-        stop_children(running)
-        (grade,) = running.grade(answers([(r"\frac{1}{", r"\boxed{5}")], timeout=1.0))
-        assert (grade.verdict, grade.detail) == (Verdict.INVALID, "no verdict in 1 s")
-        assert math.isnan(grade.reward)
-        stop_children(running)
-        late = answers([("5", r"\boxed{5}")], timeout=1.0)
-        late[0]["probe"] = [SLEEP]
-        (grade,) = running.grade(late)
-        assert grade.verdict == Verdict.INVALID
-
-
-def test_an_answer_that_exhausts_the_memory_is_wrong(monkeypatch, tmp_path):
-    """The kernel refuses memory to the one call; whatever asks for it is the answer's."""
+@pytest.fixture
+def exhausting(monkeypatch, tmp_path):
+    """Workers in which two words of a response exhaust the time and the memory of its verdict."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "if 'oapl_jax.rewards.worker' in sys.orig_argv:\n"
         "    from oapl_jax.rewards.math import extraction\n"
         "    find = extraction.find_boxes\n"
         "    def find_boxes(text):\n"
-        "        bytearray(1 << 40) if 'all of it' in text else None\n"
+        "        while 'forever' in text: pass\n"
+        "        bytearray(1 << 40) if 'everything' in text else None\n"
         "        return find(text)\n"
         "    extraction.find_boxes = find_boxes\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
-    with pool.GraderPool(1, 1, Setup()) as running:
-        grades = running.grade(answers([("5", r"\boxed{5}"), ("5", r"all of it \boxed{5}"), ("5", r"\boxed{5}")]))
-        assert [g.verdict for g in grades] == [Verdict.CORRECT, Verdict.WRONG, Verdict.CORRECT]
-        assert grades[1].detail == "out of memory, unlike the gold answer"
+
+
+@pytest.mark.parametrize(("word", "reason"), [("forever", "no verdict in 1 s"), ("everything", "out of memory")])
+def test_an_answer_that_exhausts_its_worker_is_wrong_and_the_others_are_graded(exhausting, word, reason):
+    with pool.GraderPool(2, 1, Setup()) as running:
+        running.grade(answers([("1", r"\boxed{1}")] * 20))
+        pids, began = running.pids, time.monotonic()
+        items = [("5", r"\boxed{5}"), ("5", rf"{word} \boxed{{5}}"), ("5", r"\boxed{\frac{10}{2}}")]
+        grades = running.grade(answers(items, timeout=1.0))
+        assert [(g.verdict, g.reward) for g in grades] == [("correct", 1.0), ("wrong", 0.0), ("correct", 1.0)]
+        assert grades[1].detail == f"{reason}, unlike the gold answer"
+        assert running.pids == pids, "the same worker judged the gold answer"
+        assert time.monotonic() - began < 10
+
+
+def test_an_answer_is_not_to_blame_if_its_gold_answer_is_not_judged_either(exhausting):
+    with pool.GraderPool(1, 0, Setup()) as running:
+        (grade,) = running.grade(answers([("forever", r"forever \boxed{5}")], timeout=1.0))
+        assert (grade.verdict, grade.detail) == (Verdict.INVALID, "no verdict in 1 s")
+        assert math.isnan(grade.reward)
+        (grade,) = running.grade(answers([("5", r"\boxed{5}")]))
+        assert grade.verdict == Verdict.CORRECT
 
 
 def test_workers_killed_from_outside_are_replaced_and_their_answers_tried_again(workers):
@@ -215,14 +200,14 @@ from oapl_jax.rewards.worker import Setup
 pool = GraderPool(2, 0, Setup())
 reward = RewardConfig(timeout=2.0)
 pool.grade([tasks.math_task(reward, "1", "1")] * 4)
-print(*pool.pids, *[worker.child for worker in pool._workers], flush=True)
+print(*pool.pids, *[worker.child for worker in pool._workers if worker.child], flush=True)
 threading.Thread(target=pool.grade, args=([{{**{SLEEP!r}, "timeout": 2.0}}],), daemon=True).start()
 {ending}
 """
     root = pathlib.Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60, cwd=root)
     pids = [int(word) for word in done.stdout.split()]
-    assert len(pids) == 4, done.stderr
+    assert len(pids) > 2, done.stderr
     give_up = time.monotonic() + 15
     while any(is_alive(pid) for pid in pids) and time.monotonic() < give_up:
         time.sleep(0.1)
