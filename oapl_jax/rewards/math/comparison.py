@@ -8,7 +8,7 @@ import itertools
 import random
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import mpmath
 
@@ -114,7 +114,12 @@ def _matches(gold: Node, answer: Node, is_same: _Same) -> bool:
     (gold_label, gold_value), (label, value) = _statement(gold, is_gold=True), _statement(answer, is_gold=False)
     if value is None or gold_value is None:
         return False
-    if gold_label is not None and label is not None and gold_label.kind == label.kind == "symbol" and gold_label != label:
+    if (
+        gold_label is not None
+        and label is not None
+        and gold_label.kind == label.kind == "symbol"
+        and gold_label != label
+    ):
         return False
     if gold_value is not gold or value is not answer:
         return _matches(gold_value, value, is_same)
@@ -155,7 +160,9 @@ def _match_lists(gold: Node, answer: Node, is_same: _Same) -> bool:
     brackets = [node.text if node.text not in (",", "or") else "" for node in (gold, answer)]
     are_labelled = [_has_own_labels(items) for items in (golds, answers)]
     if brackets[0] != brackets[1] and set(brackets) != {"", "{}"}:
-        is_tuple = set(brackets) == {"", "()"} and _has_own_labels((golds, answers)[brackets.index("")], with_indices=True)
+        is_tuple = set(brackets) == {"", "()"} and _has_own_labels(
+            (golds, answers)[brackets.index("")], with_indices=True
+        )
         return is_tuple and _match_in_order(golds, answers, is_same)
     is_ordered = brackets[0] not in ("", "{}") or (brackets == ["", ""] and all(map(_is_word, golds)))
     if is_ordered or are_labelled[0] != are_labelled[1]:
@@ -241,9 +248,9 @@ def _is_label(node: Node) -> bool:
     if node.kind == "symbol":
         return bool(variables(node))
     if node.kind in ("mul", "div"):  # segments, unlike the x y of an equation
-        return all(part.kind == "symbol" and not part.text[0].islower() or part.kind == "mul" for part in node.args) and all(
-            map(_is_label, node.args)
-        )
+        return all(
+            (part.kind == "symbol" and not part.text[0].islower()) or part.kind == "mul" for part in node.args
+        ) and all(map(_is_label, node.args))
     return node.kind in ("word", "call") or (node.kind in ("list", "ratio") and all(map(_is_label, node.args)))
 
 
@@ -363,7 +370,7 @@ def _minus(node: Node) -> Node:
     return node.args[0] if node.kind == "neg" else Node("neg", (node,))
 
 
-def _position(node: Node) -> mpmath.mpf:
+def _position(node: Node) -> Any:
     try:
         return mpmath.mpf(mpmath.re(approximate(node, {})))
     except KeyError as error:
@@ -407,7 +414,10 @@ def _is_same_value(gold: Node, answer: Node) -> bool:
             return False
         return _is_same_value(*(node.args[0] if node.kind == "unit" else node for node in (gold, answer)))
     if "based" in (gold.kind, answer.kind):
-        numbers = [Node("number", (), n.text[:-3]) if n.kind == "based" and n.text.endswith("_10") else n for n in (gold, answer)]
+        numbers = [
+            Node("number", (), n.text[:-3]) if n.kind == "based" and n.text.endswith("_10") else n
+            for n in (gold, answer)
+        ]
         return numbers[0] == numbers[1] or (
             "based" not in [n.kind for n in numbers] and are_equal(numbers[0], numbers[1])
         )
@@ -458,7 +468,7 @@ def _is_rounded(number: Node, other: Node) -> bool:
         if not mpmath.isfinite(approximation) or mpmath.im(approximation):
             return False
         with mpmath.workdps(MIN_ROUNDED_DIGITS + len(digits.text)):
-            value = Fraction(mpmath.nstr(approximate(other, {}), len(digits.text) + 3, strip_zeros=False))
+            value = Fraction(str(mpmath.nstr(approximate(other, {}), len(digits.text) + 3, strip_zeros=False)))
     return abs(value - written) < Fraction(1, 10**places) and (
         round(value, places) == written or int(value * 10**places) == written * 10**places
     )

@@ -26,7 +26,8 @@ _ANSWER_IS = re.compile(
 )
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$|[*_`])")
 _FORMULA = re.compile(
-    r"\$\$(.+?)\$\$|(?<!\\)\$((?:\\.|[^$])+)(?<!\\)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|\*\*(.+?)\*\*|__(.+?)__|`([^`]+)`", re.DOTALL
+    r"\$\$(.+?)\$\$|(?<!\\)\$((?:\\.|[^$])+)(?<!\\)\$|\\\[(.+?)\\\]|\\\((.+?)\\\)|\*\*(.+?)\*\*|__(.+?)__|`([^`]+)`",
+    re.DOTALL,
 )
 _DISPLAY = re.compile(r"\$\$.+?\$\$|\\\[.+?\\\]", re.DOTALL)
 _NUMBER_RUN = re.compile(
@@ -113,7 +114,7 @@ def _unmarked(tail: str) -> str | None:
     if _is_answer(tail):
         return tail
     tail = _DISPLAY.sub(lambda match: " ".join(match[0].split()), tail)
-    said = [match for match in _ANSWER_IS.finditer(tail)]
+    said = list(_ANSWER_IS.finditer(tail))
     if said:
         statement = (said[-1][1] if said[-1][1] is not None else said[-1][2]).strip(_MARKS)
         if _is_answer(statement):
@@ -148,4 +149,6 @@ def _is_answer(text: str) -> bool:
         node = parse(text)
     except NotMathematicsError:
         return False
-    return node.kind != "word" and (not _WORDS & {part.kind for part in node.args} or _WORDS == {p.kind for p in node.args})
+    return node.kind != "word" and (
+        not _WORDS & {part.kind for part in node.args} or {p.kind for p in node.args} == _WORDS
+    )

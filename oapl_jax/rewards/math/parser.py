@@ -24,18 +24,18 @@ class NotMathematicsError(ValueError):
 
 
 class Node(NamedTuple):
-    """A part of an answer.
+    r"""A part of an answer.
 
     ======== ===================================== =========================================
     kind     args                                  text
     ======== ===================================== =========================================
     number                                         its digits, ``0.1(6)`` and ``2e5`` included
-    symbol                                         its name; ``\\pi``, ``e``, ``i``, ``\\infty``
+    symbol                                         its name; ``\pi``, ``e``, ``i``, ``\infty``
     word                                           words
     based                                          digits and base, ``101_2``
     add, mul terms, factors
     neg, pm  one                                   pm: ``+`` for plus or minus, ``-`` for minus or plus
-    div      numerator, denominator                ``\\div``, or empty
+    div      numerator, denominator                ``\div``, or empty
     pow      base, exponent
     root     radicand, degree
     mixed    whole number, fraction
@@ -47,7 +47,7 @@ class Node(NamedTuple):
     ratio    parts
     matrix   rows, which are lists
     relation sides                                 relations between them, separated by spaces
-    region   two sets                              ``\\cup``, ``\\cap``, ``\\setminus``
+    region   two sets                              ``\cup``, ``\cap``, ``\setminus``
     ======== ===================================== =========================================
     """
 
@@ -61,17 +61,27 @@ RELATIONS |= {r"\ne": "!=", r"\in": "in", r"\equiv": "=="}
 CONSTANTS = {r"\pi": r"\pi", "pi": r"\pi", "e": "e", "i": "i", r"\infty": r"\infty", "infinity": r"\infty"}
 CONSTANTS |= {"inf": r"\infty", "infty": r"\infty", "oo": r"\infty", r"\emptyset": r"\emptyset"}
 _TRIGONOMETRIC = {f"{arc}{name}{h}" for arc in ("", "arc") for name in ("sin", "cos", "tan", "cot") for h in ("", "h")}
-FUNCTIONS = _TRIGONOMETRIC | {"sec", "csc", "log", "ln", "lg", "exp", "max", "min", "gcd", "lcm", "abs", "floor", "ceil"}
+FUNCTIONS = _TRIGONOMETRIC | {
+    "sec", "csc", "log", "ln", "lg", "exp", "max", "min", "gcd", "lcm", "abs", "floor", "ceil",
+}  # fmt: skip
 _GREEK = "alpha beta gamma delta epsilon theta lambda mu nu xi rho sigma tau phi chi psi omega".split()
 _SEPARATORS = {",": ",", ";": ",", "and": ",", "or": "or"}
 _OPEN = {"(": ")", "[": "]", r"\{": r"\}", "{": "}"}
 _FACTOR_STARTS = {"(", "[", "{", r"\frac", r"\sqrt", r"\binom", r"\lfloor", r"\lceil", "|"}
-_NO_FACTORS = {r"\begin", r"\end", r"\cdot", r"\div", r"\pm", r"\mp", r"\cup", r"\cap", r"\setminus", r"\ldots", r"\degrees"}
-_NO_FACTORS |= {r"\sum", r"\int", r"\prod", r"\lim", r"\not", r"\neg", r"\lnot", r"\bmod", r"\pmod", r"\mod", r"\to", r"\oint"}
-_NO_FACTORS |= {r"\mapsto", r"\rightarrow", r"\Rightarrow", r"\implies", r"\forall", r"\exists", r"\land", r"\lor", r"\hline"}
+_NO_FACTORS = {
+    r"\begin", r"\end", r"\cdot", r"\div", r"\pm", r"\mp", r"\cup", r"\cap", r"\setminus", r"\ldots", r"\degrees",
+}  # fmt: skip
+_NO_FACTORS |= {
+    r"\sum", r"\int", r"\prod", r"\lim", r"\not", r"\neg", r"\lnot", r"\bmod", r"\pmod", r"\mod", r"\to", r"\oint",
+}  # fmt: skip
+_NO_FACTORS |= {
+    r"\mapsto", r"\rightarrow", r"\Rightarrow", r"\implies", r"\forall", r"\exists", r"\land", r"\lor", r"\hline",
+}  # fmt: skip
 _APPLIED = set("fghFGHPQ")
 """Letters before a bracket that are functions rather than factors."""
-_DECORATIONS = {r"\overline", r"\vec", r"\hat", r"\bar", r"\tilde", r"\mathbb", r"\mathcal", r"\overrightarrow", r"\widehat"}
+_DECORATIONS = {
+    r"\overline", r"\vec", r"\hat", r"\bar", r"\tilde", r"\mathbb", r"\mathcal", r"\overrightarrow", r"\widehat",
+}  # fmt: skip
 
 SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 """Words after a number that multiply it, as powers of ten."""
@@ -187,13 +197,21 @@ class _Parser:
                 break
             found.append(token)
             at += 1
-        is_end = token is None or token.text in _SEPARATORS or token.text in RELATIONS or token.text in ")]}" or (
-            token.text == r"\}"
+        is_end = (
+            token is None
+            or token.text in _SEPARATORS
+            or token.text in RELATIONS
+            or token.text in ")]}"
+            or (token.text == r"\}")
         )
         texts = [token.text for token in found]
         if not is_end or not any(len(text) > 1 for text in texts):
             return None
-        if any(text in FUNCTIONS or text in CONSTANTS and text != "i" or text in _GREEK for text in texts if len(text) > 1):
+        if any(
+            text in FUNCTIONS or (text in CONSTANTS and text != "i") or text in _GREEK
+            for text in texts
+            if len(text) > 1
+        ):
             return None
         self._at = at
         return " ".join(texts)
@@ -342,7 +360,13 @@ class _Parser:
                 return Node("mixed", (number, fraction))
             self._at = start
         above, slash, below = self._next(), self._next(1), self._next(2)
-        if above is not None and above.kind == "number" and slash is not None and slash.text == "/" and below is not None:
+        if (
+            above is not None
+            and above.kind == "number"
+            and slash is not None
+            and slash.text == "/"
+            and below is not None
+        ):
             fraction = Node("div", (Node("number", (), above.text), Node("number", (), below.text)))
             if above.is_spaced and self._is_proper(fraction):
                 self._at += 3
@@ -463,7 +487,11 @@ class _Parser:
                 base = self._primary()
         if self._sees("(", "[", "{"):
             argument = self._primary()
-            argument = argument if argument.kind != "list" or name in ("max", "min", "gcd", "lcm") else self._fail() or argument
+            argument = (
+                argument
+                if argument.kind != "list" or name in ("max", "min", "gcd", "lcm")
+                else self._fail() or argument
+            )
         else:
             factors = [self._factor()]
             while self._is_factor() and not self._is_function():
@@ -557,9 +585,10 @@ class _Parser:
         if words and words[0].lower() in _PERCENT and len(words) == 1:
             return Node("percent", (node,))
         is_unit = all(
-            word.lower() not in _NO_UNITS and (word.isalpha() or word in _IN_UNITS or word in _MONEY)
-            for word in words
+            word.lower() not in _NO_UNITS and (word.isalpha() or word in _IN_UNITS or word in _MONEY) for word in words
         )
         if not is_unit:
             raise NotMathematicsError(f"{' '.join(words)!r} is no unit")
-        return Node("unit", (node,), " ".join(UNITS.get(word, UNITS.get(word.removesuffix("s"), word)) for word in words))
+        return Node(
+            "unit", (node,), " ".join((UNITS.get(word) or UNITS.get(word.removesuffix("s")) or word) for word in words)
+        )

@@ -327,7 +327,7 @@ def _log_bounds(node: Node, roots: dict[Node, int]) -> tuple[float, float] | Non
         return None
     known = [part for part in parts if part is not None]
     if node.kind == "div":
-        known[1] = known[1][::-1]
+        known[1] = (known[1][1], known[1][0])
     upper, lower = sum(part[0] for part in known), sum(part[1] for part in known)
     if node.kind == "add":
         upper = max(part[0] + lower - part[1] for part in known) + math.log2(len(known))
