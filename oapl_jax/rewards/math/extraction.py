@@ -110,20 +110,24 @@ def _short(answer: str) -> str | None:
 
 
 def _unmarked(tail: str) -> str | None:
-    """The answer in text without a box: all of it if it can be read, else what follows "answer is", else the last line if it is one, else its last formula or number."""
+    """The answer in text without a box.
+
+    All of the text if it can be read, else what follows "answer is", else the last line, else its last formula or number.
+    """
     if _is_answer(tail):
         return tail
     tail = _DISPLAY.sub(lambda match: " ".join(match[0].split()), tail)
     said = list(_ANSWER_IS.finditer(tail))
     if said:
-        statement = (said[-1][1] if said[-1][1] is not None else said[-1][2]).strip(_MARKS)
-        if _is_answer(statement):
-            return statement
-        sentence = (statement[: end.start()] if (end := _SENTENCE_END.search(statement)) else statement).strip(_MARKS)
-        if _is_answer(sentence):
-            return sentence
+        statement = said[-1][1] if said[-1][1] is not None else said[-1][2]
+        sentence = statement[: end.start()] if (end := _SENTENCE_END.search(statement)) else statement
+        for text in (statement, sentence):
+            for answer in (text.strip(" !"), text.strip(_MARKS)):
+                if _is_answer(answer):
+                    return answer
+        sentence = sentence if sentence.count("**") % 2 == 0 else sentence.strip(_MARKS)
         starts_at_once = re.match(r"[\s*_`$\\(\[]*[-−]?[\d.]", sentence) is not None
-        return _from_sentence(sentence, -1 if not starts_at_once else 0) or (sentence or None)
+        return _from_sentence(sentence, -1 if not starts_at_once else 0) or (sentence.strip(_MARKS) or None)
     last_line = tail.rpartition("\n")[2]
     if _is_answer(last_line):
         return last_line.strip()

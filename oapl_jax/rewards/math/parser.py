@@ -270,9 +270,10 @@ class _Parser:
     def _is_factor(self) -> bool:
         """Whether the next token is a factor of a product without a sign; a number is not, and a unit is not."""
         token = self._next()
-        if token is not None and token.kind == "number" and self._tokens[self._at - 1].text == "!":
-            return True  # 50! 50!
-        if token is None or token.kind in ("number", "words") or self._starts_unit():
+        if token is not None and token.kind == "number":  # 50! 50!, and (n - 2) 2^n
+            before = self._tokens[self._at - 1].text
+            return before == "!" or (before == ")" and self._sees("^", ahead=1))
+        if token is None or token.kind == "words" or self._starts_unit():
             return False
         if token.kind == "letters":
             return token.text not in _SEPARATORS
@@ -566,8 +567,9 @@ class _Parser:
         if token.text in FUNCTIONS:
             return token.text == "min" and (after is None or after.text not in ("(", "{"))
         if token.text in UNITS:
+            is_last = after is None or after.text in _SEPARATORS or after.text in (")", "^", "/")
             is_power = after is not None and after.text in ("^", "/")
-            return len(token.text) > 1 or token.is_spaced or is_power
+            return len(token.text) > 1 or (is_last and (token.is_spaced or is_power))
         return len(token.text) > 2 and (token.is_spaced or token.text in _PERCENT)
 
     def _unit(self, node: Node) -> Node:
