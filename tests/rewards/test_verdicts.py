@@ -947,6 +947,7 @@ def test_every_answer_of_a_kind_gets_its_verdict(kind):
 
 @pytest.mark.parametrize("gold", ["2", "x+1", r"\sqrt2", r"\frac{1}{2}", r"(a+b)^{2}"])
 def test_the_work_of_a_hostile_answer_is_bounded(gold):
+    assert is_correct("x^2-1", r"\boxed{(x-1)(x+1)}"), "SymPy is imported now"
     for answer in HOSTILE:
         began = time.process_time()
         assert not is_correct(gold, rf"\boxed{{{answer}}}"), answer
