@@ -43,7 +43,7 @@ def is_correct(gold, response):
         (r"\boxed{1}, \boxed{234}", "1, 234"),
         ("<answer>42</answer> is it", "42"),
         ("<answer>42", None),
-        ("#### The answer is **7** clips", "7"),
+        ("#### The answer is **7** clips", "**7** clips"),
         ("no box at all\nA: 26", "no box at all\nA: 26"),
         ("48 + 16 = $64\n#### 66\n", "66"),
         ("So 2 and 3. The answer is 9/2 * \u03c0.", "9/2 * \u03c0."),
