@@ -5,7 +5,7 @@ JSON, and so is a reply: verdict, reward, detail, level, CPU milliseconds. Expec
 in this process. It never runs a program of a model; its sandbox does. It does not import JAX, so that it starts in a
 fraction of a second.
 
-The process that was started only imports and forks. The child that it forks serves the socket, and the parent may kill
+For mathematics, the process that was started only imports and forks. The child that it forks serves the socket, and the parent may kill
 it: the next child is there within milliseconds. So an answer that exhausts its child can be told from a grader or a
 machine that fails: the next child judges the canary and the gold answer of the row at once, or it does not.
 """
@@ -59,6 +59,9 @@ def main(setup: Setup) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     logging.disable(logging.CRITICAL)
     grader = TaskGrader(setup)
+    if "math" not in setup.kinds:
+        _serve(grader)
+        return
     while (child := os.fork()) > 0:
         _, status = os.waitpid(child, 0)
         if os.WIFEXITED(status) and os.WEXITSTATUS(status) != EXHAUSTED:
