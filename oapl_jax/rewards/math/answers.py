@@ -18,7 +18,7 @@ from oapl_jax.rewards.math import comparison, extraction
 from oapl_jax.rewards.math.extraction import extract_answer
 from oapl_jax.rewards.math.notation import cleaned, spelling
 from oapl_jax.rewards.math.parser import MAX_DEPTH, Node, NotMathematicsError, parse
-from oapl_jax.rewards.math.values import TooLargeError, UnknownValueError, exact, variables
+from oapl_jax.rewards.math.values import TooLargeError, UnknownValueError
 
 RULES = {
     "same text": True,
@@ -78,7 +78,7 @@ def _decide(gold: str, answer: str, prompt: str, is_evaluated: bool) -> str:
         for gold_tree in golds:
             for tree in answers:
                 if comparison.says(gold_tree, tree, is_evaluated=is_evaluated):
-                    is_copied = _is_unevaluated(gold_tree, tree) and _stands_in(answer, prompt)
+                    is_copied = comparison.is_copied_form(gold_tree, tree) and _stands_in(answer, prompt)
                     return "an expression of the prompt" if is_copied else "equal values"
     except comparison.PendingError:
         return "pending arithmetic"
@@ -171,14 +171,6 @@ def _without_grouping(text: str) -> str:
         return match[0] if is_inside else match[0].replace(",", "")
 
     return _GROUPED.sub(ungrouped, text)
-
-
-def _is_unevaluated(gold: Node, answer: Node) -> bool:
-    """Whether an answer to a numeric gold answer is rational but not written as a number."""
-    if answer.kind == "relation":
-        answer = answer.args[-1]
-    is_value = answer.kind not in ("list", "relation", "region", "matrix", "ratio", "word")
-    return is_value and not variables(gold) and not comparison.is_number(answer) and exact(answer) is not None
 
 
 def _stands_in(answer: str, prompt: str) -> bool:

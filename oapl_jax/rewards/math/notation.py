@@ -9,67 +9,43 @@ import unicodedata
 from typing import NamedTuple
 
 _LATEX = {
-    "−–—‒﹣": "-",
-    "×⋅·∙": r"\cdot ",
-    "÷": r"\div ",
-    "√": r"\sqrt ",
-    "∛": r"\sqrt[3]",
-    "∜": r"\sqrt[4]",
-    "∞": r"\infty ",
-    "≤⩽": r"\le ",
-    "≥⩾": r"\ge ",
-    "≠": r"\ne ",
-    "≈≅": r"\approx ",
-    "∈": r"\in ",
-    "∪": r"\cup ",
-    "∩": r"\cap ",
-    "∖": r"\setminus ",
-    "∅": r"\emptyset ",
-    "ℝ": r"\mathbb{R}",
-    "°º": r"^\circ ",
-    "±": r"\pm ",
-    "∓": r"\mp ",
-    "…⋯": r"\ldots ",
-    "′’": "'",
-    "“”": '"',
-    "、": ",",
-    "⁄∕": "/",
-    "∣": "|",
-    "\u00a0\u2009\u202f\u2007\u2002\u2003\u3000": " ",
-    "\u200b\u200c\u200d\u2060\ufeff\u2061\u2062": "",
-}
+    "−–—‒﹣": "-", "×⋅·∙": r"\cdot ", "÷": r"\div ", "√": r"\sqrt ", "∛": r"\sqrt[3]", "∜": r"\sqrt[4]", "∞": r"\infty ",
+    "≤⩽": r"\le ", "≥⩾": r"\ge ", "≠": r"\ne ", "≈≅": r"\approx ", "∈": r"\in ", "∪": r"\cup ", "∩": r"\cap ",
+    "∖": r"\setminus ", "∅": r"\emptyset ", "ℝ": r"\mathbb{R}", "°º": r"^\circ ", "±": r"\pm ", "∓": r"\mp ",
+    "…⋯": r"\ldots ", "′’": "'", "“”": '"', "、": ",", "⁄∕": "/", "∣": "|",
+    "\u00a0\u2009\u202f\u2007\u2002\u2003\u3000": " ", "\u200b\u200c\u200d\u2060\ufeff\u2061\u2062": "",
+}  # fmt: skip
 _CHARACTERS = {ord(character): latex for characters, latex in _LATEX.items() for character in characters}
-_SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣ", "0123456789+-()nix")
-_SUBSCRIPTS = str.maketrans("₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙₓ", "0123456789+-()nx")
 _RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣ]+")
 _LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙₓ]+")
 _VULGAR = re.compile("[¼-¾⅐-⅞]")
 _STYLED = re.compile("[\uff01-\uff5e\U0001d400-\U0001d7ff]")
 _GREEK = re.compile("[Α-Ωα-ω]")
 
-MONEY = "\u00a4"
-"""Stands for an escaped dollar; a plain one only delimits formulas."""
+CURRENCIES = frozenset("¤€£¥₹₩¢")
+"""Signs; ``¤`` stands for an escaped dollar, because a plain one only delimits formulas."""
+SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+"""Words after a number that multiply it, as powers of ten."""
 
 _REWRITES = tuple(
     (re.compile(pattern, re.ASCII), replacement)
     for pattern, replacement in (
-        (r"\\\$", MONEY),
+        (r"\\\$", "¤"),
         (r"\$|(?<!\\)\\[()[\]]", " "),
         (r"(?<![\w*)])(\*{1,3}|__)(?=\S)(.+?)(?<=\S)\1(?![\w*(])", r"\2"),
         (r"(?<!\w)(`+)([^`]+)\1(?!\w)", r"\2"),
         (r"(?<!\\)\\\\(?=[dtc]?frac|sqrt)", r"\\"),  # escaped twice
         (r"\\(?:left|right)\s*\.", " "),
-        (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits)(?![A-Za-z])", ""),
+        (r"\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|boxed|fbox)(?![A-Za-z])", ""),
         (r"\\!\s*", ""),
-        (r"(?<!\\)\\(?:[,;:>]|(?=\s|$)|q?quad(?![A-Za-z]))|~|\s", " "),
+        (r"(?<!\\)\\(?:[,;:>]|(?=\s|$)|q?quad)|~|\s", " "),
         (r"\{,\}", ","),
-        (r"\{\s*:\s*\}", ":"),
+        (r"\{\s*:\s*\}|\\colon(?![A-Za-z])", ":"),
         (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-        (r"\\%", "%"),
-        (r"\\_", "_"),
-        (r"\\[lr]brace(?![A-Za-z])", lambda match: r"\{" if match[0][1] == "l" else r"\}"),
+        (r"\\([%_])", r"\1"),
+        (r"\\lbrace(?![A-Za-z])", r"\\{"),
+        (r"\\rbrace(?![A-Za-z])", r"\\}"),
         (r"\\(?:[lr]?vert|mid)(?![A-Za-z])", "|"),
-        (r"\\colon(?![A-Za-z])", ":"),
         (r"\\l?dots[a-z]?(?![A-Za-z])|\\cdots(?![A-Za-z])|\.\.\.+", r"\\ldots "),
         (r"\\(?:times|ast)(?![A-Za-z])|\*(?!\*)(?<!\*\*)", r"\\cdot "),
         (r"\*\*", "^"),
@@ -78,20 +54,29 @@ _REWRITES = tuple(
         (r">=|\\geq(?:slant)?(?![A-Za-z])", r"\\ge "),
         (r"\\varnothing(?![A-Za-z])", r"\\emptyset "),
         (r"\^\s*(?:\{\s*\\circ\s*\}|\\circ|\\degree)(?![A-Za-z])|\\degree(?![A-Za-z])", r"\\degrees "),
-        (r"\\(?:mathrm|mathbf|mathit|mathsf|operatorname\*?|bm|boldsymbol|text)\s*\{([ei])\}", r"\1 "),
-        (r"(?<![\d)} ])\\(?:mathrm|mathbf|mathit|bm|boldsymbol|text)\s*\{\s*(\\?[A-Za-z])\s*\}", r"\1 "),
+        (r"\\(?:mathrm|mathbf|mathit|mathsf|operatorname\*?|bm|boldsymbol|text)\s*\{([ei])\}", r" \1 "),
+        (r"(?<![\d)} ])\\(?:mathrm|mathbf|mathit|bm|boldsymbol|text)\s*\{\s*(\\?[A-Za-z])\s*\}", r" \1 "),
         (r"(?<![\d.,])(\d{1,3})((?: \d{3})+)(?![\d ]*\d)", lambda match: match[0].replace(" ", "")),
+        (rf"\\text\s*\{{\s*([¤€£¥₹₩¢]|{'|'.join(SCALES)})\s*\}}", r" \1 "),
+        (r"(\d*\.\d*)\\(?:overline|dot|bar)\s*(?:\{(\d+)\}|(\d))", lambda m: f"{m[1]}({m[2] or m[3]})"),
+        (r"\(([0-9A-F]+)\)\s*(?=_)", r"\1"),
+        (
+            r"(?:(?:US|A|C)?([¤€£¥₹₩])|(?<![A-Za-z])(USD|EUR|GBP|INR|Rs|RMB|CNY|JPY)\b\.?)\s*"
+            rf"(-?\s*(?:[\d.,]*\d|\\frac\{{[^{{}}]*\}}\{{[^{{}}]*\}})(?:\s*(?:{'|'.join(SCALES)})\b)?)",
+            lambda m: f"{m[3]} {m[1] or m[2]} ",
+        ),
     )
 )
 _TEXT = r"\\(?:text|textbf|textit|textrm|textsf|texttt|mbox|hbox|mathrm|mathbf|mathit|operatorname\*?)\s*\{(?P<inner>[^{}]*)\}"
 _TOKEN = re.compile(
     rf"(?P<space>\s+)|{_TEXT}"
+    r"|(?P<based>[0-9][0-9A-F]*_(?:\{\s*\d+\s*\}|\d+))"
     r"|(?P<number>\d+(?:\.\d*\(\d+\)|\.\d+)?(?:[eE][-+]?\d+(?![A-Za-z\d.]))?|\.\d+)"
     r"|(?P<command>\\[A-Za-z]+|\\.)|(?P<letters>[A-Za-z]+)|(?P<mark>.)",
     re.ASCII,
 )
 _WRAPPERS = "*_\"'"
-_END = re.compile(r"\s*(?<![.\\])[.,;]$")
+_END = re.compile(r"\s*(?<![.\\])[.,;](\}?)$")
 _LABEL = re.compile(r"^(?:(?:the )?(?:final )?(?:answer|result)(?: is)?\s*[:=]\s*|(?-i:A):\s+)", re.IGNORECASE)
 
 
@@ -99,7 +84,7 @@ class Token(NamedTuple):
     """A number, a run of letters, a command with its backslash, or one other character."""
 
     kind: str
-    """``number``, ``letters``, ``words`` (letters of ``\\text``), ``command`` or ``mark``."""
+    """``number``, ``based`` (digits and base), ``letters``, ``words`` (letters of ``\\text``), ``command`` or ``mark``."""
     text: str
     is_spaced: bool
     """Whether a space stands before it."""
@@ -108,10 +93,10 @@ class Token(NamedTuple):
 def cleaned(text: str) -> str:
     """The text in plain LaTeX without decoration."""
     text = _unwrapped(text)
-    text = _RAISED.sub(lambda match: "^{" + match[0].translate(_SUPERSCRIPTS) + "}", text)
-    text = _LOWERED.sub(lambda match: "_{" + match[0].translate(_SUBSCRIPTS) + "}", text)
-    text = _VULGAR.sub(lambda match: r"\frac{{{}}}{{{}}}".format(*_parts(match[0])), text)
-    text = _STYLED.sub(lambda match: unicodedata.normalize("NFKC", match[0]), text)
+    text = _RAISED.sub(lambda match: f"^{{{_normal(match[0])}}}", text)
+    text = _LOWERED.sub(lambda match: f"_{{{_normal(match[0])}}}", text)
+    text = _VULGAR.sub(lambda match: r"\frac{{{}}}{{{}}}".format(*_normal(match[0]).split("\u2044")), text)
+    text = _STYLED.sub(lambda match: _normal(match[0]), text)
     text = _GREEK.sub(_greek, text.translate(_CHARACTERS))
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
@@ -122,15 +107,14 @@ def tokens(text: str) -> list[Token]:
     r"""The tokens of cleaned text; the content of ``\text{...}`` becomes tokens too."""
     found, is_spaced = [], False
     for match in _TOKEN.finditer(text):
-        if match["space"]:
-            is_spaced = True
-        elif match["inner"] is not None:
+        kind = match.lastgroup or ""
+        if kind == "inner":
             inner = tokens(match["inner"])
             found += [token._replace(kind="words") if token.kind == "letters" else token for token in inner]
-            is_spaced = True
-        else:
-            found.append(Token(match.lastgroup or "", match[0], is_spaced))
-            is_spaced = False
+        elif kind != "space":
+            value = re.sub(r"^0+|[{} ]", "", match[0]) if kind == "based" else match[0]
+            found.append(Token(kind, value, is_spaced))
+        is_spaced = kind in ("space", "inner")
     return found
 
 
@@ -141,8 +125,8 @@ def spelling(text: str) -> str:
     """
     parts = tokens(cleaned(text))
     spelled = ""
-    for before, token in zip([None, *parts], parts, strict=False):
-        ends = "" if before is None else before.text[-1] + token.text[0]
+    for token in parts:
+        ends = spelled[-1:] + token.text[0]
         is_joint = len(ends) == 2 and all(character.isalnum() or character == "." for character in ends)
         spelled += f" {token.text}" if is_joint else token.text
     is_words = any(len(part.text) > 1 for part in parts) and all(
@@ -151,8 +135,8 @@ def spelling(text: str) -> str:
     return spelled.casefold() if is_words else spelled
 
 
-def _parts(fraction: str) -> list[str]:
-    return unicodedata.normalize("NFKC", fraction).split("\u2044")
+def _normal(characters: str) -> str:
+    return unicodedata.normalize("NFKC", characters).replace("\u2212", "-")
 
 
 def _greek(match: re.Match[str]) -> str:
@@ -165,7 +149,7 @@ def _unwrapped(text: str) -> str:
     """Removes a final full stop, a label like "Answer:", and marks around the whole text."""
     before = None
     while text != before:
-        before, text = text, _LABEL.sub("", _END.sub("", text.strip()), count=1)
+        before, text = text, _LABEL.sub("", _END.sub(r"\1", text.strip()), count=1)
         if len(text) > 2 and text[0] == text[-1] and text[0] in _WRAPPERS and text[0] not in text[1:-1]:
             text = text[1:-1]
     return text

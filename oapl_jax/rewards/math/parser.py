@@ -1,22 +1,19 @@
 r"""Parses an answer, in LaTeX or plain notation, into a tree. The whole text is read, or it is no mathematics.
 
-The tree keeps the form of the answer: nothing is computed here, so ``3 \cdot 4`` stays a product. That makes the form
-of an answer a matter of its tree (``answers.py``), and the work of computing its value known before it starts
-(``values.py``).
-
-Words are no products of letters: a part that is all letters is a word, and words after a number are its unit.
+The tree keeps the form of the answer: nothing is computed here, so ``3 \cdot 4`` stays a product, and the work of
+computing a value is known before it starts. Words are no products of letters: a part that is all letters is a word, and
+words after a number are its unit. Commands that are not in the tables below make a text no mathematics.
 """
 
-import re
 from typing import NamedTuple
 
-from oapl_jax.rewards.math.notation import MONEY, Token, cleaned, tokens
+from oapl_jax.rewards.math.notation import CURRENCIES, SCALES, Token, cleaned, tokens
 
 MAX_TOKENS = 400
-MAX_LETTERS, MAX_UPPER = 3, 4
-"""Most letters, and most capitals, of a product of letters in an expression."""
 MAX_DEPTH = 14
 """Most nested groups, powers and functions."""
+MAX_LETTERS, MAX_CAPITALS = 3, 4
+"""Most letters of a product of letters, like ``abc`` or ``ABCD``, in an expression."""
 
 
 class NotMathematicsError(ValueError):
@@ -24,31 +21,14 @@ class NotMathematicsError(ValueError):
 
 
 class Node(NamedTuple):
-    r"""A part of an answer.
+    r"""A part of an answer. The meaning of ``text`` depends on ``kind``.
 
-    ======== ===================================== =========================================
-    kind     args                                  text
-    ======== ===================================== =========================================
-    number                                         its digits, ``0.1(6)`` and ``2e5`` included
-    symbol                                         its name; ``\pi``, ``e``, ``i``, ``\infty``
-    word                                           words
-    based                                          digits and base, ``101_2``
-    add, mul terms, factors
-    neg, pm  one                                   pm: ``+`` for plus or minus, ``-`` for minus or plus
-    div      numerator, denominator                ``\div``, or empty
-    pow      base, exponent
-    root     radicand, degree
-    mixed    whole number, fraction
-    call     arguments                             name of the function
-    percent, one
-    degrees
-    unit     one                                   the unit
-    list     parts                                 brackets: ``()`` ``[)`` ``{}``; ``,`` or ``or`` without brackets
-    ratio    parts
-    matrix   rows, which are lists
-    relation sides                                 relations between them, separated by spaces
-    region   two sets                              ``\cup``, ``\cap``, ``\setminus``
-    ======== ===================================== =========================================
+    ``number``: digits, like ``0.1(6)`` and ``2e5``. ``symbol``, ``word``: a name. ``based``: digits and base, ``101_2``.
+    ``add``, ``mul``, ``neg``, ``pow``, ``root``, ``mixed``, ``percent``, ``degrees``: arithmetic, without text.
+    ``div``: ``\div`` if it was written so. ``pm``: ``+`` for plus or minus, ``-`` for minus or plus. ``call``: the
+    function. ``unit``: the unit. ``list``: brackets, ``()`` ``[)`` ``{}``, or ``,`` and ``or`` without brackets.
+    ``ratio``, ``matrix`` (of rows, which are lists). ``relation``: the relations between its sides. ``region``: ``\cup``,
+    ``\cap`` or ``\setminus``.
     """
 
     kind: str
@@ -56,50 +36,43 @@ class Node(NamedTuple):
     text: str = ""
 
 
-RELATIONS = {"=": "=", r"\approx": "~", "<": "<", r"\lt": "<", ">": ">", r"\gt": ">", r"\le": "<=", r"\ge": ">="}
-RELATIONS |= {r"\ne": "!=", r"\in": "in", r"\equiv": "=="}
-CONSTANTS = {r"\pi": r"\pi", "pi": r"\pi", "e": "e", "i": "i", r"\infty": r"\infty", "infinity": r"\infty"}
-CONSTANTS |= {"inf": r"\infty", "infty": r"\infty", "oo": r"\infty", r"\emptyset": r"\emptyset"}
-_TRIGONOMETRIC = {f"{arc}{name}{h}" for arc in ("", "arc") for name in ("sin", "cos", "tan", "cot") for h in ("", "h")}
-FUNCTIONS = _TRIGONOMETRIC | {
-    "sec", "csc", "log", "ln", "lg", "exp", "max", "min", "gcd", "lcm", "abs", "floor", "ceil",
+RELATIONS = {
+    "=": "=", r"\approx": "~", "<": "<", r"\lt": "<", ">": ">", r"\gt": ">", r"\le": "<=", r"\ge": ">=", r"\ne": "!=",
+    r"\in": "in", r"\equiv": "==",
 }  # fmt: skip
-_GREEK = "alpha beta gamma delta epsilon theta lambda mu nu xi rho sigma tau phi chi psi omega".split()
+CONSTANTS = {"pi": r"\pi", "e": "e", "i": "i", "infty": r"\infty", "infinity": r"\infty", "inf": r"\infty"}
+CONSTANTS |= {"oo": r"\infty", "emptyset": r"\emptyset"}
+_CIRCULAR = {f"{arc}{name}{h}" for arc in ("", "arc") for name in ("sin", "cos", "tan", "cot") for h in ("", "h")}
+FUNCTIONS = _CIRCULAR | set("sec csc log ln lg exp max min gcd lcm abs floor ceil".split())
+_GREEK = set(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta iota kappa lambda mu nu xi rho sigma tau upsilon phi"
+    " varphi chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega angle triangle ell hbar".split()
+)
+_DECORATIONS = set("overline vec hat bar tilde mathbb mathcal mathfrak overrightarrow widehat boldsymbol".split())
+"""Commands that make a symbol of their argument."""
+_NAMED = FUNCTIONS | CONSTANTS.keys() | _GREEK | {"sqrt"}
+"""Names that are no words, with and without a backslash."""
+_COMMANDS = {"frac": "div", "binom": "binomial", "dbinom": "binomial", "tbinom": "binomial"}
 _SEPARATORS = {",": ",", ";": ",", "and": ",", "or": "or"}
-_OPEN = {"(": ")", "[": "]", r"\{": r"\}", "{": "}"}
-_FACTOR_STARTS = {"(", "[", "{", r"\frac", r"\sqrt", r"\binom", r"\lfloor", r"\lceil", "|"}
-_NO_FACTORS = {
-    r"\begin", r"\end", r"\cdot", r"\div", r"\pm", r"\mp", r"\cup", r"\cap", r"\setminus", r"\ldots", r"\degrees",
-}  # fmt: skip
-_NO_FACTORS |= {
-    r"\sum", r"\int", r"\prod", r"\lim", r"\not", r"\neg", r"\lnot", r"\bmod", r"\pmod", r"\mod", r"\to", r"\oint",
-}  # fmt: skip
-_NO_FACTORS |= {
-    r"\mapsto", r"\rightarrow", r"\Rightarrow", r"\implies", r"\forall", r"\exists", r"\land", r"\lor", r"\hline",
-}  # fmt: skip
+_CLOSING = {"(": ")]", "[": "])", r"\{": (r"\}",), "{": "}", "|": "|", r"\lfloor": (r"\rfloor",), r"\lceil": (r"\rceil",)}
+_CALLED = {"|": "abs", r"\lfloor": "floor", r"\lceil": "ceil"}
 _APPLIED = set("fghFGHPQ")
 """Letters before a bracket that are functions rather than factors."""
-_DECORATIONS = {
-    r"\overline", r"\vec", r"\hat", r"\bar", r"\tilde", r"\mathbb", r"\mathcal", r"\overrightarrow", r"\widehat",
-}  # fmt: skip
 
-SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-"""Words after a number that multiply it, as powers of ten."""
-_UNIT_NAMES = """m meter metre|cm centimeter centimetre|mm millimeter millimetre|km kilometer kilometre|in inch inche
-|ft foot feet|yd yard|mi mile|kg kilogram|g gram|mg milligram|lb pound £|oz ounce|s sec second|min minute|h hr hour|day
-|week|month|yr year|l L liter litre|ml mL milliliter millilitre|mph|kph|deg degree|rad radian|dollar USD US $|euro EUR €
-|rupee INR Rs ₹|yen JPY ¥|cent ¢|won ₩|yuan RMB CNY|GBP|N newton|J joule|W watt|V volt|Hz hertz|kW|kWh|K kelvin"""
-UNITS = {name: group.split()[0] for group in _UNIT_NAMES.split("|") for name in group.split()}
-"""Units by their names; units that are none of these equal each other."""
-_MONEY = {MONEY: "$", **{sign: sign for sign in "€£¥₹₩¢"}}
-_CURRENCIES = {"USD", "US", "EUR", "GBP", "INR", "Rs", "RMB", "CNY", "JPY"}
+_UNITS = """m meter metre|cm centimeter centimetre|mm millimeter millimetre|km kilometer kilometre|in inch inche
+|ft foot feet|yd yard|mi mile|kg kilogram|g gram|mg milligram|lb pound £ GBP|oz ounce|s sec second|min minute|h hr hour
+|day|week|month|yr year|l L liter litre|ml mL milliliter millilitre|mph|kph|deg degree|rad radian|¤ dollar buck USD US US¤
+|€ euro EUR|₹ rupee INR Rs|¥ yen JPY|¢ cent|₩ won|yuan RMB CNY|N newton|J joule|W watt|V volt|Hz hertz|kW|kWh|K kelvin"""
+UNITS = {name: group.split()[0] for group in _UNITS.split("|") for name in group.split()}
+"""Units by their names. Units that are not here are not told apart."""
+_IN_UNITS = {*"/^{}().-123", r"\cdot", r"\frac"}
+_PERCENT = {"percent", "pct", "percentage", "%"}
 _NO_UNITS = set(
     "not no nor never isn is are was wrong false incorrect more less fewer than least most up to from between over under"
     " plus minus times divided by squared cubed half factorial choose mod modulo remainder negative positive if when where"
-    " but except for then so because which that percent pct percentage".split()
+    " but except for then so because which that".split()
 )
-_IN_UNITS = {"/", "^", "{", "}", "(", ")", ".", "-", "1", "2", "3", r"\cdot", r"\frac"}
-_PERCENT = {"percent", "pct", "percentage", "%"}
+_END = Token("end", "", False)
 
 
 def parse(text: str) -> Node:
@@ -108,7 +81,15 @@ def parse(text: str) -> Node:
     Raises:
         NotMathematicsError: a part of the text has no place in the tree, or it is too long or too nested.
     """
-    return _Parser(tokens(cleaned(text))).whole()
+    parser = _Parser(tokens(cleaned(text)))
+    node = parser.list()
+    parser.expect("")
+    return node
+
+
+def _joined(kind: str, parts: list[Node], text: str = "") -> Node:
+    """A node of several parts; one part stands for itself."""
+    return parts[0] if len(parts) == 1 else Node(kind, tuple(parts), text)
 
 
 class _Parser:
@@ -118,363 +99,236 @@ class _Parser:
         if len(found) > MAX_TOKENS:
             raise NotMathematicsError("too long")
         self._tokens, self._at, self._depth = found, 0, 0
+        self._open: list[str] = []
+        """The brackets that are open."""
 
-    def whole(self) -> Node:
-        node = self._list()
-        if self._next() is not None:
-            self._fail()
-        return node
-
-    # ---- tokens ----
-
-    def _next(self, ahead: int = 0) -> Token | None:
+    def _peek(self, ahead: int = 0) -> Token:
         at = self._at + ahead
-        return self._tokens[at] if at < len(self._tokens) else None
+        return self._tokens[at] if at < len(self._tokens) else _END
 
     def _sees(self, *texts: str, ahead: int = 0) -> bool:
-        token = self._next(ahead)
-        return token is not None and token.text in texts and token.kind != "words"
+        token = self._peek(ahead)
+        return token.text in texts and token.kind != "words"
 
     def _take(self) -> Token:
-        token = self._next()
-        if token is None:
-            raise NotMathematicsError("it ends early")
         self._at += 1
-        return token
+        return self._tokens[self._at - 1] if self._at <= len(self._tokens) else self.expect("more")
 
     def _takes(self, *texts: str) -> bool:
         is_there = self._sees(*texts)
         self._at += is_there
         return is_there
 
-    def _expect(self, *texts: str) -> str:
+    def expect(self, *texts: str) -> Token:
+        """Takes one of these tokens; an empty text stands for the end."""
         if not self._sees(*texts):
-            self._fail()
-        return self._take().text
+            raise NotMathematicsError(f"unexpected {self._peek().text!r}")
+        self._at += 1
+        return self._tokens[self._at - 1] if self._at <= len(self._tokens) else _END
 
-    def _fail(self) -> None:
-        token = self._next()
-        raise NotMathematicsError("it ends early" if token is None else f"unexpected {token.text!r}")
-
-    # ---- lists, relations, sets ----
-
-    def _list(self) -> Node:
-        """Parts that commas, semicolons, "and" or "or" separate; one part stands for itself."""
+    def list(self) -> Node:
+        """Parts that commas, semicolons, "and" or "or" separate."""
         parts, separator = [self._relation()], ","
-        while (token := self._next()) is not None and token.text in _SEPARATORS:
-            while (token := self._next()) is not None and token.text in _SEPARATORS:  # "1, 2, and 3"
+        while self._peek().text in _SEPARATORS:
+            while self._peek().text in _SEPARATORS:  # "1, 2, and 3"
                 separator = "or" if self._take().text == "or" else separator
             parts.append(self._relation())
-        return parts[0] if len(parts) == 1 else Node("list", tuple(parts), separator)
+        return _joined("list", parts, separator)
 
     def _relation(self) -> Node:
         self._takes("=", r"\approx")  # "= 5"
         sides, relations = [self._side()], []
-        while (token := self._next()) is not None and token.text in RELATIONS and token.kind != "words":
+        while self._sees(*RELATIONS):
             relations.append(RELATIONS[self._take().text])
             sides.append(self._side())
-        return Node("relation", tuple(sides), " ".join(relations)) if relations else sides[0]
+        return _joined("relation", sides, " ".join(relations))
 
     def _side(self) -> Node:
-        """An expression with its unit, a ratio, a set, a number of another base, or words."""
-        if (words := self._words()) is not None:
+        """An expression with its unit, a ratio, a set, or words."""
+        if words := self._words():
             return Node("word", (), words)
-        money = self._money()
-        parts = [self._sets()]
+        parts = [self._region()]
         while self._takes(":"):
-            parts.append(self._sets())
-        node = parts[0] if len(parts) == 1 else Node("ratio", tuple(parts))
-        node = self._unit(node)
-        return Node("unit", (node,), money) if money and node.kind != "unit" else node
+            parts.append(self._region())
+        return self._unit(_joined("ratio", parts))
 
-    def _words(self) -> str | None:
+    def _words(self) -> str:
         """The words up to the next separator, relation or bracket, if there is nothing but words."""
-        at, found = self._at, []
-        if self._braces:
-            return None
-        while (token := self._next(at - self._at)) is not None and token.kind in ("letters", "words"):
-            if token.text in _SEPARATORS:
-                break
-            found.append(token)
-            at += 1
-        is_end = (
-            token is None
-            or token.text in _SEPARATORS
-            or token.text in RELATIONS
-            or token.text in ")]}"
-            or (token.text == r"\}")
-        )
-        texts = [token.text for token in found]
-        if not is_end or not any(len(text) > 1 for text in texts):
-            return None
-        if any(
-            text in FUNCTIONS or (text in CONSTANTS and text != "i") or text in _GREEK
-            for text in texts
-            if len(text) > 1
-        ):
-            return None
-        self._at = at
-        return " ".join(texts)
+        start = self._at
+        while self._peek().kind in ("letters", "words") and self._peek().text not in _SEPARATORS:
+            self._at += 1
+        texts = [token.text for token in self._tokens[start : self._at]]
+        is_whole = self._peek().text in {"", ")", "]", "}", r"\}", *_SEPARATORS, *RELATIONS}
+        long = {text for text in texts if len(text) > 1}
+        if is_whole and long and not long & _NAMED and "{" not in self._open:
+            return " ".join(texts)
+        self._at = start
+        return ""
 
-    def _money(self) -> str:
-        """A currency before a number."""
-        token = self._next()
-        if token is not None and token.text in _CURRENCIES and (self._next(1) or token).kind in ("number", "mark"):
-            self._take()
-            self._takes(".")
-            return self._money() or UNITS.get(token.text, token.text)
-        return UNITS[_MONEY[self._take().text]] if self._sees(*_MONEY) else ""
-
-    def _sets(self) -> Node:
+    def _region(self) -> Node:
         node = self._sum()
         while self._sees(r"\cup", r"\cap", r"\setminus"):
             operator = self._take().text
             node = Node("region", (node, self._sum()), operator)
         return node
 
-    # ---- arithmetic ----
-
     def _sum(self) -> Node:
-        terms = [self._signed(is_first=True)]
-        while self._sees("+", "-", r"\pm", r"\mp"):
-            terms.append(self._signed())
-        return terms[0] if len(terms) == 1 else Node("add", tuple(terms))
-
-    def _signed(self, *, is_first: bool = False) -> Node:
-        sign = self._take().text if self._sees("+", "-", r"\pm", r"\mp") else "+"
-        money = self._money() if is_first else ""
-        term = self._product()
-        if sign in (r"\pm", r"\mp"):
-            term = Node("pm", (term,), "+" if sign == r"\pm" else "-")
-        term = Node("neg", (term,)) if sign == "-" else term
-        return Node("unit", (term,), money) if money else term
+        terms = []
+        while not terms or self._sees("+", "-", r"\pm", r"\mp"):
+            sign = self._take().text if self._sees("+", "-", r"\pm", r"\mp") else "+"
+            term = self._product()
+            if sign in (r"\pm", r"\mp"):
+                term = Node("pm", (term,), "+" if sign == r"\pm" else "-")
+            terms.append(Node("neg", (term,)) if sign == "-" else term)
+        return _joined("add", terms)
 
     def _product(self) -> Node:
-        above, below, divisions = [self._factor()], [], set()
+        above, below, sign = [self._factor()], [], ""
         while True:
-            if self._takes(r"\cdot"):
-                above.append(self._factor())
-            elif self._sees("/", r"\div"):
-                divisions.add(self._take().text)
+            if self._sees("/", r"\div"):
+                sign = r"\div" if self._take().text == r"\div" else sign
                 below.append(self._factor())
-            elif self._is_factor():
+            elif self._takes(r"\cdot") or self._is_factor():
                 above.append(self._factor())
             else:
                 break
-        node = above[0] if len(above) == 1 else Node("mul", tuple(above))
-        if below:
-            divisor = below[0] if len(below) == 1 else Node("mul", tuple(below))
-            node = Node("div", (node, divisor), r"\div" if r"\div" in divisions else "")
-        return node
+        node = _joined("mul", above)
+        return Node("div", (node, _joined("mul", below)), sign) if below else node
 
     def _is_factor(self) -> bool:
         """Whether the next token is a factor of a product without a sign; a number is not, and a unit is not."""
-        token = self._next()
-        if token is not None and token.kind == "number":  # 50! 50!, and (n - 2) 2^n
-            before = self._tokens[self._at - 1].text
+        token, before = self._peek(), self._tokens[self._at - 1].text
+        if token.kind == "number":  # 50! 50!, and (n - 2) 2^n
             return before == "!" or (before == ")" and self._sees("^", ahead=1))
-        if token is None or token.kind == "words" or self._starts_unit():
+        if token.kind == "words" or self._starts_unit():
             return False
         if token.kind == "letters":
             return token.text not in _SEPARATORS
-        if token.kind == "command":
-            return token.text not in _NO_FACTORS | RELATIONS.keys() | {r"\}", r"\rfloor", r"\rceil", r"\\", r"\{"}
-        return token.text in _FACTOR_STARTS and not (token.text == "|" and self._bars)
-
-    _bars = 0
-    """Number of open absolute values: inside them a bar closes."""
-    _braces = 0
-    """Number of open groups of TeX, in which letters are factors."""
+        if token.text == "|":
+            return "|" not in self._open
+        return token.text in _CLOSING.keys() - {r"\{"} or token.text[1:] in _NAMED | _COMMANDS.keys() | _DECORATIONS
 
     def _factor(self) -> Node:
-        signs = 0
+        is_negative = False
         while self._sees("-", "+"):
-            signs += self._take().text == "-"
+            is_negative ^= self._take().text == "-"
         node = self._power()
-        return Node("neg", (node,)) if signs % 2 else node
+        return Node("neg", (node,)) if is_negative else node
 
     def _power(self) -> Node:
         self._depth += 1
         if self._depth > MAX_DEPTH:
             raise NotMathematicsError("too nested")
         node = self._primary()
-        while True:
-            if self._takes("^"):
+        while self._sees("^", "!", "%", r"\degrees"):
+            mark = self._take().text
+            if mark == "^":
                 node = Node("pow", (node, self._exponent()))
-            elif self._takes("!"):
-                node = Node("call", (node,), "factorial2" if self._takes("!") else "factorial")
-            elif self._takes("%"):
-                node = Node("percent", (node,))
-            elif self._takes(r"\degrees"):
-                node = Node("degrees", (node,))
+            elif mark == "!":
+                if self._sees("!"):
+                    self.expect("one factorial")
+                node = Node("call", (node,), "factorial")
             else:
-                break
+                node = Node("percent" if mark == "%" else "degrees", (node,))
         self._depth -= 1
         return node
 
     def _exponent(self) -> Node:
-        if self._sees("{"):
-            return self._primary()
-        sign = self._take().text if self._sees("-", "+") else "+"
-        node = self._power()
-        return Node("neg", (node,)) if sign == "-" else node
+        return self._primary() if self._sees("{") else self._factor()
 
     def _primary(self) -> Node:
         token = self._take()
         if token.kind == "number":
             return self._number(token)
+        if token.kind == "based":
+            return Node("based", (), token.text)
         if token.kind == "letters" or (token.kind == "words" and len(token.text) == 1):
             return self._letters(token)
-        if token.kind == "command":
-            return self._command(token)
-        if token.text in _OPEN:
-            node = self._group(token.text)
-            return self._based(node.text) if node.kind == "number" and self._sees("_") else node
-        if token.text == "|":
-            self._bars += 1
-            node = Node("call", (self._sum(),), "abs")
-            self._expect("|")
-            self._bars -= 1
-            return node
-        self._at -= 1
-        self._fail()
-        raise AssertionError
+        if token.text in _CLOSING:
+            return self._group(token.text)
+        return self._command(token.text)
 
     def _number(self, token: Token) -> Node:
-        """A number, with its repeating decimals, its base, or its fraction (``3 1/2``)."""
-        text = token.text
-        if self._sees(".") and self._sees(r"\overline", r"\dot", ahead=1):
-            self._take()
-            text += "."
-        if self._sees(r"\overline", r"\dot"):
-            self._take()
-            text = f"{text if '.' in text else text + '.'}({self._argument_digits()})"
-        number = Node("number", (), text)
-        if self._sees("_"):
-            return self._based(text)
-        if not text.isdigit():
+        """A number with words like "million", or with a fraction (``3\\frac12``, ``3 1/2``)."""
+        number, start, zeros = Node("number", (), token.text), self._at, 0
+        while self._peek().text in SCALES:
+            zeros += SCALES[self._take().text]
+        if zeros:
+            return Node("number", (), f"{token.text}e{zeros}")
+        if not token.text.isdigit():
             return number
-        if self._sees(r"\frac"):
-            start = self._at
-            fraction = self._primary()
-            if self._is_proper(fraction):
-                return Node("mixed", (number, fraction))
-            self._at = start
-        above, slash, below = self._next(), self._next(1), self._next(2)
-        if (
-            above is not None
-            and above.kind == "number"
-            and slash is not None
-            and slash.text == "/"
-            and below is not None
-        ):
-            fraction = Node("div", (Node("number", (), above.text), Node("number", (), below.text)))
-            if above.is_spaced and self._is_proper(fraction):
-                self._at += 3
-                return Node("mixed", (number, fraction))
+        if self._takes(r"\frac"):
+            parts = [self._argument(), self._argument()]
+        elif self._peek().kind == self._peek(2).kind == "number" and self._peek().is_spaced and self._sees("/", ahead=1):
+            parts = [Node("number", (), self._peek(ahead).text) for ahead in (0, 2)]
+            self._at += 3
+        else:
+            return number
+        if all(part.text.isdigit() for part in parts) and int(parts[0].text) < int(parts[1].text):
+            return Node("mixed", (number, Node("div", tuple(parts))))
+        self._at = start
         return number
-
-    def _argument_digits(self) -> str:
-        has_brace = self._takes("{")
-        digits = self._take()
-        if not digits.text.isdigit() or (has_brace and not self._takes("}")):
-            self._fail()
-        return digits.text
-
-    @staticmethod
-    def _is_proper(fraction: Node) -> bool:
-        texts = [part.text for part in fraction.args]
-        return fraction.kind == "div" and all(text.isdigit() for text in texts) and int(texts[0]) < int(texts[1])
-
-    def _based(self, digits: str) -> Node:
-        self._expect("_")
-        base = "".join(part.text for part in self._raw_argument()).strip("()")
-        if not re.fullmatch(r"[0-9A-Za-z]+", digits) or not base.isalnum():
-            self._fail()
-        return Node("based", (), f"{digits.lstrip('0') or '0'}_{base}")
 
     def _letters(self, token: Token) -> Node:
         text = token.text
-        if text == "sqrt":
-            return Node("root", (self._argument(), Node("number", (), "2")))
-        if text in FUNCTIONS:
-            return self._call(text)
+        if text in _NAMED - CONSTANTS.keys():
+            return self._command("\\" + text)
         if text in CONSTANTS and not self._sees("_"):
             return Node("symbol", (), CONSTANTS[text])
-        if text in _GREEK:
-            return self._symbol("\\" + text)
-        if len(text) > (MAX_UPPER if text.isupper() else MAX_LETTERS):
+        if len(text) > (MAX_CAPITALS if text.isupper() else MAX_LETTERS):
             raise NotMathematicsError(f"{text!r} is a word")
         if len(text) > 1:  # a product of letters; the rest is read next
-            self._tokens[self._at - 1] = token._replace(text=text[1:], is_spaced=False)
             self._at -= 1
+            self._tokens[self._at] = token._replace(text=text[1:], is_spaced=False)
             return Node("symbol", (), CONSTANTS.get(text[0], text[0]))
         return self._symbol(text)
 
     def _symbol(self, name: str) -> Node:
-        """A letter with its index and primes, and its arguments if it is the name of a function."""
-        while self._sees("_", "'"):
-            if self._take().text == "'":
-                name += "'"
-            else:
-                name += "_" + "".join(part.text for part in self._raw_argument())
-        if self._sees("(") and name[0] in _APPLIED:
-            self._take()
-            arguments = self._list()
-            self._expect(")")
-            return Node("call", (arguments,), name)
+        """A name with its index, primes, and arguments if it is that of a function."""
+        while self._sees("_", "'") or (self._sees("(") and name[0] in _APPLIED):
+            mark = self._take().text
+            if mark == "(":
+                self._at -= 1
+            name += mark if mark == "'" else "_" * (mark == "_") + self._raw()
         return Node("symbol", (), name)
 
-    def _raw_argument(self) -> list[Token]:
-        """The tokens of the group that comes next, or the next token."""
-        if not self._takes("{"):
-            return [self._take()]
-        found, depth = [], 1
+    def _raw(self) -> str:
+        """The text of the group that comes next, or the next token."""
+        found = [self._take().text]
+        depth = found[0] in ("{", "(")
         while depth:
-            token = self._take()
-            depth += (token.text == "{") - (token.text == "}")
-            found.append(token)
-        return found[:-1]
+            found.append(self._take().text)
+            depth += (found[-1] in ("{", "(")) - (found[-1] in ("}", ")"))
+        return "".join(found[1:-1] if found[0] == "{" else found)
 
-    def _command(self, token: Token) -> Node:
-        name = token.text
-        if name == r"\frac":
-            return Node("div", (self._argument(), self._argument()))
-        if name == r"\sqrt":
+    def _command(self, command: str) -> Node:
+        name = command.lstrip("\\")
+        if name in _COMMANDS:
+            parts = (self._argument(), self._argument())
+            return Node("div", parts) if name == "frac" else Node("call", parts, _COMMANDS[name])
+        if name == "sqrt":
             degree = Node("number", (), "2")
             if self._takes("["):
                 degree = self._sum()
-                self._expect("]")
-            return Node("root", (self._argument(is_long=True), degree))
-        if name in (r"\binom", r"\dbinom", r"\tbinom"):
-            return Node("call", (self._argument(), self._argument()), "binomial")
-        if name in (r"\lfloor", r"\lceil"):
-            node = Node("call", (self._sum(),), {"l": "floor", "c": "ceil"}["c" if name == r"\lceil" else "l"])
-            self._expect(r"\rfloor", r"\rceil")
-            return node
-        if name == r"\{":
-            return self._group(name)
-        if name == r"\begin":
-            return self._matrix()
-        if name == r"\boxed":
-            return self._argument()
-        if name[1:] in FUNCTIONS:
-            return self._call(name[1:])
+                self.expect("]")
+            return Node("root", (self._primary(), degree))
+        if name in FUNCTIONS:
+            return self._call(name)
         if name in CONSTANTS:
             return Node("symbol", (), CONSTANTS[name])
         if name in _DECORATIONS:
-            return self._symbol(name + "".join(part.text for part in self._raw_argument()))
-        if not name[1:].isalpha() or name in _NO_FACTORS or name in RELATIONS:
-            raise NotMathematicsError(f"unexpected {name!r}")
-        return self._symbol(name)
+            return self._symbol(f"{command}{{{self._raw()}}}")
+        if name in _GREEK:
+            return self._symbol(command)
+        if command == r"\begin":
+            return self._matrix()
+        raise NotMathematicsError(f"unexpected {command!r}")
 
-    def _argument(self, *, is_long: bool = False) -> Node:
-        r"""A group, or one token: ``\frac12`` is a half, but the root in ``\sqrt13`` has all digits."""
-        token = self._next()
-        if token is not None and token.kind == "number" and not is_long and len(token.text) > 1:
+    def _argument(self) -> Node:
+        r"""A group, or one token: ``\frac12`` is a half."""
+        token = self._peek()
+        if token.kind == "number" and len(token.text) > 1 and token.text.isdigit():
             self._tokens[self._at] = token._replace(text=token.text[1:], is_spaced=False)
-            if not token.text.isdigit():
-                self._fail()
             return Node("number", (), token.text[0])
         return self._primary()
 
@@ -486,111 +340,82 @@ class _Parser:
                 power = self._exponent()
             else:
                 base = self._primary()
-        if self._sees("(", "[", "{"):
+        if self._sees("(", "[", "{", r"\{"):
             argument = self._primary()
-            argument = (
-                argument
-                if argument.kind != "list" or name in ("max", "min", "gcd", "lcm")
-                else self._fail() or argument
-            )
         else:
             factors = [self._factor()]
-            while self._is_factor() and not self._is_function():
+            while self._is_factor() and self._peek().text.lstrip("\\") not in FUNCTIONS:
                 factors.append(self._factor())
-            argument = factors[0] if len(factors) == 1 else Node("mul", tuple(factors))
+            argument = _joined("mul", factors)
         arguments = argument.args if argument.kind == "list" else (argument,)
-        if power == Node("neg", (Node("number", (), "1"),)) and name in _TRIGONOMETRIC:
+        if power == Node("neg", (Node("number", (), "1"),)) and name in _CIRCULAR:
             return Node("call", arguments, f"arc{name}")
-        node = Node("call", arguments if base is None else (argument, base), name)
+        node = Node("call", arguments if base is None else (*arguments, base), name)
         return node if power is None else Node("pow", (node, power))
-
-    def _is_function(self) -> bool:
-        token = self._next()
-        return token is not None and token.text.lstrip("\\") in FUNCTIONS
 
     def _group(self, opening: str) -> Node:
         if opening == r"\{" and self._takes(r"\}"):
             return Node("symbol", (), r"\emptyset")
-        self._braces += opening == "{"
-        inner = self._list()
-        self._braces -= opening == "{"
-        closing = self._expect(_OPEN[opening], *({")", "]"} if opening in "([" else ()))
+        self._open.append(opening)
+        inner = self._sum() if opening in _CALLED else self.list()
+        closing = self.expect(*_CLOSING[opening]).text
+        self._open.pop()
         is_list = inner.kind == "list" and inner.text == ","
+        if opening in _CALLED:
+            return Node("call", (inner,), _CALLED[opening])
         if opening == r"\{" or (opening == "{" and is_list):
             return Node("list", inner.args if is_list else (inner,), "{}")
-        if opening == "{":
-            return inner
         if is_list:
             return Node("list", inner.args, opening + closing)
-        if closing != _OPEN[opening]:
-            self._fail()
+        if opening in "([" and closing != _CLOSING[opening][0]:
+            self.expect("a pair")
         return inner
 
     def _matrix(self) -> Node:
-        r"""``\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}``; a determinant is not computed."""
-        name = "".join(part.text for part in self._raw_argument())
+        r"""``\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}``."""
+        name = self._raw()
         if name == "array":
-            self._raw_argument()
-        elif name not in ("matrix", "pmatrix", "bmatrix", "Bmatrix", "smallmatrix", "vmatrix"):
-            self._fail()
-        rows, row = [], [self._relation()]
+            self._raw()
+        elif not name.endswith("matrix"):
+            raise NotMathematicsError(name)
+        rows = [[self._relation()]]
         while not self._takes(r"\end"):
-            if self._takes("&"):
-                row.append(self._relation())
-            else:
-                self._expect(r"\\")
-                if not self._sees(r"\end"):
-                    rows.append(row)
-                    row = [self._relation()]
-        rows.append(row)
-        if "".join(part.text for part in self._raw_argument()) != name:
-            self._fail()
+            if self.expect("&", r"\\").text == "&":
+                rows[-1].append(self._relation())
+            elif not self._sees(r"\end"):
+                rows.append([self._relation()])
+        if self._raw() != name:
+            raise NotMathematicsError(name)
         matrix = Node("matrix", tuple(Node("list", tuple(row), "()") for row in rows))
-        return Node("call", (matrix,), "det") if name == "vmatrix" else matrix
-
-    # ---- units ----
+        return Node("symbol", (), f"det {matrix}") if name == "vmatrix" else matrix
 
     def _starts_unit(self) -> bool:
         """Whether words come that are no factors: ``5 clips``, ``20 km/h``, ``3 m``, but not ``5x``."""
-        token, after = self._next(), self._next(1)
-        if token is None or not self._at:
-            return False
-        if token.kind == "words" or token.text in _MONEY:
+        token, after, before = self._peek(), self._peek(1).text, self._tokens[self._at - 1]
+        if token.kind == "words" or token.text in CURRENCIES:
             return token.text not in _SEPARATORS
-        if token.text == r"\frac" and (name := self._next(2)) is not None:
-            return name.text in UNITS and name.kind in ("letters", "words")
-        before = self._tokens[self._at - 1]
+        if token.text == r"\frac":
+            return self._peek(2).text in UNITS
         if before.kind != "number" and before.text not in (")", "}", "%", r"\pi", "pi"):
             return False
-        if token.kind != "letters" or token.text in _SEPARATORS or token.text in CONSTANTS or token.text in _GREEK:
+        if token.kind != "letters" or token.text in _SEPARATORS or token.text in _NAMED - {"min"}:
             return False
-        if token.text in FUNCTIONS:
-            return token.text == "min" and (after is None or after.text not in ("(", "{"))
-        if token.text in UNITS:
-            is_last = after is None or after.text in _SEPARATORS or after.text in (")", "^", "/")
-            is_power = after is not None and after.text in ("^", "/")
-            return len(token.text) > 1 or (is_last and (token.is_spaced or is_power))
-        return len(token.text) > 2 and (token.is_spaced or token.text in _PERCENT)
+        if token.text in UNITS and len(token.text) == 1:
+            return after in ("^", "/") or (token.is_spaced and after in {"", ")", *_SEPARATORS})
+        if token.text == "min":
+            return after not in ("(", "{")
+        return token.text in UNITS or (len(token.text) > 2 and (token.is_spaced or token.text in _PERCENT))
 
     def _unit(self, node: Node) -> Node:
-        if not self._starts_unit():
+        if not self._at or not self._starts_unit():
             return node
         words, depth = [], 0
-        while (token := self._next()) is not None and token.text not in _SEPARATORS and token.text not in RELATIONS:
-            if token.text in ")]}" and not depth:
-                break
+        while (token := self._peek()).text not in {"", *_SEPARATORS, *RELATIONS} and (depth or token.text not in ")]}"):
             depth += (token.text in "({") - (token.text in ")}")
             words.append(self._take().text)
-        if words and words[0].lower() in SCALES:
-            scale = Node("number", (), f"1e{SCALES[words.pop(0).lower()]}")
-            node = Node("scaled", (node, scale))
-        if words and words[0].lower() in _PERCENT and len(words) == 1:
+        if len(words) == 1 and words[0].lower() in _PERCENT:
             return Node("percent", (node,))
-        is_unit = all(
-            word.lower() not in _NO_UNITS and (word.isalpha() or word in _IN_UNITS or word in _MONEY) for word in words
-        )
-        if not is_unit:
-            raise NotMathematicsError(f"{' '.join(words)!r} is no unit")
-        return Node(
-            "unit", (node,), " ".join((UNITS.get(word) or UNITS.get(word.removesuffix("s")) or word) for word in words)
-        )
+        for word in words:
+            if word.lower() in _NO_UNITS or not (word.isalpha() or word in _IN_UNITS or word in CURRENCIES):
+                raise NotMathematicsError(f"{word!r} is in no unit")
+        return Node("unit", (node,), " ".join(UNITS.get(w) or UNITS.get(w.removesuffix("s")) or w for w in words))
