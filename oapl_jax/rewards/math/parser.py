@@ -5,6 +5,7 @@ computing a value is known before it starts. Words are no products of letters: a
 words after a number are its unit. Commands that are not in the tables below make a text no mathematics.
 """
 
+import re
 from typing import NamedTuple
 
 from oapl_jax.rewards.math.notation import CURRENCIES, SCALES, Token, cleaned, tokens
@@ -65,7 +66,8 @@ _UNITS = """m meter metre|cm centimeter centimetre|mm millimeter millimetre|km k
 |€ euro EUR|₹ rupee INR Rs|¥ yen JPY|¢ cent|₩ won|yuan RMB CNY|N newton|J joule|W watt|V volt|Hz hertz|kW|kWh|K kelvin"""
 UNITS = {name: group.split()[0] for group in _UNITS.split("|") for name in group.split()}
 """Units by their names. Units that are not here are not told apart."""
-_IN_UNITS = {*"/^{}().-123", r"\cdot", r"\frac"}
+_NAME = rf"(?:\\frac |[({{] )*(?:[A-Za-z]+|[{''.join(CURRENCIES)}])(?: \^(?: \{{)? (?:- )?\d(?: \}})?| [)}}]| \.)*"
+_UNIT = re.compile(rf"{_NAME}(?:(?: \\cdot| /)? {_NAME})*", re.ASCII)
 _PERCENT = {"percent", "pct", "percentage", "%"}
 _NO_UNITS = set(
     "not no nor never isn is are was wrong false incorrect more less fewer than least most up to from between over under"
@@ -415,7 +417,6 @@ class _Parser:
             words.append(self._take().text)
         if len(words) == 1 and words[0].lower() in _PERCENT:
             return Node("percent", (node,))
-        for word in words:
-            if word.lower() in _NO_UNITS or not (word.isalpha() or word in _IN_UNITS or word in CURRENCIES):
-                raise NotMathematicsError(f"{word!r} is in no unit")
+        if depth or not _UNIT.fullmatch(" ".join(words)) or any(word.lower() in _NO_UNITS for word in words):
+            raise NotMathematicsError(f"{' '.join(words)!r} is no unit")
         return Node("unit", (node,), " ".join(UNITS.get(w) or UNITS.get(w.removesuffix("s")) or w for w in words))

@@ -24,8 +24,8 @@ MAX_BITS = 100_000
 """Size of the largest fraction that is computed."""
 MAX_EXPONENT = 10.0**6
 """Largest magnitude of a computed power, as an exponent of 2, and largest argument of a function."""
-MAX_PRECISION, MAX_GAMMA_PRECISION = 25_000, 800
-"""Bits of the most precise computation, and of one with factorials of numbers that are not natural."""
+MAX_PRECISION = 25_000
+"""Bits of the most precise computation."""
 MAX_WORK = 1_000_000
 """Most steps times bits of a comparison."""
 SPARE_BITS = 192
@@ -33,7 +33,7 @@ MAX_DEGREE = 100
 """Largest degree of a root that is taken exactly."""
 MIN_POINTS = 3
 """Fewest points at which both trees must have values."""
-POINTS = ((1, 1, 10007), (1, 40, 1), (1, 1000, 10007), (-1, 1, 10007), (-1, 300, 10007), *[(0, 30, 10007), (0, 9, 1)] * 3)
+POINTS = ((1, 1, 10007), (1, 1000, 10007), (-1, 1, 10007), (-1, 30, 10007), *[(0, 30, 10007), (1, 9, 1), (1, 40, 1)] * 3)
 """Sign (0: any), scale and denominator of the coordinates at which trees with variables are compared."""
 
 
@@ -152,14 +152,14 @@ def sign_of_difference(
         values = [evaluate(node, point, trace) for node in (first, second)]
     if all(isinstance(value, Fraction) for value in values):
         return (values[0] > values[1]) - (values[0] < values[1])
-    if not all(map(mpmath.isfinite, values)):
+    if not all(map(mpmath.isfinite, map(_inexact, values))):
         raise UnknownValueError("infinite")
     agreeing = int(2 * trace.bits) + SPARE_BITS
     precision = agreeing + int(trace.bits) + 64
     if precision > MAX_PRECISION or precision * trace.steps > MAX_WORK:
         raise TooLargeError
     with mpmath.workprec(precision):
-        difference = mpmath.fsub(*(evaluate(node, point, _Trace()) for node in (first, second)))
+        difference = mpmath.fsub(*(_inexact(evaluate(node, point, _Trace())) for node in (first, second)))
         if abs(difference) < mpmath.mpf(2) ** -agreeing:
             return 0
         return -1 if not mpmath.im(difference) and mpmath.re(difference) < 0 else 1
@@ -179,7 +179,7 @@ def evaluate(node: Node, point: Mapping[str, Fraction], trace: _Trace) -> Any:
             raise UnknownValueError(node.kind)
         parts = [evaluate(part, point, trace) for part in node.args]
         if not all(isinstance(part, Fraction) for part in parts):
-            parts = list(map(mpmath.mpmathify, parts))
+            parts = list(map(_inexact, parts))
         if node.kind == "call" and node.text.endswith("h"):
             trace.bits += 3 * float(abs(parts[0]))  # the exponentials in a hyperbolic tangent
         try:
@@ -189,6 +189,10 @@ def evaluate(node: Node, point: Mapping[str, Fraction], trace: _Trace) -> Any:
         value = Fraction(value) if isinstance(value, int) else value
     trace.add(value)
     return value
+
+
+def _inexact(value: Any) -> Any:
+    return mpmath.fdiv(value.numerator, value.denominator) if isinstance(value, Fraction) else value
 
 
 def _decimal(text: str) -> Fraction:
@@ -217,6 +221,7 @@ def _power(base: Any, exponent: Any) -> Any:
             if abs(base) not in (0, 1) and size * abs(exponent) > MAX_BITS:
                 raise TooLargeError
             return base ** int(exponent)
+    base, exponent = _inexact(base), _inexact(exponent)
     if base and abs(exponent) * max(1, abs(mpmath.mag(base))) > MAX_EXPONENT:
         raise TooLargeError
     return mpmath.power(base, exponent)
@@ -224,13 +229,13 @@ def _power(base: Any, exponent: Any) -> Any:
 
 def _root(value: Any, degree: Any) -> Any:
     """The real root where there is one: the cube root of -8 is -2."""
-    if mpmath.im(value) == 0 and mpmath.re(value) < 0 and mpmath.isint(degree) and degree % 2:
-        return -_root(-value, degree)
     if isinstance(value, Fraction) and value >= 0 and degree in range(2, MAX_DEGREE):
-        roots = [_integer_root(part, int(degree)) for part in (value.numerator, value.denominator)]
-        if Fraction(*roots) ** int(degree) == value:
-            return Fraction(*roots)
-    return mpmath.power(value, 1 / degree)
+        root = Fraction(*(_integer_root(part, int(degree)) for part in (value.numerator, value.denominator)))
+        if root ** int(degree) == value:
+            return root
+    if not isinstance(value, mpmath.mpc) and value < 0 and degree % 2 == 1:
+        return -_root(-value, degree)
+    return mpmath.power(_inexact(value), _inexact(1 / degree))
 
 
 def _integer_root(value: int, degree: int) -> int:
@@ -240,30 +245,27 @@ def _integer_root(value: int, degree: int) -> int:
     return guess
 
 
-def _of_naturals(exact: Callable[..., int], other: Callable[..., Any] | None = None) -> Callable[..., Any]:
-    """A function that is exact for natural numbers; ``other`` continues it to the other numbers."""
+def _of_naturals(function: Callable[..., int], *, is_large: bool = False) -> Callable[..., int]:
+    """A function that only natural numbers have, like the factorial."""
 
-    def apply(*values: Any) -> Any:
-        if all(isinstance(value, Fraction) and value.denominator == 1 and value >= 0 for value in values):
-            numbers = [int(value) for value in values]
-            count = min(numbers[-1], abs(numbers[0] - numbers[-1]) or numbers[0])
-            if other and count * math.log2(numbers[0] + 2) > MAX_BITS:
-                raise TooLargeError
-            return exact(*numbers)
-        if other is None:
+    @functools.lru_cache(maxsize=256)
+    def apply(*values: Any) -> int:
+        numbers = [int(value) for value in values]
+        if any(value != number or value < 0 for value, number in zip(values, numbers, strict=True)):
             raise ValueError
-        if mpmath.mp.prec > MAX_GAMMA_PRECISION:
+        count = min(numbers[-1], abs(numbers[0] - numbers[-1]) or numbers[0])
+        if is_large and count * math.log2(numbers[0] + 2) > MAX_BITS:
             raise TooLargeError
-        return _bounded(other)(*values)
+        return function(*numbers)
 
     return apply
 
 
-def _bounded(function: Callable[..., Any]) -> Callable[..., Any]:
+def _bounded(function: Callable[..., Any], most: Any = MAX_EXPONENT) -> Callable[..., Any]:
     def apply(*values: Any) -> Any:
-        if any(abs(value) > MAX_EXPONENT for value in values):
+        if any(abs(value) > most for value in values):
             raise TooLargeError
-        return function(*values)
+        return function(*map(_inexact, values))
 
     return apply
 
@@ -273,7 +275,7 @@ def _rounded(exact: Callable[[Any], int], other: Callable[[Any], Any]) -> Callab
 
 
 def _log(value: Any, base: Any = None) -> Any:
-    return mpmath.log(value) if base is None else mpmath.log(value) / mpmath.log(base)
+    return mpmath.log(_inexact(value)) / (1 if base is None else mpmath.log(_inexact(base)))
 
 
 _CONSTANTS: dict[str, Callable[[], Any]] = {
@@ -289,12 +291,12 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "root": _root,
     "mixed": lambda whole, fraction: whole + fraction,
     "percent": lambda value: value / 100,
-    "degrees": lambda value: mpmath.pi * value / 180,
+    "degrees": lambda value: mpmath.pi * _inexact(value) / 180,
     "unit": lambda value: value,
     **{name: _bounded(getattr(mpmath, name)) for name in (*_CIRCULAR, "sec", "csc", "exp")},
-    **{f"arc{name}": getattr(mpmath, f"a{name}") for name in _CIRCULAR},
-    "ln": _log, "log": _log, "lg": mpmath.log10, "abs": abs, "max": max, "min": min,
+    **{f"arc{name}": _bounded(getattr(mpmath, f"a{name}"), mpmath.inf) for name in _CIRCULAR},
+    "ln": _log, "log": _log, "lg": lambda value: _log(value, Fraction(10)), "abs": abs, "max": max, "min": min,
     "floor": _rounded(math.floor, mpmath.floor), "ceil": _rounded(math.ceil, mpmath.ceil),
-    "factorial": _of_naturals(math.factorial, mpmath.factorial), "binomial": _of_naturals(math.comb, mpmath.binomial),
+    "factorial": _of_naturals(math.factorial, is_large=True), "binomial": _of_naturals(math.comb, is_large=True),
     "gcd": _of_naturals(math.gcd), "lcm": _of_naturals(math.lcm),
 }  # fmt: skip
