@@ -10,6 +10,7 @@ The rule that decided is in the verdict (``RULES``). This runs in grading worker
 SymPy only when an answer needs it. The work of a verdict is bounded by sizes that are known before it starts.
 """
 
+import contextlib
 import functools
 import re
 from typing import NamedTuple
@@ -18,7 +19,7 @@ from oapl_jax.rewards.math import comparison, extraction
 from oapl_jax.rewards.math.extraction import extract_answer
 from oapl_jax.rewards.math.notation import cleaned, spelling
 from oapl_jax.rewards.math.parser import MAX_DEPTH, Node, NotMathematicsError, parse
-from oapl_jax.rewards.math.values import TooLargeError, UnknownValueError
+from oapl_jax.rewards.math.values import TooLargeError, UnknownValueError, rational, variables
 
 RULES = {
     "same text": True,
@@ -78,7 +79,8 @@ def _decide(gold: str, answer: str, prompt: str, is_evaluated: bool) -> str:
         for gold_tree in golds:
             for tree in answers:
                 if comparison.says(gold_tree, tree, is_evaluated=is_evaluated):
-                    is_copied = comparison.is_copied_form(gold_tree, tree) and _stands_in(answer, prompt)
+                    is_value = not comparison.is_number(tree) and not variables(gold_tree)
+                    is_copied = is_value and rational(tree) is not None and _stands_in(answer, prompt)
                     return "an expression of the prompt" if is_copied else "equal values"
     except comparison.PendingError:
         return "pending arithmetic"
@@ -150,27 +152,15 @@ def _unboxed(gold: str) -> str:
 def _readings(text: str) -> tuple[Node, ...]:
     """The trees of a text. A comma between digits may group them, be the decimal point, or separate two numbers."""
     text = cleaned(text)
-    variants = [_without_grouping(text), text]
-    if text.count(",") == 1 and not re.search(r"[(\[{]", text):
-        variants.append(_DECIMAL_COMMA.sub(r"\1.\2", text))
-    trees = []
-    for variant in dict.fromkeys(variants):
-        try:
-            trees.append(parse(variant))
-        except NotMathematicsError:
-            continue
-    return tuple(dict.fromkeys(trees))
-
-
-def _without_grouping(text: str) -> str:
-    """Removes commas that group digits, but not inside brackets, where they separate."""
-
-    def ungrouped(match: re.Match[str]) -> str:
-        before = text[: match.start()]
-        is_inside = any(before.count(left) > before.count(right) for left, right in ("()", "[]", (r"\{", r"\}")))
-        return match[0] if is_inside else match[0].replace(",", "")
-
-    return _GROUPED.sub(ungrouped, text)
+    variants = [text]
+    if not re.search(r"[(\[]|\\\{", text):  # in brackets commas separate
+        variants.insert(0, _GROUPED.sub(lambda match: match[0].replace(",", ""), text))
+        variants += [_DECIMAL_COMMA.sub(r"\1.\2", text)] * (text.count(",") == 1)
+    trees = {}
+    for variant in variants:
+        with contextlib.suppress(NotMathematicsError):
+            trees[parse(variant)] = None
+    return tuple(trees)
 
 
 def _stands_in(answer: str, prompt: str) -> bool:

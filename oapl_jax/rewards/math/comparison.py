@@ -1,7 +1,8 @@
 r"""Whether an answer says the same as a gold answer: labels, lists, sets, matrices, relations, down to single values.
 
 What an answer leaves out has to be without meaning for the value: a label (``x = 4``), a unit, a percent sign. Nothing
-else is dropped: a set is no tuple, a chain of equations has to be true, words keep their order.
+else is dropped: a set is no tuple, a chain of equations has to be true, words keep their order. Sets of numbers are equal
+if they have the same members among all ends of their intervals and the numbers between.
 """
 
 import functools
@@ -10,15 +11,7 @@ from collections.abc import Callable, Sequence
 from fractions import Fraction
 
 from oapl_jax.rewards.math.parser import UNITS, Node
-from oapl_jax.rewards.math.values import (
-    UnknownValueError,
-    approximate,
-    are_equal,
-    is_simple_rational,
-    rational,
-    sign_of_difference,
-    variables,
-)
+from oapl_jax.rewards.math.values import UnknownValueError, approximate, are_equal, difference_sign, rational, variables
 
 MIN_ROUNDED_DIGITS = 6
 """Significant digits from which a decimal number may stand for a number with more."""
@@ -32,63 +25,6 @@ _STRUCTURES = ("list", "ratio", "matrix", "relation")
 
 class PendingError(ValueError):
     """The answer has the value of the gold answer, but has not computed it."""
-
-
-def _number(value: Fraction | int) -> Node:
-    parts = [Node("number", (), str(abs(part))) for part in (value.numerator, value.denominator)]
-    node = parts[0] if parts[1].text == "1" else Node("div", tuple(parts))
-    return Node("neg", (node,)) if value < 0 else node
-
-
-_INFINITIES = {Node("symbol", (), r"\infty"): 1, Node("neg", (Node("symbol", (), r"\infty"),)): -1}
-
-
-# ---- form ----
-
-
-def is_pending(node: Node) -> bool:
-    r"""Whether a tree has a sum, difference, product or function of rational numbers that has a rational value.
-
-    Not pending: fractions, mixed numbers, powers, ``3 \cdot 10^5``, roots and logarithms.
-    """
-    if node.kind in ("add", "mul") and sum(rational(part) is not None for part in node.args) > 1:
-        return not _is_scientific(node)
-    if node.kind == "div" and node.text and rational(node) is not None:  # with the sign of division
-        return True
-    if node.kind == "call" and node.text not in ("log", "ln", "lg", "exp") and not variables(node):
-        return is_simple_rational(node)
-    return any(map(is_pending, node.args))
-
-
-def is_number(node: Node) -> bool:
-    """Whether a tree is a number that is written out: digits, a fraction in lowest terms, a mixed or scientific one."""
-    if node.kind in ("neg", "unit", "percent", "degrees"):
-        return is_number(node.args[0])
-    if node.kind == "div" and all(part.kind == "number" for part in node.args):
-        above, below = (rational(part) for part in node.args)
-        return (value := rational(node)) is not None and (value.numerator, value.denominator) == (above, below)
-    return node.kind in ("number", "mixed", "based", "word", "symbol") or _is_scientific(node)
-
-
-def is_copied_form(gold: Node, answer: Node) -> bool:
-    """Whether an answer to a numeric gold answer is rational but not written as a number."""
-    answer = answer.args[-1] if answer.kind == "relation" else answer
-    is_value = answer.kind not in (*_STRUCTURES, "region", "word") and not variables(gold)
-    return is_value and not is_number(answer) and rational(answer) is not None
-
-
-def _is_scientific(node: Node) -> bool:
-    numbers = [part for part in node.args if rational(part) is not None] if node.kind == "mul" else []
-    if len(numbers) != 2:
-        return False
-    power, number = sorted(numbers, key=lambda part: part.kind != "pow")
-    number = number.args[0] if number.kind == "neg" else number
-    return number.kind == "number" and power.kind == "pow" and power.args[0] == _number(10)
-
-
-# ---- structure ----
-
-_Same = Callable[[Node, Node], bool]
 
 
 def says(gold: Node, answer: Node, *, is_evaluated: bool) -> bool:
@@ -114,6 +50,52 @@ def says(gold: Node, answer: Node, *, is_evaluated: bool) -> bool:
     return _matches(gold, answer, is_same)
 
 
+# ---- form ----
+
+
+def is_pending(node: Node) -> bool:
+    r"""Whether a tree has a sum, difference, product or function of rational numbers that has a rational value.
+
+    Not pending: fractions, mixed numbers, powers, ``3 \cdot 10^5``, roots and logarithms.
+    """
+    if node.kind in ("add", "mul") and sum(rational(part) is not None for part in node.args) > 1:
+        return not _is_scientific(node)
+    if node.kind == "div" and node.text and rational(node) is not None:  # with the sign of division
+        return True
+    if node.kind == "call" and node.text not in ("log", "ln", "lg", "exp") and not variables(node):
+        value = approximate(node, 256).limit_denominator(1000)  # sin 30° is a half
+        return are_equal(node, _number(value))
+    return any(map(is_pending, node.args))
+
+
+def is_number(node: Node) -> bool:
+    """Whether a tree is a number that is written out: digits, a fraction in lowest terms, a mixed or scientific one."""
+    if node.kind in ("neg", "unit", "percent", "degrees"):
+        return is_number(node.args[0])
+    if node.kind == "div" and (value := rational(node)) is not None:
+        return node == _number(value)
+    return node.kind in ("number", "mixed", "based", "word", "symbol", *_STRUCTURES) or _is_scientific(node)
+
+
+def _is_scientific(node: Node) -> bool:
+    numbers = [part for part in node.args if rational(part) is not None] if node.kind == "mul" else []
+    kinds = {(part.args[0] if part.kind == "neg" else part).kind for part in numbers}
+    is_ten = any(part.kind == "pow" and part.args[0] == _number(10) for part in numbers)
+    return is_ten and len(numbers) == 2 and kinds == {"number", "pow"}
+
+
+def _number(value: Fraction | int) -> Node:
+    texts = [(hex if size.bit_length() > 9999 else str)(size) for size in (abs(value.numerator), value.denominator)]
+    parts = [Node("number", (), text) for text in texts]
+    node = parts[0] if value.denominator == 1 else Node("div", tuple(parts))
+    return Node("neg", (node,)) if value < 0 else node
+
+
+# ---- structure ----
+
+_Same = Callable[[Node, Node], bool]
+
+
 def _matches(gold: Node, answer: Node, is_same: _Same) -> bool:
     if gold == answer:
         return True
@@ -129,9 +111,7 @@ def _matches(gold: Node, answer: Node, is_same: _Same) -> bool:
         return False
     if gold_label and label and gold_label.kind == label.kind == "symbol" and gold_label != label:
         return False
-    for node in (gold_value, value):  # a set of one number may stand for it
-        if node.kind == "list" and node.text == "{}" and len(node.args) == 1:
-            gold_value, value = (n.args[0] if n is node else n for n in (gold_value, value))
+    gold_value, value = _only_element(gold_value), _only_element(value)
     if gold_value is not gold or value is not answer:
         return _matches(gold_value, value, is_same)
     if gold.kind == answer.kind == "ratio" and any(part.text[:1] == "0" for part in (*gold.args, *answer.args)):
@@ -141,6 +121,11 @@ def _matches(gold: Node, answer: Node, is_same: _Same) -> bool:
     return gold.kind not in _STRUCTURES and answer.kind not in _STRUCTURES and is_same(gold, answer)
 
 
+def _only_element(node: Node) -> Node:
+    """A set of one number may stand for it."""
+    return node.args[0] if node.kind == "list" and node.text == "{}" and len(node.args) == 1 else node
+
+
 def _match_in_order(golds: Sequence[Node], answers: Sequence[Node], is_same: _Same) -> bool:
     return len(golds) == len(answers) and all(_matches(a, b, is_same) for a, b in zip(golds, answers, strict=True))
 
@@ -148,24 +133,19 @@ def _match_in_order(golds: Sequence[Node], answers: Sequence[Node], is_same: _Sa
 def _match_lists(gold: Node, answer: Node, is_same: _Same) -> bool:
     """Brackets have to agree, but a list without brackets may be a set, and with labels a tuple."""
     golds, answers = _items(gold), _items(answer)
-    brackets = [node.text if node.text not in (",", "or") else "" for node in (gold, answer)]
-    are_labelled = [_has_own_labels(items) for items in (golds, answers)]
-    is_ordered = brackets[0] not in ("", "{}") or (brackets == ["", ""] and all(map(_is_word, golds)))
+    brackets = ["" if node.text in (",", "or") else node.text for node in (gold, answer)]
     if brackets[0] != brackets[1] and set(brackets) != {"", "{}"}:
         labelled = (golds, answers)[brackets.index("")] if set(brackets) == {"", "()"} else []
-        if not _has_own_labels(labelled, with_indices=True):
-            return False
-        is_ordered = True
-    if is_ordered or are_labelled[0] != are_labelled[1]:
+        return _has_own_labels(labelled, with_indices=True) and _match_in_order(golds, answers, is_same)
+    is_ordered = brackets[0] not in ("", "{}") or (brackets == ["", ""] and all(map(_is_word, golds)))
+    if is_ordered or _has_own_labels(golds) != _has_own_labels(answers):
         return _match_in_order(golds, answers, is_same)
-    if len(golds) != len(answers):
-        return False
     for item in golds:
-        found = next((index for index, other in enumerate(answers) if _matches(item, other, is_same)), None)
+        found = next((other for other in answers if _matches(item, other, is_same)), None)
         if found is None:
             return False
-        del answers[found]
-    return True
+        answers.remove(found)
+    return not answers
 
 
 def _as_list(node: Node, other: Node) -> Node:
@@ -213,9 +193,7 @@ def _has_own_labels(items: Sequence[Node], *, with_indices: bool = False) -> boo
 def _statement(node: Node, *, is_gold: bool) -> tuple[Node | None, Node | None]:
     r"""The label and the value of ``x = 4`` or ``x \in S``; no value if the statement is false or denies something."""
     sides, relations = list(node.args), node.text.split()
-    if node.kind == "relation" and relations == ["in"]:
-        return sides[0], sides[1]
-    if node.kind != "relation" or not {*relations} <= {"=", "~"}:
+    if node.kind != "relation" or not (relations == ["in"] or {*relations} <= {"=", "~"}):
         return None, node
     if "~" in relations:  # x = 1/3 ~ 0.33
         cut = relations.index("~")
@@ -230,36 +208,33 @@ def _statement(node: Node, *, is_gold: bool) -> tuple[Node | None, Node | None]:
         return (None, node) if variables(value) else (None, value)
     if {*label.text.casefold().split()} & _NEGATIONS:
         return None, None
-    is_value = not variables(value) and rational(value) != 0 and not is_gold
-    return (label, value) if is_value or _is_label(label) else (None, node)
+    is_value = not variables(value) and not is_gold and rational(value) != 0
+    return (label, value) if is_value or relations == ["in"] or _is_label(label) else (None, node)
 
 
 def _is_label(node: Node) -> bool:
-    r"""Whether a tree names a quantity: a symbol, words, ``f(2)``, ``\frac{NO}{BO}``, ``(p, q)``."""
+    r"""Whether a tree names a quantity: a symbol, words, ``\frac{NO}{BO}``, ``(p, q)``."""
     if node.kind in ("mul", "div"):  # segments, unlike the x y of an equation
-        are_capital = (part.kind == "mul" or not part.text[:1].islower() for part in node.args)
-        return all(map(_is_label, node.args)) and all(are_capital)
+        return all(_is_label(part) and (part.kind == "mul" or not part.text[:1].islower()) for part in node.args)
     if node.kind in ("list", "ratio"):
         return all(map(_is_label, node.args))
-    return bool(variables(node)) if node.kind == "symbol" else node.kind in ("word", "call")
+    return node.kind == "word" or (node.kind == "symbol" and bool(variables(node)))
 
 
 def _match_relations(gold: Node, answer: Node, is_same: _Same) -> bool | None:
     """Whether two relations are the same or multiples of each other; None if both are labelled values."""
     gold, answer = _ascending(gold), _ascending(answer)
-    if gold.text == answer.text and len(gold.args) == len(answer.args) and len(gold.args) != 2:
-        return all(_is_same_value(a, b) for a, b in zip(gold.args, answer.args, strict=True))
     if "=" in gold.text and all(_statement(node, is_gold=True)[0] is not None for node in (gold, answer)):
         return None
-    if gold.text != answer.text or len(gold.args) != 2 or len(answer.args) != 2:
+    if gold.text != answer.text:
         return False if {*gold.text.split()} - {"=", "~"} else None
-    if gold.text in ("in", "=="):
+    if len(gold.args) != 2 or gold.text in ("in", "=="):
         return _match_in_order(gold.args, answer.args, is_same)
     differences = [Node("add", (node.args[0], Node("neg", (node.args[1],)))) for node in (gold, answer)]
-    names = sorted(variables(differences[0]) | variables(differences[1]))
+    names = sorted(variables(gold) | variables(answer))
     point = {name: _number(Fraction(1_000_003 + 7907 * index**2, 9973)) for index, name in enumerate(names)}
     scales = [_substituted(difference, point) for difference in differences]
-    signs = [sign_of_difference(scale, _number(0)) for scale in scales]
+    signs = [difference_sign(scale, _number(0)) for scale in scales]
     if not all(signs) or (gold.text in _BOUNDS and signs[0] != signs[1]):
         return False
     return are_equal(*(Node("mul", pair) for pair in zip(differences, reversed(scales), strict=True)))
@@ -280,25 +255,29 @@ def _substituted(node: Node, point: dict[str, Node]) -> Node:
 
 # ---- sets of numbers ----
 
+_INFINITY = Node("symbol", (), r"\infty")
+_INFINITIES = {_INFINITY: 1, Node("neg", (_INFINITY,)): -1}
+_SIGNS = {"<": (-1,), "<=": (-1, 0), ">": (1,), ">=": (1, 0), "=": (0,), "!=": (1, -1)}
+"""The signs of the difference of two sides between which a relation holds."""
+_NAMED_SETS = {r"\mathbb{R}": True, r"\emptyset": False}
+"""Whether a set contains every number or none."""
+
 
 def _is_set(node: Node) -> bool:
     """Whether a tree is a set of numbers by its form alone, unlike a pair, which may be an interval or a point."""
     if node.kind == "list":
         return node.text in (",", "or") and any(map(_is_set, node.args))
-    is_inequality = node.kind == "relation" and bool({*node.text.split()} & {*_BOUNDS, "!="})
-    is_member = node.kind == "relation" and node.text == "in" and _is_set(node.args[1])
-    return is_inequality or is_member or node.kind == "region" or node.text == r"\mathbb{R}"
+    if node.kind == "relation":
+        return bool({*node.text.split()} & {*_BOUNDS, "!="}) or (node.text == "in" and _is_set(node.args[1]))
+    return node.kind == "region" or node.text == r"\mathbb{R}"
 
 
 def _are_same_sets(gold: Node, answer: Node, is_same: _Same) -> bool | None:
-    """Whether two sets have the same members among all ends of their intervals and the numbers between them.
-
-    None if one of the trees is no set of numbers of one variable.
-    """
+    """Whether two sets have the same members; None if one of the trees is no set of numbers of one variable."""
     ends, others = _ends(gold), _ends(answer)
     if ends is None or others is None:
         return None
-    names = _unknowns(gold), _unknowns(answer)
+    names = [variables(node) - _NAMED_SETS.keys() for node in (gold, answer)]
     if (all(names) and names[0] != names[1]) or len(ends) + len(others) > MAX_ENDS:
         return False
     if any(_contains(gold, test) != _contains(answer, test) for test in _tests([*ends, *others])):
@@ -316,61 +295,50 @@ def _tests(ends: Sequence[Node]) -> list[Node]:
     return finite + [_number(value) for value in (places[0] - 1, *between, places[-1] + 1)]
 
 
-def _unknowns(node: Node) -> frozenset[str]:
-    return variables(node) - {r"\mathbb{R}", r"\emptyset"}
-
-
 def _ends(node: Node) -> list[Node] | None:
     """The numbers at which membership in a set may change; None if the tree is no set of numbers."""
-    if node.kind == "symbol":
-        return [] if node.text in (r"\mathbb{R}", r"\emptyset") else None
-    if node.kind == "relation" and node.text == "in":
-        return _ends(node.args[1])
-    if node.kind == "relation" and len(_unknowns(node)) == 1:
-        pairs = itertools.pairwise(node.args)
-        found = [_roots(*pair) for pair in pairs] if {*node.text.split()} <= {*_BOUNDS, "=", "!="} else [None]
+    found: list[list[Node] | None] = [None]
+    if node.text in _NAMED_SETS:
+        found = []
+    elif node.kind == "relation":
+        is_member = node.text == "in"
+        found = [_ends(node.args[1])] if is_member else [_roots(*pair) for pair in itertools.pairwise(node.args)]
     elif node.kind == "region" or (node.kind == "list" and node.text in (",", "or")):
         found = [_ends(part) for part in node.args]
-    elif node.kind == "list" and (node.text == "{}" or len(node.args) == 2):
-        found = [_items(node)] if not variables(node) else [None]
-    else:
-        return None
+    elif node.kind == "list" and (node.text == "{}" or len(node.args) == 2) and not variables(node):
+        found = [_items(node)]
     return None if None in found else [end for ends in found for end in ends or []]
 
 
 def _roots(left: Node, right: Node) -> list[Node] | None:
-    """The solutions of an equation whose sides are linear, or the absolute value of something linear beside a number."""
-    if len(names := variables(left) | variables(right)) != 1:
-        return None
+    """The solutions of an equation of a number with something linear in one variable, or its absolute value."""
     if variables(right):
         left, right = right, left
-    if left.kind == "call" and left.text == "abs" and not variables(right):
+    if variables(right) or len(names := variables(left)) != 1:
+        return None
+    if left.kind == "call" and left.text == "abs":
         found = [_roots(left.args[0], side) for side in (right, Node("neg", (right,)))]
         return None if None in found else [root for roots in found for root in roots or []]
-    if left.kind == "symbol" and not variables(right):
+    if left.kind == "symbol":
         return [right]
-    difference = Node("add", (left, Node("neg", (right,))))
-    values = [_substituted(difference, dict.fromkeys(names, _number(x))) for x in range(3)]
-    slopes = [Node("add", (b, Node("neg", (a,)))) for a, b in itertools.pairwise(values)]
-    if not are_equal(*slopes) or are_equal(slopes[0], _number(0)):
-        return None
-    root = Node("neg", (Node("div", (values[0], slopes[0])),))
-    return [root if (value := rational(root)) is None else _number(value)]
+    values = [_substituted(left, dict.fromkeys(names, _number(x))) for x in range(3)]
+    slopes = [rational(Node("add", (b, Node("neg", (a,))))) for a, b in itertools.pairwise(values)]
+    rest = rational(Node("add", (right, Node("neg", (values[0],)))))
+    return [_number(rest / slopes[0])] if slopes[0] and slopes[0] == slopes[1] and rest is not None else None
 
 
 def _contains(node: Node, point: Node) -> bool:
-    if node.kind == "symbol":
-        return node.text == r"\mathbb{R}"
+    if node.text in _NAMED_SETS:
+        return _NAMED_SETS[node.text]
     if node.kind == "region":
         is_in, is_in_other = (_contains(part, point) for part in node.args)
         return is_in or is_in_other if node.text == r"\cup" else is_in and is_in_other == (node.text == r"\cap")
+    if node.kind == "relation" and node.text == "in":
+        return _contains(node.args[1], point)
     if node.kind == "relation":
-        if node.text == "in":
-            return _contains(node.args[1], point)
-        sides = [_substituted(side, dict.fromkeys(_unknowns(node), point)) for side in node.args]
-        signs = [_compare(a, b) for a, b in itertools.pairwise(sides)]
-        tests = {"<": (-1,), "<=": (-1, 0), ">": (1,), ">=": (1, 0), "=": (0,), "!=": (1, -1)}
-        return all(sign in tests[relation] for sign, relation in zip(signs, node.text.split(), strict=True))
+        sides = [_substituted(side, dict.fromkeys(variables(node), point)) for side in node.args]
+        signs = itertools.starmap(_compare, itertools.pairwise(sides))
+        return all(sign in _SIGNS[relation] for sign, relation in zip(signs, node.text.split(), strict=True))
     if node.text == "{}":
         return any(_compare(point, item) == 0 for item in _items(node))
     if node.text in (",", "or"):
@@ -387,11 +355,8 @@ def _is_union(node: Node) -> bool:
 
 def _compare(first: Node, second: Node) -> int:
     """The sign of a difference; the infinities are numbers here."""
-    if first in _INFINITIES or second in _INFINITIES:
-        a, b = _INFINITIES.get(first, 0), _INFINITIES.get(second, 0)
-        return (a > b) - (a < b)
-    return sign_of_difference(first, second)
-
+    a, b = _INFINITIES.get(first, 0), _INFINITIES.get(second, 0)
+    return (a > b) - (a < b) if a or b else difference_sign(first, second)
 
 
 # ---- single values ----
@@ -399,23 +364,22 @@ def _compare(first: Node, second: Node) -> int:
 
 def _is_same_value(gold: Node, answer: Node) -> bool:
     """Whether two single values are equal, apart from a unit or a percent sign that only one of them has."""
-    nodes = (gold, answer)
-    if "unit" in (gold.kind, answer.kind):
+    nodes, kinds = (gold, answer), (gold.kind, answer.kind)
+    if "unit" in kinds:
         known = {*UNITS.values(), *"/^23{}"}
         if gold.text != answer.text and all(n.kind == "unit" and {*n.text.split()} <= known for n in nodes):
             return False
         return _is_same_value(*(node.args[0] if node.kind == "unit" else node for node in nodes))
-    if "based" in (gold.kind, answer.kind):
-        numbers = [
-            Node("number", (), n.text[:-3]) if n.kind == "based" and n.text.endswith("_10") else n for n in nodes
+    if "based" in kinds:  # equal ones have the same tree
+        bare = [
+            n._replace(kind="number", text=n.text.removesuffix("_10")) if n.text.endswith("_10") else n for n in nodes
         ]
-        return numbers[0] == numbers[1] or all(n.kind != "based" for n in numbers) and are_equal(*numbers)
-    if "word" in (gold.kind, answer.kind):
+        return bare != [*nodes] and _is_same_value(*bare)
+    if "word" in kinds:
         return gold.text.casefold() == answer.text.casefold() and answer.kind in ("word", "symbol")
     for kind in ("degrees", "percent"):  # on one side only, it counts or it does not
-        if kind in (gold.kind, answer.kind) and gold.kind != answer.kind:
-            bare = [node.args[0] if node.kind == kind else node for node in nodes]
-            return _is_same_value(*bare) or are_equal(*nodes)
+        if kind in kinds and kinds[0] != kinds[1]:
+            return are_equal(*nodes) or _is_same_value(*(n.args[0] if n.kind == kind else n for n in nodes))
     if any(node in _INFINITIES for node in nodes):
         return False  # equal ones have the same tree
     return _is_rounded(gold, answer) or _is_rounded(answer, gold) or are_equal(gold, answer)
@@ -423,21 +387,17 @@ def _is_same_value(gold: Node, answer: Node) -> bool:
 
 def _is_rounded(number: Node, other: Node) -> bool:
     """Whether a decimal number is another one, that has more decimals than can be written, rounded or cut off."""
-    digits = number.args[0] if number.kind == "neg" else number
-    if digits.kind != "number" or not digits.text.replace(".", "", 1).isdigit() or "." not in digits.text:
-        return False
-    if len(digits.text.replace(".", "").lstrip("0")) < MIN_ROUNDED_DIGITS or variables(other):
+    digits = (number.args[0] if number.kind == "neg" else number).text
+    whole, _, decimals = digits.partition(".")
+    is_decimal = number.kind in ("neg", "number") and decimals.isdigit()
+    if not is_decimal or len((whole + decimals).lstrip("0")) < MIN_ROUNDED_DIGITS or variables(other):
         return False
     written, value = rational(number), rational(other)
-    if written is None or (value is not None and _terminates(value)):
+    if written is None or (value is not None and 10 ** value.denominator.bit_length() % value.denominator == 0):
         return False
     try:
-        value = approximate(other, 4 * len(digits.text) + 64)
+        value = approximate(other, 4 * len(digits) + 64)
     except UnknownValueError:
         return False
-    missing = (abs(value) - abs(written)) * 10 ** len(digits.text.partition(".")[2])
+    missing = (abs(value) - abs(written)) * 10 ** len(decimals)
     return value * written > 0 and -Fraction(1, 2) <= missing < 1
-
-
-def _terminates(value: Fraction) -> bool:
-    return 10 ** value.denominator.bit_length() % value.denominator == 0

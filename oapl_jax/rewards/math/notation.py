@@ -24,8 +24,15 @@ _GREEK = re.compile("[Α-Ωα-ω]")
 
 CURRENCIES = frozenset("¤€£¥₹₩¢")
 """Signs; ``¤`` stands for an escaped dollar, because a plain one only delimits formulas."""
-SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+_SCALES = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 """Words after a number that multiply it, as powers of ten."""
+_SCALE_WORDS = "|".join(_SCALES)
+
+
+def _mixed(text: str, whole: str, above: str, below: str) -> str:
+    """A number before a proper fraction is a mixed number, and otherwise a factor."""
+    return rf"\mixed{{{whole}}}{{{above}}}{{{below}}}" if int(above) < int(below) else text
+
 
 _REWRITES = tuple(
     (re.compile(pattern, re.ASCII), replacement)
@@ -42,7 +49,7 @@ _REWRITES = tuple(
         (r"\{,\}", ","),
         (r"\^\s*(?:\{\s*((?:\\prime\s*)+)\}|\\prime(?![A-Za-z]))", lambda m: "'" * (m[0].count("prime"))),
         (r"\{\s*:\s*\}|\\colon(?![A-Za-z])", ":"),
-        (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+        (r"\\[dtc](?=(?:frac|binom)(?![A-Za-z]))", r"\\"),
         (r"\\([%_])", r"\1"),
         (r"\\lbrace(?![A-Za-z])", r"\\{"),
         (r"\\rbrace(?![A-Za-z])", r"\\}"),
@@ -58,12 +65,18 @@ _REWRITES = tuple(
         (r"\\(?:mathrm|mathbf|mathit|mathsf|operatorname\*?|bm|boldsymbol|text)\s*\{([ei])\}", r" \1 "),
         (r"(?<![\d)} ])\\(?:mathrm|mathbf|mathit|bm|boldsymbol|text)\s*\{\s*(\\?[A-Za-z])\s*\}", r" \1 "),
         (r"(?<![\d.,])(\d{1,3})((?: \d{3})+)(?![\d ]*\d)", lambda match: match[0].replace(" ", "")),
-        (rf"\\text\s*\{{\s*([¤€£¥₹₩¢]|{'|'.join(SCALES)})\s*\}}", r" \1 "),
+        (rf"\\text\s*\{{\s*([¤€£¥₹₩¢]|(?:{_SCALE_WORDS})\b)", r" \1 \\text{"),
+        (rf"(\d[\d.,]*)\s*({_SCALE_WORDS})\b", lambda m: f"{m[1]}e{_SCALES[m[2]]}"),
+        (
+            r"(?<![\d.])(\d+)(?:\s*\\frac\s*(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))| (\d+)/(\d+)(?![\d.]))",
+            lambda m: _mixed(m[0], m[1], m[2] or m[3] or m[6], m[4] or m[5] or m[7]),
+        ),
+        (r"\\text\{\s*\}", " "),
         (r"(\d*\.\d*)\\(?:overline|dot|bar)\s*(?:\{(\d+)\}|(\d))", lambda m: f"{m[1]}({m[2] or m[3]})"),
         (r"\(([0-9A-F]+)\)\s*(?=_)", r"\1"),
         (
             r"(?:(?:US|A|C)?([¤€£¥₹₩])|(?<![A-Za-z])(USD|EUR|GBP|INR|Rs|RMB|CNY|JPY)\b\.?)\s*"
-            rf"(-?\s*(?:[\d.,]*\d|\\frac\{{[^{{}}]*\}}\{{[^{{}}]*\}})(?:\s*(?:{'|'.join(SCALES)})\b)?)",
+            rf"(-?\s*(?:[\d.,]*\d|\\frac\{{[^{{}}]*\}}\{{[^{{}}]*\}})(?:e\d+)?)",
             lambda m: f"{m[3]} {m[1] or m[2]} ",
         ),
     )

@@ -8,7 +8,7 @@ words after a number are its unit. Commands that are not in the tables below mak
 import re
 from typing import NamedTuple
 
-from oapl_jax.rewards.math.notation import CURRENCIES, SCALES, Token, cleaned, tokens
+from oapl_jax.rewards.math.notation import CURRENCIES, Token, cleaned, tokens
 
 MAX_TOKENS = 400
 MAX_DEPTH = 14
@@ -53,9 +53,17 @@ _DECORATIONS = set("overline vec hat bar tilde mathbb mathcal mathfrak overright
 """Commands that make a symbol of their argument."""
 _NAMED = FUNCTIONS | CONSTANTS.keys() | _GREEK | {"sqrt"}
 """Names that are no words, with and without a backslash."""
-_COMMANDS = {"frac": "div", "binom": "binomial", "dbinom": "binomial", "tbinom": "binomial"}
+_COMMANDS = {"frac", "mixed", "binom"}
 _SEPARATORS = {",": ",", ";": ",", "and": ",", "or": "or"}
-_CLOSING = {"(": ")]", "[": "])", r"\{": (r"\}",), "{": "}", "|": "|", r"\lfloor": (r"\rfloor",), r"\lceil": (r"\rceil",)}
+_CLOSING = {
+    "(": ")]",
+    "[": "])",
+    r"\{": (r"\}",),
+    "{": "}",
+    "|": "|",
+    r"\lfloor": (r"\rfloor",),
+    r"\lceil": (r"\rceil",),
+}
 _CALLED = {"|": "abs", r"\lfloor": "floor", r"\lceil": "ceil"}
 _APPLIED = set("fghFGHPQ")
 """Letters before a bracket that are functions rather than factors."""
@@ -208,7 +216,7 @@ class _Parser:
             return token.text not in _SEPARATORS
         if token.text == "|":
             return "|" not in self._open
-        return token.text in _CLOSING.keys() - {r"\{"} or token.text[1:] in _NAMED | _COMMANDS.keys() | _DECORATIONS
+        return token.text in _CLOSING.keys() - {r"\{"} or token.text[1:] in _NAMED | _COMMANDS | _DECORATIONS
 
     def _factor(self) -> Node:
         is_negative = False
@@ -240,36 +248,13 @@ class _Parser:
 
     def _primary(self) -> Node:
         token = self._take()
-        if token.kind == "number":
-            return self._number(token)
-        if token.kind == "based":
-            return Node("based", (), token.text)
+        if token.kind in ("number", "based"):
+            return Node(token.kind, (), token.text)
         if token.kind == "letters" or (token.kind == "words" and len(token.text) == 1):
             return self._letters(token)
         if token.text in _CLOSING:
             return self._group(token.text)
         return self._command(token.text)
-
-    def _number(self, token: Token) -> Node:
-        """A number with words like "million", or with a fraction (``3\\frac12``, ``3 1/2``)."""
-        number, start, zeros = Node("number", (), token.text), self._at, 0
-        while self._peek().text in SCALES:
-            zeros += SCALES[self._take().text]
-        if zeros:
-            return Node("number", (), f"{token.text}e{zeros}")
-        if not token.text.isdigit():
-            return number
-        if self._takes(r"\frac"):
-            parts = [self._argument(), self._argument()]
-        elif self._peek().kind == self._peek(2).kind == "number" and self._peek().is_spaced and self._sees("/", ahead=1):
-            parts = [Node("number", (), self._peek(ahead).text) for ahead in (0, 2)]
-            self._at += 3
-        else:
-            return number
-        if all(part.text.isdigit() for part in parts) and int(parts[0].text) < int(parts[1].text):
-            return Node("mixed", (number, Node("div", tuple(parts))))
-        self._at = start
-        return number
 
     def _letters(self, token: Token) -> Node:
         text = token.text
@@ -307,7 +292,9 @@ class _Parser:
         name = command.lstrip("\\")
         if name in _COMMANDS:
             parts = (self._argument(), self._argument())
-            return Node("div", parts) if name == "frac" else Node("call", parts, _COMMANDS[name])
+            if name == "mixed":
+                return Node("mixed", (parts[0], Node("div", (parts[1], self._argument()))))
+            return Node("div", parts) if name == "frac" else Node("call", parts, "binomial")
         if name == "sqrt":
             degree = Node("number", (), "2")
             if self._takes("["):

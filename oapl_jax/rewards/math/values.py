@@ -33,7 +33,13 @@ MAX_DEGREE = 100
 """Largest degree of a root that is taken exactly."""
 MIN_POINTS = 3
 """Fewest points at which both trees must have values."""
-POINTS = ((1, 1, 10007), (1, 1000, 10007), (-1, 1, 10007), (-1, 30, 10007), *[(0, 30, 10007), (1, 9, 1), (1, 40, 1)] * 3)
+POINTS = (
+    (1, 1, 10007),
+    (1, 1000, 10007),
+    (-1, 1, 10007),
+    (-1, 30, 10007),
+    *[(0, 30, 10007), (1, 9, 1), (1, 40, 1)] * 3,
+)
 """Sign (0: any), scale and denominator of the coordinates at which trees with variables are compared."""
 
 
@@ -72,7 +78,7 @@ def variables(node: Node) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=4096)
 def rational(node: Node) -> Fraction | None:
-    """The value of a tree if it is rational by its form, so ``\\sin 30^\\circ`` has none.
+    r"""The value of a tree if it is rational by its form, so ``\sin 30^\circ`` has none.
 
     Raises:
         TooLargeError: the value, or one that it is made of, is too large.
@@ -96,19 +102,7 @@ def approximate(node: Node, bits: int = 256) -> Fraction:
             return value
         if mpmath.im(value) or not mpmath.isfinite(value):
             raise UnknownValueError("not real")
-        mantissa, exponent = mpmath.frexp(mpmath.re(value) * mpmath.mpf(2) ** bits)
-        if abs(exponent) > MAX_BITS:
-            raise TooLargeError
-        return Fraction(int(mantissa * mpmath.mpf(2) ** bits)) * Fraction(2) ** (int(exponent) - 2 * bits)
-
-
-def is_simple_rational(node: Node) -> bool:
-    """Whether a tree without variables has a rational value with a small denominator, in whatever form."""
-    if rational(node) is not None:
-        return True
-    with mpmath.workprec(2 * SPARE_BITS):
-        scaled = evaluate(node, {}, _Trace()) * math.lcm(*range(1, 17))
-        return bool(abs(scaled - mpmath.nint(mpmath.re(scaled))) < mpmath.mpf(2) ** -SPARE_BITS)
+        return Fraction(*mpmath.libmp.to_rational(mpmath.re(value)._mpf_))
 
 
 def are_equal(first: Node, second: Node) -> bool:
@@ -120,17 +114,20 @@ def are_equal(first: Node, second: Node) -> bool:
     """
     names = sorted(variables(first) | variables(second))
     if not names or first == second:
-        return first == second or sign_of_difference(first, second) == 0
+        return first == second or difference_sign(first, second) == 0
     draw = random.Random(repr((first, second)))
     elsewhere: list[bool] = []
     num_real = num_failed = 0
     for sign, scale, denominator in POINTS:
         signs = (sign or draw.choice((-1, 1)) for _ in names)
         most = scale * denominator
-        point = {name: Fraction(s * draw.randint(denominator // 9 + 3, most), denominator) for name, s in zip(names, signs, strict=True)}
+        point = {
+            name: Fraction(s * draw.randint(denominator // 9 + 3, most), denominator)
+            for name, s in zip(names, signs, strict=True)
+        }
         trace = _Trace()
         try:
-            is_equal = sign_of_difference(first, second, point, trace) == 0
+            is_equal = difference_sign(first, second, point, trace) == 0
         except (TooLargeError, UnknownValueError):
             num_failed += 1
             if len(POINTS) - num_failed < MIN_POINTS:
@@ -143,7 +140,7 @@ def are_equal(first: Node, second: Node) -> bool:
     return num_real > 0 or all(elsewhere)
 
 
-def sign_of_difference(
+def difference_sign(
     first: Node, second: Node, point: Mapping[str, Fraction] | None = None, trace: _Trace | None = None
 ) -> int:
     """1, 0 or -1 as the first value is larger, equal or smaller; 1 for complex numbers that differ."""
@@ -196,7 +193,9 @@ def _inexact(value: Any) -> Any:
 
 
 def _decimal(text: str) -> Fraction:
-    """The value of digits, like ``2.5e3`` and ``0.1(6)``."""
+    """The value of digits, like ``2.5e3``, ``0.1(6)`` and ``0xff`` (Python limits decimal digits)."""
+    if text.startswith("0x"):
+        return Fraction(int(text, 16))
     digits, _, exponent = text.lower().partition("e")
     if exponent and abs(int(exponent)) * math.log2(10) > MAX_BITS:
         raise TooLargeError
