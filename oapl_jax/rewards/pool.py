@@ -30,7 +30,7 @@ from oapl_jax.rewards.worker import Setup
 from oapl_jax.types import Grade, Verdict
 
 START_TIMEOUT = 120.0
-"""Seconds that a new worker may take to import SymPy (0.6 s of CPU on an idle machine)."""
+"""Seconds that a new worker may take to start (0.5 s of CPU on an idle machine)."""
 PROBE_SECONDS = 1.0
 """Seconds after the kill of a child within which the next one has to judge the canary and the gold answer."""
 TASKS_PER_WORKER = 5000

@@ -97,11 +97,11 @@ class TaskGrader:
     """Grades tasks of all kinds in this process."""
 
     def __init__(self, setup: Setup) -> None:
-        """Imports SymPy if the setup asks for it, before the first deadline runs."""
+        """Imports what the setup asks for, before the first deadline runs."""
         if "math" in setup.kinds:
             from oapl_jax.rewards.math import answers
 
-            answers.grade_answer("x^2-1", r"\boxed{(x-1)(x+1)}")  # so that SymPy is imported too
+            answers.grade_answer("x^2-1", r"\boxed{(x-1)(x+1)}")
         self._setup = setup
         self._kinds: dict[str, Callable[[dict], Grade]] = {
             "math": _grade_math,

@@ -5,8 +5,10 @@ computing a value is known before it starts. Words are no products of letters: a
 words after a number are its unit. Commands that are not in the tables below make a text no mathematics.
 """
 
+import functools
 import re
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from oapl_jax.rewards.math.notation import CURRENCIES, Token, cleaned, tokens
 
@@ -136,30 +138,30 @@ class _Parser:
         self._at += 1
         return self._tokens[self._at - 1] if self._at <= len(self._tokens) else _END
 
+    def _chain(self, part: Callable[[], Node], operators: Mapping[str, str], *, are_words: bool = False) -> Any:
+        """The parts between operators, and the operators."""
+        parts, found = [part()], []
+        while self._peek().text in operators and (are_words or self._peek().kind != "words"):
+            found.append(operators[self._take().text])
+            if not are_words or self._peek().text not in operators:  # "1, 2, and 3"
+                parts.append(part())
+        return parts, found
+
     def list(self) -> Node:
         """Parts that commas, semicolons, "and" or "or" separate."""
-        parts, separator = [self._relation()], ","
-        while self._peek().text in _SEPARATORS:
-            while self._peek().text in _SEPARATORS:  # "1, 2, and 3"
-                separator = "or" if self._take().text == "or" else separator
-            parts.append(self._relation())
-        return _joined("list", parts, separator)
+        parts, found = self._chain(self._relation, _SEPARATORS, are_words=True)
+        return _joined("list", parts, "or" if "or" in found else ",")
 
     def _relation(self) -> Node:
         self._takes("=", r"\approx")  # "= 5"
-        sides, relations = [self._side()], []
-        while self._sees(*RELATIONS):
-            relations.append(RELATIONS[self._take().text])
-            sides.append(self._side())
-        return _joined("relation", sides, " ".join(relations))
+        parts, found = self._chain(self._side, RELATIONS)
+        return _joined("relation", parts, " ".join(found))
 
     def _side(self) -> Node:
         """An expression with its unit, a ratio, a set, or words."""
         if words := self._words():
             return Node("word", (), words)
-        parts = [self._region()]
-        while self._takes(":"):
-            parts.append(self._region())
+        parts, _ = self._chain(self._region, {":": ":"})
         return self._unit(_joined("ratio", parts))
 
     def _words(self) -> str:
@@ -176,11 +178,9 @@ class _Parser:
         return ""
 
     def _region(self) -> Node:
-        node = self._sum()
-        while self._sees(r"\cup", r"\cap", r"\setminus"):
-            operator = self._take().text
-            node = Node("region", (node, self._sum()), operator)
-        return node
+        parts, found = self._chain(self._sum, {name: name for name in (r"\cup", r"\cap", r"\setminus")})
+        pairs = zip(found, parts[1:], strict=True)
+        return functools.reduce(lambda node, pair: Node("region", (node, pair[1]), pair[0]), pairs, parts[0])
 
     def _sum(self) -> Node:
         terms = []
