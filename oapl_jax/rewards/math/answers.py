@@ -6,8 +6,8 @@ r"""Whether a mathematical answer equals the gold one: the pipeline of a verdict
 4. The trees are compared part by part (``comparison.py``), and their values exactly (``values.py``).
 5. An answer that is equal has to be evaluated: pending arithmetic is wrong, and so is an expression of the prompt.
 
-The rule that decided is in the verdict (``RULES``). This runs in grading workers, so it does not import JAX, and imports
-SymPy only when an answer needs it. The work of a verdict is bounded by sizes that are known before it starts.
+The rule that decided is in the verdict (``RULES``). This runs in grading workers, so it does not import JAX. The work of
+a verdict is bounded by sizes that are known before it starts.
 """
 
 import contextlib
@@ -33,6 +33,9 @@ RULES = {
     "no known value": False,
 }
 """The rules that decide, by name, with their verdicts."""
+
+MAX_PROMPT_CHARACTERS = 8000
+"""An expression is searched for in this many characters at the end of a prompt."""
 
 _PLAIN_NUMBER = re.compile(r"-?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?", re.ASCII)
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", re.ASCII)
@@ -165,7 +168,7 @@ def _readings(text: str) -> tuple[Node, ...]:
 
 def _stands_in(answer: str, prompt: str) -> bool:
     """Whether an expression stands in the prompt, whatever the spaces, brackets and signs of multiplication."""
-    needle, hay = (_squashed(text) for text in (answer.rpartition("=")[2], prompt))
+    needle, hay = (_squashed(text) for text in (answer.rpartition("=")[2], prompt[-MAX_PROMPT_CHARACTERS:]))
     return bool(needle) and re.search(rf"(?<![\d.]){re.escape(needle)}(?!\d|\.\d)", hay) is not None
 
 

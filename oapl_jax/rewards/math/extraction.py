@@ -33,8 +33,7 @@ _DISPLAY = re.compile(r"\$\$.+?\$\$|\\\[.+?\\\]", re.DOTALL)
 _NUMBER_RUN = re.compile(
     r"(?<![\w.\\])[-+−–(√$€£¥₹]*\.?\d[\d.,]*(?:\s*[-+*/^=×·÷−–%()√π°²³⁴⁵⁶⁷⁸⁹⁰¹½¼¾:$]+\s*[\d.,πe]*|\s+\d[\d.,/]*)*(?:\s?[a-zA-Zµ]{1,4}[²³])?"
 )
-_WORDS = {"word"}
-_MARKS = " *_`!"
+_SPACE, _MARKS = " !", " *_`!"
 """What may surround an answer in prose; an exclamation mark there is no factorial."""
 _NEGATION = re.compile(r"\b(?:not|never|isn't|isn’t|cannot|can't)\b", re.IGNORECASE)
 
@@ -55,20 +54,21 @@ def extract_answer(response: str, where: str = "any") -> str | None:
         if is_open:
             return None
         if boxes:
-            return _short(last_boxes(text, boxes))
+            answer = last_boxes(text, boxes).strip()
+            return answer if 0 < len(answer) <= MAX_ANSWER_CHARACTERS else None
     if where == "boxed":
         return None
     tail = text[-MAX_UNBOXED_CHARACTERS:]
     if len(tail) < len(text):
         tail = tail.partition("\n")[2] or tail  # a partial line could begin inside a formula
     tail = _FENCE.sub("", _SPECIAL_TOKEN.sub("", tail)).strip()
-    last_line = tail.rpartition("\n")[2]
     if where == "any" and (tags := _TAG.findall(tail)):
         content, is_closed = tags[-1]
         return _unmarked(content.strip()) if is_closed else None
-    if "####" in last_line:
-        return _unmarked(last_line.rpartition("####")[2].strip())
-    return None if where == "hash" else _unmarked(tail)
+    _, mark, answer = tail.rpartition("\n")[2].rpartition("####")
+    if where == "hash" and not mark:
+        return None
+    return _unmarked(answer.strip() if mark else tail)
 
 
 def find_boxes(text: str) -> tuple[list[tuple[int, int, str]], bool]:
@@ -105,10 +105,6 @@ def last_boxes(text: str, boxes: list[tuple[int, int, str]]) -> str:
     return contents[0] if len(set(contents)) == 1 else ", ".join(contents)
 
 
-def _short(answer: str) -> str | None:
-    return answer.strip() if answer.strip() and len(answer) <= MAX_ANSWER_CHARACTERS else None
-
-
 def _unmarked(tail: str) -> str | None:
     """The answer in text without a box.
 
@@ -118,20 +114,15 @@ def _unmarked(tail: str) -> str | None:
         return tail
     tail = _DISPLAY.sub(lambda match: " ".join(match[0].split()), tail)
     said = list(_ANSWER_IS.finditer(tail))
-    if said:
-        statement = said[-1][1] if said[-1][1] is not None else said[-1][2]
-        sentence = statement[: end.start()] if (end := _SENTENCE_END.search(statement)) else statement
-        for text in (statement, sentence):
-            for answer in (text.strip(" !"), text.strip(_MARKS)):
-                if _is_answer(answer):
-                    return answer
-        sentence = sentence if sentence.count("**") % 2 == 0 else sentence.strip(_MARKS)
-        starts_at_once = re.match(r"[\s*_`$\\(\[]*[-−]?[\d.]", sentence) is not None
-        return _from_sentence(sentence, -1 if not starts_at_once else 0) or (sentence.strip(_MARKS) or None)
-    last_line = tail.rpartition("\n")[2]
-    if _is_answer(last_line):
-        return last_line.strip()
-    return _from_sentence(last_line, -1) or (last_line.strip() or None)
+    line = (said[-1][1] or said[-1][2] or "") if said else tail.rpartition("\n")[2]
+    end = _SENTENCE_END.search(line) if said else None
+    sentence = line[: end.start()] if end else line
+    for answer in (line.strip(_SPACE), line.strip(_MARKS), sentence.strip(_SPACE), sentence.strip(_MARKS)):
+        if _is_answer(answer):
+            return answer
+    sentence = sentence.strip(_MARKS) if said and sentence.count("**") % 2 else sentence
+    is_first = said and re.match(r"[\s*_`$\\(\[]*[-−]?[\d.]", sentence)
+    return _from_sentence(sentence, 0 if is_first else -1) or sentence.strip(_MARKS if said else None) or None
 
 
 def _from_sentence(sentence: str, which: int) -> str | None:
@@ -142,17 +133,18 @@ def _from_sentence(sentence: str, which: int) -> str | None:
     formulas = [formula for formula in formulas if _is_answer(formula)]
     if formulas:
         return formulas[which].strip()
-    runs = [(match[0].rstrip(), match.start()) for match in _NUMBER_RUN.finditer(sentence)]
-    runs = [run for run, start in runs if not re.match(r"\.?[A-Za-z_]", sentence[start + len(run) :])]
+    runs = list(_NUMBER_RUN.finditer(sentence))
+    runs = [
+        run[0].rstrip() for run in runs if not re.match(r"\.?[A-Za-z_]", sentence[run.start() + len(run[0].rstrip()) :])
+    ]
     return runs[which].rstrip(",.") if runs else None
 
 
 def _is_answer(text: str) -> bool:
-    """Whether a text is mathematics from its first character to its last, without words before it."""
+    """Whether a text is mathematics from its first character to its last, and not words before it."""
     try:
         node = parse(text)
     except NotMathematicsError:
         return False
-    return node.kind != "word" and (
-        not _WORDS & {part.kind for part in node.args} or {p.kind for p in node.args} == _WORDS
-    )
+    kinds = {part.kind for part in node.args}
+    return node.kind != "word" and ("word" not in kinds or kinds == {"word"})
