@@ -5,6 +5,7 @@ else is dropped: a set is no tuple, a chain of equations has to be true, words k
 if they have the same members among all ends of their intervals and the numbers between.
 """
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -58,14 +59,28 @@ def is_pending(node: Node) -> bool:
 
     Not pending: fractions, mixed numbers, powers, ``3 \cdot 10^5``, roots and logarithms.
     """
-    if node.kind in ("add", "mul") and sum(rational(part) is not None for part in node.args) > 1:
+    if node.kind in ("add", "mul") and sum(map(_is_rational, node.args)) > 1:
         return not _is_scientific(node)
-    if node.kind == "div" and node.text and rational(node) is not None:  # with the sign of division
+    if node.kind == "div" and node.text:  # with the sign of division
+        return _is_rational(node)
+    if node.kind == "call" and node.text not in ("log", "ln", "lg", "exp") and _is_rational(node):
         return True
-    if node.kind == "call" and node.text not in ("log", "ln", "lg", "exp") and not variables(node):
-        value = approximate(node, 256).limit_denominator(1000)  # sin 30° is a half
-        return are_equal(node, _number(value))
     return any(map(is_pending, node.args))
+
+
+def _is_rational(node: Node) -> bool:
+    r"""Whether a tree without roots has a rational value in any form, like ``\sin 30^\circ``."""
+    if rational(node) is not None:
+        return True
+    if variables(node) or node.kind == "symbol" or _has_root(node):
+        return False
+    with contextlib.suppress(UnknownValueError):
+        return are_equal(node, _number(approximate(node).limit_denominator(1000)))
+    return False
+
+
+def _has_root(node: Node) -> bool:
+    return node.kind == "root" or any(map(_has_root, node.args))
 
 
 def is_number(node: Node) -> bool:
@@ -97,6 +112,7 @@ _Same = Callable[[Node, Node], bool]
 
 
 def _matches(gold: Node, answer: Node, is_same: _Same) -> bool:
+    gold, answer = _only_element(gold), _only_element(answer)
     if gold == answer:
         return True
     if (_is_set(gold) or _is_set(answer)) and (equal := _are_same_sets(gold, answer, is_same)) is not None:
@@ -111,7 +127,6 @@ def _matches(gold: Node, answer: Node, is_same: _Same) -> bool:
         return False
     if gold_label and label and gold_label.kind == label.kind == "symbol" and gold_label != label:
         return False
-    gold_value, value = _only_element(gold_value), _only_element(value)
     if gold_value is not gold or value is not answer:
         return _matches(gold_value, value, is_same)
     if gold.kind == answer.kind == "ratio" and any(part.text[:1] == "0" for part in (*gold.args, *answer.args)):
@@ -366,7 +381,7 @@ def _is_same_value(gold: Node, answer: Node) -> bool:
     """Whether two single values are equal, apart from a unit or a percent sign that only one of them has."""
     nodes, kinds = (gold, answer), (gold.kind, answer.kind)
     if "unit" in kinds:
-        known = {*UNITS.values(), *"/^23{}"}
+        known = {*UNITS.values(), *"/^23"}
         if gold.text != answer.text and all(n.kind == "unit" and {*n.text.split()} <= known for n in nodes):
             return False
         return _is_same_value(*(node.args[0] if node.kind == "unit" else node for node in nodes))

@@ -21,7 +21,7 @@ _BRACE = re.compile(r"\\+(?:boxed|fbox)\s*\{|\\.|[{}]", re.DOTALL)
 """The opening of a box, an escaped character (so that ``\\{`` is not a brace), or a brace."""
 _TAG = re.compile(r"<answer>((?:(?!</?answer>).)*)(</answer>)?", re.DOTALL | re.IGNORECASE)
 _ANSWER_IS = re.compile(
-    r"(?:answer|result|solution)\b[*_]*(?:\s+is\b|\s*[:=])[\s:*_]*?(?:[ ]*\n\s*)?([^\n]*)|^A:\s*([^\n]*)",
+    r"(?:answer|result|solution|correct (?:option|choice))\b[*_]*(?:\s+is\b|\s*[:=])(?:[ :*_]*\n\s*)?[ :]*([^\n]*)|^A:\s*([^\n]*)",
     re.IGNORECASE | re.MULTILINE,
 )
 _SENTENCE_END = re.compile(r"[.!?](?=\s|$|[*_`])")

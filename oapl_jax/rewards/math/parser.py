@@ -172,7 +172,7 @@ class _Parser:
         texts = [token.text for token in self._tokens[start : self._at]]
         is_whole = self._peek().text in {"", ")", "]", "}", r"\}", *_SEPARATORS, *RELATIONS}
         long = {text for text in texts if len(text) > 1}
-        if is_whole and long and not long & _NAMED and "{" not in self._open:
+        if is_whole and long - _NAMED and not long & FUNCTIONS and "{" not in self._open:
             return " ".join(texts)
         self._at = start
         return ""
@@ -406,4 +406,8 @@ class _Parser:
             return Node("percent", (node,))
         if depth or not _UNIT.fullmatch(" ".join(words)) or any(word.lower() in _NO_UNITS for word in words):
             raise NotMathematicsError(f"{' '.join(words)!r} is no unit")
-        return Node("unit", (node,), " ".join(UNITS.get(w) or UNITS.get(w.removesuffix("s")) or w for w in words))
+        return Node(
+            "unit",
+            (node,),
+            " ".join(UNITS.get(w) or UNITS.get(w.removesuffix("s")) or w for w in words if w not in "{}"),
+        )
