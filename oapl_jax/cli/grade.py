@@ -2,11 +2,11 @@ r"""Grades rows of a file, to find out why a reward is what it is.
 
 python -m oapl_jax grade IN.jsonl OUT.jsonl [--config C.yaml]
 
-A row of IN is ``{"id", "kind": "math", "gold", "response"}`` or ``{"id", "kind": "code", "program" or "response",
-"tests": [{"stdin", "stdout"} | {"call", "args", "expected"} | {"assert"}], "limits": {"cpu_s", "wall_s", "memory_mb"}}``.
-``limits`` and each of its keys are optional. OUT has a row for each row of IN, in the same order:
-``{"id", "status", "reward", "detail", "level", "cpu_ms"}``. The options come from the section ``reward`` of C, which can
-be the config of a run.
+A row of IN is ``{"id", "kind": "math", "gold", "response", "prompt"}`` or ``{"id", "kind": "code", "program" or
+"response", "tests": [{"stdin", "stdout"} | {"call", "args", "expected"} | {"assert"}], "limits": {"cpu_s", "wall_s",
+"memory_mb"}}``. ``prompt``, ``limits`` and each of its keys are optional. OUT has a row for each row of IN, in the same
+order: ``{"id", "status", "reward", "detail", "level", "cpu_ms"}``; the ``detail`` of a math row is the rule that decided.
+The options come from the section ``reward`` of C, which can be the config of a run.
 
 Exit codes: 0 all rows have a verdict, 1 some verdicts are invalid, 2 the rows or the config are wrong.
 """
@@ -32,7 +32,7 @@ from oapl_jax.types import Grade, Verdict
 ROWS_AT_ONCE = 256
 """Rows in memory per worker."""
 KEYS = {
-    "math": ({"id", "kind", "gold", "response"}, set()),
+    "math": ({"id", "kind", "gold", "response"}, {"prompt"}),
     "code": ({"id", "kind", "tests"}, {"program", "response", "limits"}),
 }
 LIMITS = {"cpu_s", "wall_s", "memory_mb"}
@@ -86,7 +86,9 @@ def _task(row: Any, reward: RewardConfig) -> dict[str, Any]:
     if missing or unknown:
         raise ValueError(f"missing keys {sorted(missing)}, unknown keys {sorted(unknown)}")
     if row["kind"] == "math":
-        return tasks.math_task(reward, str(row["gold"]), row["response"])
+        if not isinstance(row["response"], str) or not isinstance(row.get("prompt", ""), str):
+            raise ValueError("response and prompt are text")
+        return tasks.math_task(reward, str(row["gold"]), row["response"], row.get("prompt", ""))
     sources = {key: row[key] for key in ("program", "response") if key in row}
     limits = row.get("limits") or {}
     if len(sources) != 1:

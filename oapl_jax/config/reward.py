@@ -32,8 +32,8 @@ class RewardConfig(Section):
     workers: Count = 2
     """Grading processes."""
     timeout: Positive = 5.0
-    """Seconds that one answer, or one call of a function of yours, may take before its worker is killed and the verdict
-    is invalid. Programs have limits of their own."""
+    """Seconds that one answer, or one call of a function of yours, may take. A call that takes longer is invalid; an answer
+    is wrong if the gold answer is judged at once after it, else invalid. Programs have limits of their own."""
     retries: CountOrZero = 1
     """How often an invalid verdict is tried again, after half a second, one second, two, ..."""
     gold: Annotated[Literal["whole", "last_hash"], OF_MATH] = "whole"
@@ -41,6 +41,9 @@ class RewardConfig(Section):
     answer: Annotated[Literal["boxed", "hash", "any"], OF_MATH] = "any"
     """math: where the answer stands: in the last box, after ``####`` in the last line, or in the box, the ``####`` or
     the last lines, whichever is there first."""
+    form: Annotated[Literal["evaluated", "any"], OF_MATH] = "evaluated"
+    """math: whether an answer has to be evaluated, so that ``3 + 4`` is wrong for 7, or may have any form of equal value.
+    An expression that stands in the prompt, like the question itself, is wrong in both cases."""
     exec_mode: Annotated[Literal["script", "lcb"], OF_CODE] = "script"
     """code: programs with text tests run as ``python file.py``, or in LiveCodeBench's harness, to compare with it."""
     code_reward: Annotated[Literal["all", "fraction", "status"], OF_CODE] = "all"

@@ -131,7 +131,7 @@ class RewardGrader:
 
     def _task(self, name: str, prompt: Prompt, text: str) -> dict[str, Any]:
         if name == "math":
-            return tasks.math_task(self._reward, self._gold(prompt), text)
+            return tasks.math_task(self._reward, self._gold(prompt), text, prompt.text)
         if name == "code":
             return tasks.code_task(self._reward, prompt.answer, self._count_tests(prompt), response=text)
         return functions.make_task(name, self._reward.timeout, prompt, text)

@@ -4,6 +4,9 @@ A worker is a ``python -m oapl_jax.rewards.worker`` program on a socket. It is n
 child would import the running program, and JAX with it. The parent measures each deadline and kills late workers. A
 worker replies with one line of JSON, never with a pickle. A worker that dies or is late is replaced, and its task is
 tried again after a pause that doubles. A task without retries left is invalid and has no reward.
+
+An answer cannot excuse itself. When a mathematical answer exhausts time or memory, only the child of its worker is
+killed, and the next child judges a canary and the gold answer of the row. If it is quick, the answer is wrong.
 """
 
 import collections
@@ -13,6 +16,7 @@ import math
 import os
 import pathlib
 import selectors
+import signal
 import socket
 import subprocess
 import sys
@@ -26,7 +30,9 @@ from oapl_jax.rewards.worker import Setup
 from oapl_jax.types import Grade, Verdict
 
 START_TIMEOUT = 120.0
-"""Seconds that a new worker may take to import Math-Verify (0.6 s of CPU on an idle machine)."""
+"""Seconds that a new worker may take to start (0.5 s of CPU on an idle machine)."""
+PROBE_SECONDS = 1.0
+"""Seconds after the kill of a child within which the next one has to judge the canary and the gold answer."""
 TASKS_PER_WORKER = 5000
 """Tasks after which a worker is replaced, so that leaks in its libraries stay bounded."""
 FIRST_PAUSE = 0.5
@@ -115,17 +121,26 @@ class GraderPool:
             return
         reply = worker.receive()
         task = worker.task
-        if reply is not None:
+        if reply is not None and "child" in reply:
+            self._greet(worker, reply["child"], batch)
+        elif reply is not None and "exhausted" in reply:
+            worker.expect_probe(f"out of {reply['exhausted']}")
+        elif reply is not None and ("in_time" not in reply or worker.exhausted):
             worker.task, worker.deadline = None, float("inf")
+            grade = _blamed(worker.exhausted, reply) if "in_time" in reply else _grade(reply)
+            worker.exhausted = ""
             if task is not None:
-                batch.settle(task, Grade(**{**reply, "verdict": Verdict(reply["verdict"])}))
-        elif worker.is_dead or time.monotonic() >= worker.deadline:
-            late = "" if task is None else f"no verdict in {batch.tasks[task]['timeout']:g} s"
-            reason = "worker died" if worker.is_dead else late
+                batch.settle(task, grade)
+        elif reply is None and (worker.is_dead or time.monotonic() >= worker.deadline):
+            reason = "worker died" if worker.is_dead else worker.exhausted or _late(batch, task)
             if not worker.is_ready:
                 raise RuntimeError(
                     f"a grading worker did not start within {START_TIMEOUT:g} s or died; see its error above"
                 )
+            if not worker.is_dead and not worker.exhausted and task is not None and "probe" in batch.tasks[task]:
+                worker.expect_probe(reason)
+                os.kill(worker.child, signal.SIGKILL)
+                return
             if task is not None:
                 batch.settle(task, Grade(Verdict.INVALID, math.nan, reason))
             self._replace(index)
@@ -133,9 +148,35 @@ class GraderPool:
         if worker.is_idle and worker.num_done >= TASKS_PER_WORKER:
             self._replace(index)
 
+    def _greet(self, worker: "_Worker", child: int, batch: "_Batch") -> None:
+        """Notes the new child of a worker, and lets it judge a probe if an answer exhausted the one before it."""
+        worker.child, task = child, worker.task
+        if task is None:
+            return
+        if worker.exhausted:
+            worker.send({"kind": "probe", "answers": batch.tasks[task]["probe"], "timeout": PROBE_SECONDS})
+        else:
+            worker.task, worker.deadline = None, float("inf")
+            batch.settle(task, Grade(Verdict.INVALID, math.nan, "worker died"))
+
     def _replace(self, index: int) -> None:
         self._workers[index].kill()
         self._workers[index] = _Worker(self._setup)
+
+
+def _late(batch: "_Batch", task: int | None) -> str:
+    return "" if task is None else f"no verdict in {batch.tasks[task]['timeout']:g} s"
+
+
+def _grade(reply: dict[str, Any]) -> Grade:
+    return Grade(**{**reply, "verdict": Verdict(reply["verdict"])})
+
+
+def _blamed(reason: str, reply: dict[str, Any]) -> Grade:
+    """The grade of an answer that exhausted a worker: wrong if the worker then judged its probe in time."""
+    if reply["in_time"]:
+        return Grade(Verdict.WRONG, 0.0, f"{reason}, unlike the gold answer")
+    return Grade(Verdict.INVALID, math.nan, reason)
 
 
 class _Batch:
@@ -189,6 +230,10 @@ class _Worker:
         self.is_ready = False
         self.is_dead = False
         self.num_done = 0
+        self.child = 0
+        """Process id of the child that serves the channel."""
+        self.exhausted = ""
+        """What the task has exhausted, while its probe runs."""
 
     @property
     def is_idle(self) -> bool:
@@ -198,6 +243,15 @@ class _Worker:
     def submit(self, number: int, task: dict[str, Any]) -> None:
         """Sends a task. A worker that does not read it before the deadline counts as dead."""
         self.task, self.deadline = number, time.monotonic() + task["timeout"]
+        self.exhausted = ""
+        self.send(task)
+
+    def expect_probe(self, reason: str) -> None:
+        """Notes why the child ends, and when the next one has to have judged the probe."""
+        self.exhausted, self.deadline = reason, time.monotonic() + PROBE_SECONDS
+
+    def send(self, task: dict[str, Any]) -> None:
+        """Sends a task."""
         self.channel.settimeout(min(task["timeout"], MAX_SEND_SECONDS))
         try:
             self.channel.sendall(json.dumps(task).encode() + b"\n")
@@ -206,25 +260,24 @@ class _Worker:
 
     def receive(self) -> dict[str, Any] | None:
         """The next reply, or None if no complete one has come; it never waits."""
-        self.channel.setblocking(False)
-        try:
-            data = self.channel.recv(MAX_REPLY)
-        except BlockingIOError:
-            return None
-        except OSError:
-            data = b""
-        self._received += data
-        if not data or len(self._received) > MAX_REPLY:
-            self.is_dead = True
-            return None
+        if b"\n" not in self._received:
+            self.channel.setblocking(False)
+            try:
+                data = self.channel.recv(MAX_REPLY)
+            except BlockingIOError:
+                return None
+            except OSError:
+                data = b""
+            self._received += data
+            if not data or len(self._received) > MAX_REPLY:
+                self.is_dead = True
+                return None
         line, newline, self._received = self._received.partition(b"\n")
         if not newline:
             self._received = line
             return None
-        if not self.is_ready:
-            self.is_ready = True
-        else:
-            self.num_done += 1
+        self.num_done += self.is_ready
+        self.is_ready = True
         return json.loads(line)
 
     def kill(self) -> None:

@@ -6,6 +6,7 @@ The canaries are tasks with known verdicts; they are graded before a run starts.
 from typing import Any
 
 from oapl_jax.config.reward import RewardConfig
+from oapl_jax.rewards.math import answers
 from oapl_jax.rewards.worker import Setup
 
 START_SECONDS = 60.0
@@ -17,15 +18,21 @@ def make_setup(reward: RewardConfig, kinds: tuple[str, ...]) -> Setup:
     return Setup(kinds, reward.isolation, tuple(reward.packages), reward.python, reward.exec_mode)
 
 
-def math_task(reward: RewardConfig, gold: str, response: str) -> dict[str, Any]:
-    """The task of comparing the answer in a response with the gold answer."""
-    return {
+def math_task(reward: RewardConfig, gold: str, response: str, prompt: str = "") -> dict[str, Any]:
+    """The task of comparing the answer in a response with the gold answer.
+
+    Its ``probe`` are tasks that are quick: the canary, and the gold answer as a response.
+    """
+    own = {"gold": gold, "response": answers.response_with(gold, reward.answer)}
+    canary = {"gold": _CANARY[0], "response": answers.response_with(_CANARY[1], reward.answer)}
+    task = {
         "kind": "math",
-        "gold": gold,
-        "response": response,
+        "prompt": "",
         "answer": reward.answer,
+        "is_evaluated": reward.form == "evaluated",
         "timeout": reward.timeout,
     }
+    return {**task, "gold": gold, "response": response, "prompt": prompt, "probe": [task | canary, task | own]}
 
 
 def gold_task(reward: RewardConfig, gold: str) -> dict[str, Any]:
@@ -81,13 +88,16 @@ _CODE_CANARIES = (
     (_DOUBLE_ASSERT, f"{_EQUAL}def double(values):\n    return Equal()", False),
     (_DOUBLE_ASSERT, "import os\ndef double(values):\n    os._exit(0)", False),
 )
+_CANARY = (r"\frac{1}{2}", "0.5")
 _MATH_CANARIES = (
-    (r"\frac{1}{2}", r"\boxed{0.5}", True),
-    ("1000", r"\boxed{1,000}", True),
-    ("10", r"\boxed{\$10}", True),
-    ("1/2^{99}", r"\boxed{1/2^{98}}", False),
-    ("7", r"\boxed{10^{10^{10}}}", False),
-    ("7", r"\boxed{}", False),
+    (*_CANARY, True),
+    ("1000", "1,000", True),
+    ("10", r"\$10", True),
+    ("x^2-1", "(x-1)(x+1)", True),
+    ("1/2^{99}", "1/2^{98}", False),
+    ("7", "10^{10^{10}}", False),
+    ("7", "3+4", False),
+    ("7", "", False),
 )
 
 
@@ -95,10 +105,11 @@ def canaries(reward: RewardConfig) -> list[tuple[dict[str, Any], bool]]:
     """Tasks of the kinds that a config uses, each with whether its verdict should be correct."""
     found = []
     if "math" in reward.functions:
-        answers = [
-            (gold, f"#### {text[7:-1]}" if reward.answer == "hash" else text, ok) for gold, text, ok in _MATH_CANARIES
+        found += [
+            (math_task(reward, gold, answers.response_with(answer, reward.answer)), is_correct)
+            for gold, answer, is_correct in _MATH_CANARIES
+            if answer != "3+4" or reward.form == "evaluated"
         ]
-        found += [(math_task(reward, gold, response), is_correct) for gold, response, is_correct in answers]
     if "code" in reward.functions:
         found += [(code_task(reward, tests, 2, program=program), ok) for tests, program, ok in _CODE_CANARIES]
     return found

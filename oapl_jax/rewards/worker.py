@@ -4,13 +4,19 @@
 JSON, and so is a reply: verdict, reward, detail, level, CPU milliseconds. Expected outputs and gold answers are compared
 in this process. It never runs a program of a model; its sandbox does. It does not import JAX, so that it starts in a
 fraction of a second.
+
+For mathematics, the process that was started only imports and forks. The child that it forks serves the socket, and the parent may kill
+it: the next child is there within milliseconds. So an answer that exhausts its child can be told from a grader or a
+machine that fails: the next child judges the canary and the gold answer of the row at once, or it does not.
 """
 
+import ctypes
 import dataclasses
 import functools
 import json
 import logging
 import math
+import os
 import resource
 import signal
 import socket
@@ -25,6 +31,11 @@ from oapl_jax.types import Grade, Verdict
 MEMORY_LIMIT = 2 << 30
 """Bytes of address space. Beyond it an answer fails with MemoryError instead of filling the machine."""
 MAX_DETAIL = 1000
+PR_SET_PDEATHSIG = 1
+EXHAUSTED = 75
+"""Exit status of a child that is out of memory; only it, and one that was killed, has a successor."""
+PROBE_SHARE = 0.1
+"""Share of its time limit in which a canary or a gold answer has to be judged, so that an answer is to blame."""
 CACHED_TESTS = 4
 """Prompts whose parsed tests are kept: the G rollouts of a prompt are graded one after another."""
 
@@ -48,26 +59,49 @@ def main(setup: Setup) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     logging.disable(logging.CRITICAL)
     grader = TaskGrader(setup)
+    if "math" not in setup.kinds:
+        _serve(grader)
+        return
+    while (child := os.fork()) > 0:
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status) and os.WEXITSTATUS(status) != EXHAUSTED:
+            return
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    try:
+        _serve(grader)
+    except BaseException:
+        logging.disable(logging.NOTSET)
+        logging.getLogger(__name__).exception("a grading process failed")
+        os._exit(1)
+    os._exit(0)
+
+
+def _serve(grader: "TaskGrader") -> None:
+    """Replies to tasks until the parent closes the socket."""
     with socket.socket(fileno=0) as channel, channel.makefile("rwb") as stream:
-        _send(stream, {"ready": True})
+        _send(stream, {"child": os.getpid()})
         for line in stream:
             task = json.loads(line)
-            # The parent kills a late worker. If the parent is gone, this alarm does, and it needs no Python to run.
+            # The parent kills a late child. If the parent is gone, this alarm does, and it needs no Python to run.
             signal.setitimer(signal.ITIMER_REAL, 2 * task["timeout"] + 1)
-            reply = dataclasses.asdict(grader.grade(task))
+            try:
+                reply = {"in_time": grader.probe(task)} if task["kind"] == "probe" else grader.grade(task)
+            except MemoryError:
+                _send(stream, {"exhausted": "memory"})
+                os._exit(EXHAUSTED)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            _send(stream, reply)
+            _send(stream, dataclasses.asdict(reply) if isinstance(reply, Grade) else reply)
 
 
 class TaskGrader:
     """Grades tasks of all kinds in this process."""
 
     def __init__(self, setup: Setup) -> None:
-        """Imports Math-Verify if the setup asks for it, before the first deadline runs."""
+        """Imports what the setup asks for, before the first deadline runs."""
         if "math" in setup.kinds:
             from oapl_jax.rewards.math import answers
 
-            answers.grade_answer("1", r"\boxed{\frac{2}{2}}")
+            answers.grade_answer("x^2-1", r"\boxed{(x-1)(x+1)}")
         self._setup = setup
         self._kinds: dict[str, Callable[[dict], Grade]] = {
             "math": _grade_math,
@@ -77,16 +111,31 @@ class TaskGrader:
         }
 
     def grade(self, task: dict) -> Grade:
-        """The grade of one task. An exception is the grader's failure, never the response's."""
+        """The grade of one task. An exception is the grader's failure, never the response's.
+
+        Raises:
+            MemoryError: an answer needs too much memory.
+        """
         began = time.process_time()
         try:
             grade = self._kinds[task["kind"]](task)
         except Exception as error:
+            if isinstance(error, MemoryError) and task["kind"] == "math":
+                raise
             grade = Grade(Verdict.INVALID, math.nan, f"{type(error).__name__}: {error}"[:MAX_DETAIL])
         cpu_ms = grade.cpu_ms + 1000 * (time.process_time() - began)
         # The output of a program need not be valid text, but the rollout log accepts only text.
         detail = grade.detail[:MAX_DETAIL].encode("utf-8", "replace").decode()
         return dataclasses.replace(grade, cpu_ms=round(cpu_ms, 3), detail=detail)
+
+    def probe(self, task: dict) -> bool:
+        """Whether every answer of a probe is judged correct, each within a share of the time limit."""
+        for answer in task["answers"]:
+            began = time.monotonic()
+            is_correct = self.grade(answer).verdict is Verdict.CORRECT
+            if not is_correct or time.monotonic() - began > PROBE_SHARE * answer["timeout"]:
+                return False
+        return True
 
     def _grade_code(self, task: dict) -> Grade:
         from oapl_jax.rewards.code import programs
@@ -117,7 +166,9 @@ def _parsed_tests(tests: str) -> list:
 def _grade_math(task: dict) -> Grade:
     from oapl_jax.rewards.math import answers
 
-    is_correct, detail = answers.grade_answer(task["gold"], task["response"], task["answer"])
+    is_correct, detail = answers.grade_answer(
+        task["gold"], task["response"], task["answer"], prompt=task["prompt"], is_evaluated=task["is_evaluated"]
+    )
     return Grade(Verdict.CORRECT if is_correct else Verdict.WRONG, float(is_correct), detail)
 
 

@@ -23,8 +23,8 @@ LOCK = {
     normal(one.name): one
     for one in map(Requirement, re.findall(r"^\w.*$", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
 }
-# Pinned although we do not import them: two must fit the version of another package, and one shows our event files.
-ONLY_PINNED = {"jaxlib", "antlr4-python3-runtime", "tensorboard"}
+# Pinned although we do not import them: one must fit the version of another package, and one shows our event files.
+ONLY_PINNED = {"jaxlib", "tensorboard"}
 OPTIONAL_LIBRARIES = {
     "tensorflow",
     "tensorflow_datasets",

@@ -231,11 +231,28 @@ def test_the_command_takes_the_options_of_a_config(tmp_path, capsys):
         load_reward(config)
 
 
+def test_the_command_reports_the_rule_and_reads_the_prompt(tmp_path, capsys):
+    row = {"id": 1, "kind": "math", "gold": "12", "response": "84/7"}
+    rows = [row, {**row, "prompt": "What is 84/7?"}, {**row, "response": "10 + 2"}]
+    config, target = tmp_path / "c.yaml", tmp_path / "out.jsonl"
+    source = write(tmp_path / "in.jsonl", rows)
+    config.write_text("reward: {form: any}\n")
+    for options, pending in (
+        ([], ("wrong", "pending arithmetic")),
+        (["--config", str(config)], ("correct", "equal values")),
+    ):
+        assert command.main([str(source), str(target), *options]) == 0
+        graded = [json.loads(line) for line in target.read_text().splitlines()]
+        expected = [("correct", "equal values"), ("wrong", "an expression of the prompt"), pending]
+        assert [(row["status"], row["detail"]) for row in graded] == expected
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
         ({"kind": "maths"}, "line 2: a row is an object whose 'kind' is math or code"),
         ({"kind": "math", "id": 1, "gold": "1"}, r"line 2: missing keys \['response'\]"),
+        ({**ROWS[0], "prompt": 3}, "line 2: response and prompt are text"),
         ({**ROWS[1], "language": "c"}, r"unknown keys \['language'\]"),
         ({**ROWS[1], "response": ""}, "give either program or response"),
         ({**ROWS[1], "limits": {"cpu": 1}}, "limits: should be positive numbers for cpu_s, memory_mb, wall_s"),

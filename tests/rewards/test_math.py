@@ -1,4 +1,4 @@
-"""The math grader, as a pure function: extraction, equality, and what the library gets wrong."""
+"""The math grader, as a pure function: extraction, equality, gold answers, real responses. Kinds: test_verdicts.py."""
 
 import json
 import random
@@ -14,7 +14,7 @@ from oapl_jax.types import Verdict
 
 
 @pytest.mark.parametrize(
-    ("where", "expected"), [("boxed", ["1", None, None]), ("hash", [None, "2", None]), ("any", ["1", "2", "it is 3"])]
+    ("where", "expected"), [("boxed", ["1", None, None]), ("hash", [None, "2", None]), ("any", ["1", "2", "3"])]
 )
 def test_where_the_answer_is(where, expected):
     responses = [r"so \boxed{1}", "so\n#### 2", "it is 3"]
@@ -35,15 +35,20 @@ def is_correct(gold, response):
         (r"\boxed{x \} y}", r"x \} y"),
         (r"\boxed{\boxed{5}}", r"\boxed{5}"),
         (r"\boxed{} ", None),
-        (r"\boxed{6} and \boxed{8}", "6,8"),
+        (r"\boxed{6} and \boxed{8}", "6, 8"),
         (r"\boxed{7}, that is \boxed{7}", "7"),
-        (r"$\boxed{(2, 2)} \quad \text{and} \quad \boxed{(6, 2)}$", "(2, 2),(6, 2)"),
+        (r"$\boxed{(2, 2)} \quad \text{and} \quad \boxed{(6, 2)}$", "(2, 2), (6, 2)"),
         (r"first \boxed{6}. Then, after thought, \boxed{8}", "8"),
-        (r"\boxed{5} and \boxed{unclosed", "5"),
+        (r"\boxed{5} and \boxed{unclosed", None),
+        (r"\boxed{1}, \boxed{234}", "1, 234"),
+        ("<answer>42</answer> is it", "42"),
+        ("<answer>42", None),
+        ("#### The answer is **7** clips", "**7** clips"),
         ("no box at all\nA: 26", "no box at all\nA: 26"),
         ("48 + 16 = $64\n#### 66\n", "66"),
-        ("So 2 and 3. The answer is 9/2 * \u03c0.", "9/2 * \u03c0"),
-        ("the answer is 18 dollars", "the answer is 18 dollars"),
+        ("So 2 and 3. The answer is 9/2 * \u03c0.", "9/2 * \u03c0."),
+        ("the answer is 18 dollars", "18 dollars"),
+        ("the answer is Evelyn.", "Evelyn"),
         ("   ", None),
     ],
 )
@@ -135,7 +140,6 @@ def test_real_rollouts_get_their_labels(shared_data, name, num_rows):
 
 
 MISSED = {
-    58,  # `"$12 $ and $13 $"`: the quotes, and a gold that is a whole solution
     166,  # boxes in the middle of the solution, the answer without one after them: the last box counts
 }
 

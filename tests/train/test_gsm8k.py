@@ -155,7 +155,7 @@ def test_three_steps_one_sync_and_a_resume(finished):
     assert sorted(int(p.name) for p in (finished / "checkpoints").iterdir()) == [2, 3]
 
 
-def test_math_verify_gave_the_rewards(groups):
+def test_the_math_grader_gave_the_rewards(groups):
     """Checked for responses that are nothing but digits: right exactly where the number is the gold one."""
     rollouts = [item for group in groups.values() for item in group.rollouts]
     assert {Verdict.CORRECT, Verdict.WRONG} == {item.grade.verdict for item in rollouts}
