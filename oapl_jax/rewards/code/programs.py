@@ -11,22 +11,38 @@ import enum
 import json
 import re
 import signal
+import struct
 import symtable
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from oapl_jax.rewards.code.compare import is_same_output, is_same_value
 from oapl_jax.rewards.code.sandbox import sandbox
+from oapl_jax.rewards.code.sandbox.confined import calls, values
 from oapl_jax.rewards.code.sandbox.confined import program as confined
-from oapl_jax.rewards.code.sandbox.confined import values
 from oapl_jax.rewards.code.sandbox.sandbox import Child, Limits, Sandbox, SandboxError, Settings
 from oapl_jax.rewards.code.sandbox.self_test import open_sandbox
 from oapl_jax.types import Grade, Verdict
 
 _END_OF_THINKING = "</think>"
-_FENCE = re.compile(r"^[ \t]*```[^`\n]*$", re.MULTILINE)
+_FENCE = re.compile(
+    r"^(?P<indent>[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*)(?P<fence>`{3,}|~{3,})(?P<info>[^\n]*)$", re.MULTILINE
+)
+"""A line that opens or closes a fenced block (CommonMark), perhaps in a list item."""
+_PYTHON = re.compile(r"[{.\s]*(?:python|py)[\d.]*(?![a-z])", re.IGNORECASE)
+_STATEMENT = re.compile(
+    r"^[ \t]*(?:import |from \S+ import |def \w+\(|class \w+|print ?\(|(?:for|while|if|with|try)\b.*:[ \t]*$|.*\binput\(\))",
+    re.MULTILINE,
+)
+"""A line that makes a block without a language a program; example output has none."""
 _KNOWN_NAMES = {*dir(builtins), *confined.names_for("test"), "__name__"}
 MAX_DETAIL = 160
+MAX_SHOWN = 10
+"""Objects of a returned value that a detail shows."""
+MAX_RATIO, MAX_EXTRA = 8, 1 << 16
+"""A result of more than 8 times the bytes of arguments and expected values, plus 64 KiB, is not parsed."""
+MAX_REQUESTS = 1 << 30
+"""Most bytes that tests send to a program."""
 
 
 class Status(enum.StrEnum):
@@ -82,17 +98,39 @@ class Result:
 
 
 def extract_program(response: str) -> str | None:
-    """The last closed fenced block after the end of thinking, or None."""
+    """The last closed fenced block after the end of thinking that is Python, or None if no block could be.
+
+    A block is Python if its first line says so, or if it names no language and has a line that only a program has. If
+    there is no such block, the last one that names no language counts.
+    """
     if "<think>" in response and _END_OF_THINKING not in response:
         return None
-    text = response.rpartition(_END_OF_THINKING)[2]
-    program, opening = None, None
-    for fence in _FENCE.finditer(text):
+    python, unnamed = None, None
+    for info, block in _fenced_blocks(response.rpartition(_END_OF_THINKING)[2]):
+        if _PYTHON.match(info) and not block.lstrip().startswith(">>>"):
+            python = block
+        elif not info:
+            unnamed = block
+            python = block if _STATEMENT.search(block) else python
+    return unnamed if python is None else python
+
+
+def _fenced_blocks(text: str) -> Iterator[tuple[str, str]]:
+    """Yields the closed blocks: what stands after the opening fence, and the lines, without the fence's indentation."""
+    opening = None
+    for line in _FENCE.finditer(text):
+        fence, info = line["fence"], line["info"].strip()
         if opening is None:
-            opening = fence
-        elif fence[0].strip() == "```":
-            program, opening = text[opening.end() + 1 : fence.start()], None
-    return program
+            if "`" not in info:
+                opening = line
+        elif not info and line["indent"].isspace() | (not line["indent"]) and fence.startswith(opening["fence"]):
+            block = text[opening.end() + 1 : line.start()]
+            width = len(opening["indent"])
+            yield (
+                opening["info"].strip(),
+                re.sub(rf"^[ \t]{{1,{width}}}", "", block, flags=re.MULTILINE) if width else block,
+            )
+            opening = None
 
 
 def parse_tests(tests: Any) -> list[Test]:
@@ -218,86 +256,68 @@ class Judge:
         return Result(Status.WRONG_ANSWER, f"printed {output[:MAX_DETAIL]!r}", child.cpu_s)
 
     def _call(self, program: str, test: CallTest, limits: Limits) -> Result:
-        worker = self._sandbox(0)
-        child = worker.start("serve", program, limits)
-        target = {"t": "name", "v": test.function}
-        args = [values.encode(argument) for argument in test.args]
-        child.outbox += values.pack({"do": "call", "of": target, "args": args, "kwargs": {}})
-        frames: list[dict] = []
-
-        def on_frame(_: Child, frame: Any) -> None:
-            frames.append(_checked(frame))
-            child.end_requests()
-
-        sandbox.converse([(worker, child)], limits.wall_s, on_frame)
+        worker, request = self._sandbox(0), calls.call_of(test.function, test.args)
+        size = sum(len(json.dumps(value)) for value in (*test.expected, test.args))
+        child = worker.start("serve", program, limits, max_results=MAX_RATIO * size + MAX_EXTRA)
+        child.outbox += values.pack(request)
+        child.is_last_request = True
+        sandbox.converse([(worker, child)], limits.wall_s)
         failed = _failure(child, limits)
         if failed is not None:
             return failed
-        if len(frames) != 1 or child.has_unread_results:
-            return Result(Status.WRONG_ANSWER, f"{len(frames)} results instead of one", child.cpu_s)
-        reply, shown = frames[0], _shown(frames[0]["v"])
-        if reply["t"] == "raised":
-            return Result(Status.RUNTIME_ERROR, f"{reply.get('n')!s:.40}: {shown}", child.cpu_s)
-        if any(is_same_value(reply["v"], expected) for expected in test.expected):
-            return Result(Status.ACCEPTED, "", child.cpu_s)
-        return Result(Status.WRONG_ANSWER, f"returned {shown}", child.cpu_s)
+        try:
+            return _judge_reply(bytes(child.results), request, test, child.cpu_s)
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError, MemoryError):
+            return Result(Status.WRONG_ANSWER, f"{len(child.results)} bytes that are no result", child.cpu_s)
 
     def _asserts(self, program: str, test: AssertTest, limits: Limits) -> Result:
         ours, theirs = self._sandbox(0), self._sandbox(1)
         candidate = ours.start("serve", program, limits)
         try:
-            tester = theirs.start("test", test.source, limits, remote=test.remote)
+            tester = theirs.start("test", test.source, limits, remote=test.remote, max_results=MAX_REQUESTS)
         except SandboxError:
             candidate.close()
             raise
-        has_passed, num_asked = False, 0
-
-        def on_frame(child: Child, frame: Any) -> None:
-            nonlocal has_passed, num_asked
-            if child is candidate:
-                tester.outbox += values.pack(_checked(frame))
-            elif frame["t"] == "passed":
-                has_passed = True
-                candidate.end_requests()
-            else:
-                num_asked += 1
-                candidate.outbox += values.pack(frame)
-
-        def on_end(child: Child) -> None:
-            if child is tester:
-                candidate.end_requests()
-            else:
-                theirs.kill(tester, "candidate")
-
-        sandbox.converse([(ours, candidate), (theirs, tester)], limits.wall_s, on_frame, on_end)
-        if tester.status == confined.EXIT_NO_DATA or (has_passed and num_asked == 0):
-            said = tester.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-            raise SandboxError(f"the test cannot be run: {said or 'it never calls the program'}"[:MAX_DETAIL])
+        candidate.peer, tester.peer = tester, candidate
+        sandbox.converse([(ours, candidate), (theirs, tester)], limits.wall_s)
+        has_passed = tester.status == confined.EXIT_PASSED and not tester.killed_for
+        if has_passed and tester.num_results == 0:
+            raise SandboxError("the test cannot be run: it never calls the program")
         cpu_s = candidate.cpu_s + tester.cpu_s
         failed = _failure(candidate, limits)
         if failed is None and not has_passed:
             failed = _failure(tester, limits)
             if failed is not None and failed.status != Status.TIME_LIMIT:
                 failed = Result(Status.WRONG_ANSWER, failed.detail, cpu_s)
-            failed = failed or Result(Status.RUNTIME_ERROR, "the program ended before the assertions", cpu_s)
+            failed = failed or Result(Status.WRONG_ANSWER, "the assertions did not reach their end", cpu_s)
         return failed or Result(Status.ACCEPTED, "", cpu_s)
 
 
+def _judge_reply(results: bytes, request: dict, test: CallTest, cpu_s: float) -> Result:
+    """Compares the one reply of a program with what is expected; it may be anything, so it may raise any error."""
+    (length,) = struct.unpack_from("<I", results)
+    if len(results) != 4 + length:
+        raise ValueError("not one frame")
+    reply = json.loads(results[4:])
+    objects = [*request["new"], *reply["new"]]
+    for number, content in reply["changed"]:
+        objects[number] = content
+    shown = json.dumps([reply["v"], objects[:MAX_SHOWN]])[:MAX_DETAIL]
+    if "raised" in reply:
+        is_full = reply["raised"][0] == "MemoryError"
+        return Result(
+            Status.MEMORY_LIMIT if is_full else Status.RUNTIME_ERROR,
+            f"{reply['raised'][0]}: {shown}"[:MAX_DETAIL],
+            cpu_s,
+        )
+    if any(is_same_value(reply["v"], objects, expected) for expected in test.expected):
+        return Result(Status.ACCEPTED, "", cpu_s)
+    return Result(Status.WRONG_ANSWER, f"returned {shown}", cpu_s)
+
+
 _KILLED = "killed from outside"
-
-
-def _shown(value: Any) -> str:
-    try:
-        return json.dumps(value)[:MAX_DETAIL]
-    except (RecursionError, MemoryError):
-        return "too much to show"
-
-
-def _checked(frame: Any) -> dict:
-    """The reply of a candidate; it may be anything, so a ValueError is raised unless it has the form of a reply."""
-    if not isinstance(frame, dict) or frame.get("t") not in ("value", "raised") or "v" not in frame:
-        raise ValueError("not a reply")
-    return frame
+_TOO_MUCH = {"output": Status.OUTPUT_LIMIT, "files": Status.OUTPUT_LIMIT, "threads": Status.RUNTIME_ERROR}
+_NO_MEMORY = ("MemoryError", "[Errno 12]")
 
 
 def _failure(child: Child, limits: Limits) -> Result | None:
@@ -306,11 +326,11 @@ def _failure(child: Child, limits: Limits) -> Result | None:
     status = None
     if child.killed_for == "time" or sandbox.is_over_cpu(child, limits):
         status, said = Status.TIME_LIMIT, f"{child.cpu_s:.2f} s of CPU"
-    elif child.killed_for in ("output", "frame"):
-        status, said = Status.OUTPUT_LIMIT if child.killed_for == "output" else Status.RUNTIME_ERROR, "bad output"
+    elif child.killed_for in _TOO_MUCH:
+        status, said = _TOO_MUCH[child.killed_for], f"too much or too many: {child.killed_for}"
     elif child.status == confined.EXIT_COMPILE:
         status = Status.COMPILE_ERROR
-    elif child.status == confined.EXIT_MEMORY or (child.status != 0 and "MemoryError" in said):
+    elif child.status == confined.EXIT_MEMORY or (child.status != 0 and any(sign in said for sign in _NO_MEMORY)):
         status = Status.MEMORY_LIMIT
     elif child.status == -signal.SIGKILL and not child.killed_for:
         status, said = Status.RUNTIME_ERROR, _KILLED

@@ -18,6 +18,7 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from typing import Any, NamedTuple
 
 LEVELS = ("namespaces", "uid", "landlock")
@@ -63,6 +64,12 @@ class Launch(NamedTuple):
     """Keyword arguments of ``subprocess.Popen``."""
     readable: list[str]
     """Paths that Landlock leaves readable."""
+    listable: list[str]
+    """Folders whose names it leaves readable, and the names in the folders below."""
+    folder: str
+    """The folder for temporary files, which is removed when the worker ends."""
+    inner_folder: str
+    """Its path inside the sandbox."""
     site: list[str]
     """Additions to ``sys.path``."""
 
@@ -138,28 +145,64 @@ def prepare(level: str, interpreter: Interpreter, packages: tuple[str, ...], soc
     Raises:
         Unavailable: the machine lacks something that the level needs.
     """
+    if level == "uid" and not is_root():
+        raise Unavailable("it needs root to give workers a uid of their own")
     extra = package_paths(packages)
     libraries = [path for path in _LIBRARIES if os.path.isdir(path)]
+    installed = installed_packages(interpreter.stdlib)
     python = [interpreter.executable, "-I", "-S", "-B", "-c", source, str(socket_fd)]
     # The sandbox has no cache of the locations of shared libraries.
     shared = interpreter.paths[2:]
-    environment = {**ENVIRONMENT, "LD_LIBRARY_PATH": os.path.dirname(shared[0])} if shared else ENVIRONMENT
-    options: dict[str, Any] = {"env": environment, "cwd": "/", "start_new_session": True, "pass_fds": [socket_fd]}
-    if level == "uid" and not is_root():
-        raise Unavailable("it needs root to give workers a uid of their own")
+    options: dict[str, Any] = {"cwd": "/", "start_new_session": True, "pass_fds": [socket_fd]}
+    folder = tempfile.mkdtemp(prefix="oapl_jax_sandbox_", dir="/tmp" if is_root() else None)
     if is_root() and level != "landlock":
         uid = FIRST_UID + os.getpid() % NUM_UIDS
         options |= {"user": uid, "group": uid, "extra_groups": []}
+        os.chown(folder, uid, uid)
+    environment = {**ENVIRONMENT, "TMPDIR": "/tmp" if level == "namespaces" else folder}
+    if shared:
+        environment["LD_LIBRARY_PATH"] = os.path.dirname(shared[0])
     if level == "namespaces":
-        python = [*_bubblewrap([*libraries, *interpreter.paths], extra, interpreter, environment), *python]
+        python = [*_bubblewrap([*libraries, *interpreter.paths], installed, extra, folder, environment), *python]
     choom = shutil.which("choom")  # when memory runs out, the kernel should kill programs first
-    readable = [*libraries, *_ROOT_LIBRARIES, *interpreter.paths, *extra, os.devnull, "/dev/urandom"]
+    readable = [path for each in (*libraries, interpreter.stdlib) for path in _without(each, installed)]
+    readable += [*_ROOT_LIBRARIES, *interpreter.paths, *extra, os.devnull, "/dev/urandom"]
+    readable.remove(interpreter.stdlib)
     site = sorted({os.path.dirname(path) for path in extra})
-    return Launch([choom, "-n", "1000", "--", *python] if choom else python, options, readable, site)
+    command = [choom, "-n", "1000", "--", *python] if choom else python
+    # The shell outlives a grader that is killed, so the folder is removed in any case.
+    command = ["/bin/sh", "-c", '"$@"; exec rm -rf "$0"', folder, *command]
+    return Launch(
+        command,
+        {**options, "env": environment},
+        readable,
+        [interpreter.stdlib, *site],
+        folder,
+        environment["TMPDIR"],
+        site,
+    )
+
+
+def installed_packages(stdlib: str) -> list[str]:
+    """Folders of installed packages in what programs can read: the answers of a benchmark could be among them."""
+    paths = [*_LIBRARIES, stdlib]
+    names = ("site-packages", "dist-packages")
+    folders = [pathlib.Path(path) for path in paths] + [
+        folder for path in paths for folder in pathlib.Path(path).glob("python3*")
+    ]
+    return sorted({str(folder / name) for folder in folders for name in names if (folder / name).is_dir()})
+
+
+def _without(path: str, hidden: list[str]) -> list[str]:
+    """A path; or, if something below it is to be hidden, the entries of the folder without that."""
+    if path in hidden or not any(each.startswith(f"{path}/") for each in hidden):
+        return [] if path in hidden else [path]
+    entries = sorted(entry.path for entry in os.scandir(path) if not entry.is_symlink())
+    return [found for entry in entries for found in _without(entry, hidden)]
 
 
 def _bubblewrap(
-    paths: list[str], packages: list[str], interpreter: Interpreter, environment: dict[str, str]
+    paths: list[str], installed: list[str], packages: list[str], folder: str, environment: dict[str, str]
 ) -> list[str]:
     program = shutil.which("bwrap")
     if program is None:
@@ -170,12 +213,11 @@ def _bubblewrap(
         command += ["--setenv", name, value]
     for path in paths:  # /usr/local is left out: it may contain data
         command += ["--ro-bind", path, path]
-    # An empty file system hides all installed packages but those that are wanted.
-    installed = os.path.join(interpreter.stdlib, "site-packages")
-    covered = [installed] if os.path.isdir(installed) else []
-    command += [word for folder in covered for word in ("--tmpfs", folder)]
+    # Empty file systems hide all installed packages but those that are wanted.
+    command += [word for path in installed for word in ("--tmpfs", path)]
     command += [word for path in packages for word in ("--ro-bind", path, path)]
-    command += [word for folder in covered for word in ("--remount-ro", folder)]
+    command += [word for path in installed for word in ("--remount-ro", path)]
+    command += ["--bind", folder, "/tmp"]
     for path in _ROOT_LIBRARIES:
         if os.path.islink(path):
             command += ["--symlink", os.readlink(path), path]

@@ -1,11 +1,14 @@
 """Python values as plain JSON, for the pipes between a program and its grader; pickle is never used.
 
-``None``, booleans, strings, finite floats, small integers and lists stand for themselves. Every other value is an
-object with a tag ``t``. An object that cannot be sent as data is opaque: the other side gets a handle that it can only return.
+``None``, booleans, strings, floats and small integers stand for themselves. Other values that cannot change, such as
+tuples and large integers, are ``{"t": tag, "v": ...}``. Lists, dictionaries, sets and linked nodes are numbered, and
+``{"o": number}`` refers to one; so shared and cyclic structures keep their form, and both sides of a call know which
+object a change belongs to. Anything else is a handle, which the other side can only use through its owner.
 This runs on both sides of the sandbox, so it imports only the standard library.
 """
 
 import builtins
+import collections
 import json
 import os
 import struct
@@ -90,109 +93,163 @@ def is_same_tree(left: Any, right: Any) -> bool:
 
 
 LEETCODE_NAMES = (ListNode, TreeNode, list_node, tree_node, is_same_list, is_same_tree)
-_NODES = {
-    "ListNode": (list_values, list_node),
-    "TreeNode": (tree_values, tree_node),
-}
+
+_NODES = {"ListNode": (ListNode, ("val", "next")), "TreeNode": (TreeNode, ("val", "left", "right"))}
+_SEQUENCES = {"list": list, "deque": collections.deque, "bytearray": bytearray}
+_MAPPINGS = {"Counter": collections.Counter, "OrderedDict": collections.OrderedDict, "dict": dict}
+_SHELLS = {**_SEQUENCES, **_MAPPINGS, "set": set, **{name: kind for name, (kind, _) in _NODES.items()}}
+_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
 
 
-_PLAIN = (int, float, str, list, tuple, dict)
+def _kind_of(value: Any) -> str | None:
+    """Name of the kind of an object that is numbered, or None.
 
-
-def encode(value: Any, opaque: Callable[[Any], dict] | None = None) -> Any:
-    """The JSON form of a value.
-
-    A subclass of a built-in type is read through the methods of the built-in type, so its overrides have no effect.
-
-    Args:
-        value: any object.
-        opaque: makes the node of an object that cannot be sent as data.
+    A subclass counts as its built-in type, and is read through the methods of that type: its overrides have no effect.
     """
     kind = type(value)
-    if value is None or kind is bool or kind is str:
-        return value
-    exact = kind if kind in _PLAIN else next((base for base in _PLAIN if issubclass(kind, base)), object)
-
-    def inner(item: Any) -> Any:
-        return encode(item, opaque)
-
-    if exact is str:
-        return str.__getitem__(value, slice(None))
-    if exact is int:
-        number = int.__add__(value, 0)
-        return number if -LARGEST_PLAIN < number < LARGEST_PLAIN else {"t": "int", "v": hex(number)}
-    if exact is float:
-        number = float.__add__(value, 0.0)
-        is_finite = number == number and number not in (float("inf"), float("-inf"))
-        return number if is_finite else {"t": "float", "v": repr(number)}
-    if exact is list:
-        return [inner(item) for item in list.__iter__(value)]
-    if exact is tuple:
-        return {"t": "tuple", "v": [inner(item) for item in tuple.__iter__(value)]}
-    if exact is dict:
-        return {"t": "dict", "v": [[inner(key), inner(item)] for key, item in dict.items(value)]}
-    if kind in (set, frozenset):
-        return {"t": "set", "v": [inner(item) for item in value]}
-    if kind is bytes:
-        return {"t": "bytes", "v": value.hex()}
-    if kind is complex:
-        return {"t": "complex", "v": [repr(value.real), repr(value.imag)]}
-    if kind is Decimal or kind is Fraction:
-        return {"t": kind.__name__, "v": str(value)}
-    if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
-        return {"t": "type", "v": value.__name__}
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, numpy.generic):
-        return inner(value.item())
-    if numpy is not None and isinstance(value, numpy.ndarray):
-        return {"t": "array", "v": inner(value.tolist())}
-    if kind.__name__ in _NODES and hasattr(value, "val"):
-        values_of, _ = _NODES[kind.__name__]
-        return {"t": kind.__name__, "v": [inner(item) for item in values_of(value)]}
-    return (opaque or _unknown)(value)
+    for kinds in (_SEQUENCES, {"set": set}, _MAPPINGS):
+        for name, base in kinds.items():
+            if issubclass(kind, base):
+                return name
+    return kind.__name__ if kind.__name__ in _NODES and hasattr(value, "val") else None
 
 
-def _unknown(value: Any) -> dict:
-    return {"t": "opaque", "v": -1, "n": type(value).__name__[:80]}
+class Graph:
+    """The objects of one call: those of its arguments first, then those of its result.
+
+    Args:
+        handle_of: makes the node of a value that cannot be sent as data.
+        owner_of: returns the object of such a node.
+    """
+
+    def __init__(self, handle_of: Callable[[Any], dict], owner_of: Callable[[dict], Any]) -> None:
+        self._handle_of, self._owner_of = handle_of, owner_of
+        self.objects: list[Any] = []
+        self._numbers: dict[int, int] = {}
+
+    # ---- to JSON ----
+
+    def encode(self, value: Any) -> Any:
+        """The node of a value. The objects in it are numbered; ``contents`` then has what is in them."""
+        kind = type(value)
+        if value is None or kind is bool or kind is str:
+            return value
+        if issubclass(kind, int):
+            number = int.__pos__(value)
+            return number if -LARGEST_PLAIN < number < LARGEST_PLAIN else {"t": "int", "v": hex(number)}
+        if issubclass(kind, float):
+            return float.__pos__(value)
+        if issubclass(kind, str):
+            return str.__getitem__(value, slice(None))
+        if _kind_of(value) is not None:
+            return {"o": self._number(value)}
+        if issubclass(kind, tuple):
+            return {"t": "tuple", "v": [self.encode(item) for item in tuple.__iter__(value)]}
+        if kind is frozenset:
+            return {"t": "frozenset", "v": [self.encode(item) for item in value]}
+        if kind is bytes:
+            return {"t": "bytes", "v": value.hex()}
+        if kind is range:
+            return {"t": "range", "v": [self.encode(item) for item in (value.start, value.stop, value.step)]}
+        if kind in _VIEWS:
+            return {"t": kind.__name__, "v": [self.encode(item) for item in value]}
+        if kind is complex:
+            return {"t": "complex", "v": [repr(value.real), repr(value.imag)]}
+        if kind is Decimal or kind is Fraction:
+            return {"t": kind.__name__, "v": str(value)}
+        if kind in (type, type(len)) and vars(builtins).get(value.__name__) is value:
+            return {"t": "builtin", "v": value.__name__}
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and issubclass(kind, numpy.generic):
+            return self.encode(numpy.generic.item(value))
+        if numpy is not None and issubclass(kind, numpy.ndarray):
+            return {"t": "array", "v": self.encode(numpy.ndarray.tolist(value))}
+        return self._handle_of(value)
+
+    def _number(self, value: Any) -> int:
+        number = self._numbers.get(id(value))
+        if number is None:
+            number = self._numbers[id(value)] = len(self.objects)
+            self.objects.append(value)
+        return number
+
+    def contents(self, first: int = 0) -> list:
+        """Kind and content of the objects from a number on; it may number more of them on the way."""
+        found: list = []
+        while first + len(found) < len(self.objects):
+            found.append(self.content(first + len(found)))
+        return found
+
+    def content(self, number: int) -> list:
+        """Kind and content of an object."""
+        value, encode = self.objects[number], self.encode
+        kind = _kind_of(value) or "list"
+        if kind in _NODES:
+            return [kind, [[name, encode(getattr(value, name, None))] for name in _NODES[kind][1]]]
+        base = _SHELLS[kind]
+        if kind in _MAPPINGS:
+            return [kind, [[encode(key), encode(item)] for key, item in dict.items(value)]]
+        return [kind, [encode(item) for item in base.__iter__(value)]]
+
+    # ---- from JSON ----
+
+    def add(self, contents: list) -> None:
+        """Makes objects of these contents; they get the next numbers."""
+        first = len(self.objects)
+        for kind, _ in contents:
+            self._number(_SHELLS[kind]())
+        for number, content in enumerate(contents, first):
+            self.fill(number, content)
+
+    def fill(self, number: int, content: list) -> None:
+        """Replaces the content of an object, in place."""
+        (kind, items), value = content, self.objects[number]
+        if kind in _NODES:
+            for name, item in items:
+                setattr(value, name, self.decode(item))
+            return
+        new = [
+            self.decode(item) if kind not in _MAPPINGS else (self.decode(item[0]), self.decode(item[1]))
+            for item in items
+        ]
+        value.clear()
+        if kind in _SEQUENCES:
+            value.extend(new)
+        elif kind in _MAPPINGS:
+            dict.update(value, new)
+        else:
+            value.update(new)
+
+    def decode(self, node: Any) -> Any:
+        """The value of a node, whose objects have been added."""
+        if not isinstance(node, dict):
+            return node
+        if "o" in node:
+            return self.objects[node["o"]]
+        tag, value = node["t"], node["v"]
+        if tag in ("tuple", "frozenset", "range"):
+            items = [self.decode(item) for item in value]
+            return range(*items) if tag == "range" else tuple(items) if tag == "tuple" else frozenset(items)
+        if tag == "array":
+            return self.decode(value)
+        if tag == "dict_keys":
+            return dict.fromkeys([self.decode(item) for item in value]).keys()
+        if tag == "dict_values":
+            return dict(enumerate([self.decode(item) for item in value])).values()
+        if tag == "dict_items":
+            return dict([self.decode(item) for item in value]).items()
+        if tag == "complex":
+            return complex(*map(float, value))
+        return _SCALARS[tag](value) if tag in _SCALARS else self._owner_of(node)
 
 
-def decode(node: Any, resolve: Callable[[dict], Any]) -> Any:
-    """The value of a node; ``resolve`` returns the object of an opaque one."""
-
-    def inner(item: Any) -> Any:
-        return decode(item, resolve)
-
-    if isinstance(node, list):
-        return [inner(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    tag, value = node["t"], node["v"]
-    if tag == "dict":
-        return {inner(key): inner(item) for key, item in value}
-    if tag in _NODES:
-        return _NODES[tag][1]([inner(item) for item in value])
-    if tag in ("tuple", "set"):
-        return {"tuple": tuple, "set": set}[tag](inner(item) for item in value)
-    if tag == "array":
-        return inner(value)
-    if tag == "complex":
-        return complex(*map(float, value))
-    scalars: dict[str, Callable[[Any], Any]] = {
-        "int": lambda text: int(text, 16),
-        "float": float,
-        "bytes": bytes.fromhex,
-        "Decimal": Decimal,
-        "Fraction": Fraction,
-        "type": _built_in_type,
-    }
-    return scalars[tag](value) if tag in scalars else resolve(node)
-
-
-def _built_in_type(name: str) -> type:
-    found = getattr(builtins, name, None)
-    if not isinstance(found, type):
-        raise ValueError(f"{name!r} is not a built-in type")
-    return found
+_SCALARS: dict[str, Callable[[Any], Any]] = {
+    "int": lambda text: int(text, 16),
+    "bytes": bytes.fromhex,
+    "Decimal": Decimal,
+    "Fraction": Fraction,
+    "builtin": lambda name: vars(builtins)[name],
+}
 
 
 # ---- frames: four bytes of length, then JSON ----
@@ -206,7 +263,7 @@ def pack(message: Any) -> bytes:
 
 def write_frame(descriptor: int, message: Any) -> None:
     """Writes a frame; it waits until the pipe has room."""
-    frame = pack(message)
+    frame = memoryview(pack(message))
     while frame:
         frame = frame[os.write(descriptor, frame) :]
 
@@ -220,7 +277,7 @@ def read_frame(descriptor: int) -> Any:
 def _read_exactly(descriptor: int, length: int) -> bytes:
     data = bytearray()
     while len(data) < length:
-        piece = os.read(descriptor, length - len(data))
+        piece = os.read(descriptor, min(length - len(data), 1 << 20))
         if not piece:
             raise EOFError
         data += piece
