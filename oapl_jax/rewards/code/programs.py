@@ -267,7 +267,7 @@ class Judge:
             return failed
         try:
             return _judge_reply(bytes(child.results), request, test, child.cpu_s)
-        except (ValueError, TypeError, KeyError, IndexError, RecursionError, MemoryError):
+        except (struct.error, ValueError, TypeError, KeyError, IndexError, RecursionError, MemoryError):
             return Result(Status.WRONG_ANSWER, f"{len(child.results)} bytes that are no result", child.cpu_s)
 
     def _asserts(self, program: str, test: AssertTest, limits: Limits) -> Result:

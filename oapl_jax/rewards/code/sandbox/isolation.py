@@ -4,13 +4,17 @@
                 read-only, and no /proc. Landlock is added if the kernel has it.
 ``uid``         for machines that forbid namespaces, as many pods do: the worker has a uid of its own, and Landlock
                 guards files and TCP. Path names can be probed. It needs root.
-``landlock``    as ``uid``, but with the grader's own uid: only the seccomp filter prevents signals.
+``landlock``    as ``uid``, but with the grader's own uid: only the seccomp filter prevents signals, and the worker
+                counts threads, because the kernel's limit would count those of all programs together.
 
-Every child has resource limits and the seccomp filter at every level. Programs never run without isolation.
+Every child has resource limits, a layer of Landlock of its own where there is Landlock, and the seccomp filter at every
+level. Programs never run without isolation. Each worker has a folder for temporary files, which is all that a program
+can write to; the worker empties it after each child.
 """
 
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -23,8 +27,9 @@ from typing import Any, NamedTuple
 
 LEVELS = ("namespaces", "uid", "landlock")
 """Strongest first."""
-FIRST_UID, NUM_UIDS = 60_000, 5_000
-"""Range of the workers' uids if the grader is root; Debian leaves these unassigned."""
+FIRST_UID, NUM_UIDS, UIDS_OF_GRADER = 60_000, 5_000, 8
+"""Range of the workers' uids if the grader is root; Debian leaves these unassigned. The kernel counts threads by uid."""
+_worker_numbers = itertools.count()
 ENVIRONMENT = {
     "PYTHONHASHSEED": "0",  # rewards have to be reproducible
     "OPENBLAS_NUM_THREADS": "1",
@@ -156,7 +161,8 @@ def prepare(level: str, interpreter: Interpreter, packages: tuple[str, ...], soc
     options: dict[str, Any] = {"cwd": "/", "start_new_session": True, "pass_fds": [socket_fd]}
     folder = tempfile.mkdtemp(prefix="oapl_jax_sandbox_", dir="/tmp" if is_root() else None)
     if is_root() and level != "landlock":
-        uid = FIRST_UID + os.getpid() % NUM_UIDS
+        number = UIDS_OF_GRADER * os.getpid() + next(_worker_numbers) % UIDS_OF_GRADER
+        uid = FIRST_UID + number % NUM_UIDS
         options |= {"user": uid, "group": uid, "extra_groups": []}
         os.chown(folder, uid, uid)
     environment = {**ENVIRONMENT, "TMPDIR": "/tmp" if level == "namespaces" else folder}
@@ -165,9 +171,10 @@ def prepare(level: str, interpreter: Interpreter, packages: tuple[str, ...], soc
     if level == "namespaces":
         python = [*_bubblewrap([*libraries, *interpreter.paths], installed, extra, folder, environment), *python]
     choom = shutil.which("choom")  # when memory runs out, the kernel should kill programs first
-    readable = [path for each in (*libraries, interpreter.stdlib) for path in _without(each, installed)]
-    readable += [*_ROOT_LIBRARIES, *interpreter.paths, *extra, os.devnull, "/dev/urandom"]
-    readable.remove(interpreter.stdlib)
+    # Most of the libraries of / are links to those of /usr. A rule for a link would be one for all that it points to.
+    roots = [path for path in _ROOT_LIBRARIES if os.path.isdir(path) and not os.path.islink(path)]
+    readable = [path for each in (*libraries, *roots, interpreter.stdlib) for path in _without(each, installed)]
+    readable += [interpreter.executable, *shared, *extra, os.devnull, "/dev/urandom"]
     site = sorted({os.path.dirname(path) for path in extra})
     command = [choom, "-n", "1000", "--", *python] if choom else python
     # The shell outlives a grader that is killed, so the folder is removed in any case.

@@ -161,12 +161,17 @@ class Peer:
         return getattr(solution(), index) if hasattr(solution, index) else self._names[index]
 
     def _exception(self, names: list[str], args: Any, text: str) -> BaseException:
-        """An exception of the nearest ancestor that this side knows: a class of its own, or a built-in one."""
+        """An exception of the nearest ancestor that this side knows, with the names of those that it does not know."""
         built_in = next(_EXCEPTIONS[name] for name in names if name in _EXCEPTIONS)
-        own = [self._names.get(name) for name in names]
-        kind = next((each for each in own if isinstance(each, type) and issubclass(each, BaseException)), built_in)
-        if not issubclass(kind, built_in):
-            kind = type(kind.__name__, (kind, built_in), {})
+        kind, unknown = built_in, names[: names.index(built_in.__name__)]
+        for number, name in enumerate(unknown):
+            own = self._names.get(name)
+            if isinstance(own, type) and issubclass(own, BaseException):
+                kind = own if issubclass(own, built_in) else type(name, (own, built_in), {})
+                unknown = unknown[:number]
+                break
+        for name in reversed(unknown):
+            kind = type(name, (kind,), {})
         try:
             return kind(*args)
         except TypeError:

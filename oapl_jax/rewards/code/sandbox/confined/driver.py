@@ -111,17 +111,17 @@ def _landlock(hello: dict[str, Any], also: list[str]) -> tuple[int, int]:
     network, scopes = 3 if abi >= 4 else 0, 3 if abi >= 6 else 0
     attributes = struct.pack("<QQQ", rights, network, scopes)[: 8 if abi < 4 else 16 if abi < 6 else 24]
     ruleset = libc.syscall(LANDLOCK_CREATE, attributes, len(attributes), 0)
-    execute, write, read, list_names, make_folder = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 7
-    changes = 1 << 4 | 1 << 5 | 1 << 8 | 1 << 13 | 1 << 14 | make_folder * (abi >= 2)
-    wanted = dict.fromkeys([*hello["readable"], *also], execute | read | list_names)
-    wanted |= dict.fromkeys(hello["listable"], list_names)
+    execute, write, read, list_names, truncate = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 14
+    changes = 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 13 | truncate  # remove and make folders and files, and move them
+    wanted = dict.fromkeys(hello["listable"], list_names)
+    wanted |= dict.fromkeys([*hello["readable"], *also], execute | read | list_names)
     wanted |= {os.devnull: read | write, hello["folder"]: read | write | list_names | changes}
     for path, allowed in wanted.items():
         try:
             descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:
             continue
-        of_files = execute | write | read | 1 << 14
+        of_files = execute | write | read | truncate
         rule = struct.pack("<Qi", allowed & rights & (-1 if os.path.isdir(path) else of_files), descriptor)
         libc.syscall(LANDLOCK_ADD, ruleset, 1, rule, 0)
         os.close(descriptor)
@@ -292,17 +292,25 @@ def _is_full(folder: str) -> bool:
 
 
 def _empty(folder: str) -> None:
-    """Removes everything in a folder. Nested folders are lifted one by one, because their paths may be too long."""
-    while names := os.listdir(folder):
-        for name in names:
-            path = f"{folder}/{name}"
-            if not os.path.isdir(path):
-                os.unlink(path)
-                continue
-            os.chmod(path, 0o700)
-            for inner in os.listdir(path):
-                os.rename(f"{path}/{inner}", f"{folder}/{os.urandom(16).hex()}")
-            os.rmdir(path)
+    """Removes everything in a folder, step by step: a path through nested folders may be too long."""
+
+    def enter(name: str) -> list[str]:
+        os.chdir(name)
+        with os.scandir() as entries:
+            found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
+        for file in (name for name, is_folder in found if not is_folder):
+            os.unlink(file)
+        return [name for name, is_folder in found if is_folder]
+
+    levels = [enter(folder)]
+    while levels:
+        if levels[-1]:
+            os.chmod(levels[-1][-1], 0o700)
+            levels.append(enter(levels[-1][-1]))
+        elif levels.pop() or levels:
+            os.chdir("..")
+            os.rmdir(levels[-1].pop())
+    os.chdir("/")
 
 
 def _read_all(descriptor: int) -> bytes:
