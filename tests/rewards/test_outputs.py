@@ -1,5 +1,7 @@
 """What counts as the same output, and which outputs of published data are wrapped in a list."""
 
+import time
+
 import pytest
 
 from oapl_jax.rewards.code import compare, layouts, programs
@@ -33,6 +35,13 @@ NUMBERS = {
 @pytest.mark.parametrize(("printed", "expected", "tolerance", "is_right"), NUMBERS.values(), ids=NUMBERS)
 def test_output_is_compared_as_ascii_decimals_or_as_text(printed, expected, tolerance, is_right):
     assert compare.is_same_output(f"{printed}\n", expected, tolerance) is is_right
+
+
+def test_many_digits_take_no_time():
+    began = time.process_time()
+    for printed in ("1" * 10**6 + "x", "1" * 10**6 + ".x", "1." + "1" * 10**6 + "e", "1_" * 10**6):
+        assert not compare.is_same_output(printed, "1" * 10**6)
+    assert time.process_time() - began < 1
 
 
 WRAPPED = {

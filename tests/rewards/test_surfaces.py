@@ -68,6 +68,11 @@ def test_memory_below_the_limit_is_there(status):
         assert status(f"{source}\nprint(7)", prints("7")) == Status.ACCEPTED
 
 
+def test_threads_leave_the_memory_to_the_program(status):
+    threads = "import threading\ne = threading.Event()\nfor _ in range(8): threading.Thread(target=e.wait).start()"
+    assert status(f"{threads}\nx = bytearray(180 << 20)\ne.set()\nprint(7)", prints("7")) == Status.ACCEPTED
+
+
 def test_a_driver_knows_the_size_of_its_address_space():
     limits = driver.resource.getrlimit(driver.resource.RLIMIT_AS)
     try:

@@ -15,7 +15,7 @@ MAX_DIGITS = 5000
 MAX_DIMENSIONS = 32
 """Of an array."""
 _NUMBER = (int, float, bool)
-_DECIMAL = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
+_DECIMAL = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)?")
 """What counts as a number in an output. ``Decimal`` itself also reads ``1_5``, Arabic digits and ``nan``."""
 
 

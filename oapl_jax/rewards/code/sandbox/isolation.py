@@ -32,6 +32,7 @@ FIRST_UID, NUM_UIDS, UIDS_OF_GRADER = 60_000, 5_000, 8
 _worker_numbers = itertools.count()
 ENVIRONMENT = {
     "PYTHONHASHSEED": "0",  # rewards have to be reproducible
+    "MALLOC_ARENA_MAX": "1",  # each further one would reserve 64 MiB of address space
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -152,6 +153,9 @@ def prepare(level: str, interpreter: Interpreter, packages: tuple[str, ...], soc
     """
     if level == "uid" and not is_root():
         raise Unavailable("it needs root to give workers a uid of their own")
+    bubblewrap = shutil.which("bwrap") or ""
+    if level == "namespaces" and not bubblewrap:
+        raise Unavailable("bubblewrap is not installed; on Debian and Ubuntu: apt-get install bubblewrap")
     extra = package_paths(packages)
     libraries = [path for path in _LIBRARIES if os.path.isdir(path)]
     installed = installed_packages(interpreter.stdlib)
@@ -169,7 +173,11 @@ def prepare(level: str, interpreter: Interpreter, packages: tuple[str, ...], soc
     if shared:
         environment["LD_LIBRARY_PATH"] = os.path.dirname(shared[0])
     if level == "namespaces":
-        python = [*_bubblewrap([*libraries, *interpreter.paths], installed, extra, folder, environment), *python]
+        python = [
+            bubblewrap,
+            *_bubblewrap([*libraries, *interpreter.paths], installed, extra, folder, environment),
+            *python,
+        ]
     choom = shutil.which("choom")  # when memory runs out, the kernel should kill programs first
     # Most of the libraries of / are links to those of /usr. A rule for a link would be one for all that it points to.
     roots = [path for path in _ROOT_LIBRARIES if os.path.isdir(path) and not os.path.islink(path)]
@@ -178,7 +186,7 @@ def prepare(level: str, interpreter: Interpreter, packages: tuple[str, ...], soc
     site = sorted({os.path.dirname(path) for path in extra})
     command = [choom, "-n", "1000", "--", *python] if choom else python
     # The shell outlives a grader that is killed, so the folder is removed in any case.
-    command = ["/bin/sh", "-c", '"$@"; exec rm -rf "$0"', folder, *command]
+    command = ["/bin/sh", "-c", '"$@"; exec /bin/rm -rf "$0"', folder, *command]
     return Launch(
         command,
         {**options, "env": environment},
@@ -204,17 +212,14 @@ def _without(path: str, hidden: list[str]) -> list[str]:
     """A path; or, if something below it is to be hidden, the entries of the folder without that."""
     if path in hidden or not any(each.startswith(f"{path}/") for each in hidden):
         return [] if path in hidden else [path]
-    entries = sorted(entry.path for entry in os.scandir(path) if not entry.is_symlink())
+    entries = sorted(entry.path for entry in os.scandir(path) if entry.is_file() or not entry.is_symlink())
     return [found for entry in entries for found in _without(entry, hidden)]
 
 
 def _bubblewrap(
     paths: list[str], installed: list[str], packages: list[str], folder: str, environment: dict[str, str]
 ) -> list[str]:
-    program = shutil.which("bwrap")
-    if program is None:
-        raise Unavailable("bubblewrap is not installed; on Debian and Ubuntu: apt-get install bubblewrap")
-    command = [program, "--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
+    command = ["--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
     command += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
     for name, value in environment.items():
         command += ["--setenv", name, value]
