@@ -86,6 +86,15 @@ RIGHT = {
         "def f(d): return d['x']",
         "try: f({})\nexcept KeyError as e: assert e.args == ('x',)\nelse: assert False",
     ),
+    "what an exception carries": (
+        "class E(Exception):\n    def __init__(s, code): super().__init__(f'no {code}'); s.code = code\ndef f(): raise E(3)",
+        "try: f()\nexcept Exception as e: assert (e.code, str(e), type(e).__name__) == (3, 'no 3', 'E')\nelse: assert False",
+    ),
+    "dates and times": (
+        "def f(d): return d, d.date(), d.time(), d - datetime.datetime(2026, 1, 1)",
+        "d = datetime.datetime(2026, 1, 2, 3)\n"
+        "assert f(d) == (d, datetime.date(2026, 1, 2), datetime.time(3), datetime.timedelta(days=1, hours=3))",
+    ),
     "views, ranges, frozen sets": (
         "def f(d): return d.keys(), d.values(), d.items(), range(3), frozenset([1])",
         "k, v, i, r, s = f({'a': 1})\nassert len(k) == 1 and 'a' in k and list(v) == [1] and dict(i) == {'a': 1}\n"

@@ -4,8 +4,7 @@ This is the grader's side. The worker runs ``confined/driver.py`` and is started
 source and its standard input as sealed memory files and answers on pipes. The output of a child is never trusted: it is
 data of limited size, and the exit status can only explain why some of it is missing.
 
-A sandbox belongs to one process and is used from its main thread: the worker is killed when the thread that started it
-ends.
+A sandbox belongs to one process. When that process ends, the control socket closes, and the worker ends too.
 """
 
 import contextlib

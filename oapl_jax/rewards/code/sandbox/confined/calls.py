@@ -130,7 +130,7 @@ class Peer:
                 result: Any = _OPERATIONS[request["do"]](target, *args, **kwargs)
             except BaseException as error:
                 raised = {"raised": [kind.__name__ for kind in type(error).__mro__], "text": str(error)[:MAX_TEXT]}
-                result = error.args
+                result = error.args, dict(vars(error))
             node = graph.encode(result)
             after = [graph.content(number) for number in range(known)]
             changed = [[number, content] for number, content in enumerate(after) if content != request["new"][number]]
@@ -138,7 +138,8 @@ class Peer:
         except BaseException as error:
             # The result cannot be sent: it is too deep, say, or reading it raises an exception.
             names = [kind.__name__ for kind in type(error).__mro__]
-            return {"v": {"t": "tuple", "v": []}, "changed": [], "new": [], "raised": names, "text": ""}
+            nothing = {"t": "tuple", "v": [{"t": "tuple", "v": []}, {"t": "tuple", "v": []}]}
+            return {"v": nothing, "changed": [], "new": [], "raised": names, "text": ""}
 
     def _handle_of(self, value: Any) -> dict:
         if isinstance(value, Remote):
@@ -160,7 +161,7 @@ class Peer:
         solution: Any = self._names.get("Solution")
         return getattr(solution(), index) if hasattr(solution, index) else self._names[index]
 
-    def _exception(self, names: list[str], args: Any, text: str) -> BaseException:
+    def _exception(self, names: list[str], state: Any, text: str) -> BaseException:
         """An exception of the nearest ancestor that this side knows, with the names of those that it does not know."""
         built_in = next(_EXCEPTIONS[name] for name in names if name in _EXCEPTIONS)
         kind, unknown = built_in, names[: names.index(built_in.__name__)]
@@ -172,10 +173,13 @@ class Peer:
                 break
         for name in reversed(unknown):
             kind = type(name, (kind,), {})
+        args, attributes = state
         try:
-            return kind(*args)
+            error = kind(*args)
         except TypeError:
             return RuntimeError(text)
+        vars(error).update(attributes)
+        return error
 
 
 def _encoded(graph: values.Graph, args: Iterable[Any], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ This runs on both sides of the sandbox, so it imports only the standard library.
 
 import builtins
 import collections
+import datetime
 import json
 import os
 import struct
@@ -98,6 +99,7 @@ _NODES = {"ListNode": (ListNode, ("val", "next")), "TreeNode": (TreeNode, ("val"
 _SEQUENCES = {"list": list, "deque": collections.deque, "bytearray": bytearray}
 _MAPPINGS = {"Counter": collections.Counter, "OrderedDict": collections.OrderedDict, "dict": dict}
 _SHELLS = {**_SEQUENCES, **_MAPPINGS, "set": set, **{name: kind for name, (kind, _) in _NODES.items()}}
+_MOMENTS = {"datetime": datetime.datetime, "date": datetime.date, "time": datetime.time}
 _VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
 
 
@@ -153,6 +155,10 @@ class Graph:
             return {"t": "range", "v": [self.encode(item) for item in (value.start, value.stop, value.step)]}
         if kind in _VIEWS:
             return {"t": kind.__name__, "v": [self.encode(item) for item in value]}
+        if kind in _MOMENTS.values():
+            return {"t": kind.__name__, "v": value.isoformat()}
+        if kind is datetime.timedelta:
+            return {"t": "timedelta", "v": [value.days, value.seconds, value.microseconds]}
         if kind is complex:
             return {"t": "complex", "v": [repr(value.real), repr(value.imag)]}
         if kind is Decimal or kind is Fraction:
@@ -249,6 +255,8 @@ _SCALARS: dict[str, Callable[[Any], Any]] = {
     "Decimal": Decimal,
     "Fraction": Fraction,
     "builtin": lambda name: vars(builtins)[name],
+    **{name: kind.fromisoformat for name, kind in _MOMENTS.items()},
+    "timedelta": lambda parts: datetime.timedelta(*parts),
 }
 
 
