@@ -37,7 +37,7 @@ PROT_NONE, MAP_PRIVATE, MAP_ANONYMOUS = 0, 0x02, 0x20
 CAPABILITY_VERSION = 0x20080522
 WATCH_SECONDS = 0.05
 MAX_TEMPORARY_FILE, MAX_TEMPORARY_FILES, MAX_TEMPORARY = 1 << 20, 500, 16 << 20
-"""Bytes of a temporary file, number of files and folders, and bytes of all."""
+"""Bytes of one temporary file, number of files and folders, bytes of all. The kernel keeps the first; the driver looks."""
 MAX_THREADS = 64
 
 libc = ctypes.CDLL(None, use_errno=True)
@@ -103,7 +103,7 @@ def _prepare(hello: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def _landlock(hello: dict[str, Any], also: list[str]) -> tuple[int, int]:
-    """A ruleset without TCP, signals to others, and files but these; returns the ABI of Landlock, or 0, and it."""
+    """Makes a ruleset that allows these files and no TCP or signals; returns the ABI (0: no Landlock) and its descriptor."""
     abi = min(libc.syscall(LANDLOCK_CREATE, None, 0, 1), hello["landlock_abi"])
     if abi < 1:
         return 0, -1
@@ -129,7 +129,7 @@ def _landlock(hello: dict[str, Any], also: list[str]) -> tuple[int, int]:
 
 
 def _restrict(ruleset: int) -> bool:
-    """Adds a layer of Landlock, if there is Landlock, and a process of an outer layer cannot be traced any more."""
+    """Adds a layer of Landlock; -1 stands for a kernel without it. A process cannot open files of one with fewer layers."""
     return ruleset < 0 or libc.syscall(LANDLOCK_RESTRICT, ruleset, 0) == 0
 
 
@@ -234,9 +234,8 @@ class _Children:
             os.closerange(ruleset + 1, MAX_FILES)
             self._limit(request)
             # An exit status cannot report a failure of the sandbox: a program could choose it to be excused.
-            if not _restrict(ruleset if self._ruleset >= 0 else -1) or libc.prctl(
-                PR_SET_SECCOMP, SECCOMP_MODE_FILTER, self._filter, 0, 0
-            ):
+            is_confined = _restrict(ruleset if self._ruleset >= 0 else -1)
+            if not is_confined or libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, self._filter, 0, 0):
                 failure = {"id": request["id"], "failure": "the child could not be confined"}
                 os.write(control, json.dumps(failure).encode())
                 os._exit(1)
@@ -307,7 +306,9 @@ def _empty(folder: str) -> None:
         if levels[-1]:
             os.chmod(levels[-1][-1], 0o700)
             levels.append(enter(levels[-1][-1]))
-        elif levels.pop() or levels:
+            continue
+        levels.pop()
+        if levels:
             os.chdir("..")
             os.rmdir(levels[-1].pop())
     os.chdir("/")
