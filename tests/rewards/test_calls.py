@@ -138,6 +138,15 @@ WRONG = {
         "    def __len__(s): return 1\ndef f(): return L([1, 2])",
         "assert list(f()) == [9] or 9 in f() or len(f()) == 1",
     ),
+    "a set that lies": (
+        "class S(frozenset):\n    def __contains__(s, x): return True\n    def __eq__(s, o): return True\n"
+        "    __hash__ = frozenset.__hash__\ndef f(): return S([1])",
+        "assert 9 in f() or f() == {9} or f() in [{9}]",
+    ),
+    "bytes that lie": (
+        "class B(bytes):\n    def hex(s): return '09'\n    def __eq__(s, o): return True\ndef f(): return B(b'x')",
+        "assert f() == b'\\t'",
+    ),
     "comparisons that lie": (
         "class A:\n    __lt__ = __gt__ = __le__ = __ge__ = __eq__ = lambda s, o: True\n"
         "    __sub__ = __rsub__ = lambda s, o: 0\n    __abs__ = lambda s: 0\ndef f(): return A()",

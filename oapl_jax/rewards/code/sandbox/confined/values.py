@@ -147,10 +147,10 @@ class Graph:
             return {"o": self._number(value)}
         if issubclass(kind, tuple):
             return {"t": "tuple", "v": [self.encode(item) for item in tuple.__iter__(value)]}
-        if kind is frozenset:
-            return {"t": "frozenset", "v": [self.encode(item) for item in value]}
-        if kind is bytes:
-            return {"t": "bytes", "v": value.hex()}
+        if issubclass(kind, frozenset):
+            return {"t": "frozenset", "v": [self.encode(item) for item in frozenset.__iter__(value)]}
+        if issubclass(kind, bytes):
+            return {"t": "bytes", "v": bytes.hex(value)}
         if kind is range:
             return {"t": "range", "v": [self.encode(item) for item in (value.start, value.stop, value.step)]}
         if kind in _VIEWS:
