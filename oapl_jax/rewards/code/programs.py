@@ -11,14 +11,12 @@ import enum
 import json
 import re
 import signal
-import struct
 import symtable
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from oapl_jax.rewards.code.compare import is_same_output, is_same_value
+from oapl_jax.rewards.code.compare import is_same_output
 from oapl_jax.rewards.code.sandbox import sandbox
-from oapl_jax.rewards.code.sandbox.confined import calls, values
 from oapl_jax.rewards.code.sandbox.confined import program as confined
 from oapl_jax.rewards.code.sandbox.sandbox import Child, Limits, Sandbox, SandboxError, Settings
 from oapl_jax.rewards.code.sandbox.self_test import open_sandbox
@@ -31,18 +29,23 @@ _FENCE = re.compile(
 """A line that opens or closes a fenced block (CommonMark), perhaps in a list item."""
 _PYTHON = re.compile(r"[{.\s]*(?:python|py)[\d.]*(?![a-z])", re.IGNORECASE)
 _STATEMENT = re.compile(
-    r"^[ \t]*(?:import |from \S+ import |def \w+\(|class \w+|print ?\(|(?:for|while|if|with|try)\b.*:[ \t]*$|.*\binput\(\))",
+    r"^[ \t]*(?:import |from \S+ import |def \w+\(|class \w+|(?:for|while|if|with|try)\b.*:[ \t]*$"
+    r"|(?!>>>).*(?:\b(?:input|open|print) ?\(|\bsys\.std))",
     re.MULTILINE,
 )
 """A line that makes a block without a language a program; example output has none."""
 _KNOWN_NAMES = {*dir(builtins), *confined.names_for("test"), "__name__"}
 MAX_DETAIL = 160
-MAX_SHOWN = 10
-"""Objects of a returned value that a detail shows."""
-MAX_RATIO, MAX_EXTRA = 8, 1 << 16
-"""A result of more than 8 times the bytes of arguments and expected values, plus 64 KiB, is not parsed."""
-MAX_REQUESTS = 1 << 30
-"""Most bytes that tests send to a program."""
+_CALL = f"""
+import json as _json, os as _os, sys as _sys
+_name, _args, _right = _json.load(_sys.stdin)
+_result = globals()[_name](*_args)
+_result = list(_result) if type(_result) is tuple else _result
+if not any(_result == each for each in _right):
+    print(f"returned {{_result!r:.{MAX_DETAIL}}}", file=_sys.stderr, flush=True)
+    _os._exit({confined.EXIT_WRONG})
+"""
+"""The assertions of a call test. A tuple counts as a list, but not inside of another value."""
 
 
 class Status(enum.StrEnum):
@@ -256,63 +259,36 @@ class Judge:
         return Result(Status.WRONG_ANSWER, f"printed {output[:MAX_DETAIL]!r}", child.cpu_s)
 
     def _call(self, program: str, test: CallTest, limits: Limits) -> Result:
-        worker, request = self._sandbox(0), calls.call_of(test.function, test.args)
-        size = sum(len(json.dumps(value)) for value in (*test.expected, test.args))
-        child = worker.start("serve", program, limits, max_results=MAX_RATIO * size + MAX_EXTRA)
-        child.outbox += values.pack(request)
-        child.is_last_request = True
-        sandbox.converse([(worker, child)], limits.wall_s)
-        failed = _failure(child, limits)
-        if failed is not None:
-            return failed
-        try:
-            return _judge_reply(bytes(child.results), request, test, child.cpu_s)
-        except (struct.error, ValueError, TypeError, KeyError, IndexError, RecursionError, MemoryError):
-            return Result(Status.WRONG_ANSWER, f"{len(child.results)} bytes that are no result", child.cpu_s)
+        given = json.dumps([test.function, test.args, test.expected])
+        return self._converse(program, limits, _CALL, remote=(test.function,), stdin=given)
 
     def _asserts(self, program: str, test: AssertTest, limits: Limits) -> Result:
+        return self._converse(program, limits, test.source, remote=test.remote)
+
+    def _converse(
+        self, program: str, limits: Limits, source: str, *, remote: tuple[str, ...], stdin: str = ""
+    ) -> Result:
+        """Runs a program and its tests in two children, each with the limits; what they ask each other passes through."""
         ours, theirs = self._sandbox(0), self._sandbox(1)
         candidate = ours.start("serve", program, limits)
         try:
-            tester = theirs.start("test", test.source, limits, remote=test.remote, max_results=MAX_REQUESTS)
+            tester = theirs.start("test", source, limits, remote=remote, stdin=stdin)
         except SandboxError:
             candidate.close()
             raise
         candidate.peer, tester.peer = tester, candidate
         sandbox.converse([(ours, candidate), (theirs, tester)], limits.wall_s)
         has_passed = tester.status == confined.EXIT_PASSED and not tester.killed_for
-        if has_passed and tester.num_results == 0:
+        if has_passed and not tester.has_asked:
             raise SandboxError("the test cannot be run: it never calls the program")
-        cpu_s = candidate.cpu_s + tester.cpu_s
         failed = _failure(candidate, limits)
         if failed is None and not has_passed:
-            failed = _failure(tester, limits)
-            if failed is not None and failed.status != Status.TIME_LIMIT:
-                failed = Result(Status.WRONG_ANSWER, failed.detail, cpu_s)
-            failed = failed or Result(Status.WRONG_ANSWER, "the assertions did not reach their end", cpu_s)
-        return failed or Result(Status.ACCEPTED, "", cpu_s)
-
-
-def _judge_reply(results: bytes, request: dict, test: CallTest, cpu_s: float) -> Result:
-    """Compares the one reply of a program with what is expected; it may be anything, so it may raise any error."""
-    (length,) = struct.unpack_from("<I", results)
-    if len(results) != 4 + length:
-        raise ValueError("not one frame")
-    reply = json.loads(results[4:])
-    objects = [*request["new"], *reply["new"]]
-    for number, content in reply["changed"]:
-        objects[number] = content
-    shown = json.dumps([reply["v"], objects[:MAX_SHOWN]])[:MAX_DETAIL]
-    if "raised" in reply:
-        is_full = reply["raised"][0] == "MemoryError"
-        return Result(
-            Status.MEMORY_LIMIT if is_full else Status.RUNTIME_ERROR,
-            f"{reply['raised'][0]}: {shown}"[:MAX_DETAIL],
-            cpu_s,
-        )
-    if any(is_same_value(reply["v"], objects, expected) for expected in test.expected):
-        return Result(Status.ACCEPTED, "", cpu_s)
-    return Result(Status.WRONG_ANSWER, f"returned {shown}", cpu_s)
+            failed = _failure(tester, limits) or Result(
+                Status.WRONG_ANSWER, "the assertions did not reach their end", 0
+            )
+            if source is not _CALL and failed.status is not Status.TIME_LIMIT:
+                failed = dataclasses.replace(failed, status=Status.WRONG_ANSWER)
+        return dataclasses.replace(failed or Result(Status.ACCEPTED, "", 0), cpu_s=candidate.cpu_s + tester.cpu_s)
 
 
 _KILLED = "killed from outside"
@@ -330,6 +306,8 @@ def _failure(child: Child, limits: Limits) -> Result | None:
         status, said = _TOO_MUCH[child.killed_for], f"too much or too many: {child.killed_for}"
     elif child.status == confined.EXIT_COMPILE:
         status = Status.COMPILE_ERROR
+    elif child.status == confined.EXIT_WRONG:
+        status = Status.WRONG_ANSWER
     elif child.status == confined.EXIT_MEMORY or (child.status != 0 and any(sign in said for sign in _NO_MEMORY)):
         status = Status.MEMORY_LIMIT
     elif child.status == -signal.SIGKILL and not child.killed_for:

@@ -15,7 +15,6 @@ import json
 import math
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -34,8 +33,8 @@ STALL_SECONDS = 2.0
 """If a wait lasts this much longer than requested, the machine or its clock is at fault, not the program."""
 MAX_STDERR = 1 << 20
 KEPT_STDERR = 4096
-MAX_RESULTS = 64 << 20
-"""Most bytes of all results of a child. Those of a program go to its tests, which parse them under limits of their own."""
+MAX_WAITING = 1 << 20
+"""Bytes for a child that has not read them yet; meanwhile the other one waits. Each child parses under its own limits."""
 CPU_MARGIN = 1.25
 """The kernel's limit counts ticks, which can run ahead of the CPU time that it reports. The reported time decides."""
 MAX_TASKS = 64
@@ -78,43 +77,47 @@ class Settings:
 class Child:
     """One run of a program: its output so far, and how it ended."""
 
-    def __init__(self, name: int, pipes: dict[str, int], max_output: int, max_results: int) -> None:
+    def __init__(self, name: int, pipes: dict[str, int], max_output: int) -> None:
         self.name, self.pipes = name, pipes
-        self.stdout, self.stderr, self.results = bytearray(), bytearray(), bytearray()
-        self.outbox = bytearray()
-        """Requests that the child has not read yet."""
-        self.is_last_request = False
-        """Whether the pipe of requests is closed when the outbox is empty; a child in mode ``serve`` ends then."""
+        self.stdout, self.stderr = bytearray(), bytearray()
         self.peer: Child | None = None
         """The child whose requests are the results of this one."""
-        self.num_results = 0
-        """Bytes of its results."""
+        self.outbox = bytearray()
+        """Requests that the child has not read yet."""
+        self.has_asked = False
+        """Whether it has sent anything to its peer."""
         self.killed_for = ""
         """Why it was killed: ``time``, ``output``, or by the worker for ``files`` or ``threads``; empty if it was not."""
         self.is_done = False
         self.status = 0
         self.cpu_s = 0.0
-        self._left = {"stdout": max_output, "stderr": MAX_STDERR, "results": max_results}
+        self._left = {"stdout": max_output, "stderr": MAX_STDERR}
 
     def receive(self, pipe: str, data: bytes) -> bool:
         """Takes data from a pipe; returns False if that exceeds the limit."""
+        if pipe == "results":
+            self.has_asked = True
+            if self.peer and not self.peer.is_done:
+                self.peer.outbox += data
+            return True
         self._left[pipe] -= len(data)
         if pipe == "stderr":
             self.stderr += data
             del self.stderr[:-KEPT_STDERR]
-        elif self._left[pipe] < 0:
-            return False
-        elif pipe == "stdout":
+        elif self._left[pipe] >= 0:
             self.stdout += data
-        else:
-            self.num_results += len(data)
-            (self.results if self.peer is None else self.peer.outbox).extend(data)
         return self._left[pipe] >= 0
 
-    def end_requests(self) -> None:
-        """Closes the pipe of requests if there is nothing more to write."""
-        if self.is_last_request and not self.outbox and "requests" in self.pipes:
+    @property
+    def waiting_pipes(self) -> dict[str, int]:
+        """The pipes that have something to read or write. That of requests is closed after the last one of the peer."""
+        peer = self.peer
+        if peer and peer.is_done and "results" not in peer.pipes and not self.outbox and "requests" in self.pipes:
             os.close(self.pipes.pop("requests"))
+        skipped = set() if self.outbox else {"requests"}
+        if peer and not peer.is_done and len(peer.outbox) > MAX_WAITING:
+            skipped.add("results")
+        return {pipe: descriptor for pipe, descriptor in self.pipes.items() if pipe not in skipped}
 
     def close(self) -> None:
         """Closes our ends of the pipes."""
@@ -192,7 +195,6 @@ class Sandbox:
         stdin: str = "",
         remote: Sequence[str] = (),
         expected_output: int = 0,
-        max_results: int = MAX_RESULTS,
     ) -> Child:
         """Starts a child (``confined/program.py`` has the modes); ``converse`` then runs it to its end.
 
@@ -201,6 +203,8 @@ class Sandbox:
         """
         mine: dict[str, int] = {}
         given: list[int] = []
+        if os.listdir(self._folder):
+            self._remove_files()
         try:
             given.append(_memory_file(stdin.encode("utf-8", "surrogatepass")))
             for pipe in ("stdout", "stderr"):
@@ -233,7 +237,7 @@ class Sandbox:
         for descriptor in mine.values():
             os.set_blocking(descriptor, False)
         max_output = (limits.output_kb << 10) + 4 * expected_output
-        return Child(self._next_name, mine, max_output, max_results)
+        return Child(self._next_name, mine, max_output)
 
     def kill(self, child: Child, reason: str) -> None:
         """Tells the worker to kill the child; ``take_end`` reports its end."""
@@ -274,8 +278,14 @@ class Sandbox:
             except subprocess.TimeoutExpired:
                 os.killpg(self.process.pid, signal.SIGKILL)
                 self.process.wait(KILL_TIMEOUT)
-        if hasattr(self, "_folder"):
-            shutil.rmtree(self._folder, ignore_errors=True)
+        if hasattr(self, "_folder") and os.path.isdir(self._folder):
+            self._remove_files()
+            os.rmdir(self._folder)
+
+    def _remove_files(self) -> None:
+        """Removes the temporary files of a child that has ended; a path through its folders may be too long for Python."""
+        script = 'chmod -R u+rwx "$0"; exec find "$0" -mindepth 1 -delete'
+        subprocess.run(["/bin/sh", "-c", script, self._folder], stderr=subprocess.DEVNULL, timeout=START_TIMEOUT)
 
 
 Runs = Sequence[tuple[Sandbox, Child]]
@@ -325,11 +335,9 @@ def _wait(runs: Runs, wait: float) -> list[tuple[Sandbox, Child, str]]:
         if not child.is_done:
             poll.register(sandbox.fileno(), select.POLLIN)
             sources[sandbox.fileno()] = (sandbox, child, "end")
-        child.end_requests()
-        for pipe, descriptor in child.pipes.items():
-            if pipe != "requests" or child.outbox:
-                poll.register(descriptor, select.POLLOUT if pipe == "requests" else select.POLLIN)
-                sources[descriptor] = (sandbox, child, pipe)
+        for pipe, descriptor in child.waiting_pipes.items():
+            poll.register(descriptor, select.POLLOUT if pipe == "requests" else select.POLLIN)
+            sources[descriptor] = (sandbox, child, pipe)
     return [sources[descriptor] for descriptor, _ in poll.poll(wait * 1000)]
 
 
@@ -337,26 +345,14 @@ def _serve(sandbox: Sandbox, child: Child, pipe: str) -> None:
     """Serves a pipe that is ready."""
     if pipe == "end":
         sandbox.take_end(child)
-        if child.is_done and child.peer is not None:
-            child.peer.is_last_request = True
     elif pipe == "requests":
-        _write(child)
-    else:
-        _read(sandbox, child, pipe)
-
-
-def _write(child: Child) -> None:
-    try:
-        del child.outbox[: os.write(child.pipes["requests"], child.outbox)]
-    except BlockingIOError:
-        pass
-    except BrokenPipeError:
-        child.outbox.clear()
-
-
-def _read(sandbox: Sandbox, child: Child, pipe: str) -> None:
-    data = os.read(child.pipes[pipe], 1 << 18)
-    if not data:
+        try:
+            del child.outbox[: os.write(child.pipes[pipe], child.outbox)]
+        except BlockingIOError:
+            pass
+        except BrokenPipeError:
+            child.outbox.clear()
+    elif not (data := os.read(child.pipes[pipe], 1 << 18)):
         os.close(child.pipes.pop(pipe))
     elif not child.receive(pipe, data):
         sandbox.kill(child, "output")

@@ -3,11 +3,16 @@
 A request names an object of the other side and what to do with it; the reply has the result, or the exception, and the
 arguments that changed. While one side waits for a reply it answers requests, so functions can be passed as arguments.
 What a program returns reaches its tests as data. An object that is no data is a ``Remote`` there: it can be called, and
-its attributes, items and iteration give data again, but it is never asked whether it is equal, contained, true or long.
+its attributes, items and iteration give data again. What is equal or contained and how many there are is decided by the
+values that crossed, never by the object.
 """
 
+import contextlib
+import copy
+import itertools
+import operator
 import os
-from collections.abc import Iterable
+import sys
 from typing import Any
 
 from oapl_jax.rewards.code.sandbox.confined import values
@@ -15,22 +20,19 @@ from oapl_jax.rewards.code.sandbox.confined import values
 RESULTS, REQUESTS = 4, 5
 """Descriptors of the child: frames to the other side and frames from it."""
 EXIT_CRASH = 1
-MAX_TEXT = 300
-_EXCEPTIONS = {
-    name: kind
-    for name, kind in vars(values.builtins).items()
-    if isinstance(kind, type) and issubclass(kind, BaseException)
-}
 
 
 class Remote:
     """An object of the other side. It equals only itself, and it is always true."""
 
     def __init__(self, peer: "Peer", node: dict) -> None:
-        vars(self).update(_peer=peer, _node=node, __name__=node.get("n"))
+        vars(self).update(_peer=peer, _node=node, _items=(-1, None), __name__=node.get("n"))
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._peer.ask("set", self._node, name, value)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._peer.ask("put", self._node, key, value)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (ruff mistakes it for an ordinary method)
         return self._peer.ask("call", self._node, *args, **kwargs)
@@ -40,17 +42,33 @@ class Remote:
             raise AttributeError(name)
         return self._peer.ask("get", self._node, name)
 
-    def __iter__(self) -> Any:
-        return self._peer.ask("iter", self._node)
-
-    def __next__(self) -> Any:
-        return self._peer.ask("next", self._node)
-
     def __getitem__(self, key: Any) -> Any:
         return self._peer.ask("item", self._node, key)
 
     def __str__(self) -> str:
         return str.__str__(self._peer.ask("str", self._node))
+
+    def __next__(self) -> Any:
+        return self._peer.ask("next", self._node)
+
+    def __iter__(self) -> Any:
+        """Iterates over what has crossed; the object is asked again only after a call that may have changed it."""
+        when, items = self._items
+        if when != self._peer.num_changes:
+            items = self._peer.ask("iter", self._node)
+            if items is self:  # an iterator: what it gave is gone
+                return self
+            (items,) = itertools.tee(items, 1)
+            vars(self)["_items"] = self._peer.num_changes, items
+        return copy.copy(items)
+
+    def __len__(self) -> int:
+        if iter(self) is self:
+            raise TypeError("an iterator has no length")
+        return sum(1 for _ in self)
+
+    def __bool__(self) -> bool:
+        return True
 
 
 _OPERATIONS = {
@@ -59,7 +77,8 @@ _OPERATIONS = {
     "set": setattr,
     "iter": iter,
     "next": next,
-    "item": lambda target, key: target[key],
+    "item": operator.getitem,
+    "put": operator.setitem,
     "str": str,
 }
 
@@ -74,6 +93,8 @@ class Peer:
 
     def __init__(self, side: str, names: dict[str, Any]) -> None:
         self._side, self._names = side, names
+        self.num_changes = 0
+        """Requests that may have changed objects of the other side."""
         self._handles: list[Any] = []
         self._numbers: dict[int, int] = {}
         self._remotes: dict[Any, Remote] = {}
@@ -88,7 +109,9 @@ class Peer:
     def ask(self, do: str, of: dict, /, *args: Any, **kwargs: Any) -> Any:
         """Makes a request and returns the result, or raises the exception, of the other side."""
         graph = values.Graph(self._handle_of, self._owner_of)
-        request = {"do": do, "of": of, **_encoded(graph, args, kwargs)}
+        self.num_changes += do in ("call", "set", "put")
+        nodes = [graph.encode(value) for value in args], {name: graph.encode(value) for name, value in kwargs.items()}
+        request = {"do": do, "of": of, "args": nodes[0], "kwargs": nodes[1], "new": graph.contents()}
         try:
             values.write_frame(RESULTS, request)
             while "do" in (reply := values.read_frame(REQUESTS)):
@@ -97,14 +120,13 @@ class Peer:
             for number, content in reply["changed"]:
                 graph.fill(number, content)
             result = graph.decode(reply["v"])
-            raised = self._exception(reply["raised"], result, reply["text"]) if "raised" in reply else None
+            raised = self._exception(reply["raised"], *result) if "raised" in reply else None
         except BaseException:
             # The other side is gone, or what it sent is no reply. A test must not be able to catch that.
             os._exit(EXIT_CRASH)
         if raised is not None:
             raise raised
-        # A list or text cannot lie about its items, so they need no further requests.
-        return iter(result) if do == "iter" and isinstance(result, (list, str)) else result
+        return result
 
     def serve(self) -> None:
         """Answers requests until the pipe is closed."""
@@ -129,7 +151,7 @@ class Peer:
             try:
                 result: Any = _OPERATIONS[request["do"]](target, *args, **kwargs)
             except BaseException as error:
-                raised = {"raised": [kind.__name__ for kind in type(error).__mro__], "text": str(error)[:MAX_TEXT]}
+                raised = {"raised": _names_of(error)}
                 result = error.args, dict(vars(error))
             node = graph.encode(result)
             after = [graph.content(number) for number in range(known)]
@@ -137,9 +159,8 @@ class Peer:
             return {"v": node, "changed": changed, "new": graph.contents(known), **raised}
         except BaseException as error:
             # The result cannot be sent: it is too deep, say, or reading it raises an exception.
-            names = [kind.__name__ for kind in type(error).__mro__]
             nothing = {"t": "tuple", "v": [{"t": "tuple", "v": []}, {"t": "tuple", "v": []}]}
-            return {"v": nothing, "changed": [], "new": [], "raised": names, "text": ""}
+            return {"v": nothing, "changed": [], "new": [], "raised": _names_of(error)}
 
     def _handle_of(self, value: Any) -> dict:
         if isinstance(value, Remote):
@@ -161,44 +182,32 @@ class Peer:
         solution: Any = self._names.get("Solution")
         return getattr(solution(), index) if hasattr(solution, index) else self._names[index]
 
-    def _exception(self, names: list[str], state: Any, text: str) -> BaseException:
-        """An exception of the nearest ancestor that this side knows, with the names of those that it does not know."""
-        built_in = next(_EXCEPTIONS[name] for name in names if name in _EXCEPTIONS)
-        kind, unknown = built_in, names[: names.index(built_in.__name__)]
-        for number, name in enumerate(unknown):
-            own = self._names.get(name)
-            if isinstance(own, type) and issubclass(own, BaseException):
-                kind = own if issubclass(own, built_in) else type(name, (own, built_in), {})
-                unknown = unknown[:number]
-                break
-        for name in reversed(unknown):
-            kind = type(name, (kind,), {})
-        args, attributes = state
+    def _exception(self, names: list, args: tuple, attributes: dict) -> BaseException:
+        """An exception of the nearest ancestors that this side knows, with the names of those below them."""
+        found = [self._known(*name) for name in names]
+        known = [kind for kind in found if kind]
+        bases = [kind for kind in known if not any(kind in other.__mro__[1:] for other in known)]
+        kind = bases[0]
+        if len(bases) > 1:
+            with contextlib.suppress(TypeError):  # their layouts can differ
+                kind = type(kind.__name__, tuple(bases), {})
+        for module, name in reversed(names[: found.index(known[0])]):
+            kind = type(name, (kind,), {"__module__": module})
         try:
             error = kind(*args)
-        except TypeError:
-            return RuntimeError(text)
+        except TypeError:  # its constructor takes something else
+            error = kind.__new__(kind, *args)
         vars(error).update(attributes)
         return error
 
-
-def _encoded(graph: values.Graph, args: Iterable[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a request, and the contents of the objects in them."""
-    nodes = {
-        "args": [graph.encode(value) for value in args],
-        "kwargs": {name: graph.encode(value) for name, value in kwargs.items()},
-    }
-    return {**nodes, "new": graph.contents()}
+    def _known(self, module: str, name: str) -> type[BaseException] | None:
+        ours = module in ("__main__", "tmp_sol")
+        kind = self._names.get(name) if ours else getattr(sys.modules.get(module), name, None)
+        return kind if isinstance(kind, type) and issubclass(kind, BaseException) else None
 
 
-def call_of(function: str, args: Iterable[Any]) -> dict[str, Any]:
-    """The request of a grader to call a function of the program with JSON values."""
-    graph = values.Graph(_no_handle, _no_handle)
-    return {"do": "call", "of": {"t": "handle", "v": ["program", function]}, **_encoded(graph, args, {})}
-
-
-def _no_handle(value: Any) -> Any:
-    raise TypeError(f"{value!r:.80} is no JSON value")
+def _names_of(error: BaseException) -> list:
+    return [[kind.__module__, kind.__name__] for kind in type(error).__mro__]
 
 
 def _check_allowed(do: str, target: Any, *args: Any) -> None:

@@ -185,7 +185,6 @@ class _Children:
         for descriptor in descriptors:
             os.close(descriptor)
         status, usage, over = self._wait(pid, request["tasks"] is None)
-        _empty(self._folder)
         return {
             "id": request["id"],
             "failure": "",
@@ -267,51 +266,24 @@ class _Children:
         for kind, value in wanted.items():
             hard = resource.getrlimit(kind)[1]
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-            resource.setrlimit(kind, (value, value))
+            # Programs like to set the limit of the stack anew. The address space limits it, too.
+            resource.setrlimit(kind, (value, hard if kind == resource.RLIMIT_STACK else value))
 
 
 def _is_full(folder: str) -> bool:
     """Whether a program has too many temporary files, or too large ones. Those without a name count as descriptors."""
-    total = count = 0
-    folders = [folder]
+    total, count, folders = 0, 0, [folder]
     try:
-        while folders:
-            for entry in os.scandir(folders.pop()):
+        for path in folders:
+            for entry in os.scandir(path):
                 count += 1
                 total += entry.stat(follow_symlinks=False).st_size
-                if entry.is_dir(follow_symlinks=False):
-                    folders.append(entry.path)
+                folders += [entry.path] * entry.is_dir(follow_symlinks=False)
                 if count > MAX_TEMPORARY_FILES or total > MAX_TEMPORARY:
                     return True
-    except FileNotFoundError:  # it was removed in the meantime
-        return False
-    except OSError:  # a path that is too long, or a folder that nobody may read
-        return True
+    except OSError as error:  # removed in the meantime; or the path is too long, or a folder that nobody may read
+        return not isinstance(error, FileNotFoundError)
     return False
-
-
-def _empty(folder: str) -> None:
-    """Removes everything in a folder, step by step: a path through nested folders may be too long."""
-
-    def enter(name: str) -> list[str]:
-        os.chdir(name)
-        with os.scandir() as entries:
-            found = [(entry.name, entry.is_dir(follow_symlinks=False)) for entry in entries]
-        for file in (name for name, is_folder in found if not is_folder):
-            os.unlink(file)
-        return [name for name, is_folder in found if is_folder]
-
-    levels = [enter(folder)]
-    while levels:
-        if levels[-1]:
-            os.chmod(levels[-1][-1], 0o700)
-            levels.append(enter(levels[-1][-1]))
-            continue
-        levels.pop()
-        if levels:
-            os.chdir("..")
-            os.rmdir(levels[-1].pop())
-    os.chdir("/")
 
 
 def _read_all(descriptor: int) -> bytes:

@@ -20,7 +20,7 @@ from typing import Any
 from oapl_jax.rewards.code.sandbox.confined import values
 from oapl_jax.rewards.code.sandbox.confined.calls import EXIT_CRASH, Peer
 
-EXIT_COMPILE, EXIT_PASSED, EXIT_MEMORY = 65, 70, 77
+EXIT_COMPILE, EXIT_PASSED, EXIT_WRONG, EXIT_MEMORY = 65, 70, 71, 77
 """How a child ended. ``EXIT_PASSED`` counts for tests only, which nobody but their author writes."""
 TEST_RECURSION_LIMIT = 10_000
 
@@ -203,10 +203,20 @@ def _serve(code: types.CodeType, namespace: dict[str, Any]) -> None:
     Peer("program", namespace).serve()
 
 
+_CATCHING = {"suppress": 0, "assertRaises": 0, "raises": 0, "isinstance": 1, "issubclass": 1}
+"""Functions and the position of the argument that may be an exception."""
+
+
 def _caught_names(source: bytes) -> set[str]:
     """Names that the tests catch as exceptions."""
-    handlers = (node.type for node in ast.walk(ast.parse(source)) if isinstance(node, ast.ExceptHandler) and node.type)
-    return {name.id for kind in handlers for name in ast.walk(kind) if isinstance(name, ast.Name)}
+    kinds: list[Any] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ExceptHandler):
+            kinds.append(node.type)
+        elif isinstance(node, ast.Call):
+            position = _CATCHING.get(getattr(node.func, "attr", getattr(node.func, "id", "")))
+            kinds += [] if position is None else node.args[position : position + 1]
+    return {name.id for kind in kinds if kind for name in ast.walk(kind) if isinstance(name, ast.Name)}
 
 
 MODES: dict[str, Callable[[types.CodeType, dict[str, Any]], None]] = {

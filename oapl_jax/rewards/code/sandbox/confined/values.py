@@ -95,10 +95,15 @@ def is_same_tree(left: Any, right: Any) -> bool:
 
 LEETCODE_NAMES = (ListNode, TreeNode, list_node, tree_node, is_same_list, is_same_tree)
 
-_NODES = {"ListNode": (ListNode, ("val", "next")), "TreeNode": (TreeNode, ("val", "left", "right"))}
-_SEQUENCES = {"list": list, "deque": collections.deque, "bytearray": bytearray}
-_MAPPINGS = {"Counter": collections.Counter, "OrderedDict": collections.OrderedDict, "dict": dict}
-_SHELLS = {**_SEQUENCES, **_MAPPINGS, "set": set, **{name: kind for name, (kind, _) in _NODES.items()}}
+_FIELDS = {"ListNode": ("val", "next"), "TreeNode": ("val", "left", "right")}
+_MAPPINGS = {
+    "Counter": collections.Counter,
+    "OrderedDict": collections.OrderedDict,
+    "defaultdict": collections.defaultdict,
+    "dict": dict,
+}
+_KINDS = {"list": list, "deque": collections.deque, "bytearray": bytearray, "set": set, **_MAPPINGS}
+_SHELLS = {**_KINDS, "ListNode": ListNode, "TreeNode": TreeNode}
 _MOMENTS = {"datetime": datetime.datetime, "date": datetime.date, "time": datetime.time}
 _VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
 
@@ -109,11 +114,9 @@ def _kind_of(value: Any) -> str | None:
     A subclass counts as its built-in type, and is read through the methods of that type: its overrides have no effect.
     """
     kind = type(value)
-    for kinds in (_SEQUENCES, {"set": set}, _MAPPINGS):
-        for name, base in kinds.items():
-            if issubclass(kind, base):
-                return name
-    return kind.__name__ if kind.__name__ in _NODES and hasattr(value, "val") else None
+    if kind.__name__ in _FIELDS and hasattr(value, "val"):
+        return kind.__name__
+    return next((name for name, base in _KINDS.items() if issubclass(kind, base)), None)
 
 
 class Graph:
@@ -146,7 +149,8 @@ class Graph:
         if _kind_of(value) is not None:
             return {"o": self._number(value)}
         if issubclass(kind, tuple):
-            return {"t": "tuple", "v": [self.encode(item) for item in tuple.__iter__(value)]}
+            names = [kind.__name__, *kind._fields] if hasattr(kind, "_fields") else []  # a named tuple
+            return {"t": "tuple", "v": [self.encode(item) for item in tuple.__iter__(value)], "n": names}
         if issubclass(kind, frozenset):
             return {"t": "frozenset", "v": [self.encode(item) for item in frozenset.__iter__(value)]}
         if issubclass(kind, bytes):
@@ -169,7 +173,7 @@ class Graph:
         if numpy is not None and issubclass(kind, numpy.generic):
             return self.encode(numpy.generic.item(value))
         if numpy is not None and issubclass(kind, numpy.ndarray):
-            return {"t": "array", "v": self.encode(numpy.ndarray.tolist(value))}
+            return self.encode(numpy.ndarray.tolist(value))
         return self._handle_of(value)
 
     def _number(self, value: Any) -> int:
@@ -190,41 +194,39 @@ class Graph:
         """Kind and content of an object."""
         value, encode = self.objects[number], self.encode
         kind = _kind_of(value) or "list"
-        if kind in _NODES:
-            return [kind, [[name, encode(getattr(value, name, None))] for name in _NODES[kind][1]]]
-        base = _SHELLS[kind]
+        if kind in _FIELDS:
+            return [kind, [[name, encode(getattr(value, name, None))] for name in _FIELDS[kind]]]
         if kind in _MAPPINGS:
-            return [kind, [[encode(key), encode(item)] for key, item in dict.items(value)]]
-        return [kind, [encode(item) for item in base.__iter__(value)]]
+            factory = [encode(value.default_factory)] if kind == "defaultdict" else []
+            return [kind, [[encode(key), encode(item)] for key, item in _MAPPINGS[kind].items(value)], *factory]
+        return [kind, [encode(item) for item in _KINDS[kind].__iter__(value)]]
 
     # ---- from JSON ----
 
     def add(self, contents: list) -> None:
         """Makes objects of these contents; they get the next numbers."""
         first = len(self.objects)
-        for kind, _ in contents:
+        for kind, *_ in contents:
             self._number(_SHELLS[kind]())
         for number, content in enumerate(contents, first):
             self.fill(number, content)
 
     def fill(self, number: int, content: list) -> None:
         """Replaces the content of an object, in place."""
-        (kind, items), value = content, self.objects[number]
-        if kind in _NODES:
+        (kind, items, *factory), value = content, self.objects[number]
+        if kind in _FIELDS:
             for name, item in items:
                 setattr(value, name, self.decode(item))
-            return
-        new = [
-            self.decode(item) if kind not in _MAPPINGS else (self.decode(item[0]), self.decode(item[1]))
-            for item in items
-        ]
-        value.clear()
-        if kind in _SEQUENCES:
-            value.extend(new)
         elif kind in _MAPPINGS:
-            dict.update(value, new)
-        else:
+            new = {self.decode(key): self.decode(item) for key, item in items}
+            value.clear()
             value.update(new)
+            if factory:
+                value.default_factory = self.decode(factory[0])
+        else:
+            new = [self.decode(item) for item in items]
+            value.clear()
+            (value.update if kind == "set" else value.extend)(new)
 
     def decode(self, node: Any) -> Any:
         """The value of a node, whose objects have been added."""
@@ -233,25 +235,25 @@ class Graph:
         if "o" in node:
             return self.objects[node["o"]]
         tag, value = node["t"], node["v"]
-        if tag in ("tuple", "frozenset", "range"):
-            items = [self.decode(item) for item in value]
-            return range(*items) if tag == "range" else tuple(items) if tag == "tuple" else frozenset(items)
-        if tag == "array":
-            return self.decode(value)
-        if tag == "dict_keys":
-            return dict.fromkeys([self.decode(item) for item in value]).keys()
-        if tag == "dict_values":
-            return dict(enumerate([self.decode(item) for item in value])).values()
-        if tag == "dict_items":
-            return dict([self.decode(item) for item in value]).items()
-        if tag == "complex":
-            return complex(*map(float, value))
+        if tag == "tuple" and node["n"]:
+            return collections.namedtuple(node["n"][0], node["n"][1:])(*map(self.decode, value))
+        if tag in _COMPOUNDS:
+            return _COMPOUNDS[tag]([self.decode(item) for item in value])
         return _SCALARS[tag](value) if tag in _SCALARS else self._owner_of(node)
 
 
+_COMPOUNDS: dict[str, Callable[[list], Any]] = {
+    "tuple": tuple,
+    "frozenset": frozenset,
+    "range": lambda items: range(*items),
+    "dict_keys": lambda items: dict.fromkeys(items).keys(),
+    "dict_values": lambda items: dict(enumerate(items)).values(),
+    "dict_items": lambda items: dict(items).items(),
+}
 _SCALARS: dict[str, Callable[[Any], Any]] = {
     "int": lambda text: int(text, 16),
     "bytes": bytes.fromhex,
+    "complex": lambda parts: complex(*map(float, parts)),
     "Decimal": Decimal,
     "Fraction": Fraction,
     "builtin": lambda name: vars(builtins)[name],
@@ -263,15 +265,10 @@ _SCALARS: dict[str, Callable[[Any], Any]] = {
 # ---- frames: four bytes of length, then JSON ----
 
 
-def pack(message: Any) -> bytes:
-    """A message as a frame."""
-    body = json.dumps(message).encode()
-    return struct.pack("<I", len(body)) + body
-
-
 def write_frame(descriptor: int, message: Any) -> None:
     """Writes a frame; it waits until the pipe has room."""
-    frame = memoryview(pack(message))
+    body = json.dumps(message).encode()
+    frame = memoryview(struct.pack("<I", len(body)) + body)
     while frame:
         frame = frame[os.write(descriptor, frame) :]
 
