@@ -160,7 +160,7 @@ WRONG = {
         "secret = 7\nassert f(lambda: 1) == secret",
     ),
     "a request for what is behind a function": (
-        "def f(g): return vars(g)['_peer'].ask('get', vars(g)['_node'], '__globals__')",
+        "def f(g): return vars(g)['_its_peer'].ask('get', vars(g)['_its_node'], '__globals__')",
         "secret = 7\nassert f(lambda: 1)['secret'] == secret",
     ),
     "looking behind a generator": (
@@ -168,7 +168,7 @@ WRONG = {
         "secret = 7\nassert f(x for x in [1]) == secret",
     ),
     "looking behind an object of the tests": (
-        "def f(n): return vars(n)['_peer'].ask('get', vars(n)['_node'], '__class__').__init__.__globals__['secret']",
+        "def f(n): return vars(n)['_its_peer'].ask('get', vars(n)['_its_node'], '__class__').__init__.__globals__['secret']",
         "secret = 7\nclass N:\n    def __init__(s): pass\nassert f(N()) == secret",
     ),
     "a type that is handed back": ("def f(a): return bytearray", "r = f(1)\nassert f(r(3)) == 9"),

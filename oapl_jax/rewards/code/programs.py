@@ -149,17 +149,11 @@ def parse_tests(tests: Any) -> list[Test]:
     return [_parse_test(number, test) for number, test in enumerate(tests)]
 
 
-_FORMS = (
-    ("stdin", "stdout"),
-    ("stdin", "stdout", "tolerance"),
-    ("args", "call", "expected"),
-    ("any_of", "args", "call"),
-    ("assert",),
-)
+_FORMS = ("stdin stdout", "stdin stdout tolerance", "args call expected", "any_of args call", "assert")
 
 
 def _parse_test(number: int, test: Any) -> Test:
-    where, keys = f"tests[{number}]", tuple(sorted(test)) if isinstance(test, dict) else ()
+    where, keys = f"tests[{number}]", " ".join(sorted(map(str, test))) if isinstance(test, dict) else ""
     if keys not in _FORMS:
         forms = "stdin, stdout (and tolerance); or call, args, expected (or any_of, a list); or assert"
         raise ValueError(f"{where}: should have the keys {forms}: {test!r:.200}")
@@ -270,9 +264,13 @@ class Judge:
     ) -> Result:
         """Runs a program and its tests in two children, each with the limits; what they ask each other passes through."""
         ours, theirs = self._sandbox(0), self._sandbox(1)
+        # What the data of the tests need is no part of the program's limits.
+        more = dataclasses.replace(
+            limits, cpu_s=limits.cpu_s + len(stdin) / 1e6, memory_mb=limits.memory_mb + len(stdin) // 32768
+        )
         candidate = ours.start("serve", program, limits)
         try:
-            tester = theirs.start("test", source, limits, remote=remote, stdin=stdin)
+            tester = theirs.start("test", source, more, remote=remote, stdin=stdin)
         except SandboxError:
             candidate.close()
             raise
@@ -283,9 +281,7 @@ class Judge:
             raise SandboxError("the test cannot be run: it never calls the program")
         failed = _failure(candidate, limits)
         if failed is None and not has_passed:
-            failed = _failure(tester, limits) or Result(
-                Status.WRONG_ANSWER, "the assertions did not reach their end", 0
-            )
+            failed = _failure(tester, more) or Result(Status.WRONG_ANSWER, "the assertions did not reach their end", 0)
             if source is not _CALL and failed.status is not Status.TIME_LIMIT:
                 failed = dataclasses.replace(failed, status=Status.WRONG_ANSWER)
         return dataclasses.replace(failed or Result(Status.ACCEPTED, "", 0), cpu_s=candidate.cpu_s + tester.cpu_s)

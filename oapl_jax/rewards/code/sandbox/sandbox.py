@@ -147,11 +147,7 @@ class Sandbox:
                 )
                 self._folder = launch.folder
                 self.process = subprocess.Popen(
-                    launch.command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=errors,
-                    **launch.options,
+                    launch.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, **launch.options
                 )
             self.info = self._greet(launch, settings)
         except (OSError, ValueError, Unavailable) as error:

@@ -9,6 +9,7 @@ values that crossed, never by the object.
 
 import contextlib
 import copy
+import functools
 import itertools
 import operator
 import os
@@ -20,46 +21,48 @@ from oapl_jax.rewards.code.sandbox.confined import values
 RESULTS, REQUESTS = 4, 5
 """Descriptors of the child: frames to the other side and frames from it."""
 EXIT_CRASH = 1
+_LIBRARIES = ("builtins", "decimal", "json.decoder", "statistics")
+"""Modules whose exceptions both sides know; an exception of ``unittest`` could end the tests."""
 
 
 class Remote:
     """An object of the other side. It equals only itself, and it is always true."""
 
     def __init__(self, peer: "Peer", node: dict) -> None:
-        vars(self).update(_peer=peer, _node=node, _items=(-1, None), __name__=node.get("n"))
+        vars(self).update(_its_peer=peer, _its_node=node, _its_items=(-1, None), __name__=node.get("n"))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self._peer.ask("set", self._node, name, value)
+        self._its_peer.ask("set", self._its_node, name, value)
 
     def __setitem__(self, key: Any, value: Any) -> None:
-        self._peer.ask("put", self._node, key, value)
+        self._its_peer.ask("put", self._its_node, key, value)
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (ruff mistakes it for an ordinary method)
-        return self._peer.ask("call", self._node, *args, **kwargs)
+        return self._its_peer.ask("call", self._its_node, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        return self._peer.ask("get", self._node, name)
+        return self._its_peer.ask("get", self._its_node, name)
 
     def __getitem__(self, key: Any) -> Any:
-        return self._peer.ask("item", self._node, key)
+        return self._its_peer.ask("item", self._its_node, key)
 
     def __str__(self) -> str:
-        return str.__str__(self._peer.ask("str", self._node))
+        return str.__str__(self._its_peer.ask("str", self._its_node))
 
     def __next__(self) -> Any:
-        return self._peer.ask("next", self._node)
+        return self._its_peer.ask("next", self._its_node)
 
     def __iter__(self) -> Any:
         """Iterates over what has crossed; the object is asked again only after a call that may have changed it."""
-        when, items = self._items
-        if when != self._peer.num_changes:
-            items = self._peer.ask("iter", self._node)
+        when, items = self._its_items
+        if when != self._its_peer.num_changes:
+            items = self._its_peer.ask("iter", self._its_node)
             if items is self:  # an iterator: what it gave is gone
                 return self
             (items,) = itertools.tee(items, 1)
-            vars(self)["_items"] = self._peer.num_changes, items
+            vars(self)["_its_items"] = self._its_peer.num_changes, items
         return copy.copy(items)
 
     def __len__(self) -> int:
@@ -120,7 +123,7 @@ class Peer:
             for number, content in reply["changed"]:
                 graph.fill(number, content)
             result = graph.decode(reply["v"])
-            raised = self._exception(reply["raised"], *result) if "raised" in reply else None
+            raised = self._exception(reply["raised"], *(result or ((), {}))) if "raised" in reply else None
         except BaseException:
             # The other side is gone, or what it sent is no reply. A test must not be able to catch that.
             os._exit(EXIT_CRASH)
@@ -159,12 +162,11 @@ class Peer:
             return {"v": node, "changed": changed, "new": graph.contents(known), **raised}
         except BaseException as error:
             # The result cannot be sent: it is too deep, say, or reading it raises an exception.
-            nothing = {"t": "tuple", "v": [{"t": "tuple", "v": []}, {"t": "tuple", "v": []}]}
-            return {"v": nothing, "changed": [], "new": [], "raised": _names_of(error)}
+            return {"v": None, "changed": [], "new": [], "raised": _names_of(error)}
 
     def _handle_of(self, value: Any) -> dict:
         if isinstance(value, Remote):
-            return vars(value)["_node"]
+            return vars(value)["_its_node"]
         number = self._numbers.setdefault(id(value), len(self._handles))
         if number == len(self._handles):
             self._handles.append(value)
@@ -193,16 +195,16 @@ class Peer:
                 kind = type(kind.__name__, tuple(bases), {})
         for module, name in reversed(names[: found.index(known[0])]):
             kind = type(name, (kind,), {"__module__": module})
-        try:
-            error = kind(*args)
-        except TypeError:  # its constructor takes something else
-            error = kind.__new__(kind, *args)
+        error = BaseException()
+        for make in (kind, functools.partial(kind.__new__, kind), *known):
+            with contextlib.suppress(TypeError, ValueError):  # some constructors take something else
+                error = make(*args)
+                break
         vars(error).update(attributes)
         return error
 
     def _known(self, module: str, name: str) -> type[BaseException] | None:
-        ours = module in ("__main__", "tmp_sol")
-        kind = self._names.get(name) if ours else getattr(sys.modules.get(module), name, None)
+        kind = getattr(sys.modules[module], name, None) if module in _LIBRARIES else self._names.get(name)
         return kind if isinstance(kind, type) and issubclass(kind, BaseException) else None
 
 

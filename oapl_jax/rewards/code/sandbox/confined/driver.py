@@ -154,12 +154,7 @@ class _Children:
     """Forks children, one at a time, and waits for them."""
 
     def __init__(
-        self,
-        control: socket.socket,
-        seccomp_filter: bytes,
-        names: dict[str, dict[str, Any]],
-        ruleset: int,
-        folder: str,
+        self, control: socket.socket, seccomp_filter: bytes, names: dict[str, dict[str, Any]], ruleset: int, folder: str
     ) -> None:
         self._control, self._names, self._ruleset, self._folder = control, names, ruleset, folder
         self._mapped = _mapped_bytes()

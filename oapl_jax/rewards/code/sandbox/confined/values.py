@@ -97,15 +97,31 @@ LEETCODE_NAMES = (ListNode, TreeNode, list_node, tree_node, is_same_list, is_sam
 
 _FIELDS = {"ListNode": ("val", "next"), "TreeNode": ("val", "left", "right")}
 _MAPPINGS = {
-    "Counter": collections.Counter,
-    "OrderedDict": collections.OrderedDict,
-    "defaultdict": collections.defaultdict,
-    "dict": dict,
+    kind.__name__: kind for kind in (collections.Counter, collections.OrderedDict, collections.defaultdict, dict)
 }
-_KINDS = {"list": list, "deque": collections.deque, "bytearray": bytearray, "set": set, **_MAPPINGS}
+_KINDS = {kind.__name__: kind for kind in (list, collections.deque, bytearray, set)} | _MAPPINGS
 _SHELLS = {**_KINDS, "ListNode": ListNode, "TreeNode": TreeNode}
-_MOMENTS = {"datetime": datetime.datetime, "date": datetime.date, "time": datetime.time}
-_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+_SEQUENCES = {"tuple": tuple, "frozenset": frozenset}
+_VIEWS: dict[str, Callable[[list], Any]] = {
+    "dict_keys": lambda items: dict.fromkeys(items).keys(),
+    "dict_values": lambda items: dict(enumerate(items)).values(),
+    "dict_items": lambda items: dict(items).items(),
+}
+_SCALARS: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    range: (lambda value: [value.start, value.stop, value.step], lambda parts: range(*parts)),
+    complex: (lambda value: [value.real, value.imag], lambda parts: complex(*parts)),
+    Decimal: (str, Decimal),
+    Fraction: (str, Fraction),
+    datetime.timedelta: (lambda d: [d.days, d.seconds, d.microseconds], lambda parts: datetime.timedelta(*parts)),
+    **{k: (k.isoformat, k.fromisoformat) for k in (datetime.datetime, datetime.date, datetime.time)},
+}
+"""Other kinds: a value to JSON, and back."""
+_FROM_JSON: dict[str, Callable[[Any], Any]] = {
+    "int": lambda text: int(text, 16),
+    "bytes": bytes.fromhex,
+    "builtin": lambda name: vars(builtins)[name],
+    **{kind.__name__: back for kind, (_, back) in _SCALARS.items()},
+}
 
 
 def _kind_of(value: Any) -> str | None:
@@ -149,24 +165,16 @@ class Graph:
         if _kind_of(value) is not None:
             return {"o": self._number(value)}
         if issubclass(kind, tuple):
-            names = [kind.__name__, *kind._fields] if hasattr(kind, "_fields") else []  # a named tuple
-            return {"t": "tuple", "v": [self.encode(item) for item in tuple.__iter__(value)], "n": names}
+            node = {"t": "tuple", "v": [self.encode(item) for item in tuple.__iter__(value)]}
+            return {**node, "n": [kind.__name__, *kind._fields]} if hasattr(kind, "_fields") else node
         if issubclass(kind, frozenset):
             return {"t": "frozenset", "v": [self.encode(item) for item in frozenset.__iter__(value)]}
         if issubclass(kind, bytes):
             return {"t": "bytes", "v": bytes.hex(value)}
-        if kind is range:
-            return {"t": "range", "v": [self.encode(item) for item in (value.start, value.stop, value.step)]}
-        if kind in _VIEWS:
+        if kind.__name__ in _VIEWS:
             return {"t": kind.__name__, "v": [self.encode(item) for item in value]}
-        if kind in _MOMENTS.values():
-            return {"t": kind.__name__, "v": value.isoformat()}
-        if kind is datetime.timedelta:
-            return {"t": "timedelta", "v": [value.days, value.seconds, value.microseconds]}
-        if kind is complex:
-            return {"t": "complex", "v": [repr(value.real), repr(value.imag)]}
-        if kind is Decimal or kind is Fraction:
-            return {"t": kind.__name__, "v": str(value)}
+        if kind in _SCALARS:
+            return {"t": kind.__name__, "v": _SCALARS[kind][0](value)}
         if kind in (type, type(len)) and vars(builtins).get(value.__name__) is value:
             return {"t": "builtin", "v": value.__name__}
         numpy = sys.modules.get("numpy")
@@ -235,31 +243,12 @@ class Graph:
         if "o" in node:
             return self.objects[node["o"]]
         tag, value = node["t"], node["v"]
-        if tag == "tuple" and node["n"]:
-            return collections.namedtuple(node["n"][0], node["n"][1:])(*map(self.decode, value))
-        if tag in _COMPOUNDS:
-            return _COMPOUNDS[tag]([self.decode(item) for item in value])
-        return _SCALARS[tag](value) if tag in _SCALARS else self._owner_of(node)
-
-
-_COMPOUNDS: dict[str, Callable[[list], Any]] = {
-    "tuple": tuple,
-    "frozenset": frozenset,
-    "range": lambda items: range(*items),
-    "dict_keys": lambda items: dict.fromkeys(items).keys(),
-    "dict_values": lambda items: dict(enumerate(items)).values(),
-    "dict_items": lambda items: dict(items).items(),
-}
-_SCALARS: dict[str, Callable[[Any], Any]] = {
-    "int": lambda text: int(text, 16),
-    "bytes": bytes.fromhex,
-    "complex": lambda parts: complex(*map(float, parts)),
-    "Decimal": Decimal,
-    "Fraction": Fraction,
-    "builtin": lambda name: vars(builtins)[name],
-    **{name: kind.fromisoformat for name, kind in _MOMENTS.items()},
-    "timedelta": lambda parts: datetime.timedelta(*parts),
-}
+        if tag in _SEQUENCES or tag in _VIEWS:
+            items = [self.decode(item) for item in value]
+            if node.get("n"):
+                return collections.namedtuple(node["n"][0], node["n"][1:])(*items)
+            return (_SEQUENCES.get(tag) or _VIEWS[tag])(items)
+        return _FROM_JSON[tag](value) if tag in _FROM_JSON else self._owner_of(node)
 
 
 # ---- frames: four bytes of length, then JSON ----
