@@ -13,7 +13,6 @@
 import ast
 import base64
 import json
-import pickle
 import pickletools
 import zlib
 from typing import Any
@@ -103,13 +102,10 @@ def _live_code_bench(row: dict) -> list[dict]:
     return [_one_test(test, metadata.get("func_name")) for test in tests]
 
 
-def pack(text: str) -> str:
-    """``base64(zlib(pickle(text)))``: LiveCodeBench and the paper's authors store tests in this form."""
-    return base64.b64encode(zlib.compress(pickle.dumps(text))).decode()
-
-
 def unpack(packed: str) -> str:
-    """The inverse of ``pack``. The pickle is parsed but never executed, and it must contain exactly one string.
+    """The text in ``base64(zlib(pickle(text)))``: LiveCodeBench and the paper's authors store tests in this form.
+
+    The pickle is parsed but never executed, and it must contain exactly one string.
 
     Raises:
         ValueError: it is anything else, or larger than ``MAX_UNPACKED`` bytes.

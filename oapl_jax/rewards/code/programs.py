@@ -129,10 +129,7 @@ def _fenced_blocks(text: str) -> Iterator[tuple[str, str]]:
         elif not info and line["indent"].isspace() | (not line["indent"]) and fence.startswith(opening["fence"]):
             block = text[opening.end() + 1 : line.start()]
             width = len(opening["indent"])
-            yield (
-                opening["info"].strip(),
-                re.sub(rf"^[ \t]{{1,{width}}}", "", block, flags=re.MULTILINE) if width else block,
-            )
+            yield opening["info"].strip(), re.sub(rf"^[ \t]{{0,{width}}}", "", block, flags=re.MULTILINE)
             opening = None
 
 
@@ -242,7 +239,7 @@ class Judge:
 
     def _stdio(self, program: str, test: StdioTest, limits: Limits) -> Result:
         worker = self._sandbox(0)
-        child = worker.start(self._mode, program, limits, stdin=test.stdin, expected_output=len(test.stdout))
+        child = worker.start(self._mode, program, limits, stdin=test.stdin, expected=len(test.stdout))
         sandbox.converse([(worker, child)], limits.wall_s)
         failed = _failure(child, limits)
         if failed is not None:

@@ -63,21 +63,16 @@ class Interpreter(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """The command that starts a worker, and what it may read."""
+    """How a worker is started."""
 
     command: list[str]
     options: dict[str, Any]
     """Keyword arguments of ``subprocess.Popen``."""
-    readable: list[str]
-    """Paths that Landlock leaves readable."""
-    listable: list[str]
-    """Folders whose names it leaves readable, and the names in the folders below."""
     folder: str
     """The folder for temporary files, which is removed when the worker ends."""
-    inner_folder: str
-    """Its path inside the sandbox."""
-    site: list[str]
-    """Additions to ``sys.path``."""
+    hello: dict[str, Any]
+    """What the driver is told: files that Landlock leaves readable, folders whose names it leaves readable with those in
+    the folders below, the folder for temporary files inside the sandbox, additions to ``sys.path``, and packages."""
 
 
 def is_root() -> bool:
@@ -173,11 +168,8 @@ def prepare(level: str, interpreter: Interpreter, packages: tuple[str, ...], soc
     if shared:
         environment["LD_LIBRARY_PATH"] = os.path.dirname(shared[0])
     if level == "namespaces":
-        python = [
-            bubblewrap,
-            *_bubblewrap([*libraries, *interpreter.paths], installed, extra, folder, environment),
-            *python,
-        ]
+        visible = [*libraries, *interpreter.paths]
+        python = [bubblewrap, *_bubblewrap(visible, installed, extra, folder, environment), *python]
     choom = shutil.which("choom")  # when memory runs out, the kernel should kill programs first
     # Most of the libraries of / are links to those of /usr. A rule for a link would be one for all that it points to.
     roots = [path for path in _ROOT_LIBRARIES if os.path.isdir(path) and not os.path.islink(path)]
@@ -187,25 +179,16 @@ def prepare(level: str, interpreter: Interpreter, packages: tuple[str, ...], soc
     command = [choom, "-n", "1000", "--", *python] if choom else python
     # The shell outlives a grader that is killed, so the folder is removed in any case.
     command = ["/bin/sh", "-c", '"$@"; exec /bin/rm -rf "$0"', folder, *command]
-    return Launch(
-        command,
-        {**options, "env": environment},
-        readable,
-        [interpreter.stdlib, *site],
-        folder,
-        environment["TMPDIR"],
-        site,
-    )
+    hello = {"readable": readable, "listable": [interpreter.stdlib, *site], "folder": environment["TMPDIR"]}
+    return Launch(command, {**options, "env": environment}, folder, {**hello, "site": site, "packages": list(packages)})
 
 
 def installed_packages(stdlib: str) -> list[str]:
     """Folders of installed packages in what programs can read: the answers of a benchmark could be among them."""
-    paths = [*_LIBRARIES, stdlib]
-    names = ("site-packages", "dist-packages")
-    folders = [pathlib.Path(path) for path in paths] + [
-        folder for path in paths for folder in pathlib.Path(path).glob("python3*")
-    ]
-    return sorted({str(folder / name) for folder in folders for name in names if (folder / name).is_dir()})
+    roots = [pathlib.Path(path) for path in (*_LIBRARIES, stdlib)]
+    folders = [*roots, *(folder for root in roots for folder in root.glob("python3*"))]
+    found = {folder / name for folder in folders for name in ("site-packages", "dist-packages")}
+    return sorted(str(folder) for folder in found if folder.is_dir())
 
 
 def _without(path: str, hidden: list[str]) -> list[str]:
@@ -236,4 +219,17 @@ def _bubblewrap(
         elif os.path.isdir(path):
             command += ["--ro-bind", path, path]
     # There is no /proc: Python does not need it, and a stock pod forbids mounting it.
-    return [*command, "--dev-bind", os.devnull, os.devnull, "--remount-ro", "/", "--chdir", "/", "--"]
+    return [
+        *command,
+        "--dev-bind",
+        os.devnull,
+        os.devnull,
+        "--dev-bind",
+        os.devnull,
+        "/dev/stdin",
+        "--remount-ro",
+        "/",
+        "--chdir",
+        "/",
+        "--",
+    ]

@@ -142,9 +142,8 @@ class Sandbox:
         errors = os.memfd_create("stderr")
         try:
             with theirs:
-                launch = isolation.prepare(
-                    level, interpreter, settings.packages, theirs.fileno(), read_confined("driver")
-                )
+                driver = read_confined("driver")
+                launch = isolation.prepare(level, interpreter, settings.packages, theirs.fileno(), driver)
                 self._folder = launch.folder
                 self.process = subprocess.Popen(
                     launch.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, **launch.options
@@ -161,15 +160,7 @@ class Sandbox:
         names = _CONFINED.split(".")
         modules = [(".".join(names[: i + 1]), "") for i in range(len(names))]
         modules += [(f"{_CONFINED}.{name}", read_confined(name)) for name in ("values", "calls", "program")]
-        hello = {
-            "readable": launch.readable,
-            "listable": launch.listable,
-            "folder": launch.inner_folder,
-            "landlock_abi": settings.landlock_abi,
-            "site": launch.site,
-            "modules": modules,
-            "packages": list(settings.packages),
-        }
+        hello = {**launch.hello, "landlock_abi": settings.landlock_abi, "modules": modules}
         instructions = _memory_file(compile_filter())
         try:
             socket.send_fds(self._control, [json.dumps(hello).encode()], [instructions])
@@ -183,25 +174,20 @@ class Sandbox:
         return json.loads(answer)
 
     def start(
-        self,
-        mode: str,
-        source: str,
-        limits: Limits,
-        *,
-        stdin: str = "",
-        remote: Sequence[str] = (),
-        expected_output: int = 0,
+        self, mode: str, source: str, limits: Limits, *, stdin: str = "", remote: Sequence[str] = (), expected: int = 0
     ) -> Child:
         """Starts a child (``confined/program.py`` has the modes); ``converse`` then runs it to its end.
+
+        ``remote`` are the names of the program that tests use, ``expected`` is the length of the right output.
 
         Raises:
             SandboxError: it cannot be started.
         """
         mine: dict[str, int] = {}
         given: list[int] = []
-        if os.listdir(self._folder):
-            self._remove_files()
         try:
+            if os.listdir(self._folder):
+                self._remove_files()
             given.append(_memory_file(stdin.encode("utf-8", "surrogatepass")))
             for pipe in ("stdout", "stderr"):
                 mine[pipe], end = os.pipe()
@@ -213,15 +199,10 @@ class Sandbox:
                 end, mine["requests"] = os.pipe()
                 given.append(end)
             self._next_name += 1
-            request = {
-                "id": self._next_name,
-                "mode": mode,
-                "remote": list(remote),
-                "cpu_s": math.ceil(CPU_MARGIN * limits.cpu_s),
-                "memory": (limits.memory_mb + SLACK_MB) << 20,
-                # The kernel's limit counts all threads of a user. Where programs share their user, the worker counts.
-                "tasks": None if self.level == "landlock" else MAX_TASKS,
-            }
+            request = {"id": self._next_name, "mode": mode, "remote": list(remote)}
+            request |= {"cpu_s": math.ceil(CPU_MARGIN * limits.cpu_s), "memory": (limits.memory_mb + SLACK_MB) << 20}
+            # The kernel's limit counts all threads of a user. Where programs share their user, the worker counts.
+            request["tasks"] = None if self.level == "landlock" else MAX_TASKS
             socket.send_fds(self._control, [json.dumps(request).encode()], given)
         except OSError as error:
             for descriptor in mine.values():
@@ -232,8 +213,7 @@ class Sandbox:
                 os.close(descriptor)
         for descriptor in mine.values():
             os.set_blocking(descriptor, False)
-        max_output = (limits.output_kb << 10) + 4 * expected_output
-        return Child(self._next_name, mine, max_output)
+        return Child(self._next_name, mine, (limits.output_kb << 10) + 4 * expected)
 
     def kill(self, child: Child, reason: str) -> None:
         """Tells the worker to kill the child; ``take_end`` reports its end."""

@@ -47,11 +47,8 @@ AF_UNIX, SOCK_STREAM, SOCK_TYPES = 1, 1, 0xF
 READING_MODES = (0, 3)
 # F_SETOWN, F_SETOWN_EX and F_SETSIG are missing: with O_ASYNC the kernel would send any signal, even SIGKILL, to any
 # process of the user without kill(). F_SETPIPE_SZ is missing because it takes kernel memory.
-FCNTL_COMMANDS = {
-    "DUPFD, GETFD, SETFD, GETFL, SETFL": (0, 1, 2, 3, 4),
-    "GETLK, SETLK, SETLKW, and of open file descriptions": (5, 6, 7, 36, 37, 38),
-    "DUPFD_CLOEXEC, GETPIPE_SZ, GET_SEALS": (1030, 1032, 1034),
-}
+# Allowed are DUPFD, GETFD, SETFD, GETFL, SETFL; locks; DUPFD_CLOEXEC, GETPIPE_SZ, GET_SEALS.
+FCNTL_COMMANDS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032, 1034)
 # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
 IOCTL_REQUESTS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 # PR_SET_NAME, PR_GET_NAME, PR_SET_VMA, PR_GET_DUMPABLE
@@ -95,7 +92,7 @@ def compile_filter() -> bytes:
             add(denied if mode in READING_MODES else pyseccomp.ALLOW, name, truncating)
         add(pyseccomp.ALLOW, name, pyseccomp.Arg(argument, masked, os.O_TRUNC, 0))
     add(pyseccomp.ALLOW, "prlimit64", pyseccomp.Arg(0, equal, 0))  # its own limits
-    for command in sum(FCNTL_COMMANDS.values(), ()):
+    for command in FCNTL_COMMANDS:
         for name in ("fcntl", "fcntl64"):
             add(pyseccomp.ALLOW, name, pyseccomp.Arg(1, equal, command))
     for request in IOCTL_REQUESTS:

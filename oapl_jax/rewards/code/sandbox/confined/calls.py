@@ -18,8 +18,6 @@ from typing import Any
 
 from oapl_jax.rewards.code.sandbox.confined import values
 
-RESULTS, REQUESTS = 4, 5
-"""Descriptors of the child: frames to the other side and frames from it."""
 EXIT_CRASH = 1
 _LIBRARIES = ("builtins", "decimal", "json.decoder", "statistics")
 """Modules whose exceptions both sides know; an exception of ``unittest`` could end the tests."""
@@ -96,6 +94,7 @@ class Peer:
 
     def __init__(self, side: str, names: dict[str, Any]) -> None:
         self._side, self._names = side, names
+        self._results, self._requests = os.fdopen(4, "wb", closefd=False), os.fdopen(5, "rb", closefd=False)
         self.num_changes = 0
         """Requests that may have changed objects of the other side."""
         self._handles: list[Any] = []
@@ -116,9 +115,9 @@ class Peer:
         nodes = [graph.encode(value) for value in args], {name: graph.encode(value) for name, value in kwargs.items()}
         request = {"do": do, "of": of, "args": nodes[0], "kwargs": nodes[1], "new": graph.contents()}
         try:
-            values.write_frame(RESULTS, request)
-            while "do" in (reply := values.read_frame(REQUESTS)):
-                values.write_frame(RESULTS, self._answer(reply))
+            values.write_frame(self._results, request)
+            while "do" in (reply := values.read_frame(self._requests)):
+                values.write_frame(self._results, self._answer(reply))
             graph.add(reply["new"])
             for number, content in reply["changed"]:
                 graph.fill(number, content)
@@ -135,10 +134,10 @@ class Peer:
         """Answers requests until the pipe is closed."""
         while True:
             try:
-                request = values.read_frame(REQUESTS)
+                request = values.read_frame(self._requests)
             except EOFError:
                 os._exit(0)
-            values.write_frame(RESULTS, self._answer(request))
+            values.write_frame(self._results, self._answer(request))
 
     def _answer(self, request: dict) -> dict:
         graph = values.Graph(self._handle_of, self._owner_of)

@@ -180,13 +180,8 @@ class _Children:
         for descriptor in descriptors:
             os.close(descriptor)
         status, usage, over = self._wait(pid, request["tasks"] is None)
-        return {
-            "id": request["id"],
-            "failure": "",
-            "status": os.waitstatus_to_exitcode(status),
-            "cpu": usage.ru_utime + usage.ru_stime,
-            "over": over,
-        }
+        report = {"status": os.waitstatus_to_exitcode(status), "cpu": usage.ru_utime + usage.ru_stime, "over": over}
+        return {"id": request["id"], "failure": "", **report}
 
     def _wait(self, pid: int, is_counting: bool) -> tuple[int, Any, str]:
         over = ""
@@ -235,8 +230,8 @@ class _Children:
                 os._exit(1)
             os.close(control)
             os.close(ruleset)
-            source = _read_all(3)
-            os.close(3)
+            with open(3, "rb") as file:
+                source = file.read()
             run = sys.modules["oapl_jax.rewards.code.sandbox.confined.program"].run
             status = run(request["mode"], source, self._names[request["mode"]], request["remote"])
         finally:
@@ -279,13 +274,6 @@ def _is_full(folder: str) -> bool:
     except OSError as error:  # removed in the meantime; or the path is too long, or a folder that nobody may read
         return not isinstance(error, FileNotFoundError)
     return False
-
-
-def _read_all(descriptor: int) -> bytes:
-    data = b""
-    while piece := os.pread(descriptor, MAX_MESSAGE, len(data)):
-        data += piece
-    return data
 
 
 def _descriptors(ancillary: list) -> list[int]:

@@ -52,22 +52,16 @@ def names_for(mode: str) -> dict[str, Any]:
 def open_standard_files() -> None:
     """Lets programs open ``/dev/stdin`` by its name, for which the kernel needs a /proc that the sandbox may lack."""
 
-    def number(file: Any) -> int | None:
-        return _STANDARD_FILES.get(os.fspath(file)) if isinstance(file, (str, os.PathLike)) else None
+    def wrapped(function: Callable[..., Any], from_number: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def opened(file: Any, *args: Any, **kwargs: Any) -> Any:
+            number = None if isinstance(file, int) else _STANDARD_FILES.get(os.fsdecode(file))
+            return function(file, *args, **kwargs) if number is None else from_number(os.dup(number), *args, **kwargs)
 
-    @functools.wraps(io.open)
-    def opened(file: Any, *args: Any, **kwargs: Any) -> Any:
-        found = number(file)
-        return open_file(file if found is None else os.dup(found), *args, **kwargs)
+        return opened
 
-    @functools.wraps(os.open)
-    def os_opened(path: Any, *args: Any, **kwargs: Any) -> int:
-        found = number(path)
-        return os_open(path, *args, **kwargs) if found is None else os.dup(found)
-
-    open_file, os_open = io.open, os.open
-    builtins.open = io.open = opened
-    os.open = os_opened
+    builtins.open = io.open = wrapped(io.open, io.open)
+    os.open = wrapped(os.open, lambda number, *_, **__: number)
 
 
 def run(mode: str, source: bytes, names: dict[str, Any], remote: Iterable[str] = ()) -> int:

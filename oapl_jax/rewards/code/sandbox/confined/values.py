@@ -11,13 +11,12 @@ import builtins
 import collections
 import datetime
 import json
-import os
 import struct
 import sys
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any
+from typing import Any, BinaryIO
 
 LARGEST_PLAIN = 1 << 53
 """Integers of at least this size are sent as hexadecimal text."""
@@ -254,25 +253,16 @@ class Graph:
 # ---- frames: four bytes of length, then JSON ----
 
 
-def write_frame(descriptor: int, message: Any) -> None:
+def write_frame(file: BinaryIO, message: Any) -> None:
     """Writes a frame; it waits until the pipe has room."""
     body = json.dumps(message).encode()
-    frame = memoryview(struct.pack("<I", len(body)) + body)
-    while frame:
-        frame = frame[os.write(descriptor, frame) :]
+    file.write(struct.pack("<I", len(body)) + body)
+    file.flush()
 
 
-def read_frame(descriptor: int) -> Any:
+def read_frame(file: BinaryIO) -> Any:
     """The next message; it raises EOFError at the end of the pipe."""
-    (length,) = struct.unpack("<I", _read_exactly(descriptor, 4))
-    return json.loads(_read_exactly(descriptor, length))
-
-
-def _read_exactly(descriptor: int, length: int) -> bytes:
-    data = bytearray()
-    while len(data) < length:
-        piece = os.read(descriptor, min(length - len(data), 1 << 20))
-        if not piece:
-            raise EOFError
-        data += piece
-    return bytes(data)
+    length = file.read(4)
+    if not length:
+        raise EOFError
+    return json.loads(file.read(*struct.unpack("<I", length)))
