@@ -340,7 +340,7 @@ def test_hostile_pickles_are_refused_and_run_nothing(tmp_path):
 def test_packed_text_comes_back_and_damage_is_reported(monkeypatch):
     for text in ("", "[]", json.dumps([{"input": "é\n", "output": "\u2028"}]), "x" * 100_000):
         assert layouts.unpack(packed(text)) == text
-    packed = packed("some tests " * 50)
+    text = packed("some tests " * 50)
     with pytest.raises(ValueError, match="not base64"):
         layouts.unpack(packed[:40] + "!" + packed[41:])
     with pytest.raises(ValueError, match="truncated zlib stream"):

@@ -2,13 +2,14 @@
 
 The program of a response is its last fenced block after thinking. There are three kinds of tests: text in and text out,
 the call of a function, and assertions. Assertions run in another child than the program, and every call between the
-two passes through this process as data, so a program can neither read the assertions nor end them.
+two is data, so a program can neither read the assertions nor end them.
 """
 
 import builtins
 import dataclasses
 import enum
 import json
+import os
 import re
 import signal
 import symtable
@@ -259,22 +260,29 @@ class Judge:
     def _converse(
         self, program: str, limits: Limits, source: str, *, remote: tuple[str, ...], stdin: str = ""
     ) -> Result:
-        """Runs a program and its tests in two children, each with the limits; what they ask each other passes through."""
+        """Runs a program and its tests in two children that ask each other through pipes."""
         ours, theirs = self._sandbox(0), self._sandbox(1)
         # What the data of the tests need is no part of the program's limits.
         more = dataclasses.replace(
             limits, cpu_s=limits.cpu_s + len(stdin) / 1e6, memory_mb=limits.memory_mb + len(stdin) // 32768
         )
-        candidate = ours.start("serve", program, limits)
+        ends: list[int] = []
         try:
-            tester = theirs.start("test", source, more, remote=remote, stdin=stdin)
-        except SandboxError:
-            candidate.close()
-            raise
-        candidate.peer, tester.peer = tester, candidate
+            ends += [*os.pipe(), *os.pipe()]
+            candidate = ours.start("serve", program, limits, channel=(ends[1], ends[2]))
+            try:
+                tester = theirs.start("test", source, more, remote=remote, stdin=stdin, channel=(ends[3], ends[0]))
+            except SandboxError:
+                candidate.close()
+                raise
+        except OSError as error:
+            raise SandboxError(f"a run could not be started: {error}") from error
+        finally:
+            for end in ends:
+                os.close(end)
         sandbox.converse([(ours, candidate), (theirs, tester)], limits.wall_s)
         has_passed = tester.status == confined.EXIT_PASSED and not tester.killed_for
-        if has_passed and not tester.has_asked:
+        if tester.status == confined.EXIT_UNASKED:
             raise SandboxError("the test cannot be run: it never calls the program")
         failed = _failure(candidate, limits)
         if failed is None and not has_passed:

@@ -33,8 +33,6 @@ STALL_SECONDS = 2.0
 """If a wait lasts this much longer than requested, the machine or its clock is at fault, not the program."""
 MAX_STDERR = 1 << 20
 KEPT_STDERR = 4096
-MAX_WAITING = 1 << 20
-"""Bytes for a child that has not read them yet; meanwhile the other one waits. Each child parses under its own limits."""
 CPU_MARGIN = 1.25
 """The kernel's limit counts ticks, which can run ahead of the CPU time that it reports. The reported time decides."""
 MAX_TASKS = 64
@@ -80,12 +78,6 @@ class Child:
     def __init__(self, name: int, pipes: dict[str, int], max_output: int) -> None:
         self.name, self.pipes = name, pipes
         self.stdout, self.stderr = bytearray(), bytearray()
-        self.peer: Child | None = None
-        """The child whose requests are the results of this one."""
-        self.outbox = bytearray()
-        """Requests that the child has not read yet."""
-        self.has_asked = False
-        """Whether it has sent anything to its peer."""
         self.killed_for = ""
         """Why it was killed: ``time``, ``output``, or by the worker for ``files`` or ``threads``; empty if it was not."""
         self.is_done = False
@@ -95,11 +87,6 @@ class Child:
 
     def receive(self, pipe: str, data: bytes) -> bool:
         """Takes data from a pipe; returns False if that exceeds the limit."""
-        if pipe == "results":
-            self.has_asked = True
-            if self.peer and not self.peer.is_done:
-                self.peer.outbox += data
-            return True
         self._left[pipe] -= len(data)
         if pipe == "stderr":
             self.stderr += data
@@ -107,17 +94,6 @@ class Child:
         elif self._left[pipe] >= 0:
             self.stdout += data
         return self._left[pipe] >= 0
-
-    @property
-    def waiting_pipes(self) -> dict[str, int]:
-        """The pipes that have something to read or write. That of requests is closed after the last one of the peer."""
-        peer = self.peer
-        if peer and peer.is_done and "results" not in peer.pipes and not self.outbox and "requests" in self.pipes:
-            os.close(self.pipes.pop("requests"))
-        skipped = set() if self.outbox else {"requests"}
-        if peer and not peer.is_done and len(peer.outbox) > MAX_WAITING:
-            skipped.add("results")
-        return {pipe: descriptor for pipe, descriptor in self.pipes.items() if pipe not in skipped}
 
     def close(self) -> None:
         """Closes our ends of the pipes."""
@@ -174,11 +150,26 @@ class Sandbox:
         return json.loads(answer)
 
     def start(
-        self, mode: str, source: str, limits: Limits, *, stdin: str = "", remote: Sequence[str] = (), expected: int = 0
+        self,
+        mode: str,
+        source: str,
+        limits: Limits,
+        *,
+        stdin: str = "",
+        expected: int = 0,
+        remote: Sequence[str] = (),
+        channel: Sequence[int] = (),
     ) -> Child:
-        """Starts a child (``confined/program.py`` has the modes); ``converse`` then runs it to its end.
+        """Starts a child; ``converse`` then runs it to its end.
 
-        ``remote`` are the names of the program that tests use, ``expected`` is the length of the right output.
+        Args:
+            mode: ``confined/program.py`` has the modes.
+            source: the program, or its tests.
+            limits: its limits.
+            stdin: its standard input.
+            expected: length of the right output.
+            remote: names of the program that tests use.
+            channel: pipes of a program and its tests: one to write to the other child, one to read from it.
 
         Raises:
             SandboxError: it cannot be started.
@@ -193,17 +184,12 @@ class Sandbox:
                 mine[pipe], end = os.pipe()
                 given.append(end)
             given.append(_memory_file(source.encode("utf-8", "surrogatepass")))
-            if mode in ("serve", "test"):
-                mine["results"], end = os.pipe()
-                given.append(end)
-                end, mine["requests"] = os.pipe()
-                given.append(end)
             self._next_name += 1
             request = {"id": self._next_name, "mode": mode, "remote": list(remote)}
             request |= {"cpu_s": math.ceil(CPU_MARGIN * limits.cpu_s), "memory": (limits.memory_mb + SLACK_MB) << 20}
             # The kernel's limit counts all threads of a user. Where programs share their user, the worker counts.
             request["tasks"] = None if self.level == "landlock" else MAX_TASKS
-            socket.send_fds(self._control, [json.dumps(request).encode()], given)
+            socket.send_fds(self._control, [json.dumps(request).encode()], [*given, *channel])
         except OSError as error:
             for descriptor in mine.values():
                 os.close(descriptor)
@@ -280,7 +266,7 @@ def converse(runs: Runs, wall_s: float) -> None:
     deadline = time.monotonic() + wall_s
     give_up = float("inf")
     try:
-        while open_runs := [(sandbox, child) for sandbox, child in runs if not (child.is_done and _is_drained(child))]:
+        while open_runs := [(sandbox, child) for sandbox, child in runs if child.pipes or not child.is_done]:
             now = time.monotonic()
             if now > give_up:
                 raise SandboxError(f"a killed child did not end within {KILL_TIMEOUT:g} s")
@@ -300,10 +286,6 @@ def converse(runs: Runs, wall_s: float) -> None:
             child.close()
 
 
-def _is_drained(child: Child) -> bool:
-    return not child.pipes.keys() - {"requests"}
-
-
 def _wait(runs: Runs, wait: float) -> list[tuple[Sandbox, Child, str]]:
     """Waits once, and returns the pipes that are ready; ``end`` is the worker's report."""
     poll, sources = select.poll(), {}
@@ -311,8 +293,8 @@ def _wait(runs: Runs, wait: float) -> list[tuple[Sandbox, Child, str]]:
         if not child.is_done:
             poll.register(sandbox.fileno(), select.POLLIN)
             sources[sandbox.fileno()] = (sandbox, child, "end")
-        for pipe, descriptor in child.waiting_pipes.items():
-            poll.register(descriptor, select.POLLOUT if pipe == "requests" else select.POLLIN)
+        for pipe, descriptor in child.pipes.items():
+            poll.register(descriptor, select.POLLIN)
             sources[descriptor] = (sandbox, child, pipe)
     return [sources[descriptor] for descriptor, _ in poll.poll(wait * 1000)]
 
@@ -321,13 +303,6 @@ def _serve(sandbox: Sandbox, child: Child, pipe: str) -> None:
     """Serves a pipe that is ready."""
     if pipe == "end":
         sandbox.take_end(child)
-    elif pipe == "requests":
-        try:
-            del child.outbox[: os.write(child.pipes[pipe], child.outbox)]
-        except BlockingIOError:
-            pass
-        except BrokenPipeError:
-            child.outbox.clear()
     elif not (data := os.read(child.pipes[pipe], 1 << 18)):
         os.close(child.pipes.pop(pipe))
     elif not child.receive(pipe, data):

@@ -95,6 +95,7 @@ class Peer:
     def __init__(self, side: str, names: dict[str, Any]) -> None:
         self._side, self._names = side, names
         self._results, self._requests = os.fdopen(4, "wb", closefd=False), os.fdopen(5, "rb", closefd=False)
+        self.has_asked = False
         self.num_changes = 0
         """Requests that may have changed objects of the other side."""
         self._handles: list[Any] = []
@@ -111,6 +112,7 @@ class Peer:
     def ask(self, do: str, of: dict, /, *args: Any, **kwargs: Any) -> Any:
         """Makes a request and returns the result, or raises the exception, of the other side."""
         graph = values.Graph(self._handle_of, self._owner_of)
+        self.has_asked = True
         self.num_changes += do in ("call", "set", "put")
         nodes = [graph.encode(value) for value in args], {name: graph.encode(value) for name, value in kwargs.items()}
         request = {"do": do, "of": of, "args": nodes[0], "kwargs": nodes[1], "new": graph.contents()}

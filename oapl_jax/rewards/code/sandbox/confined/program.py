@@ -20,8 +20,8 @@ from typing import Any
 from oapl_jax.rewards.code.sandbox.confined import values
 from oapl_jax.rewards.code.sandbox.confined.calls import EXIT_CRASH, Peer
 
-EXIT_COMPILE, EXIT_PASSED, EXIT_WRONG, EXIT_MEMORY = 65, 70, 71, 77
-"""How a child ended. ``EXIT_PASSED`` counts for tests only, which nobody but their author writes."""
+EXIT_COMPILE, EXIT_PASSED, EXIT_WRONG, EXIT_UNASKED, EXIT_MEMORY = 65, 70, 71, 72, 77
+"""How a child ended. ``EXIT_PASSED`` and ``EXIT_UNASKED`` (the tests did not use the program) count for tests only."""
 TEST_RECURSION_LIMIT = 10_000
 
 STAR_IMPORTS = (
@@ -76,6 +76,7 @@ def run(mode: str, source: bytes, names: dict[str, Any], remote: Iterable[str] =
     main = types.ModuleType("__main__")
     vars(main).update({**names, "__file__": "solution.py", "__builtins__": builtins})
     sys.modules["__main__"], sys.argv = main, ["solution.py"]
+    peer = None
     try:
         text = lcb_source(source) if mode == "lcb" else source
         code = compile(text, "solution.py", "exec", dont_inherit=True)
@@ -89,9 +90,9 @@ def run(mode: str, source: bytes, names: dict[str, Any], remote: Iterable[str] =
         return EXIT_COMPILE
     except MemoryError:
         return EXIT_MEMORY
-    status = EXIT_PASSED if mode == "test" else 0
     try:
         MODES[mode](code, vars(main))
+        status = 0 if peer is None else EXIT_PASSED if peer.has_asked else EXIT_UNASKED
     except SystemExit:
         status = 0 if mode in ("script", "lcb") else EXIT_CRASH
     except MemoryError:
