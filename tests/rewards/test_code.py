@@ -342,12 +342,12 @@ def test_packed_text_comes_back_and_damage_is_reported(monkeypatch):
         assert layouts.unpack(packed(text)) == text
     text = packed("some tests " * 50)
     with pytest.raises(ValueError, match="not base64"):
-        layouts.unpack(packed[:40] + "!" + packed[41:])
+        layouts.unpack(text[:40] + "!" + text[41:])
     with pytest.raises(ValueError, match="truncated zlib stream"):
-        layouts.unpack(packed[:40])
+        layouts.unpack(text[:40])
     monkeypatch.setattr(layouts, "MAX_UNPACKED", 100)
     with pytest.raises(ValueError, match="more than 100 bytes"):
-        layouts.unpack(packed)
+        layouts.unpack(text)
 
 
 def test_an_unknown_layout_says_so():

@@ -218,18 +218,7 @@ def _bubblewrap(
             command += ["--symlink", os.readlink(path), path]
         elif os.path.isdir(path):
             command += ["--ro-bind", path, path]
+    for path in (os.devnull, "/dev/stdin"):  # the second is there to be found; opening it reads descriptor 0
+        command += ["--dev-bind", os.devnull, path]
     # There is no /proc: Python does not need it, and a stock pod forbids mounting it.
-    return [
-        *command,
-        "--dev-bind",
-        os.devnull,
-        os.devnull,
-        "--dev-bind",
-        os.devnull,
-        "/dev/stdin",
-        "--remount-ro",
-        "/",
-        "--chdir",
-        "/",
-        "--",
-    ]
+    return [*command, "--remount-ro", "/", "--chdir", "/", "--"]

@@ -97,9 +97,8 @@ class Child:
 
     def close(self) -> None:
         """Closes our ends of the pipes."""
-        for descriptor in self.pipes.values():
-            os.close(descriptor)
-        self.pipes.clear()
+        while self.pipes:
+            os.close(self.pipes.popitem()[1])
 
 
 class Sandbox:

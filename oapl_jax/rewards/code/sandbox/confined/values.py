@@ -100,8 +100,9 @@ _MAPPINGS = {
 }
 _KINDS = {kind.__name__: kind for kind in (list, collections.deque, bytearray, set)} | _MAPPINGS
 _SHELLS = {**_KINDS, "ListNode": ListNode, "TreeNode": TreeNode}
-_SEQUENCES = {"tuple": tuple, "frozenset": frozenset}
-_VIEWS: dict[str, Callable[[list], Any]] = {
+_FROM_ITEMS: dict[str, Callable[[list], Any]] = {
+    "tuple": tuple,
+    "frozenset": frozenset,
     "dict_keys": lambda items: dict.fromkeys(items).keys(),
     "dict_values": lambda items: dict(enumerate(items)).values(),
     "dict_items": lambda items: dict(items).items(),
@@ -164,13 +165,14 @@ class Graph:
         if _kind_of(value) is not None:
             return {"o": self._number(value)}
         if issubclass(kind, tuple):
-            node = {"t": "tuple", "v": [self.encode(item) for item in tuple.__iter__(value)]}
-            return {**node, "n": [kind.__name__, *kind._fields]} if hasattr(kind, "_fields") else node
+            fields = getattr(kind, "_fields", None)
+            name = {"n": [kind.__name__, list(fields)]} if fields else {}
+            return {"t": "tuple", "v": [self.encode(item) for item in tuple.__iter__(value)], **name}
         if issubclass(kind, frozenset):
             return {"t": "frozenset", "v": [self.encode(item) for item in frozenset.__iter__(value)]}
         if issubclass(kind, bytes):
             return {"t": "bytes", "v": bytes.hex(value)}
-        if kind.__name__ in _VIEWS:
+        if kind.__name__ in _FROM_ITEMS:  # the view of a dictionary
             return {"t": kind.__name__, "v": [self.encode(item) for item in value]}
         if kind in _SCALARS:
             return {"t": kind.__name__, "v": _SCALARS[kind][0](value)}
@@ -242,11 +244,9 @@ class Graph:
         if "o" in node:
             return self.objects[node["o"]]
         tag, value = node["t"], node["v"]
-        if tag in _SEQUENCES or tag in _VIEWS:
+        if tag in _FROM_ITEMS:
             items = [self.decode(item) for item in value]
-            if node.get("n"):
-                return collections.namedtuple(node["n"][0], node["n"][1:])(*items)
-            return (_SEQUENCES.get(tag) or _VIEWS[tag])(items)
+            return collections.namedtuple(*node["n"])(*items) if "n" in node else _FROM_ITEMS[tag](items)
         return _FROM_JSON[tag](value) if tag in _FROM_JSON else self._owner_of(node)
 
 
