@@ -3,6 +3,9 @@ import subprocess
 
 import pytest
 
+from oapl_jax.rewards.code.programs import Judge, Limits, parse_tests
+from oapl_jax.rewards.code.sandbox import self_test
+from oapl_jax.rewards.code.sandbox.isolation import LEVELS
 from oapl_jax.rewards.code.sandbox.sandbox import Settings
 from oapl_jax.rewards.code.sandbox.seccomp import compile_filter
 from oapl_jax.rewards.code.sandbox.self_test import try_level
@@ -21,3 +24,34 @@ def sandboxed():
     worker, reason = try_level("namespaces", Settings())
     assert worker is not None, reason
     worker.close()
+
+
+@pytest.fixture(scope="module", params=LEVELS)
+def level(request):
+    """Each isolation level; sandboxes that are opened meanwhile have exactly this one. One that is missing is skipped."""
+    worker, reason = try_level(request.param, Settings())
+    if worker is None:
+        pytest.skip(f"this machine has no {request.param}: {reason}")
+    worker.close()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(self_test, "LEVELS", (request.param,))
+        yield request.param
+
+
+@pytest.fixture(scope="module")
+def judge(level):
+    running = Judge(Settings(level))
+    yield running
+    assert running.level == level
+    running.close()
+
+
+@pytest.fixture
+def status(judge):
+    """The status of the first test that failed, or `accepted`."""
+
+    def run(program, tests, limits=None):
+        limits = limits or Limits(cpu_s=2, wall_s=20, memory_mb=256)
+        return str(judge.judge(program, parse_tests(tests), limits, stop_early=True)[-1].status)
+
+    return run

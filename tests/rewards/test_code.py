@@ -6,7 +6,6 @@ import pytest
 
 from oapl_jax.rewards.code import layouts, programs
 from oapl_jax.rewards.code.programs import Judge, Limits, Settings, Status
-from oapl_jax.rewards.code.sandbox.confined import values
 
 pytestmark = pytest.mark.usefixtures("sandboxed")
 
@@ -14,15 +13,8 @@ LIMITS = Limits(cpu_s=2, wall_s=20, memory_mb=256)
 
 
 @pytest.fixture(scope="module")
-def judge():
-    running = Judge(Settings())
-    yield running
-    running.close()
-
-
-@pytest.fixture(scope="module")
-def lcb():
-    running = Judge(Settings(), "lcb")
+def lcb(level):
+    running = Judge(Settings(level), "lcb")
     yield running
     running.close()
 
@@ -34,24 +26,6 @@ def status(judge, program, tests, limits=LIMITS):
 
 def prints(given, expected):
     return [{"stdin": given, "stdout": expected}]
-
-
-@pytest.mark.parametrize(
-    ("response", "program"),
-    [
-        ("no block", None),
-        ("```python\na\n```", "a\n"),
-        ("```\nfirst\n```\nthen\n```py\nsecond\n\n```\nbye", "second\n\n"),
-        ("<think>```python\na\n```</think> so\n```python\nb\n```", "b\n"),
-        ("<think>\n```python\na\n```\n</think>", None),
-        ("<think>\n```python\na\n```", None),
-        ("```python\na\n```\n```python\nnot closed", "a\n"),
-        ("  ```python\n  a\n  ```", "  a\n"),
-        ("```python\ns = '```'\n```", "s = '```'\n"),
-    ],
-)
-def test_the_program_is_the_last_closed_block_after_thinking(response, program):
-    assert programs.extract_program(response) == program
 
 
 SCRIPTS = {
@@ -228,11 +202,6 @@ def test_a_test_that_asks_nothing_is_no_verdict(judge):
         status(judge, "def f(): pass", [{"assert": "if False:\n    f()"}])
 
 
-def test_a_test_that_cannot_be_split_is_no_verdict(judge):
-    with pytest.raises(programs.SandboxError, match="passes a function"):
-        status(judge, "def f(g): return g(1)", [{"assert": "assert f(lambda x: x) == 1"}])
-
-
 def test_several_tests_and_the_early_end(judge):
     tests = programs.parse_tests([{"stdin": str(n), "stdout": str(min(n, 2))} for n in range(5)])
     program = "print(input())"
@@ -370,15 +339,15 @@ def test_hostile_pickles_are_refused_and_run_nothing(tmp_path):
 
 def test_packed_text_comes_back_and_damage_is_reported(monkeypatch):
     for text in ("", "[]", json.dumps([{"input": "é\n", "output": "\u2028"}]), "x" * 100_000):
-        assert layouts.unpack(layouts.pack(text)) == text
-    packed = layouts.pack("some tests " * 50)
+        assert layouts.unpack(packed(text)) == text
+    text = packed("some tests " * 50)
     with pytest.raises(ValueError, match="not base64"):
-        layouts.unpack(packed[:40] + "!" + packed[41:])
+        layouts.unpack(text[:40] + "!" + text[41:])
     with pytest.raises(ValueError, match="truncated zlib stream"):
-        layouts.unpack(packed[:40])
+        layouts.unpack(text[:40])
     monkeypatch.setattr(layouts, "MAX_UNPACKED", 100)
     with pytest.raises(ValueError, match="more than 100 bytes"):
-        layouts.unpack(packed)
+        layouts.unpack(text)
 
 
 def test_an_unknown_layout_says_so():
@@ -394,12 +363,3 @@ def test_helpers_of_a_humaneval_prompt_are_not_the_programs():
     }
     (test,) = programs.parse_tests(layouts.read_tests(row))
     assert test.remote == ("solve",)
-
-
-@pytest.mark.parametrize(
-    "value",
-    [None, True, 3, -(1 << 70), 1.5, float("inf"), "ü", [1, [2]], (1,), {1: {"a": (2,)}}, {3}, b"x", 1 + 2j, int],
-)
-def test_values_come_back_from_json(value):
-    node = json.loads(json.dumps(values.encode(value)))
-    assert values.decode(node, lambda node: pytest.fail(str(node))) == value

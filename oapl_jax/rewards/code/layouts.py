@@ -13,7 +13,6 @@
 import ast
 import base64
 import json
-import pickle
 import pickletools
 import zlib
 from typing import Any
@@ -33,7 +32,9 @@ def read_tests(layout: Any) -> list[dict]:
     if isinstance(layout, str):
         layout = json.loads(layout)
     if isinstance(layout, list):
-        return [_one_test(test, None) for test in layout]
+        tests = [_one_test(test, None) for test in layout]
+        _unwrap([new for old, new in zip(layout, tests, strict=True) if new is not old and "any_of" in new])
+        return tests
     if isinstance(layout, dict):
         for keys, reader in _READERS:
             if keys <= set(layout):
@@ -64,18 +65,28 @@ def _text(value: Any) -> str:
 
 
 def _call(function: str, arguments: Any, output: Any) -> dict:
-    """APPS and its successors wrap some return values in a list without saying which, so both are accepted."""
     if isinstance(arguments, str):  # one JSON value per line
         arguments = [json.loads(line) for line in arguments.split("\n")]
         output = json.loads(output) if isinstance(output, str) else output
-    right = [output, output[0]] if isinstance(output, list) and output else [output]
-    return {"call": function, "args": arguments, "any_of": right}
+    return {"call": function, "args": arguments, "any_of": [output]}
+
+
+def _unwrap(calls: list[dict]) -> None:
+    """Accepts the only item of an output as well, where every output of the function is a list of one item.
+
+    APPS and its successors wrap return values in a list for some problems and do not say for which.
+    """
+    if all(isinstance(output, list) and len(output) == 1 for call in calls for output in call["any_of"]):
+        for call in calls:
+            call["any_of"] += call["any_of"][0]
 
 
 def _inputs_and_outputs(row: dict) -> list[dict]:
     pairs = zip(row["inputs"], row["outputs"], strict=True)
     if row.get("fn_name"):
-        return [_call(row["fn_name"], arguments, output) for arguments, output in pairs]
+        calls = [_call(row["fn_name"], arguments, output) for arguments, output in pairs]
+        _unwrap(calls)
+        return calls
     return [{"stdin": _text(given), "stdout": _text(output)} for given, output in pairs]
 
 
@@ -91,13 +102,10 @@ def _live_code_bench(row: dict) -> list[dict]:
     return [_one_test(test, metadata.get("func_name")) for test in tests]
 
 
-def pack(text: str) -> str:
-    """``base64(zlib(pickle(text)))``: LiveCodeBench and the paper's authors store tests in this form."""
-    return base64.b64encode(zlib.compress(pickle.dumps(text))).decode()
-
-
 def unpack(packed: str) -> str:
-    """The inverse of ``pack``. The pickle is parsed but never executed, and it must contain exactly one string.
+    """The text in ``base64(zlib(pickle(text)))``: LiveCodeBench and the paper's authors store tests in this form.
+
+    The pickle is parsed but never executed, and it must contain exactly one string.
 
     Raises:
         ValueError: it is anything else, or larger than ``MAX_UNPACKED`` bytes.

@@ -2,31 +2,51 @@
 
 The program of a response is its last fenced block after thinking. There are three kinds of tests: text in and text out,
 the call of a function, and assertions. Assertions run in another child than the program, and every call between the
-two passes through this process as data, so a program can neither read the assertions nor end them.
+two is data, so a program can neither read the assertions nor end them.
 """
 
 import builtins
 import dataclasses
 import enum
 import json
+import os
 import re
 import signal
 import symtable
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from oapl_jax.rewards.code.compare import is_same_output, is_same_value
+from oapl_jax.rewards.code.compare import is_same_output
 from oapl_jax.rewards.code.sandbox import sandbox
 from oapl_jax.rewards.code.sandbox.confined import program as confined
-from oapl_jax.rewards.code.sandbox.confined import values
 from oapl_jax.rewards.code.sandbox.sandbox import Child, Limits, Sandbox, SandboxError, Settings
 from oapl_jax.rewards.code.sandbox.self_test import open_sandbox
 from oapl_jax.types import Grade, Verdict
 
 _END_OF_THINKING = "</think>"
-_FENCE = re.compile(r"^[ \t]*```[^`\n]*$", re.MULTILINE)
+_FENCE = re.compile(
+    r"^(?P<indent>[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*)(?P<fence>`{3,}|~{3,})(?P<info>[^\n]*)$", re.MULTILINE
+)
+"""A line that opens or closes a fenced block (CommonMark), perhaps in a list item."""
+_PYTHON = re.compile(r"[{.\s]*(?:python|py)[\d.]*(?![a-z])", re.IGNORECASE)
+_STATEMENT = re.compile(
+    r"^[ \t]*(?:import |from \S+ import |def \w+\(|class \w+|(?:for|while|if|with|try)\b.*:[ \t]*$"
+    r"|(?!>>>).*(?:\b(?:input|open|print) ?\(|\bsys\.std))",
+    re.MULTILINE,
+)
+"""A line that makes a block without a language a program; example output has none."""
 _KNOWN_NAMES = {*dir(builtins), *confined.names_for("test"), "__name__"}
 MAX_DETAIL = 160
+_CALL = f"""
+import json as _json, os as _os, sys as _sys
+_name, _args, _right = _json.load(_sys.stdin)
+_result = globals()[_name](*_args)
+_result = list(_result) if type(_result) is tuple else _result
+if not any(_result == each for each in _right):
+    print(f"returned {{_result!r:.{MAX_DETAIL}}}", file=_sys.stderr, flush=True)
+    _os._exit({confined.EXIT_WRONG})
+"""
+"""The assertions of a call test. A tuple counts as a list, but not inside of another value."""
 
 
 class Status(enum.StrEnum):
@@ -82,17 +102,36 @@ class Result:
 
 
 def extract_program(response: str) -> str | None:
-    """The last closed fenced block after the end of thinking, or None."""
+    """The last closed fenced block after the end of thinking that is Python, or None if no block could be.
+
+    A block is Python if its first line says so, or if it names no language and has a line that only a program has. If
+    there is no such block, the last one that names no language counts.
+    """
     if "<think>" in response and _END_OF_THINKING not in response:
         return None
-    text = response.rpartition(_END_OF_THINKING)[2]
-    program, opening = None, None
-    for fence in _FENCE.finditer(text):
+    python, unnamed = None, None
+    for info, block in _fenced_blocks(response.rpartition(_END_OF_THINKING)[2]):
+        if _PYTHON.match(info) and not block.lstrip().startswith(">>>"):
+            python = block
+        elif not info:
+            unnamed = block
+            python = block if _STATEMENT.search(block) else python
+    return unnamed if python is None else python
+
+
+def _fenced_blocks(text: str) -> Iterator[tuple[str, str]]:
+    """Yields the closed blocks: what stands after the opening fence, and the lines, without the fence's indentation."""
+    opening = None
+    for line in _FENCE.finditer(text):
+        fence, info = line["fence"], line["info"].strip()
         if opening is None:
-            opening = fence
-        elif fence[0].strip() == "```":
-            program, opening = text[opening.end() + 1 : fence.start()], None
-    return program
+            if "`" not in info:
+                opening = line
+        elif not info and line["indent"].isspace() | (not line["indent"]) and fence.startswith(opening["fence"]):
+            block = text[opening.end() + 1 : line.start()]
+            width = len(opening["indent"])
+            yield opening["info"].strip(), re.sub(rf"^[ \t]{{0,{width}}}", "", block, flags=re.MULTILINE)
+            opening = None
 
 
 def parse_tests(tests: Any) -> list[Test]:
@@ -108,17 +147,11 @@ def parse_tests(tests: Any) -> list[Test]:
     return [_parse_test(number, test) for number, test in enumerate(tests)]
 
 
-_FORMS = (
-    ("stdin", "stdout"),
-    ("stdin", "stdout", "tolerance"),
-    ("args", "call", "expected"),
-    ("any_of", "args", "call"),
-    ("assert",),
-)
+_FORMS = ("stdin stdout", "stdin stdout tolerance", "args call expected", "any_of args call", "assert")
 
 
 def _parse_test(number: int, test: Any) -> Test:
-    where, keys = f"tests[{number}]", tuple(sorted(test)) if isinstance(test, dict) else ()
+    where, keys = f"tests[{number}]", " ".join(sorted(map(str, test))) if isinstance(test, dict) else ""
     if keys not in _FORMS:
         forms = "stdin, stdout (and tolerance); or call, args, expected (or any_of, a list); or assert"
         raise ValueError(f"{where}: should have the keys {forms}: {test!r:.200}")
@@ -207,7 +240,7 @@ class Judge:
 
     def _stdio(self, program: str, test: StdioTest, limits: Limits) -> Result:
         worker = self._sandbox(0)
-        child = worker.start(self._mode, program, limits, stdin=test.stdin, expected_output=len(test.stdout))
+        child = worker.start(self._mode, program, limits, stdin=test.stdin, expected=len(test.stdout))
         sandbox.converse([(worker, child)], limits.wall_s)
         failed = _failure(child, limits)
         if failed is not None:
@@ -218,86 +251,50 @@ class Judge:
         return Result(Status.WRONG_ANSWER, f"printed {output[:MAX_DETAIL]!r}", child.cpu_s)
 
     def _call(self, program: str, test: CallTest, limits: Limits) -> Result:
-        worker = self._sandbox(0)
-        child = worker.start("serve", program, limits)
-        target = {"t": "name", "v": test.function}
-        args = [values.encode(argument) for argument in test.args]
-        child.outbox += values.pack({"do": "call", "of": target, "args": args, "kwargs": {}})
-        frames: list[dict] = []
-
-        def on_frame(_: Child, frame: Any) -> None:
-            frames.append(_checked(frame))
-            child.end_requests()
-
-        sandbox.converse([(worker, child)], limits.wall_s, on_frame)
-        failed = _failure(child, limits)
-        if failed is not None:
-            return failed
-        if len(frames) != 1 or child.has_unread_results:
-            return Result(Status.WRONG_ANSWER, f"{len(frames)} results instead of one", child.cpu_s)
-        reply, shown = frames[0], _shown(frames[0]["v"])
-        if reply["t"] == "raised":
-            return Result(Status.RUNTIME_ERROR, f"{reply.get('n')!s:.40}: {shown}", child.cpu_s)
-        if any(is_same_value(reply["v"], expected) for expected in test.expected):
-            return Result(Status.ACCEPTED, "", child.cpu_s)
-        return Result(Status.WRONG_ANSWER, f"returned {shown}", child.cpu_s)
+        given = json.dumps([test.function, test.args, test.expected])
+        return self._converse(program, limits, _CALL, remote=(test.function,), stdin=given)
 
     def _asserts(self, program: str, test: AssertTest, limits: Limits) -> Result:
+        return self._converse(program, limits, test.source, remote=test.remote)
+
+    def _converse(
+        self, program: str, limits: Limits, source: str, *, remote: tuple[str, ...], stdin: str = ""
+    ) -> Result:
+        """Runs a program and its tests in two children that ask each other through pipes."""
         ours, theirs = self._sandbox(0), self._sandbox(1)
-        candidate = ours.start("serve", program, limits)
+        # What the data of the tests need is no part of the program's limits.
+        more = dataclasses.replace(
+            limits, cpu_s=limits.cpu_s + len(stdin) / 1e6, memory_mb=limits.memory_mb + len(stdin) // 32768
+        )
+        ends: list[int] = []
         try:
-            tester = theirs.start("test", test.source, limits, remote=test.remote)
-        except SandboxError:
-            candidate.close()
-            raise
-        has_passed, num_asked = False, 0
-
-        def on_frame(child: Child, frame: Any) -> None:
-            nonlocal has_passed, num_asked
-            if child is candidate:
-                tester.outbox += values.pack(_checked(frame))
-            elif frame["t"] == "passed":
-                has_passed = True
-                candidate.end_requests()
-            else:
-                num_asked += 1
-                candidate.outbox += values.pack(frame)
-
-        def on_end(child: Child) -> None:
-            if child is tester:
-                candidate.end_requests()
-            else:
-                theirs.kill(tester, "candidate")
-
-        sandbox.converse([(ours, candidate), (theirs, tester)], limits.wall_s, on_frame, on_end)
-        if tester.status == confined.EXIT_NO_DATA or (has_passed and num_asked == 0):
-            said = tester.stderr.decode(errors="replace").strip().rpartition("\n")[2]
-            raise SandboxError(f"the test cannot be run: {said or 'it never calls the program'}"[:MAX_DETAIL])
-        cpu_s = candidate.cpu_s + tester.cpu_s
+            ends += [*os.pipe(), *os.pipe()]
+            candidate = ours.start("serve", program, limits, channel=(ends[1], ends[2]))
+            try:
+                tester = theirs.start("test", source, more, remote=remote, stdin=stdin, channel=(ends[3], ends[0]))
+            except SandboxError:
+                candidate.close()
+                raise
+        except OSError as error:
+            raise SandboxError(f"a run could not be started: {error}") from error
+        finally:
+            for end in ends:
+                os.close(end)
+        sandbox.converse([(ours, candidate), (theirs, tester)], limits.wall_s)
+        has_passed = tester.status == confined.EXIT_PASSED and not tester.killed_for
+        if tester.status == confined.EXIT_UNASKED:
+            raise SandboxError("the test cannot be run: it never calls the program")
         failed = _failure(candidate, limits)
         if failed is None and not has_passed:
-            failed = _failure(tester, limits)
-            if failed is not None and failed.status != Status.TIME_LIMIT:
-                failed = Result(Status.WRONG_ANSWER, failed.detail, cpu_s)
-            failed = failed or Result(Status.RUNTIME_ERROR, "the program ended before the assertions", cpu_s)
-        return failed or Result(Status.ACCEPTED, "", cpu_s)
+            failed = _failure(tester, more) or Result(Status.WRONG_ANSWER, "the assertions did not reach their end", 0)
+            if source is not _CALL and failed.status is not Status.TIME_LIMIT:
+                failed = dataclasses.replace(failed, status=Status.WRONG_ANSWER)
+        return dataclasses.replace(failed or Result(Status.ACCEPTED, "", 0), cpu_s=candidate.cpu_s + tester.cpu_s)
 
 
 _KILLED = "killed from outside"
-
-
-def _shown(value: Any) -> str:
-    try:
-        return json.dumps(value)[:MAX_DETAIL]
-    except (RecursionError, MemoryError):
-        return "too much to show"
-
-
-def _checked(frame: Any) -> dict:
-    """The reply of a candidate; it may be anything, so a ValueError is raised unless it has the form of a reply."""
-    if not isinstance(frame, dict) or frame.get("t") not in ("value", "raised") or "v" not in frame:
-        raise ValueError("not a reply")
-    return frame
+_TOO_MUCH = {"output": Status.OUTPUT_LIMIT, "files": Status.OUTPUT_LIMIT, "threads": Status.RUNTIME_ERROR}
+_NO_MEMORY = ("MemoryError", "[Errno 12]")
 
 
 def _failure(child: Child, limits: Limits) -> Result | None:
@@ -306,11 +303,13 @@ def _failure(child: Child, limits: Limits) -> Result | None:
     status = None
     if child.killed_for == "time" or sandbox.is_over_cpu(child, limits):
         status, said = Status.TIME_LIMIT, f"{child.cpu_s:.2f} s of CPU"
-    elif child.killed_for in ("output", "frame"):
-        status, said = Status.OUTPUT_LIMIT if child.killed_for == "output" else Status.RUNTIME_ERROR, "bad output"
+    elif child.killed_for in _TOO_MUCH:
+        status, said = _TOO_MUCH[child.killed_for], f"too much or too many: {child.killed_for}"
     elif child.status == confined.EXIT_COMPILE:
         status = Status.COMPILE_ERROR
-    elif child.status == confined.EXIT_MEMORY or (child.status != 0 and "MemoryError" in said):
+    elif child.status == confined.EXIT_WRONG:
+        status = Status.WRONG_ANSWER
+    elif child.status == confined.EXIT_MEMORY or (child.status != 0 and any(sign in said for sign in _NO_MEMORY)):
         status = Status.MEMORY_LIMIT
     elif child.status == -signal.SIGKILL and not child.killed_for:
         status, said = Status.RUNTIME_ERROR, _KILLED

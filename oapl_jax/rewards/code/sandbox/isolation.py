@@ -4,13 +4,17 @@
                 read-only, and no /proc. Landlock is added if the kernel has it.
 ``uid``         for machines that forbid namespaces, as many pods do: the worker has a uid of its own, and Landlock
                 guards files and TCP. Path names can be probed. It needs root.
-``landlock``    as ``uid``, but with the grader's own uid: only the seccomp filter prevents signals.
+``landlock``    as ``uid``, but with the grader's own uid: only the seccomp filter prevents signals, and the worker
+                counts threads, because the kernel's limit would count those of all programs together.
 
-Every child has resource limits and the seccomp filter at every level. Programs never run without isolation.
+Every child has resource limits, a layer of Landlock of its own where there is Landlock, and the seccomp filter at every
+level. Programs never run without isolation. Each worker has a folder for temporary files, which is all that a program
+can write to; the worker empties it after each child.
 """
 
 import functools
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -18,14 +22,17 @@ import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 from typing import Any, NamedTuple
 
 LEVELS = ("namespaces", "uid", "landlock")
 """Strongest first."""
-FIRST_UID, NUM_UIDS = 60_000, 5_000
-"""Range of the workers' uids if the grader is root; Debian leaves these unassigned."""
+FIRST_UID, NUM_UIDS, UIDS_OF_GRADER = 60_000, 5_000, 8
+"""Range of the workers' uids if the grader is root; Debian leaves these unassigned. The kernel counts threads by uid."""
+_worker_numbers = itertools.count()
 ENVIRONMENT = {
     "PYTHONHASHSEED": "0",  # rewards have to be reproducible
+    "MALLOC_ARENA_MAX": "1",  # each further one would reserve 64 MiB of address space
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -56,15 +63,16 @@ class Interpreter(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """The command that starts a worker, and what it may read."""
+    """How a worker is started."""
 
     command: list[str]
     options: dict[str, Any]
     """Keyword arguments of ``subprocess.Popen``."""
-    readable: list[str]
-    """Paths that Landlock leaves readable."""
-    site: list[str]
-    """Additions to ``sys.path``."""
+    folder: str
+    """The folder for temporary files, which is removed when the worker ends."""
+    hello: dict[str, Any]
+    """What the driver is told: files that Landlock leaves readable, folders whose names it leaves readable with those in
+    the folders below, the folder for temporary files inside the sandbox, additions to ``sys.path``, and packages."""
 
 
 def is_root() -> bool:
@@ -138,48 +146,79 @@ def prepare(level: str, interpreter: Interpreter, packages: tuple[str, ...], soc
     Raises:
         Unavailable: the machine lacks something that the level needs.
     """
+    if level == "uid" and not is_root():
+        raise Unavailable("it needs root to give workers a uid of their own")
+    bubblewrap = shutil.which("bwrap") or ""
+    if level == "namespaces" and not bubblewrap:
+        raise Unavailable("bubblewrap is not installed; on Debian and Ubuntu: apt-get install bubblewrap")
     extra = package_paths(packages)
     libraries = [path for path in _LIBRARIES if os.path.isdir(path)]
+    installed = installed_packages(interpreter.stdlib)
     python = [interpreter.executable, "-I", "-S", "-B", "-c", source, str(socket_fd)]
     # The sandbox has no cache of the locations of shared libraries.
     shared = interpreter.paths[2:]
-    environment = {**ENVIRONMENT, "LD_LIBRARY_PATH": os.path.dirname(shared[0])} if shared else ENVIRONMENT
-    options: dict[str, Any] = {"env": environment, "cwd": "/", "start_new_session": True, "pass_fds": [socket_fd]}
-    if level == "uid" and not is_root():
-        raise Unavailable("it needs root to give workers a uid of their own")
+    options: dict[str, Any] = {"cwd": "/", "start_new_session": True, "pass_fds": [socket_fd]}
+    folder = tempfile.mkdtemp(prefix="oapl_jax_sandbox_", dir="/tmp" if is_root() else None)
     if is_root() and level != "landlock":
-        uid = FIRST_UID + os.getpid() % NUM_UIDS
+        number = UIDS_OF_GRADER * os.getpid() + next(_worker_numbers) % UIDS_OF_GRADER
+        uid = FIRST_UID + number % NUM_UIDS
         options |= {"user": uid, "group": uid, "extra_groups": []}
+        os.chown(folder, uid, uid)
+    environment = {**ENVIRONMENT, "TMPDIR": "/tmp" if level == "namespaces" else folder}
+    if shared:
+        environment["LD_LIBRARY_PATH"] = os.path.dirname(shared[0])
     if level == "namespaces":
-        python = [*_bubblewrap([*libraries, *interpreter.paths], extra, interpreter, environment), *python]
+        visible = [*libraries, *interpreter.paths]
+        python = [bubblewrap, *_bubblewrap(visible, installed, extra, folder, environment), *python]
     choom = shutil.which("choom")  # when memory runs out, the kernel should kill programs first
-    readable = [*libraries, *_ROOT_LIBRARIES, *interpreter.paths, *extra, os.devnull, "/dev/urandom"]
+    # Most of the libraries of / are links to those of /usr. A rule for a link would be one for all that it points to.
+    roots = [path for path in _ROOT_LIBRARIES if os.path.isdir(path) and not os.path.islink(path)]
+    readable = [path for each in (*libraries, *roots, interpreter.stdlib) for path in _without(each, installed)]
+    readable += [interpreter.executable, *shared, *extra, os.devnull, "/dev/urandom"]
     site = sorted({os.path.dirname(path) for path in extra})
-    return Launch([choom, "-n", "1000", "--", *python] if choom else python, options, readable, site)
+    command = [choom, "-n", "1000", "--", *python] if choom else python
+    # The shell outlives a grader that is killed, so the folder is removed in any case.
+    command = ["/bin/sh", "-c", '"$@"; exec /bin/rm -rf "$0"', folder, *command]
+    hello = {"readable": readable, "listable": [interpreter.stdlib, *site], "folder": environment["TMPDIR"]}
+    return Launch(command, {**options, "env": environment}, folder, {**hello, "site": site, "packages": list(packages)})
+
+
+def installed_packages(stdlib: str) -> list[str]:
+    """Folders of installed packages in what programs can read: the answers of a benchmark could be among them."""
+    roots = [pathlib.Path(path) for path in (*_LIBRARIES, stdlib)]
+    folders = [*roots, *(folder for root in roots for folder in root.glob("python3*"))]
+    found = {folder / name for folder in folders for name in ("site-packages", "dist-packages")}
+    return sorted(str(folder) for folder in found if folder.is_dir())
+
+
+def _without(path: str, hidden: list[str]) -> list[str]:
+    """A path; or, if something below it is to be hidden, the entries of the folder without that."""
+    if path in hidden or not any(each.startswith(f"{path}/") for each in hidden):
+        return [] if path in hidden else [path]
+    entries = sorted(entry.path for entry in os.scandir(path) if entry.is_file() or not entry.is_symlink())
+    return [found for entry in entries for found in _without(entry, hidden)]
 
 
 def _bubblewrap(
-    paths: list[str], packages: list[str], interpreter: Interpreter, environment: dict[str, str]
+    paths: list[str], installed: list[str], packages: list[str], folder: str, environment: dict[str, str]
 ) -> list[str]:
-    program = shutil.which("bwrap")
-    if program is None:
-        raise Unavailable("bubblewrap is not installed; on Debian and Ubuntu: apt-get install bubblewrap")
-    command = [program, "--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
+    command = ["--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
     command += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
     for name, value in environment.items():
         command += ["--setenv", name, value]
     for path in paths:  # /usr/local is left out: it may contain data
         command += ["--ro-bind", path, path]
-    # An empty file system hides all installed packages but those that are wanted.
-    installed = os.path.join(interpreter.stdlib, "site-packages")
-    covered = [installed] if os.path.isdir(installed) else []
-    command += [word for folder in covered for word in ("--tmpfs", folder)]
+    # Empty file systems hide all installed packages but those that are wanted.
+    command += [word for path in installed for word in ("--tmpfs", path)]
     command += [word for path in packages for word in ("--ro-bind", path, path)]
-    command += [word for folder in covered for word in ("--remount-ro", folder)]
+    command += [word for path in installed for word in ("--remount-ro", path)]
+    command += ["--bind", folder, "/tmp"]
     for path in _ROOT_LIBRARIES:
         if os.path.islink(path):
             command += ["--symlink", os.readlink(path), path]
         elif os.path.isdir(path):
             command += ["--ro-bind", path, path]
+    for path in (os.devnull, "/dev/stdin"):  # the second is there to be found; opening it reads descriptor 0
+        command += ["--dev-bind", os.devnull, path]
     # There is no /proc: Python does not need it, and a stock pod forbids mounting it.
-    return [*command, "--dev-bind", os.devnull, os.devnull, "--remount-ro", "/", "--chdir", "/", "--"]
+    return [*command, "--remount-ro", "/", "--chdir", "/", "--"]

@@ -4,8 +4,7 @@ This is the grader's side. The worker runs ``confined/driver.py`` and is started
 source and its standard input as sealed memory files and answers on pipes. The output of a child is never trusted: it is
 data of limited size, and the exit status can only explain why some of it is missing.
 
-A sandbox belongs to one process and is used from its main thread: the worker is killed when the thread that started it
-ends.
+A sandbox belongs to one process. When that process ends, the control socket closes, and the worker ends too.
 """
 
 import contextlib
@@ -18,10 +17,9 @@ import os
 import select
 import signal
 import socket
-import struct
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from oapl_jax.rewards.code.sandbox import isolation
@@ -35,16 +33,12 @@ STALL_SECONDS = 2.0
 """If a wait lasts this much longer than requested, the machine or its clock is at fault, not the program."""
 MAX_STDERR = 1 << 20
 KEPT_STDERR = 4096
-MAX_RESULT = 16 << 20
-"""Most bytes of all frames of a child; parsed, they can take thirty times as much."""
-INTERPRETER_MB = 256
-"""Memory added to a program's limit for the interpreter and the preloaded packages."""
-ADDRESS_SPACE = 4
-"""Limit of the address space as a multiple of the memory limit: libraries reserve more than they use."""
 CPU_MARGIN = 1.25
 """The kernel's limit counts ticks, which can run ahead of the CPU time that it reports. The reported time decides."""
 MAX_TASKS = 64
 """Most threads of a program."""
+SLACK_MB = 32
+"""Memory beyond a program's limit and what the worker itself has, for modules that it loads, and for its stack."""
 NEWEST_LANDLOCK = 99
 _CONFINED = "oapl_jax.rewards.code.sandbox.confined"
 
@@ -81,57 +75,30 @@ class Settings:
 class Child:
     """One run of a program: its output so far, and how it ended."""
 
-    def __init__(self, name: int, pipes: dict[str, int], max_output: int, memory_mb: int) -> None:
-        self.name, self.pipes, self.memory_mb = name, pipes, memory_mb
+    def __init__(self, name: int, pipes: dict[str, int], max_output: int) -> None:
+        self.name, self.pipes = name, pipes
         self.stdout, self.stderr = bytearray(), bytearray()
-        self.outbox = bytearray()
-        """Frames that the child has not read yet."""
         self.killed_for = ""
-        """Why the grader killed it: ``time``, ``output``, ``frame`` or ``candidate``; empty if it did not."""
+        """Why it was killed: ``time``, ``output``, or by the worker for ``files`` or ``threads``; empty if it was not."""
         self.is_done = False
         self.status = 0
         self.cpu_s = 0.0
-        self.failure = ""
-        self._results = bytearray()
-        self._left = {"stdout": max_output, "stderr": MAX_STDERR, "results": MAX_RESULT}
+        self._left = {"stdout": max_output, "stderr": MAX_STDERR}
 
     def receive(self, pipe: str, data: bytes) -> bool:
-        """Stores data from a pipe; returns False if that exceeds the limit."""
+        """Takes data from a pipe; returns False if that exceeds the limit."""
         self._left[pipe] -= len(data)
-        buffer = {"stdout": self.stdout, "stderr": self.stderr, "results": self._results}[pipe]
         if pipe == "stderr":
-            buffer += data
-            del buffer[:-KEPT_STDERR]
+            self.stderr += data
+            del self.stderr[:-KEPT_STDERR]
         elif self._left[pipe] >= 0:
-            buffer += data
+            self.stdout += data
         return self._left[pipe] >= 0
-
-    def next_frame(self) -> bytes | None:
-        """Takes the body of the first complete frame, or returns None."""
-        if len(self._results) < 4:
-            return None
-        (length,) = struct.unpack_from("<I", self._results)
-        if len(self._results) < 4 + length:
-            return None
-        body = bytes(self._results[4 : 4 + length])
-        del self._results[: 4 + length]
-        return body
-
-    @property
-    def has_unread_results(self) -> bool:
-        """Whether there is data after the frames that were taken."""
-        return bool(self._results)
-
-    def end_requests(self) -> None:
-        """Closes the pipe of requests, which ends a child in mode ``serve``."""
-        if "requests" in self.pipes:
-            os.close(self.pipes.pop("requests"))
 
     def close(self) -> None:
         """Closes our ends of the pipes."""
-        for descriptor in self.pipes.values():
-            os.close(descriptor)
-        self.pipes.clear()
+        while self.pipes:
+            os.close(self.pipes.popitem()[1])
 
 
 class Sandbox:
@@ -150,15 +117,11 @@ class Sandbox:
         errors = os.memfd_create("stderr")
         try:
             with theirs:
-                launch = isolation.prepare(
-                    level, interpreter, settings.packages, theirs.fileno(), read_confined("driver")
-                )
+                driver = read_confined("driver")
+                launch = isolation.prepare(level, interpreter, settings.packages, theirs.fileno(), driver)
+                self._folder = launch.folder
                 self.process = subprocess.Popen(
-                    launch.command,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=errors,
-                    **launch.options,
+                    launch.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, **launch.options
                 )
             self.info = self._greet(launch, settings)
         except (OSError, ValueError, Unavailable) as error:
@@ -171,14 +134,8 @@ class Sandbox:
     def _greet(self, launch: isolation.Launch, settings: Settings) -> dict[str, Any]:
         names = _CONFINED.split(".")
         modules = [(".".join(names[: i + 1]), "") for i in range(len(names))]
-        modules += [(f"{_CONFINED}.{name}", read_confined(name)) for name in ("values", "program")]
-        hello = {
-            "readable": launch.readable,
-            "landlock_abi": settings.landlock_abi,
-            "site": launch.site,
-            "modules": modules,
-            "packages": list(settings.packages),
-        }
+        modules += [(f"{_CONFINED}.{name}", read_confined(name)) for name in ("values", "calls", "program")]
+        hello = {**launch.hello, "landlock_abi": settings.landlock_abi, "modules": modules}
         instructions = _memory_file(compile_filter())
         try:
             socket.send_fds(self._control, [json.dumps(hello).encode()], [instructions])
@@ -198,10 +155,20 @@ class Sandbox:
         limits: Limits,
         *,
         stdin: str = "",
+        expected: int = 0,
         remote: Sequence[str] = (),
-        expected_output: int = 0,
+        channel: Sequence[int] = (),
     ) -> Child:
-        """Starts a child (``confined/program.py`` has the modes); ``converse`` then runs it to its end.
+        """Starts a child; ``converse`` then runs it to its end.
+
+        Args:
+            mode: ``confined/program.py`` has the modes.
+            source: the program, or its tests.
+            limits: its limits.
+            stdin: its standard input.
+            expected: length of the right output.
+            remote: names of the program that tests use.
+            channel: pipes of a program and its tests: one to write to the other child, one to read from it.
 
         Raises:
             SandboxError: it cannot be started.
@@ -209,31 +176,19 @@ class Sandbox:
         mine: dict[str, int] = {}
         given: list[int] = []
         try:
+            if os.listdir(self._folder):
+                self._remove_files()
             given.append(_memory_file(stdin.encode("utf-8", "surrogatepass")))
             for pipe in ("stdout", "stderr"):
                 mine[pipe], end = os.pipe()
                 given.append(end)
             given.append(_memory_file(source.encode("utf-8", "surrogatepass")))
-            if mode in ("serve", "test"):
-                mine["results"], end = os.pipe()
-                given.append(end)
-                end, mine["requests"] = os.pipe()
-                given.append(end)
             self._next_name += 1
-            memory = (limits.memory_mb + INTERPRETER_MB) << 20
-            request = {
-                "id": self._next_name,
-                "mode": mode,
-                "remote": list(remote),
-                "limits": {
-                    "cpu_s": math.ceil(CPU_MARGIN * limits.cpu_s),
-                    "data": memory,
-                    "address_space": ADDRESS_SPACE * memory,
-                    "tasks": MAX_TASKS
-                    + (_tasks_of_user() if self.level == "landlock" or not isolation.is_root() else 0),
-                },
-            }
-            socket.send_fds(self._control, [json.dumps(request).encode()], given)
+            request = {"id": self._next_name, "mode": mode, "remote": list(remote)}
+            request |= {"cpu_s": math.ceil(CPU_MARGIN * limits.cpu_s), "memory": (limits.memory_mb + SLACK_MB) << 20}
+            # The kernel's limit counts all threads of a user. Where programs share their user, the worker counts.
+            request["tasks"] = None if self.level == "landlock" else MAX_TASKS
+            socket.send_fds(self._control, [json.dumps(request).encode()], [*given, *channel])
         except OSError as error:
             for descriptor in mine.values():
                 os.close(descriptor)
@@ -243,8 +198,7 @@ class Sandbox:
                 os.close(descriptor)
         for descriptor in mine.values():
             os.set_blocking(descriptor, False)
-        max_output = (limits.output_kb << 10) + 4 * expected_output
-        return Child(self._next_name, mine, max_output, limits.memory_mb)
+        return Child(self._next_name, mine, (limits.output_kb << 10) + 4 * expected)
 
     def kill(self, child: Child, reason: str) -> None:
         """Tells the worker to kill the child; ``take_end`` reports its end."""
@@ -274,29 +228,36 @@ class Sandbox:
         if report["failure"]:
             raise SandboxError(report["failure"])
         child.status, child.cpu_s = report["status"], report["cpu"]
+        child.killed_for = child.killed_for or report["over"]
 
     def close(self) -> None:
-        """Kills the worker and its child. It may be called twice."""
+        """Ends the worker and its child. It may be called twice."""
         self._control.close()
         if hasattr(self, "process"):
-            self.process.kill()
-            self.process.wait(KILL_TIMEOUT)
+            try:
+                self.process.wait(KILL_TIMEOUT)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait(KILL_TIMEOUT)
+        if hasattr(self, "_folder") and os.path.isdir(self._folder):
+            self._remove_files()
+            os.rmdir(self._folder)
+
+    def _remove_files(self) -> None:
+        """Removes the temporary files of a child that has ended; a path through its folders may be too long for Python."""
+        script = 'chmod -R u+rwx "$0"; exec find "$0" -mindepth 1 -delete'
+        subprocess.run(["/bin/sh", "-c", script, self._folder], stderr=subprocess.DEVNULL, timeout=START_TIMEOUT)
 
 
 Runs = Sequence[tuple[Sandbox, Child]]
-OnFrame = Callable[[Child, Any], None]
-OnEnd = Callable[[Child], None]
 
 
-def converse(runs: Runs, wall_s: float, on_frame: OnFrame | None = None, on_end: OnEnd | None = None) -> None:
+def converse(runs: Runs, wall_s: float) -> None:
     """Serves the pipes of children until all have ended; after ``wall_s`` seconds they are killed.
 
     Args:
         runs: the children, each in its own sandbox.
         wall_s: seconds for all of them together.
-        on_frame: called with each frame of a child. It may add replies to an ``outbox``. If it raises a ValueError, the
-            child that sent the frame is killed.
-        on_end: called with each child that has ended.
 
     Raises:
         SandboxError: the worker died, did not answer, or could not run the child; or the machine or its clock stalled.
@@ -304,7 +265,7 @@ def converse(runs: Runs, wall_s: float, on_frame: OnFrame | None = None, on_end:
     deadline = time.monotonic() + wall_s
     give_up = float("inf")
     try:
-        while open_runs := [(sandbox, child) for sandbox, child in runs if not (child.is_done and _is_drained(child))]:
+        while open_runs := [(sandbox, child) for sandbox, child in runs if child.pipes or not child.is_done]:
             now = time.monotonic()
             if now > give_up:
                 raise SandboxError(f"a killed child did not end within {KILL_TIMEOUT:g} s")
@@ -313,64 +274,38 @@ def converse(runs: Runs, wall_s: float, on_frame: OnFrame | None = None, on_end:
                 for sandbox, child in open_runs:
                     sandbox.kill(child, "time")
             wait = max(0.0, min(deadline if give_up == float("inf") else give_up, now + 1.0) - now) + 0.001
-            _serve(open_runs, wait, on_frame, on_end)
+            ready = _wait(open_runs, wait)
+            # Only the wait is measured: what takes long after it is the program's own data.
             if (stalled := time.monotonic() - now - wait) > STALL_SECONDS:
                 raise SandboxError(f"the machine or its clock jumped by {stalled:.1f} s")
+            for event in ready:
+                _serve(*event)
     finally:
         for _, child in runs:
             child.close()
 
 
-def _is_drained(child: Child) -> bool:
-    return not child.pipes.keys() - {"requests"}
-
-
-def _serve(runs: Runs, wait: float, on_frame: OnFrame | None, on_end: OnEnd | None) -> None:
-    """Waits once, then serves every pipe that is ready."""
+def _wait(runs: Runs, wait: float) -> list[tuple[Sandbox, Child, str]]:
+    """Waits once, and returns the pipes that are ready; ``end`` is the worker's report."""
     poll, sources = select.poll(), {}
     for sandbox, child in runs:
         if not child.is_done:
             poll.register(sandbox.fileno(), select.POLLIN)
             sources[sandbox.fileno()] = (sandbox, child, "end")
         for pipe, descriptor in child.pipes.items():
-            if pipe != "requests" or child.outbox:
-                poll.register(descriptor, select.POLLOUT if pipe == "requests" else select.POLLIN)
-                sources[descriptor] = (sandbox, child, pipe)
-    for descriptor, _ in poll.poll(wait * 1000):
-        sandbox, child, pipe = sources[descriptor]
-        if pipe == "end":
-            sandbox.take_end(child)
-            if child.is_done and on_end is not None:
-                on_end(child)
-        elif pipe not in child.pipes:
-            continue  # an earlier event of this round closed it
-        elif pipe == "requests":
-            _write(child)
-        else:
-            _read(sandbox, child, pipe, on_frame)
+            poll.register(descriptor, select.POLLIN)
+            sources[descriptor] = (sandbox, child, pipe)
+    return [sources[descriptor] for descriptor, _ in poll.poll(wait * 1000)]
 
 
-def _write(child: Child) -> None:
-    try:
-        del child.outbox[: os.write(child.pipes["requests"], child.outbox)]
-    except BlockingIOError:
-        pass
-    except BrokenPipeError:
-        child.outbox.clear()
-
-
-def _read(sandbox: Sandbox, child: Child, pipe: str, on_frame: OnFrame | None) -> None:
-    data = os.read(child.pipes[pipe], 1 << 18)
-    if not data:
+def _serve(sandbox: Sandbox, child: Child, pipe: str) -> None:
+    """Serves a pipe that is ready."""
+    if pipe == "end":
+        sandbox.take_end(child)
+    elif not (data := os.read(child.pipes[pipe], 1 << 18)):
         os.close(child.pipes.pop(pipe))
     elif not child.receive(pipe, data):
         sandbox.kill(child, "output")
-    elif pipe == "results" and on_frame is not None and not child.killed_for:
-        try:
-            while (body := child.next_frame()) is not None:
-                on_frame(child, json.loads(body))
-        except (ValueError, RecursionError, MemoryError):
-            sandbox.kill(child, "frame")
 
 
 def is_over_cpu(child: Child, limits: Limits) -> bool:
@@ -397,14 +332,3 @@ def _memory_file(data: bytes) -> int:
 def read_confined(name: str) -> str:
     """The source of a module of ``confined/``."""
     return importlib.resources.files(_CONFINED).joinpath(f"{name}.py").read_text(encoding="utf-8")
-
-
-def _tasks_of_user() -> int:
-    """Number of threads that run under our uid: the kernel's limit counts all of them."""
-    count = 0
-    for entry in os.scandir("/proc"):
-        if entry.name.isdigit():
-            with contextlib.suppress(OSError):
-                if entry.stat().st_uid == os.getuid():
-                    count += len(os.listdir(f"/proc/{entry.name}/task"))
-    return count

@@ -11,7 +11,7 @@ from typing import Any
 
 ALLOWED = """
     read write readv writev pread64 pwrite64 preadv pwritev preadv2 pwritev2 lseek _llseek close close_range dup dup2
-    dup3 flock fsync fdatasync ftruncate ftruncate64 sendfile open openat stat lstat fstat newfstatat fstatat64 statx
+    dup3 flock fsync fdatasync ftruncate ftruncate64 sendfile stat lstat fstat newfstatat fstatat64 statx
     access faccessat faccessat2 readlink readlinkat getdents getdents64 getcwd chdir fchdir mkdir mkdirat rmdir unlink
     unlinkat rename renameat renameat2 umask statfs fstatfs mmap mmap2 munmap mprotect mremap madvise brk msync mincore
     membarrier rt_sigaction rt_sigprocmask rt_sigreturn rt_sigsuspend rt_sigpending rt_sigtimedwait sigaltstack pause
@@ -21,7 +21,7 @@ ALLOWED = """
     sched_yield sched_getaffinity sched_getparam sched_getscheduler sched_get_priority_max sched_get_priority_min
     getrandom futex futex_waitv set_robust_list get_robust_list set_tid_address rseq arch_prctl exit exit_group pipe
     pipe2 eventfd2 epoll_create epoll_create1 epoll_ctl epoll_wait epoll_pwait epoll_pwait2 poll ppoll select
-    _newselect pselect6 signalfd4 timerfd_create timerfd_settime timerfd_gettime sendto recvfrom sendmsg recvmsg
+    _newselect pselect6 signalfd4 timerfd_create timerfd_settime timerfd_gettime sendto recvfrom
     shutdown getsockopt getsockname getpeername wait4 waitid restart_syscall
 """.split()  # noqa: SIM905 (a table of 200 lines says no more)
 
@@ -32,21 +32,23 @@ FORBIDDEN = """
     add_key request_key bpf perf_event_open userfaultfd io_uring_setup io_uring_enter io_uring_register memfd_create
     memfd_secret shmget shmat shmctl msgget semget mq_open setuid setgid setreuid setregid setresuid setresgid
     setgroups capset personality seccomp landlock_create_ruleset open_by_handle_at name_to_handle_at symlink symlinkat
-    link linkat mknod mknodat chmod fchmod fchmodat chown fchown lchown fchownat setxattr truncate setsid setpgid
+    link linkat mknod mknodat fchmodat2 chown fchown lchown fchownat setxattr truncate setsid setpgid
     settimeofday clock_settime clock_adjtime adjtimex setpriority sched_setaffinity sched_setscheduler sched_setparam
     ioprio_set reboot kexec_load swapon swapoff syslog acct quotactl init_module finit_module delete_module
     fanotify_init inotify_init inotify_init1 sethostname vhangup iopl ioperm
 """.split()  # noqa: SIM905 (a table of 200 lines says no more)
 
+# They do nothing and say that they did: shutil.copy sets the mode of the copy.
+SKIPPED = ["chmod", "fchmod", "fchmodat", "utimensat"]
+
 CLONE_THREAD = 0x10000
-AF_UNIX = 1
+AF_UNIX, SOCK_STREAM, SOCK_TYPES = 1, 1, 0xF
+# Landlock checks an access that is asked for, and truncation only since ABI 3: these modes ask for no write access.
+READING_MODES = (0, 3)
 # F_SETOWN, F_SETOWN_EX and F_SETSIG are missing: with O_ASYNC the kernel would send any signal, even SIGKILL, to any
 # process of the user without kill(). F_SETPIPE_SZ is missing because it takes kernel memory.
-FCNTL_COMMANDS = {
-    "DUPFD, GETFD, SETFD, GETFL, SETFL": (0, 1, 2, 3, 4),
-    "GETLK, SETLK, SETLKW, and of open file descriptions": (5, 6, 7, 36, 37, 38),
-    "DUPFD_CLOEXEC, GETPIPE_SZ, GET_SEALS": (1030, 1032, 1034),
-}
+# Allowed are DUPFD, GETFD, SETFD, GETFL, SETFL; locks; DUPFD_CLOEXEC, GETPIPE_SZ, GET_SEALS.
+FCNTL_COMMANDS = (0, 1, 2, 3, 4, 5, 6, 7, 36, 37, 38, 1030, 1032, 1034)
 # TCGETS, TIOCGWINSZ, FIONREAD, FIONBIO, FIONCLEX, FIOCLEX
 IOCTL_REQUESTS = (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
 # PR_SET_NAME, PR_GET_NAME, PR_SET_VMA, PR_GET_DUMPABLE
@@ -77,11 +79,20 @@ def compile_filter() -> bytes:
         add(pyseccomp.ALLOW, name)
     for name in FORBIDDEN:
         add(denied, name)
+    for name in SKIPPED:
+        add(pyseccomp.ERRNO(0), name)
     add(pyseccomp.ALLOW, "clone", pyseccomp.Arg(0, masked, CLONE_THREAD, CLONE_THREAD))
     add(denied, "clone", pyseccomp.Arg(0, masked, CLONE_THREAD, 0))
-    add(pyseccomp.ALLOW, "socketpair", pyseccomp.Arg(0, equal, AF_UNIX))  # asyncio wakes its loop through one
+    # asyncio wakes its loop through a pair of sockets. A datagram socket could send to any other by its path.
+    stream = pyseccomp.Arg(1, masked, SOCK_TYPES, SOCK_STREAM)
+    add(pyseccomp.ALLOW, "socketpair", pyseccomp.Arg(0, equal, AF_UNIX), stream)
+    for name, argument in (("open", 1), ("openat", 2)):
+        for mode in range(4):
+            truncating = pyseccomp.Arg(argument, masked, os.O_ACCMODE | os.O_TRUNC, mode | os.O_TRUNC)
+            add(denied if mode in READING_MODES else pyseccomp.ALLOW, name, truncating)
+        add(pyseccomp.ALLOW, name, pyseccomp.Arg(argument, masked, os.O_TRUNC, 0))
     add(pyseccomp.ALLOW, "prlimit64", pyseccomp.Arg(0, equal, 0))  # its own limits
-    for command in sum(FCNTL_COMMANDS.values(), ()):
+    for command in FCNTL_COMMANDS:
         for name in ("fcntl", "fcntl64"):
             add(pyseccomp.ALLOW, name, pyseccomp.Arg(1, equal, command))
     for request in IOCTL_REQUESTS:

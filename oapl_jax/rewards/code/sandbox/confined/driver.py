@@ -31,8 +31,19 @@ CHILD_DESCRIPTORS = 6
 NUM_FILES, MAX_FILES = 64, 4096
 """Most descriptors of a child; a number above every descriptor of the driver."""
 STACK_BYTES = 256 << 20
+HUGE = 1 << 37
+"""An address space that no worker fills."""
+PROT_NONE, MAP_PRIVATE, MAP_ANONYMOUS = 0, 0x02, 0x20
+CAPABILITY_VERSION = 0x20080522
+WATCH_SECONDS = 0.05
+MAX_TEMPORARY_FILE, MAX_TEMPORARY_FILES, MAX_TEMPORARY = 1 << 20, 500, 16 << 20
+"""Bytes of one temporary file, number of files and folders, bytes of all. The kernel keeps the first; the driver looks."""
+MAX_THREADS = 64
 
 libc = ctypes.CDLL(None, use_errno=True)
+libc.mmap.restype = ctypes.c_void_p
+libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 def main() -> None:
@@ -45,12 +56,16 @@ def main() -> None:
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     os.chdir("/")
-    abi = _landlock(hello["readable"], hello["site"], hello["landlock_abi"])
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    libc.capset(struct.pack("<Ii", CAPABILITY_VERSION, 0), bytes(24))
+    # The driver counts threads in /proc; a child may not read it.
+    abi, ruleset = _landlock(hello, ["/proc"])
+    _restrict(ruleset)
+    _, ruleset = _landlock(hello, [])
     sys.path[:] = [*filter(None, sys.path), *hello["site"]]
     names = _prepare(hello)
     control.send(json.dumps({"landlock": abi, "uid": os.getuid(), "pid": os.getpid()}).encode())
-    children = _Children(control, seccomp_filter, names)
+    children = _Children(control, seccomp_filter, names, ruleset, hello["folder"])
     while True:
         message, ancillary, _, _ = control.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(4 * CHILD_DESCRIPTORS))
         if not message:
@@ -69,6 +84,8 @@ def _prepare(hello: dict[str, Any]) -> dict[str, dict[str, Any]]:
         if parent:
             setattr(sys.modules[parent], last, module)
         exec(compile(source, f"<{name}>", "exec"), vars(module))
+    program = sys.modules["oapl_jax.rewards.code.sandbox.confined.program"]
+    program.open_standard_files()  # before packages, which keep the functions that they find
     for package in hello["packages"]:
         __import__(package)
     import _sitebuiltins
@@ -79,49 +96,68 @@ def _prepare(hello: dict[str, Any]) -> dict[str, dict[str, Any]]:
         setattr(builtins, name, _sitebuiltins.Quitter(name, ""))
     sys.stdin.reconfigure(encoding="utf-8", errors="surrogateescape")  # pyright: ignore[reportAttributeAccessIssue]
     sys.stdout.reconfigure(encoding="utf-8", errors="surrogatepass")  # pyright: ignore[reportAttributeAccessIssue]
-    program = sys.modules["oapl_jax.rewards.code.sandbox.confined.program"]
     names = {mode: program.names_for(mode) for mode in program.MODES}
     gc.collect()
     gc.freeze()
     return names
 
 
-def _landlock(readable: list[str], listable: list[str], max_abi: int) -> int:
-    """Restricts this process to these paths, without TCP or signals to others; returns the Landlock ABI, or 0."""
-    abi = min(libc.syscall(LANDLOCK_CREATE, None, 0, 1), max_abi)
+def _landlock(hello: dict[str, Any], also: list[str]) -> tuple[int, int]:
+    """Makes a ruleset that allows these files and no TCP or signals; returns the ABI (0: no Landlock) and its descriptor."""
+    abi = min(libc.syscall(LANDLOCK_CREATE, None, 0, 1), hello["landlock_abi"])
     if abi < 1:
-        return 0
+        return 0, -1
     rights = (1 << 13) - 1 | (abi >= 2) << 13 | (abi >= 3) << 14 | (abi >= 5) << 15
     network, scopes = 3 if abi >= 4 else 0, 3 if abi >= 6 else 0
     attributes = struct.pack("<QQQ", rights, network, scopes)[: 8 if abi < 4 else 16 if abi < 6 else 24]
     ruleset = libc.syscall(LANDLOCK_CREATE, attributes, len(attributes), 0)
-    if ruleset < 0:
-        return 0
-    execute, write, read, list_names = 1 << 0, 1 << 1, 1 << 2, 1 << 3
-    for path in [*readable, *listable]:
+    execute, write, read, list_names, truncate = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 14
+    changes = 1 << 4 | 1 << 5 | 1 << 7 | 1 << 8 | 1 << 13 | truncate  # remove and make folders and files, and move them
+    wanted = dict.fromkeys(hello["listable"], list_names)
+    wanted |= dict.fromkeys([*hello["readable"], *also], execute | read | list_names)
+    wanted |= {os.devnull: read | write, hello["folder"]: read | write | list_names | changes}
+    for path, allowed in wanted.items():
         try:
             descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
         except OSError:
             continue
-        allowed = execute | read | (list_names if os.path.isdir(path) else 0)
-        if path == os.devnull:
-            allowed = read | write
-        elif path not in readable:
-            allowed = list_names
-        rule = struct.pack("<Qi", allowed & rights, descriptor)
+        of_files = execute | write | read | truncate
+        rule = struct.pack("<Qi", allowed & rights & (-1 if os.path.isdir(path) else of_files), descriptor)
         libc.syscall(LANDLOCK_ADD, ruleset, 1, rule, 0)
         os.close(descriptor)
-    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
-    is_restricted = libc.syscall(LANDLOCK_RESTRICT, ruleset, 0) == 0
-    os.close(ruleset)
-    return abi if is_restricted else 0
+    return abi, ruleset
+
+
+def _restrict(ruleset: int) -> bool:
+    """Adds a layer of Landlock; -1 stands for a kernel without it. A process cannot open files of one with fewer layers."""
+    return ruleset < 0 or libc.syscall(LANDLOCK_RESTRICT, ruleset, 0) == 0
+
+
+def _mapped_bytes() -> int:
+    """The size of this process's address space: what a huge limit leaves of itself (there need not be a /proc)."""
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]
+    limit = HUGE if hard == resource.RLIM_INFINITY else min(HUGE, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+    possible, too_much = 0, limit
+    while too_much - possible > MAX_MESSAGE:
+        size = (possible + too_much) // 2
+        address = libc.mmap(None, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
+        if address == ctypes.c_void_p(-1).value:
+            too_much = size
+        else:
+            libc.munmap(address, size)
+            possible = size
+    return limit - possible
 
 
 class _Children:
     """Forks children, one at a time, and waits for them."""
 
-    def __init__(self, control: socket.socket, seccomp_filter: bytes, names: dict[str, dict[str, Any]]) -> None:
-        self._control, self._names = control, names
+    def __init__(
+        self, control: socket.socket, seccomp_filter: bytes, names: dict[str, dict[str, Any]], ruleset: int, folder: str
+    ) -> None:
+        self._control, self._names, self._ruleset, self._folder = control, names, ruleset, folder
+        self._mapped = _mapped_bytes()
         self._instructions = ctypes.create_string_buffer(seccomp_filter, len(seccomp_filter))
         # struct sock_fprog: number of instructions of 8 bytes, pointer to them
         self._filter = struct.pack("HP", len(seccomp_filter) // 8, ctypes.addressof(self._instructions))
@@ -133,46 +169,41 @@ class _Children:
 
     def run(self, request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
         """Runs one child to its end. It is killed if the grader says so or closes the socket."""
-        # The child writes a byte once it is confined, before it reads the program. An exit status cannot report a
-        # failure of the sandbox: a program could choose the same status to be excused.
-        confined, confine = os.pipe()
         try:
             pid = os.fork()
         except OSError as error:
-            for descriptor in (*descriptors, confined, confine):
+            for descriptor in descriptors:
                 os.close(descriptor)
             return {"id": request["id"], "failure": f"fork: {error.strerror}"}
         if pid == 0:
-            self._child(request, descriptors, confine)
-        for descriptor in (*descriptors, confine):
+            self._child(request, descriptors)
+        for descriptor in descriptors:
             os.close(descriptor)
-        status, usage, is_killed = self._wait(pid)
-        was_confined = os.read(confined, 1) == b"1"
-        os.close(confined)
-        return {
-            "id": request["id"],
-            "failure": "" if was_confined or is_killed else "the child could not be confined",
-            "status": os.waitstatus_to_exitcode(status),
-            "cpu": usage.ru_utime + usage.ru_stime,
-        }
+        status, usage, over = self._wait(pid, request["tasks"] is None)
+        report = {"status": os.waitstatus_to_exitcode(status), "cpu": usage.ru_utime + usage.ru_stime, "over": over}
+        return {"id": request["id"], "failure": "", **report}
 
-    def _wait(self, pid: int) -> tuple[int, Any, bool]:
-        is_killed = False
+    def _wait(self, pid: int, is_counting: bool) -> tuple[int, Any, str]:
+        over = ""
         while True:
             found, status, usage = os.wait4(pid, os.WNOHANG)
             if found:
-                return status, usage, is_killed
-            ready, _, _ = select.select([self._woken, self._control], [], [])
+                return status, usage, over
+            ready, _, _ = select.select([self._woken, self._control], [], [], WATCH_SECONDS)
             if self._woken in ready:
                 os.read(self._woken, 4096)
-            if self._control in ready:
-                message = self._control.recv(MAX_MESSAGE)
+            is_killed = self._control in ready
+            if is_killed and not self._control.recv(MAX_MESSAGE):
+                os.kill(pid, signal.SIGKILL)
+                os._exit(0)
+            if not ready and not over:
+                over = "files" if _is_full(self._folder) else ""
+                if is_counting and len(os.listdir(f"/proc/{pid}/task")) > MAX_THREADS:
+                    over = "threads"
+            if is_killed or over:
                 os.kill(pid, signal.SIGKILL)  # the child has not been waited for, so the pid is still its own
-                if not message:
-                    os._exit(0)
-                is_killed = True
 
-    def _child(self, request: dict[str, Any], descriptors: list[int], confine: int) -> None:
+    def _child(self, request: dict[str, Any], descriptors: list[int]) -> None:
         """The child's side of the fork; it never returns."""
         status = 1
         try:
@@ -181,51 +212,68 @@ class _Children:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
             # The descriptors move out of the way before they get their final numbers.
-            high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, NUM_FILES) for descriptor in (*descriptors, confine)]
-            for number, descriptor in enumerate(high[:-1]):
+            kept = (*descriptors, self._control.fileno(), max(self._ruleset, 0))
+            high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, NUM_FILES) for descriptor in kept]
+            for number, descriptor in enumerate(high[: len(descriptors)]):
                 os.dup2(descriptor, number)
-            marker = CHILD_DESCRIPTORS
-            os.dup2(high[-1], marker)
-            os.closerange(len(descriptors), marker)
-            os.closerange(marker + 1, MAX_FILES)
-            _limit(request["limits"])
-            if libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, self._filter, 0, 0) == 0:
-                os.write(marker, b"1")
-                os.close(marker)
-                source = _read_all(3)
-                os.close(3)
-                run = sys.modules["oapl_jax.rewards.code.sandbox.confined.program"].run
-                status = run(request["mode"], source, self._names[request["mode"]], request["remote"])
+            control, ruleset = CHILD_DESCRIPTORS, CHILD_DESCRIPTORS + 1
+            os.dup2(high[-2], control)
+            os.dup2(high[-1], ruleset)
+            os.closerange(len(descriptors), control)
+            os.closerange(ruleset + 1, MAX_FILES)
+            self._limit(request)
+            # An exit status cannot report a failure of the sandbox: a program could choose it to be excused.
+            is_confined = _restrict(ruleset if self._ruleset >= 0 else -1)
+            if not is_confined or libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, self._filter, 0, 0):
+                failure = {"id": request["id"], "failure": "the child could not be confined"}
+                os.write(control, json.dumps(failure).encode())
+                os._exit(1)
+            os.close(control)
+            os.close(ruleset)
+            with open(3, "rb") as file:
+                source = file.read()
+            run = sys.modules["oapl_jax.rewards.code.sandbox.confined.program"].run
+            status = run(request["mode"], source, self._names[request["mode"]], request["remote"])
         finally:
             os._exit(status)
 
+    def _limit(self, request: dict[str, Any]) -> None:
+        """Sets soft and hard resource limits of a child; a hard limit that is already lower stays."""
+        # SIGXCPU comes at the soft limit. SIGKILL follows a second later for programs that ignore it.
+        resource.setrlimit(resource.RLIMIT_CPU, (request["cpu_s"], request["cpu_s"] + 1))
+        wanted = {
+            resource.RLIMIT_FSIZE: MAX_TEMPORARY_FILE,
+            resource.RLIMIT_NOFILE: NUM_FILES,
+            resource.RLIMIT_MEMLOCK: 0,
+            resource.RLIMIT_MSGQUEUE: 0,
+            RLIMIT_SIGPENDING: NUM_FILES,  # this also limits POSIX timers
+            resource.RLIMIT_STACK: STACK_BYTES,
+            # The address space has everything that a program can map: heap, stacks, shared memory.
+            resource.RLIMIT_AS: self._mapped + request["memory"],
+        }
+        if request["tasks"] is not None:
+            wanted[resource.RLIMIT_NPROC] = request["tasks"]
+        for kind, value in wanted.items():
+            hard = resource.getrlimit(kind)[1]
+            value = value if hard == resource.RLIM_INFINITY else min(value, hard)
+            # Programs like to set the limit of the stack anew. The address space limits it, too.
+            resource.setrlimit(kind, (value, hard if kind == resource.RLIMIT_STACK else value))
 
-def _read_all(descriptor: int) -> bytes:
-    data = b""
-    while piece := os.pread(descriptor, MAX_MESSAGE, len(data)):
-        data += piece
-    return data
 
-
-def _limit(limits: dict[str, int]) -> None:
-    """Sets soft and hard resource limits of a child; a hard limit that is already lower stays."""
-    # SIGXCPU comes at the soft limit. SIGKILL follows a second later for programs that ignore it.
-    resource.setrlimit(resource.RLIMIT_CPU, (limits["cpu_s"], limits["cpu_s"] + 1))
-    wanted = {
-        resource.RLIMIT_FSIZE: 0,
-        resource.RLIMIT_NOFILE: NUM_FILES,
-        resource.RLIMIT_MEMLOCK: 0,
-        resource.RLIMIT_MSGQUEUE: 0,
-        RLIMIT_SIGPENDING: NUM_FILES,  # this also limits POSIX timers
-        resource.RLIMIT_STACK: STACK_BYTES,
-        resource.RLIMIT_DATA: limits["data"],
-        resource.RLIMIT_AS: limits["address_space"],
-        resource.RLIMIT_NPROC: limits["tasks"],
-    }
-    for kind, value in wanted.items():
-        hard = resource.getrlimit(kind)[1]
-        value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (value, value))
+def _is_full(folder: str) -> bool:
+    """Whether a program has too many temporary files, or too large ones. Those without a name count as descriptors."""
+    total, count, folders = 0, 0, [folder]
+    try:
+        for path in folders:
+            for entry in os.scandir(path):
+                count += 1
+                total += entry.stat(follow_symlinks=False).st_size
+                folders += [entry.path] * entry.is_dir(follow_symlinks=False)
+                if count > MAX_TEMPORARY_FILES or total > MAX_TEMPORARY:
+                    return True
+    except OSError as error:  # removed in the meantime; or the path is too long, or a folder that nobody may read
+        return not isinstance(error, FileNotFoundError)
+    return False
 
 
 def _descriptors(ancillary: list) -> list[int]:

@@ -4,10 +4,13 @@ It runs in a worker's child like any other program. Its standard input is a JSON
 ``folders`` to write to, ``pids`` of processes outside, ``environment``: the variables that may be set.
 """
 
+import contextlib
 import ctypes
 import fcntl
 import json
+import mmap
 import os
+import resource
 import socket
 import sys
 from collections.abc import Callable
@@ -46,6 +49,21 @@ def main() -> None:
         ours, _ = os.pipe()
         fcntl.fcntl(ours, fcntl.F_SETOWN, pid)
 
+    def reopen() -> None:
+        parent = f"/proc/{os.getppid()}/fd"
+        for number in range(64):
+            with contextlib.suppress(OSError):
+                os.close(os.open(f"{parent}/{number}", os.O_RDONLY | os.O_NONBLOCK))
+                return
+        raise OSError("none can be opened")
+
+    def raise_limit() -> None:
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard + 1, hard + 1))
+        except ValueError as error:
+            raise OSError from error
+
     def leak() -> None:
         extra = set(os.environ) - set(given["environment"])
         if not extra:
@@ -64,7 +82,14 @@ def main() -> None:
         "trace its parent": lambda: check(libc.ptrace(16, os.getppid(), 0, 0)),
         "make a user namespace": lambda: check(libc.unshare(CLONE_NEWUSER)),
         "outlive its parent": lambda: check(libc.prctl(PR_SET_PDEATHSIG, 0, 0, 0, 0)),
+        "open a file of its parent": reopen,
+        "open a datagram socket": lambda: socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM),
+        # Nothing happens to a device; to a file of its own user it would.
+        "empty a file that it may only read": lambda: os.open(os.devnull, os.O_RDONLY | os.O_TRUNC),
+        "empty a file without a mode": lambda: os.open(os.devnull, os.O_ACCMODE | os.O_TRUNC),
+        "raise its limits": raise_limit,
         "take 8 GiB": lambda: bytearray(TOO_MUCH),
+        "share 8 GiB": lambda: mmap.mmap(-1, TOO_MUCH),
         "see the environment": leak,
     }
     possible = []

@@ -7,8 +7,8 @@ output is compared in another process, with values that it never sees.
 import ast
 import atexit
 import builtins
+import functools
 import io
-import operator
 import os
 import sys
 import threading
@@ -18,11 +18,11 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from oapl_jax.rewards.code.sandbox.confined import values
+from oapl_jax.rewards.code.sandbox.confined.calls import EXIT_CRASH, Peer
 
-RESULTS, REQUESTS = 4, 5
-"""Descriptors of the child: frames to the grader and frames from it."""
-
-EXIT_CRASH, EXIT_COMPILE, EXIT_NO_DATA, EXIT_MEMORY = 1, 65, 70, 77
+EXIT_COMPILE, EXIT_PASSED, EXIT_WRONG, EXIT_UNASKED, EXIT_MEMORY = 65, 70, 71, 72, 77
+"""How a child ended. ``EXIT_PASSED`` and ``EXIT_UNASKED`` (the tests did not use the program) count for tests only."""
+TEST_RECURSION_LIMIT = 10_000
 
 STAR_IMPORTS = (
     "string re datetime collections heapq bisect copy math random statistics itertools functools operator io sys json"
@@ -33,6 +33,8 @@ PREFIX = "\n".join(
 )
 """LiveCodeBench's imports, which programs with function-call tests and assertions may use without importing them."""
 LCB_RECURSION_LIMIT = 50_000
+_STANDARD_FILES = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
+_STANDARD_FILES |= {f"{folder}/{number}": number for folder in ("/dev/fd", "/proc/self/fd") for number in range(3)}
 
 
 def names_for(mode: str) -> dict[str, Any]:
@@ -47,6 +49,21 @@ def names_for(mode: str) -> dict[str, Any]:
     return names | leetcode
 
 
+def open_standard_files() -> None:
+    """Lets programs open ``/dev/stdin`` by its name, for which the kernel needs a /proc that the sandbox may lack."""
+
+    def wrapped(function: Callable[..., Any], from_number: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def opened(file: Any, *args: Any, **kwargs: Any) -> Any:
+            number = None if isinstance(file, int) else _STANDARD_FILES.get(os.fsdecode(file))
+            return function(file, *args, **kwargs) if number is None else from_number(os.dup(number), *args, **kwargs)
+
+        return opened
+
+    builtins.open = io.open = wrapped(io.open, io.open)
+    os.open = wrapped(os.open, lambda number, *_, **__: number)
+
+
 def run(mode: str, source: bytes, names: dict[str, Any], remote: Iterable[str] = ()) -> int:
     """Runs a program to its end and returns the exit status.
 
@@ -58,26 +75,28 @@ def run(mode: str, source: bytes, names: dict[str, Any], remote: Iterable[str] =
     """
     main = types.ModuleType("__main__")
     vars(main).update({**names, "__file__": "solution.py", "__builtins__": builtins})
-    vars(main).update({name: Remote({"t": "name", "v": name}) for name in remote})
     sys.modules["__main__"], sys.argv = main, ["solution.py"]
+    peer = None
     try:
         text = lcb_source(source) if mode == "lcb" else source
         code = compile(text, "solution.py", "exec", dont_inherit=True)
+        if mode == "test":
+            sys.setrecursionlimit(TEST_RECURSION_LIMIT)
+            peer, caught = Peer("tests", vars(main)), _caught_names(source)
+            for name in remote:
+                vars(main)[name] = type(name, (Exception,), {}) if name in caught else peer.remote(name, name)
     except (SyntaxError, ValueError, OverflowError, RecursionError):
         traceback.print_exc(limit=0)
         return EXIT_COMPILE
     except MemoryError:
         return EXIT_MEMORY
-    status = 0
     try:
         MODES[mode](code, vars(main))
+        status = 0 if peer is None else EXIT_PASSED if peer.has_asked else EXIT_UNASKED
     except SystemExit:
         status = 0 if mode in ("script", "lcb") else EXIT_CRASH
     except MemoryError:
         status = EXIT_MEMORY
-    except NoDataError:
-        status = EXIT_NO_DATA
-        traceback.print_exc(limit=0)
     except BaseException:
         status = EXIT_CRASH
         traceback.print_exc(limit=5)
@@ -168,7 +187,7 @@ def _run_lcb(code: types.CodeType, namespace: dict[str, Any]) -> None:
         stream.write(captured.getvalue())
 
 
-# ---- the program under test, called by requests ----
+# ---- the program under test, and its assertions, which run in another child ----
 
 
 def _serve(code: types.CodeType, namespace: dict[str, Any]) -> None:
@@ -176,165 +195,28 @@ def _serve(code: types.CodeType, namespace: dict[str, Any]) -> None:
     namespace["__name__"] = "tmp_sol"
     sys.modules["tmp_sol"] = sys.modules["__main__"]
     exec(code, namespace)
-    handles: list[Any] = []
-
-    def opaque(value: Any) -> dict:
-        handles.append(value)
-        return {"t": "opaque", "v": len(handles) - 1, "n": type(value).__name__[:80]}
-
-    while True:
-        try:
-            request = values.read_frame(REQUESTS)
-        except EOFError:
-            os._exit(0)
-        try:
-            reply = _answer(request, namespace, handles, opaque)
-        except Exception as error:
-            reply = {"t": "raised", "n": type(error).__name__, "v": str(error)[:300]}
-        values.write_frame(RESULTS, reply)
+    Peer("program", namespace).serve()
 
 
-SPECIAL: dict[str, Callable[..., Any]] = {
-    "call": lambda target, /, *args, **kwargs: target(*args, **kwargs),
-    "get": getattr,
-    "set": setattr,
-    "iter": iter,
-    "next": next,
-    "len": len,
-    "item": operator.getitem,
-    "str": str,
-    "bool": bool,
-    "contains": operator.contains,
-}
+_CATCHING = {"suppress": 0, "assertRaises": 0, "raises": 0, "isinstance": 1, "issubclass": 1}
+"""Functions and the position of the argument that may be an exception."""
 
 
-def _answer(request: dict, namespace: dict[str, Any], handles: list, opaque: Callable[[Any], dict]) -> dict:
-    def resolve(node: dict) -> Any:
-        if node["t"] == "name":
-            return _named(node["v"], namespace)
-        return handles[node["v"]]
-
-    target = resolve(request["of"])
-    args = [values.decode(node, resolve) for node in request["args"]]
-    kwargs = {name: values.decode(node, resolve) for name, node in request["kwargs"].items()}
-    result = SPECIAL[request["do"]](target, *args, **kwargs)
-    reply = {"t": "value", "v": values.encode(result, opaque)}
-    changed = [
-        [i, values.encode(value, opaque)]
-        for i, value in enumerate(args)
-        if type(value) in (list, dict) and values.encode(value, opaque) != request["args"][i]
-    ]
-    return {**reply, "changed": changed} if changed else reply
-
-
-def _named(name: str, namespace: dict[str, Any]) -> Any:
-    """A method of the program's class ``Solution``, or a global name of the program."""
-    solution: Any = namespace.get("Solution")
-    return getattr(solution(), name) if hasattr(solution, name) else namespace[name]
-
-
-# ---- assertions, which run in another child than the program that they test ----
-
-
-class CandidateDiedError(BaseException):
-    """The program under test has ended. It is not an Exception, so that a test cannot swallow it."""
-
-
-class NoDataError(BaseException):
-    """The test cannot run in two processes, which is not the program's fault."""
-
-
-class Remote:
-    """A proxy of something in the other child: a name of the program, or an object that cannot be sent as data.
-
-    It equals only itself, so an object of the program cannot claim to equal what a test expects.
-    """
-
-    def __init__(self, node: dict) -> None:
-        object.__setattr__(self, "_node", node)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._ask("set", name, value)
-
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (ruff mistakes it for an ordinary method)
-        return self._ask("call", *args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return self._ask("get", name)
-
-    def __iter__(self) -> "Remote":
-        return self._ask("iter")
-
-    def __next__(self) -> Any:
-        return self._ask("next")
-
-    def __len__(self) -> int:
-        return self._ask("len")
-
-    def __getitem__(self, key: Any) -> Any:
-        return self._ask("item", key)
-
-    def __contains__(self, item: Any) -> bool:
-        return self._ask("contains", item) is True
-
-    def __bool__(self) -> bool:
-        return self._ask("bool") is True
-
-    def __str__(self) -> str:
-        return str.__str__(self._ask("str"))
-
-    def _ask(self, what: str, /, *args: Any, **kwargs: Any) -> Any:
-        request = {
-            "t": "ask",
-            "do": what,
-            "of": self._node,
-            "args": [values.encode(value, _handed_back) for value in args],
-            "kwargs": {name: values.encode(value, _handed_back) for name, value in kwargs.items()},
-        }
-        values.write_frame(RESULTS, request)
-        reply = values.read_frame(REQUESTS)
-        if reply["t"] == "raised":
-            raise _EXCEPTIONS.get(reply["n"], RuntimeError)(reply["v"])
-        if reply["t"] != "value":
-            raise CandidateDiedError
-        for i, node in reply.get("changed", ()):
-            _become(args[i], values.decode(node, Remote))
-        result = values.decode(reply["v"], Remote)
-        return iter(result) if what == "iter" and isinstance(result, (list, str)) else result
-
-
-def _handed_back(value: Any) -> dict:
-    if not isinstance(value, Remote):
-        raise NoDataError(f"a test passes a {type(value).__name__}, which cannot be sent as data")
-    return value._node
-
-
-def _become(old: Any, new: Any) -> None:
-    """Applies the change that a call made to its argument."""
-    if isinstance(old, list) and isinstance(new, list):
-        old[:] = new
-    elif isinstance(old, dict) and isinstance(new, dict):
-        old.clear()
-        old.update(new)
-
-
-_EXCEPTIONS = {
-    name: kind
-    for name, kind in vars(sys.modules["builtins"]).items()
-    if isinstance(kind, type) and issubclass(kind, Exception)
-}
-
-
-def _run_tests(code: types.CodeType, namespace: dict[str, Any]) -> None:
-    exec(code, namespace)
-    values.write_frame(RESULTS, {"t": "passed"})
+def _caught_names(source: bytes) -> set[str]:
+    """Names that the tests catch as exceptions."""
+    kinds: list[Any] = []
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ExceptHandler):
+            kinds.append(node.type)
+        elif isinstance(node, ast.Call):
+            position = _CATCHING.get(getattr(node.func, "attr", getattr(node.func, "id", "")))
+            kinds += [] if position is None else node.args[position : position + 1]
+    return {name.id for kind in kinds if kind for name in ast.walk(kind) if isinstance(name, ast.Name)}
 
 
 MODES: dict[str, Callable[[types.CodeType, dict[str, Any]], None]] = {
     "script": _run_script,
     "lcb": _run_lcb,
     "serve": _serve,
-    "test": _run_tests,
+    "test": _run_script,
 }

@@ -1,19 +1,22 @@
 """Python values as plain JSON, for the pipes between a program and its grader; pickle is never used.
 
-``None``, booleans, strings, finite floats, small integers and lists stand for themselves. Every other value is an
-object with a tag ``t``. An object that cannot be sent as data is opaque: the other side gets a handle that it can only return.
+``None``, booleans, strings, floats and small integers stand for themselves. Other values that cannot change, such as
+tuples and large integers, are ``{"t": tag, "v": ...}``. Lists, dictionaries, sets and linked nodes are numbered, and
+``{"o": number}`` refers to one; so shared and cyclic structures keep their form, and both sides of a call know which
+object a change belongs to. Anything else is a handle, which the other side can only use through its owner.
 This runs on both sides of the sandbox, so it imports only the standard library.
 """
 
 import builtins
+import collections
+import datetime
 import json
-import os
 import struct
 import sys
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
-from typing import Any
+from typing import Any, BinaryIO
 
 LARGEST_PLAIN = 1 << 53
 """Integers of at least this size are sent as hexadecimal text."""
@@ -90,138 +93,176 @@ def is_same_tree(left: Any, right: Any) -> bool:
 
 
 LEETCODE_NAMES = (ListNode, TreeNode, list_node, tree_node, is_same_list, is_same_tree)
-_NODES = {
-    "ListNode": (list_values, list_node),
-    "TreeNode": (tree_values, tree_node),
+
+_FIELDS = {"ListNode": ("val", "next"), "TreeNode": ("val", "left", "right")}
+_MAPPINGS = {
+    kind.__name__: kind for kind in (collections.Counter, collections.OrderedDict, collections.defaultdict, dict)
+}
+_KINDS = {kind.__name__: kind for kind in (list, collections.deque, bytearray, set)} | _MAPPINGS
+_SHELLS = {**_KINDS, "ListNode": ListNode, "TreeNode": TreeNode}
+_FROM_ITEMS: dict[str, Callable[[list], Any]] = {
+    "tuple": tuple,
+    "frozenset": frozenset,
+    "dict_keys": lambda items: dict.fromkeys(items).keys(),
+    "dict_values": lambda items: dict(enumerate(items)).values(),
+    "dict_items": lambda items: dict(items).items(),
+}
+_SCALARS: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+    range: (lambda value: [value.start, value.stop, value.step], lambda parts: range(*parts)),
+    complex: (lambda value: [value.real, value.imag], lambda parts: complex(*parts)),
+    Decimal: (str, Decimal),
+    Fraction: (str, Fraction),
+    datetime.timedelta: (lambda d: [d.days, d.seconds, d.microseconds], lambda parts: datetime.timedelta(*parts)),
+    **{k: (k.isoformat, k.fromisoformat) for k in (datetime.datetime, datetime.date, datetime.time)},
+}
+"""Other kinds: a value to JSON, and back."""
+_FROM_JSON: dict[str, Callable[[Any], Any]] = {
+    "int": lambda text: int(text, 16),
+    "bytes": bytes.fromhex,
+    "builtin": lambda name: vars(builtins)[name],
+    **{kind.__name__: back for kind, (_, back) in _SCALARS.items()},
 }
 
 
-_PLAIN = (int, float, str, list, tuple, dict)
+def _kind_of(value: Any) -> str | None:
+    """Name of the kind of an object that is numbered, or None.
 
-
-def encode(value: Any, opaque: Callable[[Any], dict] | None = None) -> Any:
-    """The JSON form of a value.
-
-    A subclass of a built-in type is read through the methods of the built-in type, so its overrides have no effect.
-
-    Args:
-        value: any object.
-        opaque: makes the node of an object that cannot be sent as data.
+    A subclass counts as its built-in type, and is read through the methods of that type: its overrides have no effect.
     """
     kind = type(value)
-    if value is None or kind is bool or kind is str:
-        return value
-    exact = kind if kind in _PLAIN else next((base for base in _PLAIN if issubclass(kind, base)), object)
-
-    def inner(item: Any) -> Any:
-        return encode(item, opaque)
-
-    if exact is str:
-        return str.__getitem__(value, slice(None))
-    if exact is int:
-        number = int.__add__(value, 0)
-        return number if -LARGEST_PLAIN < number < LARGEST_PLAIN else {"t": "int", "v": hex(number)}
-    if exact is float:
-        number = float.__add__(value, 0.0)
-        is_finite = number == number and number not in (float("inf"), float("-inf"))
-        return number if is_finite else {"t": "float", "v": repr(number)}
-    if exact is list:
-        return [inner(item) for item in list.__iter__(value)]
-    if exact is tuple:
-        return {"t": "tuple", "v": [inner(item) for item in tuple.__iter__(value)]}
-    if exact is dict:
-        return {"t": "dict", "v": [[inner(key), inner(item)] for key, item in dict.items(value)]}
-    if kind in (set, frozenset):
-        return {"t": "set", "v": [inner(item) for item in value]}
-    if kind is bytes:
-        return {"t": "bytes", "v": value.hex()}
-    if kind is complex:
-        return {"t": "complex", "v": [repr(value.real), repr(value.imag)]}
-    if kind is Decimal or kind is Fraction:
-        return {"t": kind.__name__, "v": str(value)}
-    if isinstance(value, type) and getattr(builtins, value.__name__, None) is value:
-        return {"t": "type", "v": value.__name__}
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and isinstance(value, numpy.generic):
-        return inner(value.item())
-    if numpy is not None and isinstance(value, numpy.ndarray):
-        return {"t": "array", "v": inner(value.tolist())}
-    if kind.__name__ in _NODES and hasattr(value, "val"):
-        values_of, _ = _NODES[kind.__name__]
-        return {"t": kind.__name__, "v": [inner(item) for item in values_of(value)]}
-    return (opaque or _unknown)(value)
+    if kind.__name__ in _FIELDS and hasattr(value, "val"):
+        return kind.__name__
+    return next((name for name, base in _KINDS.items() if issubclass(kind, base)), None)
 
 
-def _unknown(value: Any) -> dict:
-    return {"t": "opaque", "v": -1, "n": type(value).__name__[:80]}
+class Graph:
+    """The objects of one call: those of its arguments first, then those of its result.
 
+    Args:
+        handle_of: makes the node of a value that cannot be sent as data.
+        owner_of: returns the object of such a node.
+    """
 
-def decode(node: Any, resolve: Callable[[dict], Any]) -> Any:
-    """The value of a node; ``resolve`` returns the object of an opaque one."""
+    def __init__(self, handle_of: Callable[[Any], dict], owner_of: Callable[[dict], Any]) -> None:
+        self._handle_of, self._owner_of = handle_of, owner_of
+        self.objects: list[Any] = []
+        self._numbers: dict[int, int] = {}
 
-    def inner(item: Any) -> Any:
-        return decode(item, resolve)
+    # ---- to JSON ----
 
-    if isinstance(node, list):
-        return [inner(item) for item in node]
-    if not isinstance(node, dict):
-        return node
-    tag, value = node["t"], node["v"]
-    if tag == "dict":
-        return {inner(key): inner(item) for key, item in value}
-    if tag in _NODES:
-        return _NODES[tag][1]([inner(item) for item in value])
-    if tag in ("tuple", "set"):
-        return {"tuple": tuple, "set": set}[tag](inner(item) for item in value)
-    if tag == "array":
-        return inner(value)
-    if tag == "complex":
-        return complex(*map(float, value))
-    scalars: dict[str, Callable[[Any], Any]] = {
-        "int": lambda text: int(text, 16),
-        "float": float,
-        "bytes": bytes.fromhex,
-        "Decimal": Decimal,
-        "Fraction": Fraction,
-        "type": _built_in_type,
-    }
-    return scalars[tag](value) if tag in scalars else resolve(node)
+    def encode(self, value: Any) -> Any:
+        """The node of a value. The objects in it are numbered; ``contents`` then has what is in them."""
+        kind = type(value)
+        if value is None or kind is bool or kind is str:
+            return value
+        if issubclass(kind, int):
+            number = int.__pos__(value)
+            return number if -LARGEST_PLAIN < number < LARGEST_PLAIN else {"t": "int", "v": hex(number)}
+        if issubclass(kind, float):
+            return float.__pos__(value)
+        if issubclass(kind, str):
+            return str.__getitem__(value, slice(None))
+        if _kind_of(value) is not None:
+            return {"o": self._number(value)}
+        if issubclass(kind, tuple):
+            fields = getattr(kind, "_fields", None)
+            name = {"n": [kind.__name__, list(fields)]} if fields else {}
+            return {"t": "tuple", "v": [self.encode(item) for item in tuple.__iter__(value)], **name}
+        if issubclass(kind, frozenset):
+            return {"t": "frozenset", "v": [self.encode(item) for item in frozenset.__iter__(value)]}
+        if issubclass(kind, bytes):
+            return {"t": "bytes", "v": bytes.hex(value)}
+        if kind.__name__ in _FROM_ITEMS:  # the view of a dictionary
+            return {"t": kind.__name__, "v": [self.encode(item) for item in value]}
+        if kind in _SCALARS:
+            return {"t": kind.__name__, "v": _SCALARS[kind][0](value)}
+        if kind in (type, type(len)) and vars(builtins).get(value.__name__) is value:
+            return {"t": "builtin", "v": value.__name__}
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and issubclass(kind, numpy.generic):
+            return self.encode(numpy.generic.item(value))
+        if numpy is not None and issubclass(kind, numpy.ndarray):
+            return self.encode(numpy.ndarray.tolist(value))
+        return self._handle_of(value)
 
+    def _number(self, value: Any) -> int:
+        number = self._numbers.get(id(value))
+        if number is None:
+            number = self._numbers[id(value)] = len(self.objects)
+            self.objects.append(value)
+        return number
 
-def _built_in_type(name: str) -> type:
-    found = getattr(builtins, name, None)
-    if not isinstance(found, type):
-        raise ValueError(f"{name!r} is not a built-in type")
-    return found
+    def contents(self, first: int = 0) -> list:
+        """Kind and content of the objects from a number on; it may number more of them on the way."""
+        found: list = []
+        while first + len(found) < len(self.objects):
+            found.append(self.content(first + len(found)))
+        return found
+
+    def content(self, number: int) -> list:
+        """Kind and content of an object."""
+        value, encode = self.objects[number], self.encode
+        kind = _kind_of(value) or "list"
+        if kind in _FIELDS:
+            return [kind, [[name, encode(getattr(value, name, None))] for name in _FIELDS[kind]]]
+        if kind in _MAPPINGS:
+            factory = [encode(value.default_factory)] if kind == "defaultdict" else []
+            return [kind, [[encode(key), encode(item)] for key, item in _MAPPINGS[kind].items(value)], *factory]
+        return [kind, [encode(item) for item in _KINDS[kind].__iter__(value)]]
+
+    # ---- from JSON ----
+
+    def add(self, contents: list) -> None:
+        """Makes objects of these contents; they get the next numbers."""
+        first = len(self.objects)
+        for kind, *_ in contents:
+            self._number(_SHELLS[kind]())
+        for number, content in enumerate(contents, first):
+            self.fill(number, content)
+
+    def fill(self, number: int, content: list) -> None:
+        """Replaces the content of an object, in place."""
+        (kind, items, *factory), value = content, self.objects[number]
+        if kind in _FIELDS:
+            for name, item in items:
+                setattr(value, name, self.decode(item))
+        elif kind in _MAPPINGS:
+            new = {self.decode(key): self.decode(item) for key, item in items}
+            value.clear()
+            value.update(new)
+            if factory:
+                value.default_factory = self.decode(factory[0])
+        else:
+            new = [self.decode(item) for item in items]
+            value.clear()
+            (value.update if kind == "set" else value.extend)(new)
+
+    def decode(self, node: Any) -> Any:
+        """The value of a node, whose objects have been added."""
+        if not isinstance(node, dict):
+            return node
+        if "o" in node:
+            return self.objects[node["o"]]
+        tag, value = node["t"], node["v"]
+        if tag in _FROM_ITEMS:
+            items = [self.decode(item) for item in value]
+            return collections.namedtuple(*node["n"])(*items) if "n" in node else _FROM_ITEMS[tag](items)
+        return _FROM_JSON[tag](value) if tag in _FROM_JSON else self._owner_of(node)
 
 
 # ---- frames: four bytes of length, then JSON ----
 
 
-def pack(message: Any) -> bytes:
-    """A message as a frame."""
-    body = json.dumps(message).encode()
-    return struct.pack("<I", len(body)) + body
-
-
-def write_frame(descriptor: int, message: Any) -> None:
+def write_frame(file: BinaryIO, message: Any) -> None:
     """Writes a frame; it waits until the pipe has room."""
-    frame = pack(message)
-    while frame:
-        frame = frame[os.write(descriptor, frame) :]
+    body = json.dumps(message).encode()
+    file.write(struct.pack("<I", len(body)) + body)
+    file.flush()
 
 
-def read_frame(descriptor: int) -> Any:
+def read_frame(file: BinaryIO) -> Any:
     """The next message; it raises EOFError at the end of the pipe."""
-    (length,) = struct.unpack("<I", _read_exactly(descriptor, 4))
-    return json.loads(_read_exactly(descriptor, length))
-
-
-def _read_exactly(descriptor: int, length: int) -> bytes:
-    data = bytearray()
-    while len(data) < length:
-        piece = os.read(descriptor, length - len(data))
-        if not piece:
-            raise EOFError
-        data += piece
-    return bytes(data)
+    length = file.read(4)
+    if not length:
+        raise EOFError
+    return json.loads(file.read(*struct.unpack("<I", length)))

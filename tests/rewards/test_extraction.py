@@ -1,0 +1,49 @@
+"""Which block of a response is its program."""
+
+import pytest
+
+from oapl_jax.rewards.code.programs import extract_program
+
+
+@pytest.mark.parametrize(
+    ("response", "program"),
+    [
+        ("no block", None),
+        ("```python\na\n```", "a\n"),
+        ("```\nfirst\n```\nthen\n```py\nsecond\n\n```\nbye", "second\n\n"),
+        ("<think>```python\na\n```</think> so\n```python\nb\n```", "b\n"),
+        ("<think>\n```python\na\n```\n</think>", None),
+        ("<think>\n```python\na\n```", None),
+        ("```python\na\n```\n```python\nnot closed", "a\n"),
+        ("```python\ns = '```'\n```", "s = '```'\n"),
+        # A block in a list item is indented as the item is; the rest of the indentation is the program's.
+        ("  ```python\n  a\n  ```", "a\n"),
+        ("1. First:\n   ```python\n   if a:\n       b\n   ```\n", "if a:\n    b\n"),
+        ("- ```py\n  a\n  ```", "a\n"),
+        ("12) ```python\n    a\n    ```", "a\n"),
+        ("* - ```python\n    a\n    ```", "a\n"),
+        ("\t```python\n\ta\n\t```", "a\n"),
+        # Tildes, longer fences, and fences of the other kind inside.
+        ("~~~python\na\n~~~", "a\n"),
+        ("~~~~ python\n~~~\n```\na\n~~~~", "~~~\n```\na\n"),
+        ("````python\n'''\n```\n'''\n````", "'''\n```\n'''\n"),
+        ("```python\na\n`````", "a\n"),
+        ("```python\na\n~~~", None),
+        # Example output, shells and other languages are no programs.
+        ("```python\na\n```\nOutput:\n```\n15\n```", "a\n"),
+        ("```python\na\n```\n```text\nprint(1)\n```", "a\n"),
+        ("```py\na\n```\n```bash\npython a.py\n```\n~~~output\nprint(1)\n~~~", "a\n"),
+        ("```Python3\na\n```\n```cpp\nint main() {}\n```", "a\n"),
+        ("```python\na\n```\n```pycon\n>>> a\n```\n```python\n>>> a\n1\n```", "a\n"),
+        ("```\nprint(input())\n```\nprints\n```\nx = 5\n```", "print(input())\n"),
+        ("```\nprint(input())\n```\nprints\n```\nCase #1: 3 for 4\n```", "print(input())\n"),
+        # A later version without a language counts, and a program that looks like none is better than nothing.
+        ("```python\nold\n```\nBetter:\n```\nimport sys\nnew\n```", "import sys\nnew\n"),
+        ("```\na = 5\n```", "a = 5\n"),
+        ("```text\na\n```", None),
+        ('```python title="a.py"\na\n```', "a\n"),
+        ("```{.python .numberLines}\na\n```", "a\n"),
+    ],
+)
+def test_the_program_is_the_last_python_block_after_thinking(response, program):
+    assert extract_program(response) == program
