@@ -11,6 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from oapl_jax.untrusted import reading
+
 CHARS = "_$0123456789+-*=:,"
 """Alphabet of the toy tasks; the index of a character is its id. 0 is padding, 1 is the stop token."""
 
@@ -68,7 +70,7 @@ def load(source: str, folder: str | pathlib.Path | None = None) -> Tokenizer:
     saved = pathlib.Path(source) / CHARACTER_FILE
     if not saved.is_file():
         return HuggingFaceTokenizer(source)
-    characters = json.loads(saved.read_text(encoding="utf-8"))["characters"]
+    characters = reading.read_object(saved).get("characters")
     if characters != CHARS:  # the alphabet gives the ids their meaning
         raise ValueError(f"{saved}: its alphabet is {characters!r}, this program's is {CHARS!r}")
     return CharacterTokenizer()
@@ -172,4 +174,4 @@ def _generation_config(source: str) -> dict[str, Any]:
     from transformers.utils.hub import cached_file
 
     path = cached_file(source, GENERATION_FILE, _raise_exceptions_for_missing_entries=False)
-    return {} if path is None else json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    return {} if path is None else reading.read_object(pathlib.Path(path))

@@ -8,7 +8,6 @@ counts as one mistake.
 import collections
 import dataclasses
 import enum
-import io
 import json
 import math
 import pathlib
@@ -17,10 +16,10 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from oapl_jax.rollouts import published, schema
 from oapl_jax.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, Verdict
+from oapl_jax.untrusted import parquet
 
 CORRECT_REWARD = 1.0
 """Least reward of a correct response, where the data have no verdicts."""
@@ -162,19 +161,15 @@ def read(path: pathlib.Path, expectations: Expectations, bad: BadRows) -> list[R
 
 def _read_file(file: pathlib.Path, expectations: Expectations, bad: BadRows) -> Iterator[_Row]:
     try:
-        # Whole in memory: a damaged file cannot fault a mapped page.
-        source = pq.ParquetFile(io.BytesIO(file.read_bytes()), page_checksum_verification=True)
-        num_rows = source.metadata.num_rows
-        table = source.read()
-        table.validate(full=True)
-    except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
-        bad.found("unreadable file", str(file), f"is not a readable Parquet file ({_first_line(error)})")
+        table = parquet.read(file, file)
+    except (OSError, ValueError) as error:
+        bad.found("unreadable file", str(file), str(error).removeprefix(f"{file}: "))
         return
     is_ours = "group_id" in table.schema.names
     to_log, kinds = (_log_cells, LOG_KINDS) if is_ours else (_published_cells, PUBLISHED_KINDS)
     problem = _schema_problem(table.schema, is_ours)
     if problem is not None:
-        bad.found(problem.reason, str(file), str(problem), num_rows)
+        bad.found(problem.reason, str(file), str(problem), table.num_rows)
         return
     _check_sampling(file, table.schema, expectations)
     columns = {}

@@ -16,6 +16,7 @@ from oapl_jax.io import json_lines, storage
 from oapl_jax.io.storage import SharedPath
 from oapl_jax.rollouts import schema
 from oapl_jax.types import FinishReason, RolloutGroup, Verdict
+from oapl_jax.untrusted import parquet
 
 PART = re.compile(r"part-(\d+)\.parquet")
 
@@ -46,7 +47,7 @@ class RolloutLog:
         """Writes groups of one policy version as the file of this number; False where that is written already."""
         (version,) = {group.policy_version for group in groups}
         content = io.BytesIO()
-        pq.write_table(schema.to_table(groups, self.sampling), content, compression="zstd")
+        pq.write_table(schema.to_table(groups, self.sampling), content, compression="zstd", write_page_checksum=True)
         return storage.create(self.path(version, part), content.getvalue())
 
     def read(self, version: int) -> list[RolloutGroup]:
@@ -161,10 +162,4 @@ class BatchRecord:
 
 
 def _read_table(path: SharedPath, columns: list[str] | None = None) -> pa.Table:
-    try:
-        # A single file: no dataset discovery, which would read the folder's name as a column.
-        return pq.ParquetFile(io.BytesIO(storage.read(path))).read(columns=columns)
-    except FileNotFoundError:
-        raise
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a readable Parquet file ({error}); move it away to go on without it") from error
+    return parquet.read(storage.read(path), path, lambda names: [n for n in names if columns is None or n in columns])

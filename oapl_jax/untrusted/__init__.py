@@ -1,0 +1,1 @@
+"""Files that others wrote, read with bounds and with errors that name the file."""
