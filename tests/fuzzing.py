@@ -30,7 +30,7 @@ from readable import READERS
 MOST_SECONDS = 10.0
 MOST_GROWTH_MIB = 512
 START_SECONDS = 300.0
-READ, REFUSED = "read", "refused"
+STARTED, READ, REFUSED = "started", "read", "refused"
 
 VALUE = re.compile(rb'"[^"\n]*"|-?\d+(?:\.\d+)?|true|false|null')
 VALUES = [
@@ -201,8 +201,12 @@ def read_all(name: str, numbers: range, results: Connection) -> None:
         whole = pathlib.Path(directory, "whole")
         whole.mkdir()
         reader.write(whole)
-        reader.read(whole)  # a valid folder is read, and the imports are done
-        results.send(None)
+        try:
+            reader.read(whole)  # a valid folder is read, and the imports are done
+        except BaseException:
+            results.send(None)
+            raise
+        results.send(STARTED)
         for number in numbers:
             folder = pathlib.Path(directory, "damaged")
             make(name, whole, folder, number)
@@ -234,7 +238,8 @@ def fuzz(name: str, num_files: int) -> list[Result]:
         try:
             if not receiver.poll(START_SECONDS):
                 raise TimeoutError(f"{name}: the valid files are not read in {START_SECONDS:.0f} s")
-            receiver.recv()
+            if receiver.recv() != STARTED:
+                raise RuntimeError(f"{name}: the valid files are refused")
             for number in numbers:
                 if not receiver.poll(MOST_SECONDS + 2):
                     results.append(Result(number, "hangs", MOST_SECONDS, 0))

@@ -24,6 +24,7 @@ from oapl_jax.model import hf
 from oapl_jax.report import report
 from oapl_jax.rewards.code import layouts, programs
 from oapl_jax.rollouts.log import BatchRecord, RolloutLog
+from oapl_jax.untrusted import reading
 from rollouts.groups import group
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -71,7 +72,7 @@ def write_indexed_model(folder: pathlib.Path) -> None:
 
 
 def read_model(folder: pathlib.Path) -> object:
-    mesh, _ = sharding.make_meshes(MeshConfig(trainer="fsdp=1", sampler="data=1"))
+    mesh, _ = sharding.make_meshes(MeshConfig(trainer="fsdp=1"))
     return hf.load_params(folder, mesh, sharding.TRAINER_RULES, jnp.float32)
 
 
@@ -119,7 +120,7 @@ def read_questions(name: str, file_format: str) -> Callable[[pathlib.Path], obje
 
 
 def read_tests(folder: pathlib.Path) -> object:
-    return programs.parse_tests(json.dumps(layouts.read_tests((folder / "tests.json").read_text())))
+    return programs.parse_tests(layouts.read_tests(reading.read_text(folder / "tests.json")))
 
 
 READERS = {

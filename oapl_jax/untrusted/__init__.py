@@ -1,1 +1,0 @@
-"""Files that others wrote, read with bounds and with errors that name the file."""

@@ -3,6 +3,7 @@
 import io
 import pathlib
 from collections.abc import Callable
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,8 +15,19 @@ MOST_BYTES, MOST_RATIO = 256 * 2**20, 50
 """A file of n bytes may have ``MOST_BYTES + MOST_RATIO * n`` bytes in memory."""
 
 
+class Limits(NamedTuple):
+    """The most that a file may have, where that is known."""
+
+    num_rows: int
+    num_bytes: int
+    """On disk and in memory."""
+
+
 def read(
-    source: pathlib.Path | bytes, where: object, choose: Callable[[list[str]], list[str]] | None = None
+    source: pathlib.Path | bytes,
+    where: object,
+    choose: Callable[[list[str]], list[str]] | None = None,
+    limits: Limits | None = None,
 ) -> pa.Table:
     """A Parquet file, by path or content.
 
@@ -23,10 +35,11 @@ def read(
         source: the file.
         where: what errors call it.
         choose: the columns to be read, of those that there are; default all.
+        limits: default: bytes that go with its size.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged, is no Parquet file, or unpacks to far more than its size; or what ``choose`` raises.
+        ValueError: it is damaged, is no Parquet file, or beyond the limits; or what ``choose`` raises.
     """
     # Whole in memory: a damaged file cannot fault a mapped page.
     content = reading.read_bytes(source) if isinstance(source, pathlib.Path) else source
@@ -37,10 +50,19 @@ def read(
         schema = file.schema_arrow
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         raise _unreadable(where, error) from error
-    reading.check_unpacked(where, len(content), sum(sizes))
+    if limits is None:
+        limits = Limits(2**62, MOST_BYTES + MOST_RATIO * len(content))
+        reading.check_unpacked(where, len(content), sum(sizes))
+    if file.metadata.num_rows > limits.num_rows or sum(sizes) > limits.num_bytes:
+        raise ValueError(
+            f"{where}: has {file.metadata.num_rows:,} rows and unpacks to {sum(sizes):,} bytes; it may have"
+            f" {limits.num_rows:,} rows and {limits.num_bytes:,} bytes"
+        )
+    if len(set(schema.names)) < len(schema.names):
+        raise ValueError(f"{where}: has two columns of one name; it has {schema.names}")
     columns = schema.names if choose is None else choose(schema.names)
     try:
-        return _bounded(file, columns, MOST_BYTES + MOST_RATIO * len(content))
+        return _bounded(file, columns, limits.num_bytes)
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         raise _unreadable(where, error) from error
 
@@ -61,4 +83,4 @@ def _bounded(file: pq.ParquetFile, columns: list[str], most_bytes: int) -> pa.Ta
 
 def _unreadable(where: object, error: BaseException) -> ValueError:
     reason = str(error).partition("\n")[0]
-    return ValueError(f"{where}: is not a readable Parquet file ({reason}); move it away to go on without it")
+    return ValueError(f"{where}: is not a readable Parquet file ({reason}); copy it again, or move it away")

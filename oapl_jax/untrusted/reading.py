@@ -79,14 +79,23 @@ def parse_json(text: str | bytes, where: Any) -> Any:
         raise ValueError(f"{where}: is not JSON: {error}") from None
 
 
+def parse_object(text: str | bytes, where: Any) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: as ``parse_json``; or it is another value; names ``where``.
+    """
+    found = parse_json(text, where)
+    if not isinstance(found, dict):
+        raise ValueError(f"{where}: is a JSON {type(found).__name__}, not an object")
+    return found
+
+
 def read_object(path: pathlib.Path) -> dict[str, Any]:
     """A file with a JSON object.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: as ``read_text`` and ``parse_json``; or it is another value.
+        ValueError: as ``read_text`` and ``parse_object``.
     """
-    found = parse_json(read_text(path), path)
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: is a JSON {type(found).__name__}, not an object")
-    return found
+    return parse_object(read_text(path), path)
