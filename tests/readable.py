@@ -100,7 +100,13 @@ def write_run(folder: pathlib.Path) -> None:
     write_lines(
         folder / "metrics.jsonl", [{"step": step, "rollouts/reward": 0.5, "learner/loss": 0.1} for step in range(9)]
     )
-    write_lines(folder / "batches.jsonl", [{"step": s, "policy_version": 0, "groups": [f"0/{s}"]} for s in range(1, 9)])
+    write_lines(
+        folder / "batches.jsonl",
+        [
+            {"step": s, "policy_version": 0, "groups": [f"000000-{s:08d}"], "digests": [f"{s:016x}"]}
+            for s in range(1, 9)
+        ],
+    )
     (folder / "summary.json").write_text(json.dumps({"before": {"pass@1": 0.1}, "after": {"pass@1": 0.2}}))
     RolloutLog(folder / "rollouts").append([group(0), group(1)])
 

@@ -22,7 +22,6 @@ from oapl_jax.types import FinishReason, RolloutGroup, Verdict
 from oapl_jax.untrusted import parquet
 
 PART = re.compile(r"part-([0-9]{6}|[1-9][0-9]{6,8})\.parquet")
-GROUP = re.compile(r"[0-9]{6,}-[0-9]{8,}")
 
 
 class RolloutLog:
@@ -183,7 +182,6 @@ class BatchRecord:
                         " has now; put its file back"
                     )
             return
-        self._digests |= digests
         row = {"step": step, "policy_version": version, "groups": list(digests), "digests": list(digests.values())}
         with self._path.open("a") as file:
             file.write(json.dumps(row) + "\n")
@@ -201,7 +199,7 @@ def digests_of(row: dict[str, Any], where: str) -> dict[str, str]:
     is_whole = isinstance(names, list) and isinstance(digests, list) and type(row.get("policy_version")) is int
     if not is_whole or len(names) != len(digests):
         raise ValueError(f"{where}: has not a digest for each of its groups; it was damaged, or is of another release")
-    if not all(isinstance(text, str) for text in (*names, *digests)) or not all(map(GROUP.fullmatch, names)):
+    if not all(isinstance(text, str) for text in (*names, *digests)) or not all(map(schema.NAME.fullmatch, names)):
         raise ValueError(f"{where}: its groups are not ids and digests: {names!r:.80}")
     if len(set(names)) < len(names):
         raise ValueError(f"{where}: a group is in the batch twice")

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import operator
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -60,8 +61,8 @@ COLUMNS = {
 
 OF_GROUP = ("group_index", "policy_version", "prompt_id", "prompt", "prompt_token_ids", "answer")
 """Columns in which the rollouts of a group agree."""
-MOST_GROUPS = 10**8
-"""Of a policy version: the name of a group has eight digits of its index."""
+NAME = re.compile("[0-9]{6,9}-[0-9]{8}")
+"""``RolloutGroup.id``."""
 
 VERSION_KEY, SAMPLING_KEY = b"oapl_jax.schema_version", b"oapl_jax.sampling"
 
@@ -106,7 +107,7 @@ def version_problem(found: pa.Schema) -> str | None:
     if version in map(str, range(SCHEMA_VERSION + 1)):
         return None
     return (
-        f"is a rollout log of schema version {version:.20}, and this program reads versions up to {SCHEMA_VERSION};"
+        f"is a rollout log of schema version {ascii(version)[1:-1]:.20}, and this program reads versions up to {SCHEMA_VERSION};"
         " update oapl_jax to the release that wrote it"
     )
 
@@ -145,18 +146,21 @@ def from_table(table: pa.Table, source: str) -> list[RolloutGroup]:
     grouped = [list(members) for _, members in itertools.groupby(rows, key=operator.itemgetter("group_id"))]
     groups = []
     for members in grouped:
-        where = f"{source}: group {members[0]['group_id']:.40}"
+        name = members[0]["group_id"]
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{source}: has a group {name!r:.40}; their names are VERSION-INDEX")
+        where = f"{source}: group {name}"
         indices = [cells["rollout_index"] for cells in members]
         if indices != list(range(len(members))):
             raise ValueError(f"{where} has rollouts {indices!s:.80}; each must be there once, from 0 on")
-        for name in OF_GROUP:
-            if any(_differ(cells[name], members[0][name]) for cells in members[1:]):
-                raise ValueError(f"{where} has rollouts with different {name}")
+        for column in OF_GROUP:
+            if any(_differ(cells[column], members[0][column]) for cells in members[1:]):
+                raise ValueError(f"{where} has rollouts with different {column}")
         try:
             group = _group(members)
         except ValueError as error:  # no word for a verdict or an end, or a wrong length
             raise ValueError(f"{where}: {error}") from None
-        if group.id != members[0]["group_id"] or group.policy_version < 0 or not 0 <= group.index < MOST_GROUPS:
+        if group.id != name:
             raise ValueError(f"{where} has policy_version {group.policy_version} and group_index {group.index}")
         groups.append(group)
     return groups
@@ -176,7 +180,8 @@ def _rows(table: pa.Table, source: str) -> list[dict]:
                 raise pa.ArrowInvalid("another type")
             column = column.cast(field.type)
         except pa.ArrowException as error:
-            raise ValueError(f"{source}: column {field.name} is {column.type}, not {field.type} ({error})") from error
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{source}: column {field.name} is {column.type}, not {field.type} ({reason})") from error
         is_list = pa.types.is_list(field.type)
         tokens_null = (
             is_list

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 
 from oapl_jax.untrusted import reading
 
-MOST_BATCHES = 4096
+MOST_BATCHES, FEWEST_BATCHES = 4096, 16
+"""In which a file is read, where its limits are not known and where they are."""
 MOST_BYTES, MOST_RATIO = 256 * 2**20, 50
 """A file of n bytes may have ``MOST_BYTES + MOST_RATIO * n`` bytes in memory."""
 
@@ -50,7 +51,9 @@ def read(
         schema = file.schema_arrow
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         raise _unreadable(where, error) from error
+    num_batches = FEWEST_BATCHES
     if limits is None:
+        num_batches = MOST_BATCHES
         limits = Limits(2**62, MOST_BYTES + MOST_RATIO * len(content))
         reading.check_unpacked(where, len(content), sum(sizes))
     if file.metadata.num_rows > limits.num_rows or sum(sizes) > limits.num_bytes:
@@ -62,15 +65,15 @@ def read(
         raise ValueError(f"{where}: has two columns of one name; it has {schema.names}")
     columns = schema.names if choose is None else choose(schema.names)
     try:
-        return _bounded(file, columns, limits.num_bytes)
+        return _bounded(file, columns, limits.num_bytes, num_batches)
     except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
         raise _unreadable(where, error) from error
 
 
-def _bounded(file: pq.ParquetFile, columns: list[str], most_bytes: int) -> pa.Table:
+def _bounded(file: pq.ParquetFile, columns: list[str], most_bytes: int, num_batches: int) -> pa.Table:
     """A few rows at a time: encodings shrink repeated values too, so that a few bytes may stand for many rows."""
     num_bytes, batches = 0, []
-    for batch in file.iter_batches(max(1, file.metadata.num_rows // MOST_BATCHES), columns=columns):
+    for batch in file.iter_batches(max(1, file.metadata.num_rows // num_batches), columns=columns):
         batch.validate(full=True)
         batches.append(batch)
         num_bytes += batch.nbytes

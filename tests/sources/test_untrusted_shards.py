@@ -214,10 +214,13 @@ DAMAGES = {
                 if k in ("group_index", "group_id")
             }
         ),
-        "group_index 46116860184273879",
+        "has a group '000003-46116860184273879.*VERSION-INDEX",
     ),
     "id null": (edit(group_id=None), "column group_id has nulls"),
-    "another id": (edit_all(lambda row: {"group_id": "x" + row["group_id"]}), "group x000003-0000000"),
+    "another id": (
+        edit_all(lambda row: {"group_id": "x" + row["group_id"]}),
+        "has a group 'x000003-0000000.*VERSION-INDEX",
+    ),
     # Files.
     "torn": (lambda path: path.write_bytes(b"PAR1 torn"), "not a readable Parquet file"),
     "empty": (lambda path: path.write_bytes(b""), "not a readable Parquet file"),
