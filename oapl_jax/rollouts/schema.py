@@ -92,12 +92,15 @@ def sampling_of(found: pa.Schema) -> dict[str, float]:
         return {}
 
 
-def sampling_problem(found: pa.Schema, expected: dict[str, float]) -> str | None:
+def sampling_problem(found: pa.Schema, expected: dict[str, Any]) -> str | None:
     """How a file says that its rollouts were drawn, where that is not as ``expected``; None where it is, or it does not say."""
     sampling = sampling_of(found)
-    for name, wanted in expected.items():
+    for name, wanted in json.loads(json.dumps(expected)).items():
         if name in sampling and sampling[name] != wanted:
-            return f"was drawn at {name} {sampling[name]!r:.20}, and sampler.{name} is {wanted:g}; set it to that of the data"
+            shown = f"{wanted:g}" if isinstance(wanted, int | float) else f"{wanted!r:.40}"
+            return (
+                f"was drawn at {name} {sampling[name]!r:.40}, and sampler.{name} is {shown}; set it to that of the data"
+            )
     return None
 
 

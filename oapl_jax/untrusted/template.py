@@ -52,7 +52,7 @@ def _render() -> None:
             environment.from_string(template).render(messages=messages, add_generation_prompt=True)
         except MemoryError:
             sys.exit(1)
-        except Exception:  # noqa: S112 - it shows when the template is used
+        except Exception:  # it shows when the template is used
             continue
 
 
