@@ -145,8 +145,8 @@ def load_config(folder: pathlib.Path) -> qwen.QwenConfig:
         raise FileNotFoundError(f"{path} does not exist; a model folder has a {CONFIG_FILE}")
     try:
         config = qwen.QwenConfig.from_hf(reading.read_object(path))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:  # the last three: a value of another type
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
     if not config.tie_word_embeddings or (file := _file_of_other_head(folder)) is None:
         return config
     logging.getLogger(__name__).warning(

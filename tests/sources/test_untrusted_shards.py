@@ -135,7 +135,7 @@ def with_reward(reward, verdict=Verdict.CORRECT):
 
 
 def flip_a_bit(path):
-    put(shard(1))(path)
+    RolloutLog(path.parents[1], SAMPLING).create(1, shard(1))
     content = bytearray(path.read_bytes())
     content[len(content) // 3] ^= 1
     path.write_bytes(content)
@@ -350,3 +350,20 @@ def test_a_report_that_is_none_is_passed_by(content, tmp_path):
         assert math.isfinite(found["sampler/tokens_per_second"])
         log.create(0, shard(0))
         assert len(source.take(2, lambda: False).groups) == 2
+
+
+def test_flipped_bits_are_refused_or_change_nothing(tmp_path):
+    log, rng = RolloutLog(tmp_path, SAMPLING), np.random.default_rng(0)
+    check, groups = ShardCheck(GroupCheck(CONFIG, TOKENIZER.vocab_size, GRADING.advantages), PROMPTS), shard(1)
+    log.create(1, groups)
+    path, num_refused = log.path(VERSION, 1), 0
+    whole = path.read_bytes()
+    for _ in range(100):
+        content = bytearray(whole)
+        content[rng.integers(len(whole))] ^= 1 << rng.integers(8)
+        path.write_bytes(content)
+        try:
+            assert list(map(digest, check.read(log, WINDOW, 1))) == list(map(digest, groups))
+        except ValueError:
+            num_refused += 1
+    assert num_refused > 50
