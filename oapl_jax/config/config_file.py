@@ -6,11 +6,15 @@ and validated by the models beside this file. The commands print a ``ConfigError
 """
 
 import argparse
+import io
+import itertools
+import math
 import pathlib
 import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import ValidationError
@@ -20,6 +24,7 @@ from yaml import YAMLError
 from oapl_jax.config.names import did_you_mean, nearest
 from oapl_jax.config.reward import RewardConfig
 from oapl_jax.config.section import Checks, Section
+from oapl_jax.untrusted import reading
 
 
 class ConfigError(ValueError):
@@ -27,6 +32,7 @@ class ConfigError(ValueError):
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Section)
+MOST_VALUES, MOST_INTERPOLATIONS = 10_000, 24
 NO_CHECKS: Checks = {}
 """For a config that a run has saved: it was checked and completed before."""
 
@@ -53,13 +59,41 @@ def _read(path: str | pathlib.Path, overrides: list[str]) -> Any:
     if not pathlib.Path(path).is_file():
         raise ConfigError(f"config file {str(path)!r} does not exist{_nearest_file(pathlib.Path(path))}")
     try:
-        read = OmegaConf.load(path)
+        text = reading.read_text(pathlib.Path(path))
+        _check_size(text)
+        read = OmegaConf.load(io.StringIO(text))
         if not OmegaConf.is_dict(read):
             raise ValueError("it is not a mapping of sections such as 'run:' and 'model:'")
         merged = OmegaConf.merge(read, OmegaConf.from_dotlist(overrides))
         return OmegaConf.to_container(merged, resolve=True)
-    except (YAMLError, OmegaConfBaseException, ValueError) as error:
+    except RecursionError:
+        raise ConfigError(f"config file {str(path)!r} cannot be read: it is nested too deeply") from None
+    except (YAMLError, OmegaConfBaseException, ValueError, OSError, OverflowError) as error:
         raise ConfigError(f"config file {str(path)!r} cannot be read: {error}") from error
+
+
+def _check_size(text: str) -> None:
+    """Refuses what a few lines with aliases (``*a``) or interpolations (``${a}``) make huge.
+
+    Raises:
+        ValueError: it has too many values, or interpolations.
+        YAMLError: it is no YAML.
+    """
+    sizes: dict[int, float] = {}
+
+    def size(node: Any) -> float:
+        if id(node) not in sizes:
+            sizes[id(node)] = math.inf  # of a node within itself
+            pairs = node.value if isinstance(node, yaml.CollectionNode) else []
+            children = itertools.chain.from_iterable(pairs) if isinstance(node, yaml.MappingNode) else pairs
+            sizes[id(node)] = 1 + sum(map(size, children))
+        return sizes[id(node)]
+
+    num_values = max(len(text) / 100, text.count("[") + text.count("{"))  # else the parser itself takes long
+    if num_values <= MOST_VALUES and (root := yaml.compose(text, Loader=yaml.SafeLoader)) is not None:
+        num_values = size(root)
+    if num_values > MOST_VALUES or text.count("${") > MOST_INTERPOLATIONS:
+        raise ValueError(f"it has more than {MOST_VALUES:,} values, or than {MOST_INTERPOLATIONS} interpolations")
 
 
 def load_reward(path: str | pathlib.Path) -> RewardConfig:

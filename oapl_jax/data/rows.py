@@ -5,14 +5,13 @@ missing. The libraries of the extra ``data`` are imported only by the readers th
 """
 
 import dataclasses
-import gzip
 import importlib
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from oapl_jax.config.names import nearest
+from oapl_jax.untrusted import parquet, reading
 
 NEAR = 0.4
 """How similar a name must be to be suggested: file names of one data set differ little."""
@@ -68,21 +67,24 @@ def read(
 
 
 def string_cell(value: Any, column: str, row_name: str) -> str:
-    """The cell as text. Integers become their digits, since gold answers can be numbers; other types are errors."""
-    if isinstance(value, bytes):  # TFDS
-        return value.decode()
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise ValueError(f"row {row_name}: column {column!r} is {value!r} ({type(value).__name__}), not a string")
-    return value
+    """The cell as text. Numbers become their digits, since gold answers can be numbers; other types are errors."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        value = str(value)
+    if not isinstance(value, str | bytes):
+        raise ValueError(
+            f"row {row_name}: column {column!r} is {value!r:.80} ({type(value).__name__}), not a string or a number"
+        )
+    try:
+        return value.decode() if isinstance(value, bytes) else value.encode().decode()  # TFDS gives bytes
+    except UnicodeError as error:
+        raise ValueError(f"row {row_name}: column {column!r} has what is no Unicode text ({error.reason})") from None
 
 
 def _read_json(path: pathlib.Path, columns: Sequence[str], wanted: Sequence[str]) -> Table:
     """Reads a file with one JSON object per line, or with one array of objects; ``.gz`` is unpacked."""
     if path.is_dir():
         raise ValueError(f"{str(path)!r} is a folder; the format 'jsonl' needs a file")
-    text = (gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()).decode("utf-8")
+    text = reading.read_text(path)
     rows = []
     for number, record in enumerate(_records(path, text)):
         if not isinstance(record, dict):
@@ -93,37 +95,28 @@ def _read_json(path: pathlib.Path, columns: Sequence[str], wanted: Sequence[str]
 
 
 def _records(path: pathlib.Path, text: str) -> list[Any]:
-    where = str(path)
-    try:
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        records = []
-        # splitlines() would also split at characters such as U+2028, which JSON strings may contain.
-        for number, line in enumerate(text.split("\n"), start=1):
-            where = f"{path} line {number}"
-            if line.strip():
-                records.append(json.loads(line))
-        return records
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: is not JSON: {error}") from error
+    if text.startswith("PAR1"):
+        raise ValueError(f"{path}: is a Parquet file; set data.format=parquet")
+    if text.lstrip().startswith("["):
+        return reading.parse_json(text, path)
+    # splitlines() would also split at characters such as U+2028, which JSON strings may contain.
+    lines = enumerate(text.split("\n"), start=1)
+    return [reading.parse_json(line, f"{path} line {number}") for number, line in lines if line.strip()]
 
 
 def _read_parquet(path: pathlib.Path, columns: Sequence[str], wanted: Sequence[str]) -> Table:
     """Reads a file, or all ``*.parquet`` files of a folder in the order of their names."""
-    import pyarrow.parquet
-
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{str(path)!r}: the folder contains no *.parquet file")
     rows: list[tuple[Any, ...]] = []
     for file in files:
-        try:
-            parquet = pyarrow.parquet.ParquetFile(file)
-        except pyarrow.ArrowInvalid as error:
-            raise ValueError(f"{file}: is not a Parquet file: {error}") from error
-        names = parquet.schema_arrow.names
-        _require_columns(str(file), names, columns)
-        table = parquet.read(columns=[column for column in wanted if column in names])
+
+        def choose(names: list[str], file: pathlib.Path = file) -> list[str]:
+            _require_columns(str(file), names, columns)
+            return [column for column in wanted if column in names]
+
+        table = parquet.read(file, file, choose)
         rows += _rows(table.to_pydict(), len(table), wanted)
     return Table(path.stem, rows)
 

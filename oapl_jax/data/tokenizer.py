@@ -11,6 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
+from oapl_jax.untrusted import reading, template
+
 CHARS = "_$0123456789+-*=:,"
 """Alphabet of the toy tasks; the index of a character is its id. 0 is padding, 1 is the stop token."""
 
@@ -68,7 +70,7 @@ def load(source: str, folder: str | pathlib.Path | None = None) -> Tokenizer:
     saved = pathlib.Path(source) / CHARACTER_FILE
     if not saved.is_file():
         return HuggingFaceTokenizer(source)
-    characters = json.loads(saved.read_text(encoding="utf-8"))["characters"]
+    characters = reading.read_object(saved).get("characters")
     if characters != CHARS:  # the alphabet gives the ids their meaning
         raise ValueError(f"{saved}: its alphabet is {characters!r}, this program's is {CHARS!r}")
     return CharacterTokenizer()
@@ -121,8 +123,13 @@ class HuggingFaceTokenizer:
 
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"tokenizer {source!r}: cannot be loaded: {error}") from error
+        except BaseException as error:  # Rust's has no better base class
+            if isinstance(error, (KeyboardInterrupt, SystemExit)):
+                raise
+            raise ValueError(f"tokenizer {source!r}: cannot be loaded: {_first_line(error)}") from error
+        templates = self._tokenizer.chat_template or {}
+        for text in templates.values() if isinstance(templates, dict) else (templates,):
+            template.check(str(text), f"tokenizer {source!r}")
         self._generation = _generation_config(source)
         # len() counts added tokens, unlike .vocab_size; neither counts the padding of the embedding.
         self.vocab_size = len(self._tokenizer)
@@ -133,13 +140,17 @@ class HuggingFaceTokenizer:
         self.pad_id = self.eos_id if pad is None else int(pad)
         declared = self._generation.get("eos_token_id") or []
         declared = declared if isinstance(declared, list) else [declared]
+        if not all(type(stop_id) is int for stop_id in declared):
+            raise ValueError(
+                f"tokenizer {source!r}: eos_token_id in {GENERATION_FILE} is {declared!r:.80}, not token ids"
+            )
         self.stop_ids = tuple(sorted({self.eos_id, *declared}))
 
     def encode_prompt(self, question: str, system: str | None = None) -> list[int]:
         """Token ids of the rendered chat up to the assistant's turn; without a chat template, those of the plain text.
 
         Raises:
-            ValueError: there is a system message but no chat template.
+            ValueError: there is a system message but no chat template, or the template fails.
         """
         if not self._tokenizer.chat_template:
             if system is not None:
@@ -147,7 +158,10 @@ class HuggingFaceTokenizer:
             return self.encode(question)
         messages = [] if system is None else [{"role": "system", "content": system}]
         messages.append({"role": "user", "content": question})
-        text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template is a program
+            raise ValueError(f"the tokenizer's chat template fails: {_first_line(error)}; mend it") from error
         return self.encode(text)
 
     def encode(self, text: str) -> list[int]:
@@ -167,9 +181,13 @@ class HuggingFaceTokenizer:
             (pathlib.Path(folder) / GENERATION_FILE).write_text(json.dumps(self._generation, indent=2) + "\n")
 
 
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300]
+
+
 def _generation_config(source: str) -> dict[str, Any]:
     """The model's generation_config.json, or {} if it has none."""
     from transformers.utils.hub import cached_file
 
     path = cached_file(source, GENERATION_FILE, _raise_exceptions_for_missing_entries=False)
-    return {} if path is None else json.loads(pathlib.Path(path).read_text(encoding="utf-8"))
+    return {} if path is None else reading.read_object(pathlib.Path(path))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from oapl_jax.io import storage
+from oapl_jax.untrusted import reading
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
@@ -16,12 +17,12 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
-    *whole, last = path.read_text(encoding="utf-8").split("\n")
+    *whole, last = reading.read_text(path).split("\n")
     found = []
     for number, line in enumerate([*whole, last] if last else whole, start=1):
         try:
-            record = json.loads(line)
-            if not isinstance(record, dict) or "step" not in record:
+            record = reading.parse_json(line, "it")
+            if not isinstance(record, dict) or type(record.get("step")) is not int:
                 raise ValueError("it has no step")
         except ValueError as error:
             if number > len(whole):

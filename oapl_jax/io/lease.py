@@ -27,10 +27,13 @@ from typing import Any
 
 from oapl_jax.io import storage
 from oapl_jax.io.storage import SharedPath
+from oapl_jax.untrusted import reading
 
 HEARTBEATS_PER_EXPIRY = 4
 MAX_SEEN = 4096
 """Leases of others that are watched at most; beyond, the one whose last change is oldest is dropped from memory."""
+MOST_PROCESSES = 2**31
+"""Process ids are below."""
 STOP_SECONDS = 10.0
 """How long ``close`` waits for a heartbeat that is being written."""
 
@@ -168,9 +171,11 @@ class Leases:
     def _is_free(self, name: str, generation: int) -> bool:
         """Whether the newest generation was released, or its holder is dead or silent."""
         try:
-            content = storage.read(self.path(name, generation)).decode(errors="replace")
+            content = storage.read(self.path(name, generation), storage.MESSAGE_BYTES).decode(errors="replace")
         except FileNotFoundError:  # being replaced on a file system without atomic rename
             return False
+        except ValueError:
+            content = ""  # no file of a lease: it is not renewed either
         holder = _parse(content)
         if holder.get("is_released") or self._is_dead(holder):
             return True
@@ -203,10 +208,11 @@ class Leases:
 def _parse(content: str) -> dict[str, Any]:
     """The holder; empty where the file is torn, which time alone can resolve."""
     try:
-        holder = json.loads(content)
-        return {"host": str(holder["host"]), "pid": int(holder["pid"]), **holder}
-    except (ValueError, KeyError, TypeError):
+        holder = reading.parse_object(content, "lease")
+    except ValueError:
         return {}
+    is_whole = all(isinstance(holder.get(name), str) for name in ("host", "started")) and type(holder.get("pid")) is int
+    return holder if is_whole and 0 < holder["pid"] < MOST_PROCESSES else {}
 
 
 def _this_process() -> dict[str, Any]:

@@ -10,13 +10,17 @@ import errno
 import itertools
 import os
 import pathlib
+import re
 import shutil
+import stat
 import threading
 import uuid
 from typing import Any
 
 import fsspec
 from etils import epath
+
+from oapl_jax.untrusted import reading
 
 SharedPath = pathlib.Path | epath.Path
 """A path in either: ``shared_path`` makes one."""
@@ -26,6 +30,11 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 """What a file system without hard links (Cloud Storage FUSE, some network disks) answers."""
+
+VERSION = re.compile("[0-9]{6}|[1-9][0-9]{6,8}")
+"""A policy version as the name of a folder."""
+MESSAGE_BYTES = 2**22
+"""Most bytes of a file by which processes inform each other."""
 
 SHORTEST_POLL, USUAL_POLL, LONGEST_POLL = 0.01, 0.3, 1.0
 """Seconds between two polls: at least; at most where a poll is cheap; at most where it is not."""
@@ -92,30 +101,65 @@ def replace(path: SharedPath, content: bytes, *, is_durable: bool = True) -> Non
     local = pathlib.Path(str(path))
     local.parent.mkdir(parents=True, exist_ok=True)
     temporary = _write_beside(local, content, is_durable)
+    if local.is_dir() and not local.is_symlink():  # which others have put there
+        move_aside(local, ".damaged")
     temporary.replace(local)
     if is_durable:
         sync_folder(local.parent)
 
 
-def read(path: SharedPath) -> bytes:
-    """The content of a file.
+def read(path: SharedPath, most_bytes: int | None = None) -> bytes:
+    """The content of a file that another process may have written.
 
     Raises:
         FileNotFoundError: there is none.
+        ValueError: it is no regular file (links are not followed), or has more than ``most_bytes``; names it.
         OSError: it cannot be read.
     """
-    store = _store(path)
-    return pathlib.Path(str(path)).read_bytes() if store is None else store.cat_file(str(path))
+    if (store := _store(path)) is None:
+        content = _read_local(path, most_bytes)
+    else:
+        content = store.cat_file(str(path), end=None if most_bytes is None else most_bytes + 1)
+    if most_bytes is not None and len(content) > most_bytes:
+        raise ValueError(f"{path}: has more than {most_bytes:,} bytes")
+    return content
+
+
+def _read_local(path: SharedPath, most_bytes: int | None) -> bytes:
+    try:
+        descriptor = os.open(str(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # else a pipe would block
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENXIO):
+            raise
+        raise ValueError(f"{path}: is not a regular file") from None
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise ValueError(f"{path}: is not a regular file")
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(-1 if most_bytes is None else most_bytes + 1)
+    finally:
+        os.close(descriptor)
+
+
+def read_object(path: SharedPath) -> dict[str, Any]:
+    """The JSON object in a small file that another process has written.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: as ``read``; or it is no JSON object; names it.
+        OSError: it cannot be read.
+    """
+    return reading.parse_object(read(path, MESSAGE_BYTES), path)
 
 
 def exists(path: SharedPath) -> bool:
-    """Whether there is such a file."""
+    """Whether there is something of this name; in an object store, such a file."""
     store = _store(path)
-    return pathlib.Path(str(path)).exists() if store is None else store.isfile(str(path))
+    return os.path.lexists(str(path)) if store is None else store.isfile(str(path))
 
 
 def names(folder: SharedPath) -> list[str]:
-    """What lies in a folder, sorted; nothing where there is no such folder.
+    """What lies in a folder, sorted; nothing where there is no such folder, or a file in its place.
 
     In an object store a folder is there while something is in it.
     """
@@ -124,17 +168,22 @@ def names(folder: SharedPath) -> list[str]:
         if store is None:
             return sorted(entry.name for entry in pathlib.Path(str(folder)).iterdir())
         return sorted({name.rstrip("/").rpartition("/")[2] for name in store.ls(str(folder), detail=False)})
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def numbers(folder: SharedPath) -> list[int]:
+    """The versions that have a folder in this one, ascending: names of six digits or a few more."""
+    return sorted(int(name) for name in names(folder) if VERSION.fullmatch(name))
 
 
 def remove(path: SharedPath) -> None:
     """Removes a file, or a folder with what is in it; nothing where there is none."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         if (store := _store(path)) is not None:
             store.rm(str(path), recursive=True)
-        elif pathlib.Path(str(path)).is_dir():
-            shutil.rmtree(pathlib.Path(str(path)), ignore_errors=True)
+        elif (local := pathlib.Path(str(path))).is_dir() and not local.is_symlink():
+            shutil.rmtree(local, ignore_errors=True)
         else:
             pathlib.Path(str(path)).unlink()
 

@@ -35,6 +35,7 @@ from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.distributed.sharding import Rules, replicated, shardings
 from oapl_jax.distributed.team import Team
 from oapl_jax.model import lora, qwen
+from oapl_jax.untrusted import reading
 
 CONFIG_FILE = "config.json"
 GENERATION_FILE = "generation_config.json"
@@ -143,9 +144,9 @@ def load_config(folder: pathlib.Path) -> qwen.QwenConfig:
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist; a model folder has a {CONFIG_FILE}")
     try:
-        config = qwen.QwenConfig.from_hf(json.loads(path.read_text()))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        config = qwen.QwenConfig.from_hf(reading.read_object(path))
+    except (ValueError, TypeError, LookupError, ArithmeticError) as error:  # the last three: a value of another type
+        raise ValueError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
     if not config.tie_word_embeddings or (file := _file_of_other_head(folder)) is None:
         return config
     logging.getLogger(__name__).warning(
@@ -237,7 +238,9 @@ def _find_tensors(folder: pathlib.Path) -> dict[str, str]:
     """Tensor name -> name of its file, from the index or from the only file."""
     index = folder / INDEX_FILE
     if index.is_file():
-        files = json.loads(index.read_text())["weight_map"]
+        files = reading.read_object(index).get("weight_map")
+        if not isinstance(files, dict) or not all(isinstance(name, str) for name in files.values()):
+            raise ValueError(f"{index}: weight_map does not give a file for each tensor; copy the model again")
         for name in sorted(set(files.values())):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder / name} does not exist, but {index} names it; the copy is incomplete")

@@ -8,7 +8,6 @@ import base64
 import dataclasses
 import io
 import itertools
-import json
 import math
 import pathlib
 from collections.abc import Callable
@@ -17,7 +16,6 @@ from typing import Any
 import jinja2
 import matplotlib
 import numpy as np
-import pyarrow.parquet as pq
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -26,6 +24,7 @@ from matplotlib.ticker import MaxNLocator
 from oapl_jax.evaluation.plot_style import BLUE, GREEN, GREY, ORANGE, STYLE, log_axis
 from oapl_jax.io.metrics import METRICS_FILE, read_metrics
 from oapl_jax.types import Metrics
+from oapl_jax.untrusted import parquet, reading
 
 REPORT_FILE = "report.html"
 CURVES_FILE = "curves.png"
@@ -69,9 +68,9 @@ def read_run(run_dir: pathlib.Path) -> RunRecord:
     metrics_file, config, summary = (run_dir / name for name in (METRICS_FILE, "config.yaml", "summary.json"))
     return RunRecord(
         name=run_dir.resolve().name,
-        config=config.read_text(encoding="utf-8") if config.exists() else "",
+        config=reading.read_text(config) if config.exists() else "",
         lines=read_metrics(metrics_file) if metrics_file.exists() else [],
-        summary=json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {},
+        summary=reading.read_object(summary) if summary.exists() else {},
         samples=_read_samples(run_dir / "rollouts"),
     )
 
@@ -231,8 +230,7 @@ def _read_samples(rollouts: pathlib.Path) -> list[dict[str, Any]]:
 def _read_groups(file: pathlib.Path) -> list[dict[str, Any]]:
     columns = ["group_id", "policy_version", "prompt", "answer", "response", "verdict", "reward", "value"]
     columns += ["advantage", "logprobs", "finish_reason"]
-    batch = next(pq.ParquetFile(file).iter_batches(batch_size=256, columns=columns), None)
-    rows = batch.to_pylist() if batch is not None else []
+    rows = parquet.read(file, file, lambda _: columns).slice(0, 256).to_pylist()
     groups = [list(members) for _, members in itertools.groupby(rows, key=lambda row: row["group_id"])]
     return [_show_group(members) for members in groups[:_SAMPLED_GROUPS]]
 

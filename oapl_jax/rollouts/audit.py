@@ -3,27 +3,35 @@
     python -m oapl_jax audit RUN
 
 Reads the rollout log, the record of the batches and the metrics, and checks every step: its groups are in the
-log, complete, of the one policy version of its window, with finite log-probabilities and advantages; none was
-trained on more often than the config says; the lag is below ``sync_every``.
+log, are those that were trained on, complete, of the one policy version of its window, with tokens of the vocabulary,
+log-probabilities, and the advantages that their rewards give (``checks.py``); none was trained on more often than the
+config says; the lag is below ``sync_every``.
 Exit code 1 names the first mistake and the file and line that it is in. It needs no devices and changes nothing.
 """
 
 import collections
+import contextlib
+import dataclasses
+import functools
 import itertools
 import math
 import pathlib
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
-
 from oapl_jax.config.commands import TrainConfig
+from oapl_jax.data import tokenizer as tokenizers
 from oapl_jax.io import json_lines, run_dir, storage
 from oapl_jax.io.metrics import METRICS_FILE, read_metrics
-from oapl_jax.rollouts.log import RolloutLog
+from oapl_jax.rollouts import grading
+from oapl_jax.rollouts.checks import GroupCheck
+from oapl_jax.rollouts.log import RolloutLog, digest, digests_of
+from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.types import RolloutGroup, RunError
 
 BATCHES_FILE = "batches.jsonl"
+ANY_TOKEN = 2**31
+"""Size of a vocabulary that is not known."""
 
 
 def audit(run: pathlib.Path) -> str:
@@ -34,7 +42,8 @@ def audit(run: pathlib.Path) -> str:
         ValueError: there is no such run, or it is of another release.
     """
     config = run_dir.read_config(run, TrainConfig)
-    log = RolloutLog(storage.shared_path(config.run.shared_dir or run) / "rollouts")
+    drawn = dataclasses.asdict(SamplingDistribution.of(config.sampler))
+    log, check = RolloutLog(storage.shared_path(config.run.shared_dir or run) / "rollouts", drawn), _group_check(config)
     uses: collections.Counter[str] = collections.Counter()
     before, num_steps, step, num_rollouts, num_windows, num_damaged = -1, 0, 0, 0, 0, 0
     for version, window in itertools.groupby(_batches(run), key=lambda found: found[1]["policy_version"]):
@@ -54,8 +63,8 @@ def audit(run: pathlib.Path) -> str:
             _require(lag < _most_steps(config), where, f"step {step} lags {lag}, not below {_most_steps(config):g}")
             absent = [name for name in line["groups"] if name not in groups]
             _require(not absent or not damaged, where, f"group {absent[:1]} was trained on, and {'; '.join(damaged)}")
-            _check_batch(config, line["groups"], groups, version, where)
-            uses.update(line["groups"])
+            _check_batch(check, line["groups"], groups, version, where)
+            uses.update(list(line["groups"]))
             num_rollouts += sum(len(groups[name].usable) for name in line["groups"])
     most = max(config.window.epochs, config.window.max_uses)
     if config.offline is not None:
@@ -75,31 +84,41 @@ def _most_steps(config: TrainConfig) -> float:
 
 
 def _check_batch(
-    config: TrainConfig, names: list[str], groups: dict[str, RolloutGroup], version: int, where: str
+    check: GroupCheck, names: dict[str, str], groups: dict[str, RolloutGroup], version: int, where: str
 ) -> None:
+    config = check.config
     wanted = config.learner.batch_rollouts // config.sampler.group_size
     _require(len(names) == wanted, where, f"{len(names)} groups; a batch has {wanted}")
-    _require(len(set(names)) == len(names), where, "a group is in the batch twice")
     for name in names:
         _require(name in groups, where, f"group {name} is not in rollouts/{version:06d}")
         group = groups[name]
         which = f"rollouts/{version:06d}, group {name}"
-        _require(group.policy_version == version, which, f"is of version {group.policy_version}")
-        size, whole = len(group.rollouts), config.sampler.group_size
-        _require(
-            size == whole or (config.offline is not None and size < whole), which, f"has {size} rollouts of {whole}"
-        )
+        try:
+            check.check(group)
+        except ValueError as error:
+            raise RunError(f"rollouts/{version:06d}, {error}") from error
         _require(len(group.usable) > 1, which, "has fewer than two usable rollouts and was trained on")
-        for index, item in enumerate(group.rollouts):
-            tokens, logprobs = item.rollout.token_ids, item.rollout.logprobs
-            inside = f"{which}, rollout {index}"
-            _require(len(tokens) == len(logprobs), inside, f"{len(tokens)} tokens, {len(logprobs)} log-probabilities")
-            if item.is_usable:
-                is_finite = bool(np.isfinite(logprobs).all()) and math.isfinite(item.advantage)
-                _require(is_finite, inside, "a log-probability or the advantage is not finite")
-                _require(
-                    len(tokens) > 0 and bool((logprobs <= 1e-4).all()), inside, "no tokens, or a probability above 1"
-                )
+        _require(digest(group) == names[name], which, "is not the one that was trained on: its digest is another")
+
+
+def _group_check(config: TrainConfig) -> GroupCheck:
+    """The run's check, with the advantages of its objective, and the vocabulary where the tokenizer can be read."""
+    from oapl_jax.objectives import oapl  # brings JAX
+    from oapl_jax.objectives.catalogue import OBJECTIVES
+
+    objective, given = OBJECTIVES[config.objective.name], config.objective.model_extra or {}
+    own = objective.options.model_fields
+    options = objective.options.model_validate({name: value for name, value in given.items() if name in own})
+    beta1 = oapl.options_or_defaults(options).beta1
+    advantages = functools.partial(
+        grading.advantages_and_value,
+        advantages_of=lambda rewards, is_correct: objective.advantages(rewards, is_correct, options),
+        value_of=lambda rewards: oapl.optimal_value(rewards, beta1),
+    )
+    vocab_size = ANY_TOKEN
+    with contextlib.suppress(OSError, ValueError):  # it may be gone, or on another machine
+        vocab_size = tokenizers.load(config.model.tokenizer, config.model.path).vocab_size
+    return GroupCheck(config, vocab_size, advantages)
 
 
 def _check_order(run: pathlib.Path) -> None:
@@ -142,11 +161,11 @@ def _read(log: RolloutLog, version: int) -> tuple[dict[str, RolloutGroup], list[
 def _batches(run: pathlib.Path) -> Iterator[tuple[str, Any]]:
     """Each recorded batch with its file and line."""
     try:
-        lines = json_lines.read(run / BATCHES_FILE)
+        for number, line in enumerate(json_lines.read(run / BATCHES_FILE), start=1):
+            where = f"{BATCHES_FILE}, line {number}"
+            yield where, {**line, "groups": digests_of(line, where)}
     except ValueError as error:
         raise RunError(str(error)) from error
-    for number, line in enumerate(lines, start=1):
-        yield f"{BATCHES_FILE}, line {number}", line
 
 
 def _require(is_so: bool, where: str, problem: str) -> None:

@@ -69,22 +69,33 @@ class Grading:
         self._grader.close()
 
     def group(self, ticket: Ticket, prompt: Prompt, graded: Sequence[GradedRollout]) -> RolloutGroup:
-        """V* and advantages over the rollouts whose verdict and log-probabilities can be used."""
-        is_usable = np.array(
-            [
-                item.grade.verdict is not Verdict.INVALID
-                and math.isfinite(item.grade.reward)
-                and np.isfinite(item.rollout.logprobs).all()
-                for item in graded
-            ]
-        )
-        advantages, value = np.full(len(graded), np.nan), math.nan
-        if is_usable.any():
-            rewards = np.array([item.grade.reward for item in graded], np.float64)[is_usable]
-            is_correct = np.array([item.grade.verdict is Verdict.CORRECT for item in graded])[is_usable]
-            advantages[is_usable], value = self._advantages(rewards, is_correct), self._value(rewards)
+        """A group with its value and advantages."""
+        advantages, value = self.advantages(graded)
         rollouts = [
-            dataclasses.replace(item, advantage=advantage)
-            for item, advantage in zip(graded, advantages.tolist(), strict=True)
+            dataclasses.replace(item, advantage=advantage) for item, advantage in zip(graded, advantages, strict=True)
         ]
         return RolloutGroup(ticket.index, ticket.policy_version, prompt, tuple(rollouts), value)
+
+    def advantages(self, graded: Sequence[GradedRollout]) -> tuple[list[float], float]:
+        """Advantages and V*, over the rollouts of a group whose verdict and log-probabilities can be used."""
+        return advantages_and_value(graded, self._advantages, self._value)
+
+
+def advantages_and_value(
+    graded: Sequence[GradedRollout], advantages_of: AdvantageFn, value_of: Callable[[Float[np.ndarray, "G"]], float]
+) -> tuple[list[float], float]:
+    """Advantages and V* of the rollouts of a group; NaN for those whose verdict or log-probabilities cannot be used."""
+    is_usable = np.array(
+        [
+            item.grade.verdict is not Verdict.INVALID
+            and math.isfinite(item.grade.reward)
+            and np.isfinite(item.rollout.logprobs).all()
+            for item in graded
+        ]
+    )
+    advantages, value = np.full(len(graded), np.nan), math.nan
+    if is_usable.any():
+        rewards = np.array([item.grade.reward for item in graded], np.float64)[is_usable]
+        is_correct = np.array([item.grade.verdict is Verdict.CORRECT for item in graded])[is_usable]
+        advantages[is_usable], value = advantages_of(rewards, is_correct), value_of(rewards)
+    return advantages.tolist(), value

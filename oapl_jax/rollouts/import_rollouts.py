@@ -7,20 +7,17 @@ counts as one mistake.
 
 import collections
 import dataclasses
-import enum
-import io
-import json
-import math
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from oapl_jax.rollouts import published, schema
+from oapl_jax.rollouts import checks, published, schema
+from oapl_jax.rollouts.checks import BadRowError
 from oapl_jax.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, Verdict
+from oapl_jax.untrusted import parquet
 
 CORRECT_REWARD = 1.0
 """Least reward of a correct response, where the data have no verdicts."""
@@ -38,27 +35,13 @@ KINDS = {
 """What a column may be, in words and as a type; data from outside may have any width of it."""
 
 
-def _is_kind(found: pa.DataType, wanted: pa.DataType) -> bool:
-    if pa.types.is_struct(wanted):
-        return pa.types.is_struct(found) and all(
-            found.get_field_index(field.name) >= 0 and _is_kind(found.field(field.name).type, field.type)
-            for field in wanted
-        )
-    if pa.types.is_list(wanted):
-        is_list = pa.types.is_list(found) or pa.types.is_large_list(found)
-        return is_list and _is_kind(found.value_type, wanted.value_type)
-    if pa.types.is_string(wanted):
-        return pa.types.is_string(found) or pa.types.is_large_string(found)
-    return pa.types.is_integer(found) or (pa.types.is_floating(wanted) and pa.types.is_floating(found))
-
-
 NOT_READ = ("group_index", "policy_version", "value", "advantage")
 """Columns of the log that say nothing about rollouts from outside: these form other windows, with other V*."""
 LOG_COLUMNS = {name: column for name, column in schema.COLUMNS.items() if name not in NOT_READ}
 LOG_REQUIRED = [name for name, column in LOG_COLUMNS.items() if column.is_required and name != "logprobs"]
 """Log-probabilities that data from outside lack are scored, or not needed."""
 LOG_KINDS = {
-    name: next(words for words, kind in KINDS.items() if _is_kind(column.type, kind))
+    name: next(words for words, kind in KINDS.items() if schema.is_kind(column.type, kind))
     for name, column in LOG_COLUMNS.items()
 }
 PUBLISHED_KINDS = {
@@ -133,14 +116,6 @@ class _Row(NamedTuple):
     """Rewards of all rows of the group, where the data say them."""
 
 
-class BadRowError(ValueError):
-    """A row that cannot be used: a reason of a few words, and what is wrong."""
-
-    def __init__(self, reason: str, message: str):
-        super().__init__(message)
-        self.reason = reason
-
-
 def read(path: pathlib.Path, expectations: Expectations, bad: BadRows) -> list[Responses]:
     """All groups of a Parquet file, or of those in a folder and below it, in the order of their first row.
 
@@ -162,25 +137,21 @@ def read(path: pathlib.Path, expectations: Expectations, bad: BadRows) -> list[R
 
 def _read_file(file: pathlib.Path, expectations: Expectations, bad: BadRows) -> Iterator[_Row]:
     try:
-        # Whole in memory: a damaged file cannot fault a mapped page.
-        source = pq.ParquetFile(io.BytesIO(file.read_bytes()), page_checksum_verification=True)
-        num_rows = source.metadata.num_rows
-        table = source.read()
-        table.validate(full=True)
-    except (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError) as error:
-        bad.found("unreadable file", str(file), f"is not a readable Parquet file ({_first_line(error)})")
+        table = parquet.read(file, file)
+    except (OSError, ValueError) as error:
+        bad.found("unreadable file", str(file), str(error).removeprefix(f"{file}: "))
         return
     is_ours = "group_id" in table.schema.names
     to_log, kinds = (_log_cells, LOG_KINDS) if is_ours else (_published_cells, PUBLISHED_KINDS)
     problem = _schema_problem(table.schema, is_ours)
     if problem is not None:
-        bad.found(problem.reason, str(file), str(problem), num_rows)
+        bad.found(problem.reason, str(file), str(problem), table.num_rows)
         return
     _check_sampling(file, table.schema, expectations)
     columns = {}
     for name in set(kinds) & set(table.schema.names):
         column = table.column(name)
-        is_list = _is_kind(column.type, KINDS["a list of numbers"])
+        is_list = schema.is_kind(column.type, KINDS["a list of numbers"])
         columns[name] = schema.list_cells(column) if is_list else column.to_pylist()
     for number in range(table.num_rows):
         where = f"{file} row {number}"
@@ -206,33 +177,30 @@ def _schema_problem(found: pa.Schema, is_ours: bool) -> BadRowError | None:
     for name, wanted in (LOG_KINDS if is_ours else PUBLISHED_KINDS).items():
         if found.names.count(name) > 1:
             return BadRowError("wrong type", f"has two columns {name!r}; it has {found.names}")
-        if name in found.names and not _is_kind(found.field(name).type, KINDS[wanted]):
+        if name in found.names and not schema.is_kind(found.field(name).type, KINDS[wanted]):
             return BadRowError("wrong type", f"column {name!r} is {found.field(name).type}, not {wanted}")
     return None
 
 
 def _check_sampling(file: pathlib.Path, found: pa.Schema, expected: Expectations) -> None:
     """The learner's log-probabilities are those of one temperature: data of another are no mistake of a row."""
-    temperature = schema.sampling_of(found).get("temperature")
-    if temperature is not None and expected.temperature not in (None, temperature):
-        raise ValueError(
-            f"{file}: was drawn at temperature {temperature:g}, and sampler.temperature is {expected.temperature:g};"
-            " set it to that of the data"
-        )
+    wanted = {} if expected.temperature is None else {"temperature": expected.temperature}
+    if (problem := schema.sampling_problem(found, wanted)) is not None:
+        raise ValueError(f"{file}: {problem}")
 
 
 def _row(where: str, cells: dict[str, Any], expected: Expectations) -> _Row | None:
     """The row of the log's cells; None where its verdict is invalid."""
-    verdict = _one_of(Verdict, "verdict", cells["verdict"])
+    verdict = checks.one_of(Verdict, "verdict", cells["verdict"])
     if verdict is Verdict.INVALID:
         return None
-    prompt_ids = _ids("prompt_token_ids", cells["prompt_token_ids"], expected)
+    prompt_ids = checks.token_ids("prompt_token_ids", cells["prompt_token_ids"], expected.vocab_size)
     prompt = Prompt(cells["prompt_id"], prompt_ids, cells["prompt"], cells["answer"])
-    grade = Grade(verdict, _reward(cells["reward"], expected), cells["verdict_detail"])
-    tokens = _ids("token_ids", cells["token_ids"], expected)
-    finish = _one_of(FinishReason, "finish_reason", cells["finish_reason"])
+    grade = Grade(verdict, checks.reward(cells["reward"], expected.reward_range), cells["verdict_detail"])
+    tokens = checks.token_ids("token_ids", cells["token_ids"], expected.vocab_size)
+    finish = checks.one_of(FinishReason, "finish_reason", cells["finish_reason"])
     rollout = Rollout(tokens, _logprobs(cells.get("logprobs"), len(tokens)), finish)
-    response = GradedRollout(rollout, cells["response"], grade, extra=_extra(cells["extra"]))
+    response = GradedRollout(rollout, cells["response"], grade, extra=checks.extra(cells["extra"]))
     return _Row(where, cells["group_id"], cells["rollout_index"], prompt, response, cells.get("siblings"))
 
 
@@ -315,62 +283,11 @@ def _messages(messages: list[Any]) -> tuple[str, str | None]:
     return str(contents[-1]), str(contents[0]) if len(contents) > 1 else None
 
 
-def _ids(name: str, given: Any, expected: Expectations) -> np.ndarray:
-    ids = np.asarray(given)
-    if len(ids) == 0:
-        raise BadRowError("empty prompt" if "prompt" in name else "empty response", f"{name} is empty")
-    if not np.issubdtype(ids.dtype, np.integer):  # a null among integers makes them floats
-        raise BadRowError("missing value", f"{name} has a null in it")
-    if ids.min() < 0 or ids.max() >= expected.vocab_size:
-        worst = int(ids.max() if ids.max() >= expected.vocab_size else ids.min())
-        raise BadRowError("unknown token", f"{name} has {worst}; the vocabulary has ids 0 to {expected.vocab_size - 1}")
-    return ids.astype(np.int32)
-
-
 def _logprobs(given: Any, length: int) -> np.ndarray:
-    """NaN where there are none."""
-    if given is None or len(given) == 0:
+    """NaN where there are none, or none but NaN."""
+    if given is None or len(given) == 0 or (len(given) == length and np.isnan(given).all()):
         return np.full(length, np.nan, np.float32)
-    logprobs, problem = np.asarray(given, np.float32), None
-    if len(logprobs) != length:
-        problem = f"{len(logprobs)} log-probabilities for {length} tokens"
-    elif np.isnan(logprobs).all():
-        return logprobs
-    elif not np.isfinite(logprobs).all():
-        problem = "a log-probability is not finite"
-    elif logprobs.max() > 1e-3:
-        problem = f"a log-probability is {logprobs.max():g}, above 0"
-    if problem is not None:
-        raise BadRowError("bad log-probabilities", problem)
-    return logprobs
-
-
-def _reward(given: Any, expected: Expectations) -> float:
-    if given is None or not math.isfinite(given):
-        raise BadRowError("no reward", f"its reward is {given}")
-    if expected.reward_range is not None and not expected.reward_range[0] <= given <= expected.reward_range[1]:
-        low, high = expected.reward_range
-        raise BadRowError(
-            "reward out of range", f"its reward {given} is outside offline.reward_range [{low:g}, {high:g}]"
-        )
-    return float(given)
-
-
-def _extra(given: Any) -> str:
-    try:
-        is_object = isinstance(json.loads(given), dict)
-    except (ValueError, TypeError):
-        is_object = False
-    if not is_object:
-        raise BadRowError("unreadable extra", f"extra is {given!r:.80}, no JSON object")
-    return given
-
-
-def _one_of(kind: type[enum.StrEnum], name: str, value: Any) -> Any:
-    try:
-        return kind(value)
-    except ValueError:
-        raise BadRowError("unknown word", f"{name} is {value!r}, not one of {', '.join(list(kind))}") from None
+    return checks.logprobs(given, length)
 
 
 def _group(rows: list[_Row], expected: Expectations, bad: BadRows) -> Responses:

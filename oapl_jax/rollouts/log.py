@@ -1,6 +1,7 @@
 """The rollout log: append-only Parquet files, a folder for each policy version."""
 
 import contextlib
+import hashlib
 import io
 import itertools
 import json
@@ -8,7 +9,9 @@ import os
 import pathlib
 import re
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -16,8 +19,9 @@ from oapl_jax.io import json_lines, storage
 from oapl_jax.io.storage import SharedPath
 from oapl_jax.rollouts import schema
 from oapl_jax.types import FinishReason, RolloutGroup, Verdict
+from oapl_jax.untrusted import parquet
 
-PART = re.compile(r"part-(\d+)\.parquet")
+PART = re.compile(r"part-([0-9]{6}|[1-9][0-9]{6,8})\.parquet")
 
 
 class RolloutLog:
@@ -46,7 +50,7 @@ class RolloutLog:
         """Writes groups of one policy version as the file of this number; False where that is written already."""
         (version,) = {group.policy_version for group in groups}
         content = io.BytesIO()
-        pq.write_table(schema.to_table(groups, self.sampling), content, compression="zstd")
+        pq.write_table(schema.to_table(groups, self.sampling), content, compression="zstd", write_page_checksum=True)
         return storage.create(self.path(version, part), content.getvalue())
 
     def read(self, version: int) -> list[RolloutGroup]:
@@ -62,34 +66,42 @@ class RolloutLog:
         groups.sort(key=lambda group: group.index)
         for before, after in itertools.pairwise(groups):
             if before.index == after.index:
-                raise ValueError(f"{self._folder(version)}: group {after.id} is in the rollout log twice")
+                raise ValueError(f"{self.folder(version)}: group {after.id} is in the rollout log twice")
         return groups
 
     def versions(self) -> list[int]:
         """Policy versions that have rollouts, ascending."""
-        return sorted(int(name) for name in storage.names(self.directory) if name.isdigit())
+        return storage.numbers(self.directory)
 
     def parts(self, version: int) -> list[int]:
         """Numbers of the files of a policy version, ascending."""
-        matches = map(PART.fullmatch, storage.names(self._folder(version)))
+        matches = map(PART.fullmatch, storage.names(self.folder(version)))
         return sorted(int(match[1]) for match in matches if match)
 
     def path(self, version: int, part: int) -> SharedPath:
         """The file of a number."""
-        return self._folder(version) / f"part-{part:06d}.parquet"
+        return self.folder(version) / f"part-{part:06d}.parquet"
 
-    def _folder(self, version: int) -> SharedPath:
+    def folder(self, version: int) -> SharedPath:
+        """The folder of a policy version."""
         return self.directory / f"{version:06d}"
 
-    def read_part(self, version: int, part: int) -> list[RolloutGroup]:
+    def read_part(self, version: int, part: int, limits: parquet.Limits | None = None) -> list[RolloutGroup]:
         """The groups of one file.
 
         Raises:
             FileNotFoundError: there is none.
-            ValueError: it is torn, or of another schema.
+            ValueError: it is torn, beyond ``limits``, or of another schema, version or sampling distribution.
         """
         path = self.path(version, part)
-        return schema.from_table(_read_table(path), str(path))
+        table = _read_table(path, limits=limits)
+        if (problem := schema.sampling_problem(table.schema, self.sampling or {})) is not None:
+            raise ValueError(f"{path}: {problem}")
+        groups = schema.from_table(table, str(path))
+        for group in groups:
+            if group.policy_version != version:
+                raise ValueError(f"{path}: has group {group.id}, of another policy version than its folder")
+        return groups
 
     def read_columns(self, version: int, part: int, columns: list[str]) -> pa.Table:
         """Some columns of one file, without its other ones.
@@ -133,14 +145,23 @@ class BatchRecord:
         """
         self._path = path
         kept = json_lines.keep(path, lambda step: delete_after is None or step <= delete_after)
-        self._recorded: dict[int, list[str]] = {row["step"]: row["groups"] for row in kept}
+        self._recorded = {row["step"]: digests_of(row, f"{path}: step {row['step']}") for row in kept}
+        self._digests = {name: digest for batch in self._recorded.values() for name, digest in batch.items()}
 
     def groups(self, step: int) -> list[str] | None:
         """Ids of the groups of a step's batch, as a former process recorded it; None where it did not."""
-        return self._recorded.get(step)
+        return list(self._recorded[step]) if step in self._recorded else None
 
-    def record(self, step: int, version: int, group_ids: list[str]) -> None:
-        """Appends the batch of a step, or checks it against the one recorded before a crash.
+    def digest(self, group_id: str) -> str | None:
+        """Digest of a group that was trained on; None for any other."""
+        return self._digests.get(group_id)
+
+    def has_version(self, version: int) -> bool:
+        """Whether groups of this policy version were trained on."""
+        return any(name.startswith(f"{version:06d}-") for name in self._digests)
+
+    def record(self, step: int, version: int, digests: dict[str, str]) -> None:
+        """Appends the batch of a step, ids and digests of its groups, or checks it against the one recorded before a crash.
 
         When this returns, the line survives a crash: no step is trained whose batch cannot be formed again.
 
@@ -148,23 +169,54 @@ class BatchRecord:
             ValueError: when a replayed step consumes other groups than it did.
         """
         if step in self._recorded:
-            if self._recorded[step] != group_ids:
+            before = self._recorded[step]
+            if list(before) != list(digests):
                 raise ValueError(
-                    f"{self._path}: step {step} consumed groups {self._recorded[step]} before the restart and"
-                    f" {group_ids} now; the rollout log or the config was changed in between"
+                    f"{self._path}: step {step} consumed groups {list(before)} before the restart and"
+                    f" {list(digests)} now; the rollout log or the config was changed in between"
                 )
+            for name, digest in digests.items():
+                if before[name] != digest:
+                    raise ValueError(
+                        f"{self._path}: step {step} consumed another group {name} before the restart than the rollout log"
+                        " has now; put its file back"
+                    )
             return
+        row = {"step": step, "policy_version": version, "groups": list(digests), "digests": list(digests.values())}
         with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, "policy_version": version, "groups": group_ids}) + "\n")
+            file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
 
 
-def _read_table(path: SharedPath, columns: list[str] | None = None) -> pa.Table:
-    try:
-        # A single file: no dataset discovery, which would read the folder's name as a column.
-        return pq.ParquetFile(io.BytesIO(storage.read(path))).read(columns=columns)
-    except FileNotFoundError:
-        raise
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: not a readable Parquet file ({error}); move it away to go on without it") from error
+def digests_of(row: dict[str, Any], where: str) -> dict[str, str]:
+    """Ids and digests of the groups of a line of ``batches.jsonl``, in the order of the batch.
+
+    Raises:
+        ValueError: it is none; names ``where``.
+    """
+    names, digests = row.get("groups"), row.get("digests")
+    is_whole = isinstance(names, list) and isinstance(digests, list) and type(row.get("policy_version")) is int
+    if not is_whole or len(names) != len(digests):
+        raise ValueError(f"{where}: has not a digest for each of its groups; it was damaged, or is of another release")
+    if not all(isinstance(text, str) for text in (*names, *digests)) or not all(map(schema.NAME.fullmatch, names)):
+        raise ValueError(f"{where}: its groups are not ids and digests: {names!r:.80}")
+    if len(set(names)) < len(names):
+        raise ValueError(f"{where}: a group is in the batch twice")
+    return dict(zip(names, digests, strict=True))
+
+
+def digest(group: RolloutGroup) -> str:
+    """Digest of what a train step reads of a group, in 16 digits."""
+    found = hashlib.sha256(group.id.encode() + np.asarray(group.prompt.token_ids, np.int32).tobytes())
+    for item in group.rollouts:
+        numbers = float(item.advantage), float(item.grade.reward), len(item.rollout.token_ids)
+        found.update(f"{numbers} {item.grade.verdict}".encode())
+        found.update(np.asarray(item.rollout.token_ids, np.int32).tobytes())
+        found.update(np.asarray(item.rollout.logprobs, np.float32).tobytes())
+    return found.hexdigest()[:16]
+
+
+def _read_table(path: SharedPath, columns: list[str] | None = None, limits: parquet.Limits | None = None) -> pa.Table:
+    content = storage.read(path, None if limits is None else limits.num_bytes)
+    return parquet.read(content, path, lambda names: [n for n in names if columns is None or n in columns], limits)

@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import operator
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from oapl_jax.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, RolloutGroup, Verdict
+from oapl_jax.untrusted import reading
 
 SCHEMA_VERSION = 2
 """Raised by a change that a program of the version before would misread; a further optional column is none."""
@@ -57,6 +59,11 @@ COLUMNS = {
 }
 """The schema: one row a rollout. Columns that are not here are kept in the file and not read."""
 
+OF_GROUP = ("group_index", "policy_version", "prompt_id", "prompt", "prompt_token_ids", "answer")
+"""Columns in which the rollouts of a group agree."""
+NAME = re.compile("[0-9]{6,9}-[0-9]{8}")
+"""``RolloutGroup.id``."""
+
 VERSION_KEY, SAMPLING_KEY = b"oapl_jax.schema_version", b"oapl_jax.sampling"
 
 SCHEMA = pa.schema(
@@ -80,19 +87,30 @@ def to_table(groups: Iterable[RolloutGroup], sampling: dict[str, float] | None =
 def sampling_of(found: pa.Schema) -> dict[str, float]:
     """The sampling parameters in a file's metadata; empty where it has none."""
     try:
-        sampling = json.loads((found.metadata or {}).get(SAMPLING_KEY, b"{}"))
+        return reading.parse_object((found.metadata or {}).get(SAMPLING_KEY, b"{}"), "sampling")
     except ValueError:
         return {}
-    return sampling if isinstance(sampling, dict) else {}
+
+
+def sampling_problem(found: pa.Schema, expected: dict[str, Any]) -> str | None:
+    """How a file says that its rollouts were drawn, where that is not as ``expected``; None where it is, or it does not say."""
+    sampling = sampling_of(found)
+    for name, wanted in json.loads(json.dumps(expected)).items():
+        if name in sampling and sampling[name] != wanted:
+            shown = f"{wanted:g}" if isinstance(wanted, int | float) else f"{wanted!r:.40}"
+            return (
+                f"was drawn at {name} {sampling[name]!r:.40}, and sampler.{name} is {shown}; set it to that of the data"
+            )
+    return None
 
 
 def version_problem(found: pa.Schema) -> str | None:
     """Why a file of this schema cannot be read, where a newer program wrote it; None where it can."""
-    version = (found.metadata or {}).get(VERSION_KEY, b"1").decode()
-    if version.isdigit() and int(version) <= SCHEMA_VERSION:
+    version = (found.metadata or {}).get(VERSION_KEY, b"1").decode(errors="replace")
+    if version in map(str, range(SCHEMA_VERSION + 1)):
         return None
     return (
-        f"is a rollout log of schema version {version}, and this program reads versions up to {SCHEMA_VERSION};"
+        f"is a rollout log of schema version {ascii(version)[1:-1]:.20}, and this program reads versions up to {SCHEMA_VERSION};"
         " update oapl_jax to the release that wrote it"
     )
 
@@ -121,21 +139,38 @@ def from_table(table: pa.Table, source: str) -> list[RolloutGroup]:
     """The inverse of ``to_table``, also for a table of an older schema.
 
     Raises:
-        ValueError: where the table is of another schema, or a group lacks a rollout or has one twice;
-            names ``source``.
+        ValueError: where the table is of another schema or has unknown words, or a group lacks a rollout, has one twice,
+            or has two prompts; names ``source``.
     """
     table = select(table, list(COLUMNS), source)
     if table.num_rows == 0:
         return []
     rows = sorted(_rows(table, source), key=operator.itemgetter("group_id", "rollout_index"))
     grouped = [list(members) for _, members in itertools.groupby(rows, key=operator.itemgetter("group_id"))]
+    groups = []
     for members in grouped:
+        name = members[0]["group_id"]
+        if not NAME.fullmatch(name):
+            raise ValueError(f"{source}: has a group {name!r:.40}; their names are VERSION-INDEX")
+        where = f"{source}: group {name}"
         indices = [cells["rollout_index"] for cells in members]
         if indices != list(range(len(members))):
-            raise ValueError(
-                f"{source}: group {members[0]['group_id']} has rollouts {indices}; each must be there once, from 0 on"
-            )
-    return [_group(members) for members in grouped]
+            raise ValueError(f"{where} has rollouts {indices!s:.80}; each must be there once, from 0 on")
+        for column in OF_GROUP:
+            if any(_differ(cells[column], members[0][column]) for cells in members[1:]):
+                raise ValueError(f"{where} has rollouts with different {column}")
+        try:
+            group = _group(members)
+        except ValueError as error:  # no word for a verdict or an end, or a wrong length
+            raise ValueError(f"{where}: {error}") from None
+        if group.id != name:
+            raise ValueError(f"{where} has policy_version {group.policy_version} and group_index {group.index}")
+        groups.append(group)
+    return groups
+
+
+def _differ(one: Any, other: Any) -> bool:
+    return not np.array_equal(one, other) if isinstance(one, np.ndarray) else one != other
 
 
 def _rows(table: pa.Table, source: str) -> list[dict]:
@@ -143,18 +178,42 @@ def _rows(table: pa.Table, source: str) -> list[dict]:
     columns = {}
     for field in SCHEMA:
         column = table.column(field.name)
-        if not pa.types.is_list(field.type):
-            columns[field.name] = column.to_pylist()
-            continue
         try:
+            if not is_kind(column.type, field.type) and not pa.types.is_null(column.type):
+                raise pa.ArrowInvalid("another type")
             column = column.cast(field.type)
         except pa.ArrowException as error:
-            raise ValueError(f"{source}: column {field.name} is {column.type}, not {field.type} ({error})") from error
-        tokens_null = pa.types.is_integer(field.type.value_type) and any(c.values.null_count for c in column.chunks)
-        if column.null_count or tokens_null:
-            raise ValueError(f"{source}: column {field.name} has nulls; no list and no token may be null")
-        columns[field.name] = list_cells(column)
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{source}: column {field.name} is {column.type}, not {field.type} ({reason})") from error
+        is_list = pa.types.is_list(field.type)
+        tokens_null = (
+            is_list
+            and pa.types.is_integer(field.type.value_type)
+            and any(chunk.values.null_count for chunk in column.chunks)
+        )
+        if tokens_null or (column.null_count and not COLUMNS[field.name].is_nullable):
+            raise ValueError(
+                f"{source}: column {field.name} has nulls; no text, number, list or token in it may be null"
+            )
+        columns[field.name] = list_cells(column) if is_list else column.to_pylist()
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def is_kind(found: pa.DataType, wanted: pa.DataType) -> bool:
+    """Whether a column of the one type can be read as the other: numbers and texts of any width, integers as numbers."""
+    if pa.types.is_dictionary(found):
+        found = found.value_type
+    if pa.types.is_struct(wanted):
+        return pa.types.is_struct(found) and all(
+            found.get_field_index(field.name) >= 0 and is_kind(found.field(field.name).type, field.type)
+            for field in wanted
+        )
+    if pa.types.is_list(wanted):
+        is_list = pa.types.is_list(found) or pa.types.is_large_list(found)
+        return is_list and is_kind(found.value_type, wanted.value_type)
+    if pa.types.is_string(wanted):
+        return pa.types.is_string(found) or pa.types.is_large_string(found)
+    return pa.types.is_integer(found) or (pa.types.is_floating(wanted) and pa.types.is_floating(found))
 
 
 def list_cells(column: pa.ChunkedArray) -> list[np.ndarray | None]:
@@ -212,6 +271,9 @@ def _group(rows: list[dict]) -> RolloutGroup:
 
 
 def _graded(row: dict) -> GradedRollout:
+    num_tokens, num_logprobs = len(row["token_ids"]), len(row["logprobs"])
+    if num_tokens != num_logprobs:
+        raise ValueError(f"rollout {row['rollout_index']}: {num_logprobs} log-probabilities for {num_tokens} tokens")
     rollout = Rollout(
         token_ids=row["token_ids"],
         logprobs=row["logprobs"],

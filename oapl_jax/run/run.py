@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import io
 import pathlib
 import time
@@ -27,7 +26,8 @@ from oapl_jax.io.progress_bar import ProgressBar
 from oapl_jax.learner.state import TrainState
 from oapl_jax.model import hf, lora
 from oapl_jax.rollouts.buffer import Consumption, GroupBuffer, Window
-from oapl_jax.rollouts.log import BatchRecord, RolloutLog
+from oapl_jax.rollouts.checks import GroupCheck, ShardCheck
+from oapl_jax.rollouts.log import BatchRecord, RolloutLog, digest
 from oapl_jax.rollouts.source import GroupSource, Taken, Weights, WindowPlan
 from oapl_jax.run.evaluator import Evaluator, StepLog
 from oapl_jax.run.parity import check_parity
@@ -155,9 +155,10 @@ class Run:
             if taken is None or self.poll():
                 return None
             self._check_lease()
-            self.record.record(step, self.progress.policy_version, [group.id for group in taken.groups])
+            digests = {group.id: digest(group) for group in taken.groups}
+            self.record.record(step, self.progress.policy_version, digests)
             chosen.append(taken)
-            return {"indices": [group.index for group in taken.groups], "digest": _digest(taken.groups)}
+            return {"indices": [group.index for group in taken.groups], "digests": list(digests.values())}
 
         batch = self.setup.trainers.agree(choose, self.config.window.deadline + PEER_SECONDS, self.poll)
         if batch is None:
@@ -263,7 +264,7 @@ class Run:
             return False
 
         taken = self.source.take(self.setup.groups_per_batch, never, batch["indices"])
-        if taken is None or _digest(taken.groups) != batch["digest"]:
+        if taken is None or list(map(digest, taken.groups)) != batch["digests"]:
             raise RuntimeError(
                 f"step {step}: the rollout log here has not the groups that the first trainer reads in it; do all"
                 f" processes see the same run.dir={self.config.run.dir!r}?"
@@ -330,7 +331,7 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
             setup.warm_up(weights)
             bar.note(f"sampler: compiled in {time.perf_counter() - start:.1f} s")
         if make_source is None:
-            source = _make_source(assembly, setup, rollouts, cluster, poll, bar.note, stack)
+            source = _make_source(assembly, setup, rollouts, cluster, record, poll, bar.note, stack)
         else:
             source = make_source(setup)
         count = setup.count_held_out if cluster is None else cluster.evaluate
@@ -415,6 +416,7 @@ def _make_source(
     setup: SamplingSetup,
     rollouts: RolloutLog,
     cluster: Cluster | None,
+    record: BatchRecord | None,
     poll: Callable[[], bool],
     note: Callable[[str], None],
     stack: contextlib.ExitStack,
@@ -434,11 +436,13 @@ def _make_source(
         samplers = stack.enter_context(contextlib.closing(Published(assembly, setup)))
         note(f"samplers: oapl-jax sample --run {setup.root}")
     assert samplers is not None
+    groups = GroupCheck(config, setup.tokenizer.vocab_size, setup.grading.advantages, record)
     return LogFollower(
         setup.root,
         rollouts,
         buffer,
         samplers,
+        ShardCheck(groups, setup.prompts),
         note,
         sync_every=window.sync_every,
         deadline=window.deadline,
@@ -467,13 +471,3 @@ def pass_at(metrics: Metrics) -> dict[str, float]:
 def indices(group_ids: list[str] | None) -> list[int] | None:
     """Indices in their window of groups by id."""
     return None if group_ids is None else [int(group_id.rpartition("-")[2]) for group_id in group_ids]
-
-
-def _digest(groups: Sequence[RolloutGroup]) -> str:
-    """Digest of what a train step reads of groups."""
-    digest = hashlib.sha256()
-    for group in groups:
-        for item in group.rollouts:
-            digest.update(item.rollout.token_ids.tobytes() + item.rollout.logprobs.tobytes())
-            digest.update(f"{group.id} {item.advantage!r} {item.grade.verdict}".encode())
-    return digest.hexdigest()

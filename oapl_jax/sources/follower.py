@@ -5,6 +5,8 @@ The samplers are processes of ``oapl-jax sample``, of any other engine, or other
 
 import contextlib
 import json
+import math
+import pathlib
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +16,7 @@ from oapl_jax.build.assembly import Assembly
 from oapl_jax.io import run_dir, storage
 from oapl_jax.io.storage import SharedPath
 from oapl_jax.rollouts.buffer import GroupBuffer, Window
+from oapl_jax.rollouts.checks import ShardCheck
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.source import Weights, WindowPlan
 from oapl_jax.sources.local import BufferedSource
@@ -24,7 +27,11 @@ from oapl_jax.weights.policies import Manifest, PolicyStore, VersionLeases
 
 STOP_DEADLINE = 60.0
 DAMAGED_SECONDS = 0.5
-"""For how long a file cannot be read before it is moved away: without hard links it is seen while it is written."""
+"""For how long a file is damaged before it is moved away: without hard links it is seen while it is written."""
+UNREADABLE_SECONDS = 30.0
+"""For how long the file system refuses a file before it is moved away."""
+MOST_REPORTED = 1e15
+"""Numbers in the samplers' reports are below."""
 
 REPORT_SECONDS = 1.0
 """Between two readings of the samplers' reports."""
@@ -86,8 +93,8 @@ class Published:
 class LogFollower(BufferedSource):
     """A ``GroupSource``: puts what appears in the log into the buffer; owns a thread.
 
-    ``sync_every`` are the learner steps of a window; ``note`` prints a sentence for the user. Not ``is_leader``: another
-    process does the same, and moves damaged files away.
+    ``check`` reads the files; one that does not pass is moved away. ``sync_every`` are the learner steps of a window;
+    ``note`` prints a sentence for the user. Not ``is_leader``: another process does the same, and moves files away.
     """
 
     def __init__(
@@ -96,6 +103,7 @@ class LogFollower(BufferedSource):
         log: RolloutLog,
         buffer: GroupBuffer,
         samplers: Samplers,
+        check: ShardCheck,
         note: Callable[[str], None],
         *,
         sync_every: int,
@@ -104,7 +112,8 @@ class LogFollower(BufferedSource):
     ):
         super().__init__(buffer, deadline)
         self._root, self._log, self._samplers, self._sync_every = root, log, samplers, sync_every
-        self._note, self._is_leader = note, is_leader
+        self._check, self._note, self._is_leader = check, note, is_leader
+        self._window: Window | None = None
         self._version = -1
         self._untidy = -1
         """Version before which leases and policies are to be removed; -1: done."""
@@ -123,16 +132,21 @@ class LogFollower(BufferedSource):
     def open_window(self, window: Window, weights: Weights, taken: Sequence[Sequence[int]]) -> WindowPlan:
         """Hands the weights to the samplers.
 
-        Files of the version that cannot be read, from before a restart, are moved away, and the user is told. The
-        thread that follows removes what is left of older versions, while samplers and learner work.
+        Files of the version from before a restart that do not pass are moved away, as are files from before anybody had
+        its weights. The thread that follows removes what is left of older versions, while samplers and learner work.
         """
-        self._published = self._samplers.open_window(window, weights.sampler)
         version = window.policy_version
+        before = self._parts(version)
+        self._published = self._samplers.open_window(window, weights.sampler)
+        if self._published.get("sync/publish_bytes", 0) and not self._check.groups.has_trained_on(version):
+            for part in before:
+                self._move_away(self._log.path(version, part), "was written before this version was published")
         if self._is_leader:
             self._untidy = version
-            for part in self._log.parts(version):
-                self._read_part(version, part, patience=0.0)
-        self._buffer.open_window(window, logged=self._log.read(version), batches=taken)
+        parts = self._parts(version)
+        logged = [group for part in parts for group in self._read_part(window, part, patience=0.0) or ()]
+        self._buffer.open_window(window, logged=logged, batches=taken)
+        self._window = window
         if self._thread.ident is None:
             self._thread.start()
         return WindowPlan(self._sync_every)
@@ -198,45 +212,60 @@ class LogFollower(BufferedSource):
         version, self._untidy = self._untidy, -1
         if version < 0:
             return
-        self._samplers.tidy()
-        shards = self._root / LEASES_FOLDER
-        for name in storage.names(shards):
-            if name.partition("-")[0] < f"{version - 1:06d}":
-                storage.remove(shards / name)
+        with contextlib.suppress(OSError):  # what stays is in nobody's way
+            self._samplers.tidy()
+            shards = self._root / LEASES_FOLDER
+            for name in storage.names(shards):
+                if name.partition("-")[0] < f"{version - 1:06d}":
+                    storage.remove(shards / name)
 
     def _follow(self) -> bool:
         """Puts new files into the buffer; whether there was something new."""
-        # Not that of the last ``open_window``: the buffer takes no other's groups.
-        version = self._buffer.policy_version
+        window = self._window
+        if window is None or window.policy_version != self._buffer.policy_version:  # the next one is being opened
+            return False
+        version = window.policy_version
         is_news = version != self._version
         if is_news:
             self._version, self._known, self._failures = version, set(), {}
-        parts = self._log.parts(version)
+        parts = self._parts(version)
         self._known.intersection_update(parts)  # a file that was moved away may come again
         for part in parts:
-            if part not in self._known and (groups := self._read_part(version, part, DAMAGED_SECONDS)) is not None:
+            if part not in self._known and (groups := self._read_part(window, part, DAMAGED_SECONDS)) is not None:
                 self._known.add(part)
                 is_news = True
                 for group in groups:
                     self._buffer.put(group)
         return is_news
 
-    def _read_part(self, version: int, part: int, patience: float) -> list[RolloutGroup] | None:
-        """The groups of a file; None where it cannot be read: after ``patience`` seconds of that it is moved away."""
-        path = self._log.path(version, part)
+    def _parts(self, version: int) -> list[int]:
+        """Files of a version; what has the place of its folder is moved away."""
+        parts, folder = self._log.parts(version), self._log.folder(version)
+        if not parts and storage.is_local(folder) and storage.exists(folder) and not pathlib.Path(str(folder)).is_dir():
+            self._move_away(folder, "is no folder")
+        return parts
+
+    def _read_part(self, window: Window, part: int, patience: float) -> list[RolloutGroup] | None:
+        """The groups of a file; None where it does not pass: after ``patience`` seconds of that it is moved away."""
+        path = self._log.path(window.policy_version, part)
         try:
-            return self._log.read_part(version, part)
+            return self._check.read(self._log, window, part)
         except FileNotFoundError:  # moved away, and still listed by an object store
             return None
-        except ValueError as error:
-            now = time.monotonic()
-            if self._is_leader and now - self._failures.setdefault(path, now) >= patience:
-                with contextlib.suppress(FileNotFoundError):  # somebody was first
-                    aside = storage.move_aside(path, ".damaged")
-                    self._num_damaged += 1
-                    self._note(f"{error}; moved to {aside.name}, its groups are sampled again")
+        except (OSError, ValueError, MemoryError) as error:
+            now, patience = time.monotonic(), patience if isinstance(error, ValueError) else UNREADABLE_SECONDS
+            if now - self._failures.setdefault(path, now) >= patience:
+                self._move_away(path, str(error).removeprefix(f"{path}: "))
                 self._failures.pop(path, None)
             return None
+
+    def _move_away(self, path: SharedPath, problem: str) -> None:
+        """Frees a shard whose file does not pass; a disk that cannot be written is tried again."""
+        with contextlib.suppress(OSError):  # or somebody was first
+            if self._is_leader:
+                aside = storage.move_aside(path, ".damaged")
+                self._num_damaged += 1
+                self._note(f"{path}: {problem}; moved to {aside.name}, its groups are sampled again")
 
 
 class Reporter:
@@ -258,9 +287,11 @@ def _read_reports(folder: SharedPath) -> dict[str, dict[str, float]]:
     reports = {}
     for name in storage.names(folder):
         if name.endswith(".json") and not name.startswith("."):
-            try:
-                found = json.loads(storage.read(folder / name))
-                reports[name] = {key: float(found[key]) for key in ("beat", "tokens", "idle_seconds")}
-            except (OSError, ValueError, KeyError):
-                continue  # it is being replaced, or was written by another program
+            with contextlib.suppress(
+                OSError, ValueError, TypeError, OverflowError
+            ):  # replaced, or written by another program
+                found = storage.read_object(folder / name)
+                report = {key: float(found.get(key, math.nan)) for key in ("beat", "tokens", "idle_seconds")}
+                if all(0 <= number < MOST_REPORTED for number in report.values()):
+                    reports[name] = report
     return reports

@@ -7,6 +7,7 @@
 Any engine that reads Hugging Face folders can follow it (docs/bring_your_own_sampler.md).
 """
 
+import contextlib
 import hashlib
 import json
 import pathlib
@@ -64,6 +65,7 @@ class PolicyStore:
 
     def __init__(self, directory: SharedPath):
         self.directory = directory
+        self._newest = -1  # that was pointed to
 
     def publish(
         self,
@@ -83,7 +85,7 @@ class PolicyStore:
             writers: the processes that have the parameters, all of which call this.
 
         Raises:
-            ValueError: the version is there and was published for another window; several writers and no local folder.
+            ValueError: several writers and no local folder.
         """
         start, version = time.perf_counter(), manifest.window.policy_version
         folder, local = self.folder(version), storage.is_local(self.directory)
@@ -104,7 +106,6 @@ class PolicyStore:
         if local:
             storage.sync_folder(staged.parent)
         else:
-            storage.remove(folder)  # half of it, from a writer that was killed
             storage.put_folder(staged, folder)
         written = manifest._replace(files=files)._asdict() | {"window": manifest.window._asdict()}
         storage.replace(folder / MANIFEST_FILE, json.dumps(written, indent=1).encode())
@@ -113,18 +114,13 @@ class PolicyStore:
         return {"sync/publish_seconds": time.perf_counter() - start, "sync/publish_bytes": num_bytes}
 
     def _is_published(self, manifest: Manifest) -> bool:
-        """The version is whole, from before a restart."""
-        folder = self.folder(manifest.window.policy_version)
-        try:
-            found = self.manifest(manifest.window.policy_version)
-        except PolicyGoneError:
-            return False
-        if found._replace(files={}) != manifest:
-            raise ValueError(
-                f"{folder} was published for another window, config or log ({found._replace(files={})}, now {manifest});"
-                " batches.jsonl or the rollout log was changed in between: choose another run.dir"
-            )
-        return True
+        """The version is whole, from before a restart. What else has its place is removed."""
+        version = manifest.window.policy_version
+        with contextlib.suppress(PolicyGoneError):
+            if self.manifest(version)._replace(files={}) == manifest:
+                return True
+        self._remove(version)
+        return False
 
     def finish(self, policy_version: int) -> None:
         """Marks the run as over, which ends the samplers."""
@@ -133,10 +129,10 @@ class PolicyStore:
     def current(self) -> Current | None:
         """What the pointer says; None before the first version."""
         try:
-            found = json.loads(storage.read(self.directory / CURRENT_FILE))
-            return Current(int(found["policy_version"]), bool(found["is_finished"]))
-        except (FileNotFoundError, ValueError, KeyError):
+            found = Current(**storage.read_object(self.directory / CURRENT_FILE))
+        except (FileNotFoundError, ValueError, TypeError):
             return None
+        return found if _is_count(found.policy_version) and type(found.is_finished) is bool else None
 
     def manifest(self, version: int) -> Manifest:
         """The manifest of a version all of whose files are there, at their size.
@@ -146,9 +142,10 @@ class PolicyStore:
         """
         folder = self.folder(version)
         try:
-            raw = json.loads(storage.read(folder / MANIFEST_FILE))
+            raw = storage.read_object(folder / MANIFEST_FILE)
             window = Window(**raw["window"])
             manifest = Manifest(**{**raw, "window": window._replace(asked_again=tuple(window.asked_again))})
+            _check(manifest, version)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PolicyGoneError(f"{folder} has no manifest that can be read ({error})") from error
         # Not by a listing, which may be older than the files.
@@ -178,7 +175,7 @@ class PolicyStore:
 
     def versions(self) -> list[int]:
         """Versions that have a folder, ascending."""
-        return sorted(int(name) for name in storage.names(self.directory) if name.isdigit())
+        return storage.numbers(self.directory)
 
     def folder(self, version: int) -> SharedPath:
         """Where a version is."""
@@ -186,17 +183,23 @@ class PolicyStore:
 
     def collect(self, leases: "VersionLeases") -> list[int]:
         """Removes versions before the newest ``KEPT`` that no sampler uses, and their leases; returns them."""
-        versions = self.versions()
+        versions = [version for version in self.versions() if version <= self._newest]  # not what others put there
         old = versions[:-KEPT]
         in_use = leases.in_use(versions[-KEPT]) if old else set()
         removed = [version for version in old if version not in in_use]
         for version in removed:
-            # The manifest first: what is half removed is not there.
-            storage.remove(self.folder(version) / MANIFEST_FILE)
-            storage.remove(self.folder(version))
+            self._remove(version)
         return removed
 
+    def _remove(self, version: int) -> None:
+        """The manifest first: what is half removed is not there. Of a link to another folder the link alone."""
+        folder = self.folder(version)
+        if not (storage.is_local(folder) and pathlib.Path(str(folder)).is_symlink()):
+            storage.remove(folder / MANIFEST_FILE)
+        storage.remove(folder)
+
     def _point_to(self, current: Current) -> None:
+        self._newest = current.policy_version
         storage.replace(self.directory / CURRENT_FILE, json.dumps(current._asdict()).encode() + b"\n")
 
 
@@ -215,12 +218,13 @@ class VersionLeases(Leases):
         found = set()
         for name in self.names():
             version = name.partition("-")[0]
-            if not version.isdigit() or int(version) >= before:
+            if not storage.VERSION.fullmatch(version) or int(version) >= before:
                 continue
-            if (lease := self.claim(name)) is None:
-                found.add(int(version))
-            else:
-                lease.finish()
+            with contextlib.suppress(OSError):  # a name that no process can have claimed
+                if (lease := self.claim(name)) is None:
+                    found.add(int(version))
+                else:
+                    lease.finish()
         return found
 
     def close(self) -> None:
@@ -228,6 +232,25 @@ class VersionLeases(Leases):
         for lease in list(self._held.values()):
             lease.finish()
         super().close()
+
+
+def _check(manifest: Manifest, version: int) -> None:
+    """Raises ValueError where a field has another type, or a file would lie outside the version's folder."""
+    *numbers, asked_again = manifest.window
+    is_sound = (
+        all(map(_is_count, (*numbers, *asked_again, manifest.shard_groups, manifest.schema_version)))
+        and manifest.window.policy_version == version
+        and isinstance(manifest.files, dict)
+    )
+    if not is_sound:
+        raise ValueError("it is not one of this version, or has other fields")
+    for name in manifest.files:
+        if name != pathlib.PurePath(name).name or name in ("", "..") or "\0" in name:
+            raise ValueError(f"it names the file {name!r}")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**62
 
 
 def _describe(path: pathlib.Path) -> tuple[str, dict[str, Any]]:

@@ -181,7 +181,7 @@ def test_what_is_wrong_with_a_file_is_named(tmp_path):
     (tmp_path / "words.jsonl").write_text('"one"\n')
     with pytest.raises(ValueError, match="row 0: is str, not an object"):
         load(tmp_path / "words.jsonl")
-    with pytest.raises(ValueError, match="is not a Parquet file"):
+    with pytest.raises(ValueError, match="is not a readable Parquet file"):
         load(path, format="parquet")
     with pytest.raises(ValueError, match=r"the folder contains no \*.parquet file"):
         load(tmp_path, format="parquet")

@@ -7,6 +7,8 @@ import subprocess
 import sys
 import time
 
+import pytest
+
 from oapl_jax.io import storage
 from oapl_jax.io.lease import Leases
 
@@ -50,6 +52,29 @@ def test_a_name_is_held_once_and_free_after_release(tmp_path):
         assert taken is not None
         assert taken.generation == 1
         assert taken.is_held
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"[]", b"null", b"9" * 400, b"[" * 100_000, b"\xff", b'{"is_released": []}'),
+        *(b'{"host": "HOST", "pid": 1}', b'{"host": "HOST", "pid": 1e999, "started": "1"}'),
+        *(b'{"host": "HOST", "pid": %s, "started": "1"}' % (b"9" * 400), b'{"host": [], "pid": 1, "started": "1"}'),
+        *("folder", "pipe", "link"),
+    ],
+)
+def test_a_file_that_is_no_lease_is_taken_over_after_the_expiry(tmp_path, content):
+    with Leases(tmp_path, expires=0.05) as leases:
+        path = leases.path("a", 0)
+        if isinstance(content, bytes):
+            path.write_bytes(content.replace(b"HOST", leases._owner["host"].encode()))
+        else:
+            {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path), "link": lambda: path.symlink_to("nowhere")}[
+                content
+            ]()
+        assert leases.claim("a") is None
+        time.sleep(0.06)
+        assert leases.claim("a") is not None
 
 
 def test_closing_releases_everything(tmp_path):

@@ -13,7 +13,7 @@ PACKAGE = "oapl_jax"
 
 # Every room of the package (a folder, or a file at its top). A room imports from lower floors and from itself.
 FLOORS = (
-    ("types", "config"),
+    ("types", "config", "untrusted"),
     ("objectives", "data", "rewards", "io", "distributed"),
     ("model", "rollouts"),
     ("learner", "sampler", "weights", "evaluation"),

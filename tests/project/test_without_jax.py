@@ -5,7 +5,7 @@ import sys
 
 from test_layers import ROOT, real_modules, room_of
 
-ROOMS = ("types", "config", "io", "rollouts")
+ROOMS = ("types", "config", "untrusted", "io", "rollouts")
 BLOCKED = ("jax", "jaxlib", "flax", "orbax", "optax", "tensorflow", "torch", "transformers")
 
 

@@ -1,10 +1,24 @@
 """Made-up groups for tests of the log, the buffer and the batch."""
 
+import dataclasses
+import functools
 import math
 
 import numpy as np
 
+from oapl_jax.data.tokenizer import CharacterTokenizer
+from oapl_jax.objectives import oapl
+from oapl_jax.rewards.grader import ToyGrader
+from oapl_jax.rollouts.buffer import Ticket
+from oapl_jax.rollouts.grading import Grading
 from oapl_jax.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, RolloutGroup, Verdict
+
+GRADING = Grading(
+    CharacterTokenizer().decode,
+    ToyGrader("chain"),
+    lambda rewards, _: oapl.advantages(rewards, 1.0),
+    functools.partial(oapl.optimal_value, beta1=1.0),
+)
 
 
 def prompt(position: int, length: int = 3) -> Prompt:
@@ -30,6 +44,17 @@ def group(index: int, version: int = 0, *, position: int | None = None, is_usabl
     rollouts = tuple(rollout(rng, 2 + i, verdict) for i, verdict in enumerate(verdicts))
     value = 0.7 if is_usable else math.nan
     return RolloutGroup(index, version, prompt(index if position is None else position), rollouts, value)
+
+
+def sound(index: int, version: int = 0, *, is_usable: bool = True) -> RolloutGroup:
+    """A group of a run with a built-in task, characters as tokens and OAPL, which passes all checks."""
+    made = group(index, version, is_usable=is_usable)
+    question = dataclasses.replace(made.prompt, token_ids=made.prompt.token_ids % 18)
+    rollouts = [
+        dataclasses.replace(item, rollout=dataclasses.replace(item.rollout, token_ids=item.rollout.token_ids % 18))
+        for item in made.rollouts
+    ]
+    return GRADING.group(Ticket(version, index, index), question, rollouts)
 
 
 def bits(item: RolloutGroup) -> tuple:

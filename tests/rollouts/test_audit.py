@@ -11,9 +11,9 @@ from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.io import console, run_dir
 from oapl_jax.rollouts.audit import audit
-from oapl_jax.rollouts.log import BatchRecord, RolloutLog
+from oapl_jax.rollouts.log import BatchRecord, RolloutLog, digest
 from oapl_jax.types import RunError
-from rollouts.groups import group
+from rollouts.groups import sound
 
 CONFIG = {
     "run": {"dir": "unused", "steps": 4},
@@ -32,10 +32,11 @@ def run(tmp_path):
     run_dir.save_config(tmp_path, config_file.validate(TrainConfig, CONFIG, "test"))
     log, record = RolloutLog(tmp_path / "rollouts"), BatchRecord(tmp_path / "batches.jsonl")
     for version, indices in ((0, [0, 1, 2, 3]), (1, [0, 2, 3, 4])):
-        log.append([group(index, version, is_usable=(version, index) != (1, 1)) for index in range(5)])
+        groups = [sound(index, version, is_usable=(version, index) != (1, 1)) for index in range(5)]
+        log.append(groups)
         for half in range(2):
-            ids = [f"{version:06d}-{index:08d}" for index in indices[2 * half : 2 * half + 2]]
-            record.record(2 * version + half + 1, version, ids)
+            batch = [groups[index] for index in indices[2 * half : 2 * half + 2]]
+            record.record(2 * version + half + 1, version, {group.id: digest(group) for group in batch})
     rows = [{"step": step, "window/version": (step - 1) // 2, "window/lag": (step - 1) % 2} for step in range(1, 5)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return tmp_path
@@ -47,10 +48,15 @@ def edit_line(path, number, **values):
     path.write_text("\n".join(lines) + "\n")
 
 
-def rewrite(run, version, groups):
+def rewrite(run, version, groups, *, is_recorded=True):
+    """Other groups in the log, and in the record of what was trained on."""
     (path,) = (run / "rollouts" / f"{version:06d}").glob("*.parquet")
     path.unlink()
     RolloutLog(run / "rollouts").append(groups)
+    digests = {group.id: digest(group) for group in groups}
+    for number, line in enumerate(map(json.loads, (run / "batches.jsonl").read_text().splitlines()), start=1):
+        if is_recorded and line["policy_version"] == version:
+            edit_line(run / "batches.jsonl", number, digests=[digests[name] for name in line["groups"]])
 
 
 def with_rollout(item, **values):
@@ -100,6 +106,10 @@ def test_a_run_that_was_killed_is_proved_as_far_as_it_came(run):
     ],
 )
 def test_a_wrong_record_is_found(run, line, values, message, capsys):
+    if "groups" in values:
+        found = map(json.loads, (run / "batches.jsonl").read_text().splitlines())
+        known = {name: digest for row in found for name, digest in zip(row["groups"], row["digests"], strict=True)}
+        values = {**values, "digests": [known.get(name, "") for name in values["groups"]]}
     edit_line(run / "batches.jsonl", line, **values)
     assert console.run(command.main, [str(run)]) == console.ExitCode.FAILED
     assert message in capsys.readouterr().err
@@ -114,22 +124,45 @@ def test_metrics_of_another_version_or_lag_are_found(run):
         audit(run)
 
 
-def test_a_wrong_group_is_found(run):
-    sound = [group(index) for index in range(5)]
-    logprobs = sound[2].rollouts[0].rollout.logprobs
-    cases = {
-        "group 000000-00000002, rollout 0: a log-probability": with_rollout(sound[2], logprobs=logprobs * np.nan),
-        "group 000000-00000002, rollout 0: no tokens, or a probability above 1": with_rollout(
-            sound[2], logprobs=np.abs(logprobs) + 1
+def with_advantage(item, advantage):
+    first, *rest = item.rollouts
+    return dataclasses.replace(item, rollouts=(dataclasses.replace(first, advantage=advantage), *rest))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (
+            lambda g: with_rollout(g, logprobs=g.rollouts[0].rollout.logprobs * np.nan),
+            "0: a log-probability is not fin",
         ),
-        "group 000000-00000002: has 1 rollouts of 2": dataclasses.replace(sound[2], rollouts=sound[2].rollouts[:1]),
-    }
-    for message, bad in cases.items():
-        rewrite(run, 0, [*sound[:2], bad, *sound[3:]])
-        with pytest.raises(RunError, match=message):
-            audit(run)
-    rewrite(run, 0, sound)
+        (lambda g: with_rollout(g, logprobs=np.float32([50, -1])), "rollout 0: a log-probability is 50, above 0"),
+        (
+            lambda g: with_rollout(g, token_ids=np.int32([-7, 1])),
+            "rollout 0: token_ids has -7; the vocabulary has ids 0",
+        ),
+        (
+            lambda g: with_rollout(g, token_ids=np.int32([18, 1])),
+            "rollout 0: token_ids has 18; the vocabulary has ids 0",
+        ),
+        (lambda g: with_advantage(g, 1e30), r"its advantages \[1e\+30, .* the rewards give"),
+        (lambda g: dataclasses.replace(g, rollouts=g.rollouts[:1]), "has 1 rollouts of 2"),
+    ],
+)
+def test_a_wrong_group_is_found(run, damage, message):
+    groups = [sound(index) for index in range(5)]
+    rewrite(run, 0, [*groups[:2], damage(groups[2]), *groups[3:]])
+    with pytest.raises(RunError, match=f"group 000000-00000002.*{message}"):
+        audit(run)
+    rewrite(run, 0, groups)
     audit(run)
+
+
+def test_a_group_that_took_the_place_of_one_that_was_trained_on_is_found(run):
+    other = dataclasses.replace(sound(7), index=2)
+    rewrite(run, 0, [*(sound(index) for index in (0, 1)), other, sound(3), sound(4)], is_recorded=False)
+    with pytest.raises(RunError, match="group 000000-00000002: is not the one that was trained on"):
+        audit(run)
 
 
 def test_a_damaged_file_that_no_batch_needs_is_said(run):
@@ -140,7 +173,7 @@ def test_a_damaged_file_that_no_batch_needs_is_said(run):
 def test_a_damaged_file_and_a_folder_that_is_no_run(run, tmp_path, capsys):
     (path,) = (run / "rollouts" / "000001").glob("*.parquet")
     path.write_bytes(path.read_bytes()[:-20])
-    with pytest.raises(RunError, match=r"part-000000\.parquet: not a readable Parquet file"):
+    with pytest.raises(RunError, match=r"part-000000\.parquet: is not a readable Parquet file"):
         audit(run)
     assert console.run(command.main, [str(tmp_path / "nothing")]) == console.ExitCode.USAGE
     assert "is no run directory: it has no run.json" in capsys.readouterr().err

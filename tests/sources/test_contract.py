@@ -10,9 +10,12 @@ from oapl_jax.build.learner import make_learner
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.distributed.team import Team
+from oapl_jax.io.lease import Leases
 from oapl_jax.objectives import oapl
 from oapl_jax.rollouts.buffer import GroupBuffer, Window
+from oapl_jax.rollouts.checks import GroupCheck, ShardCheck
 from oapl_jax.rollouts.log import RolloutLog
+from oapl_jax.rollouts.shards import ShardQueue
 from oapl_jax.rollouts.source import GroupSource, Weights
 from oapl_jax.sources.cluster import Cluster
 from oapl_jax.sources.follower import LogFollower
@@ -70,14 +73,14 @@ def local(directory):
 class OtherProcess:
     """Samples each window as it opens, and appears in the log only: what ``Samplers`` asks for."""
 
-    def __init__(self, log):
-        self._log, self._loops = log, []
+    def __init__(self, log, leases):
+        self._log, self._leases, self._loops = log, leases, []
 
     def open_window(self, window, weights):
-        buffer = GroupBuffer(is_usable)
-        loop = make_loop(buffer, self._log)
+        shards = ShardQueue(self._log, self._leases, is_usable, GROUPS)
+        loop = make_loop(shards, shards)
         loop.set_weights(window.policy_version, weights)
-        buffer.open_window(window)
+        shards.open_window(window)
         loop.start()
         self._loops.append(loop)
         return {"sync/publish_seconds": 0.0}
@@ -94,11 +97,14 @@ class OtherProcess:
 @contextlib.contextmanager
 def followed(directory):
     buffer, log = GroupBuffer(is_usable), RolloutLog(directory / "rollouts")
-    samplers = OtherProcess(log)
-    source = LogFollower(directory, log, buffer, samplers, print, sync_every=STEPS, deadline=DEADLINE)
-    with contextlib.closing(source):
-        yield source
-    samplers.finish()
+    config = make_config(directory, mode="detached", window={"shard_groups": GROUPS})
+    check = ShardCheck(GroupCheck(config, TOKENIZER.vocab_size, make_grading().advantages), PROMPTS)
+    with Leases(directory / "leases") as leases:
+        samplers = OtherProcess(log, leases)
+        source = LogFollower(directory, log, buffer, samplers, check, print, sync_every=STEPS, deadline=DEADLINE)
+        with contextlib.closing(source):
+            yield source
+        samplers.finish()
 
 
 def make_scorer(config):

@@ -1,6 +1,7 @@
 """Published policies are whole or not there, are pointed to last, and stay while somebody uses them."""
 
 import json
+import os
 import time
 
 import jax
@@ -59,8 +60,53 @@ def test_a_version_that_is_there_is_only_pointed_to_again(store):
     assert publish(store, 0)["sync/publish_bytes"] == 0
     assert weights.stat().st_mtime_ns == before
     assert store.current() == Current(0, is_finished=False), "a resumed trainer may be a version behind"
-    with pytest.raises(ValueError, match="was published for another window"):
-        publish(store, 0, start=5)
+    assert publish(store, 0, start=5)["sync/publish_bytes"] > 0, "what another program put there is replaced"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("[]", "null", "9" * 400, "[" * 100_000, '{"policy_version": null, "is_finished": false}'),
+        *('{"policy_version": 1e999, "is_finished": 0}', '{"policy_version": 3}', "\udcff"),
+    ],
+)
+def test_a_pointer_that_another_program_wrote_is_none(store, content):
+    store.directory.mkdir()
+    (store.directory / "current.json").write_bytes(content.encode(errors="surrogateescape"))
+    assert store.current() is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"files": {"../../x": {}}}, {"files": {"/etc/passwd": {}}}, {"files": {"..": {}}}, {"files": 3}),
+        *({"window": []}, {"window": None}, {"shard_groups": -1}, {"shard_groups": "8"}),
+    ],
+)
+def test_a_manifest_that_another_program_wrote_is_none(store, tmp_path, change):
+    publish(store, 0)
+    manifest = store.folder(0) / "manifest.json"
+    manifest.write_text(json.dumps({**json.loads(manifest.read_text()), **change}))
+    with pytest.raises(PolicyGoneError, match="no manifest that can be read"):
+        store.fetch(0, tmp_path)
+
+
+def test_stray_folders_neither_end_the_trainer_nor_cost_it_its_policy(store, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "manifest.json").write_text("kept")
+    for name in ("999998", "999999", "\u00b2", "1", "9" * 200):
+        (store.directory / name).mkdir(parents=True)
+    (store.directory / "000000").symlink_to(tmp_path / "elsewhere")
+    (store.directory / "000001").write_text("no folder")
+    os.mkfifo(store.directory / "current.json")
+    publish(store, 1)
+    publish(store, 2)
+    publish(store, 3)
+    with VersionLeases(tmp_path / "leases") as trainer:
+        assert store.collect(trainer) == [0, 1]
+    assert store.versions() == [2, 3, 999998, 999999]
+    assert store.current() == Current(3, is_finished=False)
+    assert (tmp_path / "elsewhere" / "manifest.json").read_text() == "kept"
 
 
 def test_half_a_version_is_not_there_and_is_written_anew(store, tmp_path):

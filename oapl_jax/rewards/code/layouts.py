@@ -17,7 +17,7 @@ import pickletools
 import zlib
 from typing import Any
 
-MAX_UNPACKED = 1 << 30
+MAX_UNPACKED = 1 << 27
 """Most bytes of unpacked tests: a small file can expand a thousandfold."""
 STRING_OPCODES = {"SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "UNICODE"}
 HARMLESS_OPCODES = {"PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT", "STOP"}
@@ -29,6 +29,13 @@ def read_tests(layout: Any) -> list[dict]:
     Raises:
         ValueError: the layout is none of those above.
     """
+    try:
+        return _tests_of(layout)
+    except (KeyError, IndexError, TypeError, AttributeError, SyntaxError, RecursionError) as error:
+        raise ValueError(f"the tests are damaged: {type(error).__name__}: {error!s:.100}") from None
+
+
+def _tests_of(layout: Any) -> list[dict]:
     if isinstance(layout, str):
         layout = json.loads(layout)
     if isinstance(layout, list):

@@ -158,13 +158,15 @@ def _parse_test(number: int, test: Any) -> Test:
     texts = [test[key] for key in ("stdin", "stdout", "call", "assert") if key in test]
     if not all(isinstance(text, str) for text in texts) or not isinstance(test.get("args", []), list):
         raise ValueError(f"{where}: stdin, stdout, call and assert are text, args is a list: {test!r:.200}")
+    if not isinstance(test.get("any_of", []), list) or type(test.get("tolerance", 0)) not in (int, float):
+        raise ValueError(f"{where}: any_of is a list, tolerance a number: {test!r:.200}")
     if "stdin" in test:
         return StdioTest(test["stdin"], test["stdout"], float(test.get("tolerance", 0.0)))
     if "call" in test:
         return CallTest(test["call"], test["args"], tuple(test.get("any_of", [test.get("expected")])))
     try:
         remote = remote_names(test["assert"])
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{where}: the assertions do not compile: {error}") from error
     if not remote:
         raise ValueError(f"{where}: the assertions use no name that the program could define: {test['assert']!r:.200}")

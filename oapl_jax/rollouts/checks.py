@@ -1,0 +1,248 @@
+"""What a group must be to be trained on: the one check of what samplers, other programs and files hand in.
+
+``import_rollouts`` calls the functions for a row. ``GroupCheck`` is for whole groups: the follower of the rollout log
+makes one for the samplers of its run, ``audit`` for the groups that a run has trained on.
+"""
+
+import enum
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from oapl_jax.config.commands import TrainConfig
+from oapl_jax.rollouts.buffer import Window
+from oapl_jax.rollouts.log import BatchRecord, RolloutLog, digest
+from oapl_jax.types import GradedRollout, Prompt, RolloutGroup, Verdict
+from oapl_jax.untrusted import reading
+from oapl_jax.untrusted.parquet import Limits
+
+HIGHEST_LOGPROB, LOWEST_LOGPROB = 1e-4, -1e4
+"""Nats: rounding may lift a certain token above 0; what float32 noise draws is never below some hundreds."""
+MOST_REWARD = 1e9
+"""The square of a larger one leaves float32."""
+ADVANTAGE_TOLERANCE = 1e-5
+"""Of value and advantage, relative to the rewards: another program may compute in float32."""
+CHARACTER_BYTES, TOKEN_BYTES, ROW_BYTES = 4, 256, 2**16
+"""Bytes that a character takes at most, a token with its text and log-probability, and the other cells of a row."""
+MOST_AHEAD = 10_000
+"""Shards that samplers may have claimed beyond those that are written."""
+
+
+class BadRowError(ValueError):
+    """What cannot be used: a reason of a few words, and what is wrong."""
+
+    def __init__(self, reason: str, message: str):
+        super().__init__(message)
+        self.reason = reason
+
+
+def token_ids(name: str, given: Any, vocab_size: int) -> Int[np.ndarray, "_T"]:
+    """The token ids of a cell, of which there must be some, all of the vocabulary.
+
+    Raises:
+        BadRowError: otherwise.
+    """
+    ids = np.asarray(given)
+    if len(ids) == 0:
+        raise BadRowError("empty prompt" if "prompt" in name else "empty response", f"{name} is empty")
+    if not np.issubdtype(ids.dtype, np.integer):  # a null among integers makes them floats
+        raise BadRowError("missing value", f"{name} has a null in it")
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        worst = int(ids.max() if ids.max() >= vocab_size else ids.min())
+        raise BadRowError("unknown token", f"{name} has {worst}; the vocabulary has ids 0 to {vocab_size - 1}")
+    return ids.astype(np.int32, copy=False)
+
+
+def logprobs(given: Any, length: int) -> Float[np.ndarray, "_T"]:
+    """The log-probabilities of a response of ``length`` tokens.
+
+    Raises:
+        BadRowError: there are more or fewer, or one is none.
+    """
+    with np.errstate(over="ignore"):
+        found, problem = np.asarray(given, np.float32), None
+    if len(found) != length:
+        problem = f"{len(found)} log-probabilities for {length} tokens"
+    elif not np.isfinite(found).all():
+        problem = "a log-probability is not finite"
+    elif found.max() > HIGHEST_LOGPROB:
+        problem = f"a log-probability is {found.max():g}, above 0"
+    elif found.min() < LOWEST_LOGPROB:
+        problem = f"a log-probability is {found.min():g}, below {LOWEST_LOGPROB:g}, which no sampler draws"
+    if problem is not None:
+        raise BadRowError("bad log-probabilities", problem)
+    return found
+
+
+def reward(given: Any, bounds: tuple[float, float] | None) -> float:
+    """The reward of a response with a verdict.
+
+    Raises:
+        BadRowError: there is none, or it is out of ``bounds`` (``offline.reward_range``).
+    """
+    if given is None or not abs(given) <= MOST_REWARD:
+        raise BadRowError("no reward", f"its reward is {given}")
+    if bounds is not None and not bounds[0] <= given <= bounds[1]:
+        raise BadRowError(
+            "reward out of range",
+            f"its reward {given} is outside offline.reward_range [{bounds[0]:g}, {bounds[1]:g}]",
+        )
+    return float(given)
+
+
+def extra(given: Any) -> str:
+    """The JSON object of the column ``extra``.
+
+    Raises:
+        BadRowError: it is none.
+    """
+    try:
+        reading.parse_object(given, "extra")
+    except (ValueError, TypeError):
+        raise BadRowError("unreadable extra", f"extra is {given!r:.80}, no JSON object") from None
+    return given
+
+
+def one_of(kind: type[enum.StrEnum], name: str, value: Any) -> Any:
+    """The member of an enumeration.
+
+    Raises:
+        BadRowError: there is no such member.
+    """
+    try:
+        return kind(value)
+    except ValueError:
+        raise BadRowError("unknown word", f"{name} is {value!r:.80}, not one of {', '.join(list(kind))}") from None
+
+
+Advantages = Callable[[Sequence[GradedRollout]], tuple[list[float], float]]
+"""Advantages of the rollouts of a group, and its value: what a run's ``Grading`` computes."""
+
+
+class GroupCheck(NamedTuple):
+    """What the groups of a run have to be."""
+
+    config: TrainConfig
+    vocab_size: int
+    advantages: Advantages
+    record: BatchRecord | None = None
+    """What was trained on before a restart."""
+
+    def has_trained_on(self, version: int) -> bool:
+        """Whether a batch of this policy version was recorded, as far as is known."""
+        return self.record is not None and self.record.has_version(version)
+
+    def check(self, group: RolloutGroup, prompt: Prompt | None = None) -> None:
+        """Checks one group; ``prompt``: the one that it must have been sampled from.
+
+        Raises:
+            BadRowError: the first thing that is wrong; names group and rollout.
+        """
+        try:
+            self._check_group(group, prompt)
+        except BadRowError as error:
+            raise BadRowError(error.reason, f"group {group.id}{error}") from None
+
+    def _check_group(self, group: RolloutGroup, prompt: Prompt | None) -> None:
+        config, own = self.config, group.prompt
+        size, whole = len(group.rollouts), config.sampler.group_size
+        if size != whole and not (config.offline is not None and size < whole):
+            raise BadRowError("group size", f": has {size} rollouts of {whole}")
+        if prompt is not None and not (
+            np.array_equal(own.token_ids, prompt.token_ids)
+            and (own.id, own.text, own.answer) == (prompt.id, prompt.text, prompt.answer)
+        ):
+            raise BadRowError("another prompt", f": its prompt {own.id!r:.80} is not the run's {prompt.id!r:.80} there")
+        for index, item in enumerate(group.rollouts):
+            try:
+                self._check_rollout(own, item)
+            except BadRowError as error:
+                raise BadRowError(error.reason, f", rollout {index}: {error}") from None
+        advantages, value = self.advantages(group.rollouts)
+        for name, given, right in (
+            ("value", [group.value], [value]),
+            ("advantages", [item.advantage for item in group.rollouts], advantages),
+        ):
+            scale = max(1.0, *(abs(item.grade.reward) for item in group.rollouts))
+            if not np.allclose(given, right, rtol=0, atol=ADVANTAGE_TOLERANCE * scale, equal_nan=True):
+                raise BadRowError("wrong advantage", f": its {name} {given!s:.80}; the rewards give {right!s:.80}")
+        if self.record is not None and self.record.digest(group.id) not in (None, digest(group)):
+            raise BadRowError("replaced group", ": is not the one that batches.jsonl has in a batch")
+
+    def _check_rollout(self, prompt: Prompt, item: GradedRollout) -> None:
+        config, rollout, grade = self.config, item.rollout, item.grade
+        prompt_limit, limit = config.data.max_prompt_tokens, config.sampler.max_response_tokens
+        if len(prompt.token_ids) > prompt_limit or len(rollout.token_ids) > limit:
+            sizes = f"{len(prompt.token_ids)} prompt and {len(rollout.token_ids)} response tokens"
+            raise BadRowError("too long", f"{sizes}; the run has at most {prompt_limit} and {limit}")
+        token_ids("prompt_token_ids", prompt.token_ids, self.vocab_size)
+        token_ids("token_ids", rollout.token_ids, self.vocab_size)
+        extra(item.extra)
+        if item.is_usable:
+            logprobs(rollout.logprobs, len(rollout.token_ids))
+        if grade.verdict is not Verdict.INVALID:
+            reward(grade.reward, None)
+        elif not math.isnan(grade.reward):
+            raise BadRowError("reward of an invalid verdict", f"its verdict is invalid, and its reward {grade.reward}")
+        of_correct = _reward_of_correct(config)
+        right = of_correct if grade.verdict is Verdict.CORRECT else 0.0
+        if of_correct is not None and grade.verdict is not Verdict.INVALID and grade.reward != right:
+            raise BadRowError(
+                "wrong reward", f"its verdict is {grade.verdict}, its reward {grade.reward} and not {right}"
+            )
+
+
+def _reward_of_correct(config: TrainConfig) -> float | None:
+    """Reward of a correct response, where a wrong one has 0; None: rewards may be anything."""
+    if config.data.task is not None or config.offline is not None:
+        return 1.0 if config.offline is None else None
+    reward = config.reward
+    (name, weight), *others = reward.functions.items()
+    is_plain = not others and reward.format_pattern is None and reward.length_penalty == 0
+    is_plain = is_plain and (name == "math" or (name == "code" and reward.code_reward == "all"))
+    return weight if is_plain else None
+
+
+class ShardCheck(NamedTuple):
+    """Reads the shards that samplers write (``shards.py``), and lets nothing pass that the run did not ask for."""
+
+    groups: GroupCheck
+    prompts: Any
+    """The run's prompt by its place in the stream: ``prompts[position]``."""
+
+    def read(self, log: RolloutLog, window: Window, part: int) -> list[RolloutGroup]:
+        """The groups of a shard of a window.
+
+        Raises:
+            FileNotFoundError: there is none.
+            ValueError: it cannot be read, or is not what was to be sampled; names the file.
+        """
+        version, path = window.policy_version, log.path(window.policy_version, part)
+        size = self.groups.config.window.shard_groups
+        if part > len(log.parts(version)) + MOST_AHEAD:
+            raise ValueError(f"{path}: is no shard that a sampler can have claimed")
+        indices = range(part * size, (part + 1) * size)
+        prompts = [self.prompts[window.position(index)] for index in indices]
+        groups = log.read_part(version, part, self._limits(prompts))
+        if (found := sorted(group.index for group in groups)) != list(indices):
+            raise ValueError(
+                f"{path}: has the groups {found!s:.80}; the shard is {indices.start} to {indices.stop - 1}"
+            )
+        for group, prompt in zip(sorted(groups, key=lambda group: group.index), prompts, strict=True):
+            try:
+                self.groups.check(group, prompt)
+            except BadRowError as error:
+                raise ValueError(f"{path}: {error}") from None
+        return groups
+
+    def _limits(self, prompts: Iterable[Prompt]) -> Limits:
+        """A shard's rows, and far more bytes than they can have."""
+        sampler, num_bytes = self.groups.config.sampler, 0
+        for prompt in prompts:
+            texts = len(prompt.id) + len(prompt.text) + len(prompt.answer)
+            num_tokens = len(prompt.token_ids) + sampler.max_response_tokens
+            num_bytes += CHARACTER_BYTES * texts + TOKEN_BYTES * num_tokens + ROW_BYTES
+        return Limits(sampler.group_size * self.groups.config.window.shard_groups, sampler.group_size * num_bytes)
