@@ -12,16 +12,16 @@ ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = "oapl_jax"
 
 # Every room of the package (a folder, or a file at its top). A room imports from lower floors and from itself.
-FLOORS = (
-    ("types", "config", "untrusted"),
+# Rooms of the bottom floor, and of the top floor, import also from those before them in this order.
+BOTTOM_FLOOR = ("types", "untrusted", "config")
+MIDDLE_FLOORS = (
     ("objectives", "data", "rewards", "io", "distributed"),
     ("model", "rollouts"),
     ("learner", "sampler", "weights", "evaluation"),
 )
-# Rooms of the top floor import also from those before them in this order.
 TOP_FLOOR = ("build", "sft", "sources", "report", "run", "train", "preflight", "cli", "__main__")
-LAYERS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-LAYERS |= {room: len(FLOORS) + place for place, room in enumerate(TOP_FLOOR)}
+ORDER = (*[(room,) for room in BOTTOM_FLOOR], *MIDDLE_FLOORS, *[(room,) for room in TOP_FLOOR])
+LAYERS = {room: layer for layer, rooms in enumerate(ORDER) for room in rooms}
 VAGUE = {"utils", "util", "common", "base", "helpers", "misc", "tools"}
 
 DISTRIBUTIONS = packages_distributions()
