@@ -42,9 +42,12 @@ def says(gold: Node, answer: Node, *, is_evaluated: bool) -> bool:
         UnknownValueError: a part has no value.
     """
 
+    if not is_evaluated:
+        return _matches(gold, answer, _is_same_value)
+
     def is_same(first: Node, second: Node) -> bool:
         is_equal = _is_same_value(first, second)
-        if is_equal and is_evaluated and not variables(first) and is_pending(second) and not is_pending(first):
+        if is_equal and not variables(first) and is_pending(second) and not is_pending(first):
             raise PendingError
         return is_equal
 
@@ -122,7 +125,7 @@ def _matches(gold: Node, answer: Node, is_same: _Same) -> bool:
         return _match_lists(gold, answer, is_same)
     if gold.kind == answer.kind == "relation" and (equal := _match_relations(gold, answer, is_same)) is not None:
         return equal
-    (gold_label, gold_value), (label, value) = _statement(gold, is_gold=True), _statement(answer, is_gold=False)
+    (gold_label, gold_value), (label, value) = _statement(gold), _statement(answer, is_same)
     if value is None or gold_value is None:
         return False
     if gold_label and label and gold_label.kind == label.kind == "symbol" and gold_label != label:
@@ -205,16 +208,21 @@ def _has_own_labels(items: Sequence[Node], *, with_indices: bool = False) -> boo
 # ---- relations ----
 
 
-def _statement(node: Node, *, is_gold: bool) -> tuple[Node | None, Node | None]:
-    r"""The label and the value of ``x = 4`` or ``x \in S``; no value if the statement is false or denies something."""
+def _statement(node: Node, is_same: _Same | None = None) -> tuple[Node | None, Node | None]:
+    r"""The label and the value of ``x = 4`` or ``x \in S``; no value if an answer is false or denies something.
+
+    ``is_same`` is None for a gold answer, which is true. Steps that are pending arithmetic are not checked where any form
+    is accepted.
+    """
     sides, relations = list(node.args), node.text.split()
     if node.kind != "relation" or not (relations == ["in"] or {*relations} <= {"=", "~"}):
         return None, node
     if "~" in relations:  # x = 1/3 ~ 0.33
         cut = relations.index("~")
         sides = sides[: cut + 1] if cut or not variables(sides[0]) else sides[:2]
-    numbers = [side for side in sides if not variables(side)]
-    if not is_gold and not all(_matches(a, b, _is_same_value) for a, b in itertools.pairwise(numbers)):
+    are_steps_free = is_same is _is_same_value
+    numbers = [side for side in sides if not variables(side) and not (are_steps_free and is_pending(side))]
+    if is_same and not all(_matches(a, b, _is_same_value) for a, b in itertools.pairwise(numbers)):
         return None, None
     if len(sides) == 2 and not variables(sides[0]) and sides[1].kind == "symbol" and variables(sides[1]):
         sides.reverse()  # 4 = x
@@ -223,7 +231,7 @@ def _statement(node: Node, *, is_gold: bool) -> tuple[Node | None, Node | None]:
         return (None, node) if variables(value) else (None, value)
     if {*label.text.casefold().split()} & _NEGATIONS:
         return None, None
-    is_value = not variables(value) and not is_gold and rational(value) != 0
+    is_value = not variables(value) and is_same is not None and rational(value) != 0
     return (label, value) if is_value or relations == ["in"] or _is_label(label) else (None, node)
 
 
@@ -239,7 +247,7 @@ def _is_label(node: Node) -> bool:
 def _match_relations(gold: Node, answer: Node, is_same: _Same) -> bool | None:
     """Whether two relations are the same or multiples of each other; None if both are labelled values."""
     gold, answer = _ascending(gold), _ascending(answer)
-    if "=" in gold.text and all(_statement(node, is_gold=True)[0] is not None for node in (gold, answer)):
+    if "=" in gold.text and all(_statement(node)[0] is not None for node in (gold, answer)):
         return None
     if gold.text != answer.text:
         return False if {*gold.text.split()} - {"=", "~"} else None
