@@ -1337,7 +1337,7 @@ def test_every_rule_decides():
         "pending arithmetic": ("7", r"\boxed{3+4}"),
         "an expression of the prompt": ("12", r"\boxed{84/7}"),
         "too large to compute": ("1", r"\boxed{10^{10^{10}}}"),
-        "no known value": ("n", r"\boxed{\gcd(n,n)}"),
+        "no known value": ("1", r"\boxed{\frac{1}{0}}"),
     }
     assert decided.keys() == answers.RULES.keys()
     for rule, (gold, response) in decided.items():

@@ -19,7 +19,7 @@ from oapl_jax.rewards.math import comparison, extraction
 from oapl_jax.rewards.math.extraction import extract_answer
 from oapl_jax.rewards.math.notation import cleaned, spelling
 from oapl_jax.rewards.math.parser import MAX_DEPTH, Node, NotMathematicsError, parse
-from oapl_jax.rewards.math.values import TooLargeError, UnknownValueError, rational, variables
+from oapl_jax.rewards.math.values import TooLargeError, rational, variables
 
 RULES = {
     "same text": True,
@@ -89,7 +89,7 @@ def _decide(gold: str, answer: str, prompt: str, is_evaluated: bool) -> str:
         return "pending arithmetic"
     except TooLargeError:
         return "too large to compute"
-    except UnknownValueError:
+    except ArithmeticError:
         return "no known value"
     return "different values"
 

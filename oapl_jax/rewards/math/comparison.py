@@ -41,7 +41,6 @@ def says(gold: Node, answer: Node, *, is_evaluated: bool) -> bool:
         TooLargeError: a value is too large to compute.
         UnknownValueError: a part has no value.
     """
-
     if not is_evaluated:
         return _matches(gold, answer, _is_same_value)
 
@@ -323,9 +322,10 @@ def _ends(node: Node) -> list[Node] | None:
     found: list[list[Node] | None] = [None]
     if node.text in _NAMED_SETS:
         found = []
-    elif node.kind == "relation":
-        is_member = node.text == "in"
-        found = [_ends(node.args[1])] if is_member else [_roots(*pair) for pair in itertools.pairwise(node.args)]
+    elif node.kind == "relation" and node.text == "in":
+        found = [_ends(node.args[1])]
+    elif node.kind == "relation" and {*node.text.split()} <= _SIGNS.keys():
+        found = list(itertools.starmap(_roots, itertools.pairwise(node.args)))
     elif node.kind == "region" or (node.kind == "list" and node.text in (",", "or")):
         found = [_ends(part) for part in node.args]
     elif node.kind == "list" and (node.text == "{}" or len(node.args) == 2) and not variables(node):

@@ -57,6 +57,8 @@ class _Trace:
             size = value.numerator.bit_length() + value.denominator.bit_length()
             if size > MAX_BITS:
                 raise TooLargeError
+        elif not mpmath.isfinite(value):
+            raise UnknownValueError("infinite")
         else:
             self.is_real = self.is_real and not mpmath.im(value)
             size = abs(mpmath.mag(value)) if value else 0
@@ -94,7 +96,7 @@ def approximate(node: Node, bits: int = 256) -> Fraction:
         value = _evaluate(node, {}, _Trace())
         if isinstance(value, Fraction):
             return value
-        if mpmath.im(value) or not mpmath.isfinite(value):
+        if mpmath.im(value):
             raise UnknownValueError("not real")
         return Fraction(*mpmath.libmp.to_rational(mpmath.re(value)._mpf_))
 
@@ -141,8 +143,6 @@ def difference_sign(
         values = [_evaluate(node, point, trace) for node in (first, second)]
     if all(isinstance(value, Fraction) for value in values):
         return (values[0] > values[1]) - (values[0] < values[1])
-    if not all(map(mpmath.isfinite, map(_inexact, values))):
-        raise UnknownValueError("infinite")
     agreeing = int(2 * trace.bits) + SPARE_BITS
     precision = agreeing + int(trace.bits) + 64
     if precision > MAX_PRECISION or precision * trace.steps * (6 if point else 1) > MAX_WORK:
@@ -169,9 +169,9 @@ def _evaluate(node: Node, point: Mapping[str, Fraction], trace: _Trace) -> Any:
         parts = [_evaluate(part, point, trace) for part in node.args]
         if not all(isinstance(part, Fraction) for part in parts):
             parts = list(map(_inexact, parts))
-        if node.kind == "call" and node.text.endswith("h"):
-            trace.bits += 3 * float(abs(parts[0]))  # the exponentials in a hyperbolic tangent
         try:
+            if node.kind == "call" and node.text.endswith("h"):
+                trace.bits += 3 * float(abs(parts[0]))  # the exponentials in a hyperbolic tangent
             value = operation(*parts)
         except (ZeroDivisionError, ValueError, TypeError, OverflowError) as error:
             raise UnknownValueError(node.kind) from error
@@ -189,7 +189,7 @@ def _decimal(text: str) -> Fraction:
     if text.startswith("0x"):
         return Fraction(int(text, 16))
     digits, _, exponent = text.lower().partition("e")
-    if exponent and abs(int(exponent)) * math.log2(10) > MAX_BITS:
+    if exponent and abs(int(exponent)) > MAX_BITS // 4:
         raise TooLargeError
     digits, _, period = digits.partition("(")
     value = Fraction(digits)
