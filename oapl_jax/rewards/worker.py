@@ -5,9 +5,9 @@ JSON, and so is a reply: verdict, reward, detail, level, CPU milliseconds. Expec
 in this process. It never runs a program of a model; its sandbox does. It does not import JAX, so that it starts in a
 fraction of a second.
 
-For mathematics, the process that was started only imports and forks. The child that it forks serves the socket, and the parent may kill
-it: the next child is there within milliseconds. So an answer that exhausts its child can be told from a grader or a
-machine that fails: the next child judges the canary and the gold answer of the row at once, or it does not.
+For mathematics, the process that was started only imports and forks. The child that it forks serves the socket, and the
+parent may kill it: the next child is there within milliseconds. So an answer that exhausts its child can be told from a
+grader or a machine that fails: the next child judges the canary and the gold answer of the row at once, or it does not.
 """
 
 import ctypes

@@ -39,7 +39,7 @@ MAX_PROMPT_CHARACTERS = 8000
 
 _PLAIN_NUMBER = re.compile(r"-?(\d+|\d{1,3}(,\d{3})+)(\.\d+)?", re.ASCII)
 _GROUPED = re.compile(r"(?<![\d.,])\d{1,3}(?:,\d{3})+(?![\d,])", re.ASCII)
-_DECIMAL_COMMA = re.compile(r"(?<![\d.,])(\d+),(\d{1,2}|\d{4,})(?![\d,]|\.\d)", re.ASCII)
+_DECIMAL_COMMA = re.compile(r"(?<![\d.,])(\d+),(\d{2}|\d{4,})(?![\d,]|\.\d)", re.ASCII)
 _FRACTION = re.compile(r"\\frac\{([^{}]*)\}\{([^{}]*)\}")
 
 
@@ -153,7 +153,7 @@ def _unboxed(gold: str) -> str:
 
 @functools.lru_cache(maxsize=1024)  # the G rollouts of a prompt share a gold answer
 def _readings(text: str) -> tuple[Node, ...]:
-    """The trees of a text. A comma between digits may group them, be the decimal point, or separate two numbers."""
+    """The trees of a text. A comma may group digits, separate numbers, or be a decimal point (before 2 digits)."""
     text = cleaned(text)
     variants = [text]
     if not re.search(r"[(\[]|\\\{", text):  # in brackets commas separate

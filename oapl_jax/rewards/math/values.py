@@ -65,14 +65,14 @@ class _Trace:
         self.bits += size
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def variables(node: Node) -> frozenset[str]:
     """Names of the variables in a tree; words are variables too."""
     own = {node.text} if node.kind in ("symbol", "word") and node.text not in _CONSTANTS else set()
     return frozenset(own).union(*map(variables, node.args))
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=1024)
 def rational(node: Node) -> Fraction | None:
     r"""The value of a tree if it is rational by its form, so ``\sin 30^\circ`` has none.
 
