@@ -66,13 +66,13 @@ _REWRITES = tuple(
         (r"(?<![\d)} ])\\(?:mathrm|mathbf|mathit|bm|boldsymbol|text)\s*\{\s*(\\?[A-Za-z])\s*\}", r" \1 "),
         (r"(?<![\d.,])(\d{1,3})((?: \d{3})+)(?![\d ]*\d)", lambda match: match[0].replace(" ", "")),
         (rf"\\text\s*\{{\s*([¤€£¥₹₩¢]|(?:{_SCALE_WORDS})\b)", r" \1 \\text{"),
-        (rf"(\d[\d.,]*)\s*({_SCALE_WORDS})\b", lambda m: f"{m[1]}e{_SCALES[m[2]]}"),
+        (rf"(?<![\d.,])(\d[\d.,]*)\s*({_SCALE_WORDS})\b", lambda m: f"{m[1]}e{_SCALES[m[2]]}"),
         (
             r"(?<![\d.])(\d+)(?:\s*\\frac\s*(?:\{(\d+)\}|(\d))\s*(?:\{(\d+)\}|(\d))| (\d+)/(\d+)(?![\d.]))",
             lambda m: _mixed(m[0], m[1], m[2] or m[3] or m[6], m[4] or m[5] or m[7]),
         ),
         (r"\\text\{\s*\}", " "),
-        (r"(\d*\.\d*)\\(?:overline|dot|bar)\s*(?:\{(\d+)\}|(\d))", lambda m: f"{m[1]}({m[2] or m[3]})"),
+        (r"(?<![\d.])(\d*\.\d*)\\(?:overline|dot|bar)\s*(?:\{(\d+)\}|(\d))", lambda m: f"{m[1]}({m[2] or m[3]})"),
         (r"\(([0-9A-F]+)\)\s*(?=_)", r"\1"),
         (
             r"(?:(?:US|A|C)?([¤€£¥₹₩])|(?<![A-Za-z])(USD|EUR|GBP|INR|Rs|RMB|CNY|JPY)\b\.?)\s*"
