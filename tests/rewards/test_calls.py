@@ -228,6 +228,14 @@ WRONG = {
         "secret = 7\nclass N:\n    def __init__(s): pass\nassert f(N()) == secret",
     ),
     "a type that is handed back": ("def f(a): return bytearray", "r = f(1)\nassert f(r(3)) == 9"),
+    "a function that is handed back": (
+        "def f(a): return globals if a == 1 else a['secret']",
+        "secret = 7\nassert f(f(1)()) == secret",
+    ),
+    "a function that makes defaults": (
+        "def f(a): return collections.defaultdict(globals) if a == 1 else a['secret']",
+        "secret = 7\nassert f(f(1)['x']) == secret",
+    ),
     "a class that is handed back": ("class C: pass\ndef f(a): return C", "assert f(f(1)()) == 9"),
     "a generator that is handed back": (
         "def f(a): return (i for i in [1])",

@@ -131,6 +131,7 @@ CALLS = {
     ),
     "a name that the prefix has too": ("class Solution:\n    def count(self, a): return a", [1], 1, True),
     "a tuple is a list at the top": ("def f(): return (1, 2)", [], [1, 2], True),
+    "a named tuple is, too": ("P = namedtuple('P', 'x y')\ndef f(): return P(1, 2)", [], [1, 2], True),
     "not below": ("def f(): return [(1, 2)]", [], [[1, 2]], False),
     "True is 1": ("def f(): return True", [], 1, True),
     "text is not a number": ("def f(): return '1'", [], 1, False),

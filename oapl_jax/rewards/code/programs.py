@@ -41,7 +41,7 @@ _CALL = f"""
 import json as _json, os as _os, sys as _sys
 _name, _args, _right = _json.load(_sys.stdin)
 _result = globals()[_name](*_args)
-_result = list(_result) if type(_result) is tuple else _result
+_result = list(_result) if isinstance(_result, tuple) else _result
 if not any(_result == each for each in _right):
     print(f"returned {{_result!r:.{MAX_DETAIL}}}", file=_sys.stderr, flush=True)
     _os._exit({confined.EXIT_WRONG})
