@@ -249,7 +249,9 @@ class Graph:
         tag, value = node["t"], node["v"]
         if tag in _FROM_ITEMS:
             items = [self.decode(item) for item in value]
-            return collections.namedtuple(*node["n"])(*items) if "n" in node else _FROM_ITEMS[tag](items)
+            if "n" in node:
+                return collections.namedtuple(*node["n"])(*items)  # pyright: ignore[reportCallIssue, reportArgumentType]
+            return _FROM_ITEMS[tag](items)
         return _FROM_JSON[tag](value) if tag in _FROM_JSON else self._owner_of(node)
 
 
