@@ -3,8 +3,9 @@
     python benchmarks/rewards.py --json [--verdicts 20000]
 
 Everything is CPU time of the grading worker, its sandbox and the programs together, over ``--seconds`` of work a
-figure on warm workers. ``cpu_ms_per_test``: a small program on text tests, 15 a program; ``tests_per_s`` is what two
-idle cores would do with it (2000 / cpu_ms_per_test). ``cold_python_ms`` is a bare ``python -I -S`` per test, for
+figure on warm workers. ``cpu_ms_per_test``: a small program on text tests, 15 a program; ``cpu_ms_per_call``: a
+function on call tests, each of which takes a second child; ``tests_per_s`` is what two idle cores would do with text
+tests (2000 / cpu_ms_per_test). ``cold_python_ms`` is a bare ``python -I -S`` per test, for
 comparison. ``math_*``: answers to golds of many forms. ``growth``: memory and descriptors of the worker and its
 sandbox over ``--verdicts`` verdicts, each worker living as long as in training.
 """
@@ -27,6 +28,8 @@ from oapl_jax.rewards.worker import TaskGrader
 
 PROGRAM = "n = int(input())\nprint(sum(map(int, input().split())))\n"
 TESTS = [{"stdin": "3\n4 5 6\n", "stdout": "15\n"}] * 15
+FUNCTION = "def f(numbers): return sum(numbers)\n"
+CALLS = [{"call": "f", "args": [[4, 5, 6]], "expected": 15}] * 15
 GOLDS = (
     "72",
     r"\frac{1}{2}",
@@ -57,33 +60,39 @@ def main() -> None:
 
 
 def code_figures(seconds: float) -> dict:
-    judge, tests = Judge(Settings()), parse_tests(TESTS)
-
-    def run() -> float:
-        """CPU seconds of a program on its tests: of this process as the grader, and of the children."""
-        before = time.process_time()
-        results = judge.judge(PROGRAM, tests, Limits(), stop_early=True)
-        assert len(results) == len(tests)
-        return time.process_time() - before + sum(result.cpu_s for result in results)
-
-    run()
-    driver = worker_cpu(judge)
-    spent = repeat(run, seconds)
-    per_test = 1000 * (sum(spent) + worker_cpu(judge) - driver) / (len(spent) * len(tests))
+    judge = Judge(Settings())
+    per_test, per_call = (cpu_ms(judge, *kind, seconds) for kind in ((PROGRAM, TESTS), (FUNCTION, CALLS)))
     level = judge.level
     judge.close()
     return {
         "cpu_ms_per_test": round(per_test, 3),
+        "cpu_ms_per_call": round(per_call, 3),
         "tests_per_s": round(2000 / per_test),
         "cold_python_ms": round(1000 * cold_python(), 3),
         "level": level,
     }
 
 
+def cpu_ms(judge: Judge, program: str, layout: list[dict], seconds: float) -> float:
+    """CPU milliseconds of a test: of this process as the grader, of the sandboxes, and of the children."""
+    tests = parse_tests(layout)
+
+    def run() -> float:
+        before = time.process_time()
+        results = judge.judge(program, tests, Limits(), stop_early=True)
+        assert len(results) == len(tests)
+        return time.process_time() - before + sum(result.cpu_s for result in results)
+
+    run()
+    drivers = worker_cpu(judge)
+    spent = repeat(run, seconds)
+    return 1000 * (sum(spent) + worker_cpu(judge) - drivers) / (len(spent) * len(tests))
+
+
 def worker_cpu(judge: Judge) -> float:
-    """CPU seconds of the sandbox's trusted processes, without the children that they have waited for."""
+    """CPU seconds of the sandboxes' trusted processes, without the children that they have waited for."""
     ticks = 0
-    for pid in tree(judge._sandbox(0).process.pid):
+    for pid in [pid for sandbox in judge._sandboxes for pid in tree(sandbox.process.pid)]:
         fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])
     return ticks / os.sysconf("SC_CLK_TCK")

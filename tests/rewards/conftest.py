@@ -26,7 +26,9 @@ def sandboxed():
     worker.close()
 
 
-@pytest.fixture(scope="module", params=LEVELS)
+@pytest.fixture(
+    scope="module", params=[LEVELS[0], *(pytest.param(name, marks=pytest.mark.slow) for name in LEVELS[1:])]
+)
 def level(request):
     """Each isolation level; sandboxes that are opened meanwhile have exactly this one. One that is missing is skipped."""
     worker, reason = try_level(request.param, Settings())

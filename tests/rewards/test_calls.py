@@ -111,6 +111,49 @@ RIGHT = {
         "class N:\n    def __init__(s, v, n=None): s.v, s.n = v, n\ndef f(): return N(1, N(2))",
         "n, seen = f(), []\nwhile n:\n    seen.append(n.v)\n    n = n.n\nassert seen == [1, 2]",
     ),
+    "what it has, after each change": (
+        "class S:\n    def __init__(s): s.a = []\n    def push(s, x): s.a.append(x)\n    def __iter__(s): return iter(s.a)",
+        "s = S()\ns.push(1)\nassert len(s) == 1 and list(s) == [1] and 2 not in s\ns.push(2)\n"
+        "assert len(s) == 2 and list(s) == [1, 2] and 2 in s",
+    ),
+    "an endless iteration": (
+        "class N:\n    def __iter__(s):\n        i = 0\n        while True: yield i; i += 1",
+        "n = N()\nassert list(itertools.islice(n, 3)) == [0, 1, 2] and 5 in n",
+    ),
+    "items that are set": (
+        "class M(object):\n    def __init__(s): s.d = {}\n    def __setitem__(s, k, v): s.d[k] = v\n"
+        "    def __getitem__(s, k): return s.d[k]",
+        "m = M()\nm['a'] = 3\nassert m['a'] == 3",
+    ),
+    "named tuples": (
+        "P = collections.namedtuple('P', 'x y')\ndef f(q): return P(q.y, q.x)",
+        "Q = collections.namedtuple('Q', 'x y')\np = f(Q(1, 2))\nassert p.x == 2 and p == (2, 1)",
+    ),
+    "a dictionary with defaults": (
+        "def f(d, k): d[k].append(1); return len(d)",
+        "d = collections.defaultdict(list)\nassert f(d, 'a') == 1 and d == {'a': [1]} and d['b'] == []",
+    ),
+    "the order of a dictionary": (
+        "def f(d): d.move_to_end('a')",
+        "d = collections.OrderedDict(a=1, b=2)\nf(d)\nassert list(d) == ['b', 'a']",
+    ),
+    "thousands of calls": (
+        "n = 0\ndef f():\n    global n\n    n += 1\n    return n",
+        "for i in range(3000): assert f() == i + 1",
+    ),
+    "an exception of two kinds": (
+        "class E(KeyError, ValueError): pass\ndef f(): raise E(1)",
+        "try: f()\nexcept ValueError as e: assert isinstance(e, KeyError)\nelse: assert False",
+    ),
+    "an exception of the standard library": (
+        "def f(): return json.loads('{')",
+        "try: f()\nexcept json.JSONDecodeError as e: assert e.pos == 1\nelse: assert False",
+    ),
+    "an exception that is asked for": (
+        "class E(ValueError): pass\ndef f(): raise E(1)",
+        "import contextlib, unittest\nunittest.TestCase().assertRaises(E, f)\nwith contextlib.suppress(E): f()\n"
+        "try: f()\nexcept Exception as e: assert isinstance(e, E)",
+    ),
     "an enumeration": (
         "import enum\nclass C(enum.Enum):\n    A = 1\ndef f(): return C.A",
         "assert f() is C.A and f() == C.A and f().value == 1",
@@ -127,6 +170,19 @@ WRONG = {
     "a container that says yes": (
         "class A:\n    def __contains__(s, x): return True\ndef f(): return A()",
         "assert 7 in f()",
+    ),
+    "an iteration that changes": (
+        "class A:\n    n = 0\n    def __iter__(s):\n        A.n += 1\n        return iter(range(99) if A.n % 2 else ())\ndef f(): return A()",
+        "a = f()\nassert 7 in a and 8 not in a",
+    ),
+    "a name of a built-in exception": (
+        "class ValueError(Exception): pass\ndef f(): raise ValueError",
+        "import builtins\ntry: f()\nexcept builtins.ValueError: pass",
+    ),
+    "an exception that skips tests": (
+        "import unittest\ndef f(): raise unittest.SkipTest",
+        "import unittest\nclass T(unittest.TestCase):\n    def test(s): s.assertEqual(f(), 7)\n"
+        "r = unittest.TestResult()\nT('test').run(r)\nassert r.wasSuccessful()",
     ),
     "a length that lies": ("class A:\n    def __len__(s): return 3\ndef f(): return A()", "assert len(f()) == 3"),
     "a hash that lies": (
@@ -172,6 +228,14 @@ WRONG = {
         "secret = 7\nclass N:\n    def __init__(s): pass\nassert f(N()) == secret",
     ),
     "a type that is handed back": ("def f(a): return bytearray", "r = f(1)\nassert f(r(3)) == 9"),
+    "a function that is handed back": (
+        "def f(a): return globals if a == 1 else a['secret']",
+        "secret = 7\nassert f(f(1)()) == secret",
+    ),
+    "a function that makes defaults": (
+        "def f(a): return collections.defaultdict(globals) if a == 1 else a['secret']",
+        "secret = 7\nassert f(f(1)['x']) == secret",
+    ),
     "a class that is handed back": ("class C: pass\ndef f(a): return C", "assert f(f(1)()) == 9"),
     "a generator that is handed back": (
         "def f(a): return (i for i in [1])",

@@ -36,6 +36,9 @@ SCRIPTS = {
     "os.read and os.write": "import os\nos.write(1, str(sum(map(int, os.read(0, 99).split()))).encode())",
     "bytes to stdout": "import sys\nsys.stdout.buffer.write(b'%d' % (int(input()) + int(input())))",
     "a guard that is not last": "def f():\n    global n\n    n = int(input()) + int(input())\nif __name__ == '__main__':\n    f()\nprint(n)",
+    "/dev/stdin": "import os\nf = open('/dev/stdin')\nprint(int(f.readline()) + int(f.read()) + 0 // os.path.exists('/dev/stdin'))",
+    "a copy of a temporary file": "import shutil, tempfile\nd = tempfile.mkdtemp()\nopen(d + '/a', 'w').write('7')\nshutil.copy(d + '/a', d + '/b')\nprint(open(d + '/b').read())",
+    "a stack without a limit": "import resource\nresource.setrlimit(resource.RLIMIT_STACK, (1 << 28, resource.RLIM_INFINITY))\nprint(7)",
     "a thread that nobody waits for": "import threading\nthreading.Thread(target=lambda: print(int(input()) + int(input()))).start()",
     "atexit": "import atexit\natexit.register(lambda: print(int(input()) + int(input())))",
     "quit": "print(int(input()) + int(input()))\nquit()",
@@ -115,6 +118,9 @@ def test_where_the_harness_of_livecodebench_differs(judge, lcb, program, as_scri
     assert (status(lcb, program, test) == Status.ACCEPTED) is as_lcb
 
 
+DEEP: list = []
+for _ in range(300):
+    DEEP = [DEEP]
 CALLS = {
     "a function": ("def f(a, b): return a + b", [1, 2], 3, True),
     "a method, imports given": (
@@ -125,6 +131,7 @@ CALLS = {
     ),
     "a name that the prefix has too": ("class Solution:\n    def count(self, a): return a", [1], 1, True),
     "a tuple is a list at the top": ("def f(): return (1, 2)", [], [1, 2], True),
+    "a named tuple is, too": ("P = namedtuple('P', 'x y')\ndef f(): return P(1, 2)", [], [1, 2], True),
     "not below": ("def f(): return [(1, 2)]", [], [[1, 2]], False),
     "True is 1": ("def f(): return True", [], 1, True),
     "text is not a number": ("def f(): return '1'", [], 1, False),
@@ -145,6 +152,9 @@ CALLS = {
     ),
     "output on the side": ("def f():\n    print('x' * 100000)\n    return 1", [], 1, True),
     "None": ("def f(): pass", [], None, True),
+    "an argument that grows": ("def f(n, seen): seen += range(n); return len(seen)", [60000, []], 60000, True),
+    "deep lists": ("def f(a): return a", [DEEP], DEEP, True),
+    "much more than is expected": ("def f(): return list(range(300000))", [], [1], False),
 }
 
 

@@ -37,6 +37,8 @@ from oapl_jax.rewards.code.programs import extract_program
         ("```python\na\n```\n```pycon\n>>> a\n```\n```python\n>>> a\n1\n```", "a\n"),
         ("```\nprint(input())\n```\nprints\n```\nx = 5\n```", "print(input())\n"),
         ("```\nprint(input())\n```\nprints\n```\nCase #1: 3 for 4\n```", "print(input())\n"),
+        ("```\nn = open(0).read();print(n)\n```\nprints\n```\n5\n```", "n = open(0).read();print(n)\n"),
+        ("```\nprint(input())\n```\n```\n>>> print(1)\n1\n```", "print(input())\n"),
         # A later version without a language counts, and a program that looks like none is better than nothing.
         ("```python\nold\n```\nBetter:\n```\nimport sys\nnew\n```", "import sys\nnew\n"),
         ("```\na = 5\n```", "a = 5\n"),

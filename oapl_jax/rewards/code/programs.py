@@ -41,7 +41,7 @@ _CALL = f"""
 import json as _json, os as _os, sys as _sys
 _name, _args, _right = _json.load(_sys.stdin)
 _result = globals()[_name](*_args)
-_result = list(_result) if type(_result) is tuple else _result
+_result = list(_result) if isinstance(_result, tuple) else _result
 if not any(_result == each for each in _right):
     print(f"returned {{_result!r:.{MAX_DETAIL}}}", file=_sys.stderr, flush=True)
     _os._exit({confined.EXIT_WRONG})
@@ -254,20 +254,17 @@ class Judge:
 
     def _call(self, program: str, test: CallTest, limits: Limits) -> Result:
         given = json.dumps([test.function, test.args, test.expected])
-        return self._converse(program, limits, _CALL, remote=(test.function,), stdin=given)
+        return self._test(program, limits, _CALL, remote=(test.function,), stdin=given)
 
     def _asserts(self, program: str, test: AssertTest, limits: Limits) -> Result:
-        return self._converse(program, limits, test.source, remote=test.remote)
+        return self._test(program, limits, test.source, remote=test.remote)
 
-    def _converse(
-        self, program: str, limits: Limits, source: str, *, remote: tuple[str, ...], stdin: str = ""
-    ) -> Result:
+    def _test(self, program: str, limits: Limits, source: str, *, remote: tuple[str, ...], stdin: str = "") -> Result:
         """Runs a program and its tests in two children that ask each other through pipes."""
         ours, theirs = self._sandbox(0), self._sandbox(1)
         # What the data of the tests need is no part of the program's limits.
-        more = dataclasses.replace(
-            limits, cpu_s=limits.cpu_s + len(stdin) / 1e6, memory_mb=limits.memory_mb + len(stdin) // 32768
-        )
+        size_mb = len(stdin) / 1e6
+        more = dataclasses.replace(limits, cpu_s=limits.cpu_s + size_mb, memory_mb=limits.memory_mb + int(32 * size_mb))
         ends: list[int] = []
         try:
             ends += [*os.pipe(), *os.pipe()]

@@ -159,16 +159,10 @@ class Sandbox:
         remote: Sequence[str] = (),
         channel: Sequence[int] = (),
     ) -> Child:
-        """Starts a child; ``converse`` then runs it to its end.
+        """Starts a child in a mode of ``confined/program.py``; ``converse`` then runs it to its end.
 
-        Args:
-            mode: ``confined/program.py`` has the modes.
-            source: the program, or its tests.
-            limits: its limits.
-            stdin: its standard input.
-            expected: length of the right output.
-            remote: names of the program that tests use.
-            channel: pipes of a program and its tests: one to write to the other child, one to read from it.
+        ``expected`` is the length of the right output; ``remote`` are the names of the program that its tests use;
+        ``channel`` are two pipes of a program and its tests: one to write to the other child, one to read from it.
 
         Raises:
             SandboxError: it cannot be started.

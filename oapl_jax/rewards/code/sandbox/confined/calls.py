@@ -185,7 +185,7 @@ class Peer:
         solution: Any = self._names.get("Solution")
         return getattr(solution(), index) if hasattr(solution, index) else self._names[index]
 
-    def _exception(self, names: list, args: tuple, attributes: dict) -> BaseException:
+    def _exception(self, names: list, args: Any, attributes: Any) -> BaseException:
         """An exception of the nearest ancestors that this side knows, with the names of those below them."""
         found = [self._known(*name) for name in names]
         known = [kind for kind in found if kind]

@@ -114,10 +114,6 @@ def _end_of_script(status: int) -> int:
     return status
 
 
-def _run_script(code: types.CodeType, namespace: dict[str, Any]) -> None:
-    exec(code, namespace)
-
-
 # ---- LiveCodeBench's own harness (lcb_runner/evaluation/testing_util.py) ----
 
 
@@ -215,8 +211,8 @@ def _caught_names(source: bytes) -> set[str]:
 
 
 MODES: dict[str, Callable[[types.CodeType, dict[str, Any]], None]] = {
-    "script": _run_script,
+    "script": exec,
     "lcb": _run_lcb,
     "serve": _serve,
-    "test": _run_script,
+    "test": exec,
 }

@@ -1,4 +1,4 @@
-"""Python values as plain JSON, for the pipes between a program and its grader; pickle is never used.
+"""Python values as plain JSON, for the pipes between a program and its tests; pickle is never used.
 
 ``None``, booleans, strings, floats and small integers stand for themselves. Other values that cannot change, such as
 tuples and large integers, are ``{"t": tag, "v": ...}``. Lists, dictionaries, sets and linked nodes are numbered, and
@@ -100,6 +100,9 @@ _MAPPINGS = {
 }
 _KINDS = {kind.__name__: kind for kind in (list, collections.deque, bytearray, set)} | _MAPPINGS
 _SHELLS = {**_KINDS, "ListNode": ListNode, "TreeNode": TreeNode}
+_PURE = "abs all any bin chr divmod hash hex isinstance len max min oct ord pow repr round sorted sum".split()  # noqa: SIM905
+_BUILTINS = {name: item for name, item in vars(builtins).items() if isinstance(item, type) or name in _PURE}
+"""What crosses by its name. Another function is called where it is: ``globals`` would give away what tests know."""
 _FROM_ITEMS: dict[str, Callable[[list], Any]] = {
     "tuple": tuple,
     "frozenset": frozenset,
@@ -119,7 +122,7 @@ _SCALARS: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
 _FROM_JSON: dict[str, Callable[[Any], Any]] = {
     "int": lambda text: int(text, 16),
     "bytes": bytes.fromhex,
-    "builtin": lambda name: vars(builtins)[name],
+    "builtin": lambda name: _BUILTINS[name],
     **{kind.__name__: back for kind, (_, back) in _SCALARS.items()},
 }
 
@@ -176,7 +179,7 @@ class Graph:
             return {"t": kind.__name__, "v": [self.encode(item) for item in value]}
         if kind in _SCALARS:
             return {"t": kind.__name__, "v": _SCALARS[kind][0](value)}
-        if kind in (type, type(len)) and vars(builtins).get(value.__name__) is value:
+        if kind in (type, type(len)) and _BUILTINS.get(value.__name__) is value:
             return {"t": "builtin", "v": value.__name__}
         numpy = sys.modules.get("numpy")
         if numpy is not None and issubclass(kind, numpy.generic):
@@ -224,7 +227,7 @@ class Graph:
         """Replaces the content of an object, in place."""
         (kind, items, *factory), value = content, self.objects[number]
         if kind in _FIELDS:
-            for name, item in items:
+            for name, (_, item) in zip(_FIELDS[kind], items, strict=True):
                 setattr(value, name, self.decode(item))
         elif kind in _MAPPINGS:
             new = {self.decode(key): self.decode(item) for key, item in items}
@@ -246,7 +249,9 @@ class Graph:
         tag, value = node["t"], node["v"]
         if tag in _FROM_ITEMS:
             items = [self.decode(item) for item in value]
-            return collections.namedtuple(*node["n"])(*items) if "n" in node else _FROM_ITEMS[tag](items)
+            if "n" in node:
+                return collections.namedtuple(*node["n"])(*items)  # pyright: ignore[reportCallIssue, reportArgumentType]
+            return _FROM_ITEMS[tag](items)
         return _FROM_JSON[tag](value) if tag in _FROM_JSON else self._owner_of(node)
 
 
