@@ -133,7 +133,7 @@ def read_run(folder: pathlib.Path) -> object:
 
     run_dir.read_config(folder, TrainConfig)
     BatchRecord(folder / "batches.jsonl")
-    return report.write_report(folder)
+    return report.read_run(folder)
 
 
 def read_model_config(folder: pathlib.Path) -> object:
