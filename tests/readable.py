@@ -1,4 +1,7 @@
-"""What the program reads from others: a valid folder for each reader, and the reader."""
+"""What the program reads from others: a valid folder for each reader, and the reader.
+
+JAX is imported by those readers only that need it: each reads in a process of its own.
+"""
 
 import dataclasses
 import gzip
@@ -7,25 +10,16 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 import pyarrow as pa
 import pyarrow.parquet as pq
-from safetensors.numpy import save_file
 
-from model import tiny
-from oapl_jax.build.checks import CHECKS
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
-from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.data import rows, tokenizer
-from oapl_jax.distributed import sharding
 from oapl_jax.io import run_dir
-from oapl_jax.model import hf
-from oapl_jax.report import report
 from oapl_jax.rewards.code import layouts, programs
 from oapl_jax.rollouts.log import BatchRecord, RolloutLog
 from oapl_jax.untrusted import reading
-from rollouts.groups import group
 
 ROOT = pathlib.Path(__file__).parents[1]
 QUESTIONS = [{"prompt": f"What is {i} + {i}?", "answer": str(2 * i)} for i in range(20)]
@@ -54,17 +48,29 @@ def write_lines(path: pathlib.Path, items: list[Any]) -> None:
     path.write_text("".join(json.dumps(item) + "\n" for item in items))
 
 
+def read_config(folder: pathlib.Path) -> object:
+    from oapl_jax.build.checks import CHECKS
+
+    return config_file.load(TrainConfig, folder / "config.yaml", [], CHECKS)
+
+
 def write_config(folder: pathlib.Path) -> None:
     shipped = ROOT / "configs/countdown.yaml"
     (folder / "config.yaml").write_bytes(shipped.read_bytes())
 
 
 def write_model(folder: pathlib.Path) -> None:
+    from safetensors.numpy import save_file
+
+    from model import tiny
+
     (folder / "config.json").write_text(json.dumps(tiny.HF_CONFIGS[MODEL]))
     save_file(tiny.weights(MODEL), folder / "model.safetensors")
 
 
 def write_indexed_model(folder: pathlib.Path) -> None:
+    from model import tiny
+
     write_model(folder)
     (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
     names = dict.fromkeys(tiny.weights(MODEL), "model-00001-of-00001.safetensors")
@@ -72,12 +78,20 @@ def write_indexed_model(folder: pathlib.Path) -> None:
 
 
 def read_model(folder: pathlib.Path) -> object:
+    import jax.numpy as jnp
+
+    from oapl_jax.config.mesh import MeshConfig
+    from oapl_jax.distributed import sharding
+    from oapl_jax.model import hf
+
     mesh, _ = sharding.make_meshes(MeshConfig(trainer="fsdp=1"))
     return hf.load_params(folder, mesh, sharding.TRAINER_RULES, jnp.float32)
 
 
 def write_tokenizer(folder: pathlib.Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    from model import tiny
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     made = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
@@ -96,6 +110,9 @@ def read_tokenizer(folder: pathlib.Path) -> object:
 
 
 def write_run(folder: pathlib.Path) -> None:
+    from oapl_jax.build.checks import CHECKS
+    from rollouts.groups import group
+
     run_dir.save_config(folder, config_file.load(TrainConfig, ROOT / "configs/countdown.yaml", [], CHECKS))
     write_lines(
         folder / "metrics.jsonl", [{"step": step, "rollouts/reward": 0.5, "learner/loss": 0.1} for step in range(9)]
@@ -112,9 +129,23 @@ def write_run(folder: pathlib.Path) -> None:
 
 
 def read_run(folder: pathlib.Path) -> object:
+    from oapl_jax.report import report
+
     run_dir.read_config(folder, TrainConfig)
     BatchRecord(folder / "batches.jsonl")
-    return report.write_report(folder)
+    return report.read_run(folder)
+
+
+def read_model_config(folder: pathlib.Path) -> object:
+    from oapl_jax.model import hf
+
+    return hf.load_config(folder)
+
+
+def write_log(folder: pathlib.Path) -> None:
+    from rollouts.groups import group
+
+    RolloutLog(folder).append([group(0), group(1)])
 
 
 def read_log(folder: pathlib.Path) -> object:
@@ -130,7 +161,7 @@ def read_tests(folder: pathlib.Path) -> object:
 
 
 READERS = {
-    "config": Reader(write_config, lambda folder: config_file.load(TrainConfig, folder / "config.yaml", [], CHECKS)),
+    "config": Reader(write_config, read_config),
     "jsonl": Reader(lambda f: write_lines(f / "train.jsonl", QUESTIONS), read_questions("train.jsonl", "jsonl")),
     "json": Reader(lambda f: (f / "a.json").write_text(json.dumps(QUESTIONS)), read_questions("a.json", "jsonl")),
     "gzip": Reader(
@@ -143,11 +174,11 @@ READERS = {
         lambda f: pq.write_table(pa.Table.from_pylist(QUESTIONS), f / "a.parquet"),
         read_questions("a.parquet", "parquet"),
     ),
-    "config.json": Reader(write_model, lambda folder: hf.load_config(folder), undamaged=("model.safetensors",)),
+    "config.json": Reader(write_model, read_model_config, undamaged=("model.safetensors",)),
     "safetensors": Reader(write_model, read_model, undamaged=("config.json",)),
     "index": Reader(write_indexed_model, read_model, undamaged=("config.json", "model-00001-of-00001.safetensors")),
     "tokenizer": Reader(write_tokenizer, read_tokenizer),
     "tests": Reader(lambda folder: (folder / "tests.json").write_text(json.dumps(TESTS)), read_tests),
     "run": Reader(write_run, read_run),
-    "shard": Reader(lambda folder: RolloutLog(folder).append([group(0), group(1)]), read_log),
+    "shard": Reader(write_log, read_log),
 }

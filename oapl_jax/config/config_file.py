@@ -89,7 +89,7 @@ def _check_size(text: str) -> None:
             sizes[id(node)] = 1 + sum(map(size, children))
         return sizes[id(node)]
 
-    num_values = max(len(text) / 100, text.count("[") + text.count("{"))  # else the parser itself takes long
+    num_values = max(len(text) / 20, text.count("[") + text.count("{"))  # else the parser itself takes long
     if num_values <= MOST_VALUES and (root := yaml.compose(text, Loader=yaml.SafeLoader)) is not None:
         num_values = size(root)
     if num_values > MOST_VALUES or text.count("${") > MOST_INTERPOLATIONS:
