@@ -22,6 +22,7 @@ from oapl_jax.distributed.sharding import is_here, make_meshes, num_processes
 from oapl_jax.distributed.team import Team
 from oapl_jax.io import console
 from oapl_jax.io.non_finite import check_finite
+from oapl_jax.io.terminal import say
 from oapl_jax.learner import batch as batches
 from oapl_jax.run.run import MakeSource, Run, assemble, open_run, serve
 from oapl_jax.run.summary import table, write_results
@@ -101,8 +102,8 @@ def main(argv: list[str]) -> int | None:
     start.initialize(arguments)
     use_compile_cache(config.run.compile_cache)
     if arguments.dry_run:
-        print(config_file.to_yaml(config))
-        print(describe(config))
+        say(config_file.to_yaml(config))
+        say(describe(config))
         return None
     with reporting_failures():
         _check_single_process(config)
@@ -110,7 +111,7 @@ def main(argv: list[str]) -> int | None:
             return serve(config)
         summary = run(config)
     if Team.job().is_leader:
-        print(table(summary, pathlib.Path(config.run.dir)))
+        say(table(summary, pathlib.Path(config.run.dir)))
     return None
 
 

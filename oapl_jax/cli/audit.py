@@ -3,6 +3,7 @@
 import argparse
 import pathlib
 
+from oapl_jax.io.terminal import say
 from oapl_jax.rollouts.audit import audit
 
 
@@ -10,4 +11,4 @@ def main(argv: list[str]) -> None:
     """Exit codes: 0 the files agree with the record, 1 they do not, 2 there is no such run."""
     parser = argparse.ArgumentParser(prog="python -m oapl_jax audit", description="Checks what a run was trained on.")
     parser.add_argument("run", type=pathlib.Path, metavar="RUN", help="directory of the run")
-    print(audit(parser.parse_args(argv).run))
+    say(audit(parser.parse_args(argv).run))

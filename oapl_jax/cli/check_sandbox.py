@@ -7,6 +7,7 @@ The exit code is 0 if ``--level`` or a stronger level works, and 1 otherwise.
 
 import argparse
 
+from oapl_jax.io.terminal import say
 from oapl_jax.rewards.code.sandbox import isolation
 from oapl_jax.rewards.code.sandbox.sandbox import Settings
 from oapl_jax.rewards.code.sandbox.self_test import try_level
@@ -37,15 +38,15 @@ def main(argv: list[str]) -> int:
         worker, reason = try_level(level, settings)
         works[level] = worker is not None
         if worker is None:
-            print(f"{level:<11} no    {reason}")
+            say(f"{level:<11} no    {reason}")
             continue
-        print(f"{level:<11} yes   Landlock {worker.info['landlock'] or 'none'}, uid {worker.info['uid']}")
-        print(f"{'':<11}       {WHAT_IT_MEANS[level]}")
+        say(f"{level:<11} yes   Landlock {worker.info['landlock'] or 'none'}, uid {worker.info['uid']}")
+        say(f"{'':<11}       {WHAT_IT_MEANS[level]}")
         worker.close()
     allowed = isolation.LEVELS[: isolation.LEVELS.index(arguments.level) + 1]
     chosen = next((level for level in allowed if works[level]), None)
     if chosen is None:
-        print(f"\nno program would be graded: no level works that is at least as strong as {arguments.level}")
+        say(f"\nno program would be graded: no level works that is at least as strong as {arguments.level}")
         return 1
-    print(f"\nprograms would be graded at level {chosen}")
+    say(f"\nprograms would be graded at level {chosen}")
     return 0

@@ -23,6 +23,7 @@ from oapl_jax.data import codenet
 from oapl_jax.data import tokenizer as tokenizers
 from oapl_jax.data.dataset import PROGRAM
 from oapl_jax.data.tokenizer import Tokenizer
+from oapl_jax.io.terminal import say
 from oapl_jax.objectives import oapl
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, RolloutGroup, Verdict
@@ -133,4 +134,4 @@ def main(argv: list[str]) -> None:
     if options["group_size"] < 2 or options["max_correct"] < 1:
         parser.error("--group-size: at least 2; --max-correct: at least 1")
     summary = write(root, out, tokenizers.load(tokenizer), codenet.Rules(**options))
-    print(json.dumps(summary, indent=1))
+    say(json.dumps(summary, indent=1))

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from oapl_jax import __version__
 from oapl_jax.io import console
+from oapl_jax.io.terminal import say
 
 
 class Command(NamedTuple):
@@ -52,13 +53,13 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the command that the words name; returns its exit code."""
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name in ("-h", "--help"):
-        print(_help())
+        say(_help())
         return console.ExitCode.DONE
     if name == "--version":
-        print(f"oapl-jax {__version__}")
+        say(f"oapl-jax {__version__}")
         return console.ExitCode.DONE
     if name not in _NAMES:
-        print(f"error: no command {name!r}; there are: {', '.join(_NAMES)}", file=sys.stderr)
+        say(f"error: no command {name!r}; there are: {', '.join(_NAMES)}", sys.stderr)
         return console.ExitCode.USAGE
     module = importlib.import_module(f"oapl_jax.cli.{name.replace('-', '_')}")
     return console.run(module.main, rest)

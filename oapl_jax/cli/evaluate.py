@@ -30,6 +30,7 @@ from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.evaluation import benchmarks, plots, sampling, scores, tables, tally
 from oapl_jax.io import run_dir
 from oapl_jax.io.progress_bar import ProgressBar
+from oapl_jax.io.terminal import say
 from oapl_jax.model import qwen
 from oapl_jax.rollouts.grading import Grading
 from oapl_jax.rollouts.log import RolloutLog
@@ -75,7 +76,7 @@ def evaluate(config: EvaluateConfig, *, watch: bool = False) -> str:
             _sample(config, made, log, version)
             table = report([(label, log)], log.parent)
             if watch:
-                print(f"\nversion {version}:\n{table}", flush=True)
+                say(f"\nversion {version}:\n{table}")
     return table
 
 
@@ -166,7 +167,7 @@ def _followed(config: EvaluateConfig, source: pathlib.Path) -> Iterator[tuple[in
             except (ValueError, PolicyGoneError):
                 if version in _present(source, store):
                     raise
-                print(f"version {version}: the run has removed it before it was its turn; left out", flush=True)
+                say(f"version {version}: the run has removed it before it was its turn; left out")
             deadline = time.monotonic() + config.run.watch_deadline
         if has_ended and not new:
             if not seen:
@@ -261,7 +262,7 @@ def main(argv: list[str]) -> None:
         parser.add_argument("--log", action="append", required=True, metavar="[LABEL=]LOG", help="a log, or a run")
         parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of tables and pictures")
         arguments = parser.parse_args(argv)
-        print(report([_parse_log(word) for word in arguments.log], arguments.out))
+        say(report([_parse_log(word) for word in arguments.log], arguments.out))
         return
 
     def add_watch(parser: argparse.ArgumentParser) -> None:
@@ -270,9 +271,9 @@ def main(argv: list[str]) -> None:
     config, arguments = config_file.from_command_line(EvaluateConfig, "evaluate", argv, add_watch, checks=CHECKS)
     use_compile_cache(config.run.compile_cache)
     if arguments.dry_run:
-        print(config_file.to_yaml(config))
-        print(_plan(config))
+        say(config_file.to_yaml(config))
+        say(_plan(config))
         return
     table = evaluate(config, watch=arguments.watch)
     if not arguments.watch:
-        print(table)
+        say(table)

@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 
+from oapl_jax.io.terminal import say
 from oapl_jax.run.export import export, push
 
 
@@ -25,6 +26,6 @@ def main(argv: list[str]) -> None:
         parser.error("--private has no effect without --push")
     jax.config.update("jax_platforms", "cpu")  # the devices of a run that goes on are left alone
     folder = export(arguments.run_dir, arguments.out, arguments.step, arguments.dtype, adapter=arguments.adapter)
-    print(folder)
+    say(folder)
     if arguments.push:
-        print(push(folder, arguments.push, private=arguments.private))
+        say(push(folder, arguments.push, private=arguments.private))

@@ -29,6 +29,7 @@ from oapl_jax.io import run_dir, storage
 from oapl_jax.io.lease import Leases
 from oapl_jax.io.preemption import catch_sigterm
 from oapl_jax.io.progress_bar import ProgressBar
+from oapl_jax.io.terminal import say
 from oapl_jax.objectives import oapl
 from oapl_jax.rewards.grader import make_grader
 from oapl_jax.rollouts import filters, published
@@ -55,13 +56,13 @@ def main(argv: list[str]) -> None:
     """Exit codes: 0 all is in the log, 2 the config is wrong, 42 stopped by SIGTERM."""
     config, arguments = config_file.from_command_line(GenerateConfig, "generate", argv, checks=CHECKS)
     if arguments.dry_run:
-        print(config_file.to_yaml(config))
+        say(config_file.to_yaml(config))
         return
     use_compile_cache(config.run.compile_cache)
     summary = run(config)
     if summary is None:
         raise PreemptedError
-    print(describe(summary, pathlib.Path(config.run.dir) / "rollouts"))
+    say(describe(summary, pathlib.Path(config.run.dir) / "rollouts"))
 
 
 def run(config: GenerateConfig) -> dict[str, Any] | None:

@@ -23,6 +23,7 @@ from typing import Any
 from oapl_jax.config import config_file
 from oapl_jax.config.reward import RewardConfig
 from oapl_jax.io.progress_bar import ProgressBar
+from oapl_jax.io.terminal import say
 from oapl_jax.rewards import tasks
 from oapl_jax.rewards.code import layouts, programs
 from oapl_jax.rewards.grader import compose
@@ -116,5 +117,5 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     reward = config_file.load_reward(arguments.config) if arguments.config else RewardConfig()
     counts = grade_file(arguments.source, arguments.target, reward)
-    print(", ".join(f"{count:,} {verdict}" for verdict, count in counts.items()))
+    say(", ".join(f"{count:,} {verdict}" for verdict, count in counts.items()))
     return 1 if counts["invalid"] else 0

@@ -4,6 +4,7 @@ import argparse
 import pathlib
 
 from oapl_jax.io.run_dir import check_release
+from oapl_jax.io.terminal import say
 from oapl_jax.report.report import write_report
 
 
@@ -13,4 +14,4 @@ def main(argv: list[str]) -> None:
     parser.add_argument("run", type=pathlib.Path, metavar="RUN", help="directory of a run, e.g. runs/quickstart")
     run = parser.parse_args(argv).run
     check_release(run)
-    print(write_report(run))
+    say(write_report(run))

@@ -1,12 +1,13 @@
 """Serves a policy by JetStream's gRPC server, for tests by hand and for clients of JetStream.
 
-    python -m oapl_jax serve --model PATH [--port 9000] [--group-size 1] [--temperature 1.0] ...
+    python -m oapl_jax serve --model PATH [--host 127.0.0.1] [--port 9000] [--group-size 1] [--temperature 1.0] ...
     python -m oapl_jax serve --ask TEXT [--port 9000] [--max-tokens 64]
 
 The first command serves a Hugging Face folder, such as the ``export`` of a run, until it is stopped. The second one
 sends it a prompt. Each request gets ``--group-size`` responses. The i-th request draws with the keys of
 ``Request(seed=(SEED, SERVING_STREAM, i))``, so a restarted server gives the same responses to the same requests.
-JetStream's server listens on all interfaces, without encryption.
+JetStream's server has neither encryption nor authentication, so it listens on the loopback address unless ``--host``
+names another.
 """
 
 import argparse
@@ -27,6 +28,7 @@ from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.config.model import ModelConfig
 from oapl_jax.distributed.memory import usable_bytes
 from oapl_jax.distributed.sharding import device_bytes, make_meshes
+from oapl_jax.io.terminal import say
 from oapl_jax.model import qwen
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.sampler.engine import Engine
@@ -47,7 +49,14 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--model", metavar="PATH", help="serve this Hugging Face folder, or name on the hub")
-    what.add_argument("--ask", metavar="TEXT", help="send this prompt to the server on --port, and print its responses")
+    what.add_argument(
+        "--ask", metavar="TEXT", help="send this prompt to the server on --host and --port, and print its responses"
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on (0.0.0.0: all, for anyone who reaches them), or to ask",
+    )
     parser.add_argument("--port", type=int, default=9000)
     parser.add_argument("--max-tokens", type=_count, default=64, help="with --ask: most tokens of each response")
     parser.add_argument("--group-size", type=_count, default=1, help="responses to each request")
@@ -82,7 +91,7 @@ def load(arguments: argparse.Namespace) -> Any:
         ValueError: the model does not exist, the cache does not fit, or the port cannot be used.
     """
     sampling = SamplingDistribution(arguments.temperature, top_p=arguments.top_p)
-    _check_port(arguments.port)
+    _check_address(arguments.host, arguments.port)
     dtype = arguments.dtype or ("float32" if jax.devices()[0].platform == "cpu" else "bfloat16")
     model = ModelConfig(path=arguments.model, tokenizer=arguments.tokenizer, param_dtype=dtype, compute_dtype=dtype)
     config, tokenizer = policy.outline(model, arguments.model)
@@ -123,14 +132,14 @@ def load(arguments: argparse.Namespace) -> Any:
     return served
 
 
-def _check_port(port: int) -> None:
-    """Raises a ValueError if the port is in use; gRPC would silently share it between two servers."""
-    with socket.socket() as probe:
+def _check_address(host: str, port: int) -> None:
+    """Raises a ValueError if the address cannot be bound; gRPC would silently share a port between two servers."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind(("", port))
+            probe.bind((host, port))
         except OSError as error:
-            raise ValueError(f"--port {port} cannot be used: {error.strerror}; choose another") from error
+            raise ValueError(f"--host {host} --port {port} cannot be used: {error.strerror}; choose another") from error
 
 
 def _num_devices(config: qwen.QwenConfig) -> int:
@@ -152,21 +161,20 @@ def serve(arguments: argparse.Namespace) -> None:
             signal.signal(name, signal.SIG_DFL)
         is_stopped.set()
 
-    server = jetstream_server.start(engine, arguments.port)
+    server = jetstream_server.start(engine, arguments.host, arguments.port)
     for name in (signal.SIGTERM, signal.SIGINT):
         signal.signal(name, stop)
-    print(
-        f"serving {arguments.model} on port {arguments.port}; send it a prompt:"
-        f" python -m oapl_jax serve --port {arguments.port} --ask '12+3=' --max-tokens 64",
-        flush=True,
+    say(
+        f"serving {arguments.model} on {arguments.host}, port {arguments.port}; send it a prompt: python -m oapl_jax"
+        f" serve --host {arguments.host} --port {arguments.port} --ask '12+3=' --max-tokens 64"
     )
     is_stopped.wait()
     server.stop()
-    print("stopped", flush=True)
+    say("stopped")
 
 
-def ask(text: str, port: int, max_tokens: int) -> list[str]:
-    """The responses of a server on this machine to a prompt.
+def ask(text: str, host: str, port: int, max_tokens: int) -> list[str]:
+    """The responses of a server to a prompt.
 
     Raises:
         RunError: there is no server, or it refuses the request; the message says why.
@@ -177,7 +185,8 @@ def ask(text: str, port: int, max_tokens: int) -> list[str]:
     message: Any = jetstream_pb2.DecodeRequest  # pyright: ignore[reportAttributeAccessIssue]
     request = message(text_content=message.TextContent(text=text), max_tokens=max_tokens)
     outputs: list[str] = []
-    with grpc.insecure_channel(f"localhost:{port}") as channel:
+    address = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+    with grpc.insecure_channel(address) as channel:
         try:
             for response in jetstream_pb2_grpc.OrchestratorStub(channel).Decode(request, timeout=ASK_DEADLINE):
                 samples = response.stream_content.samples
@@ -185,7 +194,7 @@ def ask(text: str, port: int, max_tokens: int) -> list[str]:
                 outputs = [output + sample.text for output, sample in zip(outputs, samples, strict=True)]
         except grpc.RpcError as error:
             status: Any = error
-            raise RunError(f"localhost:{port}: {status.code().name}: {status.details()}") from error
+            raise RunError(f"{address}: {status.code().name}: {status.details()}") from error
     return outputs
 
 
@@ -199,6 +208,6 @@ def main(argv: list[str]) -> None:
     if arguments.ask is None:
         serve(arguments)
         return
-    outputs = ask(arguments.ask, arguments.port, arguments.max_tokens)
+    outputs = ask(arguments.ask, arguments.host, arguments.port, arguments.max_tokens)
     for i, output in enumerate(outputs):
-        print(output if len(outputs) == 1 else f"[{i}] {output}")
+        say(output if len(outputs) == 1 else f"[{i}] {output}")

@@ -2,16 +2,19 @@
 
 Nothing else parses configuration. A file is read with OmegaConf (which knows that ``1e-6`` is a
 number and resolves ``${...}``), overridden by ``section.key=value`` words from the command line,
-and validated by the models beside this file. The commands print a ``ConfigError`` and exit with code 2.
+and validated by the models beside this file. What ``${oc.env:NAME}`` takes from the environment is in memory only:
+``written`` has the text of the file instead, for all that is saved, shown or compared. The commands print a ``ConfigError`` and exit with code 2.
 """
 
 import argparse
+import functools
 import io
 import itertools
 import math
+import operator
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import yaml
@@ -35,6 +38,10 @@ AnyConfig = TypeVar("AnyConfig", bound=Section)
 MOST_VALUES, MOST_INTERPOLATIONS = 10_000, 24
 NO_CHECKS: Checks = {}
 """For a config that a run has saved: it was checked and completed before."""
+SHORTEST_SECRET = 6
+"""Characters from which on a value of the environment is left out of messages; shorter ones are parts of words."""
+_FROM_ENVIRONMENT: dict[str, str] = {}
+"""Values that configs of this process took from the environment, with the texts of their files."""
 
 
 def load(
@@ -52,10 +59,22 @@ def load(
     problems = [problem for word in overrides if (problem := _override_problem(word))]
     if problems:
         raise ConfigError("\n".join(problems))
-    return validate(schema, _read(path, overrides), str(path), checks)
+    raw, texts = _read(path, overrides)
+    _add_folder(raw.get("reward"), pathlib.Path(path))
+    config = validate(schema, raw, str(path), checks)
+    config._texts.update(texts)
+    return config
 
 
-def _read(path: str | pathlib.Path, overrides: list[str]) -> Any:
+def _add_folder(reward: Any, path: pathlib.Path) -> None:
+    """Reward functions of the user are looked for beside the file."""
+    functions = reward.get("functions") if isinstance(reward, dict) else None
+    if isinstance(functions, dict) and any(":" in str(name) for name in functions):
+        reward.setdefault("folder", str(path.resolve().parent))
+
+
+def _read(path: str | pathlib.Path, overrides: list[str]) -> tuple[Any, dict[tuple[Any, ...], str]]:
+    """The values of a file; where it uses the environment, its texts for values from there or from other keys too."""
     if not pathlib.Path(path).is_file():
         raise ConfigError(f"config file {str(path)!r} does not exist{_nearest_file(pathlib.Path(path))}")
     try:
@@ -65,11 +84,41 @@ def _read(path: str | pathlib.Path, overrides: list[str]) -> Any:
         if not OmegaConf.is_dict(read):
             raise ValueError("it is not a mapping of sections such as 'run:' and 'model:'")
         merged = OmegaConf.merge(read, OmegaConf.from_dotlist(overrides))
-        return OmegaConf.to_container(merged, resolve=True)
+        values = OmegaConf.to_container(merged, resolve=True)
+        uses_environment = "oc.env" in OmegaConf.to_yaml(merged)
+        texts = dict(_texts(values, OmegaConf.to_container(merged))) if uses_environment else {}
     except RecursionError:
         raise ConfigError(f"config file {str(path)!r} cannot be read: it is nested too deeply") from None
     except (YAMLError, OmegaConfBaseException, ValueError, OSError, OverflowError) as error:
-        raise ConfigError(f"config file {str(path)!r} cannot be read: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ConfigError(f"config file {str(path)!r} cannot be read: {reason}") from error
+    return values, texts
+
+
+def _texts(value: Any, raw: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:
+    """Places of the values that a file takes from elsewhere, with its texts."""
+    if isinstance(raw, dict | list):
+        for key, inner in raw.items() if isinstance(raw, dict) else enumerate(raw):
+            yield from _texts(value[key], inner, (*place, key))
+    elif isinstance(raw, str) and "${" in raw:
+        _FROM_ENVIRONMENT[str(value)] = raw
+        yield place, raw
+
+
+def written(config: Section) -> dict[str, Any]:
+    """The values of a config as they may leave the process: the texts of the file for those from the environment."""
+    values = config.model_dump(mode="json")
+    for place, text in config._texts.items():
+        functools.reduce(operator.getitem, place[:-1], values)[place[-1]] = text
+    return values
+
+
+def hide(message: str) -> str:
+    """A message with the texts of the file for values from the environment, which may be secrets."""
+    for value in sorted(_FROM_ENVIRONMENT, key=len, reverse=True):
+        if len(value) >= SHORTEST_SECRET:
+            message = message.replace(value, _FROM_ENVIRONMENT[value])
+    return message
 
 
 def _check_size(text: str) -> None:
@@ -102,7 +151,7 @@ def load_reward(path: str | pathlib.Path) -> RewardConfig:
     Raises:
         ConfigError: as ``load``; or where the file has no such section.
     """
-    raw = _read(path, [])
+    raw, _ = _read(path, [])
     if not isinstance(raw, dict) or "reward" not in raw:
         raise ConfigError(f"{path}: has no section 'reward'")
     return validate(RewardConfig, raw["reward"], source=f"{path}, section reward")
@@ -118,7 +167,7 @@ def validate(schema: type[AnyConfig], raw: Any, source: str, checks: Checks = NO
     except ValidationError as error:
         lines = mistakes(schema, error, checks)
         head = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''} in {source}"
-        raise ConfigError("\n  ".join([head, *lines])) from None
+        raise ConfigError(hide("\n  ".join([head, *lines]))) from None
 
 
 def mistakes(schema: type[Section], error: ValidationError, checks: Checks = NO_CHECKS) -> list[str]:
@@ -127,8 +176,8 @@ def mistakes(schema: type[Section], error: ValidationError, checks: Checks = NO_
 
 
 def to_yaml(config: Section) -> str:
-    """The resolved config as YAML text."""
-    return OmegaConf.to_yaml(OmegaConf.create(config.model_dump()))
+    """The resolved config as YAML text; see ``written``."""
+    return OmegaConf.to_yaml(OmegaConf.create(written(config)))
 
 
 def from_command_line(

@@ -20,6 +20,7 @@ CodeStatus = Literal[
 """What may become of a program on a test."""
 
 OF_MATH = AppliesWhen("functions", condition=lambda functions: "math" in functions)
+OF_USER = AppliesWhen("functions", condition=lambda functions: any(":" in name for name in functions))
 OF_CODE = AppliesWhen("functions", condition=lambda functions: "code" in functions)
 
 
@@ -29,6 +30,11 @@ class RewardConfig(Section):
     functions: Annotated[dict[str, float], Field(min_length=1)] = Field(default={"math": 1.0})
     """Reward functions and their weights: ``math``, ``code``, or ``package.module:function``. The reward is the weighted
     sum; whether the response is correct is the verdict of the first."""
+    folder: Annotated[str | None, OF_USER] = None
+    """Folder of the modules of functions of yours, besides the installed packages; if it is left out, that of the config
+    file."""
+    concurrency: Annotated[Count, OF_USER] = 16
+    """Calls of an ``async`` function of yours that a grading process has under way at a time."""
     workers: Count = 2
     """Grading processes."""
     timeout: Positive = 5.0

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from oapl_jax.config import applies
 
@@ -24,6 +24,9 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, strict=False
     )
+    _texts: dict[tuple[Any, ...], str] = PrivateAttr(default_factory=dict)
+    """Of a whole config that was read from a file: by the place of each value from the environment what the file says,
+    such as ``${oc.env:NAME}``."""
 
     def find_mistakes(self) -> list[str]:
         """What is wrong with fields that are right one by one, a line each; one that concerns a field begins ``key: ``."""

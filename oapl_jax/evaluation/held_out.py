@@ -1,5 +1,6 @@
 """pass@k of a policy on held-out prompts, in the course of training."""
 
+import collections
 from collections.abc import Sequence
 from concurrent.futures import Future
 from typing import NamedTuple
@@ -56,6 +57,11 @@ def evaluate(
     for index, future in waiting:
         ((_, grades),) = future.result()
         counts.graded[index] = sum(grade.verdict is not Verdict.INVALID for grade in grades)
+        if not counts.graded[index]:
+            reason = collections.Counter(grade.detail for grade in grades).most_common(1)[0][0]
+            raise ValueError(
+                f"evaluation: all samples of prompt {prompts[index].id} are invalid, mostly because: {reason}"
+            )
         counts.correct[index] = sum(grade.verdict is Verdict.CORRECT for grade in grades)
     return counts
 

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from oapl_jax.evaluation.plot_style import COLOURS, STYLE, log_axis
+from oapl_jax.evaluation.plot_style import COLOURS, STYLE, log_axis, name
 from oapl_jax.evaluation.scores import Score, Value, shown_ks
 
 PASS_FILE, DIFFERENCE_FILE, VERSIONS_FILE = "passk.png", "difference.png", "versions.png"
@@ -27,7 +27,7 @@ def draw_pass(path: pathlib.Path, scores: Sequence[Score]) -> None:
 def draw_differences(path: pathlib.Path, comparisons: Sequence[Score]) -> None:
     """Draws the paired difference of pass@k from the baseline, over k."""
     curves = {(item.benchmark, item.label): list(item.values) for item in comparisons}
-    title = f"pass@k minus that of {comparisons[0].baseline}; band: 95 %, paired over problems"
+    title = f"pass@k minus that of {name(comparisons[0].baseline)}; band: 95 %, paired over problems"
     _draw(path, curves, title, is_difference=True)
 
 
@@ -82,7 +82,7 @@ def _curve(axes: Axes, values: Sequence[Value], label: str, i: int) -> None:
     axes.plot(
         ks,
         [value.value for value in values],
-        label=label,
+        label=name(label),
         color=colour,
         marker=_MARKERS[i % len(_MARKERS)],
         markevery=marks,
@@ -102,5 +102,5 @@ def _panels(benchmarks: Sequence[str], title: str) -> tuple[Figure, list[Axes]]:
     for panel in axes[len(benchmarks) :]:
         panel.remove()
     for panel, benchmark in zip(axes, benchmarks, strict=False):
-        panel.set_title(benchmark)
+        panel.set_title(name(benchmark))
     return figure, axes[: len(benchmarks)]

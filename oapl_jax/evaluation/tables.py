@@ -5,15 +5,19 @@ import dataclasses
 import io
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from oapl_jax.evaluation.scores import AVERAGE, Score, Value, shown_ks
 from oapl_jax.evaluation.tally import Tally
 from oapl_jax.io import storage
+from oapl_jax.io.terminal import visible
 
 JSON_FILE, CSV_FILE = "results.json", "results.csv"
 MAX_NAMED = 5
+FORMULA = re.compile(r"[\s=+@\-\uff1d\uff0b\uff20\uff0d]")
+"""How a text begins that a spreadsheet takes for a formula, in full-width characters too."""
 _CSV = ("label", "benchmark", "baseline", "metric", "k", "value", "low", "high", "problems", "short")
 
 
@@ -25,10 +29,11 @@ def write(directory: pathlib.Path, scores: Sequence[Score], comparisons: Sequenc
     }
     storage.replace(directory / JSON_FILE, json.dumps(records, indent=1, allow_nan=False).encode() + b"\n")
     rows = io.StringIO(newline="")
-    writer = csv.writer(rows)
+    writer = csv.writer(rows, quoting=csv.QUOTE_NONNUMERIC)
     writer.writerow(_CSV)
     for item in [*scores, *comparisons]:
-        writer.writerows([item.label, item.benchmark, item.baseline, *dataclasses.astuple(v)] for v in item.values)
+        names = [_quoted(name) for name in (item.label, item.benchmark, item.baseline)]
+        writer.writerows([*names, *dataclasses.astuple(v)] for v in item.values)
     storage.replace(directory / CSV_FILE, rows.getvalue().encode())
 
 
@@ -75,6 +80,11 @@ def shortages(label: str, tallies: Sequence[Tally]) -> list[str]:
                 f" with a verdict, so they are left out of pass@k for larger k: {named}{more}"
             )
     return lines
+
+
+def _quoted(text: str) -> str:
+    """A text that a spreadsheet shows and does not calculate."""
+    return f"'{visible(text)}" if FORMULA.match(text) else visible(text)
 
 
 def _record(item: Score, rest: dict[str, Any]) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def read(log: SharedPath, version: int) -> list[Tally]:
     needed, so a log may be larger than the memory.
 
     Raises:
-        ValueError: a file cannot be read or lacks a column; the message names it.
+        ValueError: a file cannot be read or lacks a column, which the message names; or all verdicts are invalid.
     """
     rows: dict[str, dict[str, list[tuple]]] = collections.defaultdict(lambda: collections.defaultdict(list))
     golds: dict[str, str] = {}
@@ -88,7 +88,12 @@ def read(log: SharedPath, version: int) -> list[Tally]:
             benchmark = prompt_id.rpartition("/")[0] or prompt_id
             golds.setdefault(benchmark, answer)
             rows[benchmark][prompt_id].append(tuple(sample))
-    return [_tally(name, rows[name], golds[name]) for name in sorted(rows)]
+    tallies = [_tally(name, rows[name], golds[name]) for name in sorted(rows)]
+    if hopeless := [tally.benchmark for tally in tallies if not tally.num_samples.any()]:
+        tables = [rollouts.read_columns(version, part, ["verdict_detail"]) for part in rollouts.parts(version)]
+        reasons = collections.Counter(reason for table in tables for reason in table["verdict_detail"].to_pylist())
+        raise ValueError(f"{log}: all verdicts of {hopeless[0]} are invalid, mostly: {reasons.most_common(1)[0][0]}")
+    return tallies
 
 
 def prompt_ids(log: SharedPath, version: int) -> set[str]:

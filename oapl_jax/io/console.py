@@ -3,9 +3,12 @@
 import contextlib
 import enum
 import sys
+import traceback
 from collections.abc import Callable
 
+from oapl_jax.config import config_file
 from oapl_jax.io import storage
+from oapl_jax.io.terminal import say
 from oapl_jax.types import PreemptedError, RunError
 
 
@@ -24,7 +27,7 @@ class ExitCode(enum.IntEnum):
 def run(command: Callable[[list[str]], int | None], argv: list[str]) -> int:
     """Runs ``main`` of a module of ``cli/`` and returns its exit code.
 
-    Errors that a user can understand become one message on standard error; any other one leaves with its traceback.
+    Errors that a user can understand become one message on standard error; of any other one the traceback is printed.
     """
     try:
         return int(command(argv) or ExitCode.DONE)
@@ -38,13 +41,14 @@ def run(command: Callable[[list[str]], int | None], argv: list[str]) -> int:
         return ExitCode.DONE
     except FileNotFoundError as error:
         return _end(ExitCode.USAGE, f"{error.filename!r} does not exist")
-    except OSError as error:
-        if error.errno not in storage.DISK_ERRORS:
-            raise
-        return _end(ExitCode.FAILED, f"the disk: {error}; with room on it, the same command again goes on")
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in storage.DISK_ERRORS:
+            return _end(ExitCode.FAILED, f"the disk: {error}; with room on it, the same command again goes on")
+        say(config_file.hide(traceback.format_exc().rstrip()), sys.stderr)
+        return ExitCode.FAILED
 
 
 def _end(code: ExitCode, message: str) -> ExitCode:
     with contextlib.suppress(OSError):
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        say(f"error: {config_file.hide(message)}", sys.stderr)
     return code

@@ -8,6 +8,7 @@ from typing import Any
 import rich.console
 import rich.progress
 
+from oapl_jax.io.terminal import say, visible
 from oapl_jax.types import Metrics
 
 # The columns of a progress line: metric, label, decimals.
@@ -69,9 +70,9 @@ class ProgressBar:
     def note(self, message: str) -> None:
         """Prints one line that stays, above the bar if there is one."""
         if self._bar is not None:
-            self._bar.console.print(message, markup=False, highlight=False, soft_wrap=True)
+            self._bar.console.print(visible(message), markup=False, highlight=False, soft_wrap=True)
         else:
-            print(message.rstrip(), file=self._stream, flush=True)
+            say(message.rstrip(), self._stream)
 
     def _pause(self, now: float) -> float:
         shortest, longest = _SECONDS_BETWEEN_LINES

@@ -23,8 +23,8 @@ LAYOUT = 2
 UNMARKED = {"layout": 1, "version": "0.1.0 (commit 29ded25 or before)"}
 """What wrote a run directory that has no ``RUN_FILE``."""
 
-NOT_IDENTITY = ("dir", "shared_dir", "allow_config_change", "compile_cache")
-"""Keys of ``run`` that do not make it another run: it may be moved, and leave to change is no change."""
+NOT_IDENTITY = {"run": ("dir", "shared_dir", "allow_config_change", "compile_cache"), "reward": ("folder",)}
+"""Keys of sections that do not make it another run: it may be moved, and leave to change is no change."""
 
 
 def check_release(run: SharedPath) -> None:
@@ -91,7 +91,7 @@ def check_run(config: Any, schema: type[Section]) -> None:
     if is_used:  # a config.yaml alone is the user's own, of a run that has not begun
         check_release(run)
     if saved.exists():
-        changes = _differences(config_file.load(schema, saved).model_dump(), config.model_dump())
+        changes = _differences(_identity(config_file.load(schema, saved)), _identity(config))
         if changes and not config.run.allow_config_change:
             raise ValueError(
                 f"run.dir={config.run.dir!r} belongs to a run of another config; these differ:\n  "
@@ -123,14 +123,20 @@ def identity(config: Any) -> str:
     Saved with each checkpoint: what a checkpoint was made with decides whether a resumed run has changed,
     not the run directory's config.yaml, which is written before the first checkpoint of the new config.
     """
-    values = config.model_dump()
-    values["run"] = {key: value for key, value in values["run"].items() if key not in NOT_IDENTITY}
-    return json.dumps(values, sort_keys=True)
+    return json.dumps(_identity(config), sort_keys=True)
 
 
 def digest(config: Any) -> str:
     """``identity`` in 16 digits."""
     return hashlib.sha256(identity(config).encode()).hexdigest()[:16]
+
+
+def _identity(config: Any) -> dict[str, Any]:
+    values = config_file.written(config)
+    for section, keys in NOT_IDENTITY.items():
+        if isinstance(values.get(section), dict):
+            values[section] = {key: value for key, value in values[section].items() if key not in keys}
+    return values
 
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -140,10 +146,10 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Values by ``section.key``, without ``NOT_IDENTITY``."""
+    """Values by ``section.key``."""
     values: dict[str, Any] = {}
     for section, value in config.items():
         values |= (
             {f"{section}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {section: value}
         )
-    return {key: value for key, value in values.items() if key not in {f"run.{name}" for name in NOT_IDENTITY}}
+    return values

@@ -12,8 +12,10 @@ from typing import Any
 
 import jax
 
+from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.distributed.sharding import row_shards
+from oapl_jax.io.terminal import say
 from oapl_jax.preflight import hlo, topology
 from oapl_jax.preflight.programs import Plan, Program, make_plan, rollout_bytes
 from oapl_jax.preflight.topology import GIB, Chip, Topology
@@ -240,18 +242,18 @@ def check(config: TrainConfig, slices: Topology, *, dry_run: bool) -> dict[str, 
     """Compiles the programs, prints each as soon as it is compiled, and returns the report for ``--json``."""
     usable = slices.chip.usable_bytes
     plan = make_plan(config, topology.devices(slices), usable, functools.partial(topology.slice_alone, slices))
-    print(describe_plan(plan, slices), flush=True)
+    say(describe_plan(plan, slices))
     results = []
     missing, has_room = plan.assembly.account.shortage(usable), bool(plan.assembly.engines)
     if missing > 0 or not has_room:
         what = f"{missing / GIB:.2f} GiB short" if missing > 0 else "no room for the keys and values of one rollout"
-        print(f"DOES NOT FIT before anything is compiled: {what}; more chips, or a larger fsdp or tensor axis")
+        say(f"DOES NOT FIT before anything is compiled: {what}; more chips, or a larger fsdp or tensor axis")
     elif not dry_run:
         for program in plan.programs:
             results.append(compile_program(program, slices))
-            print("\n" + describe(results[-1], plan), flush=True)
+            say("\n" + describe(results[-1], plan))
     fits = missing <= 0 and has_room and all(result.fits for result in results)
-    print("\n" + ("FITS" if fits else "DOES NOT FIT"))
+    say("\n" + ("FITS" if fits else "DOES NOT FIT"))
     return {
         "fits": fits,
         "topology": slices._asdict() | {"devices": slices.num_devices, "usable_bytes": usable},
@@ -264,7 +266,7 @@ def check(config: TrainConfig, slices: Topology, *, dry_run: bool) -> dict[str, 
             | {"fits": result.fits, "bound": result.bound[0]}
             for result in results
         ],
-        "config": config.model_dump(),
+        "config": config_file.written(config),
     }
 
 

@@ -1,16 +1,16 @@
 """The report of a run: a self-contained HTML file, and its curves as a picture.
 
 ``python -m oapl_jax report RUN_DIR`` reads the run directory and writes ``report.html`` and ``curves.png`` into it.
-Training calls ``write_report`` when it ends. The report of an unfinished or incomplete run says what is missing.
+Training calls ``write_report`` when it ends. The report of an unfinished or incomplete run says what is missing, and
+which files of the rollout log cannot be read.
 """
 
 import base64
 import dataclasses
 import io
-import itertools
 import math
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jinja2
@@ -22,9 +22,12 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
 from oapl_jax.evaluation.plot_style import BLUE, GREEN, GREY, ORANGE, STYLE, log_axis
+from oapl_jax.io import storage
 from oapl_jax.io.metrics import METRICS_FILE, read_metrics
-from oapl_jax.types import Metrics
-from oapl_jax.untrusted import parquet, reading
+from oapl_jax.io.terminal import visible
+from oapl_jax.rollouts.log import RolloutLog
+from oapl_jax.types import Metrics, RolloutGroup, RunError
+from oapl_jax.untrusted import reading
 
 REPORT_FILE = "report.html"
 CURVES_FILE = "curves.png"
@@ -37,7 +40,6 @@ _STYLE: Any = STYLE | {
     "lines.solid_capstyle": "round",
 }
 _SAMPLED_GROUPS = 2
-_SAMPLED_ROLLOUTS = 8
 _LONGEST_TEXT = 3000
 
 
@@ -49,29 +51,40 @@ class RunRecord:
     config: str
     lines: list[Metrics]
     summary: dict[str, Any]
-    samples: list[dict[str, Any]]
-    """Groups of rollouts to show, from the first and the newest window."""
+    samples: list[tuple[str, RolloutGroup]]
+    """Groups of rollouts to show, from the first and the newest window, which the text names."""
+    damaged: list[str]
+    """Why rollouts of these windows could not be read."""
 
 
 def write_report(run_dir: pathlib.Path) -> pathlib.Path:
-    """Writes ``curves.png`` and ``report.html`` into the run directory and returns the path of the report."""
-    record = read_run(run_dir)
-    picture = draw_curves(record)
-    (run_dir / CURVES_FILE).write_bytes(picture)
-    path = run_dir / REPORT_FILE
-    path.write_text(_render(record, picture), encoding="utf-8")
-    return path
+    """Writes ``curves.png`` and ``report.html`` into the run directory and returns the path of the report.
+
+    Raises:
+        RunError: a file of the run is damaged, or the report cannot be written.
+    """
+    try:
+        record = read_run(run_dir)
+        picture = draw_curves(record)
+        storage.replace(run_dir / CURVES_FILE, picture)
+        storage.replace(run_dir / REPORT_FILE, visible(_render(record, picture)).encode())
+    except Exception as error:  # whatever is in the files
+        reason = str(error).partition("\n")[0]
+        raise RunError(f"{run_dir}: no report was written: {type(error).__name__}: {reason}") from error
+    return run_dir / REPORT_FILE
 
 
 def read_run(run_dir: pathlib.Path) -> RunRecord:
     """Reads config.yaml, metrics.jsonl, summary.json and a few rollouts."""
     metrics_file, config, summary = (run_dir / name for name in (METRICS_FILE, "config.yaml", "summary.json"))
+    damaged: list[str] = []
     return RunRecord(
         name=run_dir.resolve().name,
         config=reading.read_text(config) if config.exists() else "",
         lines=read_metrics(metrics_file) if metrics_file.exists() else [],
         summary=reading.read_object(summary) if summary.exists() else {},
-        samples=_read_samples(run_dir / "rollouts"),
+        samples=_read_samples(RolloutLog(run_dir / "rollouts"), damaged),
+        damaged=damaged,
     )
 
 
@@ -218,31 +231,26 @@ def _by_k(pass_at_k: dict[str, float]) -> dict[int, float]:
     return {int(name.removeprefix("pass@")): value for name, value in pass_at_k.items() if name.startswith("pass@")}
 
 
-def _read_samples(rollouts: pathlib.Path) -> list[dict[str, Any]]:
-    """Reads a few groups of the oldest and the newest rollout file."""
-    files = sorted(rollouts.glob("*/*.parquet"))
-    if not files:
-        return []
-    labelled = [("first window", files[0]), ("newest window", files[-1])] if len(files) > 1 else [("", files[0])]
-    return [{"window": label} | group for label, file in labelled for group in _read_groups(file)]
+def _read_samples(log: RolloutLog, damaged: list[str]) -> list[tuple[str, RolloutGroup]]:
+    """A few groups of the oldest and of the newest file that can be read; why others cannot goes to ``damaged``."""
+    files = [(version, part) for version in log.versions() for part in log.parts(version)]
+    first, shown = _first_groups(log, files, damaged)
+    newest, others = _first_groups(log, files[: files.index(first) : -1] if first else [], damaged)
+    labelled = [("first window", shown), ("newest window", others)] if newest else [("", shown)]
+    return [(label, group) for label, groups in labelled for group in groups]
 
 
-def _read_groups(file: pathlib.Path) -> list[dict[str, Any]]:
-    columns = ["group_id", "policy_version", "prompt", "answer", "response", "verdict", "reward", "value"]
-    columns += ["advantage", "logprobs", "finish_reason"]
-    rows = parquet.read(file, file, lambda _: columns).slice(0, 256).to_pylist()
-    groups = [list(members) for _, members in itertools.groupby(rows, key=lambda row: row["group_id"])]
-    return [_show_group(members) for members in groups[:_SAMPLED_GROUPS]]
-
-
-def _show_group(members: list[dict[str, Any]]) -> dict[str, Any]:
-    first = members[0]
-    rollouts = [
-        row | {"response": _shorten(row["response"]), "logprob": sum(row["logprobs"]), "tokens": len(row["logprobs"])}
-        for row in members[:_SAMPLED_ROLLOUTS]
-    ]
-    shown = {name: first[name] for name in ("group_id", "policy_version", "answer", "value")}
-    return shown | {"prompt": _shorten(first["prompt"]), "rollouts": rollouts, "num_rollouts": len(members)}
+def _first_groups(
+    log: RolloutLog, files: Sequence[tuple[int, int]], damaged: list[str]
+) -> tuple[tuple[int, int] | None, list[RolloutGroup]]:
+    """The first file that can be read, and its first groups."""
+    for file in files:
+        try:
+            return file, log.read_part(*file)[:_SAMPLED_GROUPS]
+        except Exception as error:  # a file may be damaged in any way, and the page has more than its rollouts
+            path = f"{log.path(*file)}: "
+            damaged.append(path + str(error).removeprefix(path))
+    return None, []
 
 
 def _shorten(text: str) -> str:
@@ -254,7 +262,7 @@ def _shorten(text: str) -> str:
 
 def _render(record: RunRecord, picture: bytes) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    environment.filters |= {"number": _number, "duration": _duration}
+    environment.filters |= {"number": _number, "duration": _duration, "shortened": _shorten}
     template = environment.from_string(pathlib.Path(__file__).with_name("report.html.jinja").read_text("utf-8"))
     before, after = (_by_k(record.summary.get(when, {})) for when in ("before", "after"))
     return template.render(
@@ -268,7 +276,7 @@ def _render(record: RunRecord, picture: bytes) -> str:
 
 
 def _number(value: float | None, decimals: int = 3) -> str:
-    return "-" if value is None else f"{value:,.{decimals}f}"
+    return "-" if value is None or not math.isfinite(value) else f"{value:,.{decimals}f}"
 
 
 def _duration(seconds: float) -> str:

@@ -1,41 +1,114 @@
 """Reward functions of users: a config names one as ``MODULE:FUNCTION``, and a grading worker calls it.
 
-docs/rewards.md has the signature. ``make_task`` runs in the trainer, ``call`` in the worker.
+docs/rewards.md has the signatures; ``tasks.function_task`` makes the tasks.
 """
 
+import asyncio
+import functools
 import importlib
+import inspect
 import math
+import numbers
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from oapl_jax.types import Grade, Prompt, Verdict
 
-
-def make_task(path: str, timeout: float, prompt: Prompt | None = None, response: str | None = None) -> dict[str, Any]:
-    """The task of calling a function; without a prompt and a response the worker only imports it."""
-    task: dict[str, Any] = {"kind": "function", "path": path, "timeout": timeout}
-    if prompt is not None:
-        given = {"id": prompt.id, "token_ids": prompt.token_ids.tolist(), "text": prompt.text, "answer": prompt.answer}
-        task |= {"prompt": given, "response": response}
-    return task
+TAKES_GROUP = "takes a group"
+"""Detail of the grade of a function that is only imported, where its tasks should have all responses of a group."""
 
 
-def call(task: dict[str, Any]) -> Grade:
-    """Calls the function of a task.
+@functools.cache
+def find(path: str, folder: str | None) -> Callable[..., Any]:
+    """Imports a function; ``folder`` comes first meanwhile, and afterwards last, so that it hides no library of ours."""
+    module, _, name = path.partition(":")
+    folders = [] if folder is None else [folder]
+    sys.path[:0] = folders
+    try:
+        return getattr(importlib.import_module(module), name)
+    except SystemExit as error:
+        raise ImportError(f"{module} ends the program when it is imported") from error
+    finally:
+        sys.path[:] = [place for place in sys.path if place not in folders] + folders
 
-    Raises:
-        TypeError: the function returned neither a finite number nor a ``Grade``.
-    """
-    module, _, name = task["path"].partition(":")
-    function = getattr(importlib.import_module(module), name)
-    if "response" not in task:
-        return Grade(Verdict.CORRECT, 1.0, f"{task['path']} can be imported")
-    given = task["prompt"]
-    prompt = Prompt(given["id"], np.asarray(given["token_ids"], np.int32), given["text"], given["answer"])
-    result = function(prompt, task["response"])
-    if isinstance(result, Grade):
-        return result
-    if isinstance(result, (bool, int, float)) and math.isfinite(result):
-        return Grade(Verdict.CORRECT if result >= 1 else Verdict.WRONG, float(result))
-    raise TypeError(f"{task['path']} returned {result!r:.80}, which is neither a finite number nor a Grade")
+
+def describe(task: dict[str, Any]) -> Grade:
+    """Imports the function of a task; the detail says whether it takes a group."""
+    function = find(task["path"], task["folder"])
+    takes_group = _has_all(function) or inspect.iscoroutinefunction(function)
+    return Grade(Verdict.CORRECT, 1.0, TAKES_GROUP if takes_group else "")
+
+
+def call(task: dict[str, Any]) -> list[Grade]:
+    """Calls the function of a task; whatever it raises or returns beside numbers and grades is an invalid verdict."""
+    function = find(task["path"], task["folder"])
+    given, responses, has_all = task["prompt"], task["responses"], _has_all(function)
+    prompt = Prompt(**given | {"token_ids": np.asarray(given["token_ids"], np.int32)})
+    calls = [responses] if has_all else responses
+    results = _runner().run(_call_all(functools.partial(function, prompt), calls, task))
+    return list(map(_grade, _split(results[0], len(responses)) if has_all else results))
+
+
+def _has_all(function: Callable[..., Any]) -> bool:
+    """Whether a call gets all responses of a group."""
+    return "responses" in inspect.signature(function).parameters
+
+
+@functools.cache
+def _runner() -> asyncio.Runner:
+    """One event loop for the worker's life: connections of the function's clients stay open."""
+    return asyncio.Runner()
+
+
+async def _call_all(function: Callable[[Any], Any], calls: Sequence[Any], task: dict[str, Any]) -> list[Any]:
+    """Results and exceptions in the order of the calls."""
+    gate = asyncio.Semaphore(task["concurrency"])
+
+    async def call_one(argument: Any) -> Any:
+        async with gate:
+            result = function(argument)
+            if not inspect.isawaitable(result):
+                return result
+            try:
+                return await asyncio.wait_for(result, task["call_timeout"])
+            except TimeoutError as error:
+                raise TimeoutError(str(error) or f"no verdict in {task['call_timeout']:g} s") from error
+
+    return await asyncio.gather(*map(call_one, calls), return_exceptions=True)
+
+
+def _split(result: Any, count: int) -> list[Any]:
+    """What a function returned for a group, for each response."""
+    if isinstance(result, list | tuple | np.ndarray) and np.ndim(result) > 0 and len(result) == count:
+        return list(result)
+    if not isinstance(result, BaseException):
+        result = TypeError(
+            f"returned {result!r:.80}, which is no list of a number or Grade for each of {count} responses"
+        )
+    return [result] * count
+
+
+def _grade(result: Any) -> Grade:
+    try:
+        if isinstance(result, BaseException):
+            raise result
+        if not isinstance(result, Grade):
+            reward = _number(result)
+            return Grade(Verdict.CORRECT if reward >= 1 else Verdict.WRONG, reward)
+        verdict = Verdict(result.verdict)
+        reward = math.nan if verdict is Verdict.INVALID else _number(result.reward)
+        return Grade(verdict, reward, str(result.detail), str(result.level), _number(result.cpu_ms))
+    except Exception as error:
+        return Grade(Verdict.INVALID, math.nan, f"{type(error).__name__}: {error}")
+
+
+def _number(value: Any) -> float:
+    """A finite number as Python's own; numbers of NumPy, and arrays without dimensions, have ``item``."""
+    if getattr(value, "ndim", None) == 0:
+        value = value.item()
+    if isinstance(value, numbers.Real) and math.isfinite(value):
+        return float(value)
+    raise TypeError(f"returned {value!r:.80}, which is neither a finite number nor a Grade")

@@ -1,10 +1,11 @@
 """Graders turn responses into verdicts and rewards; the config chooses the grader of a run."""
 
 import dataclasses
+import itertools
 import math
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from oapl_jax.config.commands import GenerateConfig, TrainConfig
@@ -57,8 +58,8 @@ def grader_of(task: str | None, reward: RewardConfig) -> Grader:
     """The grader of a built-in task by its name; without one, that of the section ``reward``."""
     if task is not None:
         return ToyGrader(task)
-    kinds = tuple(kind for kind in ("math", "code") if kind in reward.functions)
-    return RewardGrader(GraderPool(reward.workers, reward.retries, tasks.make_setup(reward, kinds)), reward)
+    setup = tasks.make_setup(reward, tuple(reward.functions))
+    return RewardGrader(GraderPool(reward.workers, reward.retries, setup), reward)
 
 
 class ToyGrader:
@@ -90,13 +91,16 @@ class RewardGrader:
     def __init__(self, pool: GraderPool, reward: RewardConfig) -> None:
         self._pool, self._reward = pool, reward
         self._num_tests: dict[str, int] = {}
+        self._details: dict[str, str] = {}
 
     def check_golds(self, prompts: Sequence[Prompt]) -> None:
         """Checks that every row can be graded, and that the graders work: known answers get their known verdicts.
 
+        A function of the user is called once, with the first prompt and its answer as the response.
+
         Raises:
-            ValueError: gold answers or tests do not parse, a function cannot be imported, or a canary got the wrong
-                verdict; the message names them.
+            ValueError: gold answers or tests do not parse, a function cannot be imported or fails, or a canary got the
+                wrong verdict; the message names them.
         """
         self._check_canaries()
         for name in self._reward.functions:
@@ -106,19 +110,18 @@ class RewardGrader:
                 for prompt in prompts:
                     self._count_tests(prompt)
             else:
-                (grade,) = self._pool.grade([functions.make_task(name, self._reward.timeout)])
-                if grade.verdict is not Verdict.CORRECT:
-                    raise ValueError(f"reward.functions: {name!r} cannot be used: {grade.detail}")
+                self._try(name, prompts)
 
     def grade(self, items: Sequence[Item]) -> list[Grade]:
         """Returns grades in the order of the items; only finished responses reach the pool."""
         finished = [item for item in items if item[2] != FinishReason.LENGTH]
         names = list(self._reward.functions)
-        graded = iter(self._pool.grade([self._task(name, *item[:2]) for item in finished for name in names]))
+        graded = iter(self._pool.grade([task for name in names for task in self._tasks(name, finished)]))
+        by_name = [iter([next(graded) for _ in finished]) for _ in names]
         grades = []
         for _, text, finish_reason in items:
             is_truncated = finish_reason == FinishReason.LENGTH
-            parts = [TRUNCATED if is_truncated else next(graded) for _ in names]
+            parts = [TRUNCATED if is_truncated else next(mine) for mine in by_name]
             weights = list(self._reward.functions.values())
             grade = compose(self._reward, weights, parts, text, is_truncated=is_truncated)
             level = f" [{grade.level}]" if grade.level else ""  # the rollout log has no column for the level
@@ -129,12 +132,40 @@ class RewardGrader:
         """Ends the processes."""
         self._pool.close()
 
-    def _task(self, name: str, prompt: Prompt, text: str) -> dict[str, Any]:
+    def _tasks(self, name: str, items: Sequence[Item]) -> Iterator[dict[str, Any]]:
+        """Tasks whose grades are those of the items: one for each, or for all of a group."""
         if name == "math":
-            return tasks.math_task(self._reward, self._gold(prompt), text, prompt.text)
-        if name == "code":
-            return tasks.code_task(self._reward, prompt.answer, self._count_tests(prompt), response=text)
-        return functions.make_task(name, self._reward.timeout, prompt, text)
+            for prompt, text, _ in items:
+                yield tasks.math_task(self._reward, self._gold(prompt), text, prompt.text)
+        elif name == "code":
+            for prompt, text, _ in items:
+                yield tasks.code_task(self._reward, prompt.answer, self._count_tests(prompt), response=text)
+        else:
+            groups = [[item] for item in items]
+            if self._takes_group(name):
+                groups = [list(members) for _, members in itertools.groupby(items, key=lambda item: id(item[0]))]
+            for group in groups:
+                yield tasks.function_task(self._reward, name, group[0][0], [text for _, text, _ in group])
+
+    def _takes_group(self, name: str) -> bool:
+        """Whether a function of the user wants the responses of a group together."""
+        if name not in self._details:
+            (grade,) = self._pool.grade([tasks.function_task(self._reward, name)])
+            if grade.verdict is not Verdict.CORRECT:
+                raise ValueError(f"reward.functions: {name!r} cannot be used: {grade.detail}")
+            self._details[name] = grade.detail
+        return self._details[name] == functions.TAKES_GROUP
+
+    def _try(self, name: str, prompts: Sequence[Prompt]) -> None:
+        """Calls a function of the user, with two responses if it takes several."""
+        times = 2 if self._takes_group(name) else 1
+        trials = [tasks.function_task(self._reward, name, prompt, [prompt.answer] * times) for prompt in prompts[:1]]
+        for grade in self._pool.grade(trials):
+            if grade.verdict is Verdict.INVALID:
+                raise ValueError(
+                    f"reward.functions: {name!r} fails on the first prompt, {prompts[0].id}, with its answer as the"
+                    f" response: {grade.detail}"
+                )
 
     def _check_canaries(self) -> None:
         canaries = tasks.canaries(self._reward)

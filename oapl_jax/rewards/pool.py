@@ -27,7 +27,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from oapl_jax.rewards.worker import Setup
-from oapl_jax.types import Grade, Verdict
+from oapl_jax.types import Grade, RunError, Verdict
 
 START_TIMEOUT = 120.0
 """Seconds that a new worker may take to start (0.5 s of CPU on an idle machine)."""
@@ -38,7 +38,7 @@ TASKS_PER_WORKER = 5000
 FIRST_PAUSE = 0.5
 """Seconds before a task is tried for the second time."""
 MAX_SEND_SECONDS = 10.0
-MAX_REPLY = 1 << 16
+MAX_REPLY = 1 << 20
 KILL_TIMEOUT = 10.0
 _PACKAGE_PARENT = str(pathlib.Path(__file__).resolve().parents[2])
 
@@ -76,14 +76,15 @@ class GraderPool:
         return [worker.process.pid for worker in self._workers]
 
     def grade(self, tasks: Sequence[dict[str, Any]], on_done: Callable[[int], None] | None = None) -> list[Grade]:
-        """Grades tasks and returns the grades in the same order.
+        """Grades tasks and returns the grades of their responses in the same order.
 
         Args:
-            tasks: made by ``tasks.py`` or ``functions.py``; each has its own ``timeout``.
+            tasks: made by ``tasks.py``; each has its own ``timeout``.
             on_done: called with the number of finished tasks whenever it changes.
 
         Raises:
-            RuntimeError: the pool is closed, or a worker cannot start.
+            RuntimeError: the pool is closed.
+            RunError: a worker cannot start.
         """
         with self._lock:
             if not self._finalizer.alive:
@@ -97,7 +98,7 @@ class GraderPool:
                     self._collect(index, worker, batch)
                 if on_done is not None and batch.num_open < num_open:
                     on_done(len(tasks) - batch.num_open)
-            return batch.grades
+            return [grade for grades in batch.grades for grade in grades]
 
     def _assign(self, batch: "_Batch") -> None:
         for worker in self._workers:
@@ -127,14 +128,14 @@ class GraderPool:
             worker.expect_probe(f"out of {reply['exhausted']}")
         elif reply is not None and ("in_time" not in reply or worker.exhausted):
             worker.task, worker.deadline = None, float("inf")
-            grade = _blamed(worker.exhausted, reply) if "in_time" in reply else _grade(reply)
+            grades = _blamed(worker.exhausted, reply) if "in_time" in reply else _grades(reply)
             worker.exhausted = ""
             if task is not None:
-                batch.settle(task, grade)
+                batch.settle(task, grades)
         elif reply is None and (worker.is_dead or time.monotonic() >= worker.deadline):
             reason = "worker died" if worker.is_dead else worker.exhausted or _late(batch, task)
             if not worker.is_ready:
-                raise RuntimeError(
+                raise RunError(
                     f"a grading worker did not start within {START_TIMEOUT:g} s or died; see its error above"
                 )
             if not worker.is_dead and not worker.exhausted and task is not None and "probe" in batch.tasks[task]:
@@ -142,7 +143,7 @@ class GraderPool:
                 os.kill(worker.child, signal.SIGKILL)
                 return
             if task is not None:
-                batch.settle(task, Grade(Verdict.INVALID, math.nan, reason))
+                batch.settle(task, [Grade(Verdict.INVALID, math.nan, reason)])
             self._replace(index)
             return
         if worker.is_idle and worker.num_done >= TASKS_PER_WORKER:
@@ -157,7 +158,7 @@ class GraderPool:
             worker.send({"kind": "probe", "answers": batch.tasks[task]["probe"], "timeout": PROBE_SECONDS})
         else:
             worker.task, worker.deadline = None, float("inf")
-            batch.settle(task, Grade(Verdict.INVALID, math.nan, "worker died"))
+            batch.settle(task, [Grade(Verdict.INVALID, math.nan, "worker died")])
 
     def _replace(self, index: int) -> None:
         self._workers[index].kill()
@@ -168,15 +169,15 @@ def _late(batch: "_Batch", task: int | None) -> str:
     return "" if task is None else f"no verdict in {batch.tasks[task]['timeout']:g} s"
 
 
-def _grade(reply: dict[str, Any]) -> Grade:
-    return Grade(**{**reply, "verdict": Verdict(reply["verdict"])})
+def _grades(reply: dict[str, Any]) -> list[Grade]:
+    return [Grade(**part | {"verdict": Verdict(part["verdict"])}) for part in reply.get("grades", [reply])]
 
 
-def _blamed(reason: str, reply: dict[str, Any]) -> Grade:
+def _blamed(reason: str, reply: dict[str, Any]) -> list[Grade]:
     """The grade of an answer that exhausted a worker: wrong if the worker then judged its probe in time."""
     if reply["in_time"]:
-        return Grade(Verdict.WRONG, 0.0, f"{reason}, unlike the gold answer")
-    return Grade(Verdict.INVALID, math.nan, reason)
+        return [Grade(Verdict.WRONG, 0.0, f"{reason}, unlike the gold answer")]
+    return [Grade(Verdict.INVALID, math.nan, reason)]
 
 
 class _Batch:
@@ -186,7 +187,7 @@ class _Batch:
         self.tasks, self._retries = tasks, retries
         self.waiting = collections.deque((0.0, task) for task in range(len(tasks)))
         self.num_open = len(tasks)
-        self.grades = [Grade(Verdict.INVALID, math.nan, "not graded")] * len(tasks)
+        self.grades: list[list[Grade]] = [[] for _ in tasks]
         self._attempts = [0] * len(tasks)
 
     def take(self) -> int | None:
@@ -197,14 +198,14 @@ class _Batch:
                 return task
         return None
 
-    def settle(self, task: int, grade: Grade) -> None:
-        """Keeps the grade, or queues the task again if the grader failed and retries are left."""
+    def settle(self, task: int, grades: list[Grade]) -> None:
+        """Keeps the grades (one counts for all responses), or queues the task again if retries are left."""
         self._attempts[task] += 1
         attempts = self._attempts[task]
-        if grade.verdict is Verdict.INVALID and attempts <= self._retries:
+        if any(grade.verdict is Verdict.INVALID for grade in grades) and attempts <= self._retries:
             self.waiting.append((time.monotonic() + FIRST_PAUSE * 2 ** (attempts - 1), task))
             return
-        self.grades[task] = grade
+        self.grades[task] = grades if len(grades) > 1 else grades * len(self.tasks[task].get("responses", (None,)))
         self.num_open -= 1
 
 

@@ -1,21 +1,24 @@
-"""Tasks for grading workers: all that a worker needs to grade one response, as JSON (``functions.py`` has its own).
+"""Tasks for grading workers: all that a worker needs to grade one response, as JSON.
 
 The canaries are tasks with known verdicts; they are graded before a run starts.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from oapl_jax.config.reward import RewardConfig
 from oapl_jax.rewards.math import answers
 from oapl_jax.rewards.worker import Setup
+from oapl_jax.types import Prompt
 
 START_SECONDS = 60.0
 """Added to the time limits of a program's tests, for starting a sandbox and for comparing outputs."""
 
 
 def make_setup(reward: RewardConfig, kinds: tuple[str, ...]) -> Setup:
-    """What workers for these kinds of tasks are started with (``math``, ``code``)."""
-    return Setup(kinds, reward.isolation, tuple(reward.packages), reward.python, reward.exec_mode)
+    """What workers for these kinds of tasks are started with (``math``, ``code``, functions of the user)."""
+    packages = tuple(reward.packages)
+    return Setup(kinds, reward.isolation, packages, reward.python, reward.exec_mode, reward.folder)
 
 
 def math_task(reward: RewardConfig, gold: str, response: str, prompt: str = "") -> dict[str, Any]:
@@ -69,6 +72,23 @@ def code_task(
         "stop_early": reward.code_reward != "fraction",
         "timeout": START_SECONDS + 2 * num_tests * limits["wall_s"],
     }
+
+
+def function_task(
+    reward: RewardConfig, path: str, prompt: Prompt | None = None, responses: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The task of calling a function of the user; without a prompt the worker only imports it."""
+    task = {"kind": "function", "path": path, "folder": reward.folder, "timeout": reward.timeout}
+    if prompt is None:
+        return task
+    task |= {
+        "prompt": vars(prompt) | {"token_ids": prompt.token_ids.tolist()},
+        "responses": list(responses),
+        "concurrency": reward.concurrency,
+    }
+    if len(responses) > 1:  # the worker limits each call; this limit is for one that hangs
+        task["timeout"] = reward.timeout * -(-len(responses) // reward.concurrency) + 1
+    return task | {"call_timeout": reward.timeout}
 
 
 _DOUBLE = '[{"stdin": "3\\n", "stdout": "6\\n"}, {"stdin": "-1\\n", "stdout": "-2\\n"}]'

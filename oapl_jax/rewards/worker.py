@@ -1,15 +1,16 @@
 """The program of one grading process: it reads tasks from the socket on its standard input and replies on it.
 
 ``python -m oapl_jax.rewards.worker SETUP`` takes a ``Setup`` as a JSON object. A task (``tasks.py``) is one line of
-JSON, and so is a reply: verdict, reward, detail, level, CPU milliseconds. Expected outputs and gold answers are compared
-in this process. It never runs a program of a model; its sandbox does. It does not import JAX, so that it starts in a
-fraction of a second.
+JSON, and so is a reply: verdict, reward, detail, level, CPU milliseconds, or a list of such ``grades``. Expected outputs
+and gold answers are compared in this process. It never runs a program of a model; its sandbox does. It does not import
+JAX, so that it starts in a fraction of a second.
 
 For mathematics, the process that was started only imports and forks. The child that it forks serves the socket, and the
 parent may kill it: the next child is there within milliseconds. So an answer that exhausts its child can be told from a
 grader or a machine that fails: the next child judges the canary and the gold answer of the row at once, or it does not.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import functools
@@ -45,11 +46,13 @@ class Setup:
     """What a worker is started with."""
 
     kinds: tuple[str, ...] = ("math",)
-    """Kinds of tasks to prepare for: ``math``, ``code``."""
+    """Kinds of tasks to prepare for: ``math``, ``code``, functions of the user."""
     isolation: str = "namespaces"
     packages: tuple[str, ...] = ()
     python: str | None = None
     exec_mode: str = "script"
+    folder: str | None = None
+    """Where functions of the user are found besides the installed packages."""
 
 
 def main(setup: Setup) -> None:
@@ -85,12 +88,12 @@ def _serve(grader: "TaskGrader") -> None:
             # The parent kills a late child. If the parent is gone, this alarm does, and it needs no Python to run.
             signal.setitimer(signal.ITIMER_REAL, 2 * task["timeout"] + 1)
             try:
-                reply = {"in_time": grader.probe(task)} if task["kind"] == "probe" else grader.grade(task)
+                reply = grader.answer(task)
             except MemoryError:
                 _send(stream, {"exhausted": "memory"})
                 os._exit(EXHAUSTED)
             signal.setitimer(signal.ITIMER_REAL, 0)
-            _send(stream, dataclasses.asdict(reply) if isinstance(reply, Grade) else reply)
+            _send(stream, reply)
 
 
 class TaskGrader:
@@ -102,13 +105,24 @@ class TaskGrader:
             from oapl_jax.rewards.math import answers
 
             answers.grade_answer("x^2-1", r"\boxed{(x-1)(x+1)}")
+        for path in (kind for kind in setup.kinds if ":" in kind):
+            with contextlib.suppress(Exception):  # a task of the function says what is wrong with it
+                functions.find(path, setup.folder)
         self._setup = setup
         self._kinds: dict[str, Callable[[dict], Grade]] = {
             "math": _grade_math,
             "gold": _check_gold,
             "code": self._grade_code,
-            "function": functions.call,
+            "function": functions.describe,
         }
+
+    def answer(self, task: dict) -> dict[str, Any]:
+        """The reply to a task of any kind; raises MemoryError as ``grade``."""
+        if task["kind"] == "probe":
+            return {"in_time": self.probe(task)}
+        if "responses" in task:
+            return {"grades": [dataclasses.asdict(grade) for grade in self.grade_responses(task)]}
+        return dataclasses.asdict(self.grade(task))
 
     def grade(self, task: dict) -> Grade:
         """The grade of one task. An exception is the grader's failure, never the response's.
@@ -123,10 +137,16 @@ class TaskGrader:
             if isinstance(error, MemoryError) and task["kind"] == "math":
                 raise
             grade = Grade(Verdict.INVALID, math.nan, f"{type(error).__name__}: {error}"[:MAX_DETAIL])
-        cpu_ms = grade.cpu_ms + 1000 * (time.process_time() - began)
-        # The output of a program need not be valid text, but the rollout log accepts only text.
-        detail = grade.detail[:MAX_DETAIL].encode("utf-8", "replace").decode()
-        return dataclasses.replace(grade, cpu_ms=round(cpu_ms, 3), detail=detail)
+        return _finished(grade, time.process_time() - began)
+
+    def grade_responses(self, task: dict) -> list[Grade]:
+        """The grades that a function of the user gives to the responses of its task."""
+        began, count = time.process_time(), len(task["responses"])
+        try:
+            grades = functions.call(task)
+        except (Exception, SystemExit) as error:
+            grades = [Grade(Verdict.INVALID, math.nan, f"{type(error).__name__}: {error}")] * count
+        return [_finished(grade, (time.process_time() - began) / count) for grade in grades]
 
     def probe(self, task: dict) -> bool:
         """Whether every answer of a probe is judged correct, each within a share of the time limit."""
@@ -154,6 +174,12 @@ class TaskGrader:
 
         setup = self._setup
         return Judge(Settings(setup.isolation, tuple(setup.packages), setup.python), setup.exec_mode)
+
+
+def _finished(grade: Grade, cpu_seconds: float) -> Grade:
+    """With its time; the output of a program need not be valid text, but the rollout log accepts only text."""
+    detail = grade.detail[:MAX_DETAIL].encode("utf-8", "replace").decode()
+    return dataclasses.replace(grade, cpu_ms=round(grade.cpu_ms + 1000 * cpu_seconds, 3), detail=detail)
 
 
 @functools.lru_cache(maxsize=CACHED_TESTS)

@@ -17,7 +17,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-from oapl_jax.types import RolloutGroup
+from oapl_jax.types import RolloutGroup, RunError
 
 
 class Ticket(NamedTuple):
@@ -212,14 +212,16 @@ class GroupBuffer(Changes):
 
         Raises:
             TimeoutError: after the deadline, with what was ready and what it waited for.
-            RuntimeError: when the sampler has failed.
+            RuntimeError: when the sampler has failed; a RunError where its error says enough.
             ValueError: a group of ``recorded`` is not usable now.
         """
         end = time.monotonic() + deadline
         with self._changed:
             while True:
                 if self._failure is not None:
-                    raise RuntimeError(f"the sampler stopped: {self._failure!r}") from self._failure
+                    is_explained = isinstance(self._failure, RunError | ValueError | TimeoutError)
+                    kind, what = (RunError, str(self._failure)) if is_explained else (RuntimeError, repr(self._failure))
+                    raise kind(f"the sampler stopped: {what}") from self._failure
                 indices = self._choose(num_groups) if recorded is None else self._all_there(recorded)
                 if indices is not None:
                     return self._take(indices)

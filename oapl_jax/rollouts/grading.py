@@ -1,5 +1,6 @@
 """From rollouts to graded groups. A process has one ``Grading``, which all who sample share."""
 
+import collections
 import dataclasses
 import math
 import threading
@@ -12,10 +13,14 @@ from jaxtyping import Bool, Float
 
 from oapl_jax.rewards.grader import Grader
 from oapl_jax.rollouts.buffer import Ticket
-from oapl_jax.types import Grade, GradedRollout, Prompt, Rollout, RolloutGroup, Verdict
+from oapl_jax.types import Grade, GradedRollout, Prompt, Rollout, RolloutGroup, RunError, Verdict
 
 AdvantageFn = Callable[[Float[np.ndarray, "G"], Bool[np.ndarray, "G"]], Float[np.ndarray, "G"]]
 """From the rewards of a group, and whether each response is correct, to the advantages; float64."""
+
+
+INVALID_IN_A_ROW = 64
+"""Invalid verdicts without a valid one among them after which grading gives up."""
 
 
 class Grading:
@@ -37,10 +42,18 @@ class Grading:
     ):
         self.decode, self._grader, self._advantages, self._value = decode, grader, advantages, value
         self._is_grading = threading.Lock()
+        self._invalid: list[str] = []
+        """Reasons of the invalid verdicts since the last valid one."""
         self._thread = ThreadPoolExecutor(1, "grading")
 
     def grade(self, items: Sequence[tuple[Prompt, Sequence[Rollout]]]) -> list[tuple[list[str], list[Grade]]]:
-        """Texts and grades of the rollouts of several prompts at once; callers wait for each other."""
+        """Texts and grades of the rollouts of several prompts at once; callers wait for each other.
+
+        Raises:
+            RunError: nothing but invalid verdicts, ``INVALID_IN_A_ROW`` of them; with the most frequent reason.
+        """
+        # Each group has a prompt object of its own: so graders tell two groups of one prompt apart.
+        items = [(dataclasses.replace(prompt), rollouts) for prompt, rollouts in items]
         texts = [[self.decode(rollout.token_ids.tolist()) for rollout in rollouts] for _, rollouts in items]
         flat = [
             (prompt, text, rollout.finish_reason)
@@ -48,7 +61,13 @@ class Grading:
             for text, rollout in zip(group_texts, rollouts, strict=True)
         ]
         with self._is_grading:
-            grades = iter(self._grader.grade(flat))
+            graded = self._grader.grade(flat)
+            reasons = [grade.detail for grade in graded if grade.verdict is Verdict.INVALID]
+            self._invalid = self._invalid + reasons if len(reasons) == len(graded) else []
+            if len(self._invalid) >= INVALID_IN_A_ROW:
+                ((reason, times),) = collections.Counter(self._invalid).most_common(1)
+                raise RunError(f"the last {len(self._invalid)} verdicts are all invalid, {times} because: {reason}")
+        grades = iter(graded)
         return [(group_texts, [next(grades) for _ in group_texts]) for group_texts in texts]
 
     def groups(self, items: Sequence[tuple[Ticket, Prompt, list[Rollout]]]) -> list[RolloutGroup]:

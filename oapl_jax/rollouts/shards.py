@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 from oapl_jax.io import storage
 from oapl_jax.io.lease import Lease, Leases
+from oapl_jax.io.terminal import say
 from oapl_jax.rollouts.buffer import Changes, Ticket, Window
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.types import RolloutGroup
@@ -133,7 +134,7 @@ class ShardQueue(Changes):
                 if time.monotonic() > end:
                     raise
                 if not is_said:
-                    print(f"shard {shard} cannot be written ({error}); trying for {WRITE_DEADLINE:g} s", flush=True)
+                    say(f"shard {shard} cannot be written ({error}); trying for {WRITE_DEADLINE:g} s")
                 is_said = True
             time.sleep(RETRY_SECONDS)
 

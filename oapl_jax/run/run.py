@@ -14,6 +14,7 @@ import jax
 
 from oapl_jax.build import policy
 from oapl_jax.build.assembly import Assembly, make_assembly
+from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.distributed.messages import forward_preemption
@@ -324,7 +325,7 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
             record = BatchRecord(directory / "batches.jsonl", delete_after=progress.step if is_changed else None)
             resume_step = None if is_new else progress.step
             writer = stack.enter_context(
-                MetricsWriter(directory, config.logging, resume_step=resume_step, config=config.model_dump())
+                MetricsWriter(directory, config.logging, resume_step=resume_step, config=config_file.written(config))
             )
         if cluster is None and setup.turns is not None and config.mode == "online":
             start = time.perf_counter()

@@ -4,9 +4,10 @@ import json
 import pathlib
 from typing import Any
 
+from oapl_jax.io import storage
 from oapl_jax.report import report
 from oapl_jax.run.run import Run, pass_at
-from oapl_jax.types import Metrics
+from oapl_jax.types import Metrics, RunError
 from oapl_jax.weights.model_card import write_card
 
 SUMMARY_FILE = "summary.json"
@@ -29,9 +30,12 @@ def write_results(run: Run, after: Metrics) -> dict[str, Any]:
     }
     exported = run.save_folder(directory / EXPORT_FOLDER)
     if run.setup.trainers.is_leader:
-        (directory / SUMMARY_FILE).write_text(json.dumps(summary, indent=2) + "\n")
+        storage.replace(directory / SUMMARY_FILE, json.dumps(summary, indent=2).encode() + b"\n")
         write_card(exported, config, directory, progress.step, config.model.param_dtype)
-        report.write_report(directory)
+        try:
+            report.write_report(directory)
+        except RunError as error:  # the run itself has ended well
+            run.bar.note(str(error))
     return summary
 
 

@@ -6,6 +6,7 @@ import time
 
 from oapl_jax.build import policy
 from oapl_jax.build.learner import make_learner
+from oapl_jax.config import config_file
 from oapl_jax.config.commands import SftConfig
 from oapl_jax.data.pairs import load_pairs
 from oapl_jax.distributed.sharding import make_meshes
@@ -80,7 +81,7 @@ def run(config: SftConfig) -> pathlib.Path:
             progress.note(f"resumed supervised training at step {first}")
         resume_step = first if restored is not None else None
         writer = stack.enter_context(
-            MetricsWriter(directory, config.logging, resume_step=resume_step, config=config.model_dump())
+            MetricsWriter(directory, config.logging, resume_step=resume_step, config=config_file.written(config))
         )
         for step in range(first + 1, config.run.steps + 1):
             start = time.perf_counter()

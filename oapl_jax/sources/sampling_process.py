@@ -30,7 +30,7 @@ from oapl_jax.data.prompts import load_prompts
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.distributed.sharding import SAMPLER_RULES, make_meshes
 from oapl_jax.distributed.team import Team
-from oapl_jax.io import run_dir, storage
+from oapl_jax.io import run_dir, storage, terminal
 from oapl_jax.io.lease import Leases
 from oapl_jax.io.storage import SharedPath
 from oapl_jax.model import hf
@@ -241,4 +241,4 @@ def _check(manifest: Manifest, digest: str) -> None:
 
 def say(text: str) -> None:
     """A line with the time."""
-    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+    terminal.say(f"{time.strftime('%H:%M:%S')} {text}")

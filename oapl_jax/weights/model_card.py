@@ -31,7 +31,7 @@ def write_card(folder: pathlib.Path, config: TrainConfig, run_dir: pathlib.Path,
         "## Config of the run",
         f"```yaml\n{config_file.to_yaml(config).strip()}\n```",
     ]
-    (folder / CARD_FILE).write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    (folder / CARD_FILE).write_text(config_file.hide("\n\n".join(parts)) + "\n", encoding="utf-8")
 
 
 def _front_matter(config: TrainConfig) -> str:

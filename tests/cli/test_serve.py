@@ -173,13 +173,14 @@ def test_a_server_says_what_our_scheduler_draws(policy, server):
     """From the first request to the end of the process, in one order, because draws follow from it."""
 
     async def session():
-        async with grpc.aio.insecure_channel(f"localhost:{server.port}") as channel:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{server.port}") as channel:
             stub = jetstream_pb2_grpc.OrchestratorStub(channel)
             refused = []
             for max_tokens, content in (
                 (9, text("")),
                 (9, text("what?")),
                 (9, text("1" * (MAX_PROMPT + 1))),
+                (9, text("1" * 4_000_000)),
                 (9, tokens([3, len(CHARS)])),
                 (9, {}),
                 (0, text("1")),
@@ -199,6 +200,7 @@ def test_a_server_says_what_our_scheduler_draws(policy, server):
         "prompt of 0 tokens",
         "'w' at index 0",
         "prompt of 25 tokens; the limit is 1 to 24",
+        "text of 4000000 bytes; the limit is 6144, for 24 tokens",
         "token id 18",
         "the request is empty",
         "max_tokens=0",
@@ -244,7 +246,7 @@ def exit_code(words):
         ("--model {folder} --top-p 0", "top_p=0.0 is out of range"),
         ("--model {folder} --slots 0", "0: at least 1"),
         ("--model {folder} --port 70000", "--port 70000: give 1 to 65535"),
-        ("--model {folder} --port {taken}", "--port {taken} cannot be used: Address already in use"),
+        ("--model {folder} --port {taken}", "--host 127.0.0.1 --port {taken} cannot be used: Address already in use"),
         ("--model {folder} --slots 4000000000", "lower --slots"),
         ("--model {folder} --tokenizer /no/such/tokenizer", "/no/such/tokenizer"),
         ("--port 9000", "one of the arguments --model --ask is required"),

@@ -16,11 +16,12 @@ import pytest
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.config.reward import RewardConfig
 from oapl_jax.data.tokenizer import CharacterTokenizer
-from oapl_jax.rewards import functions, grader, pool, tasks
+from oapl_jax.rewards import grader, pool, tasks
 from oapl_jax.rewards.worker import Setup
 from oapl_jax.types import FinishReason, Prompt, Verdict
 
-SLEEP = functions.make_task("my_rewards:broken", 20.0, Prompt("0", np.zeros(1, np.int32), "?", "5"), "late")
+BROKEN = RewardConfig(functions={"my_rewards:broken": 1.0}, timeout=20.0)
+SLEEP = tasks.function_task(BROKEN, "my_rewards:broken", Prompt("0", np.zeros(1, np.int32), "?", "5"), ["late"])
 """A task that keeps a worker busy for as long as it may."""
 
 

@@ -8,6 +8,7 @@ import asyncio
 import json
 import logging
 import threading
+import time
 
 import numpy as np
 from jaxtyping import install_import_hook
@@ -105,16 +106,20 @@ def stream(string, limit):
     return [*texts, output.rest]
 
 
-def serve(engine):
-    """What clients were answered, and the threads that were left."""
-    before = set(threading.enumerate())
-    driver = orchestrator.Driver(
+def make_driver(engine):
+    return orchestrator.Driver(
         prefill_engines=[engine],
         generate_engines=[engine],
         prefill_params=[engine.load_params()],
         generate_params=[engine.load_params()],
         interleaved_mode=True,
     )
+
+
+def serve(engine):
+    """What clients were answered, and the threads that were left."""
+    before = set(threading.enumerate())
+    driver = make_driver(engine)
 
     async def run():
         answers = await asyncio.wait_for(session(orchestrator.LLMOrchestrator(driver)), DEADLINE)
@@ -124,6 +129,63 @@ def serve(engine):
 
     answers = asyncio.run(run())
     return answers, [thread.name for thread in set(threading.enumerate()) - before]
+
+
+class GatedEngine(JetStreamEngine):
+    """Decodes nothing before the gate is open, and looks after the first chunk whether the slots become free."""
+
+    inserts, chunks, gate, slots, are_free = 0, 0, threading.Event(), None, False
+
+    def insert(self, prefix, decode_state, slot):
+        self.inserts += 1
+        return super().insert(prefix, decode_state, slot)
+
+    def generate(self, params, decode_state):
+        self.gate.wait(DEADLINE)
+        end = time.monotonic() + DEADLINE / 4
+        while self.chunks == 1 and not self.are_free and time.monotonic() < end:
+            self.are_free = self.slots.qsize() == self.max_concurrent_decodes
+        self.chunks += 1
+        return super().generate(params, decode_state)
+
+
+class Client:
+    """gRPC's context of a call, as far as a servicer needs it."""
+
+    def __init__(self):
+        self._callbacks = []
+
+    def add_done_callback(self, callback):
+        self._callbacks.append(callback)
+
+    async def ask(self, servicer):
+        request = jetstream_pb2.DecodeRequest(max_tokens=1000, **text(TEXT))
+        return [response async for response in servicer.Decode(request, self)]
+
+    def leave(self):
+        for callback in self._callbacks:
+            callback(self)
+
+
+def abandon(engine):
+    """Twenty clients go while two are served: how many requests were started, and whether the two gave up their slots."""
+    driver = make_driver(engine)
+    engine.slots = driver._generate_slots[0]
+
+    async def run():
+        servicer, clients = jetstream_server.CheckedOrchestrator(driver), [Client() for _ in range(20)]
+        calls = [asyncio.create_task(client.ask(servicer)) for client in clients]
+        while engine.inserts < 2:
+            await asyncio.sleep(0.01)
+        for client, call in zip(clients, calls, strict=True):
+            client.leave()
+            call.cancel()
+        engine.gate.set()
+        answer = await asyncio.wait_for(Client().ask(servicer), DEADLINE)
+        await asyncio.to_thread(driver.stop)
+        return {"answered": bool(answer), "started": engine.inserts, "are_free": engine.are_free}
+
+    return asyncio.run(run())
 
 
 def prefill(engine, **options):
@@ -162,6 +224,7 @@ def main():
         "greedy": greedy_tokens(engine),
         "refused": list(refusals(engine)),
         "sharded_answers": serve(make_engine(JetStreamEngine, "tensor=2"))[0],
+        "abandoned": abandon(make_engine(GatedEngine, "tensor=1")),
     }
     print(json.dumps(result))
 

@@ -139,6 +139,12 @@ def test_requests_share_two_slots_and_one_prompt_draws_differently_each_time(ses
 
 
 @pytest.mark.slow
+def test_requests_whose_client_is_gone_are_forgotten(session):
+    """Those in the queue at once, those in the two slots after the chunk that they are in."""
+    assert session["abandoned"] == {"answered": True, "started": 3, "are_free": True}
+
+
+@pytest.mark.slow
 def test_no_thread_of_the_driver_is_left(session):
     assert session["threads_left"] == []
 

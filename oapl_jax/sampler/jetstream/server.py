@@ -2,15 +2,19 @@
 
 ``CheckedOrchestrator`` stands between them and the client. JetStream 0.2.2 has no answer to a request that it cannot
 serve (an error in one of its threads kills the process), looks at ``max_tokens`` only once a chunk, and decodes text
-token by token, which breaks characters of several tokens: so it gets token ids, and returns them.
+token by token, which breaks characters of several tokens: so it gets token ids, and returns them. Nor does it notice
+that a client is gone: its queues drop such requests here, and a request that is decoded gives up its slot.
 """
 
+import asyncio
 import contextlib
 import logging
+import queue
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc
+import numpy as np
 from jetstream.core.proto import jetstream_pb2
 
 from oapl_jax.sampler.jetstream.engine import JetStreamEngine, JetStreamTokenizer
@@ -31,6 +35,29 @@ with _root_logger_kept():
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 """How a tokenizer shows a character whose bytes have not all come."""
+BYTES_PER_TOKEN = 256
+"""Longer than any token: a text with more bytes for each token of the longest prompt is refused before it is encoded."""
+
+
+class _LiveQueue(queue.Queue):
+    """A queue of requests that leaves out those whose client is gone."""
+
+    def get(self, block: bool = True, timeout: float | None = None) -> Any:
+        """The next request; None is JetStream's sign that the server stops."""
+        while (request := super().get(block, timeout)) is not None:
+            if request.return_channel is None or not request.return_channel.cancelled():
+                break
+        return request
+
+
+class _Request(orchestrator.ActiveRequest):
+    """A request that ends with the chunk in which its client goes."""
+
+    def enqueue_samples(self, generated_samples: list[Any]) -> None:
+        """Called after each chunk, before JetStream looks whether ``complete`` frees the slot."""
+        super().enqueue_samples(generated_samples)
+        if self.return_channel.cancelled():
+            self.complete = np.ones_like(self.complete)
 
 
 class CheckedOrchestrator(orchestrator.LLMOrchestrator):
@@ -38,6 +65,9 @@ class CheckedOrchestrator(orchestrator.LLMOrchestrator):
 
     def __init__(self, driver: orchestrator.Driver):
         super().__init__(driver)
+        for backlog in (driver._prefill_backlog, *driver._generate_backlogs.values()):
+            backlog.__class__ = _LiveQueue  # the driver has made its queues, and its threads wait in them
+        orchestrator.ActiveRequest = _Request
         self._engine: Any = driver._generate_engines[0]
         self._tokenizer: JetStreamTokenizer = self._engine.build_tokenizer(self._engine.get_tokenizer())
 
@@ -45,9 +75,9 @@ class CheckedOrchestrator(orchestrator.LLMOrchestrator):
         """Streams the responses to a prompt; a request that is refused ends with ``INVALID_ARGUMENT``."""
         programs = self._engine.programs
         try:
-            prompt = self._prompt(request)
+            prompt = await asyncio.to_thread(self._prompt, request)
         except ValueError as error:
-            await orchestrator._abort_or_raise(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+            await orchestrator._abort_or_raise(context, grpc.StatusCode.INVALID_ARGUMENT, str(error)[:1000])
             return
         limit = min(request.max_tokens, programs.max_response_tokens)
         # The end of a chunk: with less the orchestrator would keep back all of the last one.
@@ -73,7 +103,10 @@ class CheckedOrchestrator(orchestrator.LLMOrchestrator):
         if request.max_tokens < 1:
             raise ValueError(f"max_tokens={request.max_tokens}; ask for at least 1")
         if request.HasField("text_content"):
-            token_ids = self._tokenizer.encode_text(request.text_content.text)
+            text, most = request.text_content.text, BYTES_PER_TOKEN * programs.max_prompt_tokens
+            if (size := len(text.encode())) > most:
+                raise ValueError(f"text of {size} bytes; the limit is {most}, for {programs.max_prompt_tokens} tokens")
+            token_ids = self._tokenizer.encode_text(text)
         elif request.HasField("token_content"):
             token_ids = list(request.token_content.token_ids)
         else:
@@ -123,10 +156,11 @@ def _response(texts: list[str]) -> Any:
     return message(stream_content=message.StreamContent(samples=samples))
 
 
-def start(engine: JetStreamEngine, port: int) -> Any:
-    """Starts JetStream's server on a port of all interfaces, without encryption. What it returns has ``stop``."""
-    # server_lib makes the servicer itself; this name is where it looks for the class.
+def start(engine: JetStreamEngine, host: str, port: int) -> Any:
+    """Starts JetStream's server on a port of an address, without encryption. What it returns has ``stop``."""
+    # server_lib makes the servicer itself and chooses the address; these names are where it looks.
     orchestrator.LLMOrchestrator = CheckedOrchestrator
+    server_lib._HOST = f"[{host}]" if ":" in host else host
     devices = list(engine.mesh.devices.flat)
     config: Any = config_lib.ServerConfig(
         interleaved_slices=(f"devices={len(devices)}",), interleaved_engine_create_fns=(lambda _: engine,)
