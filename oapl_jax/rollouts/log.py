@@ -27,7 +27,7 @@ PART = re.compile(r"part-([0-9]{6}|[1-9][0-9]{6,8})\.parquet")
 class RolloutLog:
     """``rollouts/VERSION/part-NNNNNN.parquet`` under a run directory."""
 
-    def __init__(self, directory: SharedPath, sampling: dict[str, float] | None = None):
+    def __init__(self, directory: SharedPath, sampling: dict[str, Any] | None = None):
         """Opens a log, which need not exist; ``sampling`` is written with each group: what it was drawn with."""
         self.directory, self.sampling = directory, sampling
         self._next_part: dict[int, int] = {}
