@@ -18,6 +18,7 @@ import numpy as np
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.rollouts.sampling import Request, SamplingDistribution, Stats
+from oapl_jax.rollouts.stops import Stops
 from oapl_jax.types import FinishReason, Rollout
 
 
@@ -25,9 +26,11 @@ class Response(NamedTuple):
     """One response as an engine gives it."""
 
     token_ids: list[int]
-    """With the stop token, where one was drawn."""
+    """With the stop token, where one was drawn, or the tokens of the stop string."""
     logprobs: list[float]
     """Of each token under the distribution that was sampled: after temperature, top-k, top-p and masks."""
+    is_stopped: bool
+    """It ended at a stop, and not at the limit."""
 
 
 class Engine(Protocol):
@@ -46,14 +49,11 @@ class EngineSampler:
     Args:
         start: makes an engine of what ``load_policy`` has returned.
         num_rows: rollouts of a batch.
-        stop_ids: tokens that end a response.
         max_response_tokens: limit of a response.
     """
 
-    def __init__(
-        self, start: Callable[[Any], Engine], num_rows: int, stop_ids: tuple[int, ...], max_response_tokens: int
-    ):
-        self._start, self._num_rows, self._stop_ids, self._limit = start, num_rows, stop_ids, max_response_tokens
+    def __init__(self, start: Callable[[Any], Engine], num_rows: int, max_response_tokens: int):
+        self._start, self._num_rows, self._limit = start, num_rows, max_response_tokens
         self._policy: Any = None
         self._engine: Engine | None = None
         self._waiting: list[Request] = []
@@ -108,7 +108,7 @@ class EngineSampler:
         ids = np.array(response.token_ids, np.int32)
         if not len(ids) == len(response.logprobs) <= self._limit:
             raise ValueError(f"{len(ids)} tokens, {len(response.logprobs)} log-probabilities, limit {self._limit}")
-        reason = FinishReason.STOP if ids[-1] in self._stop_ids else FinishReason.LENGTH
+        reason = FinishReason.STOP if response.is_stopped else FinishReason.LENGTH
         self.stats.tokens += len(ids)
         return Rollout(ids, np.array(response.logprobs, np.float32), reason)
 
@@ -120,6 +120,7 @@ class VllmEngine:
         import vllm  # pyright: ignore[reportMissingImports]
 
         self._vllm, self._config, self._tokenizer = vllm, config, tokenizer
+        self._stops = Stops(tokenizer, SamplingDistribution.of(config.sampler))
         self._llm = vllm.LLM(
             model=policy.name,
             dtype=config.sampler.dtype,
@@ -141,18 +142,20 @@ class VllmEngine:
             top_p=distribution.top_p,
             min_p=distribution.min_p,
             max_tokens=self._config.sampler.max_response_tokens,
-            stop_token_ids=list(self._tokenizer.stop_ids),
+            stop_token_ids=list(self._stops.ids),
+            stop=list(distribution.stop_strings),
             # The embedding may have more rows than the tokenizer has ids.
             allowed_token_ids=list(range(self._tokenizer.vocab_size)),
             logprobs=0,  # of the drawn token only
-            detokenize=False,
+            detokenize=bool(distribution.stop_strings),
         )
         outputs = self._llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params)
         return [[self._response(one) for one in output.outputs] for output in outputs]
 
     def _response(self, one: Any) -> Response:
         ids = list(one.token_ids)
-        return Response(ids, [by_token[token].logprob for by_token, token in zip(one.logprobs, ids, strict=True)])
+        logprobs = [by_token[token].logprob for by_token, token in zip(one.logprobs, ids, strict=True)]
+        return Response(ids, logprobs, one.finish_reason == "stop")
 
 
 def load_policy(folder: pathlib.Path) -> tempfile.TemporaryDirectory:
@@ -166,4 +169,4 @@ def make(config: TrainConfig, tokenizer: Tokenizer) -> tuple[EngineSampler, Call
     """The sampler of a process, and what loads a published policy for it."""
     start = functools.partial(VllmEngine, config=config, tokenizer=tokenizer)
     num_rows = config.sampler.groups_in_flight * config.sampler.group_size
-    return EngineSampler(start, num_rows, tokenizer.stop_ids, config.sampler.max_response_tokens), load_policy
+    return EngineSampler(start, num_rows, config.sampler.max_response_tokens), load_policy

@@ -24,6 +24,7 @@ from oapl_jax.io import console
 from oapl_jax.io.non_finite import check_finite
 from oapl_jax.io.terminal import say
 from oapl_jax.learner import batch as batches
+from oapl_jax.rollouts.stops import Stops
 from oapl_jax.run.run import MakeSource, Run, assemble, open_run, serve
 from oapl_jax.run.summary import table, write_results
 from oapl_jax.sources.setup import make_setup
@@ -122,7 +123,10 @@ def describe(config: TrainConfig) -> str:
     setup.grading.close()
     task, prompts = config.data.task, setup.prompts
     size = f"{task} task" if task else f"{len(prompts):,} ({prompts.num_dropped:,} overlong dropped)"
-    lines = assembly.describe() | {"prompts": f"{size}; {len(setup.held_out):,} held out"}
+    lines = assembly.describe() | {
+        "prompts": f"{size}; {len(setup.held_out):,} held out",
+        "responses": str(Stops(tokenizer, setup.distribution)),
+    }
     return "\n".join(f"{name:>14}  {text}" for name, text in lines.items())
 
 

@@ -29,7 +29,7 @@ class Verdict(enum.StrEnum):
 
 
 class FinishReason(enum.StrEnum):
-    """Why a rollout ended: at a stop token (which is its last token), or cut at the limit."""
+    """Why a rollout ended: at a stop token or a stop string (whose tokens it has), or cut at the limit."""
 
     STOP = "stop"
     LENGTH = "length"
@@ -65,7 +65,7 @@ class Rollout:
     """One sampled response with the log-probabilities of the distribution it was drawn from."""
 
     token_ids: Int[np.ndarray, "R"]
-    """Response tokens; the stop token, when one was drawn, is the last of them."""
+    """Response tokens, up to the stop token or the one that completes a stop string, where one was drawn."""
     logprobs: Float[np.ndarray, "R"]
     """Log-probability of each token in nats, float32, after temperature, top-k, top-p and masking."""
     finish_reason: FinishReason

@@ -170,7 +170,7 @@ def make_assembly(
             vocab_size=vocab_size,
             stop_ids=stop_ids,
             max_prompt_tokens=config.data.max_prompt_tokens,
-            others=[SamplingDistribution.of(config.evaluation)],
+            others=[SamplingDistribution.of(config.sampler, config.evaluation)],
             free=usable - (weights + optimizer if is_colocated else 0),
             num_copies=2 if has_second_policy else 1,
             meshes=None if devices is None else replicas[:1],

@@ -68,8 +68,10 @@ def make_learner(
     ``vocab_size`` is the tokenizer's length.
 
     Raises:
-        ValueError: the rows do not divide over the mesh, or the model has no matrix that an adapter is for.
+        ValueError: the rows do not divide over the mesh, the model has no matrix that an adapter is for, or it has too
+            few positions.
     """
+    architecture.check_positions(max_tokens)
     if objective.needs_old or objective.needs_reference:
         raise ValueError(f"objective.name={objective.name}: it needs an old or a reference policy, which no run keeps")
     rows = batches.RowLayout(learner.batch_rollouts, max_tokens, learner.row_tokens, learner.micro_batch_rows, mesh)

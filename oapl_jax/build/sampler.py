@@ -13,6 +13,7 @@ from oapl_jax.distributed.memory import usable_bytes
 from oapl_jax.distributed.sharding import is_here, platform_of
 from oapl_jax.model import qwen
 from oapl_jax.rollouts.sampling import SamplingDistribution
+from oapl_jax.rollouts.stops import Stops
 from oapl_jax.sampler import kv_cache
 from oapl_jax.sampler.engine import Engine, joins_layers
 from oapl_jax.sampler.sampler import JaxSampler, replica_meshes
@@ -47,8 +48,9 @@ def make_engines(
 
     Raises:
         NoRoomError: the memory has no room for one sequence.
-        ValueError: the rows do not divide over the replicas.
+        ValueError: the rows do not divide over the replicas, or the model has too few positions.
     """
+    model.check_positions(max_prompt_tokens + sampler.max_response_tokens)
     num_replicas = mesh.size // mesh.shape["tensor"]
     key, num_rows = _rows(sampler)
     if meshes is None:
@@ -106,12 +108,12 @@ def make_sampler(
         mesh,
         compute_dtype=config.model.compute_dtype,
         vocab_size=tokenizer.vocab_size,
-        stop_ids=tokenizer.stop_ids,
+        stop_ids=Stops(tokenizer, SamplingDistribution.of(config.sampler)).ids,
         max_prompt_tokens=max_prompt_tokens,
         free=usable_bytes(mesh),
         num_copies=num_copies,
     )
-    return JaxSampler(engines, mesh)
+    return JaxSampler(engines, mesh, tokenizer.decode)
 
 
 def prepares_layers(mesh: Mesh) -> bool:

@@ -22,8 +22,7 @@ from oapl_jax.build import policy
 from oapl_jax.build.checks import CHECKS
 from oapl_jax.build.sampler import make_sampler
 from oapl_jax.config import config_file
-from oapl_jax.config.commands import EvaluateConfig, TrainConfig
-from oapl_jax.data import tokenizer as tokenizers
+from oapl_jax.config.commands import EvaluateConfig
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.distributed.compile_cache import use_compile_cache
 from oapl_jax.distributed.sharding import make_meshes
@@ -35,8 +34,9 @@ from oapl_jax.model import qwen
 from oapl_jax.rollouts.grading import Grading
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.sampling import SamplingDistribution
+from oapl_jax.rollouts.stops import Stops
 from oapl_jax.run import export
-from oapl_jax.run.start import is_run, model_path
+from oapl_jax.run.start import is_run, model_path, sampled_outline
 from oapl_jax.sampler.sampler import JaxSampler
 from oapl_jax.types import Prompt
 from oapl_jax.weights.policies import PolicyGoneError, PolicyStore
@@ -68,8 +68,9 @@ def evaluate(config: EvaluateConfig, *, watch: bool = False) -> str:
         for version, path in _versions(config, watch):
             architecture, tokenizer = policy.outline(config.model, path)
             mesh, sampler_mesh = make_meshes(config.mesh)
-            params = policy.load_params(config.model, path, architecture, mesh, config.run.seed)
             made = made or _make(config, architecture, tokenizer, sampler_mesh, stack)
+            params = policy.load_params(config.model, path, architecture, mesh, config.run.seed)
+            run_dir.open_run(config, EvaluateConfig)
             sampler = made[1]
             sampler.set_weights(WeightSync(params, sampler_mesh, config.sampler.dtype)(params)[0])
             del params
@@ -95,9 +96,10 @@ def _make(
 ) -> Made:
     """Problems, sampler and graders."""
     prompts, grader = benchmarks.load(config, tokenizer)
-    grading = sampling.make_grading(grader, tokenizer.decode)
+    stops = Stops(tokenizer, SamplingDistribution.of(config.sampler))
+    grading = sampling.make_grading(grader, stops.text, config.sampler.truncated)
     stack.callback(grading.close)
-    run_dir.open_run(config, EvaluateConfig)
+    say(f"responses {stops}")
     return prompts, make_sampler(config, architecture, mesh, tokenizer, _longest(prompts)), grading
 
 
@@ -235,13 +237,13 @@ def report(logs: Sequence[tuple[str, pathlib.Path]], out: pathlib.Path) -> str:
 
 def _plan(config: EvaluateConfig) -> str:
     """Loads the problems and their graders, and says how many samples there will be."""
-    model = config.model
-    if is_run(model.path):
-        model = run_dir.read_config(pathlib.Path(str(model.path)), TrainConfig).model
-    prompts, grader = benchmarks.load(config, tokenizers.load(config.model.tokenizer, model_path(model)))
+    architecture, tokenizer = sampled_outline(config.model)
+    prompts, grader = benchmarks.load(config, tokenizer)
     grader.close()
     sampler = config.sampler
+    architecture.check_positions(_longest(prompts) + sampler.max_response_tokens)
     return (
+        f"responses {Stops(tokenizer, SamplingDistribution.of(sampler))}\n"
         f"{len(prompts):,} problems x {sampler.samples} samples of at most {sampler.max_response_tokens:,} tokens;"
         f" the longest prompt has {_longest(prompts):,}"
     )

@@ -36,8 +36,9 @@ from oapl_jax.rollouts import filters, published
 from oapl_jax.rollouts.grading import Grading
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.sampling import SamplingDistribution
+from oapl_jax.rollouts.stops import Stops
 from oapl_jax.run import export
-from oapl_jax.run.start import is_run, make_warm_start, model_path
+from oapl_jax.run.start import is_run, make_warm_start, model_path, sampled_outline
 from oapl_jax.sources.generation import Generation, generate
 from oapl_jax.sources.turns import SamplerTurns
 from oapl_jax.types import PreemptedError, Prompt
@@ -57,6 +58,7 @@ def main(argv: list[str]) -> None:
     config, arguments = config_file.from_command_line(GenerateConfig, "generate", argv, checks=CHECKS)
     if arguments.dry_run:
         say(config_file.to_yaml(config))
+        say(_plan(config))
         return
     use_compile_cache(config.run.compile_cache)
     summary = run(config)
@@ -81,24 +83,27 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
             path = _start(config, directory)
         trainer_mesh, mesh = make_meshes(config.mesh)
         architecture, tokenizer = policy.outline(config.model, path)
+        sampler = make_sampler(config, architecture, mesh, tokenizer, config.data.max_prompt_tokens)
         params = policy.load_params(config.model, path, architecture, trainer_mesh, config.run.seed)
         weights, _ = WeightSync(params, mesh, config.sampler.dtype)(params)
         source = load_prompts(config.data, tokenizer, config.run.seed)
         prompts = _choose(source, config)
         grader = make_grader(config)
         value = functools.partial(oapl.optimal_value, beta1=BETA1)
-        grading = Grading(tokenizer.decode, grader, lambda rewards, _: oapl.advantages(rewards, BETA1), value)
+        distribution, limit = SamplingDistribution.of(config.sampler), config.sampler.truncated
+        stops = Stops(tokenizer, distribution)
+        grading = Grading(stops.text, grader, lambda rewards, _: oapl.advantages(rewards, BETA1), value, limit)
         stack.callback(grading.close)
         grader.check_golds([] if config.data.task else prompts)
-        log = RolloutLog(directory / "rollouts", dataclasses.asdict(SamplingDistribution.of(config.sampler)))
+        log = RolloutLog(directory / "rollouts", dataclasses.asdict(distribution))
         size = config.generation.groups_per_file
         work = Generation(log, leases, config.generation.policy_version, prompts, size, deadline)
         with _alone(leases, "work", deadline):
             _check_work(directory / WORK_FILE, work)
             run_dir.open_run(config, GenerateConfig)
-        sampler = make_sampler(config, architecture, mesh, tokenizer, config.data.max_prompt_tokens)
         del params
         progress = stack.enter_context(ProgressBar(len(prompts), enabled=config.logging.progress, unit="group"))
+        progress.note(f"responses {stops}")
         if source.num_dropped:
             progress.note(f"prompts: {source.num_dropped} over data.max_prompt_tokens were dropped")
         is_done = generate(
@@ -115,6 +120,13 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
             return None
         with _alone(leases, "summary", deadline):
             return _summarize(config, directory, work)
+
+
+def _plan(config: GenerateConfig) -> str:
+    """Where responses end, of a model that can hold them."""
+    architecture, tokenizer = sampled_outline(config.model)
+    architecture.check_positions(config.data.max_prompt_tokens + config.sampler.max_response_tokens)
+    return f"responses {Stops(tokenizer, SamplingDistribution.of(config.sampler))}"
 
 
 def _start(config: GenerateConfig, directory: pathlib.Path) -> str | None:

@@ -31,6 +31,7 @@ from oapl_jax.distributed.sharding import device_bytes, make_meshes
 from oapl_jax.io.terminal import say
 from oapl_jax.model import qwen
 from oapl_jax.rollouts.sampling import SamplingDistribution
+from oapl_jax.rollouts.stops import Stops
 from oapl_jax.sampler.engine import Engine
 from oapl_jax.types import RunError
 
@@ -62,6 +63,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--group-size", type=_count, default=1, help="responses to each request")
     parser.add_argument("--temperature", type=float, default=1.0, help="0: greedy")
     parser.add_argument("--top-p", type=float, default=1.0)
+    parser.add_argument("--stop", nargs="*", default=[], metavar="TEXT", help="responses end before these")
+    parser.add_argument("--stop-token-ids", nargs="*", default=[], type=int, metavar="ID", help="the same for tokens")
     parser.add_argument("--max-prompt-tokens", type=_count, default=1024)
     parser.add_argument("--max-response-tokens", type=_count, default=1024)
     parser.add_argument("--slots", type=_count, default=8, help="requests that are served at the same time")
@@ -90,18 +93,24 @@ def load(arguments: argparse.Namespace) -> Any:
     Raises:
         ValueError: the model does not exist, the cache does not fit, or the port cannot be used.
     """
-    sampling = SamplingDistribution(arguments.temperature, top_p=arguments.top_p)
+    sampling = SamplingDistribution(
+        arguments.temperature,
+        top_p=arguments.top_p,
+        stop_strings=tuple(arguments.stop),
+        stop_token_ids=tuple(arguments.stop_token_ids),
+    )
     _check_address(arguments.host, arguments.port)
     dtype = arguments.dtype or ("float32" if jax.devices()[0].platform == "cpu" else "bfloat16")
     model = ModelConfig(path=arguments.model, tokenizer=arguments.tokenizer, param_dtype=dtype, compute_dtype=dtype)
     config, tokenizer = policy.outline(model, arguments.model)
+    config.check_positions(arguments.max_prompt_tokens + arguments.max_response_tokens)
     mesh = make_meshes(MeshConfig(trainer=f"tensor={_num_devices(config)}"))[0]
     params = policy.load_params(model, arguments.model, config, mesh, arguments.seed)
     engine = Engine(
         qwen.abstract(config, param_dtype=dtype, compute_dtype=dtype)[0],
         config,
         vocab_size=tokenizer.vocab_size,
-        stop_ids=tokenizer.stop_ids,
+        stop_ids=Stops(tokenizer, sampling).ids,
         num_rows=arguments.slots * arguments.group_size,
         max_prompt_tokens=arguments.max_prompt_tokens,
         max_response_tokens=arguments.max_response_tokens,

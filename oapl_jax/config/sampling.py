@@ -1,5 +1,6 @@
 """How tokens are drawn, in training and in evaluations."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -25,6 +26,11 @@ class EngineConfig(SamplingConfig):
 
     max_response_tokens: Count
     """Limit of a response."""
+    stop_strings: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """A response ends with the token that completes one of these, besides the model's own stop tokens. It is trained on up
+    to that token; the text that is graded and logged ends before the string. Evaluations use the same."""
+    stop_token_ids: tuple[CountOrZero, ...] = ()
+    """Further tokens that end a response, by their ids."""
     decode_steps: Count = 32
     """Most tokens of a rollout decoded per call to the device."""
     dtype: Literal["float32", "bfloat16", "int8"] = "float32"
@@ -36,6 +42,14 @@ class EngineConfig(SamplingConfig):
     kv_memory: Fraction = 0.8
     """Most of a replica's free memory that its KV cache may take; never more than the rows need at full length."""
 
+    def find_mistakes(self) -> list[str]:
+        r"""A newline that YAML has not read as one: ``'\n'`` is a backslash and an n."""
+        return [
+            f"stop_strings: {string!r} is a backslash and a letter; write it in double quotes"
+            for string in self.stop_strings
+            if re.fullmatch(r"(\\[nrt])+", string)
+        ]
+
 
 class SamplerConfig(EngineConfig):
     """How rollouts are drawn."""
@@ -44,6 +58,9 @@ class SamplerConfig(EngineConfig):
     """Temperature of the sampled distribution; the learner's log-probabilities use the same."""
     group_size: Annotated[int, Field(ge=2)] = 8
     """G: rollouts per prompt; V* of a single rollout is its reward, so 1 teaches nothing."""
+    truncated: Literal["wrong", "graded", "left_out"] = "wrong"
+    """What happens to a response that is cut at the limit. wrong: its reward is 0; graded: it is graded as it stands;
+    left_out: it is wrong, and neither trained on nor counted in V*."""
     groups_in_flight: Count = 16
     """Groups decoded at once: groups_in_flight x group_size rows, over all replicas."""
 
@@ -57,6 +74,8 @@ class EvaluateSamplerConfig(EngineConfig):
     """Keep the smallest set of likeliest tokens with at least this mass; 1: all."""
     max_response_tokens: Count = 16_384
     """Limit of a response (the paper: 16,384, and 65,536 for LiveCodeBench)."""
+    truncated: Literal["wrong", "graded"] = "wrong"
+    """What happens to a response that is cut at the limit: it is wrong, or it is graded as it stands."""
     samples: Count = 10
     """n: samples of each problem (the paper: 10, and 20 for LiveCodeBench)."""
     rows: Count = 64

@@ -77,7 +77,7 @@ def string_cell(value: Any, column: str, row_name: str) -> str:
     try:
         return value.decode() if isinstance(value, bytes) else value.encode().decode()  # TFDS gives bytes
     except UnicodeError as error:
-        raise ValueError(f"row {row_name}: column {column!r} has what is no Unicode text ({error.reason})") from None
+        raise ValueError(f"row {row_name}: column {column!r} has what is no Unicode text ({error})") from None
 
 
 def _read_json(path: pathlib.Path, columns: Sequence[str], wanted: Sequence[str]) -> Table:

@@ -18,6 +18,8 @@ CHARS = "_$0123456789+-*=:,"
 
 CHARACTER_FILE = "character_tokenizer.json"
 GENERATION_FILE = "generation_config.json"
+MODEL_FILE = "config.json"
+TOKENIZER_FILE = "tokenizer_config.json"
 
 
 @runtime_checkable
@@ -31,6 +33,8 @@ class Tokenizer(Protocol):
     eos_id: int
     """The stop id that a demonstration ends with."""
     pad_id: int
+    has_chat_template: bool
+    """False: prompts are raw text."""
 
     def encode_prompt(self, question: str, system: str | None = None) -> list[int]:
         """Token ids up to the beginning of the response."""
@@ -84,6 +88,7 @@ class CharacterTokenizer:
         self.pad_id = CHARS.index("_")
         self.eos_id = CHARS.index("$")
         self.stop_ids = (self.eos_id,)
+        self.has_chat_template = False
 
     def encode_prompt(self, question: str, system: str | None = None) -> list[int]:
         """Token ids of the question alone.
@@ -122,7 +127,14 @@ class HuggingFaceTokenizer:
         from transformers import AutoTokenizer  # the import takes 2.5 s, and the toy tasks do not need it
 
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(source)
+            files = {name: _read_json(source, name) for name in (TOKENIZER_FILE, MODEL_FILE, GENERATION_FILE)}
+            for name, content in files.items():
+                if code := content.get("auto_map") or content.get("trust_remote_code"):
+                    raise ValueError(
+                        f"{name} asks for code of its own ({code!r:.80}), which is never run; remove the key"
+                    )
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            declared = _eos_ids(files[GENERATION_FILE]) or _eos_ids(files[MODEL_FILE])
         except BaseException as error:  # Rust's has no better base class
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
@@ -130,21 +142,18 @@ class HuggingFaceTokenizer:
         templates = self._tokenizer.chat_template or {}
         for text in templates.values() if isinstance(templates, dict) else (templates,):
             template.check(str(text), f"tokenizer {source!r}")
-        self._generation = _generation_config(source)
+        self._generation = files[GENERATION_FILE]
+        self.has_chat_template = bool(templates)
         # len() counts added tokens, unlike .vocab_size; neither counts the padding of the embedding.
         self.vocab_size = len(self._tokenizer)
-        if self._tokenizer.eos_token_id is None:
-            raise ValueError(f"tokenizer {source!r}: it has no eos token, so a response could never end")
-        self.eos_id = int(self._tokenizer.eos_token_id)
+        ends = [self._tokenizer.eos_token_id, self._end_of_turn(), *declared]
+        stops = [int(end) for end in ends if end is not None]
+        if not stops:
+            raise ValueError(f"tokenizer {source!r}: nothing in its folder declares an eos token; give config.json one")
+        self.eos_id = stops[0]
         pad = self._tokenizer.pad_token_id
         self.pad_id = self.eos_id if pad is None else int(pad)
-        declared = self._generation.get("eos_token_id") or []
-        declared = declared if isinstance(declared, list) else [declared]
-        if not all(type(stop_id) is int for stop_id in declared):
-            raise ValueError(
-                f"tokenizer {source!r}: eos_token_id in {GENERATION_FILE} is {declared!r:.80}, not token ids"
-            )
-        self.stop_ids = tuple(sorted({self.eos_id, *declared}))
+        self.stop_ids = tuple(sorted(set(stops)))
 
     def encode_prompt(self, question: str, system: str | None = None) -> list[int]:
         """Token ids of the rendered chat up to the assistant's turn; without a chat template, those of the plain text.
@@ -152,7 +161,7 @@ class HuggingFaceTokenizer:
         Raises:
             ValueError: there is a system message but no chat template, or the template fails.
         """
-        if not self._tokenizer.chat_template:
+        if not self.has_chat_template:
             if system is not None:
                 raise ValueError(f"this tokenizer has no chat template, so it cannot use system={system!r}; remove it")
             return self.encode(question)
@@ -180,14 +189,35 @@ class HuggingFaceTokenizer:
         if self._generation:
             (pathlib.Path(folder) / GENERATION_FILE).write_text(json.dumps(self._generation, indent=2) + "\n")
 
+    def _end_of_turn(self) -> int | None:
+        """The token that the chat template puts after an answer; None: there is none, or it is ordinary text."""
+        if not self.has_chat_template:
+            return None
+        messages = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": "an answer"}]
+        try:
+            text = self._tokenizer.apply_chat_template(messages, tokenize=False)
+        except Exception:  # a template is a program, and may be for questions only
+            return None
+        first = self.encode(text.rpartition("an answer")[2])[:1]
+        return first[0] if first and first[0] in self._tokenizer.added_tokens_decoder else None
+
 
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300]
 
 
-def _generation_config(source: str) -> dict[str, Any]:
-    """The model's generation_config.json, or {} if it has none."""
+def _read_json(source: str, name: str) -> dict[str, Any]:
+    """A JSON file of a model, or {} if it has none."""
     from transformers.utils.hub import cached_file
 
-    path = cached_file(source, GENERATION_FILE, _raise_exceptions_for_missing_entries=False)
+    path = cached_file(source, name, _raise_exceptions_for_missing_entries=False)
     return {} if path is None else reading.read_object(pathlib.Path(path))
+
+
+def _eos_ids(content: dict[str, Any]) -> list[int]:
+    """The eos ids that a file of a model declares, which may be one number or several."""
+    declared = content.get("eos_token_id")
+    declared = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    if any(type(i) is not int or i < 0 for i in declared):
+        raise ValueError(f"eos_token_id of the model is {declared!r:.80}, not token ids")
+    return declared

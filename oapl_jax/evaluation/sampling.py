@@ -21,9 +21,11 @@ MAX_UNWRITTEN = 64
 """Problems whose samples may wait for the grader before the sampler waits too."""
 
 
-def make_grading(grader: Grader, decode: Callable[[list[int]], str]) -> Grading:
+def make_grading(grader: Grader, decode: Callable[[list[int]], str], truncated: str) -> Grading:
     """Grades samples without advantages: nothing is trained on them."""
-    return Grading(decode, grader, lambda rewards, _: np.full(len(rewards), math.nan), lambda rewards: math.nan)
+    return Grading(
+        decode, grader, lambda rewards, _: np.full(len(rewards), math.nan), lambda rewards: math.nan, truncated
+    )
 
 
 def sample(

@@ -37,6 +37,12 @@ from oapl_jax.model.row_attention import RowAttentionKind
 ARCHITECTURES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "llama": "Llama"}
 """Hugging Face's ``model_type`` -> the beginning of its class names."""
 
+COUNTS = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "num_experts")
+WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "moe_intermediate_size")
+LARGEST = dict.fromkeys(COUNTS, 2**14) | dict.fromkeys(WIDTHS, 2**24) | {"max_position_embeddings": 2**31 - 1}
+"""Sizes of a model: what is larger, or below 1, is a damaged file. Checked before anything is made of them."""
+MOST_PARAMS = 2**42
+
 CUDNN_ATTENTION = "dot_product_attention_fwd_wrapper"
 """JAX's primitive for the forward pass of cuDNN's attention: its result, and the sums that its backward pass needs."""
 
@@ -131,12 +137,29 @@ class QwenConfig:
             raise ValueError(f"model config lacks {', '.join(missing)}; model_type={model_type!r} needs it")
         config |= {key: values[key] for key in required}
         config["head_dim"] = config["head_dim"] or config["hidden_size"] // config["num_attention_heads"]
+        _refuse_absurd(config)
         if config["num_attention_heads"] % config["num_key_value_heads"]:
             raise ValueError(
                 f"num_attention_heads={config['num_attention_heads']} is not a multiple of"
                 f" num_key_value_heads={config['num_key_value_heads']}"
             )
-        return cls(**config)
+        made = cls(**config)
+        if made.num_params > MOST_PARAMS:
+            raise ValueError(
+                f"its sizes make {made.num_params:.3g} parameters, above the {MOST_PARAMS:.3g} of any model"
+            )
+        return made
+
+    def check_positions(self, num_tokens: int) -> None:
+        """Raises a ValueError where a prompt with its response, together at most ``num_tokens``, has too few positions."""
+        positions, scaling = self.max_position_embeddings, self.rope_scaling
+        if scaling is not None and scaling.rope_type == "yarn":  # files name those of before or after the stretching
+            positions = max(positions, int(scaling.factor * (scaling.original_max_position_embeddings or 0)))
+        if num_tokens > positions:
+            raise ValueError(
+                f"prompt and response may have {num_tokens} tokens together, and the model only has positions for"
+                f" {positions} (max_position_embeddings); lower max_prompt_tokens or max_response_tokens"
+            )
 
     def to_hf(self) -> dict[str, Any]:
         """The content of a ``config.json`` that transformers 4 and 5 read."""
@@ -158,6 +181,21 @@ class QwenConfig:
         if self.model_type == "llama":
             return values | {"attention_bias": False, "mlp_bias": False}
         return values | ({"attention_bias": False} if self.model_type == "qwen3" else {})
+
+
+def _refuse_absurd(config: dict[str, Any]) -> None:
+    """Numbers that no model has."""
+    for key, largest in LARGEST.items():
+        value = config.get(key, 1)
+        if type(value) is not int or not 1 <= value <= largest:
+            raise ValueError(f"{key}={value!r:.40} is no size of a model; it is an integer from 1 to {largest}")
+    if config["head_dim"] % 2:
+        raise ValueError(f"head_dim={config['head_dim']} is odd; rotary embeddings need an even one")
+    if (chosen := config.get("num_experts_per_tok")) not in (None, *range(1, config.get("num_experts", 0) + 1)):
+        raise ValueError(f"num_experts_per_tok={chosen!r:.40} is no number from 1 to num_experts")
+    for key in ("rope_theta", "rms_norm_eps", "initializer_range"):
+        if not isinstance(config[key], int | float) or not 0 < config[key] < math.inf:
+            raise ValueError(f"{key}={config[key]!r:.40} is no positive number")
 
 
 def _refuse_unimplemented(values: dict[str, Any]) -> None:

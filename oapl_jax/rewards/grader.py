@@ -41,7 +41,7 @@ class Grader(Protocol):
         ...
 
     def grade(self, items: Sequence[Item]) -> list[Grade]:
-        """Returns grades in the order of the items. A truncated response is wrong."""
+        """Returns grades in the order of the items. A truncated response is wrong (``sampler.truncated`` may say otherwise)."""
         ...
 
     def close(self) -> None:

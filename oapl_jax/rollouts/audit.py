@@ -114,6 +114,7 @@ def _group_check(config: TrainConfig) -> GroupCheck:
         grading.advantages_and_value,
         advantages_of=lambda rewards, is_correct: objective.advantages(rewards, is_correct, options),
         value_of=lambda rewards: oapl.optimal_value(rewards, beta1),
+        truncated=config.sampler.truncated,
     )
     vocab_size = ANY_TOKEN
     with contextlib.suppress(OSError, ValueError):  # it may be gone, or on another machine

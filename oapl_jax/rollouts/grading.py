@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 
 from oapl_jax.rewards.grader import Grader
 from oapl_jax.rollouts.buffer import Ticket
-from oapl_jax.types import Grade, GradedRollout, Prompt, Rollout, RolloutGroup, RunError, Verdict
+from oapl_jax.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, RolloutGroup, RunError, Verdict
 
 AdvantageFn = Callable[[Float[np.ndarray, "G"], Bool[np.ndarray, "G"]], Float[np.ndarray, "G"]]
 """From the rewards of a group, and whether each response is correct, to the advantages; float64."""
@@ -31,6 +31,7 @@ class Grading:
         grader: judges texts.
         advantages: of a group, by the objective.
         value: rewards of a group to V*(x).
+        truncated: what happens to truncated responses, see ``SamplerConfig``.
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class Grading:
         grader: Grader,
         advantages: AdvantageFn,
         value: Callable[[Float[np.ndarray, "G"]], float],
+        truncated: str = "wrong",
     ):
         self.decode, self._grader, self._advantages, self._value = decode, grader, advantages, value
+        self._truncated = truncated
         self._is_grading = threading.Lock()
         self._invalid: list[str] = []
         """Reasons of the invalid verdicts since the last valid one."""
@@ -56,7 +59,7 @@ class Grading:
         items = [(dataclasses.replace(prompt), rollouts) for prompt, rollouts in items]
         texts = [[self.decode(rollout.token_ids.tolist()) for rollout in rollouts] for _, rollouts in items]
         flat = [
-            (prompt, text, rollout.finish_reason)
+            (prompt, text, FinishReason.STOP if self._truncated == "graded" else rollout.finish_reason)
             for (prompt, rollouts), group_texts in zip(items, texts, strict=True)
             for text, rollout in zip(group_texts, rollouts, strict=True)
         ]
@@ -97,11 +100,14 @@ class Grading:
 
     def advantages(self, graded: Sequence[GradedRollout]) -> tuple[list[float], float]:
         """Advantages and V*, over the rollouts of a group whose verdict and log-probabilities can be used."""
-        return advantages_and_value(graded, self._advantages, self._value)
+        return advantages_and_value(graded, self._advantages, self._value, self._truncated)
 
 
 def advantages_and_value(
-    graded: Sequence[GradedRollout], advantages_of: AdvantageFn, value_of: Callable[[Float[np.ndarray, "G"]], float]
+    graded: Sequence[GradedRollout],
+    advantages_of: AdvantageFn,
+    value_of: Callable[[Float[np.ndarray, "G"]], float],
+    truncated: str,
 ) -> tuple[list[float], float]:
     """Advantages and V* of the rollouts of a group; NaN for those whose verdict or log-probabilities cannot be used."""
     is_usable = np.array(
@@ -109,6 +115,7 @@ def advantages_and_value(
             item.grade.verdict is not Verdict.INVALID
             and math.isfinite(item.grade.reward)
             and np.isfinite(item.rollout.logprobs).all()
+            and not (truncated == "left_out" and item.rollout.finish_reason is FinishReason.LENGTH)
             for item in graded
         ]
     )

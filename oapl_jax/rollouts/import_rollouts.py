@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from oapl_jax.rollouts import checks, published, schema
 from oapl_jax.rollouts.checks import BadRowError
+from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, Verdict
 from oapl_jax.untrusted import parquet
 
@@ -73,8 +74,8 @@ class Expectations:
     """Responses of this many tokens were truncated when they were made."""
     group_size: int
     """The most rollouts that a group may have."""
-    temperature: float | None = None
-    """The temperature that rollouts must have been drawn at, where the data say it; None: any."""
+    distribution: SamplingDistribution | None = None
+    """Whose temperature and stops rollouts must have been drawn with, where the data say them; None: any."""
 
 
 class BadRows:
@@ -183,8 +184,9 @@ def _schema_problem(found: pa.Schema, is_ours: bool) -> BadRowError | None:
 
 
 def _check_sampling(file: pathlib.Path, found: pa.Schema, expected: Expectations) -> None:
-    """The learner's log-probabilities are those of one temperature: data of another are no mistake of a row."""
-    wanted = {} if expected.temperature is None else {"temperature": expected.temperature}
+    """The learner scores one temperature, and responses that end in one way: other data are no mistake of a row."""
+    given = dataclasses.asdict(expected.distribution) if expected.distribution else {}
+    wanted = {name: given[name] for name in ("temperature", "stop_strings", "stop_token_ids") if name in given}
     if (problem := schema.sampling_problem(found, wanted)) is not None:
         raise ValueError(f"{file}: {problem}")
 

@@ -27,7 +27,7 @@ PART = re.compile(r"part-([0-9]{6}|[1-9][0-9]{6,8})\.parquet")
 class RolloutLog:
     """``rollouts/VERSION/part-NNNNNN.parquet`` under a run directory."""
 
-    def __init__(self, directory: SharedPath, sampling: dict[str, float] | None = None):
+    def __init__(self, directory: SharedPath, sampling: dict[str, Any] | None = None):
         """Opens a log, which need not exist; ``sampling`` is written with each group: what it was drawn with."""
         self.directory, self.sampling = directory, sampling
         self._next_part: dict[int, int] = {}
@@ -196,8 +196,9 @@ def digests_of(row: dict[str, Any], where: str) -> dict[str, str]:
         ValueError: it is none; names ``where``.
     """
     names, digests = row.get("groups"), row.get("digests")
-    is_whole = isinstance(names, list) and isinstance(digests, list) and type(row.get("policy_version")) is int
-    if not is_whole or len(names) != len(digests):
+    if not (isinstance(names, list) and isinstance(digests, list) and len(names) == len(digests)) or (
+        type(row.get("policy_version")) is not int
+    ):
         raise ValueError(f"{where}: has not a digest for each of its groups; it was damaged, or is of another release")
     if not all(isinstance(text, str) for text in (*names, *digests)) or not all(map(schema.NAME.fullmatch, names)):
         raise ValueError(f"{where}: its groups are not ids and digests: {names!r:.80}")

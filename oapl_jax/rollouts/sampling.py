@@ -10,7 +10,7 @@ from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 import numpy as np
 from jaxtyping import Int
 
-from oapl_jax.config.sampling import SamplingConfig
+from oapl_jax.config.sampling import EngineConfig, SamplingConfig
 from oapl_jax.types import Rollout
 
 Tag = TypeVar("Tag")
@@ -37,11 +37,17 @@ class SamplingDistribution:
     """Keeps the fewest likeliest tokens whose mass reaches it; 1: all."""
     min_p: float = 0.0
     """Keeps tokens at least so likely as this fraction of the likeliest; 0: all."""
+    stop_strings: tuple[str, ...] = ()
+    """A response ends with the token that completes one of them (``rollouts/stops.py``)."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a response, besides the model's own."""
 
     @classmethod
-    def of(cls, section: SamplingConfig) -> "SamplingDistribution":
-        """The sampling distribution that a section of a config describes."""
-        return cls(section.temperature, section.top_k, section.top_p, section.min_p)
+    def of(cls, sampler: EngineConfig, section: SamplingConfig | None = None) -> "SamplingDistribution":
+        """The distribution of the section ``sampler``, or of another section whose responses end as the sampler's."""
+        draw = section or sampler
+        ends = tuple(sorted(sampler.stop_strings)), tuple(sorted(sampler.stop_token_ids))  # their order means nothing
+        return cls(draw.temperature, draw.top_k, draw.top_p, draw.min_p, *ends)
 
     @property
     def truncates(self) -> bool:
@@ -75,8 +81,6 @@ class Request(Generic[Tag]):
     """Limit of the responses, or of each; None: the engine's."""
     needs_logprobs: bool = True
     """False for greedy requests, whose rollouts have NaN for log-probabilities."""
-    stop_strings: tuple[str, ...] = ()
-    """A response ends with the token that completes one of them."""
     expected_tokens: float | None = None
     """Likely length of a response, for the order; None: the limit."""
 

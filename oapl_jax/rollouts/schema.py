@@ -72,10 +72,10 @@ SCHEMA = pa.schema(
 )
 
 
-def to_table(groups: Iterable[RolloutGroup], sampling: dict[str, float] | None = None) -> pa.Table:
+def to_table(groups: Iterable[RolloutGroup], sampling: dict[str, Any] | None = None) -> pa.Table:
     """Rows of the groups, rollouts of a group adjacent and in order.
 
-    ``sampling``, for the metadata: temperature, top_k, top_p and min_p that all of them were drawn with.
+    ``sampling``, for the metadata: the fields of the ``SamplingDistribution`` that all of them were drawn with.
     """
     rows = [row(group, index) for group in groups for index in range(len(group.rollouts))]
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
@@ -84,7 +84,7 @@ def to_table(groups: Iterable[RolloutGroup], sampling: dict[str, float] | None =
     return table.replace_schema_metadata({**table.schema.metadata, SAMPLING_KEY: json.dumps(sampling)})
 
 
-def sampling_of(found: pa.Schema) -> dict[str, float]:
+def sampling_of(found: pa.Schema) -> dict[str, Any]:
     """The sampling parameters in a file's metadata; empty where it has none."""
     try:
         return reading.parse_object((found.metadata or {}).get(SAMPLING_KEY, b"{}"), "sampling")

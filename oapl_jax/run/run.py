@@ -29,7 +29,9 @@ from oapl_jax.model import hf, lora
 from oapl_jax.rollouts.buffer import Consumption, GroupBuffer, Window
 from oapl_jax.rollouts.checks import GroupCheck, ShardCheck
 from oapl_jax.rollouts.log import BatchRecord, RolloutLog, digest
+from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.rollouts.source import GroupSource, Taken, Weights, WindowPlan
+from oapl_jax.rollouts.stops import Stops
 from oapl_jax.run.evaluator import Evaluator, StepLog
 from oapl_jax.run.parity import check_parity
 from oapl_jax.run.progress import RunProgress
@@ -309,6 +311,7 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
         setup.trainers.wait()  # until the leader has the run
         is_shown, stream = is_leader and config.logging.progress, None if is_leader else io.StringIO()
         bar = stack.enter_context(ProgressBar(config.run.steps, enabled=is_shown, stream=stream))
+        bar.note(f"responses {Stops(tokenizer, setup.distribution)}")
         is_preempted = forward_preemption(stack.enter_context(catch_sigterm()))
         keep_every = [config.checkpoint.keep_every, config.window.sync_every * config.window.keep_checkpoints]
         checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep, keep_every, setup.trainers)
@@ -401,7 +404,8 @@ def assemble(config: TrainConfig) -> tuple[Assembly, Tokenizer]:
         ValueError: what the config got wrong; the message names it.
     """
     architecture, tokenizer = outline(config.model)
-    return make_assembly(config, architecture, tokenizer.vocab_size, tokenizer.stop_ids), tokenizer
+    stops = Stops(tokenizer, SamplingDistribution.of(config.sampler))
+    return make_assembly(config, architecture, tokenizer.vocab_size, stops.ids), tokenizer
 
 
 def serve(config: TrainConfig) -> int:

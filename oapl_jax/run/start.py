@@ -49,6 +49,13 @@ def outline(model: ModelConfig) -> tuple[qwen.QwenConfig, Tokenizer]:
     return policy.outline(warm_start.model.model_copy(update={"tokenizer": tokenizer}), warm_start.model.path)
 
 
+def sampled_outline(model: ModelConfig) -> tuple[qwen.QwenConfig, Tokenizer]:
+    """The same where ``model.path`` may also be a run: of what that started from."""
+    if is_run(model.path):
+        model = run_dir.read_config(pathlib.Path(str(model.path)), TrainConfig).model
+    return outline(model)
+
+
 def _warm_start(model: ModelConfig) -> SftConfig | None:
     return None if model.warm_start is None else config_file.load(SftConfig, model.warm_start, checks=CHECKS)
 

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.rollouts.sampling import Request, SamplingDistribution, Stats
+from oapl_jax.rollouts.stops import Stops, stop_length
 from oapl_jax.types import FinishReason, Rollout
 
 
@@ -32,7 +33,7 @@ def make(config: TrainConfig, tokenizer: Tokenizer) -> tuple["TorchSampler", Any
         num_rows=config.sampler.groups_in_flight * config.sampler.group_size,
         max_response_tokens=config.sampler.max_response_tokens,
         vocab_size=tokenizer.vocab_size,
-        stop_ids=tokenizer.stop_ids,
+        stops=Stops(tokenizer, SamplingDistribution.of(config.sampler)),
         pad_id=tokenizer.pad_id,
     )
     return sampler, functools.partial(load_model, dtype=config.sampler.dtype)
@@ -41,11 +42,9 @@ def make(config: TrainConfig, tokenizer: Tokenizer) -> tuple["TorchSampler", Any
 class TorchSampler:
     """A ``Sampler`` that runs requests in batches; ids from ``vocab_size`` on are padding and never drawn."""
 
-    def __init__(
-        self, *, num_rows: int, max_response_tokens: int, vocab_size: int, stop_ids: tuple[int, ...], pad_id: int
-    ):
+    def __init__(self, *, num_rows: int, max_response_tokens: int, vocab_size: int, stops: Stops, pad_id: int):
         self._num_rows, self._max_response_tokens, self._vocab_size = num_rows, max_response_tokens, vocab_size
-        self._stop_ids, self._pad_id = stop_ids, pad_id
+        self._stops, self._pad_id = stops, pad_id
         self._waiting: list[Request] = []
         self._model: Any = None
         self.stats = Stats()
@@ -71,9 +70,9 @@ class TorchSampler:
         return sum(request.num_rollouts for request in self._waiting)
 
     def submit(self, request: Request) -> None:
-        """Queues a request; raises ValueError for one with a limit or stop strings of its own."""
-        if request.max_tokens is not None or request.stop_strings:
-            raise ValueError(f"request {request.tag!r}: max_tokens and stop_strings need --engine jax")
+        """Queues a request; raises ValueError for one with a limit of its own."""
+        if request.max_tokens is not None:
+            raise ValueError(f"request {request.tag!r}: max_tokens needs --engine jax")
         self._waiting.append(request)
 
     def abort(self) -> None:
@@ -106,6 +105,7 @@ class TorchSampler:
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 generation_config=self._generation_config(distribution),
+                stopping_criteria=[lambda ids, _: self._have_stopped(ids[:, inputs.shape[1] :])],
             )
             tokens = output.sequences[:, inputs.shape[1] :]
             # The scores are the logits after all processors: their softmax is the distribution that was drawn from.
@@ -120,11 +120,20 @@ class TorchSampler:
         return rollouts
 
     def _truncated(self, ids: np.ndarray, logprobs: np.ndarray) -> Rollout:
-        """A row up to its first stop token, which belongs to it."""
-        (stops,) = np.nonzero(np.isin(ids, self._stop_ids))
-        length = int(stops[0]) + 1 if len(stops) else len(ids)
-        reason = FinishReason.STOP if len(stops) else FinishReason.LENGTH
+        """A row up to its first stop token, or the one that completes its first stop string, which belongs to it."""
+        (found,) = np.nonzero(np.isin(ids, self._stops.ids))
+        ends = [int(found[0]) + 1] if len(found) else []
+        at_string = stop_length(ids.tolist(), 0, self._stops.strings, self._stops.decode)
+        ends += [] if at_string is None else [at_string]
+        length = min(ends, default=len(ids))
+        reason = FinishReason.STOP if ends else FinishReason.LENGTH
         return Rollout(ids[:length].astype(np.int32), logprobs[:length].astype(np.float32), reason)
+
+    def _have_stopped(self, tokens: Any) -> Any:
+        """Whether each row has a stop string; stop tokens are PyTorch's own concern."""
+        strings, decode = self._stops.strings, self._stops.decode
+        found = [stop_length(row, len(row) - 1, strings, decode) is not None for row in tokens.tolist()]
+        return torch.tensor(found, device=tokens.device)
 
     def _generation_config(self, distribution: SamplingDistribution) -> GenerationConfig:
         """Nothing of the folder's own, which may truncate the distribution."""
@@ -136,7 +145,7 @@ class TorchSampler:
             min_p=distribution.min_p or None,
             max_new_tokens=self._max_response_tokens,
             suppress_tokens=list(range(self._vocab_size, self._model.config.vocab_size)) or None,
-            eos_token_id=list(self._stop_ids),
+            eos_token_id=list(self._stops.ids),
             pad_token_id=self._pad_id,
             output_scores=True,
             return_dict_in_generate=True,

@@ -7,7 +7,7 @@ on more than one of them, and a request's rollouts are the same on whichever rep
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -47,10 +47,11 @@ class JaxSampler:
     Args:
         engines: one for each replica that this process has.
         mesh: the whole sampler's, those of other processes included.
+        decode: token ids to text, for stop strings.
     """
 
-    def __init__(self, engines: Sequence[Engine], mesh: Mesh):
-        self._engines = engines
+    def __init__(self, engines: Sequence[Engine], mesh: Mesh, decode: Callable[[list[int]], str] | None = None):
+        self._engines, self._decode = engines, decode
         self.device_lock: AbstractContextManager = threading.RLock() if mesh.size > 1 else contextlib.nullcontext()
         """Held while a program is enqueued on the mesh, where trainer and sampler share several devices: see
         ``Scheduler``."""
@@ -84,7 +85,7 @@ class JaxSampler:
     def set_weights(self, weights: Params) -> None:
         """Uses these parameters, which lie on the sampler's mesh."""
         if not self._schedulers:
-            self._schedulers = [Scheduler(engine, self.device_lock) for engine in self._engines]
+            self._schedulers = [Scheduler(engine, self.device_lock, decode=self._decode) for engine in self._engines]
         self._parts = self._split(weights)
 
     def submit(self, request: Request) -> None:

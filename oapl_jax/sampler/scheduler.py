@@ -164,8 +164,12 @@ class Scheduler(Generic[Tag]):
             )
         if request.distribution.truncates and not engine.can_truncate:
             raise ValueError(f"{name}: {request.distribution} on an engine that was made with can_truncate=False")
-        if request.stop_strings and self._decode is None:
-            raise ValueError(f"{name}: stop_strings={request.stop_strings} need a scheduler that was given `decode`")
+        if request.distribution.stop_strings and self._decode is None:
+            raise ValueError(f"{name}: {request.distribution} needs a scheduler that was given `decode`")
+        if not set(request.distribution.stop_token_ids) <= set(engine.stop_ids):
+            raise ValueError(
+                f"{name}: {request.distribution} on an engine that was made with stop_ids={engine.stop_ids}"
+            )
         return limits
 
     def _enqueue(self, sequences: list[LiveSequence[Tag]]) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Int
 
 from oapl_jax.rollouts.sampling import Request
+from oapl_jax.rollouts.stops import stop_length
 from oapl_jax.sampler.engine import Decoded
 from oapl_jax.types import FinishReason, Rollout
 
@@ -42,6 +43,8 @@ class LiveSequence(Generic[Tag]):
     started: int = -1
     """Order in which it began to decode; -1: it has a slot and has not yet."""
     has_ended: bool = False
+    is_stopped: bool = False
+    """A stop string has ended it."""
 
     @property
     def prompt_length(self) -> int:
@@ -72,17 +75,12 @@ class LiveSequence(Generic[Tag]):
         """
         is_valid, is_done = decoded.is_valid[row], bool(decoded.is_done[row])
         tokens, logprobs = decoded.tokens[row, is_valid], decoded.logprobs[row, is_valid]
-        if self.group.request.stop_strings:
+        if strings := self.group.request.distribution.stop_strings:
             assert decode is not None
-            known = np.concatenate([*self.tokens, tokens]).tolist()
-
-            def has_stop(count: int) -> bool:
-                text = decode(known[: self.num_tokens + count])
-                return any(stop in text for stop in self.group.request.stop_strings)
-
-            if has_stop(len(tokens)):
-                count = next(count for count in range(1, len(tokens) + 1) if has_stop(count))
-                tokens, logprobs, is_done = tokens[:count], logprobs[:count], True
+            length = stop_length(np.concatenate([*self.tokens, tokens]).tolist(), self.num_tokens, strings, decode)
+            if length is not None:
+                count = length - self.num_tokens
+                tokens, logprobs, is_done, self.is_stopped = tokens[:count], logprobs[:count], True, True
         self.tokens.append(tokens)
         self.logprobs.append(logprobs)
         self.num_tokens += len(tokens)
@@ -91,7 +89,5 @@ class LiveSequence(Generic[Tag]):
     def rollout(self, stop_ids: Collection[int]) -> Rollout:
         """What it is when it has ended."""
         token_ids = np.concatenate(self.tokens).astype(np.int32)
-        # Shorter than its limit without a stop token: at a stop string.
-        is_stop = token_ids[-1] in stop_ids or len(token_ids) < self.limit
-        reason = FinishReason.STOP if is_stop else FinishReason.LENGTH
+        reason = FinishReason.STOP if self.is_stopped or token_ids[-1] in stop_ids else FinishReason.LENGTH
         return Rollout(token_ids, np.concatenate(self.logprobs), reason)

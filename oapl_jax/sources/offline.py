@@ -192,7 +192,7 @@ class OfflineRounds(BufferedSource):
             eos_id=tokenizer.eos_id,
             source_limit=self._config.source_limit,
             group_size=config.sampler.group_size,
-            temperature=config.sampler.temperature,
+            distribution=self._setup.distribution,
         )
         found = [self._within_limits(responses, bad) for responses in import_rollouts.read(source, expectations, bad)]
         found = [responses for responses in found if responses.members]

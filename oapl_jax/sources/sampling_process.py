@@ -39,6 +39,7 @@ from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.sampling import Sampler, SamplingDistribution
 from oapl_jax.rollouts.schema import SCHEMA_VERSION
 from oapl_jax.rollouts.shards import ShardQueue
+from oapl_jax.rollouts.stops import Stops
 from oapl_jax.sources import follower
 from oapl_jax.sources.sampling_loop import SamplingLoop
 from oapl_jax.sources.setup import SamplingSetup, acceptance, make_grading
@@ -163,6 +164,7 @@ class SamplingProcess:
             config, tokenizer, prompts, [], grading, SamplerTurns(sampler), lock, alone, alone, transfer=None
         )
         weights = load(folder)
+        say(f"responses {Stops(tokenizer, setup.distribution)}")
         setup.warm_up(weights)
         return setup.make_loop(shards, shards), load, weights
 

@@ -22,6 +22,7 @@ from oapl_jax.objectives import oapl
 from oapl_jax.rewards.grader import Grader, make_grader
 from oapl_jax.rollouts.grading import Grading
 from oapl_jax.rollouts.sampling import Request, SamplingDistribution, run
+from oapl_jax.rollouts.stops import Stops
 from oapl_jax.sampler.sampler import JaxSampler
 from oapl_jax.sources.sampling_loop import GroupLog, GroupQueue, SamplingLoop
 from oapl_jax.sources.turns import SamplerTurns
@@ -121,7 +122,7 @@ class SamplingSetup:
                 sampler,
                 self.held_out,
                 self.grading,
-                distribution=SamplingDistribution.of(self.config.evaluation),
+                distribution=SamplingDistribution.of(self.config.sampler, self.config.evaluation),
                 num_samples=num_samples,
                 seed=self.config.run.seed,
                 part=part,
@@ -137,7 +138,7 @@ def make_setup(assembly: Assembly, tokenizer: Tokenizer) -> SamplingSetup:
     """
     config, turns, lock = assembly.config, None, contextlib.nullcontext()
     if assembly.engines:
-        sampler = JaxSampler(assembly.engines, assembly.sampler_mesh)
+        sampler = JaxSampler(assembly.engines, assembly.sampler_mesh, tokenizer.decode)
         turns, lock = SamplerTurns(sampler), sampler.device_lock
     prompts = load_prompts(config.data, tokenizer, config.run.seed)
     held_out_prompts = held_out(config, tokenizer)
@@ -153,10 +154,11 @@ def make_grading(config: TrainConfig, tokenizer: Tokenizer, grader: Grader) -> G
     objective, options = objective_of(config.objective)
     beta1 = oapl.options_or_defaults(options).beta1
     return Grading(
-        tokenizer.decode,
+        Stops(tokenizer, SamplingDistribution.of(config.sampler)).text,
         grader,
         lambda rewards, is_correct: objective.advantages(rewards, is_correct, options),
         lambda rewards: oapl.optimal_value(rewards, beta1=beta1),
+        config.sampler.truncated,
     )
 
 

@@ -45,11 +45,11 @@ def _render() -> None:
     environment.globals |= {"raise_exception": fail, "strftime_now": str}
     template = TAGS.sub("", sys.stdin.buffer.read().decode())
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
-    resource.setrlimit(resource.RLIMIT_AS, (MIB * 2**20,) * 2)
-    user, system = ({"role": role, "content": "word"} for role in ("user", "system"))
-    for messages in ([user], [system, user]):
+    resource.setrlimit(resource.RLIMIT_AS, (MIB * 2**20, MIB * 2**20))
+    user, system, answer = ({"role": role, "content": "word"} for role in ("user", "system", "assistant"))
+    for messages in ([user], [system, user], [user, answer]):
         try:
-            environment.from_string(template).render(messages=messages, add_generation_prompt=True)
+            environment.from_string(template).render(messages=messages, add_generation_prompt=messages[-1] is user)
         except MemoryError:
             sys.exit(1)
         except Exception:  # it shows when the template is used

@@ -21,7 +21,7 @@ NUMBERS, STATUSES, write_corpus = TOY["NUMBERS"], TOY["STATUSES"], TOY["write_co
 class Bytes:
     """A tokenizer with one token per byte."""
 
-    vocab_size, stop_ids, eos_id, pad_id = 257, (256,), 256, 0
+    vocab_size, stop_ids, eos_id, pad_id, has_chat_template = 257, (256,), 256, 0, False
 
     def encode_prompt(self, question, system=None):
         return self.encode(question)

@@ -16,6 +16,7 @@ import groups
 from oapl_jax.rewards.code import layouts
 from oapl_jax.rollouts import import_rollouts, published, schema
 from oapl_jax.rollouts.log import RolloutLog
+from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.types import FinishReason, Prompt, RolloutGroup, Verdict
 
 EOS = 1
@@ -313,14 +314,30 @@ def test_a_truncated_file_is_named_and_the_others_are_read(tmp_path):
     assert counts == {"unreadable file": 1}
 
 
-def test_data_of_another_temperature_are_refused(tmp_path):
-    RolloutLog(tmp_path, {"temperature": 0.6, "top_p": 0.95}).append(GROUPS)
+@pytest.mark.parametrize(
+    ("drawn", "wanted", "problem"),
+    [
+        ({"temperature": 0.6, "top_p": 0.95}, {"temperature": 0.6}, None),
+        ({"temperature": 0.6}, {}, r"drawn at temperature 0\.6, and sampler\.temperature is 1;"),
+        ({"temperature": 1.0}, {"stop_strings": ("\n",)}, None),  # a log that does not say it
+        ({"stop_strings": ["\n", "Q:"]}, {"stop_strings": ("\n", "Q:")}, None),
+        ({"stop_strings": []}, {"stop_strings": ("\n",)}, r"stop_strings \[\], and sampler\.stop_strings is \['\\n'\]"),
+        ({"stop_strings": ["\n"]}, {}, r"stop_strings \['\\n'\], and sampler\.stop_strings is \[\]"),
+        ({"stop_token_ids": [7]}, {"stop_token_ids": (8,)}, r"stop_token_ids \[7\], and"),
+        ({"stop_strings": [1, "a", None]}, {}, "stop_strings"),
+        ({"stop_strings": "x"}, {}, "stop_strings"),
+        ({"temperature": [1.0]}, {}, "temperature"),
+    ],
+)
+def test_data_of_another_distribution_are_refused(tmp_path, drawn, wanted, problem):
+    RolloutLog(tmp_path, drawn).append(GROUPS)
     assert facts(read(tmp_path)[0]) == facts_of(GROUPS)
-    right = dataclasses.replace(EXPECTATIONS, temperature=0.6)
-    assert facts(read(tmp_path, expectations=right)[0]) == facts_of(GROUPS)
-    other = dataclasses.replace(EXPECTATIONS, temperature=1.0)
-    with pytest.raises(ValueError, match=r"drawn at temperature 0\.6, and sampler\.temperature is 1;"):
-        read(tmp_path, "drop", other)
+    expectations = dataclasses.replace(EXPECTATIONS, distribution=SamplingDistribution(**wanted))
+    if problem is None:
+        assert facts(read(tmp_path, expectations=expectations)[0]) == facts_of(GROUPS)
+        return
+    with pytest.raises(ValueError, match=problem):
+        read(tmp_path, "drop", expectations)
 
 
 def test_too_large_groups_and_nothing_at_all_are_said(tmp_path):

@@ -95,9 +95,9 @@ class Bytes(CharacterTokenizer):
         return bytes(ids).decode("utf-8", "replace")
 
 
-def stream(string, limit):
+def stream(string, limit, strings=()):
     """What a client gets of a response, message for message, three tokens at a time."""
-    output = jetstream_server._Output(JetStreamTokenizer(Bytes(), (1,)), limit, True)
+    output = jetstream_server._Output(JetStreamTokenizer(Bytes(), (1,)), limit, strings, True)
     ids, texts = list(string.encode()), []
     for first in range(0, len(ids), 3):
         sample = jetstream_pb2.DecodeResponse.StreamContent.Sample(token_ids=ids[first : first + 3])
@@ -220,6 +220,9 @@ def main():
         "threads_left": threads_left,
         "calls": [call if isinstance(call, dict) else by_slot(call) for call in calls],
         "streamed": stream(STREAMED, 1000),
+        "streamed_to_a_stop": [
+            stream(text, 1000, ("END", "\n\n")) for text in ("EN E\nENx END tail END", "a\n\nEN", "aEN")
+        ],
         "streamed_in_part": stream(STREAMED, len(STREAMED.encode()) - 1),
         "greedy": greedy_tokens(engine),
         "refused": list(refusals(engine)),

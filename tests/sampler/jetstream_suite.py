@@ -46,7 +46,7 @@ CONFIG = qwen.QwenConfig.from_hf(
 class CodePoints:
     """A token for each character, as in the mock's tokenizer."""
 
-    pad_id, eos_id, stop_ids, vocab_size = 0, 1, (1,), VOCAB
+    pad_id, eos_id, stop_ids, vocab_size, has_chat_template = 0, 1, (1,), VOCAB, False
 
     def encode(self, text):
         return [ord(character) for character in text]

@@ -255,7 +255,8 @@ def test_generate_stops_early_when_all_rows_are_done():
         ({"max_tokens": (1, 2)}, r"max_tokens=\(1, 2\); one number for each of 3 rollouts"),
         ({"distribution": SamplingDistribution(0.0)}, "temperature=0 has no log-probabilities to learn from"),
         ({"distribution": SamplingDistribution(top_k=2)}, "on an engine that was made with can_truncate=False"),
-        ({"stop_strings": ("x",)}, "need a scheduler that was given `decode`"),
+        ({"distribution": SamplingDistribution(stop_strings=("x",))}, "needs a scheduler that was given `decode`"),
+        ({"distribution": SamplingDistribution(stop_token_ids=(9,))}, "on an engine that was made with stop_ids="),
     ],
 )
 def test_bad_requests_are_refused_by_name(changes, message):
@@ -307,7 +308,8 @@ def test_a_stop_string_ends_a_response_at_the_token_that_completes_it():
     long = max(free, key=lambda rollout: len(rollout.token_ids))
     stop = decode(long.token_ids.tolist())[4:6]
     scheduler = Scheduler(engine, contextlib.nullcontext(), decode=decode)
-    stopped = run(scheduler, [Request(0, PROMPTS[1], 4, (7, 0, 0), stop_strings=(stop,))])[0]
+    ends = SamplingDistribution(stop_strings=(stop,))
+    stopped = run(scheduler, [Request(0, PROMPTS[1], 4, (7, 0, 0), ends)])[0]
     for rollout, whole in zip(stopped, free, strict=True):
         text = decode(whole.token_ids.tolist())
         length = text.index(stop) + 2 if stop in text else len(text)
@@ -315,6 +317,13 @@ def test_a_stop_string_ends_a_response_at_the_token_that_completes_it():
         np.testing.assert_allclose(rollout.logprobs, whole.logprobs[:length], atol=1e-5)
         if stop in text:
             assert rollout.finish_reason is FinishReason.STOP
+    # The last token that the limit allows completes it; another chunk is under way when it is found.
+    limits = tuple(len(rollout.token_ids) for rollout in stopped)
+    ahead = Scheduler(engine, contextlib.nullcontext(), chunks_ahead=1, decode=decode)
+    at_limit = run(ahead, [Request(0, PROMPTS[1], 4, (7, 0, 0), ends, limits)])[0]
+    for rollout, expected in zip(at_limit, stopped, strict=True):
+        np.testing.assert_array_equal(rollout.token_ids, expected.token_ids)
+        assert rollout.finish_reason is expected.finish_reason
     assert scheduler._pool.num_free == engine.num_pages
 
 

@@ -171,6 +171,11 @@ def test_a_character_of_several_tokens_is_sent_whole(session):
 
 
 @pytest.mark.slow
+def test_the_text_that_is_sent_ends_before_a_stop_string(session):
+    assert ["".join(parts) for parts in session["streamed_to_a_stop"]] == ["EN E\nENx ", "a", "aEN"]
+
+
+@pytest.mark.slow
 def test_jetstreams_own_tests_of_its_orchestrator_and_server_pass():
     """As they are in its wheel; see jetstream_suite.py for what takes the place of its mock engine."""
     output = run_program("jetstream_suite.py", XLA_FLAGS="").stderr

@@ -44,11 +44,11 @@ class Dice:
             is_end = self.rng.random() < 0.25
             ids.append(TOKENIZER.eos_id if is_end else TOKENIZER.encode(str(self.rng.integers(10)))[0])
             logprobs.append(np.log(0.25 if is_end else 0.075))
-        return self.response(ids, logprobs)
+        return self.response(ids, logprobs, ids[-1] == TOKENIZER.eos_id)
 
 
 def make_sampler(example, start):
-    return example.EngineSampler(start, 6, TOKENIZER.stop_ids, 5)
+    return example.EngineSampler(start, 6, 5)
 
 
 def test_two_samplers_with_an_engine_of_ones_own_fill_a_window(example, tmp_path):
@@ -90,7 +90,7 @@ def test_two_samplers_with_an_engine_of_ones_own_fill_a_window(example, tmp_path
 def test_a_response_without_a_logprob_for_each_token_is_refused(example):
     class Short:
         def generate(self, prompts, group_size, distribution):
-            return [[example.Response([5, 6, 1], [-1.0, -2.0])]]
+            return [[example.Response([5, 6, 1], [-1.0, -2.0], True)]]
 
     sampler = make_sampler(example, lambda policy: Short())
     sampler.set_weights("a folder")

@@ -6,10 +6,23 @@ import pytest
 from model import tiny
 from oapl_jax.model import hf
 from oapl_jax.rollouts.sampling import Request, Sampler, SamplingDistribution, run
+from oapl_jax.rollouts.stops import Stops
 from oapl_jax.types import FinishReason
 
 VOCABULARY, STOP, LIMIT = 40, 3, 6
 PROMPTS = [np.array([5, 6, 7], np.int32), np.array([8, 9, 10, 11], np.int32), np.array([12, 13, 14], np.int32)]
+
+
+class Letters:
+    """A token for each letter."""
+
+    vocab_size, stop_ids, has_chat_template = VOCABULARY, (STOP,), False
+
+    def encode(self, text):
+        return [ord(letter) - ord("A") for letter in text]
+
+    def decode(self, ids):
+        return "".join(chr(ord("A") + i) for i in ids)
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +40,8 @@ def models(tmp_path_factory):
 def sample(model, distribution):
     from oapl_jax.sampler.pytorch import TorchSampler
 
-    sampler = TorchSampler(num_rows=16, max_response_tokens=LIMIT, vocab_size=VOCABULARY, stop_ids=(STOP,), pad_id=0)
+    stops = Stops(Letters(), distribution)
+    sampler = TorchSampler(num_rows=16, max_response_tokens=LIMIT, vocab_size=VOCABULARY, stops=stops, pad_id=0)
     assert isinstance(sampler, Sampler)
     sampler.set_weights(model)
     done = dict(run(sampler, [Request(i, prompt, 8, (0, 0, i), distribution) for i, prompt in enumerate(PROMPTS)]))
@@ -81,5 +95,17 @@ def test_responses_end_at_the_stop_token_and_ids_without_a_token_are_never_drawn
         assert np.isfinite(rollout.logprobs).all()
         assert STOP not in rollout.token_ids[:-1]
         is_stop = rollout.token_ids[-1] == STOP
+        assert rollout.finish_reason == (FinishReason.STOP if is_stop else FinishReason.LENGTH)
+        assert is_stop or len(rollout.token_ids) == LIMIT
+
+
+def test_responses_end_at_the_token_that_completes_a_stop_string(models):
+    strings, decode = ("E", "GH", "J"), Letters().decode
+    rollouts = [rollout for _, rollout in sample(models[2], SamplingDistribution(2.0, stop_strings=strings))]
+    texts = [decode(rollout.token_ids.tolist()) for rollout in rollouts]
+    assert any(text.endswith(strings) for text in texts)
+    for rollout, text in zip(rollouts, texts, strict=True):
+        assert not any(string in text[:-1] for string in strings)
+        is_stop = text.endswith(strings) or rollout.token_ids[-1] == STOP
         assert rollout.finish_reason == (FinishReason.STOP if is_stop else FinishReason.LENGTH)
         assert is_stop or len(rollout.token_ids) == LIMIT

@@ -42,7 +42,9 @@ def test_people_s_programs_train_a_model_and_nothing_is_scored(tmp_path):
     tokenizer = make_tokenizer(tmp_path / "tokenizer")
     assert tokenizer.decode(tokenizer.encode("print(n*3)\n")) == "print(n*3)\n"
     command.write(root, tmp_path / "log", tokenizer, codenet.Rules(max_tokens=96))
-    (tmp_path / "model.json").write_text(json.dumps(TOY | {"vocab_size": VOCABULARY, "eos_token_id": 0}))
+    (tmp_path / "model.json").write_text(
+        json.dumps(TOY | {"vocab_size": VOCABULARY, "eos_token_id": 0, "max_position_embeddings": 256})
+    )
     config = {
         "mode": "offline",
         "run": {"dir": str(tmp_path / "run"), "steps": 3},

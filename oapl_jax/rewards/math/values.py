@@ -17,6 +17,7 @@ from fractions import Fraction
 from typing import Any
 
 import mpmath
+from mpmath import libmp
 
 from oapl_jax.rewards.math.parser import Node
 
@@ -98,7 +99,7 @@ def approximate(node: Node, bits: int = 256) -> Fraction:
             return value
         if mpmath.im(value):
             raise UnknownValueError("not real")
-        return Fraction(*mpmath.libmp.to_rational(mpmath.re(value)._mpf_))
+        return Fraction(*libmp.to_rational(mpmath.re(value)._mpf_))
 
 
 def are_equal(first: Node, second: Node) -> bool:

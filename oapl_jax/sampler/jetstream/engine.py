@@ -140,7 +140,7 @@ class JetStreamEngine(engine_api.Engine):
             )
         self._engine, self._policy = engine, engine.prepare(params)
         self._tokenizer = JetStreamTokenizer(tokenizer, engine.stop_ids, is_chat=is_chat)
-        self._samples_per_slot, self._sampling, self._seed = samples_per_slot, sampling, seed
+        self._samples_per_slot, self.sampling, self._seed = samples_per_slot, sampling, seed
         # JetStream has no word in which pages a slot gets, so each row has its own for good.
         rows = np.arange(engine.num_rows, dtype=np.int32)
         self._own_pages = rows[:, None] * engine.max_pages + np.arange(engine.max_pages, dtype=np.int32)
@@ -203,7 +203,7 @@ class JetStreamEngine(engine_api.Engine):
             token_ids = token_ids[-limit:]
         with self._device_lock:
             prefix = self._finished(self._engine.prefill(params, token_ids))
-        return PromptPrefix(prefix, len(token_ids), sampler or self._sampling)
+        return PromptPrefix(prefix, len(token_ids), sampler or self.sampling)
 
     def insert(self, prefix: PromptPrefix, decode_state: DecodeState, slot: int) -> DecodeState:
         """Starts the rollouts of a slot and draws their first tokens; the state is consumed."""

@@ -17,6 +17,7 @@ import grpc
 import numpy as np
 from jetstream.core.proto import jetstream_pb2
 
+from oapl_jax.rollouts.stops import before_stop, stop_length
 from oapl_jax.sampler.jetstream.engine import JetStreamEngine, JetStreamTokenizer
 
 
@@ -83,7 +84,8 @@ class CheckedOrchestrator(orchestrator.LLMOrchestrator):
         # The end of a chunk: with less the orchestrator would keep back all of the last one.
         max_tokens = -(-limit // programs.decode_steps) * programs.decode_steps
         has_text = request.HasField("text_content")
-        outputs = [_Output(self._tokenizer, limit, has_text) for _ in range(self._engine.samples_per_slot)]
+        strings = self._engine.sampling.stop_strings
+        outputs = [_Output(self._tokenizer, limit, strings, has_text) for _ in range(self._engine.samples_per_slot)]
         stream: Any = super().Decode(_request(prompt, max_tokens), context)
         async with contextlib.aclosing(stream) as responses:
             async for response in responses:
@@ -122,25 +124,31 @@ class CheckedOrchestrator(orchestrator.LLMOrchestrator):
 class _Output:
     """What one response of a request has said so far."""
 
-    def __init__(self, tokenizer: JetStreamTokenizer, limit: int, has_text: bool):
-        self._tokenizer, self._limit, self._has_text = tokenizer, limit, has_text
+    def __init__(self, tokenizer: JetStreamTokenizer, limit: int, strings: tuple[str, ...], has_text: bool):
+        self._tokenizer, self._limit, self._strings, self._has_text = tokenizer, limit, strings, has_text
         self._token_ids: list[int] = []
         self._text = ""
         self.rest = ""
-        """The end of the text, as long as it may be a part of a character."""
+        """The end of the text, as long as it may be a part of a character or of a stop string."""
 
     @property
     def is_full(self) -> bool:
         return len(self._token_ids) == self._limit
 
     def take(self, sample: Any) -> None:
-        """Cuts what the orchestrator sends to the limit, and adds its text."""
-        token_ids = list(sample.token_ids)[: self._limit - len(self._token_ids)]
-        self._token_ids += token_ids
-        sample.token_ids[:] = token_ids
-        if self._has_text:
-            whole = self._tokenizer.decode(self._token_ids)
-            sure = whole.rstrip(UNFINISHED)
+        """Cuts what the orchestrator sends to the limit or the stop string, and adds its text."""
+        num_before, is_over = len(self._token_ids), self.is_full
+        known = (self._token_ids + list(sample.token_ids))[: self._limit]
+        length = stop_length(known, num_before, self._strings, self._tokenizer.decode)
+        self._limit = self._limit if length is None else length
+        self._token_ids = known[: self._limit]
+        sample.token_ids[:] = self._token_ids[num_before:]
+        if self._has_text and not is_over:
+            whole = sure = before_stop(self._tokenizer.decode(self._token_ids), self._strings)
+            if length is None:
+                sure = whole.rstrip(UNFINISHED)
+                begun = [n for string in self._strings for n in range(1, len(string)) if sure.endswith(string[:n])]
+                sure = sure[: len(sure) - max(begun, default=0)]
             sample.text, self.rest = sure[len(self._text) :], whole[len(sure) :]
             self._text = sure
 
