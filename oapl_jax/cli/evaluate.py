@@ -235,10 +235,11 @@ def report(logs: Sequence[tuple[str, pathlib.Path]], out: pathlib.Path) -> str:
 
 def _plan(config: EvaluateConfig) -> str:
     """Loads the problems and their graders, and says how many samples there will be."""
-    model = config.model
+    model, options = config.model, config.model.chat_template_kwargs
     if is_run(model.path):
         model = run_dir.read_config(pathlib.Path(str(model.path)), TrainConfig).model
-    prompts, grader = benchmarks.load(config, tokenizers.load(config.model.tokenizer, model_path(model)))
+    options = model.chat_template_kwargs | options
+    prompts, grader = benchmarks.load(config, tokenizers.load(config.model.tokenizer, model_path(model), options))
     grader.close()
     sampler = config.sampler
     return (

@@ -46,7 +46,9 @@ def outline(model: ModelConfig) -> tuple[qwen.QwenConfig, Tokenizer]:
     if warm_start is None or sft.is_finished(warm_start):
         return policy.outline(model, model_path(model))
     tokenizer = model.tokenizer if model.tokenizer != "model" else warm_start.model.tokenizer
-    return policy.outline(warm_start.model.model_copy(update={"tokenizer": tokenizer}), warm_start.model.path)
+    options = warm_start.model.chat_template_kwargs | model.chat_template_kwargs
+    update = {"tokenizer": tokenizer, "chat_template_kwargs": options}
+    return policy.outline(warm_start.model.model_copy(update=update), warm_start.model.path)
 
 
 def _warm_start(model: ModelConfig) -> SftConfig | None:
