@@ -15,11 +15,13 @@ from typing import Any
 from oapl_jax.build.checks import CHECKS
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
+from oapl_jax.data import prompts
 from oapl_jax.distributed import start
 from oapl_jax.distributed.compile_cache import use_compile_cache
 from oapl_jax.distributed.messages import reporting_failures
 from oapl_jax.distributed.sharding import is_here, make_meshes, num_processes
 from oapl_jax.distributed.team import Team
+from oapl_jax.evaluation.held_out import by_set
 from oapl_jax.io import console
 from oapl_jax.io.non_finite import check_finite
 from oapl_jax.io.terminal import say
@@ -67,7 +69,7 @@ def _step(run: Run) -> None:
     lag = run.progress.step - run.progress.window_step
     metrics: Metrics = {"window/version": run.progress.policy_version, "window/lag": lag}
     batch = batches.from_groups(groups, run.assembly.learner.rows)
-    metrics |= run.train(batch) | batches.describe(groups)
+    metrics |= run.train(batch) | batches.describe(groups, config.data.sets)
     step = run.progress.step
     check_finite(step, metrics, GUARDED)
 
@@ -121,12 +123,10 @@ def describe(config: TrainConfig) -> str:
     assembly, tokenizer = assemble(config)
     setup = make_setup(assembly, tokenizer)
     setup.grading.close()
-    task, prompts = config.data.task, setup.prompts
-    size = f"{task} task" if task else f"{len(prompts):,} ({prompts.num_dropped:,} overlong dropped)"
-    lines = assembly.describe() | {
-        "prompts": f"{size}; {len(setup.held_out):,} held out",
-        "responses": str(Stops(tokenizer, setup.distribution)),
-    }
+    lines = assembly.describe()
+    lines |= {f"prompts {name}".strip(): text for name, text in prompts.describe(config.data, setup.prompts).items()}
+    lines["held out"] = ", ".join(f"{name} {len(mine):,}".strip() for name, mine in by_set(setup.held_out).items())
+    lines["responses"] = str(Stops(tokenizer, setup.distribution))
     return "\n".join(f"{name:>14}  {text}" for name, text in lines.items())
 
 

@@ -45,6 +45,8 @@ class Prompt:
     text: str
     answer: str
     """What the grader compares with: a gold answer, or '' where the prompt alone suffices."""
+    columns: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Further cells of its row for reward functions, by ``data.columns``, as JSON values; the log does not have them."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
-from oapl_jax.config.data import DataConfig, SftDataConfig
-from oapl_jax.config.evaluation import BenchmarksConfig, EvaluationConfig
+from oapl_jax.config.data import DataConfig, SetConfig, SftDataConfig
+from oapl_jax.config.evaluation import HELD_OUT, BenchmarksConfig, EvaluationConfig
 from oapl_jax.config.names import did_you_mean, entry
 from oapl_jax.config.objective import ObjectiveConfig
 from oapl_jax.config.section import Check, Checks
@@ -69,13 +69,15 @@ def _with_known_names(section: Any) -> Any:
 
 def _with_graders(config: TrainConfig) -> TrainConfig:
     """A config as it is, where the reward functions grade its data sets."""
-    sets = {"data": config.data.dataset, "evaluation": config.evaluation.dataset}
-    kinds = {section: (name, DATASETS[name].reward) for section, name in sets.items() if name is not None}
-    lines = [
-        f"{section}.dataset={name} is graded by {kind}; set reward.functions={{{kind}: 1.0}}"
-        for section, (name, kind) in kinds.items()
-        if kind not in config.reward.functions
-    ]
+    sets, lines = {HELD_OUT: (config.evaluation, config.reward), **config.graded_sets()}, []
+    for key, (source, reward) in sets.items():
+        kind = None if source.dataset is None else DATASETS[source.dataset].reward
+        if kind is not None and kind not in reward.functions:
+            _, is_held_out, name = key.rpartition(HELD_OUT)
+            section = ("evaluation" if is_held_out else "data") + (f".sets.{name}" if name else "")
+            own = "" if reward is config.reward else f"{section}."
+            told = f"is graded by {kind}; set {own}reward.functions={{{kind}: 1.0}}"
+            lines.append(f"{section}.dataset={source.dataset} {told}")
     if lines:
         raise ValueError("\n".join(lines))
     return config
@@ -84,7 +86,8 @@ def _with_graders(config: TrainConfig) -> TrainConfig:
 CHECKS: Checks = {
     ObjectiveConfig: Check(_with_options, tuple(_OPTIONS)),
     **{
-        section: Check(_with_known_names) for section in (DataConfig, SftDataConfig, EvaluationConfig, BenchmarksConfig)
+        section: Check(_with_known_names)
+        for section in (DataConfig, SetConfig, SftDataConfig, EvaluationConfig, BenchmarksConfig)
     },
     TrainConfig: Check(_with_graders),
 }

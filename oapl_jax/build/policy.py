@@ -67,7 +67,7 @@ def outline(model: ModelConfig, path: str | None) -> tuple[qwen.QwenConfig, Toke
             config = hf.load_config(hf.resolve(path))
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"model.path: {error}") from error
-    tokenizer = tokenizers.load(model.tokenizer, path)
+    tokenizer = tokenizers.load(model.tokenizer, path, model.chat_template_kwargs)
     if tokenizer.vocab_size > config.vocab_size:
         raise ValueError(
             f"model.tokenizer={model.tokenizer!r} has {tokenizer.vocab_size} ids, the model only {config.vocab_size}"

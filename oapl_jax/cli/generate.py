@@ -22,6 +22,7 @@ from oapl_jax.build.sampler import make_sampler
 from oapl_jax.config import config_file
 from oapl_jax.config.applies import changed
 from oapl_jax.config.commands import GenerateConfig
+from oapl_jax.data.prompts import describe as describe_prompts
 from oapl_jax.data.prompts import load_prompts
 from oapl_jax.distributed.compile_cache import use_compile_cache
 from oapl_jax.distributed.sharding import make_meshes
@@ -104,8 +105,8 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
         del params
         progress = stack.enter_context(ProgressBar(len(prompts), enabled=config.logging.progress, unit="group"))
         progress.note(f"responses {stops}")
-        if source.num_dropped:
-            progress.note(f"prompts: {source.num_dropped} over data.max_prompt_tokens were dropped")
+        for name, text in describe_prompts(config.data, source).items():
+            progress.note(f"prompts{' of ' if name else ''}{name}: {text}")
         is_done = generate(
             work,
             SamplerTurns(sampler),
@@ -149,8 +150,10 @@ def _choose(source: Any, config: GenerateConfig) -> list[Prompt]:
         return [source[i] for i in range(number)]
     if number is None:
         return list(source.items)
-    if number > len(source):
-        raise ValueError(f"generation.prompts={number}: the data has only {len(source)} prompts; lower it, or say null")
+    if number > len(source.items):
+        raise ValueError(
+            f"generation.prompts={number}: the data has only {len(source.items)} prompts; lower it, or say null"
+        )
     chosen = set(filters.choose([prompt.id for prompt in source.items], number, config.run.seed))
     return [prompt for prompt in source.items if prompt.id in chosen]
 

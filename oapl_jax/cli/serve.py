@@ -12,6 +12,7 @@ names another.
 
 import argparse
 import importlib.util
+import json
 import os
 import signal
 import socket
@@ -71,6 +72,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokenizer", default="model", help="model (the one in PATH), characters, a folder or a name")
     parser.add_argument("--chat", action="store_true", help="put prompts into the chat template, if there is one")
+    parser.add_argument(
+        "--chat-template-kwargs", type=json.loads, default={}, metavar="JSON", help='such as {"enable_thinking": false}'
+    )
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: float32 on CPU, else bfloat16")
     arguments = parser.parse_args(argv)
     if not 0 < arguments.port < 2**16:
@@ -101,7 +105,8 @@ def load(arguments: argparse.Namespace) -> Any:
     )
     _check_address(arguments.host, arguments.port)
     dtype = arguments.dtype or ("float32" if jax.devices()[0].platform == "cpu" else "bfloat16")
-    model = ModelConfig(path=arguments.model, tokenizer=arguments.tokenizer, param_dtype=dtype, compute_dtype=dtype)
+    options = {"tokenizer": arguments.tokenizer, "chat_template_kwargs": arguments.chat_template_kwargs}
+    model = ModelConfig(path=arguments.model, param_dtype=dtype, compute_dtype=dtype, **options)
     config, tokenizer = policy.outline(model, arguments.model)
     config.check_positions(arguments.max_prompt_tokens + arguments.max_response_tokens)
     mesh = make_meshes(MeshConfig(trainer=f"tensor={_num_devices(config)}"))[0]

@@ -86,6 +86,6 @@ def _value(owner: BaseModel, key: str) -> Any:
 
 
 def _shown(key: str, value: Any) -> str:
-    if isinstance(value, BaseModel):
+    if isinstance(value, BaseModel | dict):
         return f"the section {key}"
     return f"{key}={'null' if value is None else value}"

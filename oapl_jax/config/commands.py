@@ -3,8 +3,8 @@
 from typing import Annotated, Literal
 
 from oapl_jax.config.applies import AppliesWhen, is_null
-from oapl_jax.config.data import DataConfig, SftDataConfig
-from oapl_jax.config.evaluation import BenchmarksConfig, EvaluationConfig
+from oapl_jax.config.data import DataConfig, GradedSets, SftDataConfig, SourceConfig, inert_weights
+from oapl_jax.config.evaluation import HELD_OUT, BenchmarksConfig, EvaluationConfig
 from oapl_jax.config.learner import LearnerConfig
 from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.config.model import LoraConfig, ModelConfig
@@ -49,6 +49,13 @@ class TrainConfig(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
 
+    def graded_sets(self) -> GradedSets:
+        """All data sets, with how they are graded."""
+        sets: dict[str, tuple[SourceConfig, RewardConfig]] = {**self.data.graded(self.reward)}
+        for name, part in self.evaluation.sets.items():
+            sets[HELD_OUT + name] = part, part.reward or sets.get(name, (part, self.reward))[1]
+        return sets
+
     def find_mistakes(self) -> list[str]:
         """What does not fit together."""
         problems = [*self._offline_problems(), *_rounding_problems(self.model, self.lora)]
@@ -84,9 +91,9 @@ class TrainConfig(Section):
     def _offline_problems(self) -> list[str]:
         if (self.mode == "offline") != (self.offline is not None):
             return [f"mode={self.mode}: the section offline is there exactly with mode=offline"]
-        rounds = () if self.offline is None or self.data.task is None else self.offline.rounds
+        rounds = () if self.offline is None or not self.data.is_endless else self.offline.rounds
         return [
-            f"offline.rounds.{i}.prompts: how many? The task {self.data.task!r} has no end"
+            f"offline.rounds.{i}.prompts: how many? {'Several data sets have' if self.data.sets else 'A toy task has'} no end"
             for i, data in enumerate(rounds)
             if data.log is None and data.prompts is None
         ]
@@ -123,11 +130,17 @@ class GenerateConfig(Section):
     mesh: MeshConfig = MeshConfig()
     logging: ProgressConfig = ProgressConfig()
 
+    def graded_sets(self) -> GradedSets:
+        """All data sets, with how they are graded."""
+        return self.data.graded(self.reward)
+
     def find_mistakes(self) -> list[str]:
         """A number of prompts where the data have no end."""
-        if self.data.task is None or self.generation.prompts is not None:
-            return []
-        return [f"generation.prompts: how many prompts? The built-in task {self.data.task!r} has no end"]
+        if self.data.task is not None and self.generation.prompts is None:
+            return [f"generation.prompts: how many prompts? The built-in task {self.data.task!r} has no end"]
+        if tasks := [part.task for part in self.data.sets.values() if part.task is not None]:
+            return [f"data.sets: the built-in task {tasks[0]!r} has no end; generate its responses by themselves"]
+        return inert_weights(self.data.sets, "data.sets")
 
 
 class SftConfig(Section):
@@ -174,4 +187,4 @@ class EvaluateConfig(Section):
         """One source."""
         if bool(self.benchmarks.names) == (self.data is not None):
             return ["give exactly one of benchmarks.names and the section data"]
-        return []
+        return [] if self.data is None else inert_weights(self.data.sets, "data.sets")

@@ -15,7 +15,7 @@ import operator
 import pathlib
 import re
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
@@ -60,17 +60,21 @@ def load(
     if problems:
         raise ConfigError("\n".join(problems))
     raw, texts = _read(path, overrides)
-    _add_folder(raw.get("reward"), pathlib.Path(path))
+    _add_folder(raw, pathlib.Path(path))
     config = validate(schema, raw, str(path), checks)
     config._texts.update(texts)
     return config
 
 
-def _add_folder(reward: Any, path: pathlib.Path) -> None:
-    """Reward functions of the user are looked for beside the file."""
-    functions = reward.get("functions") if isinstance(reward, dict) else None
+def _add_folder(section: Any, path: pathlib.Path) -> None:
+    """Reward functions of the user are looked for beside the file, in the rewards of data sets too."""
+    if not isinstance(section, dict):
+        return
+    for inner in section.values():
+        _add_folder(inner, path)
+    functions = section.get("functions")
     if isinstance(functions, dict) and any(":" in str(name) for name in functions):
-        reward.setdefault("folder", str(path.resolve().parent))
+        section.setdefault("folder", str(path.resolve().parent))
 
 
 def _read(path: str | pathlib.Path, overrides: list[str]) -> tuple[Any, dict[tuple[Any, ...], str]]:
@@ -246,11 +250,17 @@ def _nearest_key(schema: type[Section], location: tuple[str, ...], checks: Check
 
 
 def _keys_at(schema: type[Section], location: list[str], checks: Checks) -> list[str]:
-    for part in location:
-        field = schema.model_fields.get(part)
-        if field is None or not (isinstance(field.annotation, type) and issubclass(field.annotation, Section)):
+    parts = iter(location)
+    for part in parts:
+        annotation = schema.model_fields[part].annotation if part in schema.model_fields else None
+        if get_origin(annotation) in (dict, tuple):
+            next(parts, None)  # the name or the number of one of several
+        found = [
+            kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type) and issubclass(kind, Section)
+        ]
+        if not found:
             return []
-        schema = field.annotation
+        schema = found[0]
     return [*schema.model_fields, *(checks[schema].keys if schema in checks else ())]
 
 

@@ -1,6 +1,6 @@
 """The policy that is trained, and its adapters."""
 
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -25,6 +25,11 @@ class ModelConfig(Section):
     """Config of ``oapl-jax sft``; its model is the start. It is trained first where it does not exist yet."""
     tokenizer: str = "model"
     """``model``: the tokenizer in ``path``; ``characters``: the toy tasks' own; else a folder or hub name."""
+    chat_template_kwargs: Annotated[
+        dict[str, Any], AppliesWhen("tokenizer", condition=lambda tokenizer: tokenizer != "characters")
+    ] = Field(default={})
+    """Options of the chat template, such as ``enable_thinking: false``. They become defaults of the template itself, so
+    published policies, exports, and what is served or evaluated from them render with them too."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of matrix products; softmax, norms, losses and reductions are always float32."""
     param_dtype: Literal["float32", "bfloat16"] = "float32"

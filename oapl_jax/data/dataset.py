@@ -4,6 +4,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
+from oapl_jax.data.messages import Question
+
 BOXED = "{prompt}\nPlease reason step by step, and put your final answer within \\boxed{}."
 """User message of mathematical data sets."""
 
@@ -25,9 +27,11 @@ class Source(NamedTuple):
 class Problem(NamedTuple):
     """The content of a row."""
 
-    question: str
+    question: Question
     answer: str
     """The gold answer, or tests in a layout of rewards/code/layouts.py."""
+    columns: dict[str, Any] | None = None
+    """The cells of ``data.columns``."""
 
 
 Cells = dict[str, Any]

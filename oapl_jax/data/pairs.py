@@ -6,9 +6,9 @@ import numpy as np
 from jaxtyping import Int
 
 from oapl_jax.config.data import SftDataConfig
-from oapl_jax.data import rows, tasks
+from oapl_jax.data import messages, rows, tasks
 from oapl_jax.data.streams import Made, Shuffled
-from oapl_jax.data.tokenizer import Tokenizer
+from oapl_jax.data.tokenizer import Tokenizer, warn_of_control_tokens
 
 
 class Pair(NamedTuple):
@@ -36,11 +36,12 @@ def load_pairs(data: SftDataConfig, tokenizer: Tokenizer, seed: int) -> Shuffled
 
         return Made(make)
     table = rows.read(str(data.path), "jsonl", (data.prompt_column, data.response_column))
-    pairs, num_dropped = [], 0
+    pairs, num_dropped, texts = [], 0, {}
     for number, row in enumerate(table.rows):
         row_name = f"{table.name}/{number}"
-        prompt = rows.string_cell(row[0], data.prompt_column, row_name)
+        prompt = messages.question_cell(row[0], data.prompt_column, row_name)
         response = rows.string_cell(row[1], data.response_column, row_name)
+        texts |= {f"{row_name} (prompt)": messages.text_of(prompt), f"{row_name} (response)": response}
         pair = _make_pair(np.asarray(tokenizer.encode_prompt(prompt, data.system), np.int32), response, tokenizer)
         overlong = _over_limit(pair, data)
         if not overlong:
@@ -53,6 +54,7 @@ def load_pairs(data: SftDataConfig, tokenizer: Tokenizer, seed: int) -> Shuffled
         raise ValueError(
             f"{data.path!r}: all {num_dropped} rows exceed data.max_prompt_tokens or data.max_response_tokens"
         )
+    warn_of_control_tokens(tokenizer, "prompts and responses", texts)
     return Shuffled(pairs, num_dropped, seed)
 
 

@@ -1,6 +1,10 @@
 """The endless, shuffled stream of training prompts, and the held-out prompts."""
 
+import contextlib
+import dataclasses
 import pathlib
+import zlib
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -8,28 +12,49 @@ import numpy as np
 from oapl_jax.config.applies import changed
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.config.data import DataConfig
+from oapl_jax.config.evaluation import HELD_OUT
 from oapl_jax.config.names import entry
-from oapl_jax.data import rows, tasks
+from oapl_jax.data import messages, rows, tasks
 from oapl_jax.data.catalogue import DATASETS
 from oapl_jax.data.dataset import Problem
-from oapl_jax.data.streams import Made, Shuffled
-from oapl_jax.data.tokenizer import Tokenizer
+from oapl_jax.data.streams import Made, Mixed, Shuffled
+from oapl_jax.data.tokenizer import Tokenizer, warn_of_control_tokens
 from oapl_jax.types import Prompt
 
 TASK_PROMPTS = 128
 """Number of held-out prompts of a built-in task, unless the config has one."""
 
-
-PromptSource = Shuffled[Prompt] | Made[Prompt]
+PromptSource = Shuffled[Prompt] | Made[Prompt] | Mixed[Prompt]
 
 
 def load_prompts(data: DataConfig, tokenizer: Tokenizer, seed: int) -> PromptSource:
-    """The tokenised training prompts as an endless stream, shuffled by ``seed``.
+    """The tokenised training prompts as an endless stream, shuffled by ``seed``; several data sets are mixed by weight.
 
     Raises:
         ValueError: rows cannot be read (see ``rows.read``); the template lacks ``{prompt}``; a cell is not text; or a
             prompt exceeds the limit and ``data.overlong`` is ``error``.
     """
+    if not data.sets:
+        return _load(data, tokenizer, seed, "")
+    streams = {}
+    for name, part in data.sets.items():
+        own_seed = zlib.crc32(f"{seed} {name}".encode())
+        with _errors_of(f"data.sets.{name}"):
+            streams[name] = _load(data.of(part), tokenizer, own_seed, name)
+    return Mixed(streams, {name: part.weight for name, part in data.sets.items()})
+
+
+@contextlib.contextmanager
+def _errors_of(where: str) -> Iterator[None]:
+    """Puts the name of a data set or a row before an error."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
+
+
+def _load(data: DataConfig, tokenizer: Tokenizer, seed: int, name: str) -> Shuffled[Prompt] | Made[Prompt]:
+    """The prompts of one data set."""
     if data.task is not None:
         task, limit = tasks.make_task(data.task), data.max_prompt_tokens
 
@@ -40,19 +65,45 @@ def load_prompts(data: DataConfig, tokenizer: Tokenizer, seed: int) -> PromptSou
                     f"prompt {prompt.id} has {len(prompt.token_ids)} tokens, over data.max_prompt_tokens={limit};"
                     " raise the limit (prompts of a built-in task are never dropped)"
                 )
-            return prompt
+            return _named(prompt, name)
 
         return Made(make)
-    return Shuffled(*_read_prompts(data, tokenizer), seed)
+    prompts, num_dropped = _read_prompts(data, tokenizer)
+    return Shuffled([_named(prompt, name) for prompt in prompts], num_dropped, seed)
+
+
+def _named(prompt: Prompt, name: str) -> Prompt:
+    """The prompt under the name of its data set, where it has one: row 17 is ``NAME/17``."""
+    return dataclasses.replace(prompt, id=f"{name}/{prompt.id.rpartition('/')[2]}") if name else prompt
+
+
+def describe(data: DataConfig, source: PromptSource) -> dict[str, str]:
+    """How many prompts there are, by the name of the data set ('' for one without), as text."""
+    if isinstance(source, Mixed):
+        total, told = sum(part.weight for part in data.sets.values()), {}
+        for name, part in data.sets.items():
+            size = describe(data.of(part), source.streams[name])[""]
+            told[name] = f"{size}; weight {part.weight:g}, {part.weight / total:.1%} of the groups"
+        return told
+    if data.task is not None:
+        return {"": f"{data.task} task"}
+    return {"": f"{len(source):,} ({source.num_dropped:,} overlong or without an answer dropped)"}
 
 
 def held_out(config: TrainConfig, tokenizer: Tokenizer) -> list[Prompt]:
-    """The first ``evaluation.prompts`` held-out prompts, or all if there are fewer; they are the same for every seed.
+    """The first ``evaluation.prompts`` held-out prompts of each data set, or all if there are fewer; they are the same for every seed.
 
     Raises:
         ValueError: as ``load_prompts``; or training prompts come from a file and ``evaluation.path`` is missing.
     """
-    data, evaluation = config.data, config.evaluation
+    data, evaluation, found = config.data, config.evaluation, []
+    if data.sets and not evaluation.sets:
+        raise ValueError("evaluation.sets: is missing; name the held-out prompts for data.sets there")
+    for name, part in evaluation.sets.items():
+        with _errors_of(f"evaluation.sets.{name}"):
+            found += first_prompts(data.of(part), tokenizer, evaluation.prompts, HELD_OUT + name)
+    if evaluation.sets:
+        return found
     if data.task is not None:
         return first_prompts(data, tokenizer, evaluation.prompts)
     is_file = data.path is not None if data.dataset is not None else data.format in ("jsonl", "parquet")
@@ -65,13 +116,14 @@ def held_out(config: TrainConfig, tokenizer: Tokenizer) -> list[Prompt]:
     return first_prompts(source, tokenizer, evaluation.prompts)
 
 
-def first_prompts(data: DataConfig, tokenizer: Tokenizer, num: int | None) -> list[Prompt]:
-    """The first prompts of a source in its order, or all if there are fewer; for a built-in task the held-out ones."""
-    if data.task is not None:
-        task = tasks.make_task(data.task)
-        count = TASK_PROMPTS if num is None else num
-        return [task.prompt(i, "held_out", tasks.HELD_OUT_SEED, tokenizer) for i in range(count)]
-    return _read_prompts(data, tokenizer)[0][:num]
+def first_prompts(data: DataConfig, tokenizer: Tokenizer, num: int | None, name: str = "") -> list[Prompt]:
+    """The first prompts of a source in its order, of a built-in task the held-out ones; ids begin with ``name``."""
+    if data.task is None:
+        prompts = _read_prompts(data, tokenizer)[0][:num]
+    else:
+        task, count = tasks.make_task(data.task), TASK_PROMPTS if num is None else num
+        prompts = [task.prompt(i, "held_out", tasks.HELD_OUT_SEED, tokenizer) for i in range(count)]
+    return [_named(prompt, name) for prompt in prompts]
 
 
 def _read_prompts(data: DataConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], int]:
@@ -79,7 +131,7 @@ def _read_prompts(data: DataConfig, tokenizer: Tokenizer) -> tuple[list[Prompt],
     if "{prompt}" not in data.template:
         raise ValueError(f"data.template={data.template!r}: lacks {{prompt}}, which stands for the question")
     problems = _read_dataset(data) if data.dataset else _read_columns(data)
-    prompts = [_make_prompt(name, *problem, data, tokenizer) for name, problem in problems if problem is not None]
+    prompts = [_make_prompt(name, problem, data, tokenizer) for name, problem in problems if problem is not None]
     num_ungraded = len(problems) - len(prompts)
     if not prompts:
         raise ValueError(f"{data.path or data.dataset!r}: none of its {len(problems)} rows has an answer or tests")
@@ -99,18 +151,23 @@ def _read_prompts(data: DataConfig, tokenizer: Tokenizer) -> tuple[list[Prompt],
             f"{data.path!r}: all {len(prompts)} prompts exceed data.max_prompt_tokens={limit};"
             f" the shortest has {shortest} tokens"
         )
+    warn_of_control_tokens(tokenizer, "prompts", {prompt.id: prompt.text for prompt in kept})
     return kept, len(prompts) - len(kept) + num_ungraded
 
 
 def _read_columns(data: DataConfig) -> list[tuple[str, Problem | None]]:
     """The named problems of a table, by the columns that the config names."""
-    columns = (data.prompt_column, data.answer_column)
+    answers = () if data.answer_column is None else (data.answer_column,)
+    columns = (data.prompt_column, *answers, *data.columns)
     table = rows.read(str(data.path), data.format, columns, name=data.name, split=data.split)
     name = _dataset_name(data, table.name)
-    return [
-        (f"{name}/{i}", Problem(*map(rows.string_cell, row, columns, (f"{name}/{i}",) * 2)))
-        for i, row in enumerate(table.rows)
-    ]
+    found: list[tuple[str, Problem | None]] = []
+    for i, (prompt, *cells) in enumerate(table.rows):
+        row_name, further = f"{name}/{i}", map(rows.plain_cell, cells[len(answers) :])
+        question = messages.question_cell(prompt, data.prompt_column, row_name)
+        answer = rows.answer_cell(cells[0], answers[0], row_name) if answers else ""
+        found.append((row_name, Problem(question, answer, dict(zip(data.columns, further, strict=True)))))
+    return found
 
 
 def _read_dataset(data: DataConfig) -> list[tuple[str, Problem | None]]:
@@ -152,14 +209,14 @@ def _format_of(path: pathlib.Path) -> str:
     return "parquet" if path.suffix == ".parquet" else "jsonl"
 
 
-def _make_prompt(row_name: str, question: str, answer: str, data: DataConfig, tokenizer: Tokenizer) -> Prompt:
+def _make_prompt(row_name: str, problem: Problem, data: DataConfig, tokenizer: Tokenizer) -> Prompt:
     template = data.template
     if data.dataset is not None and "template" not in changed(data):
         template = DATASETS[data.dataset].template
-    # str.format would fail on the LaTeX braces of templates and questions
-    message = template.replace("{prompt}", question)
-    token_ids = np.asarray(tokenizer.encode_prompt(message, data.system), np.int32)
-    return Prompt(id=row_name, token_ids=token_ids, text=message, answer=answer)
+    question = messages.fill(template, problem.question)
+    with _errors_of(f"row {row_name}"):
+        token_ids = np.asarray(tokenizer.encode_prompt(question, data.system), np.int32)
+    return Prompt(row_name, token_ids, messages.text_of(question), problem.answer, problem.columns or {})
 
 
 def _dataset_name(data: DataConfig, table_name: str) -> str:

@@ -4,11 +4,16 @@ Each reader returns the wanted columns of all rows in the order of the source, o
 missing. The libraries of the extra ``data`` are imported only by the readers that use them.
 """
 
+import contextlib
 import dataclasses
 import importlib
+import json
+import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 from oapl_jax.config.names import nearest
 from oapl_jax.untrusted import parquet, reading
@@ -42,7 +47,7 @@ def read(
     Args:
         path: file, folder, or name of a dataset.
         file_format: ``jsonl``, ``parquet``, ``datasets`` or ``tfds``.
-        columns: names of the wanted columns.
+        columns: names of the wanted columns; ``a.b`` is entry ``b`` of the object in column ``a``.
         name: configuration of the dataset, only for ``datasets``.
         split: split of the dataset, only for ``datasets`` and ``tfds``.
         optional: names of columns that may be missing, which makes their cells None.
@@ -67,30 +72,47 @@ def read(
 
 
 def string_cell(value: Any, column: str, row_name: str) -> str:
-    """The cell as text. Numbers become their digits, since gold answers can be numbers; other types are errors."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        value = str(value)
-    if not isinstance(value, str | bytes):
+    """The cell as text. Numbers become their digits, 72.0 those of 72; other types are errors."""
+    value = plain_cell(value)
+    if isinstance(value, float) and math.isfinite(value):
+        return str(int(value)) if value.is_integer() else repr(value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    if not isinstance(value, str):
         raise ValueError(
             f"row {row_name}: column {column!r} is {value!r:.80} ({type(value).__name__}), not a string or a number"
         )
     try:
-        return value.decode() if isinstance(value, bytes) else value.encode().decode()  # TFDS gives bytes
+        return value.encode().decode()
     except UnicodeError as error:
         raise ValueError(f"row {row_name}: column {column!r} has what is no Unicode text ({error})") from None
+
+
+def answer_cell(value: Any, column: str, row_name: str) -> str:
+    """The cell of a gold answer as text: objects and lists of objects, such as the tests of a program, become JSON."""
+    value = plain_cell(value)
+    parts = value if isinstance(value, list) and value else [value]
+    return json.dumps(value) if all(isinstance(part, dict) for part in parts) else string_cell(value, column, row_name)
+
+
+def plain_cell(value: Any) -> Any:
+    """The cell as JSON knows it: bytes and NumPy's values of TFDS, and dates and decimals of Parquet, are converted."""
+    if isinstance(value, Mapping):
+        return {str(key): plain_cell(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_cell(entry) for entry in value]
+    if isinstance(value, np.generic | np.ndarray):
+        return plain_cell(value.tolist())
+    if isinstance(value, bytes):
+        return value.decode(errors="surrogateescape")  # what is no Unicode text is an error where it is used
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
 def _read_json(path: pathlib.Path, columns: Sequence[str], wanted: Sequence[str]) -> Table:
     """Reads a file with one JSON object per line, or with one array of objects; ``.gz`` is unpacked."""
     if path.is_dir():
         raise ValueError(f"{str(path)!r} is a folder; the format 'jsonl' needs a file")
-    text = reading.read_text(path)
-    rows = []
-    for number, record in enumerate(_records(path, text)):
-        if not isinstance(record, dict):
-            raise ValueError(f"{path} row {number}: is {type(record).__name__}, not an object")
-        _require_columns(f"{path} row {number}", record, columns)
-        rows.append(tuple(map(record.get, wanted)))
+    rows = _rows(str(path), _records(path, reading.read_text(path)), columns, wanted)
     return Table(path.name.removesuffix(".gz").rpartition(".")[0] or path.name, rows)
 
 
@@ -113,17 +135,42 @@ def _read_parquet(path: pathlib.Path, columns: Sequence[str], wanted: Sequence[s
     for file in files:
 
         def choose(names: list[str], file: pathlib.Path = file) -> list[str]:
-            _require_columns(str(file), names, columns)
-            return [column for column in wanted if column in names]
+            return _heads(str(file), names, columns, wanted)
 
-        table = parquet.read(file, file, choose)
-        rows += _rows(table.to_pydict(), len(table), wanted)
+        rows += _rows(str(file), parquet.read(file, file, choose).to_pylist(), columns, wanted)
     return Table(path.stem, rows)
 
 
-def _rows(cells: dict[str, Any], num_rows: int, wanted: Sequence[str]) -> list[tuple[Any, ...]]:
-    """Rows of the wanted columns, from the cells of those that there are."""
-    return list(zip(*(cells.get(column, [None] * num_rows) for column in wanted), strict=True))
+def _rows(where: str, records: Iterable[Any], columns: Sequence[str], wanted: Sequence[str]) -> list[tuple[Any, ...]]:
+    """The wanted cells of each record; those that are not in ``columns`` may be missing."""
+    rows = []
+    for i, record in enumerate(records):
+        if not isinstance(record, Mapping):
+            raise ValueError(f"{where} row {i}: is {type(record).__name__}, not an object")
+        rows.append(tuple(_cell(f"{where} row {i}", record, name, is_needed=name in columns) for name in wanted))
+    return rows
+
+
+def _heads(where: str, names: Sequence[str], columns: Sequence[str], wanted: Sequence[str]) -> list[str]:
+    """The whole columns that have the wanted cells; those of ``columns`` must be there."""
+    heads = {column: column if column in names else column.partition(".")[0] for column in wanted}
+    _require_columns(where, names, [heads[column] for column in columns])
+    return [head for head in dict.fromkeys(heads.values()) if head in names]
+
+
+def _cell(where: str, record: Any, column: str, *, is_needed: bool) -> Any:
+    """A cell of a row; a column named ``a.b`` comes before entry ``b`` of column ``a``, an object or its JSON text."""
+    for part in [column] if column in record else column.split("."):
+        if isinstance(record, str):
+            with contextlib.suppress(ValueError):
+                record = reading.parse_json(record, where)
+        if not isinstance(record, Mapping) or part not in record:
+            known = _known(part, record if isinstance(record, Mapping) else ())
+            if is_needed:
+                raise ValueError(f"{where}: has no column {column!r}; {known}")
+            return None
+        record = record[part]
+    return record
 
 
 def _read_datasets(
@@ -149,9 +196,9 @@ def _read_datasets(
         loaded = loaded[split]
     if not isinstance(loaded, datasets.Dataset):
         raise ValueError(f"{path!r} split {split!r}: is a {type(loaded).__name__}, not a table")
-    _require_columns(f"{path!r} split {split!r}", loaded.column_names, columns)
-    cells = {column: loaded[column] for column in wanted if column in loaded.column_names}
-    return Table(f"{pathlib.PurePath(path).name}/{split}", _rows(cells, len(loaded), wanted))
+    where = f"{path!r} split {split!r}"
+    records = loaded.select_columns(_heads(where, loaded.column_names, columns, wanted)).to_list()
+    return Table(f"{pathlib.PurePath(path).name}/{split}", _rows(where, records, columns, wanted))
 
 
 def _read_tfds(path: str, columns: Sequence[str], wanted: Sequence[str], split: str) -> Table:
@@ -167,9 +214,10 @@ def _read_tfds(path: str, columns: Sequence[str], wanted: Sequence[str], split: 
             raise ValueError(f"{path!r}: TFDS cannot load it: {error}") from error
     if split.partition("[")[0] not in builder.info.splits:  # a split can be a slice such as train[:100]
         raise ValueError(f"{path!r}: has no split {split!r}; {_known(split, builder.info.splits)}")
-    _require_columns(f"{path!r} split {split!r}", builder.info.features or {}, columns)
-    source = builder.as_data_source(split=split)
-    return Table(f"{builder.name}/{split}", [tuple(map(record.get, wanted)) for record in source])
+    where = f"{path!r} split {split!r}"
+    _heads(where, list(builder.info.features or {}), columns, wanted)
+    rows = _rows(where, builder.as_data_source(split=split), columns, wanted)
+    return Table(f"{builder.name}/{split}", rows)
 
 
 def _library(module: str) -> Any:

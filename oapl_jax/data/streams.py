@@ -1,7 +1,9 @@
 """Endless streams with random access: a position is the whole state, so a resumed run goes on exactly where it stopped."""
 
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
@@ -46,3 +48,30 @@ class Made(Generic[Item]):
 
     def __getitem__(self, position: int) -> Item:
         return self._make(position)
+
+
+class Mixed(Generic[Item]):
+    """Several streams in one: each position is the next item of one of them.
+
+    Of any first ``n`` positions a stream has its share, by weight, to within one item for each other stream.
+    """
+
+    def __init__(self, streams: Mapping[str, Shuffled[Item] | Made[Item]], weights: Mapping[str, float]) -> None:
+        self.streams = streams
+        self.items = [item for stream in streams.values() for item in stream.items]
+        exact = [Fraction(str(weights[name])) for name in streams]
+        self._shares = [weight / sum(exact[i:]) for i, weight in enumerate(exact)]
+        """Each stream's share of what the streams before it leave."""
+
+    def __len__(self) -> int:
+        """``sys.maxsize``: the streams repeat at different positions."""
+        return sys.maxsize
+
+    def __getitem__(self, position: int) -> Item:
+        *streams, last = self.streams.values()
+        for stream, share in zip(streams, self._shares, strict=False):
+            before = math.floor(position * share)
+            if math.floor((position + 1) * share) > before:
+                return stream[before]
+            position -= before
+        return last[position]

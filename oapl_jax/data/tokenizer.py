@@ -5,16 +5,22 @@ A response is decoded for people and graders, and its text is never encoded agai
 
 import json
 import pathlib
-from collections.abc import Sequence
+import re
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int
 
+from oapl_jax.data.messages import Question, text_of, with_system
 from oapl_jax.untrusted import reading, template
 
 CHARS = "_$0123456789+-*=:,"
 """Alphabet of the toy tasks; the index of a character is its id. 0 is padding, 1 is the stop token."""
+
+_CUTS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+"""Characters that no text has by the Unicode standard: one marks where a control token in a message is cut apart."""
 
 CHARACTER_FILE = "character_tokenizer.json"
 GENERATION_FILE = "generation_config.json"
@@ -36,8 +42,8 @@ class Tokenizer(Protocol):
     has_chat_template: bool
     """False: prompts are raw text."""
 
-    def encode_prompt(self, question: str, system: str | None = None) -> list[int]:
-        """Token ids up to the beginning of the response."""
+    def encode_prompt(self, question: Question, system: str | None = None) -> list[int]:
+        """Token ids up to the beginning of the response; the messages' text does not become control tokens."""
         ...
 
     def encode(self, text: str) -> list[int]:
@@ -53,15 +59,18 @@ class Tokenizer(Protocol):
         ...
 
 
-def load(source: str, folder: str | pathlib.Path | None = None) -> Tokenizer:
+def load(
+    source: str, folder: str | pathlib.Path | None = None, template_options: Mapping[str, Any] | None = None
+) -> Tokenizer:
     """The tokenizer that ``model.tokenizer`` names.
 
     Args:
         source: ``characters``, ``model`` (the one in ``folder``), a folder, or a name on the Hugging Face hub.
         folder: the model's folder or hub name, for ``model``.
+        template_options: ``model.chat_template_kwargs``.
 
     Raises:
-        ValueError: there is no such tokenizer.
+        ValueError: there is no such tokenizer, or its chat template has no such option.
     """
     if source == "characters":
         return CharacterTokenizer()
@@ -73,11 +82,29 @@ def load(source: str, folder: str | pathlib.Path | None = None) -> Tokenizer:
         source = str(folder)
     saved = pathlib.Path(source) / CHARACTER_FILE
     if not saved.is_file():
-        return HuggingFaceTokenizer(source)
+        return HuggingFaceTokenizer(source, template_options)
     characters = reading.read_object(saved).get("characters")
     if characters != CHARS:  # the alphabet gives the ids their meaning
         raise ValueError(f"{saved}: its alphabet is {characters!r}, this program's is {CHARS!r}")
     return CharacterTokenizer()
+
+
+def warn_of_control_tokens(tokenizer: Tokenizer, what: str, texts: Mapping[str, str]) -> None:
+    """Says how many of the texts, by the names of their rows, spell out control tokens such as ``<|im_end|>``."""
+    pattern = tokenizer.control if isinstance(tokenizer, HuggingFaceTokenizer) else re.compile("(?!)")
+    found = {name: token[0] for name, text in texts.items() if (token := pattern.search(text))}
+    for name, token in list(found.items())[:1]:
+        warnings.warn(
+            f"{len(found):,} of {len(texts):,} {what} spell out control tokens, such as {token!r} in row {name}. In"
+            " messages of a chat they are read as ordinary text; in raw prompts and in responses they are control tokens",
+            stacklevel=2,
+        )
+
+
+def _only_message(question: Question) -> str:
+    if isinstance(question, str) or len(question) == 1:
+        return text_of(question)
+    raise ValueError(f"this tokenizer has no chat template, so it cannot write {len(question)} messages; give it text")
 
 
 class CharacterTokenizer:
@@ -90,7 +117,7 @@ class CharacterTokenizer:
         self.stop_ids = (self.eos_id,)
         self.has_chat_template = False
 
-    def encode_prompt(self, question: str, system: str | None = None) -> list[int]:
+    def encode_prompt(self, question: Question, system: str | None = None) -> list[int]:
         """Token ids of the question alone.
 
         Raises:
@@ -98,7 +125,7 @@ class CharacterTokenizer:
         """
         if system is not None:
             raise ValueError(f"the character tokenizer has no system message; remove system={system!r}")
-        return self.encode(question)
+        return self.encode(_only_message(question))
 
     def encode(self, text: str) -> list[int]:
         """Token ids.
@@ -123,7 +150,7 @@ class CharacterTokenizer:
 class HuggingFaceTokenizer:
     """A ``transformers`` tokenizer with its chat template and all stop ids of its model."""
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, template_options: Mapping[str, Any] | None = None) -> None:
         from transformers import AutoTokenizer  # the import takes 2.5 s, and the toy tasks do not need it
 
         try:
@@ -154,24 +181,37 @@ class HuggingFaceTokenizer:
         pad = self._tokenizer.pad_token_id
         self.pad_id = self.eos_id if pad is None else int(pad)
         self.stop_ids = tuple(sorted(set(stops)))
+        added = [(token.content, token.special) for token in self._tokenizer.added_tokens_decoder.values()]
+        # DeepSeek does not mark its own as special.
+        control = [text for text, is_special in added if is_special or re.fullmatch("<[|\uff5c].+[|\uff5c]>", text)]
+        self.control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))) or "(?!)")
+        """Control tokens in a text."""
+        self._set_template_options(template_options or {}, source)
 
-    def encode_prompt(self, question: str, system: str | None = None) -> list[int]:
+    def encode_prompt(self, question: Question, system: str | None = None) -> list[int]:
         """Token ids of the rendered chat up to the assistant's turn; without a chat template, those of the plain text.
 
+        A control token in a message is written as the ordinary text that it is there: only the template may open and
+        close turns. Plain text has no template, so it keeps its control tokens.
+
         Raises:
-            ValueError: there is a system message but no chat template, or the template fails.
+            ValueError: there is a system message or a conversation but no chat template, or the template fails.
         """
         if not self.has_chat_template:
             if system is not None:
                 raise ValueError(f"this tokenizer has no chat template, so it cannot use system={system!r}; remove it")
-            return self.encode(question)
-        messages = [] if system is None else [{"role": "system", "content": system}]
-        messages.append({"role": "user", "content": question})
+            return self.encode(_only_message(question))
+        messages = [*with_system(question, system)]
+        contents = "".join(message["content"] for message in messages)
+        cut = next(mark for mark in _CUTS if mark not in contents)
+        for i, message in enumerate(messages):
+            apart = self.control.sub(lambda token: f"{token[0][0]}{cut}{token[0][1:]}", message["content"])
+            messages[i] = message | {"content": apart}
         try:
             text = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # a template is a program
             raise ValueError(f"the tokenizer's chat template fails: {_first_line(error)}; mend it") from error
-        return self.encode(text)
+        return [i for piece in text.split(cut) for i in self.encode(piece)]
 
     def encode(self, text: str) -> list[int]:
         """Token ids. The chat template writes its own special tokens, so none are added."""
@@ -182,6 +222,16 @@ class HuggingFaceTokenizer:
         return self._tokenizer.decode(
             [int(i) for i in ids], skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+
+    def _set_template_options(self, options: Mapping[str, Any], source: str) -> None:
+        """Makes the options defaults of the chat template itself: a saved tokenizer has them, whoever renders with it."""
+        for name, value in options.items():
+            source_text = self._tokenizer.get_chat_template() if self._tokenizer.chat_template else ""
+            if name in ("messages", "add_generation_prompt") or not re.search(rf"\b{re.escape(name)}\b", source_text):
+                told = f"the chat template of {source!r} has no such option; remove it"
+                raise ValueError(f"model.chat_template_kwargs.{name}: {told}")
+            default = f"{{% set {name} = {name} if {name} is defined and {name} is not none else {value!r} %}}"
+            self._tokenizer.chat_template = default + source_text.replace(default, "")
 
     def save(self, folder: str | pathlib.Path) -> None:
         """Writes the tokenizer and the generation config, which alone has the further stop ids."""

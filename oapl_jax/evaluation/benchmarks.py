@@ -1,7 +1,7 @@
 """The problems of an evaluation and their graders."""
 
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping
 
 from oapl_jax.config.commands import EvaluateConfig
 from oapl_jax.config.data import DataConfig
@@ -9,63 +9,32 @@ from oapl_jax.config.reward import RewardConfig
 from oapl_jax.data.catalogue import DATASETS
 from oapl_jax.data.prompts import first_prompts
 from oapl_jax.data.tokenizer import Tokenizer
-from oapl_jax.rewards.grader import Grader, Item, grader_of
-from oapl_jax.types import Grade, Prompt
+from oapl_jax.rewards.grader import Grader, grader_of_sets
+from oapl_jax.types import Prompt
 
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet", "")
 
 
-class ProblemGrader:
-    """A ``Grader`` that gives each response to the grader of its problem, which it owns."""
-
-    def __init__(self, graders: dict[str, Grader]):
-        self._graders = graders
-
-    def check_golds(self, prompts: Sequence[Prompt]) -> None:
-        """Each grader checks those of its problems."""
-        for grader in dict.fromkeys(self._graders.values()):
-            grader.check_golds([prompt for prompt in prompts if self._graders[prompt.id] is grader])
-
-    def grade(self, items: Sequence[Item]) -> list[Grade]:
-        """Grades in the order of the items."""
-        grades: dict[int, Grade] = {}
-        for grader in set(self._graders.values()):
-            mine = [i for i, (prompt, _, _) in enumerate(items) if self._graders[prompt.id] is grader]
-            grades |= dict(zip(mine, grader.grade([items[i] for i in mine]), strict=True))
-        return [grades[i] for i in range(len(items))]
-
-    def close(self) -> None:
-        """Closes the graders."""
-        for grader in set(self._graders.values()):
-            grader.close()
-
-
-def load(config: EvaluateConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], ProblemGrader]:
-    """All problems in the order of the config, and what grades them; equal options share a grader.
+def load(config: EvaluateConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], Grader]:
+    """All problems in the order of the config, and what grades them.
 
     Raises:
         ValueError: a data set cannot be read, a gold answer does not parse, or a grader does not work.
     """
-    by_options: dict[str, Grader] = {}
-    graders: dict[str, Grader] = {}
-    prompts: list[Prompt] = []
-    for data, reward in _sources(config):
-        found = first_prompts(data, tokenizer, config.benchmarks.problems)
-        if str(reward) not in by_options:
-            by_options[str(reward)] = grader_of(data.task, reward)
-        prompts += found
-        graders |= dict.fromkeys((prompt.id for prompt in found), by_options[str(reward)])
-    grader = ProblemGrader(graders)
+    sources, prompts = _sources(config), []
+    for name, (data, _) in sources.items():
+        in_set = name if config.data is not None else ""  # the ids of a benchmark begin with its name anyway
+        prompts += first_prompts(data, tokenizer, config.benchmarks.problems, in_set)
+    grader = grader_of_sets(sources)
     grader.check_golds(prompts)
     return prompts, grader
 
 
-def _sources(config: EvaluateConfig) -> Iterator[tuple[DataConfig, RewardConfig]]:
-    """The benchmarks that the config names, or its own data."""
+def _sources(config: EvaluateConfig) -> Mapping[str, tuple[DataConfig, RewardConfig]]:
+    """The benchmarks that the config names, or its own data, by the names that the ids of their prompts begin with."""
     if config.data is not None:
-        yield config.data, config.reward
-        return
-    section = config.benchmarks
+        return config.data.graded(config.reward)
+    section, found = config.benchmarks, {}
     for name in section.names:
         data = DataConfig(
             dataset=name,
@@ -74,7 +43,8 @@ def _sources(config: EvaluateConfig) -> Iterator[tuple[DataConfig, RewardConfig]
             max_prompt_tokens=section.max_prompt_tokens,
             overlong="error",
         )
-        yield data, config.reward.model_copy(update={"functions": {DATASETS[name].reward: 1.0}})
+        found[name] = data, config.reward.model_copy(update={"functions": {DATASETS[name].reward: 1.0}})
+    return found
 
 
 def _local_copy(folder: pathlib.Path, name: str) -> str:

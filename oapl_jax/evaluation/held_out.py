@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from oapl_jax.config.evaluation import HELD_OUT
 from oapl_jax.evaluation import passk
 from oapl_jax.rollouts.grading import Grading
 from oapl_jax.rollouts.sampling import Request, Sampler, SamplingDistribution, run
@@ -69,11 +70,28 @@ def evaluate(
 def summarize(counts: Counts, prompts: Sequence[Prompt]) -> Metrics:
     """``evaluation/pass@k`` for powers of two up to the samples of the least-sampled problem, and the mean length.
 
-    Samples whose verdict is invalid are left out.
+    The same of each of several data sets as ``evaluation/NAME/pass@k``. Samples whose verdict is invalid are left out.
 
     Raises:
         ValueError: every sample of a problem is invalid.
     """
+    metrics = _summarize(counts, prompts)
+    for name, mine in by_set(prompts).items():
+        found = _summarize(Counts(*(column[mine] for column in counts)), [prompts[i] for i in mine])
+        metrics |= {key.replace("evaluation/", f"evaluation/{name}/"): value for key, value in found.items() if name}
+    return metrics
+
+
+def by_set(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
+    """Indices of held-out prompts by the name of their data set, where there are several, else under ''."""
+    found = collections.defaultdict(list)
+    for i, prompt in enumerate(prompts):
+        first = prompt.id.partition("/")[0]
+        found[first.removeprefix(HELD_OUT) if first.startswith(HELD_OUT) else ""].append(i)
+    return dict(found)
+
+
+def _summarize(counts: Counts, prompts: Sequence[Prompt]) -> Metrics:
     fewest = int(counts.graded.min())
     if fewest == 0:
         raise ValueError(f"evaluation: every sample of prompt {prompts[int(counts.graded.argmin())].id} was invalid")

@@ -195,11 +195,11 @@ def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple
 
 
-def describe(groups: Sequence[RolloutGroup]) -> Metrics:
-    """``rollouts/*`` metrics of a batch (docs/metrics.md)."""
+def describe(groups: Sequence[RolloutGroup], sets: Iterable[str] = ()) -> Metrics:
+    """``rollouts/*`` metrics of a batch, and ``rollouts/NAME/*`` of the data sets with a usable rollout in it."""
     usable = [item for group in groups for item in group.usable]
     num_rollouts = sum(len(group.rollouts) for group in groups)
-    return {
+    metrics = {
         "rollouts/reward": float(np.mean([item.grade.reward for item in usable])),
         "rollouts/pass_rate": float(np.mean([item.grade.verdict is Verdict.CORRECT for item in usable])),
         "rollouts/response_tokens": float(np.mean([len(item.rollout.token_ids) for item in usable])),
@@ -208,6 +208,12 @@ def describe(groups: Sequence[RolloutGroup]) -> Metrics:
         "rollouts/invalid": 1 - len(usable) / num_rollouts,
         "rollouts/value": float(np.mean([group.value for group in groups])),
     }
+    for name in sets:
+        mine = [group for group in groups if group.prompt.id.startswith(f"{name}/")]
+        found = describe(mine) if any(group.usable for group in mine) else {}
+        metrics |= {key.replace("rollouts/", f"rollouts/{name}/"): value for key, value in found.items()}
+        metrics[f"rollouts/{name}/groups"] = len(mine)
+    return metrics
 
 
 def has_equal_rewards(group: RolloutGroup) -> bool:

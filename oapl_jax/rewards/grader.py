@@ -5,10 +5,11 @@ import itertools
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from oapl_jax.config.commands import GenerateConfig, TrainConfig
+from oapl_jax.config.data import GradedSets
 from oapl_jax.config.reward import RewardConfig
 from oapl_jax.rewards import functions, tasks
 from oapl_jax.rewards.code import layouts, programs
@@ -50,8 +51,19 @@ class Grader(Protocol):
 
 
 def make_grader(config: TrainConfig | GenerateConfig) -> Grader:
-    """The grader of the config's built-in task, or of its reward functions."""
-    return grader_of(config.data.task, config.reward)
+    """The grader of the config's data sets, for a training run of the held-out ones too."""
+    return grader_of_sets(config.graded_sets())
+
+
+def grader_of_sets(sets: GradedSets) -> Grader:
+    """The grader of data sets by their names; those that are graded alike share one."""
+    graders: dict[str, Grader] = {}
+    for source, reward in sets.values():
+        if (source.task or str(reward)) not in graders:
+            graders[source.task or str(reward)] = grader_of(source.task, reward)
+    if len(graders) == 1:
+        return next(iter(graders.values()))
+    return SetGrader({name: graders[source.task or str(reward)] for name, (source, reward) in sets.items()})
 
 
 def grader_of(task: str | None, reward: RewardConfig) -> Grader:
@@ -60,6 +72,34 @@ def grader_of(task: str | None, reward: RewardConfig) -> Grader:
         return ToyGrader(task)
     setup = tasks.make_setup(reward, tuple(reward.functions))
     return RewardGrader(GraderPool(reward.workers, reward.retries, setup), reward)
+
+
+class SetGrader:
+    """Gives each response to the grader of its data set, which it owns: the name that its prompt's id begins with, or ''."""
+
+    def __init__(self, graders: Mapping[str, Grader]):
+        self._graders = graders
+
+    def check_golds(self, prompts: Sequence[Prompt]) -> None:
+        """Each grader checks those of its data sets."""
+        for grader in dict.fromkeys(self._graders.values()):
+            grader.check_golds([prompt for prompt in prompts if self._grader(prompt) is grader])
+
+    def grade(self, items: Sequence[Item]) -> list[Grade]:
+        """Grades in the order of the items."""
+        grades: dict[int, Grade] = {}
+        for grader in dict.fromkeys(self._graders.values()):
+            mine = [i for i, (prompt, _, _) in enumerate(items) if self._grader(prompt) is grader]
+            grades |= dict(zip(mine, grader.grade([items[i] for i in mine]), strict=True))
+        return [grades[i] for i in range(len(items))]
+
+    def close(self) -> None:
+        """Closes the graders."""
+        for grader in dict.fromkeys(self._graders.values()):
+            grader.close()
+
+    def _grader(self, prompt: Prompt) -> Grader:
+        return self._graders.get(prompt.id.partition("/")[0]) or self._graders[""]
 
 
 class ToyGrader:

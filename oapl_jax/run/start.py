@@ -46,13 +46,17 @@ def outline(model: ModelConfig) -> tuple[qwen.QwenConfig, Tokenizer]:
     if warm_start is None or sft.is_finished(warm_start):
         return policy.outline(model, model_path(model))
     tokenizer = model.tokenizer if model.tokenizer != "model" else warm_start.model.tokenizer
-    return policy.outline(warm_start.model.model_copy(update={"tokenizer": tokenizer}), warm_start.model.path)
+    options = warm_start.model.chat_template_kwargs | model.chat_template_kwargs
+    update = {"tokenizer": tokenizer, "chat_template_kwargs": options}
+    return policy.outline(warm_start.model.model_copy(update=update), warm_start.model.path)
 
 
 def sampled_outline(model: ModelConfig) -> tuple[qwen.QwenConfig, Tokenizer]:
     """The same where ``model.path`` may also be a run: of what that started from."""
     if is_run(model.path):
-        model = run_dir.read_config(pathlib.Path(str(model.path)), TrainConfig).model
+        start = run_dir.read_config(pathlib.Path(str(model.path)), TrainConfig).model
+        options = start.chat_template_kwargs | model.chat_template_kwargs
+        model = start.model_copy(update={"chat_template_kwargs": options})
     return outline(model)
 
 

@@ -41,13 +41,18 @@ def write_results(run: Run, after: Metrics) -> dict[str, Any]:
 
 def table(summary: dict[str, Any], directory: pathlib.Path) -> str:
     """The summary for people."""
-    ks = [k for k in summary["after"] if k in summary["before"]]
-    lines = ["", f"{'':>8}" + "".join(f"{k:>9}" for k in ks)]
+    ks = [k for k in summary["after"] if k in summary["before"] and "/" not in k]
+    sets = dict.fromkeys(name.rpartition("pass@")[0] for name in summary["after"])  # '' is all, 'NAME/' a held-out set
+    width = 8 if len(sets) == 1 else 24
+    lines = ["", " " * width + "".join(f"{k:>9}" for k in ks)]
     rows = {"before": summary["before"]}
     rows |= {f"{epoch['round']}-{epoch['epoch']}": epoch for epoch in summary.get("epochs", ())}
     rows["after"] = summary["after"]
     lines += [
-        f"{when:>8}" + "".join(f"{row[k]:9.3f}" if k in row else 9 * " " for k in ks) for when, row in rows.items()
+        f"{f'{when} {name[:-1]}'.strip():>{width}}"
+        + "".join(f"{row[name + k]:9.3f}" if name + k in row else 9 * " " for k in ks)
+        for when, row in rows.items()
+        for name in sets
     ]
     if "best" in summary:
         lines.append(f"\nbest epoch by pass@1: {summary['best']['folder']}")

@@ -172,12 +172,13 @@ class OfflineRounds(BufferedSource):
         prompts = self._setup.prompts
         sizes = [data.prompts or len(prompts) for data in self._config.rounds if data.log is None]
         before = sum(data.log is None for data in self._config.rounds[:number])
-        if not self._setup.config.data.task and sizes[before] > len(prompts):
+        is_endless = self._setup.config.data.is_endless
+        if not is_endless and sizes[before] > len(prompts):
             raise ValueError(
                 f"offline.rounds.{number}.prompts={sizes[before]}: the data has only {len(prompts)} prompts; say null"
             )
         # Each round of a file has an epoch of its own, or a prompt could be there twice.
-        first = sum(sizes[:before]) if self._setup.config.data.task else before * len(prompts)
+        first = sum(sizes[:before]) if is_endless else before * len(prompts)
         return [prompts[first + i] for i in range(sizes[before])]
 
     def _take_in(self, number: int, data: RoundConfig, source: pathlib.Path, params: Any) -> dict[str, Any]:

@@ -151,7 +151,7 @@ class SamplingProcess:
         self, config: TrainConfig, folder: pathlib.Path, shards: ShardQueue
     ) -> tuple[SamplingLoop, Callable[[pathlib.Path], Any], Any]:
         """The loop, with a sampler that has compiled its programs, what loads folders for it, and this folder's weights."""
-        tokenizer = tokenizers.load(config.model.tokenizer, folder)
+        tokenizer = tokenizers.load(config.model.tokenizer, folder, config.model.chat_template_kwargs)
         grading = make_grading(config, tokenizer, make_grader(config))
         self._resources.callback(grading.close)
         prompts = load_prompts(config.data, tokenizer, config.run.seed)

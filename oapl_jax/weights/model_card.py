@@ -19,11 +19,12 @@ def write_card(folder: pathlib.Path, config: TrainConfig, run_dir: pathlib.Path,
     name, model, data = config.objective.name, config.model, config.data
     start = model.path or model.warm_start or f"{model.config} (random weights)"
     objective = f"OAPL ([arXiv 2602.19362]({PAPER}))" if name == "oapl" else f"the objective `{name}`"
+    trained_on = ", ".join(f"`{part.task or part.dataset or part.path}`" for part in data.sets.values() or [data])
     parts = [
         _front_matter(config),
         f"# {run_dir.resolve().name}, step {step}",
         f"Trained with oapl_jax by {objective}: {step:,} of {config.run.steps:,} learner steps of"
-        f" {config.learner.batch_rollouts} rollouts, from `{start}`, on `{data.task or data.dataset or data.path}`. Weights: {dtype}.",
+        f" {config.learner.batch_rollouts} rollouts, from `{start}`, on {trained_on}. Weights: {dtype}.",
         "## Results",
         _results(config, run_dir, step),
         "## Use",
@@ -40,8 +41,11 @@ def _front_matter(config: TrainConfig) -> str:
     lines += [f"- {tag}" for tag in _TAGS]
     if config.model.path is not None and _is_hub_name(config.model.path):
         lines.append(f"base_model: {config.model.path}")
-    if config.data.path is not None and config.data.format == "datasets" and _is_hub_name(config.data.path):
-        lines += ["datasets:", f"- {config.data.path}"]
+    paths = [
+        part.path for part in config.data.sets.values() or [config.data] if part.format == "datasets" and part.path
+    ]
+    if hub_names := [path for path in paths if _is_hub_name(path)]:
+        lines += ["datasets:", *(f"- {path}" for path in hub_names)]
     return "\n".join([*lines, "---"])
 
 

@@ -1,5 +1,6 @@
 """Groups to rows, and the metrics of a batch against values worked out by hand."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -124,3 +125,26 @@ def test_equal_rewards_are_judged_by_usable_rollouts_only():
         RolloutGroup(0, 0, prompt(0), (item(1, Verdict.CORRECT, 0.0), item(1, Verdict.INVALID, math.nan)), 1.0)
     )
     assert not has_equal_rewards(group(0))
+
+
+def test_each_data_set_has_the_same_metrics_of_its_groups():
+    right, wrong = item(1, Verdict.CORRECT, 0.0), item(3, Verdict.WRONG, 0.0, reward=0.0)
+    groups = [
+        RolloutGroup(0, 0, dataclasses.replace(prompt(i), id=name), (member, member), member.grade.reward)
+        for i, (name, member) in enumerate([("a/0", right), ("ab/7", wrong), ("a/1", wrong)])
+    ]
+    metrics = describe(groups, ["a", "ab", "none"])
+    assert {name: value for name, value in metrics.items() if name.endswith(("reward", "groups"))} == pytest.approx(
+        {
+            "rollouts/reward": 1 / 3,
+            "rollouts/equal_reward_groups": 1.0,
+            "rollouts/a/reward": 1 / 2,
+            "rollouts/a/equal_reward_groups": 1.0,
+            "rollouts/a/groups": 2,
+            "rollouts/ab/reward": 0.0,
+            "rollouts/ab/equal_reward_groups": 1.0,
+            "rollouts/ab/groups": 1,
+            "rollouts/none/groups": 0,
+        }
+    )
+    assert metrics["rollouts/a/response_tokens"] == 2
