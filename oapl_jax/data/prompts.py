@@ -53,6 +53,8 @@ def held_out(config: TrainConfig, tokenizer: Tokenizer) -> list[Prompt]:
         ValueError: as ``load_prompts``; or training prompts come from a file and ``evaluation.path`` is missing.
     """
     data, evaluation = config.data, config.evaluation
+    if not evaluation.prompts:
+        return []
     if data.task is not None:
         return first_prompts(data, tokenizer, evaluation.prompts)
     is_file = data.path is not None if data.dataset is not None else data.format in ("jsonl", "parquet")

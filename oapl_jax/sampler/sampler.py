@@ -7,7 +7,7 @@ on more than one of them, and a request's rollouts are the same on whichever rep
 import contextlib
 import dataclasses
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -59,6 +59,8 @@ class JaxSampler:
         self._parts: list[Params] = []
         """The weights, by replica."""
         self._released = Stats()
+        self.say: Callable[[str], None] = lambda message: None
+        """Told which program is being compiled."""
 
     @property
     def is_idle(self) -> bool:
@@ -104,7 +106,7 @@ class JaxSampler:
     def warm_up(self, prompt_lengths: Iterable[int], group_size: int) -> None:
         """Compiles the programs that requests of these sizes need; see ``Scheduler.warm_up``."""
         for scheduler, part in zip(self._schedulers, self._parts, strict=True):
-            scheduler.warm_up(part, prompt_lengths, group_size)
+            scheduler.warm_up(part, prompt_lengths, group_size, self.say)
 
     def release(self) -> None:
         """Frees weights and caches until weights are set again."""
