@@ -10,32 +10,30 @@ docs/departures.md. The same command again resumes; SIGTERM saves and exits with
 import pathlib
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from oapl_jax.build.checks import CHECKS
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
-from oapl_jax.data import prompts
 from oapl_jax.distributed import start
 from oapl_jax.distributed.compile_cache import use_compile_cache
 from oapl_jax.distributed.messages import reporting_failures
-from oapl_jax.distributed.sharding import is_here, make_meshes, num_processes
 from oapl_jax.distributed.team import Team
-from oapl_jax.evaluation.held_out import by_set
 from oapl_jax.io import console
 from oapl_jax.io.non_finite import check_finite
 from oapl_jax.io.terminal import say
-from oapl_jax.learner import batch as batches
-from oapl_jax.rollouts.stops import Stops
-from oapl_jax.run.run import MakeSource, Run, assemble, open_run, serve
-from oapl_jax.run.summary import table, write_results
-from oapl_jax.sources.setup import make_setup
+from oapl_jax.rollouts.source import GroupSource
+from oapl_jax.run.summary import finished, table
 from oapl_jax.types import Metrics
+
+if TYPE_CHECKING:  # the rest of the program takes seconds to import: a finished run and a wrong config need not wait
+    import oapl_jax.run.run
 
 GUARDED = ("learner/loss", "learner/grad_norm")
 
 
-def run(config: TrainConfig, make_source: MakeSource | None = None) -> dict[str, Any]:
+def run(config: TrainConfig, make_source: Callable[[Any], GroupSource] | None = None) -> dict[str, Any]:
     """Trains to the last step and returns the summary: the Python entry of ``oapl-jax train``.
 
     Args:
@@ -50,16 +48,24 @@ def run(config: TrainConfig, make_source: MakeSource | None = None) -> dict[str,
         RunError, TimeoutError, RuntimeError: the run cannot go on; the message says why.
         PreemptedError: after SIGTERM, with the state saved.
     """
+    if (summary := finished(config)) is not None:
+        return summary
+    from oapl_jax.run.results import write_results
+    from oapl_jax.run.run import open_run
+
     with open_run(config, make_source) as opened:
         while not opened.is_over:
             if opened.plan is None:
                 opened.open_window()
-            _step(opened)
+            elif opened.ends_window:  # the run was over here, and goes on with more steps
+                opened.sync()
+            else:
+                _step(opened)
         after = opened.finish()
         return write_results(opened, after)
 
 
-def _step(run: Run) -> None:
+def _step(run: "oapl_jax.run.run.Run") -> None:
     """One step of the learner: take, train, sync, evaluate, save."""
     config, start = run.config, time.perf_counter()
     groups = run.take()
@@ -68,8 +74,8 @@ def _step(run: Run) -> None:
     # Train on the batch (paper Eq. 3).
     lag = run.progress.step - run.progress.window_step
     metrics: Metrics = {"window/version": run.progress.policy_version, "window/lag": lag}
-    batch = batches.from_groups(groups, run.assembly.learner.rows)
-    metrics |= run.train(batch) | batches.describe(groups, config.data.sets)
+    trained, num_tokens = run.train(groups)
+    metrics |= trained
     step = run.progress.step
     check_finite(step, metrics, GUARDED)
 
@@ -84,55 +90,67 @@ def _step(run: Run) -> None:
         if not is_next_slow:
             run.open_window()
 
-    evaluation, every = None, config.evaluation.every
+    evaluation, every = None, config.evaluation.every if config.evaluation.prompts else 0
     if every and step % every == 0 and not run.is_over:
         evaluation = run.evaluate(config.evaluation.samples)
     metrics |= run.report() | {"learner/wait_seconds": wait_seconds}
     metrics["learner/seconds"] = time.perf_counter() - start
-    metrics["learner/padding"] = batches.padding(batch, run.assembly.learner.rows)
-    metrics["learner/tokens_per_second"] = float(batch.response_mask.sum()) / metrics["learner/seconds"]
+    metrics["learner/tokens_per_second"] = num_tokens / metrics["learner/seconds"]
     run.log.add(step, metrics, evaluation)
     run.bar.update(step, metrics)
 
     is_kept = config.window.keep_checkpoints and step == run.progress.window_step
+    if config.checkpoint.keep_best and evaluation is not None:
+        is_kept |= run.is_best(evaluation.result())
     if step % config.checkpoint.every == 0 or run.is_over or run.plan is None or is_kept:
         run.save()
 
 
 def main(argv: list[str]) -> int | None:
     """Command line; exit codes: 0 done, 1 the run failed, 2 the config is wrong, 42 saved after SIGTERM."""
-    config, arguments = config_file.from_command_line(TrainConfig, "train", argv, start.add_options, checks=CHECKS)
-    start.initialize(arguments)
-    use_compile_cache(config.run.compile_cache)
-    if arguments.dry_run:
-        say(config_file.to_yaml(config))
-        say(describe(config))
-        return None
-    with reporting_failures():
-        _check_single_process(config)
-        if not is_here(make_meshes(config.mesh)[0]):
-            return serve(config)
-        summary = run(config)
-    if Team.job().is_leader:
-        say(table(summary, pathlib.Path(config.run.dir)))
+    try:
+        config, arguments = config_file.from_command_line(TrainConfig, "train", argv, start.add_options, checks=CHECKS)
+    except config_file.ConfigError as error:
+        if error.rest is not None:
+            from oapl_jax.run.start import load
+
+            load(error.rest, error)  # raises it with the mistakes in data, graders and devices
+        raise
+    if (summary := finished(config)) is None or arguments.dry_run:
+        start.initialize(arguments)
+        use_compile_cache(config.run.compile_cache)
+        if arguments.dry_run:
+            say(config_file.to_yaml(config))
+            say(describe(config))
+            return None
+        say(f"{config.run.dir}: starting")
+        from oapl_jax.distributed.sharding import is_here, make_meshes
+        from oapl_jax.run.run import serve
+
+        with reporting_failures():
+            _check_single_process(config)
+            if not is_here(make_meshes(config.mesh)[0]):
+                return serve(config)
+            summary = run(config)
+        if not Team.job().is_leader:
+            return None
+    say(table(summary, pathlib.Path(config.run.dir)))
     return None
 
 
 def describe(config: TrainConfig) -> str:
     """The plan of a run for people: everything is checked and nothing is trained."""
-    assembly, tokenizer = assemble(config)
-    setup = make_setup(assembly, tokenizer)
-    setup.grading.close()
-    lines = assembly.describe()
-    lines |= {f"prompts {name}".strip(): text for name, text in prompts.describe(config.data, setup.prompts).items()}
-    lines["held out"] = ", ".join(f"{name} {len(mine):,}".strip() for name, mine in by_set(setup.held_out).items())
-    lines["responses"] = str(Stops(tokenizer, setup.distribution))
+    from oapl_jax.run.start import load
+
+    assembly, inputs = load(config)
+    inputs.grader.close()
+    lines = assembly.describe() | inputs.describe(config)
     return "\n".join(f"{name:>14}  {text}" for name, text in lines.items())
 
 
 def _check_single_process(config: TrainConfig) -> None:
     """Refuses what one process alone can do."""
-    if num_processes() == 1:
+    if (num_processes := Team.job().size) == 1:
         return
     problems = {
         "mode=offline": config.mode == "offline",
@@ -140,7 +158,7 @@ def _check_single_process(config: TrainConfig) -> None:
         "window.unfinished=finish": config.window.unfinished == "finish",
     }
     if found := [name for name, is_wanted in problems.items() if is_wanted]:
-        raise ValueError(f"{found[0]}: not in a job of {num_processes()} processes; remove it, or use one process")
+        raise ValueError(f"{found[0]}: not in a job of {num_processes} processes; remove it, or use one process")
 
 
 if __name__ == "__main__":

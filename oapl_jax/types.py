@@ -119,7 +119,7 @@ class RunError(RuntimeError):
 
 
 class PreemptedError(Exception):
-    """SIGTERM came, and the state is saved."""
+    """SIGTERM or Ctrl-C came, its argument, and the state is saved."""
 
 
 class TrainBatch(NamedTuple):

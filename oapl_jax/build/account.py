@@ -1,9 +1,19 @@
-"""The account of memory: what lies on a device from the start of a run to its end."""
+"""The account of memory, what lies on a device from the start of a run to its end; and of the disk."""
 
 import dataclasses
+import pathlib
+import shutil
 from typing import Any
 
+import jax
+
+from oapl_jax.config.commands import TrainConfig
 from oapl_jax.distributed.sharding import device_bytes
+
+TOKEN_BYTES = 12
+"""Of a token in the rollout log before it is compressed: id, log-probability, text."""
+ROLLOUT_BYTES = 150
+"""Of a rollout besides: the quickstart's, of at most six tokens, take this."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +73,33 @@ class Account:
 def learner_bytes(state: Any) -> tuple[int, int, int]:
     """Weights, optimizer state and gradient of a ``TrainState`` of shapes with shardings, on one device."""
     return device_bytes(state.params), device_bytes(state.opt_state), device_bytes(state.stored.params)
+
+
+def disk(config: TrainConfig, state: Any, sampler_weights: Any, model: Any) -> str:
+    """What a run leaves on disk, for people, from the shapes of its arrays; responses count with their longest length."""
+    steps, sampler, kept = config.run.steps, config.sampler, config.checkpoint
+    windows, rounds = -(-steps // config.window.sync_every), config.offline.rounds if config.offline else ()
+    num = min(2 + steps // kept.every, kept.keep) + bool(kept.keep_best)  # the first and the last step are saved too
+    num += (steps // kept.keep_every if kept.keep_every else 0) + windows * config.window.keep_checkpoints
+    rollouts = config.learner.batch_rollouts * steps / (rounds[0].epochs if rounds else config.window.epochs)
+    if kept.keep_rollouts:
+        rollouts *= min(1, (kept.keep_rollouts + 1) / windows)
+    num_models = 1 + sum(data.epochs for data in rounds)
+    parts = {
+        f"{num} checkpoints": num * (_bytes(state) + _bytes(sampler_weights)),
+        f"{num_models} exported models": num_models * _bytes(model),
+        "rollouts at most": rollouts * (ROLLOUT_BYTES + TOKEN_BYTES * sampler.max_response_tokens),
+    }
+    if config.mode == "detached":  # one more while it is written
+        parts["published policies"] = (kept.keep_policies + 1) * _bytes(sampler_weights)
+    folder = pathlib.Path(config.run.dir).absolute()
+    free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
+    text = ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in parts.items())
+    return f"{text}; {size(sum(parts.values()))} of {size(free)} that are free"
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def size(num_bytes: float) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from oapl_jax.build.account import Account, learner_bytes
+from oapl_jax.build.account import Account, disk, learner_bytes
 from oapl_jax.build.checks import objective_of
 from oapl_jax.build.learner import Learner, make_learner
 from oapl_jax.build.sampler import PAGE_SIZE, NoRoomError, cache_bytes, make_engines, prepares_layers
@@ -98,7 +98,10 @@ class Assembly:
             else f"{len(self.engines)} x {self.engines[0].num_rows}, {self.engines[0].num_pages:,} pages of {PAGE_SIZE}"
             " tokens of KV cache each",
         }
-        return lines | {f"{name} bytes": text for name, text in self.account.describe().items()}
+        lines |= {f"{name} bytes": text for name, text in self.account.describe().items()}
+        return lines | {
+            "disk": disk(config, self.learner.shapes.stored, self.sampler_shapes, self.learner.shapes.params)
+        }
 
 
 def make_assembly(
@@ -197,8 +200,8 @@ def make_assembly(
 
 def evaluates_within_windows(config: TrainConfig) -> bool:
     """Whether the sampler holds two policies at times: that of the window, and one that is evaluated."""
-    if config.offline is not None:  # after each epoch
-        return True
+    if config.offline is not None or not config.evaluation.prompts:  # offline: after each epoch
+        return bool(config.evaluation.prompts)
     every = config.evaluation.every
     return bool(every) and every % config.window.sync_every != 0
 

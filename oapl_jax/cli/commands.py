@@ -61,8 +61,9 @@ def main(argv: list[str] | None = None) -> int:
     if name not in _NAMES:
         say(f"error: no command {name!r}; there are: {', '.join(_NAMES)}", sys.stderr)
         return console.ExitCode.USAGE
-    module = importlib.import_module(f"oapl_jax.cli.{name.replace('-', '_')}")
-    return console.run(module.main, rest)
+    return console.run(
+        lambda words: importlib.import_module(f"oapl_jax.cli.{name.replace('-', '_')}").main(words), rest
+    )
 
 
 def _help() -> str:

@@ -28,7 +28,7 @@ from oapl_jax.distributed.compile_cache import use_compile_cache
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.io import run_dir, storage
 from oapl_jax.io.lease import Leases
-from oapl_jax.io.preemption import catch_sigterm
+from oapl_jax.io.preemption import StopSignals
 from oapl_jax.io.progress_bar import ProgressBar
 from oapl_jax.io.terminal import say
 from oapl_jax.objectives import oapl
@@ -79,7 +79,7 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
     directory, deadline = pathlib.Path(config.run.dir), config.generation.deadline
     with contextlib.ExitStack() as stack:
         leases = stack.enter_context(Leases(directory / LEASES_FOLDER, config.generation.lease_seconds))
-        is_stopped = stack.enter_context(catch_sigterm())
+        is_stopped = stack.enter_context(StopSignals()).is_set
         with _alone(leases, "policy", deadline):
             path = _start(config, directory)
         trainer_mesh, mesh = make_meshes(config.mesh)

@@ -52,7 +52,7 @@ def inert_fields(model: BaseModel) -> list[str]:
 def _inert(owner: BaseModel, model: BaseModel, prefix: str) -> Iterator[str]:
     fields = type(model).model_fields
     for name in fields:  # in the order of the schema
-        value = getattr(model, name)
+        value = getattr(model, name, None)  # a config with mistakes may lack some
         problem = _first_problem(owner, model, name) if name in changed(model) else None
         if problem and isinstance(value, BaseModel):
             yield from (

@@ -18,6 +18,7 @@ from oapl_jax.config.run import (
     ProgressConfig,
     RunConfig,
     RunDirConfig,
+    TrainCheckpointConfig,
     TrainRunConfig,
 )
 from oapl_jax.config.sampling import EvaluateSamplerConfig, SamplerConfig
@@ -45,7 +46,7 @@ class TrainConfig(Section):
     window: WindowConfig = WindowConfig()
     offline: OfflineConfig | None = None
     mesh: MeshConfig = MeshConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
+    checkpoint: TrainCheckpointConfig = TrainCheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     logging: LoggingConfig = LoggingConfig()
 
@@ -67,6 +68,10 @@ class TrainConfig(Section):
             )
         if self.mode == "detached" and self.sampler.dtype == "int8":
             problems.append("sampler.dtype=int8: a published policy has float32 or bfloat16; choose one of them")
+        best, most = self.checkpoint.keep_best, min(self.evaluation.samples, self.evaluation.final_samples)
+        known = [f"pass@{2**i}" for i in range(most.bit_length())]
+        if best is not None and not (best.startswith("evaluation/") and best.rpartition("/")[2] in known):
+            problems.append(f"checkpoint.keep_best={best}: an evaluation has evaluation/{', evaluation/'.join(known)}")
         return problems + self._window_problems(-(-batch // group_size))
 
     def _window_problems(self, groups_per_step: int) -> list[str]:

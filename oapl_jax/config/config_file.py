@@ -7,6 +7,8 @@ and validated by the models beside this file. What ``${oc.env:NAME}`` takes from
 """
 
 import argparse
+import contextlib
+import copy
 import functools
 import io
 import itertools
@@ -14,16 +16,17 @@ import math
 import operator
 import pathlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 from yaml import YAMLError
 
+from oapl_jax.config.applies import inert_fields
 from oapl_jax.config.names import did_you_mean, nearest
 from oapl_jax.config.reward import RewardConfig
 from oapl_jax.config.section import Checks, Section
@@ -31,7 +34,27 @@ from oapl_jax.untrusted import reading
 
 
 class ConfigError(ValueError):
-    """Every mistake of a configuration, one a line, as a person should read it."""
+    """Every mistake of a configuration, one a line, as a person should read it.
+
+    Args:
+        message: where there is nothing to list.
+        lines: the mistakes.
+        source: what they are in.
+        rest: the config with defaults in place of what is wrong, to look for further mistakes; None: there is none.
+        wrong: its sections that have mistakes.
+    """
+
+    def __init__(
+        self,
+        message: str = "",
+        lines: Sequence[str] = (),
+        source: str = "",
+        rest: Any = None,
+        wrong: Iterable[str] = (),
+    ):
+        self.lines, self.source, self.rest, self.wrong = list(lines), source, rest, frozenset(wrong)
+        head = f"{len(self.lines)} mistake{'s' if len(self.lines) > 1 else ''} in {source}"
+        super().__init__(hide(message or "\n  ".join([head, *self.lines])))
 
 
 AnyConfig = TypeVar("AnyConfig", bound=Section)
@@ -169,9 +192,64 @@ def validate(schema: type[AnyConfig], raw: Any, source: str, checks: Checks = NO
     try:
         return schema.model_validate(raw, context=checks)
     except ValidationError as error:
-        lines = mistakes(schema, error, checks)
-        head = f"{len(lines)} mistake{'s' if len(lines) > 1 else ''} in {source}"
-        raise ConfigError(hide("\n  ".join([head, *lines]))) from None
+        raise _all_mistakes(schema, raw, error, source, checks) from None
+
+
+def _all_mistakes(schema: type[Section], raw: Any, error: ValidationError, source: str, checks: Checks) -> ConfigError:
+    """With those that pydantic does not look for, because a section is wrong; not what may follow from that."""
+    lines, raw = mistakes(schema, error, checks), copy.deepcopy(raw)
+    wrong = {section for details in error.errors() for section in _without(raw, details)}
+    rest: Any = _unchecked(schema, raw, checks)
+    for find in (rest.find_mistakes, lambda: inert_fields(rest), lambda: _refused(rest, checks)):
+        with contextlib.suppress(AttributeError, TypeError):  # what it reads is missing or wrong
+            found = [line for line in find() if not any(re.search(rf"\b{name}[.:=]", line) for name in wrong)]
+            lines += [line for line in found if line not in lines]
+    return ConfigError(lines=lines, source=source, rest=rest, wrong=wrong)
+
+
+def _unchecked(schema: type[Section], raw: dict[str, Any], checks: Checks) -> Section:
+    """A config of sections each of which is checked by itself, where it can be."""
+    sections = {}
+    for name in schema.model_fields.keys() & raw.keys():
+        kind: Any = schema.model_fields[name].annotation
+        try:
+            sections[name] = TypeAdapter(kind).validate_python(raw[name], context=checks)
+        except ValidationError:
+            if isinstance(kind, type) and issubclass(kind, Section) and isinstance(raw[name], dict):
+                sections[name] = kind.model_construct(**raw[name])
+    return schema.model_construct(**sections)
+
+
+def _refused(config: Section, checks: Checks) -> list[str]:
+    try:
+        if type(config) in checks:
+            checks[type(config)].resolve(config)
+    except ValueError as error:
+        return str(error).split("\n")
+    return []
+
+
+def _without(raw: Any, error: ErrorDetails) -> set[str]:
+    """Takes out of ``raw`` what is wrong; returns the sections, but for those that only have a field without effect."""
+    location, wrong = ".".join(map(str, error["loc"])), set()
+    is_of_section = error["type"] == "value_error"  # its lines begin with the key, where one key is at fault
+    for line in error["msg"].removeprefix("Value error, ").split("\n") if is_of_section else [""]:
+        begin = re.match(r"[\w.]+(?=[:=])", line)
+        key = f"{location}.{begin[0]}".strip(".") if begin else location
+        if "has no effect with" not in line:
+            wrong.add(key.partition(".")[0])
+        if begin or not is_of_section:
+            _remove(raw, *key.split("."))
+    return wrong - {""}
+
+
+def _remove(place: Any, first: str, *rest: str) -> None:
+    if isinstance(place, list) and first.isdigit() and rest:
+        _remove(place[int(first)], *rest)
+    elif isinstance(place, dict) and rest:
+        _remove(place.setdefault(first, {}), *rest)
+    elif isinstance(place, dict):
+        place.pop(first, None)
 
 
 def mistakes(schema: type[Section], error: ValidationError, checks: Checks = NO_CHECKS) -> list[str]:

@@ -33,8 +33,8 @@ class EvaluationConfig(SamplingConfig):
     """Split, for ``datasets`` and ``tfds``."""
     every: CountOrZero = 50
     """Learner steps between evaluations in the course of training; 0: none."""
-    prompts: Count = 128
-    """Held-out prompts, of each data set."""
+    prompts: CountOrZero = 128
+    """Held-out prompts of each data set; 0: no evaluation at all, and the other fields of the section are not read."""
     samples: Count = 16
     """Samples per prompt in the course of training."""
     final_samples: Count = 64

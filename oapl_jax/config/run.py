@@ -1,13 +1,20 @@
 """What a run is called, how long it lasts, and what it writes."""
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from oapl_jax.config.applies import AppliesWhen, one_of
 from oapl_jax.config.section import Count, CountOrZero, Positive, Section
 
 
+def _are_given(*values: object) -> bool:
+    return all(values)
+
+
 class RunDirConfig(Section):
     """What a run is called, and what it may overwrite."""
+
+    not_identity: ClassVar[tuple[str, ...]] = ("dir", "allow_config_change", "compile_cache")
+    """Fields that do not make it another run: it may be moved, and leave to change is no change."""
 
     dir: str
     """Run directory: holds the whole state of the run; the same command again resumes from it."""
@@ -29,6 +36,9 @@ class RunConfig(RunDirConfig):
 
 class TrainRunConfig(RunConfig):
     """The same, and what other processes share."""
+
+    not_identity: ClassVar[tuple[str, ...]] = (*RunDirConfig.not_identity, "shared_dir", "steps")
+    """A finished run may go on with more steps."""
 
     shared_dir: Annotated[str | None, AppliesWhen("mode", condition=one_of("detached"))] = None
     """mode detached: where policies, rollouts and leases are, which samplers need; a folder, ``gs://`` or ``s3://``;
@@ -55,6 +65,21 @@ class CheckpointConfig(Section):
     """Newest checkpoints that are kept."""
     keep_every: CountOrZero = 0
     """Checkpoints of steps that it divides are kept for good; 0: none."""
+
+
+class TrainCheckpointConfig(CheckpointConfig):
+    """The same, what else a run keeps, and what may end it."""
+
+    keep_best: Annotated[str | None, AppliesWhen("evaluation.every", "evaluation.prompts", condition=_are_given)] = None
+    """Metric of an evaluation, such as ``evaluation/pass@1``: the checkpoint in which it was highest is kept too. Each
+    better one is saved; the learner then waits for its evaluations."""
+    patience: Annotated[CountOrZero, AppliesWhen("keep_best")] = 0
+    """The run ends after so many evaluations without a higher ``keep_best``; 0: it does not."""
+    keep_policies: Annotated[Count, AppliesWhen("mode", condition=one_of("detached"))] = 2
+    """mode detached: newest published policies that are kept whether a sampler uses them or not."""
+    keep_rollouts: Annotated[CountOrZero, AppliesWhen("mode", condition=one_of("online", "detached"))] = 0
+    """Newest policy versions whose rollouts are kept, and those that a checkpoint may go on with; 0: all. ``audit``
+    cannot check what is gone."""
 
 
 class ProgressConfig(Section):

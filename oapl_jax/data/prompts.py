@@ -97,6 +97,8 @@ def held_out(config: TrainConfig, tokenizer: Tokenizer) -> list[Prompt]:
         ValueError: as ``load_prompts``; or training prompts come from a file and ``evaluation.path`` is missing.
     """
     data, evaluation, found = config.data, config.evaluation, []
+    if not evaluation.prompts:
+        return []
     if data.sets and not evaluation.sets:
         raise ValueError("evaluation.sets: is missing; name the held-out prompts for data.sets there")
     for name, part in evaluation.sets.items():

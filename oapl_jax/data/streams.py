@@ -59,6 +59,7 @@ class Mixed(Generic[Item]):
     def __init__(self, streams: Mapping[str, Shuffled[Item] | Made[Item]], weights: Mapping[str, float]) -> None:
         self.streams = streams
         self.items = [item for stream in streams.values() for item in stream.items]
+        self.num_dropped = sum(stream.num_dropped for stream in streams.values())
         exact = [Fraction(str(weights[name])) for name in streams]
         self._shares = [weight / sum(exact[i:]) for i, weight in enumerate(exact)]
         """Each stream's share of what the streams before it leave."""

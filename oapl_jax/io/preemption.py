@@ -1,20 +1,43 @@
-"""SIGTERM: a machine is taken away, and the work goes on where it is given back."""
+"""SIGTERM and Ctrl-C: a machine is taken away, or the user wants it back, and the work goes on later."""
 
-import contextlib
+import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+CTRL_C = b"\nCtrl-C: the run is saved after this step; once more: it ends at once\n"
 
 
-@contextlib.contextmanager
-def catch_sigterm() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether SIGTERM came; only the main thread of a process can listen."""
-    received = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield received.is_set
-        return
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: received.set())
-    try:
-        yield received.is_set
-    finally:
-        signal.signal(signal.SIGTERM, previous)
+class StopSignals:
+    """Keeps SIGTERM, and Ctrl-C where that is wanted; only the main thread of a process can listen. A context manager."""
+
+    def __init__(self) -> None:
+        self.received: signal.Signals | None = None
+        self.takes_interrupts = False
+        """Whether the first Ctrl-C is only kept; else, and from the second on, it does what it did before."""
+        self._previous: dict[int, Any] = {}
+
+    def is_set(self) -> bool:
+        """Whether a signal came."""
+        return self.received is not None
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {
+                number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)
+            }
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, previous in self._previous.items():
+            signal.signal(number, previous)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self.is_set() or not self.takes_interrupts:
+                if callable(previous := self._previous[number]):
+                    previous(number, frame)
+                return
+            os.write(2, CTRL_C)  # ``print`` may be interrupted by this very signal
+        self.received = signal.Signals(number)

@@ -1,8 +1,15 @@
 """The progress of a run on the terminal."""
 
+import contextlib
+import io
 import math
+import os
+import select
+import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import rich.console
@@ -20,6 +27,10 @@ _SHOWN = (
 )
 _SHOWN_WITHOUT_ROLLOUTS = (("learner/loss", "loss", 3),)
 _SECONDS_BETWEEN_LINES = (2.0, 60.0)
+SECONDS_OF_DEATH = 0.05
+"""Between the last words of a process and its end, at most: so long they are left in the pipe."""
+SECONDS_OF_SILENCE = 15.0
+"""After which a stage says that it goes on."""
 
 
 class ProgressBar:
@@ -39,6 +50,10 @@ class ProgressBar:
         """
         self._total, self._unit, self._enabled = total_steps, unit, enabled
         self._stream = sys.stdout if stream is None else stream
+        self._capture: TerminalLines | None = None
+        if enabled and _is_terminal(self._stream):
+            self._capture = TerminalLines(self.note)
+            self._stream = os.fdopen(os.dup(self._stream.fileno()), "w")
         self._shown: Metrics = {}
         self._first: tuple[int, float] | None = None
         self._last_line = -math.inf
@@ -74,6 +89,24 @@ class ProgressBar:
         else:
             say(message.rstrip(), self._stream)
 
+    @contextlib.contextmanager
+    def stage(self, text: str) -> Iterator[None]:
+        """Says what begins, and now and then that it goes on."""
+        start, has_ended = time.monotonic(), threading.Event()
+
+        def beat() -> None:
+            while not has_ended.wait(SECONDS_OF_SILENCE):
+                self.note(f"{text}: {time.monotonic() - start:.0f} s so far")
+
+        self.note(text)
+        thread = threading.Thread(target=beat, name="stage", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            has_ended.set()
+            thread.join()
+
     def _pause(self, now: float) -> float:
         shortest, longest = _SECONDS_BETWEEN_LINES
         elapsed = 0.0 if self._first is None else now - self._first[1]
@@ -81,12 +114,94 @@ class ProgressBar:
 
     def __enter__(self) -> "ProgressBar":
         if self._bar is not None:
+            if self._capture is not None:
+                self._capture.start()
             self._bar.start()
+            _live.append(self)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
+        if self._bar is not None and self in _live:
+            _live.remove(self)
+            if self._capture is not None:
+                self._capture.stop()
             self._bar.stop()
+
+
+_live: list[ProgressBar] = []
+
+
+def stop_live() -> None:
+    """Gives the terminal back as it was, at once."""
+    for bar in list(_live):
+        bar.__exit__()
+
+
+class TerminalLines:
+    """Gives ``show`` the lines that anything in this process or its children writes to the terminal.
+
+    Libraries in C++ write to the file descriptors themselves; so these are a pipe meanwhile, where they are a terminal.
+    Should the process be killed, a child of its own prints what is left in the pipe: its last words.
+    """
+
+    def __init__(self, show: Callable[[str], None]):
+        self._show = show
+        self._saved: dict[int, int] = {}
+        self._is_drained = threading.Event()
+
+    def start(self) -> None:
+        """Begins."""
+        self._saved = {number: os.dup(number) for number in (1, 2) if os.isatty(number)}
+        self._read_end, write_end = os.pipe()
+        alive, self._alive = os.pipe()
+        self._heir = subprocess.Popen(
+            ["sh", "-c", f"cat <&{alive}; exec cat"],
+            stdin=self._read_end,
+            pass_fds=[alive],
+            start_new_session=True,  # Ctrl-C is not for it
+        )
+        os.close(alive)
+        for number in self._saved:
+            os.dup2(write_end, number)
+        os.close(write_end)
+        threading.Thread(target=self._read, name="terminal", daemon=True).start()
+
+    def stop(self) -> None:
+        """Shows what was written, and gives the terminal back. Children may write to the pipe until they end."""
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        for number, saved in self._saved.items():
+            if number == max(self._saved):
+                os.write(number, f"{_END}\n".encode())
+            os.dup2(saved, number)
+            os.close(saved)
+        self._is_drained.wait(1.0)
+
+    def _read(self) -> None:
+        rest = b""
+        while select.select([self._read_end], [], []):
+            time.sleep(SECONDS_OF_DEATH)
+            chunk = os.read(self._read_end, 1 << 16)
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                text = line.decode(errors="replace").rstrip("\r").rpartition("\r")[2]  # of a bar, its last state
+                if text := text.removesuffix(_END):
+                    self._show(text)
+                if line.endswith(_END.encode()):
+                    self._is_drained.set()
+            if not chunk:
+                return
+
+
+_END = "\0end"
+
+
+def _is_terminal(stream: Any) -> bool:
+    try:
+        return os.isatty(stream.fileno())
+    except (AttributeError, OSError, io.UnsupportedOperation):
+        return False
 
 
 def _make_bar(stream: Any) -> rich.progress.Progress:
@@ -97,6 +212,8 @@ def _make_bar(stream: Any) -> rich.progress.Progress:
         column("{task.fields[shown]} {task.fields[left]}", markup=False),
         console=rich.console.Console(file=stream, force_terminal=True),
         expand=True,
+        redirect_stdout=False,  # see ``TerminalLines``
+        redirect_stderr=False,
     )
 
 

@@ -23,8 +23,8 @@ LAYOUT = 2
 UNMARKED = {"layout": 1, "version": "0.1.0 (commit 29ded25 or before)"}
 """What wrote a run directory that has no ``RUN_FILE``."""
 
-NOT_IDENTITY = {"run": ("dir", "shared_dir", "allow_config_change", "compile_cache"), "reward": ("folder",)}
-"""Keys of sections that do not make it another run: it may be moved, and leave to change is no change."""
+NOT_IDENTITY = {"reward": ("folder",)}
+"""Keys of further sections, as ``run.not_identity``."""
 
 
 def check_release(run: SharedPath) -> None:
@@ -74,8 +74,11 @@ def save_config(run: SharedPath, config: Section) -> None:
     storage.replace(run / CONFIG_FILE, config_file.to_yaml(config).encode())
 
 
-def check_run(config: Any, schema: type[Section]) -> None:
+def check_run(config: Any, schema: type[Section]) -> bool:
     """Refuses a directory that belongs to a run of another config or release; writes nothing.
+
+    Returns:
+        Whether it belongs to a run of this config.
 
     Raises:
         ValueError: names the keys that differ, or the releases.
@@ -90,14 +93,16 @@ def check_run(config: Any, schema: type[Section]) -> None:
     is_used = (run / RUN_FILE).exists() or (saved.exists() and len(storage.names(run)) > 1)
     if is_used:  # a config.yaml alone is the user's own, of a run that has not begun
         check_release(run)
-    if saved.exists():
-        changes = _differences(_identity(config_file.load(schema, saved)), _identity(config))
-        if changes and not config.run.allow_config_change:
-            raise ValueError(
-                f"run.dir={config.run.dir!r} belongs to a run of another config; these differ:\n  "
-                + "\n  ".join(changes)
-                + "\nChoose another run.dir, or say run.allow_config_change=true to go on with the new config"
-            )
+    if not saved.exists():
+        return False
+    changes = _differences(_identity(config_file.load(schema, saved)), _identity(config))
+    if changes and not config.run.allow_config_change:
+        raise ValueError(
+            f"run.dir={config.run.dir!r} belongs to a run of another config; these differ:\n  "
+            + "\n  ".join(changes)
+            + "\nChoose another run.dir, or say run.allow_config_change=true to go on with the new config"
+        )
+    return not changes
 
 
 def open_run(config: Any, schema: type[Section]) -> pathlib.Path:
@@ -118,7 +123,7 @@ def open_run(config: Any, schema: type[Section]) -> pathlib.Path:
 
 
 def identity(config: Any) -> str:
-    """The config as text, without ``NOT_IDENTITY``: equal for two configs that mean the same run.
+    """The config as text, without ``run.not_identity``: equal for two configs that mean the same run.
 
     Saved with each checkpoint: what a checkpoint was made with decides whether a resumed run has changed,
     not the run directory's config.yaml, which is written before the first checkpoint of the new config.
@@ -133,7 +138,7 @@ def digest(config: Any) -> str:
 
 def _identity(config: Any) -> dict[str, Any]:
     values = config_file.written(config)
-    for section, keys in NOT_IDENTITY.items():
+    for section, keys in (NOT_IDENTITY | {"run": config.run.not_identity}).items():
         if isinstance(values.get(section), dict):
             values[section] = {key: value for key, value in values[section].items() if key not in keys}
     return values

@@ -46,6 +46,7 @@ def audit(run: pathlib.Path) -> str:
     log, check = RolloutLog(storage.shared_path(config.run.shared_dir or run) / "rollouts", drawn), _group_check(config)
     uses: collections.Counter[str] = collections.Counter()
     before, num_steps, step, num_rollouts, num_windows, num_damaged = -1, 0, 0, 0, 0, 0
+    oldest = min(log.versions(), default=math.inf) if config.checkpoint.keep_rollouts else 0
     for version, window in itertools.groupby(_batches(run), key=lambda found: found[1]["policy_version"]):
         batches = list(window)
         is_due = before < 0 or config.offline is not None or num_steps == config.window.sync_every
@@ -61,6 +62,8 @@ def audit(run: pathlib.Path) -> str:
             step += 1
             _require(line["step"] == step, where, f"step {line['step']} follows step {step - 1}")
             _require(lag < _most_steps(config), where, f"step {step} lags {lag}, not below {_most_steps(config):g}")
+            if version < oldest:
+                continue  # its rollouts were removed
             absent = [name for name in line["groups"] if name not in groups]
             _require(not absent or not damaged, where, f"group {absent[:1]} was trained on, and {'; '.join(damaged)}")
             _check_batch(check, line["groups"], groups, version, where)
@@ -75,6 +78,8 @@ def audit(run: pathlib.Path) -> str:
         _check_order(run)
     _check_metrics(run, step, config)
     left = f"; damaged files, of which nothing was trained on: {num_damaged}" if num_damaged else ""
+    if oldest:
+        left += f"; not checked: rollouts of versions before {oldest}, which were removed (checkpoint.keep_rollouts)"
     return f"{step} steps, {num_windows} windows, {len(uses)} groups, {num_rollouts} rollouts: all as recorded{left}"
 
 

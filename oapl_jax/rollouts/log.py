@@ -73,6 +73,12 @@ class RolloutLog:
         """Policy versions that have rollouts, ascending."""
         return storage.numbers(self.directory)
 
+    def remove_before(self, version: int) -> None:
+        """Removes the rollouts of older versions."""
+        for old in self.versions():
+            if old < version:
+                storage.remove(self.folder(old))
+
     def parts(self, version: int) -> list[int]:
         """Numbers of the files of a policy version, ascending."""
         matches = map(PART.fullmatch, storage.names(self.folder(version)))

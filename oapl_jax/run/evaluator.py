@@ -23,11 +23,11 @@ class Evaluator:
         self._thread = ThreadPoolExecutor(1, "evaluation") if has_thread else None
 
     def start(self, weights: Any, num_samples: int) -> "Future[Metrics]":
-        """Begins to evaluate these weights, which must not change."""
-        if self._thread is not None:
+        """Begins to evaluate these weights, which must not change; without prompts there are no metrics."""
+        if self._thread is not None and self._prompts:
             return self._thread.submit(self._evaluate, weights, num_samples)
         done: Future[Metrics] = Future()
-        done.set_result(self._evaluate(weights, num_samples))
+        done.set_result(self._evaluate(weights, num_samples) if self._prompts else {})
         return done
 
     def close(self) -> None:

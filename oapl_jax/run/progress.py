@@ -28,6 +28,10 @@ class RunProgress:
     """Time spent, all restarts together."""
     before: dict[str, float] = dataclasses.field(default_factory=dict)
     """pass@k before step 1."""
+    best: dict[str, float] = dataclasses.field(default_factory=dict)
+    """``step`` and ``value`` of the best evaluation by ``checkpoint.keep_best``, and how many later ones are no better."""
+    saved_versions: list[int] = dataclasses.field(default_factory=list)
+    """Policy versions of the newest checkpoints, as many as are kept."""
     epochs: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     """Offline: round, epoch, step, folder of the model and evaluation of each epoch that is over."""
 

@@ -3,39 +3,40 @@
 import contextlib
 import dataclasses
 import io
+import math
 import pathlib
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 
 from oapl_jax.build import policy
-from oapl_jax.build.assembly import Assembly, make_assembly
+from oapl_jax.build.assembly import Assembly
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
-from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.distributed.messages import forward_preemption
 from oapl_jax.distributed.sharding import num_processes
 from oapl_jax.io import run_dir
 from oapl_jax.io.lease import Lease, Leases
 from oapl_jax.io.metrics import MetricsWriter
-from oapl_jax.io.preemption import catch_sigterm
+from oapl_jax.io.preemption import StopSignals
 from oapl_jax.io.progress_bar import ProgressBar
+from oapl_jax.learner import batch as batches
 from oapl_jax.learner.state import TrainState
 from oapl_jax.model import hf, lora
 from oapl_jax.rollouts.buffer import Consumption, GroupBuffer, Window
 from oapl_jax.rollouts.checks import GroupCheck, ShardCheck
 from oapl_jax.rollouts.log import BatchRecord, RolloutLog, digest
-from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.rollouts.source import GroupSource, Taken, Weights, WindowPlan
-from oapl_jax.rollouts.stops import Stops
 from oapl_jax.run.evaluator import Evaluator, StepLog
 from oapl_jax.run.parity import check_parity
 from oapl_jax.run.progress import RunProgress
-from oapl_jax.run.start import make_warm_start, model_path, outline
+from oapl_jax.run.start import load, make_warm_start, model_path
+from oapl_jax.run.summary import SUMMARY_FILE, pass_at
 from oapl_jax.sources.cluster import Cluster
 from oapl_jax.sources.follower import POLICY_FOLDER, LogFollower, Published
 from oapl_jax.sources.local import LocalSource
@@ -72,13 +73,16 @@ class Run:
     lease: Lease | None
     """On the run directory: one trainer at a time."""
     poll: Callable[[], bool]
-    """Sees to what runs beside the learner; whether SIGTERM came to a process of the run."""
+    """Sees to what runs beside the learner; whether a process of the run is to stop."""
+    stop: StopSignals
     started: float
     """Time up to which ``progress.seconds`` does not count yet."""
     num_dropped_before: int
     """Groups that were dropped before this process started."""
     plan: WindowPlan | None = None
     """Of the window that is open."""
+    has_trained: bool = False
+    """Whether this process has compiled the train step."""
 
     @property
     def config(self) -> TrainConfig:
@@ -98,8 +102,10 @@ class Run:
 
     @property
     def is_over(self) -> bool:
-        """Whether the last step was made."""
-        return self.progress.step >= self.last_step
+        """Whether the last step was made, or ``checkpoint.patience`` is spent."""
+        patience = self.config.checkpoint.patience
+        is_spent = bool(patience) and self.progress.best.get("misses", 0) >= patience
+        return is_spent or self.progress.step >= self.last_step
 
     @property
     def ends_window(self) -> bool:
@@ -114,11 +120,13 @@ class Run:
 
     def begin(self, scored: Sequence[Drawn]) -> None:
         """Before step 1: the parity gate, pass@k of the start, the first checkpoint."""
-        with self.trainer_lock:
+        scoring = "compiling learner program 1 of 2: log-probabilities, for the parity gate"
+        with self.trainer_lock, self.bar.stage(scoring):
             parity = check_parity(self.config, self.assembly.learner, self.state.params, scored)
         self.bar.note(f"parity gate: sampler and learner differ by {parity:.2g} nats a token")
-        before = self.evaluator.start(self.sampler_weights, self.config.evaluation.final_samples).result()
+        before = self._evaluate_now(self.sampler_weights)
         self.progress.before = before
+        self.is_best(before)
         self.log.add(0, before)
         self.save()
         self.checkpoints.wait()  # before the first group is logged: a checkpoint ties the log to this config
@@ -126,6 +134,7 @@ class Run:
     def open_window(self) -> None:
         """Opens the window where the run stands; groups of its version that a killed run has logged are used again."""
         progress, window = self.progress, self.config.window
+        self.stop.takes_interrupts = True  # from here to the last step
         steps = min(window.sync_every, self.config.run.steps - progress.window_step, window.sync_every // window.epochs)
         wanted = Window(
             progress.policy_version,
@@ -137,7 +146,6 @@ class Run:
             self.plan = self.source.open_window(wanted, Weights(self.state.params, self.sampler_weights), self._taken())
         except PreemptedError:
             self._save_preempted()
-            raise
         if self.plan.expected_steps is not None:
             self.bar.expect(min(self.config.run.steps, progress.window_step + self.plan.expected_steps))
 
@@ -166,23 +174,28 @@ class Run:
         batch = self.setup.trainers.agree(choose, self.config.window.deadline + PEER_SECONDS, self.poll)
         if batch is None:
             self._save_preempted()
-            raise PreemptedError
         if not chosen:
             chosen.append(self._take_chosen(step, batch))
         taken = chosen[0]
         self.progress.cursor, self.progress.left_over = taken.cursor, taken.left_over
         return taken.groups
 
-    def train(self, batch: Any) -> Metrics:
-        """One learner step (paper Eq. 3); its metrics."""
+    def train(self, groups: list[RolloutGroup]) -> tuple[Metrics, float]:
+        """One learner step on a batch of groups (paper Eq. 3); its metrics, and the number of response tokens."""
         learner = self.assembly.learner
-        with self.trainer_lock:
+        batch = batches.from_groups(groups, learner.rows)
+        compiling = self.bar.stage("compiling learner program 2 of 2: the train step")
+        with self.trainer_lock, contextlib.nullcontext() if self.has_trained else compiling:
+            self.has_trained = True
             self.state, on_device = learner.train_step(self.state, learner.place(batch))
             metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
             jax.block_until_ready(self.state)  # on all devices, before the lock is left
         self.progress.step += 1
         self.progress.num_rollouts += int(batch.segment_mask.sum())
-        return metrics
+        metrics |= batches.describe(groups, self.config.data.sets) | {
+            "learner/padding": batches.padding(batch, learner.rows)
+        }
+        return metrics, float(batch.response_mask.sum())
 
     def sync(self) -> Metrics:
         """New weights for the sampler, and a new version; the next window is to be opened."""
@@ -195,6 +208,25 @@ class Run:
         """Begins to evaluate the learner's weights of now."""
         is_synced = self.progress.step == self.progress.window_step
         return self.evaluator.start(self.sampler_weights if is_synced else self._copy()[0], num_samples)
+
+    def is_best(self, metrics: Metrics) -> bool:
+        """Whether an evaluation of this step is the best so far, by ``checkpoint.keep_best``.
+
+        Raises:
+            ValueError: it has no such metric.
+        """
+        name, best, step = self.config.checkpoint.keep_best, self.progress.best, self.progress.step
+        if name is None or not metrics:
+            return False
+        if name not in metrics:
+            raise ValueError(f"checkpoint.keep_best={name!r}: an evaluation has {', '.join(sorted(metrics))}")
+        if metrics[name] > best.get("value", -math.inf):
+            self.progress.best = {"step": step, "value": metrics[name], "misses": 0}
+            return True
+        self.progress.best = {**best, "misses": best["misses"] + 1}
+        if self.progress.best["misses"] == self.config.checkpoint.patience:
+            self.bar.note(f"no higher {name} than {best['value']:.3f}, of step {best['step']}: the run ends (patience)")
+        return False
 
     def report(self) -> Metrics:
         """Metrics of the source; dropped groups are counted over all restarts."""
@@ -213,7 +245,8 @@ class Run:
         self.save_folder(folder)
         done = {"round": number, "epoch": epoch, "step": progress.step, "folder": str(folder)}
         progress.epochs.append({**done, **pass_at(metrics)})
-        self.bar.note(f"round {number}, epoch {epoch}: pass@1 {metrics['evaluation/pass@1']:.3f}")
+        score = f": pass@1 {metrics['evaluation/pass@1']:.3f}" if metrics else ""
+        self.bar.note(f"round {number}, epoch {epoch}{score}")
         return metrics
 
     def save_folder(self, folder: pathlib.Path) -> pathlib.Path:
@@ -225,17 +258,31 @@ class Run:
         """Begins to save the arrays and the progress, when all metrics up to here are written."""
         self.log.flush()
         self.count_seconds()
+        progress, checkpoint = self.progress, self.config.checkpoint
+        progress.saved_versions = [*progress.saved_versions, progress.policy_version][-checkpoint.keep :]
+        self.checkpoints.best_step = progress.best.get("step")
         with self.setup.device_lock:
             meta = {**dataclasses.asdict(self.progress), "config": run_dir.identity(self.config)}
-            self.checkpoints.save(self.progress.step, (self.state.stored, self.sampler_weights), meta)
+            self.checkpoints.save(progress.step, (self.state.stored, self.sampler_weights), meta)
+        if checkpoint.keep_rollouts and self.setup.trainers.is_leader:
+            oldest = min(progress.policy_version + 1 - checkpoint.keep_rollouts, *progress.saved_versions)
+            RolloutLog(self.setup.root / "rollouts").remove_before(oldest)
 
     def finish(self) -> Metrics:
-        """Ends the sampling, and evaluates the trained model."""
+        """Ends the sampling, and evaluates the trained model.
+
+        Raises:
+            PreemptedError: a signal came in the last step; the state is saved.
+        """
+        if self.setup.trainers.agree(self.poll, PEER_SECONDS):
+            self._save_preempted()
+        self.stop.takes_interrupts = False
         self.source.finish()
         self.log.flush()
         self.checkpoints.wait()
         self.sampler_weights = None
-        after = self.evaluator.start(self._copy()[0], self.config.evaluation.final_samples).result()
+        after = self._evaluate_now(self._copy()[0])
+        self.is_best(after)
         self.count_seconds()
         return after
 
@@ -243,6 +290,14 @@ class Run:
         """Adds the time since the last call to the run's."""
         now = time.perf_counter()
         self.progress.seconds, self.started = self.progress.seconds + now - self.started, now
+
+    def _evaluate_now(self, weights: Any) -> Metrics:
+        """Before and after the run."""
+        num_prompts, num_samples = len(self.setup.held_out), self.config.evaluation.final_samples
+        if not num_prompts:
+            return {}
+        with self.bar.stage(f"evaluating: {num_prompts:,} held-out prompts, {num_samples} samples each"):
+            return self.evaluator.start(weights, num_samples).result()
 
     def _copy(self) -> tuple[Any, Metrics]:
         """The learner's weights of now, as the sampler takes them."""
@@ -274,10 +329,12 @@ class Run:
             )
         return taken
 
-    def _save_preempted(self) -> None:
+    def _save_preempted(self) -> NoReturn:
         if self.checkpoints.latest_step != self.progress.step:
             self.save()
-        self.bar.note(f"SIGTERM: saved at step {self.progress.step}; the same command again goes on from here")
+        name = "Ctrl-C" if self.stop.received is signal.SIGINT else "SIGTERM"
+        self.bar.note(f"{name}: saved at step {self.progress.step}; the same command again goes on from here")
+        raise PreemptedError(self.stop.received)
 
     def _check_lease(self) -> None:
         """Stops a trainer that was frozen for so long that another may have taken its run."""
@@ -297,22 +354,28 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
         ValueError: what the config got wrong; the message names it.
     """
     started = time.perf_counter()
-    run_dir.check_run(config, TrainConfig)
-    make_warm_start(config)
-    assembly, tokenizer = assemble(config)
+    bar = ProgressBar(config.run.steps, enabled=config.logging.progress)
+    with bar.stage("reading what the config names: model, data, graders, devices"):
+        assembly, inputs = load(config)
     directory = pathlib.Path(config.run.dir)
     is_leader = assembly.trainers.is_leader
+    if not is_leader:
+        bar = ProgressBar(config.run.steps, enabled=False, stream=io.StringIO())
+    for name, text in inputs.describe(config).items():
+        bar.note(f"{name}: {text}")
     with contextlib.ExitStack() as stack:
-        setup = make_setup(assembly, tokenizer)
+        setup = make_setup(assembly, inputs, bar.note)
         stack.callback(setup.grading.close)
+        make_warm_start(config)
         if is_leader:
             run_dir.open_run(config, TrainConfig)
         lease = _claim_run(stack, setup) if is_leader else None
+        if is_leader:
+            (directory / SUMMARY_FILE).unlink(missing_ok=True)  # of a run that goes on
         setup.trainers.wait()  # until the leader has the run
-        is_shown, stream = is_leader and config.logging.progress, None if is_leader else io.StringIO()
-        bar = stack.enter_context(ProgressBar(config.run.steps, enabled=is_shown, stream=stream))
-        bar.note(f"responses {Stops(tokenizer, setup.distribution)}")
-        is_preempted = forward_preemption(stack.enter_context(catch_sigterm()))
+        stack.enter_context(bar)
+        stop = stack.enter_context(StopSignals())
+        is_preempted = forward_preemption(stop.is_set)
         keep_every = [config.checkpoint.keep_every, config.window.sync_every * config.window.keep_checkpoints]
         checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep, keep_every, setup.trainers)
         stack.callback(checkpoints.close)
@@ -321,7 +384,8 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
         if num_processes() > 1:
             cluster = stack.enter_context(Cluster(setup, rollouts, is_preempted))
         poll = is_preempted if cluster is None else cluster.poll
-        progress, state, weights, is_changed = _restore(assembly, setup, checkpoints, rollouts, bar)
+        with bar.stage(f"loading {'the weights' if checkpoints.latest_step is None else 'the newest checkpoint'}"):
+            progress, state, weights, is_changed = _restore(assembly, setup, checkpoints, rollouts, bar)
         is_new = checkpoints.latest_step is None
         record = writer = None
         if is_leader:
@@ -332,7 +396,8 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
             )
         if cluster is None and setup.turns is not None and config.mode == "online":
             start = time.perf_counter()
-            setup.warm_up(weights)
+            with bar.stage("compiling the sampler"):
+                setup.warm_up(weights)
             bar.note(f"sampler: compiled in {time.perf_counter() - start:.1f} s")
         if make_source is None:
             source = _make_source(assembly, setup, rollouts, cluster, record, poll, bar.note, stack)
@@ -342,23 +407,10 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
         evaluator = Evaluator(count, setup.held_out, has_thread=cluster is None)
         stack.callback(source.close)
         stack.callback(evaluator.close)
-        run = Run(
-            assembly,
-            setup,
-            progress,
-            state,
-            weights,
-            source,
-            evaluator,
-            checkpoints,
-            StepLog(writer),
-            record,
-            bar,
-            lease,
-            poll,
-            started,
-            progress.num_dropped,
-        )
+        steps, started_with = StepLog(writer), progress.num_dropped
+        opened = assembly, setup, progress, state, weights, source, evaluator, checkpoints, steps, record, bar, lease
+        run = Run(*opened, poll, stop, started, started_with)
+        del opened
         del state, weights  # the run has them, and gives them up one after the other
         stack.callback(run.log.flush)
         if is_new:
@@ -380,7 +432,8 @@ def _restore(
     if restored is not None:
         _, (stored, weights), meta = restored
         state = stored if state is None else state.restored(stored)
-        progress = RunProgress(**{field.name: meta[field.name] for field in dataclasses.fields(RunProgress)})
+        names = {field.name for field in dataclasses.fields(RunProgress)} & meta.keys()
+        progress = RunProgress(**{name: meta[name] for name in names})
         is_changed = meta["config"] != run_dir.identity(config)
         bar.note(f"resumed at step {progress.step}, policy version {progress.policy_version}")
     assert state is not None  # ``restore`` raises where there are checkpoints and none can be loaded
@@ -397,23 +450,12 @@ def _restore(
     return progress, state, weights, is_changed
 
 
-def assemble(config: TrainConfig) -> tuple[Assembly, Tokenizer]:
-    """The assembly of a run on this machine's devices, and the tokenizer; no weights are read.
-
-    Raises:
-        ValueError: what the config got wrong; the message names it.
-    """
-    architecture, tokenizer = outline(config.model)
-    stops = Stops(tokenizer, SamplingDistribution.of(config.sampler))
-    return make_assembly(config, architecture, tokenizer.vocab_size, stops.ids), tokenizer
-
-
 def serve(config: TrainConfig) -> int:
     """A process of the job that only samples, until the trainers dismiss it; returns its exit code."""
-    setup = make_setup(*assemble(config))
+    setup = make_setup(*load(config))
     rollouts = RolloutLog(setup.root / "rollouts", dataclasses.asdict(setup.distribution))
-    with contextlib.closing(setup.grading), catch_sigterm() as is_preempted:
-        return Cluster(setup, rollouts, forward_preemption(is_preempted)).serve()
+    with contextlib.closing(setup.grading), StopSignals() as stop:
+        return Cluster(setup, rollouts, forward_preemption(stop.is_set)).serve()
 
 
 def _make_source(
@@ -466,11 +508,6 @@ def _claim_run(stack: contextlib.ExitStack, setup: SamplingSetup) -> Lease:
             " Two would overwrite each other: stop it, or choose another run.dir"
         )
     return lease
-
-
-def pass_at(metrics: Metrics) -> dict[str, float]:
-    """The ``pass@k`` among evaluation metrics, by their short names."""
-    return {name.removeprefix("evaluation/"): value for name, value in metrics.items() if "pass@" in name}
 
 
 def indices(group_ids: list[str] | None) -> list[int] | None:

@@ -1,17 +1,85 @@
-"""The policy that a command starts from: a model folder, random weights, or a warm start that is made first."""
+"""What a run starts from: model, data, graders and devices, read and checked; a warm start, which is made first."""
 
 import pathlib
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from oapl_jax.build import policy
+from oapl_jax.build.assembly import Assembly, make_assembly
 from oapl_jax.build.checks import CHECKS
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import GenerateConfig, SftConfig, TrainConfig
+from oapl_jax.config.config_file import ConfigError
 from oapl_jax.config.model import ModelConfig
-from oapl_jax.data.tokenizer import Tokenizer
-from oapl_jax.distributed.sharding import num_processes
+from oapl_jax.data.prompts import held_out, load_prompts
+from oapl_jax.data.tokenizer import CharacterTokenizer, Tokenizer
+from oapl_jax.distributed.sharding import make_meshes, num_processes
 from oapl_jax.io import run_dir
 from oapl_jax.model import qwen
+from oapl_jax.rewards.grader import make_grader
+from oapl_jax.rollouts.sampling import SamplingDistribution
+from oapl_jax.rollouts.stops import Stops
 from oapl_jax.sft import sft
+from oapl_jax.sources.setup import Inputs
+
+
+class _AnyTokenizer(CharacterTokenizer):
+    """In place of one that cannot be loaded: prompts are read all the same, for their own mistakes."""
+
+    def encode_prompt(self, *_: Any, **__: Any) -> list[int]:
+        """One token."""
+        return [0]
+
+    encode = encode_prompt
+
+
+def load(config: TrainConfig, known: ConfigError | None = None) -> tuple[Assembly, Inputs]:
+    """The assembly of a run on this machine's devices, and what the run reads; no weights.
+
+    Args:
+        config: of the run, or the rest of one that has mistakes.
+        known: these mistakes: what reads their sections is left out, and they are raised with the others.
+
+    Raises:
+        ConfigError: every mistake in model, data, graders, devices and run directory.
+    """
+    lines, wrong = (list(known.lines), known.wrong) if known else ([], frozenset())
+
+    def attempt(sections: Iterable[str], read: Callable[[], Any]) -> Any:
+        """What it reads; None where that has a mistake, or one of these sections."""
+        if wrong.isdisjoint(sections):
+            try:
+                return read()
+            except (ValueError, OSError) as error:
+                lines.extend({str(error).replace("\n", "\n  ")} - set(lines))
+        return None
+
+    everything = TrainConfig.model_fields
+    attempt(everything, lambda: run_dir.check_run(config, TrainConfig))
+    grader = attempt(("data", "reward"), lambda: make_grader(config))  # its processes start beside what follows
+    outlined, meshes = (
+        attempt(("model",), lambda: outline(config.model)),
+        attempt(("mesh",), lambda: make_meshes(config.mesh)),
+    )
+    tokenizer, assembly = outlined[1] if outlined else _AnyTokenizer(), None
+    if outlined and meshes:
+        architecture = outlined[0]
+
+        def assemble() -> Assembly:
+            stops = Stops(tokenizer, SamplingDistribution.of(config.sampler))
+            return make_assembly(config, architecture, tokenizer.vocab_size, stops.ids)
+
+        assembly = attempt(everything, assemble)
+    prompts = attempt(("data", "run"), lambda: load_prompts(config.data, tokenizer, config.run.seed))
+    held_out_prompts = attempt(("data", "evaluation"), lambda: held_out(config, tokenizer))
+    if grader is not None:
+        attempt((), lambda: grader.check_golds([*(prompts.items if prompts else ()), *(held_out_prompts or ())]))
+    if assembly is None or grader is None or lines:
+        if grader is not None:
+            grader.close()
+        source = known.source if known else f"the config of {config.run.dir!r}, and what it names"
+        raise ConfigError(lines[0] if len(lines) == 1 and not known else "", lines, source)
+    return assembly, Inputs(tokenizer, prompts, held_out_prompts, grader)
 
 
 def make_warm_start(config: TrainConfig | GenerateConfig) -> None:

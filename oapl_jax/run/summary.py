@@ -1,42 +1,32 @@
-"""What a run leaves at its end: the trained model, ``summary.json``, the report."""
+"""``summary.json``, which a run leaves at its end, and which says that it has ended."""
 
 import json
 import pathlib
 from typing import Any
 
-from oapl_jax.io import storage
-from oapl_jax.report import report
-from oapl_jax.run.run import Run, pass_at
-from oapl_jax.types import Metrics, RunError
-from oapl_jax.weights.model_card import write_card
+from oapl_jax.config.commands import TrainConfig
+from oapl_jax.io import run_dir
+from oapl_jax.types import Metrics
 
 SUMMARY_FILE = "summary.json"
-EXPORT_FOLDER = "export"
 
 
-def write_results(run: Run, after: Metrics) -> dict[str, Any]:
-    """Writes the model folder, the summary and the report of a run at its last step; returns the summary."""
-    config, directory, progress = run.config, pathlib.Path(run.config.run.dir), run.progress
-    epochs = progress.epochs
-    summary = {
-        **({"epochs": epochs, "best": max(epochs, key=lambda epoch: epoch["pass@1"])} if epochs else {}),
-        "before": pass_at(progress.before),
-        "after": pass_at(after),
-        "steps": progress.step,
-        "seconds": round(progress.seconds, 1),
-        "rollouts": progress.num_rollouts,
-        "policy_versions": progress.policy_version + 1,
-        "dropped_groups": progress.num_dropped,
-    }
-    exported = run.save_folder(directory / EXPORT_FOLDER)
-    if run.setup.trainers.is_leader:
-        storage.replace(directory / SUMMARY_FILE, json.dumps(summary, indent=2).encode() + b"\n")
-        write_card(exported, config, directory, progress.step, config.model.param_dtype)
-        try:
-            report.write_report(directory)
-        except RunError as error:  # the run itself has ended well
-            run.bar.note(str(error))
-    return summary
+def finished(config: TrainConfig) -> dict[str, Any] | None:
+    """The summary of a run of this config that is over; None where steps are left, or ``run.dir`` is of another run."""
+    path = pathlib.Path(config.run.dir) / SUMMARY_FILE
+    try:
+        is_this_run = path.exists() and run_dir.check_run(config, TrainConfig)
+    except ValueError:  # said when the run starts, with what else is wrong
+        return None
+    if not is_this_run:
+        return None
+    summary = json.loads(path.read_text(encoding="utf-8"))
+    return summary if config.run.steps <= summary.get("planned_steps", 0) else None
+
+
+def pass_at(metrics: Metrics) -> dict[str, float]:
+    """The ``pass@k`` among evaluation metrics, by their short names."""
+    return {name.removeprefix("evaluation/"): value for name, value in metrics.items() if "pass@" in name}
 
 
 def table(summary: dict[str, Any], directory: pathlib.Path) -> str:
@@ -56,6 +46,13 @@ def table(summary: dict[str, Any], directory: pathlib.Path) -> str:
     ]
     if "best" in summary:
         lines.append(f"\nbest epoch by pass@1: {summary['best']['folder']}")
+    if best := summary.get("best_checkpoint"):
+        step = f"{best['step']:.0f}"
+        lines.append(f"\nbest checkpoint: step {step}, {best['value']:.3f}; oapl-jax export {directory} --step {step}")
+    if dropped := summary.get("dropped_prompts"):
+        lines.append(f"\n{dropped:,} prompts were left out: over data.max_prompt_tokens, or without an answer")
+    if "planned_steps" in summary:
+        lines.insert(0, f"{directory} has ended: run.steps above {summary['planned_steps']} goes on with it")
     lines.append(
         f"\n{summary['steps']} steps, {summary['rollouts']:,} rollouts, {summary['seconds']:.0f} s;"
         f" curves in {directory / 'report.html'}"

@@ -60,6 +60,8 @@ class JaxSampler:
         self._parts: list[Params] = []
         """The weights, by replica."""
         self._released = Stats()
+        self.say: Callable[[str], None] = lambda message: None
+        """Told which program is being compiled."""
 
     @property
     def is_idle(self) -> bool:
@@ -105,7 +107,7 @@ class JaxSampler:
     def warm_up(self, prompt_lengths: Iterable[int], group_size: int) -> None:
         """Compiles the programs that requests of these sizes need; see ``Scheduler.warm_up``."""
         for scheduler, part in zip(self._schedulers, self._parts, strict=True):
-            scheduler.warm_up(part, prompt_lengths, group_size)
+            scheduler.warm_up(part, prompt_lengths, group_size, self.say)
 
     def release(self) -> None:
         """Frees weights and caches until weights are set again."""

@@ -128,15 +128,28 @@ class Scheduler(Generic[Tag]):
             self._release(sequence)
         self._waiting.clear()
 
-    def warm_up(self, params: Params, prompt_lengths: Iterable[int], group_size: int) -> None:
-        """Compiles the programs that requests of these sizes need, by running them on nothing."""
+    def warm_up(
+        self,
+        params: Params,
+        prompt_lengths: Iterable[int],
+        group_size: int,
+        say: Callable[[str], None] = lambda message: None,
+    ) -> None:
+        """Compiles the programs that requests of these sizes need, by running them on nothing; says which."""
         engine, policy = self._engine, self._prepare(params)
+        prompts = sorted(set(map(engine.padded_length, prompt_lengths)))
+        tables = sorted({engine.padded_pages(n + 1) for n in range(engine.max_pages)})
+        count = f"of {len(prompts) + len(tables)}"
         with self._device_lock:
-            for padded in sorted(set(map(engine.padded_length, prompt_lengths))):
+            for number, padded in enumerate(prompts, 1):
+                say(f"compiling sampler program {number} {count}: prompts of up to {padded} tokens")
                 prefix = engine.prefill(policy, np.zeros(padded, np.int32))
                 self._state = engine.insert(prefix, self._state, self._empty_start(padded, group_size))
             slots = np.full(engine.num_rows, engine.num_slots)
-            for num_pages in sorted({engine.padded_pages(n + 1) for n in range(engine.max_pages)}):
+            for number, num_pages in enumerate(tables, len(prompts) + 1):
+                say(
+                    f"compiling sampler program {number} {count}: decoding at up to {num_pages * engine.page_size} tokens"
+                )
                 table = np.zeros((engine.num_rows, num_pages), np.int32)
                 self._state, _ = engine.generate(policy, self._state, slots, table)
             jax.block_until_ready(self._state)

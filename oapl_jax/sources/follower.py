@@ -79,7 +79,7 @@ class Published:
 
     def tidy(self) -> None:
         """Removes versions that nobody uses any longer."""
-        self._store.collect(self._leases)
+        self._store.collect(self._leases, self._setup.config.checkpoint.keep_policies)
 
     def finish(self) -> None:
         """Marks the newest version as the last."""

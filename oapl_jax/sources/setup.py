@@ -11,15 +11,15 @@ import numpy as np
 from oapl_jax.build.assembly import Assembly
 from oapl_jax.build.checks import objective_of
 from oapl_jax.config.commands import TrainConfig
-from oapl_jax.data.prompts import PromptSource, held_out, load_prompts
+from oapl_jax.data.prompts import PromptSource, describe
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.distributed.team import Team
 from oapl_jax.distributed.transfer import Transfer
-from oapl_jax.evaluation.held_out import Counts, evaluate
+from oapl_jax.evaluation.held_out import Counts, by_set, evaluate
 from oapl_jax.io.storage import SharedPath, shared_path
 from oapl_jax.learner import batch as batches
 from oapl_jax.objectives import oapl
-from oapl_jax.rewards.grader import Grader, make_grader
+from oapl_jax.rewards.grader import Grader
 from oapl_jax.rollouts.grading import Grading
 from oapl_jax.rollouts.sampling import Request, SamplingDistribution, run
 from oapl_jax.rollouts.stops import Stops
@@ -32,6 +32,23 @@ FEWEST_USABLE = 2
 """Usable rollouts that a group must have: V* of one rollout is its own reward."""
 PARITY_STREAM = 2**32 - 2
 """Stream of the sampling keys, see ``evaluation.held_out.EVALUATION_STREAM``."""
+
+
+class Inputs(NamedTuple):
+    """What a run reads before it starts; ``run/start.py`` loads it."""
+
+    tokenizer: Tokenizer
+    prompts: PromptSource
+    held_out: list[Prompt]
+    grader: Grader
+    """Which has tried the gold answers of the prompts."""
+
+    def describe(self, config: TrainConfig) -> dict[str, str]:
+        """What there is to learn from and what was left out, what is held out, and how responses end; for people."""
+        lines = {f"prompts {name}".strip(): text for name, text in describe(config.data, self.prompts).items()}
+        held_out = (f"{name} {len(mine):,}".strip() for name, mine in by_set(self.held_out).items())
+        lines["held out"] = ", ".join(held_out) or "none"
+        return lines | {"responses": str(Stops(self.tokenizer, SamplingDistribution.of(config.sampler)))}
 
 
 class Drawn(NamedTuple):
@@ -130,23 +147,17 @@ class SamplingSetup:
             )
 
 
-def make_setup(assembly: Assembly, tokenizer: Tokenizer) -> SamplingSetup:
-    """Prompts and graders, which are checked, and the process's sampler.
-
-    Raises:
-        ValueError: what the config got wrong; the message names it.
-    """
+def make_setup(assembly: Assembly, inputs: Inputs, say: Callable[[str], None] = lambda message: None) -> SamplingSetup:
+    """With the process's sampler, where it samples; ``say`` is told what that compiles."""
     config, turns, lock = assembly.config, None, contextlib.nullcontext()
     if assembly.engines:
-        sampler = JaxSampler(assembly.engines, assembly.sampler_mesh, tokenizer.decode)
+        sampler = JaxSampler(assembly.engines, assembly.sampler_mesh, inputs.tokenizer.decode)
+        sampler.say = say
         turns, lock = SamplerTurns(sampler), sampler.device_lock
-    prompts = load_prompts(config.data, tokenizer, config.run.seed)
-    held_out_prompts = held_out(config, tokenizer)
-    grader = make_grader(config)
-    grader.check_golds([*prompts.items, *held_out_prompts])
+    tokenizer, prompts, held_out, grader = inputs
     grading = make_grading(config, tokenizer, grader)
     teams = assembly.trainers, assembly.samplers
-    return SamplingSetup(config, tokenizer, prompts, held_out_prompts, grading, turns, lock, *teams, assembly.transfer)
+    return SamplingSetup(config, tokenizer, prompts, held_out, grading, turns, lock, *teams, assembly.transfer)
 
 
 def make_grading(config: TrainConfig, tokenizer: Tokenizer, grader: Grader) -> Grading:

@@ -37,7 +37,7 @@ class LayoutError(ValueError):
 
 
 class Checkpoints:
-    """``checkpoints/STEP`` under a run directory: the newest ``keep``, and those of steps that one of ``keep_every`` divides.
+    """``checkpoints/STEP`` under a run directory: the newest ``keep``, ``best_step``, and steps that ``keep_every`` divides.
 
     Orbax commits a checkpoint by a rename when it is whole, so a killed run leaves none half-written.
     It does not notice bits that changed on disk later: a fingerprint of the arrays, computed on their
@@ -55,6 +55,8 @@ class Checkpoints:
         self._directory = directory.absolute()
         self._keep, self._keep_every = keep, keep_every
         self._team = team or Team.alone()
+        self.best_step: float | None = None
+        """Of a checkpoint that is kept too."""
         self._manager = self._open()
 
     @property
@@ -155,7 +157,11 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         managers: Any = ocp.checkpoint_managers  # Orbax's policies do not satisfy Orbax's protocols for a type checker
-        kept = [managers.LatestN(self._keep), *(managers.EveryNSteps(steps) for steps in self._keep_every if steps)]
+        kept = [
+            managers.LatestN(self._keep),
+            _Best(self),
+            *(managers.EveryNSteps(steps) for steps in self._keep_every if steps),
+        ]
         processes = ocp.options.MultiprocessingOptions()
         if self._team.size > 1:
             members, name = self._team.members, self._team.name
@@ -174,6 +180,16 @@ class Checkpoints:
         arrays = ocp.StandardCheckpointHandler(use_ocdbt=False, multiprocessing_options=processes)
         meta = ocp.JsonCheckpointHandler(multiprocessing_options=processes)
         return ocp.CheckpointManager(self._directory, options=options, item_handlers={"arrays": arrays, "meta": meta})
+
+
+class _Best:
+    """Keeps ``Checkpoints.best_step``: a preservation policy of Orbax."""
+
+    def __init__(self, checkpoints: Checkpoints):
+        self._checkpoints = checkpoints
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> Sequence[bool]:
+        return [checkpoint.step == self._checkpoints.best_step for checkpoint in checkpoints]
 
 
 def flatten(tree: Any) -> dict[str, Any]:

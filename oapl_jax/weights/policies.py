@@ -29,8 +29,6 @@ from oapl_jax.types import Metrics
 MANIFEST_FILE = "manifest.json"
 CURRENT_FILE = "current.json"
 HASHING_THREADS = 4
-KEPT = 2
-"""Newest versions that are kept whether anyone uses them or not."""
 
 
 class PolicyGoneError(Exception):
@@ -181,11 +179,11 @@ class PolicyStore:
         """Where a version is."""
         return self.directory / f"{version:06d}"
 
-    def collect(self, leases: "VersionLeases") -> list[int]:
-        """Removes versions before the newest ``KEPT`` that no sampler uses, and their leases; returns them."""
+    def collect(self, leases: "VersionLeases", keep: int = 2) -> list[int]:
+        """Removes versions before the newest ``keep`` that no sampler uses, and their leases; returns them."""
         versions = [version for version in self.versions() if version <= self._newest]  # not what others put there
-        old = versions[:-KEPT]
-        in_use = leases.in_use(versions[-KEPT]) if old else set()
+        old = versions[:-keep]
+        in_use = leases.in_use(versions[-keep]) if old else set()
         removed = [version for version in old if version not in in_use]
         for version in removed:
             self._remove(version)

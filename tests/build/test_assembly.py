@@ -14,7 +14,7 @@ from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.distributed import memory
 from oapl_jax.preflight import programs
-from oapl_jax.run.run import assemble
+from oapl_jax.run import start
 
 ROOT = pathlib.Path(__file__).parents[2]
 GIB = 2**30
@@ -42,7 +42,7 @@ def pages(assembly):
 def test_run_dry_run_and_preflight_agree(monkeypatch):
     """On the pages of the cache, and on what lies beside the train step."""
     monkeypatch.setattr(memory, "_host_bytes", lambda: 8 * USABLE)  # eight devices share the host
-    run, _ = assemble(load())
+    run, _ = start.load(load())
     plan = programs.make_plan(load(), jax.devices(), USABLE)
     assert set(pages(run)) == set(pages(plan.assembly))
     assert run.account == plan.assembly.account

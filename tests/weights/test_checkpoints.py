@@ -299,3 +299,14 @@ def test_a_save_needs_less_memory_than_another_copy_of_the_arrays(tmp_path):
     grown, size = map(int, result.stdout.split())
     assert size == 256
     assert grown < 0.75 * size
+
+
+def test_the_best_checkpoint_is_kept_beside_the_newest(tmp_path):
+    checkpoints = Checkpoints(tmp_path, keep=1)
+    for step in range(1, 5):
+        checkpoints.best_step = {2: 2, 3: 2, 4: 4}.get(step)
+        checkpoints.save(step, make_tree(step), {})
+        checkpoints.wait()
+        kept = sorted(int(path.name) for path in tmp_path.iterdir() if path.name.isdigit())
+        assert kept == {1: [1], 2: [2], 3: [2, 3], 4: [4]}[step]
+    checkpoints.close()

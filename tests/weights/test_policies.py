@@ -52,6 +52,15 @@ def test_what_is_published_is_pointed_to_and_loads_bit_for_bit(store, tmp_path):
     assert store.current() == Current(3, is_finished=True)
 
 
+def test_a_window_that_goes_on_wants_more_groups(store):
+    """Its run had ended in it; the weights stay."""
+    publish(store, 0)
+    more = manifest(0)._replace(window=Window(0, 0, 12, (3, 1)))
+    store.publish(more, CONFIG, tiny.split(CONFIG)[1], CharacterTokenizer(), Team.alone())
+    assert store.manifest(0).window.num_groups == 12
+    assert "model.safetensors" in store.manifest(0).files
+
+
 def test_a_version_that_is_there_is_only_pointed_to_again(store):
     publish(store, 0)
     publish(store, 1)

@@ -1,0 +1,49 @@
+"""What a run leaves at its end: the trained model, its summary, the report."""
+
+import json
+import pathlib
+from typing import Any
+
+from oapl_jax.io import storage
+from oapl_jax.run.run import Run
+from oapl_jax.run.summary import SUMMARY_FILE, pass_at
+from oapl_jax.types import Metrics, RunError
+from oapl_jax.weights.model_card import write_card
+
+EXPORT_FOLDER = "export"
+
+
+def write_results(run: Run, after: Metrics) -> dict[str, Any]:
+    """Writes the model folder, the summary and the report of a run at its last step; returns the summary."""
+    from oapl_jax.report import report  # matplotlib takes a second, which a start need not wait for
+
+    config, directory, progress = run.config, pathlib.Path(run.config.run.dir), run.progress
+    epochs = progress.epochs
+    summary = {
+        **({"epochs": epochs} if epochs else {}),
+        **({"best": max(epochs, key=lambda epoch: epoch["pass@1"])} if epochs and after else {}),
+        **({"best_checkpoint": progress.best} if progress.best else {}),
+        "before": pass_at(progress.before),
+        "after": pass_at(after),
+        "steps": progress.step,
+        "seconds": round(progress.seconds, 1),
+        "rollouts": progress.num_rollouts,
+        "policy_versions": progress.policy_version + 1,
+        "dropped_groups": progress.num_dropped,
+        "dropped_prompts": run.setup.prompts.num_dropped,
+    }
+    run.bar.note(f"writing {directory / EXPORT_FOLDER} and the report")
+    exported = run.save_folder(directory / EXPORT_FOLDER)
+    if run.setup.trainers.is_leader:
+        _write(directory, summary)
+        write_card(exported, config, directory, progress.step, config.model.param_dtype)
+        try:
+            report.write_report(directory)
+        except RunError as error:  # the run itself has ended well
+            run.bar.note(str(error))
+        _write(directory, summary | {"planned_steps": config.run.steps})  # nothing is left to do
+    return summary
+
+
+def _write(directory: pathlib.Path, summary: dict[str, Any]) -> None:
+    storage.replace(directory / SUMMARY_FILE, json.dumps(summary, indent=2).encode() + b"\n")

@@ -1,0 +1,63 @@
+"""How a run ends and goes on: more steps, the best checkpoint, patience, what is kept, no evaluation, Ctrl-C."""
+
+import signal
+
+import pytest
+
+from oapl_jax import train
+from oapl_jax.io.storage import shared_path
+from oapl_jax.rollouts import audit
+from oapl_jax.rollouts.log import RolloutLog
+from runs import assert_same_run, finish, make_config, read_lines, signal_after, start, write_config
+
+pytestmark = pytest.mark.slow
+
+
+def test_more_steps_go_on_as_if_the_run_had_not_ended(finished, tmp_path):
+    """Step 4 is the last of a window, step 6 is within one."""
+    for steps in (4, 6, 10):
+        summary = train.run(make_config(tmp_path, run={"steps": steps}))
+        assert (summary["steps"], summary["planned_steps"]) == (steps, steps)
+    assert_same_run(finished[0], tmp_path)
+    audit.audit(tmp_path)
+    before = (tmp_path / "metrics.jsonl").stat().st_mtime_ns
+    assert train.run(make_config(tmp_path, run={"steps": 10})) == summary
+    assert (tmp_path / "metrics.jsonl").stat().st_mtime_ns == before, "a finished run is left alone"
+
+
+def test_the_best_checkpoint_is_kept_and_patience_ends_the_run(tmp_path):
+    """The weights stay as they are, so no evaluation is better than the first one; it has the same samples."""
+    config = make_config(
+        tmp_path,
+        learner={"learning_rate": 1e-30},
+        window={"sync_every": 1},
+        evaluation={"every": 1, "samples": 8},
+        checkpoint={"keep": 1, "keep_best": "evaluation/pass@1", "patience": 3, "keep_rollouts": 1},
+    )
+    summary = train.run(config)
+    assert summary["steps"] == 3
+    assert summary["best_checkpoint"]["step"] == 0
+    assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [0, 3]
+    assert min(RolloutLog(shared_path(tmp_path / "rollouts")).versions(), default=3) == 3
+    assert "which were removed" in audit.audit(tmp_path)
+    assert train.run(config) == summary, "the run has ended, though steps are left"
+
+
+def test_a_run_without_evaluation(tmp_path):
+    summary = train.run(make_config(tmp_path, run={"steps": 2}, evaluation={"prompts": 0, "every": 1}))
+    assert (summary["before"], summary["after"]) == ({}, {})
+    assert not [name for line in read_lines(tmp_path / "metrics.jsonl") for name in line if "evaluation" in name]
+    assert (tmp_path / "report.html").exists()
+    assert (tmp_path / "export/README.md").exists()
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
+    config = write_config(tmp_path / "config.yaml", make_config(tmp_path / "run", run={"steps": 1000}))
+    process = start(config)
+    assert signal_after(process, tmp_path / "run", 1, signal.SIGINT)
+    code, output = finish(process)
+    assert code == 130, output
+    assert "Traceback" not in output
+    assert "the same command again goes on" in output.strip().splitlines()[-1]
+    step = read_lines(tmp_path / "run/metrics.jsonl")[-1]["step"]
+    assert (tmp_path / "run/checkpoints" / str(step)).is_dir()
