@@ -8,7 +8,7 @@ import pytest
 
 from oapl_jax.rollouts import schema
 from oapl_jax.rollouts.schema import COLUMNS
-from test_layers import FLOORS, TOP_FLOOR
+from test_layers import BOTTOM_FLOOR, MIDDLE_FLOORS, TOP_FLOOR
 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -39,7 +39,7 @@ def test_the_floors_of_the_architecture_page_are_those_of_the_test():
     page = (ROOT / "docs/architecture.md").read_text()
     rows = re.findall(r"^\| (\d+) \| ([`\w, ]+) \|", page, re.MULTILINE)
     floors = [tuple(re.findall(r"`(\w+)`", rooms)) for _, rooms in rows]
-    assert floors == [*FLOORS, TOP_FLOOR]
+    assert floors == [BOTTOM_FLOOR, *MIDDLE_FLOORS, TOP_FLOOR]
     assert [int(floor) for floor, _ in rows] == list(range(len(floors)))
 
 
