@@ -136,8 +136,10 @@ class QwenConfig:
         if missing:
             raise ValueError(f"model config lacks {', '.join(missing)}; model_type={model_type!r} needs it")
         config |= {key: values[key] for key in required}
-        config["head_dim"] = config["head_dim"] or config["hidden_size"] // config["num_attention_heads"]
         _refuse_absurd(config)
+        config["head_dim"] = config["head_dim"] or config["hidden_size"] // config["num_attention_heads"]
+        if config["head_dim"] < 2 or config["head_dim"] % 2:
+            raise ValueError(f"head_dim={config['head_dim']} is no positive even number, as rotary embeddings need")
         if config["num_attention_heads"] % config["num_key_value_heads"]:
             raise ValueError(
                 f"num_attention_heads={config['num_attention_heads']} is not a multiple of"
@@ -186,11 +188,9 @@ class QwenConfig:
 def _refuse_absurd(config: dict[str, Any]) -> None:
     """Numbers that no model has."""
     for key, largest in LARGEST.items():
-        value = config.get(key, 1)
-        if type(value) is not int or not 1 <= value <= largest:
+        value = config.get(key)
+        if value is not None and (type(value) is not int or not 1 <= value <= largest):
             raise ValueError(f"{key}={value!r:.40} is no size of a model; it is an integer from 1 to {largest}")
-    if config["head_dim"] % 2:
-        raise ValueError(f"head_dim={config['head_dim']} is odd; rotary embeddings need an even one")
     if (chosen := config.get("num_experts_per_tok")) not in (None, *range(1, config.get("num_experts", 0) + 1)):
         raise ValueError(f"num_experts_per_tok={chosen!r:.40} is no number from 1 to num_experts")
     for key in ("rope_theta", "rms_norm_eps", "initializer_range"):

@@ -110,6 +110,10 @@ class LengthGrader:
     def __init__(self):
         self.reasons = []
 
+    def check_golds(self, prompts): ...
+
+    def close(self): ...
+
     def grade(self, items):
         self.reasons += [reason for _, _, reason in items]
         wrong = Grade(Verdict.WRONG, 0.0)

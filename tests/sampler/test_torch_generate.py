@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from model import tiny
+from oapl_jax.data.tokenizer import CharacterTokenizer
 from oapl_jax.model import hf
 from oapl_jax.rollouts.sampling import Request, Sampler, SamplingDistribution, run
 from oapl_jax.rollouts.stops import Stops
@@ -13,10 +14,12 @@ VOCABULARY, STOP, LIMIT = 40, 3, 6
 PROMPTS = [np.array([5, 6, 7], np.int32), np.array([8, 9, 10, 11], np.int32), np.array([12, 13, 14], np.int32)]
 
 
-class Letters:
+class Letters(CharacterTokenizer):
     """A token for each letter."""
 
-    vocab_size, stop_ids, has_chat_template = VOCABULARY, (STOP,), False
+    def __init__(self):
+        super().__init__()
+        self.vocab_size, self.stop_ids = VOCABULARY, (STOP,)
 
     def encode(self, text):
         return [ord(letter) - ord("A") for letter in text]
