@@ -63,13 +63,9 @@ def load(config: TrainConfig, known: ConfigError | None = None) -> tuple[Assembl
     )
     tokenizer, assembly = outlined[1] if outlined else _AnyTokenizer(), None
     if outlined and meshes:
-        architecture = outlined[0]
-
-        def assemble() -> Assembly:
-            stops = Stops(tokenizer, SamplingDistribution.of(config.sampler))
-            return make_assembly(config, architecture, tokenizer.vocab_size, stops.ids)
-
-        assembly = attempt(everything, assemble)
+        stops = attempt(("sampler",), lambda: Stops(tokenizer, SamplingDistribution.of(config.sampler)).ids)
+        sizes = outlined[0], tokenizer.vocab_size, stops or tokenizer.stop_ids
+        assembly = attempt(everything, lambda: make_assembly(config, *sizes))
     prompts = attempt(("data", "run"), lambda: load_prompts(config.data, tokenizer, config.run.seed))
     held_out_prompts = attempt(("data", "evaluation"), lambda: held_out(config, tokenizer))
     if grader is not None:

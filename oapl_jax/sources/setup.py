@@ -44,11 +44,11 @@ class Inputs(NamedTuple):
     """Which has tried the gold answers of the prompts."""
 
     def describe(self, config: TrainConfig) -> dict[str, str]:
-        """What there is to learn from and what was left out, what is held out, and how responses end; for people."""
+        """What there is to learn from, and what was left out; where responses end."""
         lines = {f"prompts {name}".strip(): text for name, text in describe(config.data, self.prompts).items()}
-        held_out = (f"{name} {len(mine):,}".strip() for name, mine in by_set(self.held_out).items())
-        lines["held out"] = ", ".join(held_out) or "none"
-        return lines | {"responses": str(Stops(self.tokenizer, SamplingDistribution.of(config.sampler)))}
+        held_out = ", ".join(f"{name} {len(mine):,}".strip() for name, mine in by_set(self.held_out).items())
+        responses = str(Stops(self.tokenizer, SamplingDistribution.of(config.sampler)))
+        return {**lines, "held out": held_out or "none: no evaluation", "responses": responses}
 
 
 class Drawn(NamedTuple):
