@@ -187,7 +187,7 @@ class GroupCheck(NamedTuple):
             reward(grade.reward, None)
         elif not math.isnan(grade.reward):
             raise BadRowError("reward of an invalid verdict", f"its verdict is invalid, and its reward {grade.reward}")
-        of_correct = _reward_of_correct(config)
+        of_correct = _reward_of_correct(config, prompt)
         right = of_correct if grade.verdict is Verdict.CORRECT else 0.0
         if of_correct is not None and grade.verdict is not Verdict.INVALID and grade.reward != right:
             raise BadRowError(
@@ -195,11 +195,17 @@ class GroupCheck(NamedTuple):
             )
 
 
-def _reward_of_correct(config: TrainConfig) -> float | None:
+def _reward_of_correct(config: TrainConfig, prompt: Prompt) -> float | None:
     """Reward of a correct response, where a wrong one has 0; None: rewards may be anything."""
-    if config.data.task is not None or config.offline is not None:
-        return 1.0 if config.offline is None else None
-    reward = config.reward
+    if config.offline is not None:
+        return None
+    graded = config.data.graded(config.reward)
+    data_set = prompt.id.partition("/")[0] if config.data.sets else ""
+    if data_set not in graded:
+        raise BadRowError("another prompt", f"its prompt {prompt.id!r:.80} is of no data set of the run")
+    source, reward = graded[data_set]
+    if source.task is not None:
+        return 1.0
     (name, weight), *others = reward.functions.items()
     is_plain = not others and reward.format_pattern is None and reward.length_penalty == 0
     is_plain = is_plain and (name == "math" or (name == "code" and reward.code_reward == "all"))

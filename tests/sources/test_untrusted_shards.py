@@ -367,3 +367,24 @@ def test_flipped_bits_are_refused_or_change_nothing(tmp_path):
         except ValueError:
             num_refused += 1
     assert num_refused > 50
+
+
+def test_a_reward_is_that_of_the_prompts_data_set(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "1", "answer": "1"}\n')
+    sets = {
+        "sums": {"path": str(tmp_path / "rows.jsonl"), "reward": {"functions": {"math": 2.0}}},
+        "toy": {"task": "chain"},
+    }
+    raw = RAW | {"data": {"sets": sets, "max_prompt_tokens": 12}, "evaluation": {"prompts": 0}}
+    check = GroupCheck(config_file.validate(TrainConfig, raw, "test", CHECKS), TOKENIZER.vocab_size, GRADING.advantages)
+
+    def group(name, reward):
+        made = make_group(0)
+        members = [dataclasses.replace(made.rollouts[0], grade=Grade(Verdict.CORRECT, reward)), *made.rollouts[1:]]
+        return GRADING.group(Ticket(VERSION, 0, 0), dataclasses.replace(made.prompt, id=f"{name}/0"), members)
+
+    check.check(group("sums", 2.0))
+    check.check(group("toy", 1.0))
+    for name, reward, told in (("sums", 1.0, "not 2.0"), ("toy", 2.0, "not 1.0"), ("other", 1.0, "of no data set")):
+        with pytest.raises(ValueError, match=told):
+            check.check(group(name, reward))
