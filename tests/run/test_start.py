@@ -19,7 +19,7 @@ def raw_config(directory, **sections):
     raw = {
         "run": {"dir": str(directory / "run"), "steps": 8},
         "model": {"config": str(ROOT / "configs/toy_qwen3.json"), "tokenizer": "characters"},
-        "data": {"path": str(directory / "prompts.jsonl")},
+        "data": {"path": str(directory / "prompts.jsonl"), "max_prompt_tokens": 16},
         "sampler": {"max_response_tokens": 6},
         "reward": {"functions": {"math": 1.0}},
         "evaluation": {"prompts": 0},
