@@ -86,6 +86,8 @@ def _value(owner: BaseModel, key: str) -> Any:
 
 
 def _shown(key: str, value: Any) -> str:
-    if isinstance(value, BaseModel | dict):
+    if isinstance(value, BaseModel) or (
+        isinstance(value, dict) and any(isinstance(v, BaseModel) for v in value.values())
+    ):
         return f"the section {key}"
     return f"{key}={'null' if value is None else value}"

@@ -247,7 +247,7 @@ def exit_code(words):
         ("--model {folder} --slots 0", "0: at least 1"),
         ("--model {folder} --port 70000", "--port 70000: give 1 to 65535"),
         ("--model {folder} --port {taken}", "--host 127.0.0.1 --port {taken} cannot be used: Address already in use"),
-        ("--model {folder} --slots 4000000000", "lower --slots"),
+        ("--model {folder} --max-prompt-tokens 32 --max-response-tokens 32 --slots 4000000000", "lower --slots"),
         ("--model {folder} --tokenizer /no/such/tokenizer", "/no/such/tokenizer"),
         ("--port 9000", "one of the arguments --model --ask is required"),
     ],
