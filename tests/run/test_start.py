@@ -66,9 +66,10 @@ def test_mistakes_of_every_kind_come_together(tmp_path, without):
     assert not (tmp_path / "run").exists()
 
 
-def test_one_mistake_is_a_line(tmp_path):
+def test_what_is_wrong_alone_is_one_line(tmp_path):
     message = find_mistakes(raw_config(tmp_path))
     assert "prompts.jsonl" in message
+    assert "\n" not in message
     assert "mistake" not in message
 
 
