@@ -37,5 +37,5 @@ def test_a_dry_run_grades_the_canaries_and_reads_the_tests(words, tmp_path, caps
     train.main([*words, "--dry-run"])
     printed = capsys.readouterr().out
     assert "code: 1.0" in printed
-    assert re.search(r"\b4 .*; 2 held out", printed)
+    assert re.search(r"prompts  4 .*\n +held out  2\n", printed)
     assert not (tmp_path / "run").exists()

@@ -265,7 +265,7 @@ def test_a_dry_run_counts_the_prompts_over_the_limit(shared, model_folder, quest
     words = [*overrides(tmp_path / "run", model_folder, questions), f"data.path={path}"]
     code, output = finish(start(CONFIG, *words, f"data.max_prompt_tokens={limit}", "--dry-run"))
     assert code == 0, output
-    assert f"{len(rows) - overlong:,} ({overlong:,} left out" in output
+    assert f"{len(rows) - overlong:,} ({overlong:,} overlong or without an answer dropped)" in output
     assert f"{NUM_IDS:,} of {NUM_ROWS:,} vocabulary rows in use" in output
     assert not (tmp_path / "run").exists()
 
