@@ -49,6 +49,7 @@ def run(config: TrainConfig, make_source: Callable[[Any], GroupSource] | None = 
         PreemptedError: after SIGTERM, with the state saved.
     """
     if (summary := finished(config)) is not None:
+        say(f"{config.run.dir} has ended; with run.steps above {summary['planned_steps']} it goes on")
         return summary
     from oapl_jax.run.results import write_results
     from oapl_jax.run.run import open_run

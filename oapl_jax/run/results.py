@@ -32,6 +32,7 @@ def write_results(run: Run, after: Metrics) -> dict[str, Any]:
         "dropped_groups": progress.num_dropped,
         "dropped_prompts": run.setup.prompts.num_dropped,
     }
+    ended = summary | {"planned_steps": config.run.steps}
     run.bar.note(f"writing {directory / EXPORT_FOLDER} and the report")
     exported = run.save_folder(directory / EXPORT_FOLDER)
     if run.setup.trainers.is_leader:
@@ -41,8 +42,8 @@ def write_results(run: Run, after: Metrics) -> dict[str, Any]:
             report.write_report(directory)
         except RunError as error:  # the run itself has ended well
             run.bar.note(str(error))
-        _write(directory, summary | {"planned_steps": config.run.steps})  # nothing is left to do
-    return summary
+        _write(directory, ended)  # nothing is left to do
+    return ended
 
 
 def _write(directory: pathlib.Path, summary: dict[str, Any]) -> None:

@@ -51,8 +51,6 @@ def table(summary: dict[str, Any], directory: pathlib.Path) -> str:
         lines.append(f"\nbest checkpoint: step {step}, {best['value']:.3f}; oapl-jax export {directory} --step {step}")
     if dropped := summary.get("dropped_prompts"):
         lines.append(f"\n{dropped:,} prompts were left out: over data.max_prompt_tokens, or without an answer")
-    if "planned_steps" in summary:
-        lines.insert(0, f"{directory} has ended: run.steps above {summary['planned_steps']} goes on with it")
     lines.append(
         f"\n{summary['steps']} steps, {summary['rollouts']:,} rollouts, {summary['seconds']:.0f} s;"
         f" curves in {directory / 'report.html'}"
