@@ -18,7 +18,7 @@ from oapl_jax.run import start
 
 ROOT = pathlib.Path(__file__).parents[2]
 GIB = 2**30
-USABLE = 7 * GIB
+USABLE = 15 * GIB // 2
 QWEN_05B = ROOT / "configs/models/qwen2.5_0.5b_instruct.json"
 OVERRIDES = (
     "model.warm_start=null",
