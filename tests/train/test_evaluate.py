@@ -106,7 +106,7 @@ def test_published_policies_are_evaluated_and_half_of_one_is_not(tmp_path):
     mesh = make_meshes(MeshConfig(trainer="fsdp=1"))[0]
     config, params = hf.load_params(runs.BASE["model"]["path"], mesh, TRAINER_RULES, "float32")
     for version in (0, 1):
-        manifest = Manifest(Window(version, 0, 4), 4, "digest", {}, "log")
+        manifest = Manifest(Window(version, 0, 4), 4, "digest", {})
         store.publish(manifest, config, params, CharacterTokenizer(), Team.alone())
     (directory / "policy" / "000002").mkdir()
     run_dir.save_config(directory, runs.make_config(directory))
