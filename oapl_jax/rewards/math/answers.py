@@ -100,8 +100,11 @@ def vote(response: str) -> str | None:
     Spaces, dollars and trailing zeros are removed; 1/2 and 0.5 stay different.
     """
     answer = extract_answer(response)
-    if answer is None:
-        return None
+    return None if answer is None else _voted(answer)
+
+
+@functools.lru_cache(maxsize=4096)
+def _voted(answer: str) -> str:
     text = spelling(answer)
     if not _PLAIN_NUMBER.fullmatch(text):
         return text
