@@ -87,8 +87,8 @@ def weights(run_dir):
     return load_file(run_dir / "export" / "model.safetensors")
 
 
-def assert_same_run(first, second):
-    """Two finished runs are one: weights bit for bit, batches, rollouts that were trained on, metrics but for time."""
+def assert_same_run(first, second, but=()):
+    """Two finished runs are one: weights bit for bit, batches, rollouts that were trained on, metrics but for time and ``but``."""
     for name, tensor in weights(first).items():
         np.testing.assert_array_equal(tensor, weights(second)[name], err_msg=name)
     assert read_lines(first / "batches.jsonl") == read_lines(second / "batches.jsonl")
@@ -100,6 +100,7 @@ def assert_same_run(first, second):
         "slot_use",
         "live_rollouts",
         "preemptions",
+        *but,
     )
     for one, other in zip(read_lines(first / "metrics.jsonl"), read_lines(second / "metrics.jsonl"), strict=True):
         assert {k: v for k, v in one.items() if not k.endswith(timed)} == {
