@@ -498,8 +498,8 @@ def _make_source(
 
 
 def _claim_run(stack: contextlib.ExitStack, setup: SamplingSetup) -> Lease:
-    """Makes this process the run's one trainer, until it ends."""
-    folder = setup.root / "leases"
+    """Makes this process the run's one trainer, until it ends; in ``run.dir``, where samplers of ``shared_dir`` do not write."""
+    folder = pathlib.Path(setup.config.run.dir) / "leases"
     leases = stack.enter_context(Leases(folder, setup.config.window.lease_seconds))
     lease = leases.claim_from_the_dead("trainer")
     if lease is None:
