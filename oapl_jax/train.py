@@ -117,7 +117,9 @@ def main(argv: list[str]) -> int | None:
 
             load(error.rest, error)  # raises it with the mistakes in data, graders and devices
         raise
-    if (summary := finished(config)) is None or arguments.dry_run:
+    if finished(config) is not None and not arguments.dry_run:
+        summary = run(config)  # which only says so
+    else:
         start.initialize(arguments)
         use_compile_cache(config.run.compile_cache)
         if arguments.dry_run:

@@ -74,7 +74,7 @@ class TrainCheckpointConfig(CheckpointConfig):
     """Metric of an evaluation, such as ``evaluation/pass@1``: the checkpoint in which it was highest is kept too. Each
     better one is saved; the learner then waits for its evaluations."""
     patience: Annotated[CountOrZero, AppliesWhen("keep_best")] = 0
-    """The run ends after so many evaluations without a higher ``keep_best``; 0: it does not."""
+    """The run ends after this number of evaluations without a higher ``keep_best``; 0: it does not."""
     keep_policies: Annotated[Count, AppliesWhen("mode", condition=one_of("detached"))] = 2
     """mode detached: newest published policies that are kept whether a sampler uses them or not."""
     keep_rollouts: Annotated[CountOrZero, AppliesWhen("mode", condition=one_of("online", "detached"))] = 0

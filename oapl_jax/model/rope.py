@@ -104,7 +104,7 @@ class RopeScaling:
             return np.clip((turns - low) / (high - low), 0, 1)
 
         def index_at(turns: float) -> float:
-            """The frequency, as a fractional index, that makes so many turns within the original context."""
+            """The frequency, as a fractional index, that makes this number of turns within the original context."""
             return head_dim * math.log(context / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
         first, last = index_at(self.beta_fast or 32), index_at(self.beta_slow or 1)

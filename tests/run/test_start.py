@@ -5,6 +5,7 @@ import pathlib
 
 import pytest
 
+from oapl_jax import train
 from oapl_jax.build.checks import CHECKS
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
@@ -12,7 +13,6 @@ from oapl_jax.io import run_dir
 from oapl_jax.run import start, summary
 
 ROOT = pathlib.Path(__file__).parents[2]
-QWEN = ROOT / "configs/models/qwen2.5_0.5b.json"
 
 
 def raw_config(directory, **sections):
@@ -91,6 +91,18 @@ def test_a_finished_run_is_recognised_by_its_summary(tmp_path, planned, steps, c
     changes["run"] = changes.get("run", {}) | {"steps": steps}
     config = config_file.validate(TrainConfig, raw_config(tmp_path, **changes), "test", CHECKS)
     assert summary.finished(config) == (found if is_over else None)
+
+
+def test_a_finished_run_says_how_it_goes_on(tmp_path, capsys):
+    raw = raw_config(tmp_path)
+    run_dir.open_run(config_file.validate(TrainConfig, raw, "test", CHECKS), TrainConfig)
+    found = {"steps": 8, "planned_steps": 8, "seconds": 1.0, "rollouts": 64, "before": {}, "after": {}}
+    (tmp_path / "run/summary.json").write_text(json.dumps(found))
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    assert train.main(["--config", str(tmp_path / "config.json")]) is None
+    printed = capsys.readouterr().out
+    assert "has ended; with run.steps above 8 it goes on" in printed
+    assert "8 steps, 64 rollouts" in printed
 
 
 def test_the_summary_says_what_was_left_out_and_which_checkpoint_is_best(tmp_path):

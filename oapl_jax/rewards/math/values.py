@@ -88,7 +88,7 @@ def rational(node: Node) -> Fraction | None:
 
 
 def approximate(node: Node, bits: int = 256) -> Fraction:
-    """The real value of a tree to so many bits, or exactly if it is rational.
+    """The real value of a tree to ``bits`` bits, or exactly if it is rational.
 
     Raises:
         UnknownValueError: it is not real, or not finite.

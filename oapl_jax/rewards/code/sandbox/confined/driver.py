@@ -256,7 +256,7 @@ class _Children:
         for kind, value in wanted.items():
             hard = resource.getrlimit(kind)[1]
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-            # Programs like to set the limit of the stack anew. The address space limits it, too.
+            # Programs like to raise the limit of the stack. The address space limits it, too.
             resource.setrlimit(kind, (value, hard if kind == resource.RLIMIT_STACK else value))
 
 
