@@ -21,7 +21,7 @@ from oapl_jax.config.run import (
     TrainCheckpointConfig,
     TrainRunConfig,
 )
-from oapl_jax.config.sampling import EvaluateSamplerConfig, SamplerConfig
+from oapl_jax.config.sampling import EngineConfig, EvaluateSamplerConfig, SamplerConfig
 from oapl_jax.config.section import Count, CountOrZero, Positive, Section
 from oapl_jax.config.window import WindowConfig
 
@@ -72,6 +72,7 @@ class TrainConfig(Section):
         known = [f"pass@{2**i}" for i in range(most.bit_length())]
         if best is not None and not (best.startswith("evaluation/") and best.rpartition("/")[2] in known):
             problems.append(f"checkpoint.keep_best={best}: an evaluation has evaluation/{', evaluation/'.join(known)}")
+        problems += _line_problems(self.graded_sets(), self.sampler)
         return problems + self._window_problems(-(-batch // group_size))
 
     def _window_problems(self, groups_per_step: int) -> list[str]:
@@ -145,7 +146,7 @@ class GenerateConfig(Section):
             return [f"generation.prompts: how many prompts? The built-in task {self.data.task!r} has no end"]
         if tasks := [part.task for part in self.data.sets.values() if part.task is not None]:
             return [f"data.sets: the built-in task {tasks[0]!r} has no end; generate its responses by themselves"]
-        return inert_weights(self.data.sets, "data.sets")
+        return inert_weights(self.data.sets, "data.sets") + _line_problems(self.graded_sets(), self.sampler)
 
 
 class SftConfig(Section):
@@ -174,6 +175,13 @@ def _rounding_problems(model: ModelConfig, lora: LoraConfig) -> list[str]:
     ]
 
 
+def _line_problems(sets: GradedSets, sampler: EngineConfig) -> list[str]:
+    is_in_lines = any(source.task == "sums" and source.sums.form == "text" for source, _ in sets.values())
+    if not is_in_lines or "\n" in sampler.stop_strings:
+        return []
+    return ['sampler.stop_strings: lacks "\\n", which ends the answers of task=sums as text; set it to ["\\n"]']
+
+
 class EvaluateConfig(Section):
     """``oapl-jax evaluate``: pass@k of a policy on benchmarks. ``model.path`` may be a run directory."""
 
@@ -192,4 +200,7 @@ class EvaluateConfig(Section):
         """One source."""
         if bool(self.benchmarks.names) == (self.data is not None):
             return ["give exactly one of benchmarks.names and the section data"]
-        return [] if self.data is None else inert_weights(self.data.sets, "data.sets")
+        if self.data is None:
+            return []
+        lines = _line_problems(self.data.graded(self.reward), self.sampler)
+        return inert_weights(self.data.sets, "data.sets") + lines

@@ -6,9 +6,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from oapl_jax.config.applies import AppliesWhen, changed, is_null
+from oapl_jax.config.applies import AppliesWhen, changed, is_null, one_of
 from oapl_jax.config.reward import RewardConfig
-from oapl_jax.config.section import Count, Positive, Section
+from oapl_jax.config.section import Count, CountOrZero, Positive, Section
 
 NOT_OF_TASKS = AppliesWhen("task", condition=is_null)
 NOT_OF_DATASETS = AppliesWhen("dataset", condition=is_null)
@@ -24,11 +24,29 @@ def _has_configurations(dataset: str | None, file_format: str) -> bool:
     return dataset is not None or file_format == "datasets"
 
 
+class SumsConfig(Section):
+    """The questions of the built-in task sums: ``38 + 40 =`` after worked examples."""
+
+    digits: Annotated[int, Field(ge=1, le=9)] = 2
+    """Digits of each of the two numbers."""
+    operations: Annotated[tuple[Literal["+", "-", "*"], ...], Field(min_length=1)] = ("+",)
+    """What is done with them, drawn with equal probability."""
+    shots: CountOrZero = 3
+    """Worked examples before the question; they come from the training split."""
+    form: Literal["text", "chat"] = "text"
+    """text: a line for each example, as raw text whatever the tokenizer has, which needs the stop string "\\n"; chat: a
+    turn for each example, in the chat template."""
+
+
+Sums = Annotated[SumsConfig, AppliesWhen("task", condition=one_of("sums"))]
+
+
 class SourceConfig(Section):
     """Where prompts come from. Exactly one of ``task``, ``dataset`` and ``path``; ``dataset`` may have a ``path``."""
 
     task: str | None = None
-    """A built-in toy task, chain or countdown; prompts, split and reward come with it."""
+    """A built-in task, chain, countdown or sums; prompts, split and reward come with it."""
+    sums: Sums = SumsConfig()
     dataset: str | None = None
     """A published data set by name (docs/evaluation.md has a table); its columns and its template come with it. From the
     hub, or from a copy at ``path``."""
@@ -124,7 +142,8 @@ class SftDataConfig(Section):
     """Pairs of prompt and response. Exactly one of ``task`` and ``path``."""
 
     task: str | None = None
-    """A built-in toy task's demonstrations."""
+    """A built-in task's demonstrations."""
+    sums: Sums = SumsConfig()
     path: str | None = None
     """JSONL file with a prompt and a response in each row."""
     prompt_column: Annotated[str, NOT_OF_TASKS] = "prompt"

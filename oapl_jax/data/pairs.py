@@ -25,7 +25,7 @@ def load_pairs(data: SftDataConfig, tokenizer: Tokenizer, seed: int) -> Shuffled
         ValueError: a row cannot be read; a row exceeds a limit and ``data.overlong`` is ``error``; or all rows do.
     """
     if data.task is not None:
-        task = tasks.make_task(data.task)
+        task = tasks.make_task(data)
 
         def make(position: int) -> Pair:
             prompt, response = task.demonstration(position, seed, tokenizer)

@@ -56,7 +56,7 @@ def _errors_of(where: str) -> Iterator[None]:
 def _load(data: DataConfig, tokenizer: Tokenizer, seed: int, name: str) -> Shuffled[Prompt] | Made[Prompt]:
     """The prompts of one data set."""
     if data.task is not None:
-        task, limit = tasks.make_task(data.task), data.max_prompt_tokens
+        task, limit = tasks.make_task(data), data.max_prompt_tokens
 
         def make(position: int) -> Prompt:
             prompt = task.prompt(position, "train", seed, tokenizer)
@@ -123,7 +123,7 @@ def first_prompts(data: DataConfig, tokenizer: Tokenizer, num: int | None, name:
     if data.task is None:
         prompts = _read_prompts(data, tokenizer)[0][:num]
     else:
-        task, count = tasks.make_task(data.task), TASK_PROMPTS if num is None else num
+        task, count = tasks.make_task(data), TASK_PROMPTS if num is None else num
         prompts = [task.prompt(i, "held_out", tasks.HELD_OUT_SEED, tokenizer) for i in range(count)]
     return [_named(prompt, name) for prompt in prompts]
 

@@ -1,4 +1,4 @@
-"""The built-in toy tasks: their prompts, demonstrations, and the split into training and held-out prompts.
+"""The built-in tasks: their prompts, demonstrations, and the split into training and held-out prompts.
 
 Each prompt is made from its index alone, so a stream can be resumed from a position. The rewards are in
 ``rewards/toy.py``.
@@ -6,11 +6,14 @@ Each prompt is made from its index alone, so a stream can be resumed from a posi
 
 import abc
 import zlib
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import numpy as np
 
+from oapl_jax.config.data import SftDataConfig, SourceConfig, SumsConfig
 from oapl_jax.config.names import entry
+from oapl_jax.data.messages import Question, text_of
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.types import Prompt
 
@@ -28,7 +31,7 @@ _STREAMS = {"train": 0, "held_out": 1, "demonstration": 2}
 class Draw(NamedTuple):
     """One sample from the distribution of a task."""
 
-    question: str
+    question: Question
     response: str
     """A demonstration, without the stop token."""
     split_key: bytes
@@ -42,8 +45,6 @@ class Task(abc.ABC):
     """
 
     name: str
-    max_response_tokens: int
-    """Length of the longest answer, with its stop token."""
 
     @abc.abstractmethod
     def draw(self, rng: np.random.Generator) -> Draw:
@@ -53,18 +54,25 @@ class Task(abc.ABC):
         """Prompt number ``index`` of a split; held-out prompts do not depend on ``seed``."""
         stream_seed = HELD_OUT_SEED if split == "held_out" else seed
         question = self._draw_at(index, stream_seed, split, is_held_out=split == "held_out").question
-        return _make_prompt(f"{self.name}/{split}/{index}", question, tokenizer)
+        return self._make_prompt(f"{self.name}/{split}/{index}", question, tokenizer)
 
     def demonstration(self, index: int, seed: int, tokenizer: Tokenizer) -> tuple[Prompt, str]:
         """Training prompt number ``index`` of a separate stream, with a response that lacks the stop token."""
         draw = self._draw_at(index, seed, "demonstration", is_held_out=False)
-        return _make_prompt(f"{self.name}/demonstration/{index}", draw.question, tokenizer), draw.response
+        return self._make_prompt(f"{self.name}/demonstration/{index}", draw.question, tokenizer), draw.response
+
+    def _make_prompt(self, prompt_id: str, question: Question, tokenizer: Tokenizer) -> Prompt:
+        token_ids = np.asarray(self._encode(question, tokenizer), np.int32)
+        return Prompt(id=prompt_id, token_ids=token_ids, text=text_of(question), answer="")
+
+    def _encode(self, question: Question, tokenizer: Tokenizer) -> list[int]:
+        return tokenizer.encode_prompt(question)
 
     def _draw_at(self, index: int, seed: int, stream: str, is_held_out: bool) -> Draw:
         rng = np.random.default_rng((seed, _STREAMS[stream], index))
         while True:
             draw = self.draw(rng)
-            if (zlib.crc32(draw.split_key) % 10 == 0) == is_held_out:
+            if _is_held_out(draw.split_key) == is_held_out:
                 return draw
 
 
@@ -76,7 +84,6 @@ class Chain(Task):
     """
 
     name = "chain"
-    max_response_tokens = 6
     num_operands = 6
 
     def __init__(self, noise: float = 0.35) -> None:
@@ -104,7 +111,6 @@ class Countdown(Task):
     """
 
     name = "countdown"
-    max_response_tokens = 14
     three_digit_share = 0.35
     """Share of questions whose demonstration uses three digits."""
 
@@ -126,18 +132,63 @@ class Countdown(Task):
                 return Draw(question, response, f"{sorted(digits)}{value}".encode())
 
 
-def make_task(name: str) -> Task:
-    """The task that ``data.task`` names."""
-    return entry(TASKS, name, "data.task")()
+class Sums(Task):
+    """Two numbers after worked examples, for pretrained models: ``18 + 46 = 64``, a line each, then ``38 + 40 =``.
+
+    Sums and products with exchanged numbers are in the same split. No example is the question itself, and none is from
+    the held-out split.
+    """
+
+    name = "sums"
+
+    def __init__(self, options: SumsConfig) -> None:
+        self.options = options
+
+    def draw(self, rng: np.random.Generator) -> Draw:
+        """One question with its answer."""
+        question, value, key = self._draw_one(rng)
+        examples: list[tuple[str, int]] = []
+        while len(examples) < self.options.shots:
+            example, result, example_key = self._draw_one(rng)
+            if example_key != key and not _is_held_out(example_key):
+                examples.append((example, result))
+        if self.options.form == "text":
+            lines = [f"{example} {result}\n" for example, result in examples]
+            return Draw("".join(lines) + question, f" {value}", key)
+        turns = [(example, str(result)) for example, result in examples] + [(question, "")]
+        messages = [{"role": role, "content": text} for turn in turns for role, text in zip(_ROLES, turn, strict=True)]
+        return Draw(messages[:-1], str(value), key)
+
+    def _draw_one(self, rng: np.random.Generator) -> tuple[str, int, bytes]:
+        """A question without examples, its value, and what decides its split."""
+        digits, operations = self.options.digits, self.options.operations
+        left, right = (int(number) for number in rng.integers(10 ** (digits - 1), 10**digits, 2))
+        operator = operations[rng.integers(len(operations))]
+        pair = (left, right) if operator == "-" else sorted((left, right))
+        return f"{left} {operator} {right} =", _apply(operator, left, right), f"{pair[0]}{operator}{pair[1]}".encode()
+
+    def _encode(self, question: Question, tokenizer: Tokenizer) -> list[int]:
+        return tokenizer.encode(question) if isinstance(question, str) else tokenizer.encode_prompt(question)
 
 
-TASKS: dict[str, type[Task]] = {"chain": Chain, "countdown": Countdown}
+_ROLES = ("user", "assistant")
+
+
+def make_task(source: SourceConfig | SftDataConfig) -> Task:
+    """The task that ``task`` names, with its options."""
+    return entry(TASKS, str(source.task), "data.task")(source.sums)
+
+
+TASKS: dict[str, Callable[[SumsConfig], Task]] = {
+    "chain": lambda _: Chain(),
+    "countdown": lambda _: Countdown(),
+    "sums": Sums,
+}
+
+
+def _is_held_out(key: bytes) -> bool:
+    return zlib.crc32(key) % 10 == 0
 
 
 def _apply(operator: str, left: int, right: int) -> int:
     return {"+": left + right, "-": left - right, "*": left * right}[operator]
-
-
-def _make_prompt(prompt_id: str, question: str, tokenizer: Tokenizer) -> Prompt:
-    token_ids = np.asarray(tokenizer.encode_prompt(question), np.int32)
-    return Prompt(id=prompt_id, token_ids=token_ids, text=question, answer="")

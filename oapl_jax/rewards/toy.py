@@ -1,4 +1,4 @@
-"""Rewards of the built-in toy tasks (``data/tasks.py``), from the text of the question and the response."""
+"""Rewards of the built-in tasks (``data/tasks.py``), from the text of the question and the response."""
 
 import re
 from collections.abc import Callable
@@ -34,9 +34,19 @@ def grade_countdown(question: str, response: str) -> bool:
     return value == int(target)
 
 
+def grade_sums(question: str, response: str) -> bool:
+    """Whether the response is the value of the question's last line in plain digits, with nothing but space around it."""
+    *_, (left, operator, right) = re.findall(r"(\d+) ([-+*]) (\d+) =", question)
+    return response.strip(" \n") == str(_apply(operator, int(left), int(right)))
+
+
 def _apply(operator: str, left: int, right: int) -> int:
     return {"+": left + right, "-": left - right, "*": left * right}[operator]
 
 
-TOY_GRADERS: dict[str, Callable[[str, str], bool]] = {"chain": grade_chain, "countdown": grade_countdown}
+TOY_GRADERS: dict[str, Callable[[str, str], bool]] = {
+    "chain": grade_chain,
+    "countdown": grade_countdown,
+    "sums": grade_sums,
+}
 """Reward functions by the names of their tasks: question and response to whether the response is correct."""

@@ -143,7 +143,7 @@ class Scheduler(Generic[Tag]):
         with self._device_lock:
             for number, padded in enumerate(prompts, 1):
                 say(f"compiling sampler program {number} {count}: prompts of up to {padded} tokens")
-                prefix = engine.prefill(policy, np.zeros(padded, np.int32))
+                prefix = engine.prefill(policy, np.zeros(min(padded, engine.max_prompt_tokens), np.int32))
                 self._state = engine.insert(prefix, self._state, self._empty_start(padded, group_size))
             slots = np.full(engine.num_rows, engine.num_slots)
             for number, num_pages in enumerate(tables, len(prompts) + 1):

@@ -1,16 +1,37 @@
 """The toy tasks and their rewards against independent implementations of their definitions."""
 
+import ast
 import re
 import zlib
 
 import numpy as np
 import pytest
 
+from oapl_jax.config.data import SourceConfig, SumsConfig
 from oapl_jax.data import tasks
 from oapl_jax.data.tokenizer import CHARS, CharacterTokenizer
 from oapl_jax.rewards import toy
 
 CHARACTERS = CharacterTokenizer()
+
+
+class Bytes(CharacterTokenizer):
+    """A token for each byte; a chat is the list of its messages as Python writes it."""
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def encode_prompt(self, question, system=None):
+        return self.encode(repr(question))
+
+
+RAW = Bytes()
+
+
+def make_task(name: str) -> tasks.Task:
+    return tasks.make_task(SourceConfig(task=name))
+
+
 GRADERS = {"chain": toy.grade_chain, "countdown": toy.grade_countdown}
 
 
@@ -26,7 +47,7 @@ def naive_chain(question: str) -> str:
 
 @pytest.mark.parametrize("name", ["chain", "countdown"])
 def test_prompts_repeat_and_their_splits_are_disjoint(name):
-    task = tasks.make_task(name)
+    task = make_task(name)
     train = [task.prompt(i, "train", 7, CHARACTERS) for i in range(1000)]
     held_out = [task.prompt(i, "held_out", 7, CHARACTERS) for i in range(1000)]
     assert not {p.text for p in train} & {p.text for p in held_out}
@@ -38,7 +59,7 @@ def test_prompts_repeat_and_their_splits_are_disjoint(name):
 
 
 def test_splits_are_those_of_the_reference_runs():
-    chain, countdown = tasks.make_task("chain"), tasks.make_task("countdown")
+    chain, countdown = make_task("chain"), make_task("countdown")
     for split in ("train", "held_out"):
         for i in range(200):
             text = chain.prompt(i, split, 0, CHARACTERS).text
@@ -48,16 +69,16 @@ def test_splits_are_those_of_the_reference_runs():
             assert (zlib.crc32(key.encode()) % 10 == 0) == (split == "held_out")
 
 
-@pytest.mark.parametrize(("name", "prompt_tokens"), [("chain", 12), ("countdown", 7)])
-def test_demonstrations_fit_and_are_training_prompts(name, prompt_tokens):
-    task = tasks.make_task(name)
+@pytest.mark.parametrize(("name", "prompt_tokens", "response_tokens"), [("chain", 12, 6), ("countdown", 7, 14)])
+def test_demonstrations_fit_and_are_training_prompts(name, prompt_tokens, response_tokens):
+    task = make_task(name)
     longest = 0
     for i in range(500):
         prompt, response = task.demonstration(i, 3, CHARACTERS)
         assert len(prompt.token_ids) == prompt_tokens
         longest = max(longest, len(CHARACTERS.encode(response)) + 1)
         assert task.demonstration(i, 3, CHARACTERS)[1] == response
-    assert longest == task.max_response_tokens
+    assert longest == response_tokens
 
 
 def test_demonstrations_without_noise_are_right():
@@ -71,7 +92,7 @@ def test_demonstrations_without_noise_are_right():
 
 
 def test_noisy_chain_is_right_as_often_as_its_noise_says():
-    task = tasks.make_task("chain")
+    task = make_task("chain")
     graded = [toy.grade_chain(p.text, r) for p, r in (task.demonstration(i, 1, CHARACTERS) for i in range(4000))]
     # By simulation of the definition: a replaced digit can be right by luck, and `*0` forgives all that came before.
     rng = np.random.default_rng(5)
@@ -130,3 +151,65 @@ def test_countdown_targets_have_two_digits_and_negative_values_never_occur():
         assert re.fullmatch(r"[1-9]{4}:[1-9][0-9]", prompt.text)
         assert all(0 <= int(value) <= 99 for value in re.findall(r"[-+*]\d(\d\d)", response))
         assert response[-2:] == prompt.text[-2:]
+
+
+def make_sums(**options) -> tasks.Task:
+    return tasks.make_task(SourceConfig(task="sums", sums=SumsConfig(**options)))
+
+
+def test_sums_are_lines_of_worked_examples_and_a_question():
+    task, train, held_out = make_sums(operations=("+", "-"), shots=2), set(), set()
+    for questions, split in ((train, "train"), (held_out, "held_out")):
+        for i in range(400):
+            text = task.prompt(i, split, 0, RAW).text
+            *examples, question = text.split("\n")
+            assert len(examples) == 2
+            for example in examples:
+                left, _, value = example.rpartition(" = ")
+                assert re.fullmatch(r"[1-9]\d [-+] [1-9]\d", left)
+                assert eval(left) == int(value)
+            assert re.fullmatch(r"[1-9]\d [-+] [1-9]\d =", question)
+            questions.add(canonical(question))
+            train |= {canonical(f"{example.rpartition(' = ')[0]} =") for example in examples}
+            assert canonical(question) not in [canonical(f"{e.rpartition(' = ')[0]} =") for e in examples]
+    assert not train & held_out
+
+
+def canonical(question: str) -> str:
+    left, operator, right, _ = question.split()
+    return f"{left} - {right}" if operator == "-" else f"{sorted((left, right))} {operator}"
+
+
+def test_sums_as_text_are_raw_and_as_chat_have_a_turn_for_each_example():
+    prompt = make_sums(shots=1).prompt(0, "train", 0, RAW)
+    assert bytes(prompt.token_ids.tolist()).decode() == prompt.text
+    prompt = make_sums(shots=1, form="chat").prompt(0, "train", 0, RAW)
+    example, value, question = ast.literal_eval(bytes(prompt.token_ids.tolist()).decode())
+    assert (example["role"], value["role"], question["role"]) == ("user", "assistant", "user")
+    assert value["content"] == str(eval(example["content"].removesuffix(" =")))
+    assert prompt.text.endswith(question["content"])
+
+
+@pytest.mark.parametrize("operation", ["+", "-", "*"])
+@pytest.mark.parametrize("digits", [1, 5])
+@pytest.mark.parametrize("form", ["text", "chat"])
+def test_demonstrations_of_sums_are_right_and_near_answers_are_not(operation, digits, form):
+    task = make_sums(operations=(operation,), digits=digits, form=form, shots=2)
+    for i in range(20):
+        for prompt in (task.prompt(i, "held_out", 0, RAW), task.demonstration(i, 0, RAW)[0]):
+            *_, question = prompt.text.split("user: ")[-1].split("\n")
+            value = eval(question.removesuffix(" ="))
+            for right in (f"{value}", f" {value}", f"{value} "):
+                assert toy.grade_sums(prompt.text, right)
+            near = (
+                f"{value + 1}",
+                f"{value}.",
+                f"={value}",
+                f"{value}0",
+                f"0{value}",
+                "",
+                question[:-2],
+                f"{value}\n1",
+            )
+            assert [answer for answer in near if toy.grade_sums(prompt.text, answer)] == []
+        assert toy.grade_sums(*(lambda p, r: (p.text, r))(*task.demonstration(i, 0, RAW)))
