@@ -15,7 +15,7 @@ import collections
 import functools
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -24,9 +24,6 @@ BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0, "f8e4m3fn": 8, "f8e5m2":
 """Bits of element types whose names do not end in their width."""
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
-
-KERNEL = "tpu_custom_call"
-"""Target of custom calls to Pallas kernels."""
 
 SLICES = ("dynamic-slice", "slice", "gather")
 
@@ -61,8 +58,6 @@ class Cost(NamedTuple):
     """In descending order of bytes."""
     num_kernels: float
     """Number of kernel calls."""
-    num_unknown_loops: int
-    """Number of loops whose trip count is known only at run time."""
 
     def network_bytes(self, network: Network) -> float:
         """Bytes that a device receives over a network."""
@@ -97,13 +92,8 @@ def analyze(text: str, *, expected_trips: Sequence[float] = (), slices: Sequence
     reader = _Reader(text, expected_trips, slices)
     reader.run(reader.entry, 1)
     found = [Collective(*key, *value) for key, value in reader.collectives.items()]
-    return Cost(
-        reader.flops,
-        reader.hbm_bytes,
-        tuple(sorted(found, key=lambda collective: -collective.num_bytes)),
-        reader.num_kernels,
-        len(reader.unknown_loops),
-    )
+    found.sort(key=lambda collective: -collective.num_bytes)
+    return Cost(reader.flops, reader.hbm_bytes, tuple(found), reader.num_kernels)
 
 
 class _Reader:
@@ -114,7 +104,6 @@ class _Reader:
         self.expected_trips, self.slices = expected_trips, slices
         self.flops = self.hbm_bytes = self.num_kernels = 0.0
         self.collectives: dict[tuple[str, Network], list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
-        self.unknown_loops: set[tuple[str, str]] = set()
 
     def run(self, name: str, times: float, depth: int = 0, *, is_fused: bool = False) -> None:
         """Adds the cost of a computation that runs ``times`` times, inside ``depth`` loops whose trip count is unknown.
@@ -128,16 +117,17 @@ class _Reader:
                 self.flops += times * _product_flops(instruction, computation)
             elif opcode in COLLECTIVES or opcode == "recv":
                 self._add_collective(instruction, name, times)
-            self.num_kernels += times * (KERNEL in instruction.attributes)
+            self.num_kernels += times * ("tpu_custom_call" in instruction.attributes)
             if not is_fused:
                 self.hbm_bytes += times * self._traffic(instruction, computation)
-            self._run_called(instruction, name, times, depth, is_fused)
+            self._run_called(instruction, computation, times, depth, is_fused)
 
-    def _run_called(self, instruction: _Instruction, name: str, times: float, depth: int, is_fused: bool) -> None:
+    def _run_called(
+        self, instruction: _Instruction, computation: _Computation, times: float, depth: int, is_fused: bool
+    ) -> None:
         if instruction.opcode == "while":
-            start, end, step = self._range(instruction, self.computations[name])
+            start, end, step = self._range(instruction, computation)
             if end is None:
-                self.unknown_loops.add((name, instruction.name))
                 end = self.expected_trips[depth] if depth < len(self.expected_trips) else start + step
                 depth += 1
             trips = max(0, math.ceil((end - start) / step))
@@ -192,11 +182,10 @@ class _Reader:
             arrays = arrays[:1]
         elif instruction.opcode.endswith("-start") and kind != "all-reduce":
             arrays = arrays[len(instruction.operands) :][: len(instruction.operands)]
+        scale = 1.0
         # A reduce-scatter can be an all-reduce that is fused with the slice that each device keeps.
         if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
             kind, scale = "reduce-scatter", 1 / group
-        else:
-            scale = 1.0
         count_and_bytes = self.collectives[kind, network]
         count_and_bytes[0] += times
         count_and_bytes[1] += times * scale * sum(array.num_bytes for array in arrays) * _received(kind, group)
@@ -221,7 +210,7 @@ class _Reader:
         return written + sum(operands)
 
     def _read_by_fusion(self, fusion: _Instruction, operand: int) -> float:
-        """Bytes of an operand, given by its index, that a fusion reads."""
+        """Bytes that a fusion reads of an operand."""
         inside = self.computations[_attribute(fusion, "calls")]
         parameters = {i.arguments: i.name for i in inside.values() if i.opcode == "parameter"}
         return self._read(inside, parameters[str(operand)])
@@ -346,35 +335,23 @@ def _product_flops(instruction: _Instruction, computation: _Computation) -> floa
     labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", instruction.attributes)
     if labels is None:
         raise ValueError(f"convolution {instruction.name} has no dim_labels")
-    left_labels, right_labels, out_labels = labels.groups()
-    pairs = 2.0 * right[right_labels.index("i")] * out[out_labels.index("b")] * out[out_labels.index("f")]
-    for dimension, window in enumerate(_windows(instruction.attributes, len(out) - 2)):
-        label = str(dimension)
-        sizes = left[left_labels.index(label)], right[right_labels.index(label)], out[out_labels.index(label)]
-        pairs *= _window_pairs(*sizes, *window)
-    return pairs
-
-
-def _windows(attributes: str, num_dimensions: int) -> Iterator[tuple[int, int, int, int]]:
-    """Stride, low padding, and dilations of the left and the right side, for each spatial dimension."""
-    if num_dimensions == 0:
-        return
-    window = re.search(r"window=\{([^}]*)\}", attributes)
+    left_sizes, right_sizes, out_sizes = (
+        dict(zip(names, shape, strict=True)) for names, shape in zip(labels.groups(), (left, right, out), strict=True)
+    )
+    window = re.search(r"window=\{([^}]*)\}", instruction.attributes)
     fields = dict(field.split("=") for field in window[1].split()) if window else {}
-    one = "x".join(["1"] * num_dimensions)
-    names = ("stride", one), ("pad", one.replace("1", "0_0")), ("lhs_dilate", one), ("rhs_dilate", one)
-    for values in zip(*(fields.get(name, default).split("x") for name, default in names), strict=True):
-        stride, padding, left, right = values
-        yield int(stride), int(padding.split("_")[0]), int(left), int(right)
-
-
-def _window_pairs(size: int, window: int, out: int, stride: int, padding: int, dilation: int, spread: int) -> int:
-    """Products along one spatial dimension: pairs of output and window positions that read data and not padding.
-
-    A TPU turns the batch dimensions of a matrix product into spatial dimensions, in which few of these pairs exist.
-    """
-    position = np.arange(out)[:, None] * stride + np.arange(window) * spread - padding
-    return int(np.sum((position >= 0) & (position <= (size - 1) * dilation) & (position % dilation == 0)))
+    pairs = 2.0 * right_sizes["i"] * out_sizes["b"] * out_sizes["f"]
+    # A TPU turns the batch dimensions of a product into spatial dimensions. Of the pairs of output and window positions
+    # along one of them, few read data and not padding.
+    for i, label in enumerate(map(str, range(len(out) - 2))):
+        stride, padding, dilation, spread = (
+            int(fields[name].split("x")[i].partition("_")[0]) if name in fields else default
+            for name, default in (("stride", 1), ("pad", 0), ("lhs_dilate", 1), ("rhs_dilate", 1))
+        )
+        position = np.arange(out_sizes[label])[:, None] * stride + np.arange(right_sizes[label]) * spread - padding
+        is_inside = (position >= 0) & (position <= (left_sizes[label] - 1) * dilation)
+        pairs *= int(np.sum(is_inside & (position % dilation == 0)))
+    return pairs
 
 
 def _groups(attributes: str, num_devices: int) -> list[list[int]]:
@@ -391,6 +368,5 @@ def _groups(attributes: str, num_devices: int) -> list[list[int]]:
 def _received(kind: str, group: int) -> float:
     """Bytes that a device receives for each byte of its result."""
     others = (group - 1) / group
-    return {"all-gather": others, "all-reduce": 2 * others, "reduce-scatter": group - 1.0, "all-to-all": others}.get(
-        kind, 1.0
-    )
+    shares = {"all-gather": others, "all-reduce": 2 * others, "reduce-scatter": group - 1.0, "all-to-all": others}
+    return shares.get(kind, 1.0)

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from oapl_jax.build.account import size
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.distributed.sharding import row_shards
@@ -48,8 +49,6 @@ class Result:
     mfu: float = 0
     """Upper bound of the model FLOPs utilization: ``model_flops`` over the peak FLOPs of all devices in that time."""
     collectives: tuple[hlo.Collective, ...] = ()
-    num_unknown_loops: int = 0
-    """Number of loops whose trip count was taken from the config."""
     refusal: str = ""
     """The compiler's message if it refused the program; most other numbers are then 0."""
 
@@ -60,7 +59,7 @@ class Result:
 
     @property
     def missing(self) -> float:
-        """Missing bytes as far as known; negative if there is room left."""
+        """Bytes that are missing; negative if there is room left."""
         return self.total - self.usable
 
     @property
@@ -71,18 +70,27 @@ class Result:
 
 def compile_program(program: Program, slices: Topology) -> Result:
     """Compiles a program and computes its cost."""
-    start = time.perf_counter()
+    start, chip = time.perf_counter(), slices.chip
     try:
         compiled = program.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        return _refused(program, str(error), time.perf_counter() - start, slices.chip)
+        needed = parse_refusal(str(error))
+        return Result(
+            program.name,
+            time.perf_counter() - start,
+            temporaries=needed,
+            beside=program.beside,
+            total=max(needed, chip.usable_bytes) + program.beside,
+            usable=chip.usable_bytes,
+            model_flops=program.model_flops,
+            refusal=" ".join(str(error).split())[:400],
+        )
     seconds = time.perf_counter() - start
     slice_ids = [topology.slice_of(device) for device in program.mesh.devices.flat]
     cost = hlo.analyze(compiled.as_text(), expected_trips=program.expected_trips, slices=slice_ids)
     has_kernels = cost.num_kernels > 0
     flops = cost.flops + has_kernels * program.kernel_flops / program.mesh.size
-    hbm_bytes = cost.hbm_bytes + has_kernels * program.kernel_bytes
-    least = roofline(flops, hbm_bytes, cost, slices.chip)
+    least = roofline(flops, cost.hbm_bytes + has_kernels * program.kernel_bytes, cost, chip)
     memory = compiled.memory_analysis()
     sizes = {
         "arguments": memory.argument_size_in_bytes,
@@ -92,17 +100,16 @@ def compile_program(program: Program, slices: Topology) -> Result:
         "beside": program.beside,
     }
     return Result(
-        name=program.name,
-        compile_seconds=seconds,
+        program.name,
+        seconds,
         **sizes,
         total=sum(sizes.values()),
-        usable=slices.chip.usable_bytes,
+        usable=chip.usable_bytes,
         flops=flops,
         model_flops=program.model_flops,
         seconds=least,
-        mfu=program.model_flops / (slices.chip.flops * program.mesh.size * max(least.values())),
+        mfu=program.model_flops / (chip.flops * program.mesh.size * max(least.values())),
         collectives=cost.collectives,
-        num_unknown_loops=cost.num_unknown_loops,
     )
 
 
@@ -126,20 +133,6 @@ def parse_refusal(message: str) -> float:
         return 0
     number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
     return float(number) * 1024 ** " KMGT".index(unit or " ")
-
-
-def _refused(program: Program, message: str, seconds: float, chip: Chip) -> Result:
-    needed = parse_refusal(message)
-    return Result(
-        program.name,
-        seconds,
-        temporaries=needed,
-        beside=program.beside,
-        total=max(needed, chip.usable_bytes) + program.beside,
-        usable=chip.usable_bytes,
-        model_flops=program.model_flops,
-        refusal=" ".join(message.split())[:400],
-    )
 
 
 def advice(result: Result, plan: Plan) -> list[str]:
@@ -180,43 +173,34 @@ def kv_capacity(plan: Plan) -> dict[str, float]:
 
 
 def describe_plan(plan: Plan, slices: Topology) -> str:
-    """What is asked for, and what lies on a device before anything is compiled."""
-    run, usable = plan.assembly, slices.chip.usable_bytes
-    memory = run.account
-    sampler = "the trainer's mesh, " if memory.is_colocated else f"{_mesh(run.sampler_mesh)}, "
-    lines = [
-        f"{slices.name}: {slices.num_slices} x {slices.shape}, {slices.num_devices} devices of {usable / GIB:.2f} GiB",
-        f"model    {run.architecture.model_type}, {run.architecture.num_params:,} parameters, from {plan.source}",
-        f"trainer  {_mesh(run.trainer_mesh)}",
-        f"sampler  {sampler}{run.num_replicas} replicas of {run.sampler_mesh.shape['tensor']} devices",
-        f"batch    {run.config.learner.batch_rollouts} rollouts of at most {run.learner.rows.max_tokens:,} tokens",
-        f"resident GiB a device: weights {memory.weights / GIB:.2f} + optimizer {memory.optimizer / GIB:.2f}"
-        f" + gradient {memory.gradient / GIB:.2f}; sampler's weights {memory.sampler_weights / GIB:.2f}"
-        f" + those of an evaluation {memory.evaluation_weights / GIB:.2f} + KV cache {memory.kv_cache / GIB:.2f}"
-        + ("" if memory.is_colocated else ", on devices of their own"),
-    ]
+    """What is asked for, and what lies on a device before anything is compiled: the lines of ``train --dry-run``."""
+    run, capacity, usable = plan.assembly, kv_capacity(plan), slices.chip.usable_bytes
+    lines = {
+        "slices": f"{slices.name}: {slices.num_slices} x {slices.shape}, {slices.num_devices} devices of {size(usable)}"
+    }
+    lines |= run.describe()
+    del lines["disk"]  # of another machine
+    lines["model"] += f", from {plan.source}"
+    lines["rows"] = f"{run.num_replicas} replicas of {run.sampler_mesh.shape['tensor']} devices"
     if run.engines:
-        capacity = kv_capacity(plan)
-        lines.append(
-            f"KV cache {capacity['tokens']:,.0f} tokens: {capacity['rollouts']:,.0f} rollouts of full length at once"
-            f" ({rollout_bytes(run) / GIB:.2f} GiB a device each), for {capacity['rows']:,.0f} rows"
+        lines["rows"] += (
+            f", {capacity['rows']:,.0f} rows; the cache has {capacity['tokens']:,.0f} tokens:"
+            f" {capacity['rollouts']:,.0f} rollouts of full length at once ({size(rollout_bytes(run))} a device each)"
         )
-    return "\n".join(lines)
+    return "\n".join(f"{name:>14}  {text}" for name, text in lines.items())
 
 
 def describe(result: Result, plan: Plan) -> str:
     """Describes a compiled program."""
-    gib = {name: getattr(result, name) / GIB for name in ("arguments", "outputs", "temporaries", "code", "beside")}
-    verdict = f"DOES NOT FIT: {result.missing / GIB:.2f} GiB short"
-    if result.fits:
-        verdict = "FITS"
-    elif result.refusal and TOO_LARGE not in result.refusal:
+    names = "arguments", "outputs", "temporaries", "code", "beside"
+    sizes = "  ".join(f"{name} {getattr(result, name) / GIB:.2f}" for name in names)
+    verdict = "FITS" if result.fits else f"DOES NOT FIT: {result.missing / GIB:.2f} GiB short"
+    if result.refusal and TOO_LARGE not in result.refusal:
         verdict = "DOES NOT COMPILE"
     lines = [
         f"{result.name}  compiled in {result.compile_seconds:.0f} s",
-        "  HBM   "
-        + "  ".join(f"{name} {size:.2f}" for name, size in gib.items())
-        + f"  total {result.total / GIB:.2f} of {result.usable / GIB:.2f} GiB ({result.total / result.usable:.0%}) {verdict}",
+        f"  HBM   {sizes}  total {result.total / GIB:.2f} of {result.usable / GIB:.2f} GiB"
+        f" ({result.total / result.usable:.0%}) {verdict}",
     ]
     if result.refusal:
         lines.append(f"  the compiler: {result.refusal}")
@@ -268,7 +252,3 @@ def check(config: TrainConfig, slices: Topology, *, dry_run: bool) -> dict[str, 
         ],
         "config": config_file.written(config),
     }
-
-
-def _mesh(mesh: Any) -> str:
-    return " ".join(f"{axis}={size}" for axis, size in mesh.shape.items())

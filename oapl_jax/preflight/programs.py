@@ -18,10 +18,8 @@ from oapl_jax.config import config_file
 from oapl_jax.config.commands import SftConfig, TrainConfig
 from oapl_jax.distributed.sharding import placed, platform_of, row_shards
 from oapl_jax.learner import batch as batches
-from oapl_jax.learner.batch import RowLayout
 from oapl_jax.model import qwen
 from oapl_jax.model.logprob import chunk_tokens
-from oapl_jax.types import TrainBatch
 from oapl_jax.weights.sync import WeightSync
 
 MODELS = pathlib.Path("configs/models")
@@ -101,13 +99,17 @@ def rollout_bytes(assembly: Assembly) -> float:
 def _learner_programs(assembly: Assembly) -> list[Program]:
     config, learner, account = assembly.config, assembly.learner, assembly.account
     mesh, rows = learner.mesh, learner.rows
-    batch = _full_batch(rows, mesh)
-    num_micro_batches, num_rows, length = batch.tokens.shape
-    # Rows are full of rollouts of full length, and all tokens are scored.
+    # The largest batch: rows are full of rollouts of full length, and all tokens are scored.
+    length, total_rows = rows.row_length(rows.max_tokens), rows.num_rows(rows.num_rollouts)
+    num_rows = rows.micro_batch_rows or total_rows
+    num_micro_batches = total_rows // num_rows
+    shapes = batches.make_batch(jax.ShapeDtypeStruct, (num_micro_batches, num_rows), length, rows.max_segments)
+    batch = placed(shapes, batches.shardings(mesh))
     tokens = num_micro_batches * num_rows * length
     pairs = tokens * (rows.max_tokens + 1) / 2
     forward, attention = forward_flops(assembly.architecture, tokens, pairs, tokens)
-    chunks = num_chunks(num_rows * length / row_shards(mesh) / mesh.shape["context"], assembly.architecture, mesh)
+    chunk = chunk_tokens(assembly.architecture.vocab_size // mesh.shape["tensor"], platform_of(mesh))
+    chunks = math.ceil(num_rows * length / row_shards(mesh) / mesh.shape["context"] / chunk)
     micro_batches = (num_micro_batches,) if num_micro_batches > 1 else ()
     make = functools.partial(Program, mesh=mesh)
     return [
@@ -129,20 +131,6 @@ def _learner_programs(assembly: Assembly) -> list[Program]:
             expected_trips=(chunks,),
         ),
     ]
-
-
-def _full_batch(layout: RowLayout, mesh: Mesh) -> TrainBatch:
-    """The largest batch, as shapes on the trainer's mesh."""
-    num_rows, length = layout.num_rows(layout.num_rollouts), layout.row_length(layout.max_tokens)
-    at_once = layout.micro_batch_rows or num_rows
-    shapes = batches.make_batch(jax.ShapeDtypeStruct, (num_rows // at_once, at_once), length, layout.max_segments)
-    return placed(shapes, batches.shardings(mesh))
-
-
-def num_chunks(tokens: float, model: qwen.QwenConfig, mesh: Mesh) -> int:
-    """Number of chunks in which a device computes the logits of this many tokens."""
-    num_ids = model.vocab_size // mesh.shape["tensor"]
-    return math.ceil(tokens / chunk_tokens(num_ids, platform_of(mesh)))
 
 
 def _sampler_programs(assembly: Assembly) -> list[Program]:

@@ -30,7 +30,7 @@ WITHOUT_TPU = {
 
 
 class Chip(NamedTuple):
-    """One device. Rates are per second, bandwidths in bytes; ICI and DCN count one direction."""
+    """One device of a kind of TPU. Rates are per second, bandwidths in bytes; ICI and DCN count one direction."""
 
     usable_bytes: float
     """HBM that programs may use, from the error messages of the compiler in libtpu 0.0.42."""
@@ -41,18 +41,12 @@ class Chip(NamedTuple):
     """Sum over all links of the chip."""
     dcn_bandwidth: float
     """The chip's share of its host's network cards."""
-
-
-class Generation(NamedTuple):
-    """A kind of TPU and the shapes in which it is sold."""
-
-    chip: Chip
-    cores_per_chip: int
+    cores: int
     """Units per chip that the number in a name counts."""
     shapes: str
-    """Separated by spaces: chips along each axis of the torus."""
-    options: dict[str, Any]
-    """Keyword arguments of ``get_topology_desc``."""
+    """In which slices are sold, separated by spaces: chips along each axis of the torus."""
+    config_name: str | None = None
+    """``chip_config_name`` of ``get_topology_desc``, where it is not libtpu's default."""
 
 
 GIB = 2**30
@@ -62,14 +56,14 @@ GIB = 2**30
 # has two and v6e four cards (100 and 200 Gbit/s) for eight chips, by the same pages. v4 is assumed to equal v5p.
 # Shapes: the same pages, and Google's xpk, src/xpk/core/system_characteristics.py.
 GENERATIONS = {
-    "v4": Generation(
-        Chip(30.75 * GIB, 275e12, 1.2e12, 300e9, 6.25e9),
+    "v4": Chip(
+        *(30.75 * GIB, 275e12, 1.2e12, 300e9, 6.25e9),
         2,
         "2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x8x8 8x8x8 8x8x12 8x8x16 8x16x16",
-        {"chip_config_name": "megacore"},
+        "megacore",
     ),
-    "v5p": Generation(
-        Chip(95.74 * GIB, 459e12, 2.765e12, 600e9, 6.25e9),
+    "v5p": Chip(
+        *(95.74 * GIB, 459e12, 2.765e12, 600e9, 6.25e9),
         2,
         """
             2x2x1 2x2x2 2x2x4 2x4x4 4x4x4 4x4x8 4x4x12 4x8x8 4x4x20 4x8x12 4x4x28 8x8x8 4x12x12 4x8x20 4x4x44 8x8x12
@@ -81,24 +75,10 @@ GENERATIONS = {
             12x16x28 4x20x68 4x8x172 4x12x116 8x16x44 12x20x24 4x28x52 8x8x92 4x12x124 4x8x188 4x20x76 16x16x24
             12x24x24 16x20x28
             """,
-        {},
     ),
-    "v5e": Generation(
-        Chip(15.75 * GIB, 197e12, 0.819e12, 200e9, 3.125e9),
-        1,
-        "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
-        {},
-    ),
-    "v6e": Generation(
-        Chip(31.25 * GIB, 918e12, 1.638e12, 400e9, 12.5e9),
-        1,
-        "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16",
-        {},
-    ),
+    "v5e": Chip(15.75 * GIB, 197e12, 0.819e12, 200e9, 3.125e9, 1, "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"),
+    "v6e": Chip(31.25 * GIB, 918e12, 1.638e12, 400e9, 12.5e9, 1, "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16"),
 }
-
-ALIASES = {"v5litepod": "v5e"}
-"""Other names; Google Cloud's accelerator types call v5e ``v5litepod``."""
 
 
 class Topology(NamedTuple):
@@ -114,7 +94,7 @@ class Topology(NamedTuple):
     @property
     def chip(self) -> Chip:
         """The kind of its devices."""
-        return GENERATIONS[self.generation].chip
+        return GENERATIONS[self.generation]
 
     @property
     def num_devices(self) -> int:
@@ -125,17 +105,24 @@ class Topology(NamedTuple):
 def parse(name: str, num_slices: int = 1) -> Topology:
     """Reads ``v5p-64``, or a shape as in ``v5p-2x4x4`` and ``v5p:2x4x4``; raises ValueError with sizes nearby."""
     prefix, _, size = name.strip().lower().replace(":", "-").partition("-")
-    generation = ALIASES.get(prefix, prefix)
+    generation = "v5e" if prefix == "v5litepod" else prefix  # its name among Google Cloud's accelerator types
     if generation not in GENERATIONS:
         close = difflib.get_close_matches(generation, GENERATIONS, 1, cutoff=0)
         raise ValueError(
             f"topology {name!r}: unknown kind of TPU {prefix!r}; known: {', '.join(GENERATIONS)}."
             f" Write it as in {close[0]}-8"
         )
-    shapes = {_count(generation, shape): shape for shape in GENERATIONS[generation].shapes.split()}
+    cores = GENERATIONS[generation].cores
+    shapes = {_num_chips(shape) * cores: shape for shape in GENERATIONS[generation].shapes.split()}
     shape = size if size in shapes.values() else shapes.get(int(size)) if size.isdigit() else None
     if shape is None:
-        raise ValueError(f"topology {name!r}: Google Cloud has no such slice; {_near(generation, size, shapes)}")
+        wanted = math.prod(map(int, re.findall(r"\d+", size))) * (1 if size.isdigit() else cores)
+        nearest = sorted(sorted(shapes, key=lambda count: abs(count - wanted))[:4])
+        raise ValueError(
+            f"topology {name!r}: Google Cloud has no such slice; the number in {generation}-N counts"
+            f" {'TensorCores, two per chip' if cores == 2 else 'chips'}; near: "
+            + ", ".join(f"{generation}-{count} ({shapes[count]})" for count in nearest)
+        )
     if num_slices < 1:
         raise ValueError(f"--num-slices {num_slices}: a run has at least one slice")
     return Topology(name, generation, shape, num_slices)
@@ -143,7 +130,7 @@ def parse(name: str, num_slices: int = 1) -> Topology:
 
 def devices(topology: Topology) -> list[Any]:
     """The described devices, slice by slice, on which no program can run; raises ValueError where libtpu is missing."""
-    options = dict(GENERATIONS[topology.generation].options)
+    options: dict[str, Any] = {"chip_config_name": topology.chip.config_name} if topology.chip.config_name else {}
     if topology.shape == "1x1":
         # By default a host has four or eight chips.
         options["chips_per_host_bounds"] = (1, 1, 1)
@@ -163,8 +150,7 @@ def devices(topology: Topology) -> list[Any]:
 
 def slice_alone(topology: Topology, num_devices: int) -> list[Any] | None:
     """The devices of one slice of the same kind with this number of devices, or None if there is no such slice."""
-    shapes = GENERATIONS[topology.generation].shapes.split()
-    shape = next((shape for shape in shapes if _num_chips(shape) == num_devices), None)
+    shape = next((shape for shape in topology.chip.shapes.split() if _num_chips(shape) == num_devices), None)
     return None if shape is None else devices(topology._replace(shape=shape, num_slices=1))
 
 
@@ -185,18 +171,3 @@ def slice_of(device: Any) -> int:
 
 def _num_chips(shape: str) -> int:
     return math.prod(map(int, shape.split("x")))
-
-
-def _count(generation: str, shape: str) -> int:
-    """The number in the name of a slice."""
-    return _num_chips(shape) * GENERATIONS[generation].cores_per_chip
-
-
-def _near(generation: str, size: str, shapes: dict[int, str]) -> str:
-    """A message with the sizes nearest to one that does not exist, and what the number in a name counts."""
-    unit = "TensorCores, two per chip" if GENERATIONS[generation].cores_per_chip == 2 else "chips"
-    digits = [int(number) for number in re.findall(r"\d+", size)]
-    wanted = math.prod(digits) * (1 if size.isdigit() else GENERATIONS[generation].cores_per_chip)
-    nearest = sorted(sorted(shapes, key=lambda count: abs(count - wanted))[:4])
-    names = ", ".join(f"{generation}-{count} ({shapes[count]})" for count in nearest)
-    return f"the number in {generation}-N counts {unit}; near: {names}"

@@ -49,7 +49,6 @@ def test_the_slowest_resource_is_the_bound():
             preflight.hlo.Collective("all-reduce", "DCN", 1, 5 * chip.dcn_bandwidth),
         ),
         0,
-        0,
     )
     least = preflight.roofline(3 * chip.flops, 4 * chip.hbm_bandwidth, cost, chip)
     assert least == {"compute": 3, "hbm": 4, "ici": 2, "dcn": 5}

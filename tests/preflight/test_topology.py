@@ -48,7 +48,7 @@ def test_each_number_of_chips_is_one_shape(name):
     counts = [math.prod(map(int, shape.split("x"))) for shape in generation.shapes.split()]
     assert len(set(counts)) == len(counts)
     for shape, count in zip(generation.shapes.split(), counts, strict=True):
-        assert parse(f"{name}-{count * generation.cores_per_chip}").shape == shape
+        assert parse(f"{name}-{count * generation.cores}").shape == shape
 
 
 @pytest.mark.parametrize(
