@@ -52,9 +52,6 @@ WRITE_DEADLINE = 1800.0
 QUEUED_BLOCKS = 2
 """Tensors on the devices that a writer has not written yet."""
 
-HOST_BYTES = 2**30
-"""Parameters up to this size come to the host whole to be written, larger ones layer by layer."""
-
 HUB_PATTERNS = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.txt", "*.jinja"]
 COMPARED_ROWS = 8192
 """Ids whose rows of embedding and output matrix are on the host at once to be compared."""
@@ -437,7 +434,10 @@ def _write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
 
 
 def _write_weights(folder: pathlib.Path, config: qwen.QwenConfig, params: Any, dtype: np.dtype, writers: Team) -> None:
-    """One file, or several of at most ``SHARD_BYTES`` with an index: at least one for each writer."""
+    """One file, or several of at most ``SHARD_BYTES`` with an index: at least one for each writer, who writes its own.
+
+    Tensors of all files come from the devices by turns; of several processes each gets all of them.
+    """
     tensors = list(_all_tensors(config, params))
     sizes = [math.prod(shape) * dtype.itemsize for _, _, shape, _ in tensors]
     limit = min(SHARD_BYTES, -(-sum(sizes) // writers.size))
@@ -455,63 +455,38 @@ def _write_weights(folder: pathlib.Path, config: qwen.QwenConfig, params: Any, d
     elif writers.is_leader:
         weight_map = {tensor[0]: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         _write_json(folder / INDEX_FILE, {"metadata": {"total_size": sum(sizes)}, "weight_map": weight_map})
-    files = dict(zip([folder / name for name in names], shards, strict=True))
-    if writers.size > 1:
-        _write_together(files, dtype, writers)
-        return
-    for path, shard in files.items():
-        _write_safetensors(path, shard, dtype)
-
-
-def _write_together(files: dict[pathlib.Path, list[Any]], dtype: np.dtype, writers: Team) -> None:
-    """Each process writes its share of the files, while tensors of all files come by turns to all hosts' devices."""
-    mine = list(files)[writers.rank :: writers.size]
     with contextlib.ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(1))
-        handles = {path: stack.enter_context(path.open("wb")) for path in mine}
-        for path, handle in handles.items():
-            handle.write(_header(files[path], dtype))
+        handles: dict[str, IO[bytes]] = {}
+        for name, shard in list(zip(names, shards, strict=True))[writers.rank :: writers.size]:
+            handles[name] = stack.enter_context((folder / name).open("wb"))
+            handles[name].write(_header(shard, dtype))
         pending: collections.deque[Future[None]] = collections.deque()
-        for row in itertools.zip_longest(*files.values()):
-            for path, tensor in zip(files, row, strict=True):
+        for row in itertools.zip_longest(*shards):
+            for name, tensor in zip(names, row, strict=True):
                 if tensor is None:
                     continue
                 _, layout, _, (leaf, index) = tensor
-                array = leaf[...]
-                gathered = _gathered(array, np.array(index, np.int32), layout.order, dtype.name, array.sharding.mesh)
-                if path in handles:
-                    pending.append(pool.submit(_write_block, handles[path], gathered))
+                mesh = leaf[...].sharding.mesh if writers.size > 1 else None
+                block = _arranged(leaf[...], np.array(index, np.int32), layout.order, dtype.name, mesh)
+                if name in handles:
+                    pending.append(pool.submit(_write_block, handles[name], block))
                 if len(pending) > QUEUED_BLOCKS:
                     pending.popleft().result()
-        for block in pending:
-            block.result()
+        for written in pending:
+            written.result()
 
 
 @functools.partial(jax.jit, static_argnames=("order", "dtype", "mesh"))
-def _gathered(array: jax.Array, index: jax.Array, order: tuple[int, ...], dtype: str, mesh: Mesh) -> jax.Array:
-    """One tensor of a stacked parameter, with the dimensions of the file, on every device."""
+def _arranged(array: jax.Array, index: jax.Array, order: tuple[int, ...], dtype: str, mesh: Mesh | None) -> jax.Array:
+    """One tensor of a stacked parameter, with the dimensions of the file; with a mesh, on every device."""
     tensor = array[tuple(index)].astype(dtype).transpose(order)
-    return jax.lax.with_sharding_constraint(tensor, replicated(mesh))
+    return tensor if mesh is None else jax.lax.with_sharding_constraint(tensor, replicated(mesh))
 
 
 def _write_block(file: IO[bytes], block: jax.Array) -> None:
-    file.write(np.ascontiguousarray(block.addressable_data(0)).view(np.uint8).data)
-
-
-def _write_safetensors(path: pathlib.Path, tensors: list[Any], dtype: np.dtype) -> None:
-    with path.open("wb") as file:
-        file.write(_header(tensors, dtype))
-        host: tuple[Any, np.ndarray] | None = None
-        for _, layout, _, (leaf, index) in tensors:
-            if leaf.nbytes > HOST_BYTES:
-                block = _arranged(leaf[...][index], layout.order, dtype)
-            else:
-                if host is None or host[0] is not leaf:  # the tensors of a parameter follow one another
-                    stacked = range(layout.num_stacked)
-                    order = (*stacked, *(layout.num_stacked + dim for dim in layout.order))
-                    host = leaf, _arranged(leaf[...], order, dtype)
-                block = host[1][index]
-            file.write(block.view(np.uint8).data)
+    host = np.asarray(block if block.is_fully_addressable else block.addressable_data(0))
+    file.write(np.ascontiguousarray(host).view(np.uint8).data)
 
 
 def _header(tensors: list[Any], dtype: np.dtype) -> bytes:
@@ -529,8 +504,3 @@ def _header(tensors: list[Any], dtype: np.dtype) -> bytes:
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)  # data starts aligned
     return len(encoded).to_bytes(8, "little") + encoded
-
-
-def _arranged(array: jax.Array, order: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """On the host, with the dimensions of the file; transposed by the devices, which are quicker at it than NumPy."""
-    return np.ascontiguousarray(jnp.transpose(array.astype(dtype), order))
