@@ -85,21 +85,13 @@ def token_logprobs(
     The distribution is restricted to ids below ``vocab_size``: checkpoints pad their embedding beyond the tokenizer,
     and the sampler never draws those ids. A target at or beyond it has log-probability -inf.
 
-    Each device gathers its own tokens inside the mask, and scores them chunk by chunk. The backward pass recomputes
-    the logits of a chunk, and sums the unembedding's gradient in float32, whatever the dtype of the products. The
-    entropy has no gradient.
+    Each device gathers its own tokens inside the mask, and scores them chunk by chunk; the others cost nothing and have
+    0. The backward pass recomputes the logits of a chunk, and sums the unembedding's gradient in float32, whatever the
+    dtype of the products, which is that of ``hidden``. The entropy has no gradient.
 
-    Args:
-        hidden: after the final norm; ``hidden[:, t]`` predicts ``targets[:, t]``. Its dtype is the one in
-            which the products with the unembedding are computed (accumulated in float32).
-        unembedding: ``[D, V]`` or ``[V, D]``, any floating dtype.
-        letters: which of the two, ``DV`` or ``VD``.
-        targets: the token after each hidden state.
-        mask: which tokens are scored; the others cost nothing and have 0.
-        temperature: > 0.
-        vocab_size: number of ids that can be drawn, at most V.
-        mesh: the trainer's, which splits rows, tokens and vocabulary; None: the arrays are on one device.
-        chunk: tokens of a device whose logits exist at once; None: ``chunk_tokens``.
+    ``hidden[:, t]``, after the final norm, predicts ``targets[:, t]``. ``letters`` are those of the unembedding, ``DV``
+    or ``VD``. The trainer's mesh splits rows, tokens and vocabulary; without one the arrays are on one device. ``chunk``
+    tokens of a device have logits at once, by default ``chunk_tokens``.
     """
     platform = platform_of(mesh)
     mesh = None if mesh is None or mesh.size == 1 else mesh

@@ -111,19 +111,15 @@ class QwenConfig:
             raise ValueError(f"model_type={model_type!r} is unknown; known: {', '.join(ARCHITECTURES)}")
         _refuse_unimplemented(values)
         # transformers' own defaults, for keys that older files leave out.
-        default_head_dim = 128 if model_type == "qwen3" else None
-        max_positions = values.get("max_position_embeddings", 2048 if model_type == "llama" else 32768)
+        defaults = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "initializer_range": 0.02, "bos_token_id": None}
+        defaults["max_position_embeddings"] = 2048 if model_type == "llama" else 32768
+        config = {key: values.get(key, default) for key, default in defaults.items()}
         eos = values.get("eos_token_id")
-        config = {
+        config |= {
             "model_type": model_type,
-            "head_dim": values.get("head_dim") or default_head_dim,
+            "head_dim": values.get("head_dim") or (128 if model_type == "qwen3" else None),
             "rope_theta": _rope_theta(values),
-            "rms_norm_eps": values.get("rms_norm_eps", 1e-6),
-            "tie_word_embeddings": values.get("tie_word_embeddings", False),
-            "rope_scaling": _rope_scaling(values, max_positions),
-            "max_position_embeddings": max_positions,
-            "initializer_range": values.get("initializer_range", 0.02),
-            "bos_token_id": values.get("bos_token_id"),
+            "rope_scaling": _rope_scaling(values, config["max_position_embeddings"]),
             "eos_token_id": tuple(eos) if isinstance(eos, list) else eos,
         }
         required = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers"]
@@ -256,20 +252,18 @@ class Remat:
     def policy(self) -> Any:
         """For ``jax.checkpoint``."""
         policies = jax.checkpoint_policies
-        if not self.offload:
-            by_name = policies.save_only_these_names(*self.saved)
-            if "attention" not in self.saved:
-                return by_name
-            # With its result alone the backward pass would run cuDNN's forward pass again, for sums that have no name.
-            return policies.save_from_both_policies(
-                by_name, lambda primitive, *_, **__: primitive.name == CUDNN_ATTENTION
+        if self.offload:
+            return policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=list(self.saved),
+                offload_src="device",
+                offload_dst="pinned_host",
             )
-        return policies.save_and_offload_only_these_names(
-            names_which_can_be_saved=[],
-            names_which_can_be_offloaded=list(self.saved),
-            offload_src="device",
-            offload_dst="pinned_host",
-        )
+        by_name = policies.save_only_these_names(*self.saved)
+        if "attention" not in self.saved:
+            return by_name
+        # With its result alone the backward pass would run cuDNN's forward pass again, for sums that have no name.
+        return policies.save_from_both_policies(by_name, lambda primitive, *_, **__: primitive.name == CUDNN_ATTENTION)
 
 
 Attend = Callable[[Any, Array, Array, Array, Cache], tuple[Array, Cache]]
@@ -493,12 +487,8 @@ class Qwen(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], Cache]:
         """States after the final norm, in the compute dtype, and the cache after the last layer.
 
-        Args:
-            tokens: ids; T = 1 in a decode step.
-            positions: of each token in its sequence, from 0.
-            attend: what queries see; None: ``attend_rows()``.
-            cache: given to the first layer's ``attend``, and from layer to layer.
-            layers: in place of the model's own, one by one, on one device.
+        Positions are those of each token in its sequence, from 0. Without ``attend`` it is ``attend_rows()``. ``layers``
+        are used in place of the model's own, one by one, on one device.
         """
         with jax.named_scope("embedding"):
             x = self._constrain(lookup(self.embedding, tokens, self.compute_dtype))

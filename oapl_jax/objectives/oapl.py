@@ -28,8 +28,8 @@ def options_or_defaults(options: ObjectiveOptions) -> OaplOptions:
 def optimal_value(rewards: Float[np.ndarray, "G"], beta1: float) -> float:
     """V*(x) = beta1 * (logsumexp_i(r_i / beta1) - log G), Eq. 2, in float64.
 
-    Shifted by the largest reward before exponentiating, so that r / beta1 of 1e4 is as exact as
-    of 1. beta1 -> 0 gives max r, beta1 -> inf gives mean r.
+    Shifted by the largest reward, so that r / beta1 of 1e4 is as exact as of 1. beta1 -> 0 gives max r, beta1 -> inf
+    mean r.
 
     Raises:
         ValueError: for an empty group or a reward that is not finite.

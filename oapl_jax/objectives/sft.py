@@ -3,16 +3,9 @@
 import dataclasses
 
 import numpy as np
-from jaxtyping import Bool, Float
 
 from oapl_jax.objectives import rloo
 
-
-def advantages(is_correct: Bool[np.ndarray, "G"]) -> Float[np.ndarray, "G"]:
-    """1 for a correct response and 0 for any other."""
-    return np.asarray(is_correct, np.float64)
-
-
 OBJECTIVE = dataclasses.replace(
-    rloo.OBJECTIVE, name="sft", advantages=lambda rewards, is_correct, options: advantages(is_correct)
+    rloo.OBJECTIVE, name="sft", advantages=lambda rewards, is_correct, options: np.asarray(is_correct, np.float64)
 )

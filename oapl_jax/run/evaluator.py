@@ -14,8 +14,8 @@ from oapl_jax.types import Metrics, Prompt
 class Evaluator:
     """Evaluates policies on the held-out prompts, one after the other, while the learner may go on.
 
-    ``count`` samples and grades with some weights, as ``SamplingSetup.count_held_out``. Where it is a collective of
-    several processes, it must not be called from a thread of its own: then evaluations are over when they are started.
+    ``count`` samples and grades with some weights, as ``SamplingSetup.count_held_out``. A collective of several
+    processes must not be called from a thread of its own: without one, evaluations are over when they are started.
     """
 
     def __init__(self, count: Callable[[Any, int], Counts], prompts: list[Prompt], *, has_thread: bool):
@@ -24,10 +24,10 @@ class Evaluator:
 
     def start(self, weights: Any, num_samples: int) -> "Future[Metrics]":
         """Begins to evaluate these weights, which must not change; without prompts there are no metrics."""
-        if self._thread is not None and self._prompts:
+        if self._thread is not None:
             return self._thread.submit(self._evaluate, weights, num_samples)
         done: Future[Metrics] = Future()
-        done.set_result(self._evaluate(weights, num_samples) if self._prompts else {})
+        done.set_result(self._evaluate(weights, num_samples))
         return done
 
     def close(self) -> None:
@@ -36,6 +36,8 @@ class Evaluator:
             self._thread.shutdown(cancel_futures=True)
 
     def _evaluate(self, weights: Any, num_samples: int) -> Metrics:
+        if not self._prompts:
+            return {}
         start = time.perf_counter()
         metrics = summarize(self._count(weights, num_samples), self._prompts)
         return {**metrics, "evaluation/seconds": time.perf_counter() - start}
@@ -63,9 +65,9 @@ class StepLog:
     def _write(self, *, may_wait: bool) -> None:
         while self._waiting:
             step, metrics, evaluation = self._waiting[0]
-            if evaluation is not None and not may_wait and not evaluation.done():
-                return
             if evaluation is not None:
+                if not may_wait and not evaluation.done():
+                    return
                 metrics = metrics | evaluation.result()
             self._waiting.popleft()
             if self._writer is not None:

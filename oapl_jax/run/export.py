@@ -39,38 +39,30 @@ def export(
     *,
     adapter: bool = False,
 ) -> pathlib.Path:
-    """Writes the learner's weights of a checkpoint, with config, tokenizer and generation config.
+    """Writes the learner's weights of a checkpoint, with config, tokenizer and generation config; returns the folder.
 
-    Args:
-        run_dir: of ``oapl_jax.train``.
-        out: the folder to write, replaced where it is a model; default ``RUN_DIR/export-STEP``.
-        step: of the checkpoint; default the newest.
-        dtype: of the weights in the file; default as they were trained.
-        adapter: only the adapters.
-
-    Returns:
-        The folder.
+    By default ``out`` is ``RUN_DIR/export-STEP``, ``step`` that of the newest checkpoint, and ``dtype`` as trained. A
+    model in ``out`` is replaced. ``adapter`` writes the adapters alone.
 
     Raises:
         ValueError: there is no run or no such checkpoint, it is damaged or of another model, ``out`` is something else,
             or adapters are wanted and none were trained.
     """
     train = read_config(run_dir, TrainConfig)
-    model = train.model
     step = choose_step(run_dir, step)
     out = run_dir / f"export-{step}" if out is None else out
     if adapter and not train.lora.rank:
         raise ValueError(f"{str(run_dir)!r} trained all weights (lora.rank=0), and has no adapters to export")
     if out.exists() and not any((out / name).is_file() for name in (hf.CONFIG_FILE, hf.ADAPTER_CONFIG_FILE)):
         raise ValueError(f"{str(out)!r} exists and is no model folder; it would be replaced: choose another")
-    start = model_path(model)
-    config, tokenizer = outline(model)
+    start = model_path(train.model)
+    config, tokenizer = outline(train.model)
     mesh, _ = make_meshes(MeshConfig(trainer="fsdp=1"), jax.devices("cpu"))
     params = _load((run_dir / CHECKPOINTS_FOLDER / str(step)).absolute(), _abstract(config, train, mesh))
     if adapter:
         return hf.save_adapter(out, config, params, train.lora, str(start))
     if train.lora.rank:
-        frozen = policy.load_params(model, start, config, mesh, train.run.seed, train.lora)
+        frozen = policy.load_params(train.model, start, config, mesh, train.run.seed, train.lora)
         params = lora.merged(lora.with_trained(frozen, params))
     folder = hf.save_folder(out, config, params, tokenizer, dtype)
     write_card(folder, train, run_dir, step, dtype or train.model.param_dtype)
@@ -127,17 +119,19 @@ def _load(folder: pathlib.Path, abstract_tree: tuple[TrainState, Any]) -> Any:
 
 
 def _load_array(folder: pathlib.Path, name: str, abstract: jax.ShapeDtypeStruct) -> jax.Array:
-    wanted = f"array {name} of shape {abstract.shape} that this run's config implies"
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     try:
         with context:
             array = ocp.load_checkpointables(str(folder), {"arrays": {name: abstract}})["arrays"][name]
+        if not isinstance(array, jax.Array):
+            raise LookupError("it is absent")
     except Exception as error:  # Orbax raises whatever its storage does
         reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"[:300]
-        raise ValueError(f"{folder}: cannot load {wanted} ({reason}); it is damaged or of another model") from error
-    if not isinstance(array, jax.Array):
-        raise ValueError(f"{folder}: has no {wanted}; it is of another model")
+        raise ValueError(
+            f"{folder}: cannot load array {name} of shape {abstract.shape} that this run's config implies ({reason}); it"
+            " is damaged or of another model"
+        ) from error
     return array
 
 

@@ -13,10 +13,6 @@ from oapl_jax.sources.setup import Drawn
 from oapl_jax.types import RunError
 
 
-class ParityError(RunError):
-    """Sampler and learner disagree about the policy."""
-
-
 def check_parity(config: TrainConfig, learner: Learner, params: Any, drawn: Sequence[Drawn]) -> float:
     """Scores the sampler's rollouts with the learner, and compares.
 
@@ -27,7 +23,7 @@ def check_parity(config: TrainConfig, learner: Learner, params: Any, drawn: Sequ
         Mean absolute difference in nats a token.
 
     Raises:
-        ParityError: it exceeds ``window.parity_tolerance``.
+        RunError: it exceeds ``window.parity_tolerance``.
     """
     batch = from_pairs(
         [(rollout.prompt_ids, rollout.token_ids) for rollout in drawn],
@@ -38,7 +34,7 @@ def check_parity(config: TrainConfig, learner: Learner, params: Any, drawn: Sequ
     difference = np.abs(logprobs - batch.sampler_logprobs)[batch.response_mask]
     mean = float(difference.mean())
     if not mean <= config.window.parity_tolerance:
-        raise ParityError(
+        raise RunError(
             f"parity gate: with the same weights, sampler and learner differ by {mean:.3g} nats a token on average"
             f" (largest {difference.max():.3g}, {difference.size} tokens); window.parity_tolerance is"
             f" {config.window.parity_tolerance:g}. The learner would regress onto that error. Likely causes: a sampler"

@@ -124,10 +124,9 @@ class Run:
         with self.trainer_lock, self.bar.stage(scoring):
             parity = check_parity(self.config, self.assembly.learner, self.state.params, scored)
         self.bar.note(f"parity gate: sampler and learner differ by {parity:.2g} nats a token")
-        before = self._evaluate_now(self.sampler_weights)
-        self.progress.before = before
-        self.is_best(before)
-        self.log.add(0, before)
+        self.progress.before = self._evaluate_now(self.sampler_weights)
+        self.is_best(self.progress.before)
+        self.log.add(0, self.progress.before)
         self.save()
         self.checkpoints.wait()  # before the first group is logged: a checkpoint ties the log to this config
 
@@ -165,7 +164,12 @@ class Run:
             taken = self.source.take(self.setup.groups_per_batch, self.poll, recorded)
             if taken is None or self.poll():
                 return None
-            self._check_lease()
+            if self.lease is not None and not self.lease.is_held:
+                raise RuntimeError(
+                    "this trainer could not show that it is alive for window.lease_seconds="
+                    f"{self.config.window.lease_seconds:g} (frozen, or run.dir cannot be written), and another may have"
+                    " taken over its run; start it again"
+                )
             digests = {group.id: digest(group) for group in taken.groups}
             self.record.record(step, self.progress.policy_version, digests)
             chosen.append(taken)
@@ -192,9 +196,8 @@ class Run:
             jax.block_until_ready(self.state)  # on all devices, before the lock is left
         self.progress.step += 1
         self.progress.num_rollouts += int(batch.segment_mask.sum())
-        metrics |= batches.describe(groups, self.config.data.sets) | {
-            "learner/padding": batches.padding(batch, learner.rows)
-        }
+        metrics |= batches.describe(groups, self.config.data.sets)
+        metrics["learner/padding"] = batches.padding(batch, learner.rows)
         return metrics, float(batch.response_mask.sum())
 
     def sync(self) -> Metrics:
@@ -262,7 +265,7 @@ class Run:
         progress.saved_versions = [*progress.saved_versions, progress.policy_version][-checkpoint.keep :]
         self.checkpoints.best_step = progress.best.get("step")
         with self.setup.device_lock:
-            meta = {**dataclasses.asdict(self.progress), "config": run_dir.identity(self.config)}
+            meta = {**dataclasses.asdict(progress), "config": run_dir.identity(self.config)}
             self.checkpoints.save(progress.step, (self.state.stored, self.sampler_weights), meta)
         if checkpoint.keep_rollouts and self.setup.trainers.is_leader:
             oldest = min(progress.policy_version + 1 - checkpoint.keep_rollouts, *progress.saved_versions)
@@ -336,15 +339,6 @@ class Run:
         self.bar.note(f"{name}: saved at step {self.progress.step}; the same command again goes on from here")
         raise PreemptedError(self.stop.received)
 
-    def _check_lease(self) -> None:
-        """Stops a trainer that was frozen for so long that another may have taken its run."""
-        if self.lease is not None and not self.lease.is_held:
-            raise RuntimeError(
-                "this trainer could not show that it is alive for window.lease_seconds="
-                f"{self.config.window.lease_seconds:g} (frozen, or run.dir cannot be written), and another may have"
-                " taken over its run; start it again"
-            )
-
 
 @contextlib.contextmanager
 def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iterator[Run]:
@@ -407,10 +401,10 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
         evaluator = Evaluator(count, setup.held_out, has_thread=cluster is None)
         stack.callback(source.close)
         stack.callback(evaluator.close)
-        steps, started_with = StepLog(writer), progress.num_dropped
-        opened = assembly, setup, progress, state, weights, source, evaluator, checkpoints, steps, record, bar, lease
-        run = Run(*opened, poll, stop, started, started_with)
-        del opened
+        run = Run(
+            *(assembly, setup, progress, state, weights, source, evaluator, checkpoints, StepLog(writer), record, bar),
+            *(lease, poll, stop, started, progress.num_dropped),
+        )
         del state, weights  # the run has them, and gives them up one after the other
         stack.callback(run.log.flush)
         if is_new:

@@ -61,8 +61,6 @@ def draw(
     devices (``is_sharded``), what is needed of it is found by sums over all of it: a gather would bring all logits to
     every device. Without ``can_truncate`` no sequence may have a top-k or a top-p, and there is less to compile.
     """
-    if vocab_size > logits.shape[0]:
-        raise ValueError(f"vocab_size={vocab_size}: the model has logits for {logits.shape[0]} ids only")
     with jax.named_scope("draw"):
         logits_NWB = _to_blocks(logits.astype(jnp.float32), vocab_size)
         # The barriers keep XLA from fusing what follows into one reduction over all logits instead of two.
@@ -214,15 +212,10 @@ def _highest_cut(
     at_low: Float[Array, "B"],
     high: Float[Array, "B"],
 ) -> Float[Array, "B"]:
-    """A cut that keeps what the highest one keeps at which a measure still reaches its goal.
+    """A cut that keeps what the highest one keeps at which a measure of the logits from there upwards reaches its goal.
 
-    Args:
-        measure: of the logits from a cut upwards.
-        least: what the measure gains at least by a logit at a cut; 0: less than rounding.
-        goal: positive.
-        low: a cut at which the goal is reached.
-        at_low: the measure at ``low``, or more.
-        high: the highest logit.
+    ``least`` is what the measure gains at least by a logit at a cut (0: less than rounding). The goal, which is positive,
+    is reached at ``low``; ``at_low`` is the measure there, or more. ``high`` is the highest logit.
     """
 
     def is_open(bracket: Bracket) -> Array:

@@ -119,23 +119,16 @@ def joins_layers(mesh: Mesh) -> bool:
 class Engine:
     """The compiled programs for one architecture and one shape of the decode state.
 
-    Args:
-        graphdef: structure half of ``nnx.split(Qwen(...))``, at the sampler's compute precision.
-        model_config: for the shape of the cache.
-        vocab_size: the tokenizer's length; embedding rows from it on are padding and never drawn.
-        stop_ids: tokens that end a response; the one drawn belongs to it.
-        num_rows: sequences decoded at once; there are twice as many slots, so that the sequences of a
-            group that do not fit at once can wait in slots for their turn.
-        num_pages: pages of the cache; None: enough for ``num_rows`` sequences of full length.
-        max_prompt_tokens: limit of a prompt; prompts are padded to a few lengths up to it.
-        max_response_tokens: limit of a response.
-        decode_steps: most tokens of a sequence per call of ``generate``.
-        mesh: devices of one replica: kv heads go over ``tensor``, the other axes have size 1.
-        page_size: tokens of a page.
-        cache_dtype: precision of keys and values; int8 is only read by ``dense`` and ``xla``.
-        attention: how decode steps read the cache; None: ``dense`` on CPU, else ``choose_implementation``.
-        join_layers: decode steps read a copy of the layers; None: where ``joins_layers`` says so. ``dense`` always does.
-        can_truncate: False: no request has a top-k or a top-p, and there is less to compile.
+    ``graphdef`` is the structure half of ``nnx.split(Qwen(...))``, at the sampler's compute precision. ``vocab_size`` is
+    the tokenizer's length: embedding rows from it on are padding and never drawn. One of ``stop_ids`` ends a response,
+    and belongs to it. ``num_rows`` sequences are decoded at once, at most ``decode_steps`` tokens of each per call of
+    ``generate``; there are twice as many slots, where sequences of a group wait for their turn. By default the cache has
+    pages for ``num_rows`` sequences of full length. ``mesh`` has the devices of one replica: kv heads go over
+    ``tensor``, the other axes have size 1. Only ``dense`` and ``xla`` read a cache of int8.
+
+    By default ``attention`` is ``dense`` on a CPU, and else what ``choose_implementation`` says, and decode steps read a
+    copy of the layers (``join_layers``) where ``joins_layers`` says so; with ``dense`` they always do. Without
+    ``can_truncate`` no request has a top-k or a top-p, and there is less to compile.
     """
 
     def __init__(
@@ -157,11 +150,6 @@ class Engine:
         join_layers: bool | None = None,
         can_truncate: bool = True,
     ):
-        outside = [i for i in stop_ids if not 0 <= i < vocab_size]
-        if outside or not stop_ids:
-            raise ValueError(f"stop ids {list(stop_ids)}: need at least one, each in 0..{vocab_size - 1}")
-        if mesh.size != mesh.shape["tensor"]:
-            raise ValueError(f"an engine runs on one replica, a mesh with the axis tensor only; this is {mesh.shape}")
         self.model_config, self.vocab_size = model_config, vocab_size
         self._abstract_params = abstract(model_config)[1]
         self.stop_ids = tuple(stop_ids)
@@ -236,9 +224,6 @@ class Engine:
     def prepare(self, params: Params) -> Prepared:
         """A policy version in the form that ``prefill`` and ``generate`` take; once for each version.
 
-        Where attention is ``dense`` this copies the layers, and an output matrix that has to be transposed. On a GPU
-        it copies the layers. Elsewhere nothing is copied.
-
         Raises:
             ValueError: the parameters are those of another architecture; names the first that differs.
         """
@@ -250,14 +235,7 @@ class Engine:
         return self._prepared(params, self._join)
 
     def prefill(self, policy: Prepared, prompt: Int[np.ndarray, "_P"]) -> Prefix:
-        """Runs a prompt, padded, through the model.
-
-        Raises:
-            ValueError: for an empty prompt, or one beyond the limit of a whole sequence.
-        """
-        limit = self.max_prompt_tokens + self.max_response_tokens
-        if not 0 < len(prompt) <= limit:
-            raise ValueError(f"prompt of {len(prompt)} tokens; the limit is 1 to {limit}")
+        """Runs a prompt, padded, through the model."""
         tokens = np.zeros((1, self.padded_length(len(prompt))), np.int32)
         tokens[0, : len(prompt)] = prompt
         return self._prefill(policy.params, tokens, np.array([len(prompt)], np.int32))
@@ -275,14 +253,9 @@ class Engine:
     ) -> tuple[DecodeState, Int[Array, "B X"]]:
         """Decodes a chunk of the sequences in some slots, until all have ended; the state is consumed.
 
-        Args:
-            policy: of ``prepare``.
-            state: of the call before.
-            slots: each at most once; out of range: padding.
-            page_table: pages of each sequence, enough for the tokens that the chunk may add.
-
-        Returns:
-            The new state, and everything else in one array for ``unpack``: one copy to the host.
+        A slot is named at most once; out of range it is padding. The table has enough pages of each sequence for the
+        tokens that the chunk may add. Returns the new state, and all else in one array for ``unpack``: one copy to the
+        host.
         """
         return self._generate(policy, np.asarray(slots, np.int32), page_table, state=state)
 

@@ -74,24 +74,15 @@ def paged_attend(
     them (otherwise every device holds all, as in ``sharding.shardings``). Scores and softmax are float32; ``"tpu"``
     rounds keys and values to bfloat16 whatever the pages' dtype, ``"gpu"`` rounds queries to the pages' dtype.
 
-    Args:
-        query: after norm and rope, not scaled.
-        k_pages: every number finite, unused pages as well: hidden tokens get weight 0, and 0 * NaN is NaN.
-        v_pages: like ``k_pages``.
-        page_table: page ``page_table[b, i]`` holds tokens ``i * S`` to ``i * S + S - 1`` of row b. Entries
-            beyond the row's length may be any number; they are clamped to a page that exists.
-        lengths: visible tokens; the result of a row with 0 is finite and means nothing.
-        mesh: the devices of the pages.
-        implementation: see ``choose_implementation``.
-        interpret: run the kernel in Pallas's interpreter, for tests on a CPU.
+    The query comes after norm and rope, not scaled. Page ``page_table[b, i]`` holds tokens ``i * S`` to ``i * S + S - 1``
+    of row b; entries beyond the row's length may be any number. Every number in the pages is finite, unused ones as
+    well: hidden tokens get weight 0, and 0 * NaN is NaN. The result of a row of length 0 is finite and means nothing.
+    ``interpret`` runs the kernel in Pallas's interpreter, for tests on a CPU.
 
     Raises:
-        ValueError: heads that the mesh cannot split or the kernel cannot take, or int8 pages for a kernel.
+        ValueError: heads that the mesh cannot split, or int8 pages for a kernel.
     """
-    H, C = query.shape[1:]
-    K, P, S, _ = k_pages.shape
-    if H % K:
-        raise ValueError(f"{H} query heads do not share {K} kv heads evenly; H must be a multiple of K")
+    _, P, S, C = k_pages.shape
     with jax.named_scope("paged_attention"):
         # The kernels load whole blocks of the table, used or not.
         page_table = jnp.clip(page_table, 0, P - 1).astype(jnp.int32)
@@ -129,10 +120,7 @@ def _attend_xla(query: Array, k_pages: Any, v_pages: Any, page_table: Array, len
 def _attend_tpu(
     query: Array, k_pages: Array, v_pages: Array, page_table: Array, lengths: Array, *, interpret: bool
 ) -> Array:
-    C, S = query.shape[-1], k_pages.shape[2]
-    if C % TPU_LANES and not interpret:
-        raise ValueError(f"head width {C}: the TPU kernel takes multiples of {TPU_LANES}; choose implementation 'xla'")
-    pages_per_block = max(1, min(page_table.shape[1], TPU_BLOCK_TOKENS // S))
+    pages_per_block = max(1, min(page_table.shape[1], TPU_BLOCK_TOKENS // k_pages.shape[2]))
     page_table = _pad_table(page_table, pages_per_block)
     num_rows = max(1, TPU_TABLE_ENTRIES // page_table.shape[1])
     with pltpu.force_tpu_interpret_mode() if interpret else contextlib.nullcontext():
@@ -195,13 +183,6 @@ def _over_mesh(
     heads = PartitionSpec(None, "tensor")
     pages = PartitionSpec("tensor") if is_split else PartitionSpec()
 
-    @functools.partial(
-        jax.shard_map,
-        mesh=mesh,
-        in_specs=(heads, pages, pages, PartitionSpec(), PartitionSpec()),
-        out_specs=heads,
-        check_vma=False,
-    )
     def on_device(query: Array, k_pages: Array, v_pages: Array, page_table: Array, lengths: Array) -> Array:
         if not is_split:
             # All kv heads are here and one is needed. Slicing it out would copy the pool, so the heads
@@ -211,4 +192,6 @@ def _over_mesh(
             k_pages, v_pages = (array.reshape(1, K * P, *array.shape[2:]) for array in (k_pages, v_pages))
         return attend(query, k_pages, v_pages, page_table, lengths)
 
-    return on_device(query, k_pages, v_pages, page_table, lengths)
+    specs = heads, pages, pages, PartitionSpec(), PartitionSpec()
+    mapped = jax.shard_map(on_device, mesh=mesh, in_specs=specs, out_specs=heads, check_vma=False)
+    return mapped(query, k_pages, v_pages, page_table, lengths)

@@ -40,14 +40,10 @@ class Scheduler(Generic[Tag]):
     The programs have fixed shapes: prompts are prefilled one by one, and every chunk has all rows. Then not even the
     last bits of a log-probability depend on what else is decoded, unless the pages run out. The price is idle rows.
 
-    Args:
-        engine: the programs.
-        device_lock: held while a program is enqueued, where trainer and sampler share devices of a mesh:
-            two programs with collectives, enqueued in different orders on different devices, would
-            wait for each other for ever. ``contextlib.nullcontext()`` where that cannot happen.
-        chunks_ahead: 1: the next chunk is enqueued before the results of the last are read, so that the
-            device never waits for the host; 0: after. None: 0 on CPU, where the host is the device.
-        decode: token ids to text, for stop strings.
+    ``device_lock`` is held while a program is enqueued, where trainer and sampler share devices of a mesh: two programs
+    with collectives, enqueued in different orders on different devices, would wait for each other for ever. With
+    ``chunks_ahead=1`` the next chunk is enqueued before the results of the last are read, so that the device never
+    waits for the host; the default is 0 on a CPU, where the host is the device. Stop strings need ``decode``.
     """
 
     def __init__(
@@ -101,9 +97,7 @@ class Scheduler(Generic[Tag]):
         """Puts a request in the queue.
 
         Raises:
-            ValueError: for an empty or overlong prompt, no rollouts, a limit out of range, log-probabilities
-                asked of a greedy request, truncation that the engine was not compiled for, stop strings without
-                ``decode``.
+            ValueError: it cannot be run on this engine; names the request and what is wrong.
         """
         limits = self._check(request)
         group = LiveGroup(request, self._num_submitted // (QUEUE * self._engine.num_rows))
@@ -229,19 +223,17 @@ class Scheduler(Generic[Tag]):
 
         Every live sequence may need another page in the next chunk; unless there are none, those are left free.
         """
-        page_size = self._engine.page_size
-        num_full, has_tail = length // page_size, length % page_size > 0
+        num_full, num_tail = length // self._engine.page_size, int(length % self._engine.page_size > 0)
         num_new = num_full - len(shared)
-        per_sequence = int(has_tail) + 1
         room = self._pool.num_free - num_new - len(self._live)
-        count = min(len(entry), room // per_sequence, len(self._free_slots))
+        count = min(len(entry), room // (num_tail + 1), len(self._free_slots))
         if count < 1:
             if self._live or self._chunks:
                 return []
             count = 1  # the engine has pages for one sequence of full length
         full = self._pool.share(shared) + self._pool.take(num_new)
         for i, sequence in enumerate(entry[:count]):
-            sequence.pages = (full if i == 0 else self._pool.share(full)) + self._pool.take(int(has_tail))
+            sequence.pages = (full if i == 0 else self._pool.share(full)) + self._pool.take(num_tail)
             sequence.slot = self._free_slots.pop()
             self._live.append(sequence)
         return entry[:count]
@@ -349,17 +341,15 @@ class Scheduler(Generic[Tag]):
             if sequence.has_ended:
                 continue
             num_before = sequence.num_tokens
-            is_done = sequence.take(decoded, row, self._decode)
+            sequence.has_ended = sequence.take(decoded, row, self._decode)
             self.stats.live_row_steps += int(decoded.is_valid[row, 1:].sum())
             self.stats.tokens += sequence.num_tokens - num_before
-            if not is_done:
-                continue
-            self._release(sequence)
-            sequence.has_ended = True
-            request, rollouts = sequence.group.request, sequence.group.finished
-            rollouts[sequence.index] = sequence.rollout(self._engine.stop_ids)
-            if len(rollouts) == request.num_rollouts:
-                finished.append((request.tag, [rollouts[i] for i in range(len(rollouts))]))
+            if sequence.has_ended:
+                self._release(sequence)
+                request, rollouts = sequence.group.request, sequence.group.finished
+                rollouts[sequence.index] = sequence.rollout(self._engine.stop_ids)
+                if len(rollouts) == request.num_rollouts:
+                    finished.append((request.tag, [rollouts[i] for i in range(len(rollouts))]))
         return finished
 
     def _release(self, sequence: LiveSequence[Tag]) -> None:

@@ -66,13 +66,7 @@ class LiveSequence(Generic[Tag]):
         return np.concatenate([self.group.request.prompt_token_ids, *self.tokens])[: self.next_write]
 
     def take(self, decoded: Decoded, row: int, decode: Callable[[list[int]], str] | None) -> bool:
-        """Appends what a chunk has decoded in one of its rows, to the end of a stop string; whether that is the end.
-
-        Args:
-            decoded: the chunk.
-            row: the sequence's.
-            decode: token ids to text; needed where the request has stop strings.
-        """
+        """Appends what a chunk has decoded in one of its rows, to the end of a stop string; whether that is the end."""
         is_valid, is_done = decoded.is_valid[row], bool(decoded.is_done[row])
         tokens, logprobs = decoded.tokens[row, is_valid], decoded.logprobs[row, is_valid]
         if strings := self.group.request.distribution.stop_strings:

@@ -265,15 +265,11 @@ def test_bad_requests_are_refused_by_name(changes, message):
         Scheduler(make_engine(), contextlib.nullcontext()).submit(dataclasses.replace(request, **changes))
 
 
-def test_bad_engines_are_refused():
-    with pytest.raises(ValueError, match=r"stop ids \[1, 30\]"):
-        make_engine(stop_ids=(1, 30))
+def test_a_cache_without_room_for_one_sequence_is_refused():
     with pytest.raises(
         ValueError, match=r"no room for one sequence: 20 \+ 12 tokens need 8 pages of 4 tokens, .* has 7"
     ):
         make_engine(num_pages=7)
-    with pytest.raises(ValueError, match="one replica"):
-        make_engine(sampler_mesh="data=2")
 
 
 def test_parameters_of_another_architecture_are_refused():

@@ -287,8 +287,3 @@ def test_values_out_of_range_are_refused(field, values):
     for value in values:
         with pytest.raises(ValueError, match=re.escape(f"{field}={value!r} is out of range")):
             SamplingDistribution(**{field: value})
-
-
-def test_a_vocabulary_beyond_the_logits_is_refused():
-    with pytest.raises(ValueError, match="vocab_size=9: the model has logits for 8 ids only"):
-        draw_rows(np.zeros((1, 8), np.float32), [SamplingDistribution()], vocab_size=9)

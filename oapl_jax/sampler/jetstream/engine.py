@@ -116,7 +116,8 @@ class JetStreamEngine(engine_api.Engine):
     """JetStream's engine: slot ``i`` owns the rows from ``i * samples_per_slot`` on, rollouts of one prompt.
 
     The i-th request that is inserted draws from ``(seed, SERVING_STREAM, i)``; ``sampling`` is the distribution of those
-    that do not bring their own. ``is_chat`` is that of ``JetStreamTokenizer``.
+    that do not bring their own. ``is_chat`` is that of ``JetStreamTokenizer``. The engine has a multiple of
+    ``samples_per_slot`` rows, with pages of full length for each.
     """
 
     def __init__(
@@ -130,33 +131,22 @@ class JetStreamEngine(engine_api.Engine):
         seed: int,
         is_chat: bool = False,
     ):
-        if engine.num_rows % samples_per_slot:
-            raise ValueError(
-                f"{engine.num_rows} rows of the engine are no multiple of samples_per_slot={samples_per_slot}"
-            )
         if engine.max_prompt_tokens >= LONGEST_PREFILL:
             raise ValueError(
                 f"max_prompt_tokens={engine.max_prompt_tokens}: JetStream takes less than {LONGEST_PREFILL}"
             )
-        self._engine, self._policy = engine, engine.prepare(params)
+        self.programs, self._policy = engine, engine.prepare(params)
         self._tokenizer = JetStreamTokenizer(tokenizer, engine.stop_ids, is_chat=is_chat)
         self._samples_per_slot, self.sampling, self._seed = samples_per_slot, sampling, seed
         # JetStream has no word in which pages a slot gets, so each row has its own for good.
         rows = np.arange(engine.num_rows, dtype=np.int32)
         self._own_pages = rows[:, None] * engine.max_pages + np.arange(engine.max_pages, dtype=np.int32)
         self._page_table = self._own_pages.copy()
-        if engine.num_pages < self._own_pages.size:
-            raise ValueError(f"{engine.num_pages} pages: every row needs its own, {self._own_pages.size} in all")
         self._num_inserted = itertools.count()
         # JetStream prefills and generates in two threads; see Scheduler for why they must take turns.
         self._is_shared = engine.mesh.size > 1
         self._device_lock = threading.Lock() if self._is_shared else contextlib.nullcontext()
         self._report = jax.jit(functools.partial(_report, engine.decode_steps, engine.max_response_tokens))
-
-    @property
-    def programs(self) -> Engine:
-        """The programs that this adapts, with all limits."""
-        return self._engine
 
     def load_params(self, *args: Any, **kwargs: Any) -> Prepared:
         """The policy in the form that the programs take."""
@@ -165,7 +155,7 @@ class JetStreamEngine(engine_api.Engine):
     def init_decode_state(self, *args: Any, **kwargs: Any) -> DecodeState:
         """A state with all slots free."""
         with self._device_lock:
-            return self._finished(self._engine.init_decode_state())
+            return self._finished(self.programs.init_decode_state())
 
     def warm_up(self) -> None:
         """Compiles what every request needs, by a short one: what does not fit in memory fails here."""
@@ -187,7 +177,7 @@ class JetStreamEngine(engine_api.Engine):
         ``sampler`` is a ``SamplingDistribution``, that of this request's responses.
 
         Raises:
-            ValueError: for an empty prompt, an existing prefix, or another kind of sampler.
+            ValueError: for an existing prefix, or another kind of sampler.
         """
         if existing_prefix is not None:
             raise ValueError("existing_prefix: prefilling onto another prefix is not supported")
@@ -195,14 +185,13 @@ class JetStreamEngine(engine_api.Engine):
             raise ValueError(
                 f"sampler={sampler!r}: give SamplingDistribution; the draw is part of the compiled programs"
             )
-        token_ids = np.asarray(padded_tokens, np.int32)[:true_length]
+        token_ids, limit = np.asarray(padded_tokens, np.int32)[:true_length], self.programs.max_prompt_tokens
         token_ids = token_ids[token_ids != NO_BOS]
-        if len(token_ids) > self._engine.max_prompt_tokens:
-            limit = self._engine.max_prompt_tokens
+        if len(token_ids) > limit:
             logging.getLogger(__name__).warning("prompt of %d tokens: only the last %d are used", true_length, limit)
             token_ids = token_ids[-limit:]
         with self._device_lock:
-            prefix = self._finished(self._engine.prefill(params, token_ids))
+            prefix = self._finished(self.programs.prefill(params, token_ids))
         return PromptPrefix(prefix, len(token_ids), sampler or self.sampling)
 
     def insert(self, prefix: PromptPrefix, decode_state: DecodeState, slot: int) -> DecodeState:
@@ -216,7 +205,7 @@ class JetStreamEngine(engine_api.Engine):
         would take the column that is empty in later chunks for the end of the response, so the last
         token of every chunk is held back as if it had just been inserted: it comes first in the next.
         """
-        engine, k = self._engine, self._engine.decode_steps
+        engine, k = self.programs, self.programs.decode_steps
         slots = np.arange(engine.num_rows, dtype=np.int32)
         with self._device_lock:
             # A copy, because the program may read it after insert has changed the table.
@@ -244,7 +233,7 @@ class JetStreamEngine(engine_api.Engine):
     @property
     def max_concurrent_decodes(self) -> int:
         """Slots."""
-        return self._engine.num_rows // self._samples_per_slot
+        return self.programs.num_rows // self._samples_per_slot
 
     @property
     def samples_per_slot(self) -> int:
@@ -254,12 +243,12 @@ class JetStreamEngine(engine_api.Engine):
     @property
     def max_prefill_length(self) -> int:
         """The power of two that holds the longest prompt and ``NO_BOS``; JetStream knows powers of two only."""
-        return max(16, 1 << self._engine.max_prompt_tokens.bit_length())
+        return max(16, 1 << self.programs.max_prompt_tokens.bit_length())
 
     @property
     def mesh(self) -> Mesh:
         """The sampler's devices."""
-        return self._engine.mesh
+        return self.programs.mesh
 
     @property
     def colocated_cpus(self) -> None:
@@ -268,7 +257,7 @@ class JetStreamEngine(engine_api.Engine):
 
     def _insert(self, prefix: PromptPrefix, state: DecodeState, slot: int, index: int) -> DecodeState:
         """Starts the rollouts of request ``index`` in the rows of a slot."""
-        engine, G, num_full = self._engine, self._samples_per_slot, prefix.length // self._engine.page_size
+        engine, G, num_full = self.programs, self._samples_per_slot, prefix.length // self.programs.page_size
         rows = np.arange(slot * G, (slot + 1) * G, dtype=np.int32)
         # The rollouts share the pages that the prompt fills.
         self._page_table[rows] = self._own_pages[rows]
