@@ -157,9 +157,8 @@ def load_config(folder: pathlib.Path) -> qwen.QwenConfig:
 
 def _file_of_other_head(folder: pathlib.Path) -> pathlib.Path | None:
     """The file with an output matrix that differs from the embedding; None where the weights have none."""
-    if not any((folder / name).is_file() for name in (INDEX_FILE, WEIGHTS_FILE)):
-        return None  # a config alone
-    files, names = _find_tensors(folder), (LAYOUT["lm_head"].name, LAYOUT["embedding"].name)
+    has_weights = any((folder / name).is_file() for name in (INDEX_FILE, WEIGHTS_FILE))
+    files, names = _find_tensors(folder) if has_weights else {}, (LAYOUT["lm_head"].name, LAYOUT["embedding"].name)
     if any(name not in files for name in names):
         return None
     with contextlib.ExitStack() as stack:

@@ -123,15 +123,15 @@ def _score(scoring: _Scoring, hidden: Array, unembedding: Array, targets: Array,
 
 
 def _score_forward(scoring: _Scoring, hidden: Array, unembedding: Array, targets: Array, mask: Array) -> Any:
-    run = _on_devices(scoring, _forward, [ROWS, _gathered(scoring), ROWS, ROWS], (ROWS, ROWS, ROWS))
+    run = _on_devices(scoring, _forward, [ROWS, _spec(scoring, None), ROWS, ROWS], (ROWS, ROWS, ROWS))
     logprobs, entropy, normalizer = run(hidden, unembedding.astype(hidden.dtype), targets, mask)
     return (logprobs, entropy), (hidden, unembedding, targets, mask, normalizer)
 
 
 def _score_backward(scoring: _Scoring, saved: Any, cotangents: tuple[Array, Array]) -> Any:
     hidden, unembedding, *rows = saved
-    gradient_spec = P(*({"D": "fsdp", "V": "tensor"}[letter] for letter in scoring.letters))
-    run = _on_devices(scoring, _backward, [ROWS, _gathered(scoring), *[ROWS] * 4], (ROWS, gradient_spec))
+    specs = [ROWS, _spec(scoring, None), *[ROWS] * 4]
+    run = _on_devices(scoring, _backward, specs, (ROWS, _spec(scoring, "fsdp")))
     gradients = run(hidden, unembedding.astype(hidden.dtype), *rows, cotangents[0])
     return gradients[0], gradients[1].astype(unembedding.dtype), None, None
 
@@ -142,9 +142,9 @@ ROWS = P(BATCH_AXES, "context")
 """Each device scores its own tokens."""
 
 
-def _gathered(scoring: _Scoring) -> P:
-    """The unembedding, gathered from fsdp."""
-    return P(*({"D": None, "V": "tensor"}[letter] for letter in scoring.letters))
+def _spec(scoring: _Scoring, of_embed: str | None) -> P:
+    """Of the unembedding; None: gathered from fsdp."""
+    return P(*({"D": of_embed, "V": "tensor"}[letter] for letter in scoring.letters))
 
 
 def _on_devices(scoring: _Scoring, run: Any, in_specs: list[P], out_specs: tuple[P, ...]) -> Any:

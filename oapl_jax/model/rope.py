@@ -18,11 +18,7 @@ NEEDED = {
     "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": {"factor", "original_max_position_embeddings"},
 }
-OPTIONAL = {
-    "linear": set(),
-    "llama3": set(),
-    "yarn": {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
-}
+OPTIONAL = {"yarn": {"attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +52,11 @@ class RopeScaling:
             return None
         if kind not in NEEDED:
             raise ValueError(f"rope type {kind!r} is not implemented; known: default, {', '.join(NEEDED)}")
-        given = {key: value for key, value in values.items() if value is not None}
-        for key in ("type", "rope_type", "rope_theta"):
-            given.pop(key, None)
+        names = values.keys() - {"type", "rope_type", "rope_theta"}
+        given = {key: values[key] for key in names if values[key] is not None}
         if kind != "linear":
             given.setdefault("original_max_position_embeddings", max_position_embeddings)
-        lacking, unknown = NEEDED[kind] - given.keys(), given.keys() - NEEDED[kind] - OPTIONAL[kind]
+        lacking, unknown = NEEDED[kind] - given.keys(), given.keys() - NEEDED[kind] - OPTIONAL.get(kind, set())
         if lacking or unknown:
             words = f"lacks {', '.join(sorted(lacking))}" if lacking else f"{min(unknown)!r} is not implemented"
             raise ValueError(f"rope type {kind!r}: {words}")
@@ -94,12 +89,10 @@ class RopeScaling:
         exponents = np.arange(0, head_dim, 2) / head_dim
         if self.rope_type == "linear":
             return np.zeros_like(exponents)
-        context = self.original_max_position_embeddings
-        assert context is not None
+        context: Any = self.original_max_position_embeddings
         if self.rope_type == "llama3":
-            low, high = self.low_freq_factor, self.high_freq_factor
-            assert low is not None
-            assert high is not None
+            low: Any = self.low_freq_factor
+            high: Any = self.high_freq_factor
             turns = context * theta**-exponents / (2 * math.pi)
             return np.clip((turns - low) / (high - low), 0, 1)
 
