@@ -14,16 +14,13 @@ from oapl_jax.types import RunError
 
 
 def check_parity(config: TrainConfig, learner: Learner, params: Any, drawn: Sequence[Drawn]) -> float:
-    """Scores the sampler's rollouts with the learner, and compares.
+    """Scores the sampler's rollouts with the learner; returns the mean absolute difference in nats a token.
 
-    With a truncated distribution (top-k, top-p) the sampler's log-probabilities are higher by right; the
-    comparison then measures that too, and the tolerance has to allow for it.
-
-    Returns:
-        Mean absolute difference in nats a token.
+    With a truncated distribution (top-k, top-p) the sampler's log-probabilities are higher by right, and the tolerance
+    has to allow for it.
 
     Raises:
-        RunError: it exceeds ``window.parity_tolerance``.
+        RunError: the difference exceeds ``window.parity_tolerance``.
     """
     batch = from_pairs(
         [(rollout.prompt_ids, rollout.token_ids) for rollout in drawn],

@@ -36,9 +36,8 @@ class _AnyTokenizer(CharacterTokenizer):
 def load(config: TrainConfig, known: ConfigError | None = None) -> tuple[Assembly, Inputs]:
     """The assembly of a run on this machine's devices, and what the run reads; no weights.
 
-    Args:
-        config: of the run, or the rest of one that has mistakes.
-        known: these mistakes: what reads their sections is left out, and they are raised with the others.
+    Of a config with ``known`` mistakes it gets the rest: what reads their sections is left out, and they are raised with
+    the others.
 
     Raises:
         ConfigError: every mistake in model, data, graders, devices and run directory.
@@ -57,10 +56,8 @@ def load(config: TrainConfig, known: ConfigError | None = None) -> tuple[Assembl
     everything = TrainConfig.model_fields
     attempt(everything, lambda: run_dir.check_run(config, TrainConfig))
     grader = attempt(("data", "reward"), lambda: make_grader(config))  # its processes start beside what follows
-    outlined, meshes = (
-        attempt(("model",), lambda: outline(config.model)),
-        attempt(("mesh",), lambda: make_meshes(config.mesh)),
-    )
+    outlined = attempt(("model",), lambda: outline(config.model))
+    meshes = attempt(("mesh",), lambda: make_meshes(config.mesh))
     tokenizer, assembly = outlined[1] if outlined else _AnyTokenizer(), None
     if outlined and meshes:
         stops = attempt(("sampler",), lambda: Stops(tokenizer, SamplingDistribution.of(config.sampler)).ids)

@@ -100,18 +100,6 @@ def uniforms(keys: Key[Array, "B"], positions: Int[Array, "B"]) -> Float[Array, 
     return (((bits >> 9).astype(jnp.float32) + 0.5) * 2.0**-23).T
 
 
-class Bracket(NamedTuple):
-    """Where a cut has been narrowed to."""
-
-    step: Int[Array, ""]
-    reaches: Int[Array, "B"]
-    """Ordinal of the highest cut known to reach the goal."""
-    fails: Int[Array, "B"]
-    """Ordinal of the lowest one known not to."""
-    at_reaches: Float[Array, "B"]
-    at_fails: Float[Array, "B"]
-
-
 def _to_blocks(logits: Float[Array, "V B"], vocab_size: int) -> Float[Array, "N W B"]:
     """Consecutive ids in blocks; -inf for padding."""
     num_ids = logits.shape[0]
@@ -216,17 +204,21 @@ def _highest_cut(
 
     ``least`` is what the measure gains at least by a logit at a cut (0: less than rounding). The goal, which is positive,
     is reached at ``low``; ``at_low`` is the measure there, or more. ``high`` is the highest logit.
+
+    A bracket has the ordinals of the highest cut known to reach the goal and of the lowest known to fail, and the
+    measure at both.
     """
 
-    def is_open(bracket: Bracket) -> Array:
+    def is_open(reaches: Array, fails: Array, at_reaches: Array, at_fails: Array) -> Array:
         # Ended where the goal is just met, where one logit is left between the two cuts, and, with ties
         # at the cut, where the two are neighbours among the numbers.
-        one = 1.5 * least(_from_ordinal(bracket.reaches))
-        is_ended = (bracket.at_reaches == goal) | (bracket.at_reaches - bracket.at_fails < one)
-        return ~is_ended & (bracket.reaches + 1 < bracket.fails)
+        one = 1.5 * least(_from_ordinal(reaches))
+        is_ended = (at_reaches == goal) | (at_reaches - at_fails < one)
+        return ~is_ended & (reaches + 1 < fails)
 
-    def halve(bracket: Bracket) -> Bracket:
-        step, reaches, fails, at_reaches, at_fails = bracket
+    def halve(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        step, *bracket = carry
+        reaches, fails, at_reaches, at_fails = bracket
         # Logits that matter span tens: halving their values parts neighbours soonest. Halving the bits
         # every fourth time bounds the passes whatever the spread is.
         value = _from_ordinal(reaches) / 2 + _from_ordinal(fails) / 2
@@ -235,18 +227,12 @@ def _highest_cut(
         middle = jnp.where((step % 4 == 3) | jnp.isinf(value), by_bits, by_value)
         at_middle = measure(_from_ordinal(middle))
         # A row that has ended stays, so that no row depends on its neighbours.
-        rises, falls = is_open(bracket) & (at_middle >= goal), is_open(bracket) & (at_middle < goal)
-        return Bracket(
-            step + 1,
-            jnp.where(rises, middle, reaches),
-            jnp.where(falls, middle, fails),
-            jnp.where(rises, at_middle, at_reaches),
-            jnp.where(falls, at_middle, at_fails),
-        )
+        rises, falls = is_open(*bracket) & (at_middle >= goal), is_open(*bracket) & (at_middle < goal)
+        reaches, fails = jnp.where(rises, middle, reaches), jnp.where(falls, middle, fails)
+        return step + 1, reaches, fails, jnp.where(rises, at_middle, at_reaches), jnp.where(falls, at_middle, at_fails)
 
-    bracket = Bracket(jnp.int32(0), _to_ordinal(low), _to_ordinal(high) + 1, at_low, jnp.zeros_like(goal))
-    ended = jax.lax.while_loop(lambda bracket: jnp.any(is_open(bracket)), halve, bracket)
-    return _from_ordinal(ended.reaches)
+    carry = jnp.int32(0), _to_ordinal(low), _to_ordinal(high) + 1, at_low, jnp.zeros_like(goal)
+    return _from_ordinal(jax.lax.while_loop(lambda carry: jnp.any(is_open(*carry[1:])), halve, carry)[1])
 
 
 def _to_ordinal(x: Float[Array, "B"]) -> Int[Array, "B"]:

@@ -138,7 +138,8 @@ class Scheduler(Generic[Tag]):
             for number, padded in enumerate(prompts, 1):
                 say(f"compiling sampler program {number} {count}: prompts of up to {padded} tokens")
                 prefix = engine.prefill(policy, np.zeros(min(padded, engine.max_prompt_tokens), np.int32))
-                self._state = engine.insert(prefix, self._state, self._empty_start(padded, group_size))
+                start = self._empty_start(padded, group_size, SamplingDistribution())
+                self._state = engine.insert(prefix, self._state, start)
             slots = np.full(engine.num_rows, engine.num_slots)
             for number, num_pages in enumerate(tables, len(prompts) + 1):
                 say(
@@ -246,7 +247,7 @@ class Scheduler(Generic[Tag]):
         num_full = len(prefix) // engine.page_size
         # The rest of a group, which waited for slots, runs the program of the whole group.
         num_sequences = max(len(sequences), min(request.num_rollouts, engine.num_slots))
-        start = self._empty_start(engine.padded_length(len(prefix)), num_sequences)
+        start = self._empty_start(engine.padded_length(len(prefix)), num_sequences, request.distribution)
         start.full_pages[num_shared:num_full] = sequences[0].pages[num_shared:num_full]
         for i, sequence in enumerate(sequences):
             start.slots[i], start.ends[i] = sequence.slot, sequence.end
@@ -254,16 +255,13 @@ class Scheduler(Generic[Tag]):
             start.given[i] = sequence.tokens[-1][-1] if sequence.num_tokens else -1
             if len(prefix) % engine.page_size:
                 start.tail_pages[i] = sequence.pages[-1]
-        distributions = [request.distribution] * len(sequences)
-        distributions += [SamplingDistribution()] * (len(start.slots) - len(distributions))
-        start = start._replace(distribution=engine.distributions(distributions))
         self._count_gap()
         with self._device_lock:
             self._state = engine.insert(engine.prefill(policy, prefix), self._state, start)
             self._finish_on_device(self._state)
         self.stats.prefill_tokens += len(prefix)
 
-    def _empty_start(self, padded_length: int, num_sequences: int) -> Start:
+    def _empty_start(self, padded_length: int, num_sequences: int, distribution: SamplingDistribution) -> Start:
         engine = self._engine
         rows = 1 << (num_sequences - 1).bit_length()
         return Start(
@@ -271,7 +269,7 @@ class Scheduler(Generic[Tag]):
             seeds=np.zeros((rows, 4), np.uint32),
             ends=np.zeros(rows, np.int32),
             given=np.full(rows, -1, np.int32),
-            distribution=engine.distributions([SamplingDistribution()] * rows),
+            distribution=engine.distributions([distribution] * rows),
             full_pages=np.full(padded_length // engine.page_size, engine.num_pages, np.int32),
             tail_pages=np.full(rows, engine.num_pages, np.int32),
         )
@@ -289,10 +287,8 @@ class Scheduler(Generic[Tag]):
             sequences.append(sequence)
         sequences.sort(key=lambda sequence: sequence.started)
         for sequence in list(sequences):
-            if sequence.slot is None:
-                continue  # preempted for an older one
-            num_missing = self._pages_needed(sequence) - len(sequence.pages)
-            while num_missing > self._pool.num_free:
+            # A sequence without a slot was preempted for an older one, or has ended.
+            while sequence.slot is not None and self._pages_missing(sequence) > self._pool.num_free:
                 if self._chunks:
                     finished += self._postprocess()  # what has ended frees pages, and none in flight may be preempted
                 else:
@@ -300,17 +296,14 @@ class Scheduler(Generic[Tag]):
                     self._release(preempted)
                     self._enqueue([preempted])
                     self.stats.preemptions += 1
-                if sequence.slot is None:
-                    break
-                num_missing = self._pages_needed(sequence) - len(sequence.pages)
-            else:
-                sequence.pages += self._pool.take(max(num_missing, 0))
+            if sequence.slot is not None:
+                sequence.pages += self._pool.take(max(self._pages_missing(sequence), 0))
         return [s for s in sequences if s.slot is not None and not self._surely_ends(s)], finished
 
-    def _pages_needed(self, sequence: LiveSequence[Tag]) -> int:
+    def _pages_missing(self, sequence: LiveSequence[Tag]) -> int:
         """For every position that the next chunk may write; the last token of a response is not written."""
         last = sequence.next_write + (sequence.num_unread + 1) * self._engine.decode_steps
-        return self._engine.pages_of(min(last, sequence.end - 1))
+        return self._engine.pages_of(min(last, sequence.end - 1)) - len(sequence.pages)
 
     def _run_chunk(self, policy: Prepared, sequences: list[LiveSequence[Tag]]) -> None:
         """Enqueues a chunk of decode steps."""

@@ -86,7 +86,9 @@ class CheckedOrchestrator(orchestrator.LLMOrchestrator):
         has_text = request.HasField("text_content")
         strings = self._engine.sampling.stop_strings
         outputs = [_Output(self._tokenizer, limit, strings, has_text) for _ in range(self._engine.samples_per_slot)]
-        stream: Any = super().Decode(_request(prompt, max_tokens), context)
+        message: Any = jetstream_pb2.DecodeRequest  # pyright: ignore[reportAttributeAccessIssue]
+        checked = message(token_content=message.TokenContent(token_ids=prompt), max_tokens=max_tokens)
+        stream: Any = super().Decode(checked, context)
         async with contextlib.aclosing(stream) as responses:
             async for response in responses:
                 for output, sample in zip(outputs, response.stream_content.samples, strict=True):
@@ -151,11 +153,6 @@ class _Output:
                 sure = sure[: len(sure) - max(begun, default=0)]
             sample.text, self.rest = sure[len(self._text) :], whole[len(sure) :]
             self._text = sure
-
-
-def _request(token_ids: list[int], max_tokens: int) -> Any:
-    message: Any = jetstream_pb2.DecodeRequest  # pyright: ignore[reportAttributeAccessIssue]
-    return message(token_content=message.TokenContent(token_ids=token_ids), max_tokens=max_tokens)
 
 
 def _response(texts: list[str]) -> Any:
