@@ -57,7 +57,7 @@ class Grade:
     reward: float
     detail: str = ""
     level: str = ""
-    """How strongly a program was shut off when it was graded (rewards/isolation.py); '' where none ran."""
+    """How strongly a program was shut off when it was graded (rewards/code/sandbox/isolation.py); '' where none ran."""
     cpu_ms: float = 0.0
     """CPU time that the verdict took, that of the program included."""
 

@@ -361,10 +361,10 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
         setup = make_setup(assembly, inputs, bar.note)
         stack.callback(setup.grading.close)
         make_warm_start(config)
+        lease = None
         if is_leader:
             run_dir.open_run(config, TrainConfig)
-        lease = _claim_run(stack, setup) if is_leader else None
-        if is_leader:
+            lease = _claim_run(stack, setup)
             (directory / SUMMARY_FILE).unlink(missing_ok=True)  # of a run that goes on
         setup.trainers.wait()  # until the leader has the run
         stack.enter_context(bar)
@@ -384,10 +384,9 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
         record = writer = None
         if is_leader:
             record = BatchRecord(directory / "batches.jsonl", delete_after=progress.step if is_changed else None)
-            resume_step = None if is_new else progress.step
-            writer = stack.enter_context(
-                MetricsWriter(directory, config.logging, resume_step=resume_step, config=config_file.written(config))
-            )
+            resume_step, written = None if is_new else progress.step, config_file.written(config)
+            writer = MetricsWriter(directory, config.logging, resume_step=resume_step, config=written)
+            stack.enter_context(writer)
         if cluster is None and setup.turns is not None and config.mode == "online":
             start = time.perf_counter()
             with bar.stage("compiling the sampler"):
