@@ -278,10 +278,9 @@ def _check_tensors(folder: pathlib.Path, config: qwen.QwenConfig, params: Any, f
     for file_name in sorted(set(files.values())):
         with safe_open(folder / file_name, "np") as file:
             for name in file.keys():  # noqa: SIM118 - no dict
-                shape = tuple(file.get_slice(name).get_shape()) if name in expected else None
-                if shape is not None and shape != expected[name]:
+                if name in expected and (shape := list(file.get_slice(name).get_shape())) != list(expected[name]):
                     raise ValueError(
-                        f"{folder / file_name}: tensor {name} has shape {list(shape)}, {CONFIG_FILE} implies"
+                        f"{folder / file_name}: tensor {name} has shape {shape}, {CONFIG_FILE} implies"
                         f" {list(expected[name])}"
                     )
 

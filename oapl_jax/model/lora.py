@@ -66,13 +66,12 @@ def adapt(layer: Any, config: LoraConfig, rngs: nnx.Rngs) -> None:
 
 def trained(params: Any) -> Any:
     """The part of a policy's parameters that training changes: the adapters; without any, everything."""
-    return _split(params)[0]
+    return nnx.split_state(params, nnx.LoRAParam, ...)[0] if has_adapters(params) else params
 
 
 def with_trained(params: Any, new: Any) -> Any:
     """The policy whose trained part, see ``trained``, is another."""
-    frozen = _split(params)[1]
-    return new if frozen is None else nnx.merge_state(frozen, new)
+    return nnx.merge_state(nnx.split_state(params, nnx.LoRAParam, ...)[1], new) if has_adapters(params) else new
 
 
 def attached(base: Any, adapters: Any) -> Any:
@@ -109,11 +108,3 @@ def _merge(base: Array, down: nnx.Variable, up: nnx.Variable) -> Array:
     inputs, outputs = "abc"[: down.axes.index("rank") - 1], "xyz"[: len(up.axes) - 2]
     product = jnp.einsum(f"l{inputs}r,lr{outputs}->l{inputs}{outputs}", down.get_value(), up.get_value())
     return (base.astype(jnp.float32) + up.scale * product).astype(base.dtype)
-
-
-def _split(params: Any) -> tuple[Any, Any | None]:
-    """What is trained, and what is frozen: None where nothing is."""
-    if not has_adapters(params):
-        return params, None
-    adapters, frozen = nnx.split_state(params, nnx.LoRAParam, ...)
-    return adapters, frozen
