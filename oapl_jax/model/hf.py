@@ -17,7 +17,7 @@ import math
 import pathlib
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import IO, Any, NamedTuple
 
@@ -190,7 +190,7 @@ def load_params(
     _check_tensors(folder, config, params, files)
 
     def load(path: tuple[Any, ...], leaf: nnx.Variable, target: nnx.Variable) -> nnx.Variable:
-        layout = _layout(config)[_path_name(path)]
+        layout = _layout(config, path)
         return leaf.replace(_load_stacked(folder, files, layout, leaf.shape, leaf.dtype, target.get_value()))
 
     return config, jax.tree_util.tree_map_with_path(load, params, placed, is_leaf=_is_variable)
@@ -218,12 +218,10 @@ def resolve(source: str | pathlib.Path) -> pathlib.Path:
         ) from error
 
 
-def _layout(config: qwen.QwenConfig) -> dict[str, TensorLayout]:
-    return EXPERT_LAYOUT if config.num_experts else LAYOUT
-
-
-def _path_name(path: tuple[Any, ...]) -> str:
-    return "/".join(str(entry.key) for entry in path)
+def _layout(config: qwen.QwenConfig, path: Sequence[Any]) -> TensorLayout:
+    """Of the parameter at a path of JAX, or at one of flax."""
+    name = "/".join(str(getattr(entry, "key", entry)) for entry in path)
+    return (EXPERT_LAYOUT if config.num_experts else LAYOUT)[name]
 
 
 def _is_variable(leaf: Any) -> bool:
@@ -290,7 +288,7 @@ def _all_tensors(
 ) -> Iterator[tuple[str, TensorLayout, tuple[int, ...], tuple[nnx.Variable, tuple[int, ...]]]]:
     """Each tensor of the file: name, layout, our shape of it, and (parameter, index of the stacked dimensions)."""
     for path, leaf in jax.tree_util.tree_flatten_with_path(params, is_leaf=_is_variable)[0]:
-        layout = _layout(config)[_path_name(path)]
+        layout = _layout(config, path)
         for index in np.ndindex(*leaf.shape[: layout.num_stacked]):
             yield layout.hf_name(index), layout, leaf.shape[layout.num_stacked :], (leaf, index)
 
@@ -375,7 +373,7 @@ def save_adapter(
     """
     tensors = {}
     for path, leaf in nnx.to_flat_state(lora.trained(params)):
-        name, layout = {"down": "lora_A", "up": "lora_B"}[str(path[-1])], _layout(config)["/".join(map(str, path[:-1]))]
+        name, layout = {"down": "lora_A", "up": "lora_B"}[str(path[-1])], _layout(config, path[:-1])
         rows = leaf.axes.index("rank") if name == "lora_A" else 2  # dimensions up to the matrix's columns
         for i, matrix in enumerate(np.asarray(leaf[...], np.float32)):
             matrix = matrix.reshape(math.prod(matrix.shape[: rows - 1]), -1).T  # torch's Linear is [out, in]

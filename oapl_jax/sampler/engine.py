@@ -44,7 +44,7 @@ class Prepared(NamedTuple):
 
     params: Params
     layers: list[Layer] | None
-    """For ``dense``, and on a GPU; see ``joins_layers`` and ``sampler/cpu/joined_layers.py``."""
+    """For ``dense``, and on a GPU; see ``joins_layers``."""
     head: Float[Array, "V D"] | None
     """For ``dense``."""
 
@@ -108,10 +108,9 @@ class Decoded(NamedTuple):
 
 
 def joins_layers(mesh: Mesh) -> bool:
-    """Whether decode steps read a copy of the layers, one by one, for another reason than ``dense``.
+    """Whether decode steps read a copy of the layers for another reason than ``dense``: see ``sampler/cpu/joined_layers.py``.
 
-    On a GPU a scan cuts each layer out of the stack before it multiplies: its weights are read twice and written once
-    in every step. Layers that are split over devices are not joined.
+    Layers that are split over devices are not joined.
     """
     return mesh.size == 1 and mesh.devices.flat[0].platform == "gpu"
 

@@ -35,11 +35,8 @@ TPU_TABLE_ENTRIES = 128 * 1024
 TPU_LANES = 128
 """The TPU kernel takes head widths that are a multiple of this."""
 
-GPU_BLOCK_TOKENS = 128
-"""Tokens of one product in the GPU kernel, as in its default of 8 pages of 16."""
-
-GPU_MAX_SPLITS = 16
-"""Parts of a sequence that the GPU kernel computes side by side and then merges; its default."""
+GPU_BLOCK_TOKENS, GPU_MAX_SPLITS = 128, 16
+"""Tokens of one product in the GPU kernel, and parts of a sequence that it computes side by side; its defaults."""
 
 
 def choose_implementation(device: Any, dtype: DTypeLike, head_dim: int) -> Implementation:
