@@ -1,4 +1,4 @@
-"""One of four processes of ``test_transfer.py``: two have the weights, two get them; prints what went wrong, or nothing."""
+"""One of four processes of ``test_transfer.py``: two have the weights, two get them; prints each case, and what went wrong."""
 
 import argparse
 import json
@@ -28,25 +28,28 @@ CONFIG = {
 def main(argv):
     parser = argparse.ArgumentParser()
     start.add_options(parser)
-    parser.add_argument("--trainer")
-    parser.add_argument("--sampler")
-    parser.add_argument("--dtype")
-    parser.add_argument("--chunk", type=int)
+    parser.add_argument("--case", nargs=4, action="append", metavar=("TRAINER", "SAMPLER", "DTYPE", "CHUNK"))
     arguments = parser.parse_args(argv)
     start.initialize(arguments)
-    trainer_mesh, sampler_mesh = make_meshes(MeshConfig(trainer=arguments.trainer, sampler=arguments.sampler))
-    abstract = qwen.abstract(qwen.QwenConfig.from_hf(CONFIG))[1]
-    sync = WeightSync(abstract, trainer_mesh, arguments.dtype, rules=TRAINER_RULES)
-    source = sync.abstract(abstract)
     everyone = Team("all", range(jax.process_count()))
-    transfer = Transfer(source, shardings(source, sampler_mesh, SAMPLER_RULES), arguments.chunk, everyone.wait)
+    for trainer, sampler, dtype, chunk in arguments.case:
+        print(f"from {trainer} to {sampler} in {dtype}", flush=True)
+        check(MeshConfig(trainer=trainer, sampler=sampler), dtype, int(chunk), everyone)
+
+
+def check(mesh, dtype, chunk, everyone):
+    trainer_mesh, sampler_mesh = make_meshes(mesh)
+    abstract = qwen.abstract(qwen.QwenConfig.from_hf(CONFIG))[1]
+    sync = WeightSync(abstract, trainer_mesh, dtype, rules=TRAINER_RULES)
+    source = sync.abstract(abstract)
+    transfer = Transfer(source, shardings(source, sampler_mesh, SAMPLER_RULES), chunk, everyone.wait)
     # Every process knows the weights: all bits at random, NaNs and minus zeros among them.
     bits = np.random.default_rng(0)
     values = [
         np.frombuffer(bits.bytes(leaf.size * leaf.dtype.itemsize), leaf.dtype).reshape(leaf.shape)
         for leaf in jax.tree.leaves(source)
     ]
-    assert any(np.isnan(value.astype(np.float32)).any() for value in values) or arguments.dtype == "int8"
+    assert any(np.isnan(value.astype(np.float32)).any() for value in values) or dtype == "int8"
     for _ in range(2):  # the second with compiled programs
         if jax.process_index() in processes_of(trainer_mesh):
             leaves = [to_devices(v, s.sharding) for v, s in zip(values, jax.tree.leaves(source), strict=True)]

@@ -296,7 +296,13 @@ def test_loading_holds_one_parameter_on_the_host_and_not_the_model(tmp_path):
     assert peak < total + 2 * largest + 16  # MiB; a full host copy would be at least 2 * total
 
 
-@pytest.mark.parametrize("name", tiny.HF_CONFIGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in (*NAMES, "llama_llama3") else pytest.param(name, marks=pytest.mark.slow)
+        for name in tiny.HF_CONFIGS
+    ],
+)
 def test_transformers_model_survives_the_way_to_ours_and_back(name, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ def inputs(seed=0):
     return jnp.float32(hidden), jnp.float32(unembedding), jnp.asarray(rng.integers(0, 30, (B, T)))
 
 
+@functools.partial(jax.jit, static_argnames=("letters", "temperature", "vocab_size", "chunk", "mesh"))
 def score(hidden, unembedding, targets, mask=None, letters="DV", **options):
     mask = jnp.ones(targets.shape, bool) if mask is None else mask
     return logprob.token_logprobs(hidden, unembedding, letters, targets, mask, **options)
@@ -41,6 +44,7 @@ def test_chunked_equals_naive(chunk, temperature, vocab_size):
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
+@functools.partial(jax.jit, static_argnames="chunk")
 def gradients(hidden, unembedding, targets, chunk):
     weights = jnp.arange(B * T, dtype=jnp.float32).reshape(B, T) / 10 - 1
 

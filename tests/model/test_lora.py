@@ -151,15 +151,15 @@ def test_gradients_are_those_of_the_merged_weights():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mesh", ["fsdp=4,tensor=2", "data=2,context=2,tensor=2"])
-def test_every_mesh_has_the_gradients_of_one_device(mesh):
-    one, many = (step_and_state(words) for words in ("fsdp=1", mesh))
+def test_a_mesh_has_the_gradients_of_one_device():
+    one, many = (step_and_state(words) for words in ("fsdp=1", "fsdp=2,context=2,tensor=2"))
     expected, found = (moments(step(state, batch)[0]) for step, state, batch in (one, many))
     largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(expected))
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5 * largest)
 
 
+@pytest.mark.slow
 def test_frozen_weights_cost_no_gradient():
     """The compiled step has fewer operations than the one that trains all weights."""
 

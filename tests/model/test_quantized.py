@@ -118,7 +118,8 @@ def test_the_samplers_logprobs_are_those_of_the_rounded_weights():
     assert np.abs(differences(graphdef, params, rollouts)).max() > 1e-3, "not those of the floats"
 
 
-@pytest.mark.parametrize("attention", ["dense", pytest.param("xla", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["dense", "xla"])
 def test_an_int8_cache_changes_the_logprobs_a_little(attention):
     config = tiny.config("qwen3_tied")
     graphdef, params = tiny.split(config)

@@ -110,6 +110,5 @@ def logits(graphdef: Any, params: Any, token_ids: Any) -> jax.Array:
     return model.logits(model.hidden(token_ids, positions(token_ids))[0])
 
 
-def sequence_logprobs(graphdef: Any, params: Any, *args: Any, **options: Any) -> tuple[jax.Array, jax.Array]:
-    """``logprob.sequence_logprobs`` under jit, as everybody calls it."""
-    return jax.jit(functools.partial(logprob.sequence_logprobs, graphdef, **options))(params, *args)
+# Under jit, as everybody calls it; arrays are arguments, so that rows of one shape share a program.
+sequence_logprobs = jax.jit(logprob.sequence_logprobs, static_argnums=0, static_argnames=("temperature", "vocab_size"))

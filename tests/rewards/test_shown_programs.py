@@ -12,6 +12,7 @@ from oapl_jax.rewards.worker import TaskGrader
 pytestmark = pytest.mark.usefixtures("sandboxed")
 
 
+@pytest.mark.slow
 def test_every_program_gets_its_verdict(shared_data, level):
     rows = [json.loads(line) for line in (shared_data / "cases2/code.jsonl").open(encoding="utf-8")]
     assert len(rows) == 43

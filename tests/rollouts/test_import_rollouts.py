@@ -383,6 +383,7 @@ def mutated(rng: np.random.Generator, path: pathlib.Path, layout: str) -> tuple[
     return kind, good
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["log", "published"])
 def test_a_hundred_mutated_files_raise_nothing_and_lose_no_good_row(tmp_path, layout):
     """Each good row comes out as it was, or its whole file is counted as unreadable or of another schema."""

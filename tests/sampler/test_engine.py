@@ -122,6 +122,7 @@ def test_logprobs_equal_the_learners_up_to_and_including_the_stop_token(temperat
     assert reasons == {FinishReason.STOP, FinishReason.LENGTH}, "the test must have seen both ends"
 
 
+@pytest.mark.slow
 def test_responses_end_at_the_first_stop_token_or_at_the_limit():
     rollouts = [r for group in sample(make_engine()) for r in group]
     for rollout in rollouts:
@@ -132,6 +133,7 @@ def test_responses_end_at_the_first_stop_token_or_at_the_limit():
     assert {r.token_ids[-1] for r in rollouts if r.finish_reason is FinishReason.STOP} == set(STOPS)
 
 
+@pytest.mark.slow
 def test_ids_beyond_the_tokenizer_are_never_drawn():
     """The padding rows of the embedding are made the likeliest by far."""
     params = jax.tree.map(lambda x: x, PARAMS)
@@ -150,6 +152,7 @@ def same(first, second):
     )
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_bit_for_bit_whatever_the_order_rows_and_mates():
     reference = sample(make_engine())
     assert same(reference, sample(make_engine(), order=[3, 1, 4, 0, 2]))
@@ -193,6 +196,7 @@ def test_running_out_of_pages_preempts_and_loses_nothing():
     assert scheduler._pool.num_free == 11
 
 
+@pytest.mark.slow
 def test_another_seed_another_group_and_another_rollout_draw_differently():
     first, second = sample(make_engine(), prompts=[PROMPTS[1]] * 2)
     assert not same([first], [second]), "two groups of one prompt"
@@ -295,6 +299,7 @@ def test_each_request_has_its_own_distribution_and_limits():
     assert len(three.token_ids) == 3 or three.finish_reason is FinishReason.STOP
 
 
+@pytest.mark.slow
 def test_a_stop_string_ends_a_response_at_the_token_that_completes_it():
     def decode(ids):
         return "".join(chr(ord("A") + i) for i in ids)
@@ -323,6 +328,7 @@ def test_a_stop_string_ends_a_response_at_the_token_that_completes_it():
     assert scheduler._pool.num_free == engine.num_pages
 
 
+@pytest.mark.slow
 def test_abort_frees_rows_and_pages():
     engine = make_engine()
     for chunks_ahead in (0, 1):

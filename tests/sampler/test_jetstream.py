@@ -176,6 +176,7 @@ def test_the_text_that_is_sent_ends_before_a_stop_string(session):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_jetstreams_own_tests_of_its_orchestrator_and_server_pass():
     """As they are in its wheel; see jetstream_suite.py for what takes the place of its mock engine."""
     output = run_program("jetstream_suite.py", XLA_FLAGS="").stderr

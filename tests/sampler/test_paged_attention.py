@@ -51,12 +51,18 @@ def expected(query, k_pages, v_pages, table, length):
     return output
 
 
+@functools.cache
+def make_attend(implementation, words, interpret, table_entries):
+    """Compiled; ``table_entries`` is the module's limit while it is traced."""
+    mesh, _ = make_meshes(MeshConfig(trainer=words))
+    return jax.jit(functools.partial(paged_attend, mesh=mesh, implementation=implementation, interpret=interpret))
+
+
 def check(implementation, words, num_heads, num_kv_heads, *, lengths=LENGTHS, layer=1, interpret=True):
     query, k_pages, v_pages = make_inputs(num_heads, num_kv_heads)
     table = np.asarray(TABLE, np.int32) + layer * LAYER_PAGES
-    mesh, _ = make_meshes(MeshConfig(trainer=words))
-    attend = functools.partial(paged_attend, mesh=mesh, implementation=implementation, interpret=interpret)
-    output = np.asarray(jax.jit(attend)(query, k_pages, v_pages, table, np.asarray(lengths, np.int32)))
+    attend = make_attend(implementation, words, interpret, paged_attention.TPU_TABLE_ENTRIES)
+    output = np.asarray(attend(query, k_pages, v_pages, table, np.asarray(lengths, np.int32)))
     assert np.isfinite(output).all()
     for row, length in enumerate(lengths):
         if length:

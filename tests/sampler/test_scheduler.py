@@ -84,7 +84,7 @@ modes = st.sampled_from([{}, {"chunks_ahead": 1}])
 
 @pytest.mark.slow
 @hypothesis.given(shapes, modes, actions)
-@hypothesis.settings(max_examples=250, deadline=None, derandomize=True, database=None)
+@hypothesis.settings(max_examples=120, deadline=None, derandomize=True, database=None)
 def test_every_rollout_is_returned_once_and_right_and_every_page_is_freed(shape, mode, schedule):
     check_schedule(shape, mode, schedule)
 

@@ -92,6 +92,7 @@ def distribution_of(logits, distribution):
     )
 
 
+@pytest.mark.slow
 def test_responses_end_at_the_stop_token_and_ids_without_a_token_are_never_drawn(models):
     for _, rollout in sample(models[2], SamplingDistribution(2.0)):
         assert (rollout.token_ids < VOCABULARY).all()
@@ -102,6 +103,7 @@ def test_responses_end_at_the_stop_token_and_ids_without_a_token_are_never_drawn
         assert is_stop or len(rollout.token_ids) == LIMIT
 
 
+@pytest.mark.slow
 def test_responses_end_at_the_token_that_completes_a_stop_string(models):
     strings, decode = ("E", "GH", "J"), Letters().decode
     rollouts = [rollout for _, rollout in sample(models[2], SamplingDistribution(2.0, stop_strings=strings))]

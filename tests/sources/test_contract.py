@@ -166,6 +166,7 @@ def test_a_source_fills_windows_in_order_and_ends(kind, tmp_path):
         source.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SOURCES)
 def test_a_source_that_is_opened_again_gives_the_recorded_batch_and_goes_on(kind, tmp_path):
     with SOURCES[kind](tmp_path) as source:

@@ -4,6 +4,7 @@ import base64
 import http.server
 import json
 import os
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -25,10 +26,9 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("finished") / "run"
-    train.run(make_config(directory, run={"steps": 5}, checkpoint={"every": 3}, evaluation={"every": 0}))
-    return directory
+def run_dir(finished, tmp_path_factory):
+    """A copy of the shared run, with checkpoints of the steps 9 and 10."""
+    return shutil.copytree(finished[0], tmp_path_factory.mktemp("copy") / finished[0].name)
 
 
 def weights(folder):
@@ -46,9 +46,9 @@ def test_the_newest_checkpoint_is_the_models_of_the_run(run_dir, tmp_path):
 
 
 def test_an_older_step_is_another_model(run_dir, capsys):
-    assert commands.main(["export", str(run_dir), "--step", "3"]) == 0
-    assert capsys.readouterr().out.strip() == str(run_dir / "export-3")
-    older, newest = weights(run_dir / "export-3"), weights(run_dir / "export")
+    assert commands.main(["export", str(run_dir), "--step", "9"]) == 0
+    assert capsys.readouterr().out.strip() == str(run_dir / "export-9")
+    older, newest = weights(run_dir / "export-9"), weights(run_dir / "export")
     assert older.keys() == newest.keys()
     assert any(not np.array_equal(older[name], newest[name]) for name in older)
 
@@ -66,11 +66,11 @@ def test_the_card_has_the_config_and_what_the_run_measured(run_dir, tmp_path):
     assert yaml.safe_load(front)["library_name"] == "transformers"
     assert "base_model" not in front  # a folder of this machine is no name on the hub
     after = json.loads((run_dir / "summary.json").read_text())["after"]
-    assert f"| step 5 | {after['pass@1']:.3f} |" in body
+    assert f"| step 10 | {after['pass@1']:.3f} |" in body
     saved = yaml.safe_load(body.partition("```yaml\n")[2].partition("```")[0])
     assert saved["learner"]["batch_rollouts"] == 32
-    older = (export.export(run_dir, tmp_path / "older", step=3) / "README.md").read_text()
-    assert "The run did not evaluate step 3" in older
+    older = (export.export(run_dir, tmp_path / "older", step=9) / "README.md").read_text()
+    assert "The run did not evaluate step 9" in older
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
@@ -151,7 +151,7 @@ def test_push_puts_every_file_on_the_hub_or_says_why_not(run_dir, tmp_path):
 
 def test_mistakes_are_named(run_dir, tmp_path, capsys):
     for arguments, message in (
-        ([str(run_dir), "--step", "4"], "no checkpoint of step 4; it has 3, 5"),
+        ([str(run_dir), "--step", "4"], "no checkpoint of step 4; it has 9, 10"),
         ([str(tmp_path)], "no run directory"),
         ([str(run_dir), str(run_dir)], "choose another"),
     ):
@@ -163,14 +163,14 @@ def test_mistakes_are_named(run_dir, tmp_path, capsys):
 def test_a_damaged_checkpoint_is_refused(run_dir, tmp_path):
     """Orbax itself does not notice this."""
     shutil.copytree(run_dir, tmp_path / "run")
-    files = [file for file in (tmp_path / "run/checkpoints/5").rglob("*") if file.is_file()]
+    files = [file for file in (tmp_path / "run/checkpoints/10").rglob("*") if file.is_file()]
     largest = max(files, key=lambda file: file.stat().st_size)
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    with pytest.raises(ValueError, match=r"checkpoints/5.*damaged"):
+    with pytest.raises(ValueError, match=r"checkpoints/10.*damaged"):
         export.export(tmp_path / "run")
-    assert not (tmp_path / "run/export-5").exists()
+    assert not (tmp_path / "run/export-10").exists()
 
 
 def test_a_checkpoint_of_another_model_is_refused(run_dir, tmp_path):
@@ -182,7 +182,7 @@ def test_a_checkpoint_of_another_model_is_refused(run_dir, tmp_path):
     config.write_text(config.read_text().replace('"tie_word_embeddings": true', '"tie_word_embeddings": false'))
     saved = tmp_path / "run/config.yaml"
     saved.write_text(saved.read_text().replace(BASE["model"]["path"], str(model)))
-    with pytest.raises(ValueError, match=r"checkpoints/5: has no array .*lm_head"):
+    with pytest.raises(ValueError, match=r"checkpoints/10: has no array .*lm_head"):
         export.export(tmp_path / "run")
 
 
@@ -194,8 +194,8 @@ def test_a_run_of_adapters(tmp_path, capsys):
         train.run(make_config(tmp_path / "run", run={"steps": steps, "allow_config_change": True}, **short))
     assert commands.main(["export", str(tmp_path / "run"), str(tmp_path / "merged")]) == 0
     assert contents(tmp_path / "merged") == contents(tmp_path / "run" / "export")
-    train.run(make_config(tmp_path / "start", run={"steps": 1}, learner={"learning_rate": 1e-30}, **short))
-    start, trained = weights(tmp_path / "start" / "export"), weights(tmp_path / "run" / "export")
+    start, trained = weights(pathlib.Path(BASE["model"]["path"])), weights(tmp_path / "run" / "export")
+    assert start.keys() == trained.keys()
     changed = {name for name in start if not np.array_equal(start[name], trained[name])}
     assert changed == {name for name in start if "q_proj.weight" in name or "down_proj" in name}
 
@@ -207,5 +207,5 @@ def test_a_run_of_adapters(tmp_path, capsys):
     np.testing.assert_allclose(4.0 / 2 * product, expected, atol=1e-6)
 
     capsys.readouterr()
-    assert commands.main(["export", str(tmp_path / "start"), str(tmp_path / "no"), "--step", "9", "--adapter"]) == 2
+    assert commands.main(["export", str(tmp_path / "run"), str(tmp_path / "no"), "--step", "9", "--adapter"]) == 2
     assert "no checkpoint of step 9" in capsys.readouterr().err

@@ -125,7 +125,6 @@ def options(steps):
         "run": {"steps": steps},
         "window": {"sync_every": 20, "shard_groups": 4, "lease_seconds": LEASE_SECONDS, "deadline": 300.0},
         "checkpoint": {"every": 10, "keep": 50},
-        "learner": {"batch_rollouts": 32, "learning_rate": 3e-4},
         "evaluation": {"every": 0},
     }
 
@@ -139,8 +138,9 @@ def options(steps):
     ],
 )
 def test_faults_change_nothing(tmp_path, monkeypatch, steps, events, num_samplers):
-    # Programs of its own: a quota would leave torn files among those of the other tests.
-    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "programs"))
+    # A copy of the compiled programs: a quota would leave torn files among those of the other tests.
+    programs = shutil.copytree(os.environ["JAX_COMPILATION_CACHE_DIR"], tmp_path / "programs")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(programs))
     directory = tmp_path / "run"
     config = make_config(directory, mode="detached", **options(steps))
     chaos = Chaos(directory, write_config(tmp_path / "config.yaml", config), steps, events, num_samplers)

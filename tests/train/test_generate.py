@@ -167,7 +167,7 @@ def test_a_generation_that_is_killed_twice_loses_and_doubles_nothing(quiet, tmp_
         process.send_signal(signal.SIGKILL)
         process.communicate()
         assert process.returncode == -signal.SIGKILL, "the work was over before the kill"
-    finish(start(config, path))
+    generate.run(config)
     assert [group.index for group in RolloutLog(directory / "rollouts").read(0)] == list(range(400))
     assert bits(directory)[:192] == bits(quiet[0])
 

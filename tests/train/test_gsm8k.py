@@ -1,5 +1,7 @@
 """``configs/gsm8k_qwen2.5.yaml`` end to end: real vocabulary, tokenizer, chat template and questions, a tiny model."""
 
+import contextlib
+import io
 import json
 import shutil
 import signal
@@ -117,7 +119,7 @@ def overrides(run_dir, model_folder, questions):
 
 @pytest.fixture(scope="module")
 def finished(model_folder, questions, tmp_path_factory):
-    """Three learner steps, interrupted by SIGTERM after the first and resumed."""
+    """Three learner steps, interrupted by SIGTERM after the first and resumed in this process."""
     directory = tmp_path_factory.mktemp("gsm8k") / "run"
     words = overrides(directory, model_folder, questions)
     process = start(CONFIG, *words)
@@ -125,9 +127,9 @@ def finished(model_folder, questions, tmp_path_factory):
     code, output = finish(process)
     assert was_running, output
     assert code == 42, output
-    code, output = finish(start(CONFIG, *words))
-    assert code == 0, output
-    assert "resumed at step" in output
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        assert commands.main(["train", "--config", str(CONFIG), *words]) == 0
+    assert "resumed at step" in printed.getvalue()
     return directory
 
 
@@ -252,7 +254,9 @@ def test_the_newest_checkpoint_exports_to_the_same_folder(finished, tmp_path):
         assert (tmp_path / "out" / name).read_bytes() == (finished / "export" / name).read_bytes(), name
 
 
-def test_a_dry_run_counts_the_prompts_over_the_limit(shared, model_folder, questions, tmp_path, transformers_tokenizer):
+def test_a_dry_run_counts_the_prompts_over_the_limit(
+    shared, model_folder, questions, tmp_path, transformers_tokenizer, capsys
+):
     limit = 100
     path = shared / "math/gsm8k/train.jsonl"
     template = config_file.load(TrainConfig, CONFIG).data.template
@@ -263,8 +267,9 @@ def test_a_dry_run_counts_the_prompts_over_the_limit(shared, model_folder, quest
     assert bare < limit
     assert 0 < overlong < len(rows)
     words = [*overrides(tmp_path / "run", model_folder, questions), f"data.path={path}"]
-    code, output = finish(start(CONFIG, *words, f"data.max_prompt_tokens={limit}", "--dry-run"))
-    assert code == 0, output
+    dry = [*words, f"data.max_prompt_tokens={limit}", "--dry-run"]
+    assert commands.main(["train", "--config", str(CONFIG), *dry]) == 0
+    output = capsys.readouterr().out
     assert f"{len(rows) - overlong:,} ({overlong:,} overlong or without an answer dropped)" in output
     assert f"{NUM_IDS:,} of {NUM_ROWS:,} vocabulary rows in use" in output
     assert not (tmp_path / "run").exists()

@@ -56,7 +56,7 @@ def test_people_s_programs_train_a_model_and_nothing_is_scored(tmp_path):
         "offline": {"rounds": [{"log": str(tmp_path / "log")}], "reward_range": [-1.0, 1.0]},
         "mesh": {"trainer": "fsdp=1"},
         "checkpoint": {"every": 10},
-        "evaluation": {"every": 0, "prompts": 1, "samples": 1, "final_samples": 1},
+        "evaluation": {"prompts": 0},
         "logging": {"progress": False, "tensorboard": False},
     }
     train.run(config_file.validate(TrainConfig, config, source="tests"))

@@ -60,8 +60,8 @@ def chain_answer(question):
     return answer
 
 
-def test_a_source_of_thirty_lines_trains_a_model(tmp_path):
-    config = make_config(tmp_path / "run", evaluation={"every": 0})
+def test_a_source_of_thirty_lines_trains_a_model_without_evaluation(tmp_path):
+    config = make_config(tmp_path / "run", evaluation={"prompts": 0, "every": 1})
     summary = train.run(config, make_source=Dictated)
     rows = read_lines(tmp_path / "run" / "metrics.jsonl")[1:]
     assert [row["window/version"] for row in rows] == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
@@ -69,3 +69,7 @@ def test_a_source_of_thirty_lines_trains_a_model(tmp_path):
     assert all(row["rollouts/pass_rate"] >= 1 / 8 for row in rows)
     assert rows[-1]["learner/residual"] < rows[0]["learner/residual"]
     assert "10 steps, 3 windows" in audit(tmp_path / "run")
+    assert (summary["before"], summary["after"]) == ({}, {})
+    assert not [name for line in read_lines(tmp_path / "run/metrics.jsonl") for name in line if "evaluation" in name]
+    assert (tmp_path / "run/report.html").exists()
+    assert (tmp_path / "run/export/README.md").exists()

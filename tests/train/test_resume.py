@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from oapl_jax import train
+from oapl_jax.cli import commands
 from runs import assert_same_run, finish, make_config, read_lines, signal_after, start, weights, write_config
 
 pytestmark = pytest.mark.slow
@@ -27,8 +28,7 @@ def test_killed_four_times_and_resumed(calm, tmp_path):
         process = start(path)
         assert signal_after(process, directory, step), f"the run was over before the kill at step {step}"
         finish(process)
-    code, output = finish(start(path))
-    assert code == 0, output
+    train.run(make_config(directory))
     assert_same_run(calm, directory)
 
 
@@ -50,7 +50,7 @@ def test_batches_that_depend_on_timing_are_replayed_from_the_log(tmp_path):
     assert read_lines(first / "batches.jsonl") == read_lines(again / "batches.jsonl")
 
 
-def test_sigterm_saves_and_exits_with_42(calm, tmp_path):
+def test_sigterm_saves_and_exits_with_42(calm, tmp_path, capsys):
     directory = tmp_path / "run"
     path = write_config(tmp_path / "config.yaml", make_config(directory))
     process = start(path)
@@ -60,13 +60,12 @@ def test_sigterm_saves_and_exits_with_42(calm, tmp_path):
     assert "SIGTERM: saved at step" in output
     saved = max(int(p.name) for p in (directory / "checkpoints").iterdir() if p.name.isdigit())
     assert saved == read_lines(directory / "metrics.jsonl")[-1]["step"], "saved at the step that was just done"
-    code, output = finish(start(path))
-    assert code == 0, output
-    assert f"resumed at step {saved}" in output
+    assert commands.main(["train", "--config", str(path)]) == 0
+    assert f"resumed at step {saved}" in capsys.readouterr().out
     assert_same_run(calm, directory)
 
 
-def test_damaged_checkpoint_falls_back_to_the_one_before(calm, tmp_path):
+def test_damaged_checkpoint_falls_back_to_the_one_before(calm, tmp_path, capsys):
     """A finished run whose last checkpoint is damaged goes back to step 9 and ends the same."""
     directory = tmp_path / "run"
     shutil.copytree(calm, directory)
@@ -77,27 +76,27 @@ def test_damaged_checkpoint_falls_back_to_the_one_before(calm, tmp_path):
     content = bytearray(largest.read_bytes())
     content[len(content) // 2] ^= 1
     largest.write_bytes(content)
-    code, output = finish(start(path))
-    assert code == 0, output
+    assert commands.main(["train", "--config", str(path)]) == 0
+    output = capsys.readouterr().out
     assert "checkpoint 10 cannot be loaded" in output
     assert "resumed at step 9" in output
     assert_same_run(calm, directory)
 
 
-def test_another_config_is_refused_and_allowed_when_told(calm, tmp_path):
+def test_another_config_is_refused_and_allowed_when_told(calm, tmp_path, capsys):
     directory = tmp_path / "run"
     shutil.copytree(calm, directory)
     (directory / "config.yaml").unlink()
     first = write_config(directory / "config.yaml", make_config(directory))
-    changed = write_config(tmp_path / "config.yaml", make_config(directory, learner={"learning_rate": 2e-3}))
-    code, output = finish(start(changed))
-    assert code == 2
-    assert "learner.learning_rate: 0.001 -> 0.002" in output
-    assert "Traceback" not in output
+    changed = write_config(tmp_path / "config.yaml", make_config(directory, learner={"learning_rate": 0.0}))
+    assert commands.main(["train", "--config", str(changed)]) == 2
+    said = capsys.readouterr().err
+    assert "learner.learning_rate: 0.001 -> 0.0" in said
+    assert "Traceback" not in said
     assert first.exists()
 
-    code, output = finish(start(changed, "run.allow_config_change=true", "run.steps=14"))
-    assert code == 0, output
+    words = ["train", "--config", str(changed), "run.allow_config_change=true", "run.steps=14"]
+    assert commands.main(words) == 0
     batches = read_lines(directory / "batches.jsonl")
     versions = {row["step"]: row["policy_version"] for row in batches}
     assert sorted(versions) == list(range(1, 15))

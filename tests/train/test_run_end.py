@@ -29,26 +29,21 @@ def test_the_best_checkpoint_is_kept_and_patience_ends_the_run(tmp_path):
     """The weights stay as they are, so no evaluation is better than the first one; it has the same samples."""
     config = make_config(
         tmp_path,
-        learner={"learning_rate": 1e-30},
+        learner={"learning_rate": 0.0},
         window={"sync_every": 1},
         evaluation={"every": 1, "samples": 8},
         checkpoint={"keep": 1, "keep_best": "evaluation/pass@1", "patience": 3, "keep_rollouts": 1},
     )
     summary = train.run(config)
     assert summary["steps"] == 3
+    rows, batches = read_lines(tmp_path / "metrics.jsonl"), read_lines(tmp_path / "batches.jsonl")
+    assert [row["policy_version"] for row in batches] == [0, 1, 2], "on policy: a sync after every step"
+    assert [row["window/lag"] for row in rows[1:]] == [0, 0, 0]
     assert summary["best_checkpoint"]["step"] == 0
     assert sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir()) == [0, 3]
     assert min(RolloutLog(shared_path(tmp_path / "rollouts")).versions(), default=3) == 3
     assert "which were removed" in audit.audit(tmp_path)
     assert train.run(config) == summary, "the run has ended, though steps are left"
-
-
-def test_a_run_without_evaluation(tmp_path):
-    summary = train.run(make_config(tmp_path, run={"steps": 2}, evaluation={"prompts": 0, "every": 1}))
-    assert (summary["before"], summary["after"]) == ({}, {})
-    assert not [name for line in read_lines(tmp_path / "metrics.jsonl") for name in line if "evaluation" in name]
-    assert (tmp_path / "report.html").exists()
-    assert (tmp_path / "export/README.md").exists()
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):

@@ -19,13 +19,17 @@ pytestmark = pytest.mark.slow
 MODEL = {"vocab_size": 24, "num_attention_heads": 4, "num_key_value_heads": 4}
 
 
+def random_model(folder):
+    """The section of a model of random weights that ``tensor=4`` divides; all processes draw the same ones."""
+    path = folder / "model.json"
+    path.write_text(json.dumps(json.loads((ROOT / "configs/toy_qwen3.json").read_text()) | MODEL))
+    return {"path": None, "config": str(path), "tokenizer": "characters"}
+
+
 def start_run(run_dir, num_processes, devices_each, **sections):
-    model = run_dir.parent / "model.json"
-    model.write_text(json.dumps(json.loads((ROOT / "configs/toy_qwen3.json").read_text()) | MODEL))
     config = make_config(
         run_dir,
         **{
-            "model": {"path": None, "config": str(model), "tokenizer": "characters"},
             "window": {"sync_every": 4, "deadline": 240.0, "shard_groups": 2},
             "evaluation": {"every": 5, "prompts": 6, "samples": 2, "final_samples": 4},
             **sections,
@@ -49,13 +53,17 @@ class Layout:
     num_samplers: int
     preempted: tuple[tuple[int, int], ...]
     """The process that gets SIGTERM, and the step before which it does not; one job after another."""
+    is_random: bool
+    """The model has random weights; else it is the toy model of this folder."""
 
     def start(self, run_dir):
-        return start_run(run_dir, self.num_processes, self.devices_each, run={"steps": 11, "seed": 3}, mesh=self.mesh)
+        sections = {"model": random_model(run_dir.parent)} if self.is_random else {}
+        run = {"steps": 11, "seed": 3}
+        return start_run(run_dir, self.num_processes, self.devices_each, run=run, mesh=self.mesh, **sections)
 
 
-SMALL = Layout(2, 1, {"trainer": "fsdp=2"}, 2, ((1, 3),))
-LARGE = Layout(4, 4, {"trainer": "fsdp=8", "sampler": "data=2,tensor=4"}, 2, ((3, 3), (1, 7)))
+SMALL = Layout(2, 1, {"trainer": "fsdp=2"}, 2, ((1, 3),), is_random=False)
+LARGE = Layout(4, 4, {"trainer": "fsdp=8", "sampler": "data=2,tensor=4"}, 2, ((3, 3), (1, 7)), is_random=True)
 
 
 @pytest.fixture(scope="module", params=[SMALL, pytest.param(LARGE, marks=pytest.mark.long)], ids=["small", "large"])
@@ -102,8 +110,8 @@ def test_it_is_the_run_that_its_log_makes_without_interruption(preempted, tmp_pa
 
 
 def test_two_processes_train_and_a_third_one_samples(tmp_path):
-    mesh = {"trainer": "fsdp=2", "sampler": "data=1"}
-    codes, outputs = finish_job(start_run(tmp_path / "run", 3, 1, run={"steps": 5}, mesh=mesh))
+    mesh, model = {"trainer": "fsdp=2", "sampler": "data=1"}, random_model(tmp_path)
+    codes, outputs = finish_job(start_run(tmp_path / "run", 3, 1, run={"steps": 5}, mesh=mesh, model=model))
     assert codes == [0] * 3, "\n".join(outputs)
     assert audit(tmp_path / "run").startswith("5 steps, 2 windows")
     assert len(list((tmp_path / "run/samplers").iterdir())) == 1

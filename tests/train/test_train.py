@@ -13,7 +13,7 @@ from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.types import RunError
-from runs import BASE, ROOT, finish, make_config, read_lines, start, write_config
+from runs import BASE, ROOT, make_config, read_lines, write_config
 
 pytestmark = pytest.mark.slow
 
@@ -108,16 +108,6 @@ def test_the_parity_gate_stops_a_sampler_of_another_precision(tmp_path):
         train.run(config)
 
 
-def test_on_policy_limit_and_one_window(tmp_path):
-    for sync_every, versions in ((1, list(range(5))), (100, [0] * 5)):
-        directory = tmp_path / str(sync_every)
-        short = {"run": {"steps": 5}, "evaluation": {"every": 0, "prompts": 1}}
-        train.run(make_config(directory, **short, window={"sync_every": sync_every}))
-        assert [row["policy_version"] for row in read_lines(directory / "batches.jsonl")] == versions
-        lags = [row["window/lag"] for row in read_lines(directory / "metrics.jsonl")[1:]]
-        assert lags == ([0] * 5 if sync_every == 1 else list(range(5)))
-
-
 def test_epochs_train_on_each_window_again(tmp_path):
     train.run(make_config(tmp_path, run={"steps": 6}, window={"sync_every": 4, "epochs": 2, "min_groups": 8}))
     batches = [row["groups"] for row in read_lines(tmp_path / "batches.jsonl")]
@@ -125,16 +115,18 @@ def test_epochs_train_on_each_window_again(tmp_path):
     assert len({*batches[4], *batches[5]}) == 8, "the last window is over before its second pass"
 
 
-def test_grpo_trains_in_bfloat16(tmp_path):
+def test_grpo_trains_in_bfloat16_in_one_window(tmp_path):
     sections = {
         **BASE,
         "run": {"dir": str(tmp_path), "steps": 5},
         "model": BASE["model"] | {"compute_dtype": "bfloat16", "remat": "layer"},
         "sampler": BASE["sampler"] | {"dtype": "bfloat16"},
         "objective": {"name": "grpo"},
-        "window": BASE["window"] | {"parity_tolerance": 0.1},
+        "window": BASE["window"] | {"parity_tolerance": 0.1, "sync_every": 100},
     }
     assert train.run(config_file.validate(TrainConfig, sections, source="test"))["steps"] == 5
+    assert [row["policy_version"] for row in read_lines(tmp_path / "batches.jsonl")] == [0] * 5
+    assert [row["window/lag"] for row in read_lines(tmp_path / "metrics.jsonl")[1:]] == list(range(5))
 
 
 def test_filtered_groups_train(tmp_path):
@@ -163,10 +155,10 @@ def test_mistakes_end_with_a_message_and_exit_code_2(tmp_path, capsys, override,
     assert message in capsys.readouterr().err
 
 
-def test_dry_run_prints_the_plan_and_leaves_nothing(tmp_path):
+def test_dry_run_prints_the_plan_and_leaves_nothing(tmp_path, capsys):
     path = write_config(tmp_path / "config.yaml", make_config(tmp_path / "run"))
-    code, output = finish(start(path, "--dry-run"))
-    assert code == 0, output
+    assert commands.main(["train", "--config", str(path), "--dry-run"]) == 0
+    output = capsys.readouterr().out
     assert "198,112 parameters" in output or "198,032 parameters" in output
     assert "3 windows of 4" in output
     assert "at most 576 tokens a step" in output

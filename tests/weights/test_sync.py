@@ -69,14 +69,15 @@ def make(meshes, dtype):
     return state, WeightSync(abstract, sampler, dtype), lambda state: step(state, batch)[0], sampler
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("meshes", "dtype"),
     [
         ("colocated", "float32"),
         ("colocated", "bfloat16"),
-        pytest.param("colocated on 8", "float32", marks=pytest.mark.slow),
+        ("colocated on 8", "float32"),
         ("disaggregated", "float32"),
-        pytest.param("disaggregated", "bfloat16", marks=pytest.mark.slow),
+        ("disaggregated", "bfloat16"),
     ],
 )
 def test_the_sampler_keeps_its_weights_while_the_trainer_donates_its_own(meshes, dtype):
@@ -124,7 +125,9 @@ INT8_MESHES = {
 }
 
 
-@pytest.mark.parametrize("meshes", INT8_MESHES)
+@pytest.mark.parametrize(
+    "meshes", [pytest.param(name, marks=[pytest.mark.slow] if "8" in name else []) for name in INT8_MESHES]
+)
 def test_an_int8_copy_is_the_same_on_every_mesh(meshes):
     trainer, sampler = make_meshes(INT8_MESHES[meshes])
     if meshes == "overlapping":
