@@ -3,9 +3,9 @@
     python -m oapl_jax audit RUN
 
 Reads the rollout log, the record of the batches and the metrics, and checks every step: its groups are in the
-log, are those that were trained on, complete, of the one policy version of its window, with tokens of the vocabulary,
-log-probabilities, and the advantages that their rewards give (``checks.py``); none was trained on more often than the
-config says; the lag is below ``sync_every``.
+log, are those that were trained on, complete, of the one policy version of its window, with tokens of the vocabulary
+up to a stop or the limit, log-probabilities, and the advantages that their rewards give (``checks.py``); none was
+trained on more often than the config says; the lag is below ``sync_every``.
 Exit code 1 names the first mistake and the file and line that it is in. It needs no devices and changes nothing.
 """
 
@@ -27,11 +27,10 @@ from oapl_jax.rollouts import grading
 from oapl_jax.rollouts.checks import GroupCheck
 from oapl_jax.rollouts.log import RolloutLog, digest, digests_of
 from oapl_jax.rollouts.sampling import SamplingDistribution
+from oapl_jax.rollouts.stops import Stops
 from oapl_jax.types import RolloutGroup, RunError
 
 BATCHES_FILE = "batches.jsonl"
-ANY_TOKEN = 2**31
-"""Size of a vocabulary that is not known."""
 
 
 def audit(run: pathlib.Path) -> str:
@@ -121,10 +120,11 @@ def _group_check(config: TrainConfig) -> GroupCheck:
         value_of=lambda rewards: oapl.optimal_value(rewards, beta1),
         truncated=config.sampler.truncated,
     )
-    vocab_size = ANY_TOKEN
-    with contextlib.suppress(OSError, ValueError):  # it may be gone, or on another machine
-        vocab_size = tokenizers.load(config.model.tokenizer, config.model.path).vocab_size
-    return GroupCheck(config, vocab_size, advantages)
+    stops = None
+    with contextlib.suppress(OSError, ValueError):  # the tokenizer may be gone, or on another machine
+        tokenizer = tokenizers.load(config.model.tokenizer, config.model.path, config.model.chat_template_kwargs)
+        stops = Stops(tokenizer, SamplingDistribution.of(config.sampler))
+    return GroupCheck(config, stops, advantages)
 
 
 def _check_order(run: pathlib.Path) -> None:

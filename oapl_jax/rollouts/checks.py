@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.rollouts.buffer import Window
 from oapl_jax.rollouts.log import BatchRecord, RolloutLog, digest
-from oapl_jax.types import GradedRollout, Prompt, RolloutGroup, Verdict
+from oapl_jax.rollouts.stops import Stops
+from oapl_jax.types import FinishReason, GradedRollout, Prompt, Rollout, RolloutGroup, Verdict
 from oapl_jax.untrusted import reading
 from oapl_jax.untrusted.parquet import Limits
 
@@ -25,6 +26,8 @@ MOST_REWARD = 1e9
 """The square of a larger one leaves float32."""
 ADVANTAGE_TOLERANCE = 1e-5
 """Of value and advantage, relative to the rewards: another program may compute in float32."""
+ANY_TOKEN = 2**31
+"""Size of a vocabulary that is not known."""
 CHARACTER_BYTES, TOKEN_BYTES, ROW_BYTES = 4, 256, 2**16
 """Bytes that a character takes at most, a token with its text and log-probability, and the other cells of a row."""
 MOST_AHEAD = 10_000
@@ -93,6 +96,16 @@ def reward(given: Any, bounds: tuple[float, float] | None) -> float:
     return float(given)
 
 
+def end(rollout: Rollout, stops: Stops | None) -> None:
+    """The end of a response; None: stops are not known.
+
+    Raises:
+        BadRowError: it is not where the stops say.
+    """
+    if stops is not None and (problem := stops.problem(rollout)) is not None:
+        raise BadRowError("bad end", f"{problem}; see sampler.stop_strings and sampler.stop_token_ids")
+
+
 def extra(given: Any) -> str:
     """The JSON object of the column ``extra``.
 
@@ -126,7 +139,8 @@ class GroupCheck(NamedTuple):
     """What the groups of a run have to be."""
 
     config: TrainConfig
-    vocab_size: int
+    stops: Stops | None
+    """None: the tokenizer is not known, and neither are its ids and stops."""
     advantages: Advantages
     record: BatchRecord | None = None
     """What was trained on before a restart."""
@@ -178,8 +192,12 @@ class GroupCheck(NamedTuple):
         if len(prompt.token_ids) > prompt_limit or len(rollout.token_ids) > limit:
             sizes = f"{len(prompt.token_ids)} prompt and {len(rollout.token_ids)} response tokens"
             raise BadRowError("too long", f"{sizes}; the run has at most {prompt_limit} and {limit}")
-        token_ids("prompt_token_ids", prompt.token_ids, self.vocab_size)
-        token_ids("token_ids", rollout.token_ids, self.vocab_size)
+        vocab_size = ANY_TOKEN if self.stops is None else self.stops.vocab_size
+        token_ids("prompt_token_ids", prompt.token_ids, vocab_size)
+        token_ids("token_ids", rollout.token_ids, vocab_size)
+        end(rollout, self.stops)
+        if rollout.finish_reason is FinishReason.LENGTH and len(rollout.token_ids) < limit and config.offline is None:
+            raise BadRowError("bad end", f"was cut at {len(rollout.token_ids)} tokens; the run cuts at {limit}")
         extra(item.extra)
         if item.is_usable:
             logprobs(rollout.logprobs, len(rollout.token_ids))

@@ -8,6 +8,7 @@ two that think they hold the same lease, cost work and nothing else.
 import collections
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -34,6 +35,7 @@ class ShardQueue(Changes):
         size: groups of a shard.
         num_groups: groups that there are, where their number is fixed (a data set to be generated); None: a window may
             need more of them than it wants, because some are not accepted.
+        patience: seconds that others may hold a shard without writing it; then it is sampled here too.
     """
 
     def __init__(
@@ -43,10 +45,11 @@ class ShardQueue(Changes):
         is_accepted: Callable[[RolloutGroup], bool],
         size: int,
         num_groups: int | None = None,
+        patience: float = math.inf,
     ):
         super().__init__()
         self._log, self._leases, self._is_accepted, self._size = log, leases, is_accepted, size
-        self._num_groups = num_groups
+        self._num_groups, self._patience = num_groups, patience
         self._window: Window | None = None
         self._num_accepted: dict[int, int] = {}  # of each file of the window's version that was seen
         self._held: dict[int, Lease] = {}
@@ -167,7 +170,7 @@ class ShardQueue(Changes):
             self._next_poll = now + storage.next_poll(now - start, now - self._last_news)
 
     def _claim(self, window: Window) -> bool:
-        """Claims the first shard that is not written and that nobody holds, where the window still needs one.
+        """Claims the first shard that is not written and that nobody holds (too long), where the window needs one.
 
         Groups count without a gap from the first on: a learner that takes them in order waits for the shard of a
         damaged file that was moved away, whatever comes after it. A shard in progress is expected to bring only
@@ -180,7 +183,7 @@ class ShardQueue(Changes):
             if expected >= window.num_groups:
                 return False
             if shard not in self._num_accepted and shard not in self._held:
-                lease = self._leases.claim(f"{version:06d}-{shard:06d}")
+                lease = self._leases.claim(f"{version:06d}-{shard:06d}", self._patience)
                 if lease is not None and not self._is_written(version, shard):
                     self._held[shard] = lease
                     self._graded[shard] = {}

@@ -6,6 +6,7 @@ The samplers are processes of ``oapl-jax sample``, of any other engine, or other
 import contextlib
 import json
 import math
+import os
 import pathlib
 import threading
 import time
@@ -40,6 +41,7 @@ SAMPLERS_FOLDER = "samplers"
 LEASES_FOLDER = "leases/shards"
 VERSION_LEASES_FOLDER = "leases/policies"
 POLICY_FOLDER = "policy"
+SHARED_FOLDERS = (POLICY_FOLDER, SAMPLERS_FOLDER, "leases", LEASES_FOLDER, VERSION_LEASES_FOLDER)
 
 
 @runtime_checkable
@@ -136,14 +138,15 @@ class LogFollower(BufferedSource):
         its weights. The thread that follows removes what is left of older versions, while samplers and learner work.
         """
         version = window.policy_version
-        before = self._parts(version)
+        self._free_folders(version)
+        before = self._log.parts(version)
         self._published = self._samplers.open_window(window, weights.sampler)
         if self._published.get("sync/publish_bytes", 0) and not self._check.groups.has_trained_on(version):
             for part in before:
                 self._move_away(self._log.path(version, part), "was written before this version was published")
         if self._is_leader:
             self._untidy = version
-        parts = self._parts(version)
+        parts = self._log.parts(version)
         logged = [group for part in parts for group in self._read_part(window, part, patience=0.0) or ()]
         self._buffer.open_window(window, logged=logged, batches=taken)
         self._window = window
@@ -200,6 +203,7 @@ class LogFollower(BufferedSource):
                 now = time.monotonic()
                 delay = storage.next_poll(now - start, now - last_news)
                 if now >= self._next_reports:
+                    self._free_folders(self._version)
                     self._reports = _read_reports(self._root / SAMPLERS_FOLDER)
                     self._next_reports = time.monotonic() + REPORT_SECONDS
                 self._tidy()
@@ -216,7 +220,7 @@ class LogFollower(BufferedSource):
             self._samplers.tidy()
             shards = self._root / LEASES_FOLDER
             for name in storage.names(shards):
-                if name.partition("-")[0] < f"{version - 1:06d}":
+                if name.lstrip(".").partition("-")[0] < f"{version - 1:06d}":  # a dot: it is being written
                     storage.remove(shards / name)
 
     def _follow(self) -> bool:
@@ -228,7 +232,7 @@ class LogFollower(BufferedSource):
         is_news = version != self._version
         if is_news:
             self._version, self._known, self._failures = version, set(), {}
-        parts = self._parts(version)
+        parts = self._log.parts(version)
         self._known.intersection_update(parts)  # a file that was moved away may come again
         for part in parts:
             if part not in self._known and (groups := self._read_part(window, part, DAMAGED_SECONDS)) is not None:
@@ -238,12 +242,14 @@ class LogFollower(BufferedSource):
                     self._buffer.put(group)
         return is_news
 
-    def _parts(self, version: int) -> list[int]:
-        """Files of a version; what has the place of its folder is moved away."""
-        parts, folder = self._log.parts(version), self._log.folder(version)
-        if not parts and storage.is_local(folder) and storage.exists(folder) and not pathlib.Path(str(folder)).is_dir():
-            self._move_away(folder, "is no folder")
-        return parts
+    def _free_folders(self, version: int) -> None:
+        """Moves away what has the place of a folder that trainer and samplers share."""
+        if not storage.is_local(self._root):
+            return
+        for name in ("rollouts", f"rollouts/{version:06d}", *SHARED_FOLDERS):
+            folder = pathlib.Path(str(self._root / name))
+            if os.path.lexists(folder) and not folder.is_dir():
+                self._move_away(folder, "is no folder")
 
     def _read_part(self, window: Window, part: int, patience: float) -> list[RolloutGroup] | None:
         """The groups of a file; None where it does not pass: after ``patience`` seconds of that it is moved away."""
@@ -260,12 +266,13 @@ class LogFollower(BufferedSource):
             return None
 
     def _move_away(self, path: SharedPath, problem: str) -> None:
-        """Frees a shard whose file does not pass; a disk that cannot be written is tried again."""
+        """Frees the place of what does not pass; a disk that cannot be written is tried again."""
         with contextlib.suppress(OSError):  # or somebody was first
             if self._is_leader:
                 aside = storage.move_aside(path, ".damaged")
                 self._num_damaged += 1
-                self._note(f"{path}: {problem}; moved to {aside.name}, its groups are sampled again")
+                again = ", its groups are sampled again" if path.name.endswith(".parquet") else ""
+                self._note(f"{path}: {problem}; moved to {aside.name}{again}")
 
 
 class Reporter:

@@ -59,7 +59,7 @@ def generate(
         TimeoutError: other processes hold what is missing and finish nothing.
     """
     num_groups = len(work.prompts)
-    shards = ShardQueue(work.log, work.leases, lambda group: True, work.groups_per_file, num_groups)
+    shards = ShardQueue(work.log, work.leases, lambda group: True, work.groups_per_file, num_groups, work.deadline / 2)
     loop = SamplingLoop(
         turns,
         work.prompts,

@@ -102,7 +102,7 @@ class SamplingProcess:
         version_leases = VersionLeases(self._root / follower.VERSION_LEASES_FOLDER, window.lease_seconds)
         self._resources.callback(version_leases.close)
         self._leases = (leases, version_leases)
-        shards = ShardQueue(log, leases, acceptance(config), window.shard_groups)
+        shards = ShardQueue(log, leases, acceptance(config), window.shard_groups, patience=window.deadline / 2)
         loop, version, hold, since = None, -1, None, time.monotonic()
         seen, end, delay = None, time.monotonic() + IDLE_DEADLINE, 0.0
         while not (self._stop.is_set() or current.is_finished):
