@@ -38,7 +38,6 @@ HEARTBEATS_PER_EXPIRY = 4
 MAX_SEEN = 4096
 """Leases of others that are watched at most; beyond, the one whose last change is oldest is dropped from memory."""
 MOST_PROCESSES = 2**31
-"""Process ids are below."""
 STOP_SECONDS = 10.0
 """How long ``close`` waits for a heartbeat that is being written."""
 CLOCK = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
@@ -109,9 +108,7 @@ class Lease:
 class Leases:
     """The leases in a folder, and a thread that keeps those of this process alive.
 
-    Args:
-        directory: the same for all processes; made where it does not exist.
-        expires: seconds without a beat after which others take a lease over.
+    ``expires``: seconds without a beat after which others take a lease over.
     """
 
     def __init__(self, directory: SharedPath, expires: float = 30.0):
@@ -171,10 +168,6 @@ class Leases:
         for lease in list(self._held.values()):
             lease.release()
 
-    def names(self) -> list[str]:
-        """Names that are or were claimed and not finished."""
-        return sorted({file.rpartition(".")[0] for file in storage.names(self._directory)})
-
     def path(self, name: str, generation: int) -> SharedPath:
         """The file of a generation."""
         return self._directory / f"{name}.{generation}"
@@ -191,13 +184,14 @@ class Leases:
 
     def _is_free(self, name: str, generation: int, patience: float) -> bool:
         """Whether the newest generation was released, its holder is dead or silent, or patience is at its end."""
+        content, holder = "", {}
         try:
             content = storage.read(self.path(name, generation), storage.MESSAGE_BYTES).decode(errors="replace")
+            holder = reading.parse_object(content, "lease")
         except FileNotFoundError:  # being replaced on a file system without atomic rename
             return False
-        except (ValueError, PermissionError):
-            content = ""  # no file of a lease: it is not renewed either
-        holder = _parse(content)
+        except (ValueError, PermissionError):  # no lease, or torn, which time alone can resolve
+            pass
         if holder.get("is_released") or self._is_dead(holder):
             return True
         now = time.monotonic()
@@ -209,9 +203,10 @@ class Leases:
 
     def _is_dead(self, holder: dict[str, Any]) -> bool:
         """A process of this host that is gone; of other hosts only silence can tell."""
-        if holder.get("host") != self._owner["host"]:
+        pid, started = holder.get("pid"), holder.get("started")
+        if holder.get("host") != self._owner["host"] or type(pid) is not int or not isinstance(started, str):
             return False
-        return _start_time(holder["pid"]) != holder["started"]
+        return 0 < pid < MOST_PROCESSES and _start_time(pid) != started
 
     def _content(self, beat: int, *, is_released: bool) -> bytes:
         return json.dumps({**self._owner, "beat": beat, "is_released": is_released}).encode() + b"\n"
@@ -223,39 +218,25 @@ class Leases:
                     self.stop_beating(lease)
 
 
-def _parse(content: str) -> dict[str, Any]:
-    """The holder; empty where the file is torn, which time alone can resolve."""
-    try:
-        holder = reading.parse_object(content, "lease")
-    except ValueError:
-        return {}
-    is_whole = all(isinstance(holder.get(name), str) for name in ("host", "started")) and type(holder.get("pid")) is int
-    return holder if is_whole and 0 < holder["pid"] < MOST_PROCESSES else {}
-
-
 def _this_process() -> dict[str, Any]:
     """Process ids mean something within one host and one container only."""
-    try:
+    namespace = ""
+    with contextlib.suppress(OSError):
         namespace = str(pathlib.Path("/proc/self/ns/pid").readlink())
-    except OSError:
-        namespace = ""
-    return {
-        "host": f"{socket.gethostname()} {namespace}",
-        "pid": os.getpid(),
-        "started": _start_time(os.getpid()),
-    }
+    host = f"{socket.gethostname()} {namespace}"
+    return {"host": host, "pid": os.getpid(), "started": _start_time(os.getpid())}
 
 
 def _start_time(pid: int) -> str | None:
     """When a process of this host started, in the kernel's ticks; None where there is no such process."""
-    with contextlib.suppress(PermissionError):
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:  # of another user
+        pass
     try:
         fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return "unknown"  # without /proc
-    is_zombie = fields[0] in ("Z", "X")
-    return None if is_zombie else fields[19]
+    return None if fields[0] in ("Z", "X") else fields[19]  # a zombie, or dead

@@ -12,7 +12,6 @@ Exit code 1 names the first mistake and the file and line that it is in. It need
 import collections
 import contextlib
 import dataclasses
-import functools
 import itertools
 import math
 import pathlib
@@ -23,8 +22,8 @@ from oapl_jax.config.commands import TrainConfig
 from oapl_jax.data import tokenizer as tokenizers
 from oapl_jax.io import json_lines, run_dir, storage
 from oapl_jax.io.metrics import METRICS_FILE, read_metrics
-from oapl_jax.rollouts import grading
 from oapl_jax.rollouts.checks import GroupCheck
+from oapl_jax.rollouts.grading import Advantages
 from oapl_jax.rollouts.log import RolloutLog, digest, digests_of
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.rollouts.stops import Stops
@@ -43,10 +42,12 @@ def audit(run: pathlib.Path) -> str:
     config = run_dir.read_config(run, TrainConfig)
     drawn = dataclasses.asdict(SamplingDistribution.of(config.sampler))
     log, check = RolloutLog(storage.shared_path(config.run.shared_dir or run) / "rollouts", drawn), _group_check(config)
+    most_steps = config.window.sync_every if config.offline is None else math.inf
     uses: collections.Counter[str] = collections.Counter()
     before, num_steps, step, num_rollouts, num_windows, num_damaged = -1, 0, 0, 0, 0, 0
     oldest = min(log.versions(), default=math.inf) if config.checkpoint.keep_rollouts else 0
-    for version, window in itertools.groupby(_batches(run), key=lambda found: found[1]["policy_version"]):
+    recorded = list(_batches(run))
+    for version, window in itertools.groupby(recorded, key=lambda found: found[1]["policy_version"]):
         batches = list(window)
         is_due = before < 0 or config.offline is not None or num_steps == config.window.sync_every
         _require(
@@ -60,7 +61,7 @@ def audit(run: pathlib.Path) -> str:
         for lag, (where, line) in enumerate(batches):
             step += 1
             _require(line["step"] == step, where, f"step {line['step']} follows step {step - 1}")
-            _require(lag < _most_steps(config), where, f"step {step} lags {lag}, not below {_most_steps(config):g}")
+            _require(lag < most_steps, where, f"step {step} lags {lag}, not below {most_steps:g}")
             if version < oldest:
                 continue  # its rollouts were removed
             absent = [name for name in line["groups"] if name not in groups]
@@ -74,17 +75,12 @@ def audit(run: pathlib.Path) -> str:
     for name, times in uses.items():
         _require(times <= most, BATCHES_FILE, f"group {name} was trained on {times} times; the config says {most}")
     if config.window.order == "index" and most == 1:
-        _check_order(run)
-    _check_metrics(run, step, config)
+        _check_order(recorded)
+    _check_metrics(run, recorded, most_steps)
     left = f"; damaged files, of which nothing was trained on: {num_damaged}" if num_damaged else ""
     if oldest:
         left += f"; not checked: rollouts of versions before {oldest}, which were removed (checkpoint.keep_rollouts)"
     return f"{step} steps, {num_windows} windows, {len(uses)} groups, {num_rollouts} rollouts: all as recorded{left}"
-
-
-def _most_steps(config: TrainConfig) -> float:
-    """The most steps of a window; an offline round has as many as its data make."""
-    return config.window.sync_every if config.offline is None else math.inf
 
 
 def _check_batch(
@@ -114,11 +110,10 @@ def _group_check(config: TrainConfig) -> GroupCheck:
     own = objective.options.model_fields
     options = objective.options.model_validate({name: value for name, value in given.items() if name in own})
     beta1 = oapl.options_or_defaults(options).beta1
-    advantages = functools.partial(
-        grading.advantages_and_value,
-        advantages_of=lambda rewards, is_correct: objective.advantages(rewards, is_correct, options),
-        value_of=lambda rewards: oapl.optimal_value(rewards, beta1),
-        truncated=config.sampler.truncated,
+    advantages = Advantages(
+        lambda rewards, is_correct: objective.advantages(rewards, is_correct, options),
+        lambda rewards: oapl.optimal_value(rewards, beta1),
+        config.sampler.truncated,
     )
     stops = None
     with contextlib.suppress(OSError, ValueError):  # the tokenizer may be gone, or on another machine
@@ -127,25 +122,25 @@ def _group_check(config: TrainConfig) -> GroupCheck:
     return GroupCheck(config, stops, advantages)
 
 
-def _check_order(run: pathlib.Path) -> None:
+def _check_order(recorded: list[tuple[str, Any]]) -> None:
     """In the order of the index the groups of a window ascend."""
-    before: dict[int, int] = {}
-    for where, line in _batches(run):
-        indices = [int(name.rpartition("-")[2]) for name in line["groups"]]
-        last = before.get(line["policy_version"], -1)
-        _require([last, *indices] == sorted({last, *indices}), where, "the groups are not in the order of their index")
-        before[line["policy_version"]] = indices[-1]
+    last = (-1, -1)
+    for where, line in recorded:
+        places = [last, *(tuple(map(int, name.split("-"))) for name in line["groups"])]  # version and index
+        _require(places == sorted(set(places)), where, "the groups are not in the order of their index")
+        last = places[-1]
 
 
-def _check_metrics(run: pathlib.Path, steps: int, config: TrainConfig) -> None:
+def _check_metrics(run: pathlib.Path, recorded: list[tuple[str, Any]], most_steps: float) -> None:
     """Each step has one line, whose version and lag are those of its batch; a killed run lacks the last ones."""
-    batches = {line["step"]: line["policy_version"] for _, line in _batches(run)}
+    steps = len(recorded)
     for line, row in enumerate((row for row in read_metrics(run / METRICS_FILE) if row["step"] > 0), start=1):
         where = f"{METRICS_FILE}, step {row['step']}"
         _require(row["step"] == line and line <= steps, where, f"is line {line} of {steps} recorded steps")
-        same = row["window/version"] == batches[line]
-        _require(same, where, f"is of version {row['window/version']:g}, its batch of {batches[line]}")
-        _require(row["window/lag"] < _most_steps(config), where, f"lags {row['window/lag']:g}")
+        version = recorded[line - 1][1]["policy_version"]
+        same = row["window/version"] == version
+        _require(same, where, f"is of version {row['window/version']:g}, its batch of {version}")
+        _require(row["window/lag"] < most_steps, where, f"lags {row['window/lag']:g}")
 
 
 def _read(log: RolloutLog, version: int) -> tuple[dict[str, RolloutGroup], list[str]]:

@@ -4,9 +4,10 @@
 makes one for the samplers of its run, ``audit`` for the groups that a run has trained on.
 """
 
+import contextlib
 import enum
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,19 +36,24 @@ MOST_AHEAD = 10_000
 
 
 class BadRowError(ValueError):
-    """What cannot be used: a reason of a few words, and what is wrong."""
+    """What cannot be used: a reason of a few words, and what is wrong. All checks here raise it."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason
 
 
-def token_ids(name: str, given: Any, vocab_size: int) -> Int[np.ndarray, "_T"]:
-    """The token ids of a cell, of which there must be some, all of the vocabulary.
+@contextlib.contextmanager
+def _within(place: str) -> Iterator[None]:
+    """Puts a place before what is wrong."""
+    try:
+        yield
+    except BadRowError as error:
+        raise BadRowError(error.reason, f"{place}{error}") from None
 
-    Raises:
-        BadRowError: otherwise.
-    """
+
+def token_ids(name: str, given: Any, vocab_size: int) -> Int[np.ndarray, "_T"]:
+    """The token ids of a cell, of which there must be some, all of the vocabulary."""
     ids = np.asarray(given)
     if len(ids) == 0:
         raise BadRowError("empty prompt" if "prompt" in name else "empty response", f"{name} is empty")
@@ -60,11 +66,7 @@ def token_ids(name: str, given: Any, vocab_size: int) -> Int[np.ndarray, "_T"]:
 
 
 def logprobs(given: Any, length: int) -> Float[np.ndarray, "_T"]:
-    """The log-probabilities of a response of ``length`` tokens.
-
-    Raises:
-        BadRowError: there are more or fewer, or one is none.
-    """
+    """The log-probabilities of a response of ``length`` tokens."""
     with np.errstate(over="ignore"):
         found, problem = np.asarray(given, np.float32), None
     if len(found) != length:
@@ -81,37 +83,23 @@ def logprobs(given: Any, length: int) -> Float[np.ndarray, "_T"]:
 
 
 def reward(given: Any, bounds: tuple[float, float] | None) -> float:
-    """The reward of a response with a verdict.
-
-    Raises:
-        BadRowError: there is none, or it is out of ``bounds`` (``offline.reward_range``).
-    """
+    """The reward of a response with a verdict, within ``bounds`` (``offline.reward_range``)."""
     if given is None or not abs(given) <= MOST_REWARD:
         raise BadRowError("no reward", f"its reward is {given}")
     if bounds is not None and not bounds[0] <= given <= bounds[1]:
-        raise BadRowError(
-            "reward out of range",
-            f"its reward {given} is outside offline.reward_range [{bounds[0]:g}, {bounds[1]:g}]",
-        )
+        told = f"its reward {given} is outside offline.reward_range [{bounds[0]:g}, {bounds[1]:g}]"
+        raise BadRowError("reward out of range", told)
     return float(given)
 
 
 def end(rollout: Rollout, stops: Stops | None) -> None:
-    """The end of a response; None: stops are not known.
-
-    Raises:
-        BadRowError: it is not where the stops say.
-    """
+    """The end of a response, which must be where the stops say; None: they are not known."""
     if stops is not None and (problem := stops.problem(rollout)) is not None:
         raise BadRowError("bad end", f"{problem}; see sampler.stop_strings and sampler.stop_token_ids")
 
 
 def extra(given: Any) -> str:
-    """The JSON object of the column ``extra``.
-
-    Raises:
-        BadRowError: it is none.
-    """
+    """The JSON object of the column ``extra``."""
     try:
         reading.parse_object(given, "extra")
     except (ValueError, TypeError):
@@ -120,11 +108,7 @@ def extra(given: Any) -> str:
 
 
 def one_of(kind: type[enum.StrEnum], name: str, value: Any) -> Any:
-    """The member of an enumeration.
-
-    Raises:
-        BadRowError: there is no such member.
-    """
+    """The member of an enumeration."""
     try:
         return kind(value)
     except ValueError:
@@ -145,20 +129,10 @@ class GroupCheck(NamedTuple):
     record: BatchRecord | None = None
     """What was trained on before a restart."""
 
-    def has_trained_on(self, version: int) -> bool:
-        """Whether a batch of this policy version was recorded, as far as is known."""
-        return self.record is not None and self.record.has_version(version)
-
     def check(self, group: RolloutGroup, prompt: Prompt | None = None) -> None:
-        """Checks one group; ``prompt``: the one that it must have been sampled from.
-
-        Raises:
-            BadRowError: the first thing that is wrong; names group and rollout.
-        """
-        try:
+        """Checks one group, made of ``prompt``; the error names group and rollout."""
+        with _within(f"group {group.id}"):
             self._check_group(group, prompt)
-        except BadRowError as error:
-            raise BadRowError(error.reason, f"group {group.id}{error}") from None
 
     def _check_group(self, group: RolloutGroup, prompt: Prompt | None) -> None:
         config, own = self.config, group.prompt
@@ -171,16 +145,12 @@ class GroupCheck(NamedTuple):
         ):
             raise BadRowError("another prompt", f": its prompt {own.id!r:.80} is not the run's {prompt.id!r:.80} there")
         for index, item in enumerate(group.rollouts):
-            try:
+            with _within(f", rollout {index}: "):
                 self._check_rollout(own, item)
-            except BadRowError as error:
-                raise BadRowError(error.reason, f", rollout {index}: {error}") from None
         advantages, value = self.advantages(group.rollouts)
-        for name, given, right in (
-            ("value", [group.value], [value]),
-            ("advantages", [item.advantage for item in group.rollouts], advantages),
-        ):
-            scale = max(1.0, *(abs(item.grade.reward) for item in group.rollouts))
+        scale = max(1.0, *(abs(item.grade.reward) for item in group.rollouts))
+        own_advantages = [item.advantage for item in group.rollouts]
+        for name, given, right in (("value", [group.value], [value]), ("advantages", own_advantages, advantages)):
             if not np.allclose(given, right, rtol=0, atol=ADVANTAGE_TOLERANCE * scale, equal_nan=True):
                 raise BadRowError("wrong advantage", f": its {name} {given!s:.80}; the rewards give {right!s:.80}")
         if self.record is not None and self.record.digest(group.id) not in (None, digest(group)):
@@ -208,9 +178,8 @@ class GroupCheck(NamedTuple):
         of_correct = _reward_of_correct(config, prompt)
         right = of_correct if grade.verdict is Verdict.CORRECT else 0.0
         if of_correct is not None and grade.verdict is not Verdict.INVALID and grade.reward != right:
-            raise BadRowError(
-                "wrong reward", f"its verdict is {grade.verdict}, its reward {grade.reward} and not {right}"
-            )
+            told = f"its verdict is {grade.verdict}, its reward {grade.reward} and not {right}"
+            raise BadRowError("wrong reward", told)
 
 
 def _reward_of_correct(config: TrainConfig, prompt: Prompt) -> float | None:
@@ -252,14 +221,11 @@ class ShardCheck(NamedTuple):
         prompts = [self.prompts[window.position(index)] for index in indices]
         groups = log.read_part(version, part, self._limits(prompts))
         if (found := sorted(group.index for group in groups)) != list(indices):
-            raise ValueError(
-                f"{path}: has the groups {found!s:.80}; the shard is {indices.start} to {indices.stop - 1}"
-            )
+            shard = f"{indices.start} to {indices.stop - 1}"
+            raise ValueError(f"{path}: has the groups {found!s:.80}; the shard is {shard}")
         for group, prompt in zip(sorted(groups, key=lambda group: group.index), prompts, strict=True):
-            try:
+            with _within(f"{path}: "):
                 self.groups.check(group, prompt)
-            except BadRowError as error:
-                raise ValueError(f"{path}: {error}") from None
         return groups
 
     def _limits(self, prompts: Iterable[Prompt]) -> Limits:

@@ -20,16 +20,14 @@ from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.types import RolloutGroup
 
 RETRY_SECONDS = 0.5
-"""Between two tries to write a shard."""
 WRITE_DEADLINE = 600.0
-"""For how long a whole shard is tried to be written."""
 
 
 class ShardQueue(Changes):
     """One sampler's tickets, and the way of its groups to the log: a sampling loop's queue and log in one.
 
     Args:
-        log: of the run.
+        log: where shards become files.
         leases: of the shards, under ``VERSION-SHARD``.
         is_accepted: which groups the learner wants; shards are claimed until the window has enough of them.
         size: groups of a shard.
@@ -105,11 +103,7 @@ class ShardQueue(Changes):
         with self._changed:
             for group in groups:
                 shard = group.index // self._size
-                if (
-                    self._window is None
-                    or group.policy_version != self._window.policy_version
-                    or shard not in self._held
-                ):
+                if shard not in self._held or not self.wants_groups(group.policy_version):
                     self.num_wasted += 1
                     continue
                 self._graded[shard][group.index] = group
@@ -129,16 +123,16 @@ class ShardQueue(Changes):
 
     def _write(self, shard: int, groups: Sequence[RolloutGroup]) -> bool:
         """Creates the shard's file; a disk that cannot be written is tried again, because the groups are whole."""
-        end, is_said = time.monotonic() + WRITE_DEADLINE, False
+        end = None
         while True:
             try:
                 return self._log.create(shard, groups)
             except OSError as error:
+                if end is None:
+                    end = time.monotonic() + WRITE_DEADLINE
+                    say(f"shard {shard} cannot be written ({error}); trying for {WRITE_DEADLINE:g} s")
                 if time.monotonic() > end:
                     raise
-                if not is_said:
-                    say(f"shard {shard} cannot be written ({error}); trying for {WRITE_DEADLINE:g} s")
-                is_said = True
             time.sleep(RETRY_SECONDS)
 
     def put(self, group: RolloutGroup) -> None:

@@ -478,24 +478,15 @@ def _make_source(
     buffer = GroupBuffer(acceptance(config), window.max_groups_ahead, consumption)
     if config.mode == "online" and cluster is None:
         loop = setup.make_loop(buffer, rollouts)
-        return LocalSource(loop, buffer, rollouts, window.sync_every, window.deadline)
+        return LocalSource(loop, buffer, rollouts, window)
     samplers = cluster
     if config.mode == "detached":
         samplers = stack.enter_context(contextlib.closing(Published(assembly, setup)))
         note(f"samplers: oapl-jax sample --run {setup.root}")
     assert samplers is not None
     groups = GroupCheck(config, Stops(setup.tokenizer, setup.distribution), setup.grading.advantages, record)
-    return LogFollower(
-        setup.root,
-        rollouts,
-        buffer,
-        samplers,
-        ShardCheck(groups, setup.prompts),
-        note,
-        sync_every=window.sync_every,
-        deadline=window.deadline,
-        is_leader=setup.trainers.is_leader,
-    )
+    check, is_leader = ShardCheck(groups, setup.prompts), setup.trainers.is_leader
+    return LogFollower(setup.root, rollouts, buffer, samplers, check, note, is_leader)
 
 
 def _claim_run(stack: contextlib.ExitStack, setup: SamplingSetup) -> Lease:

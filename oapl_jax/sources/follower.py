@@ -5,13 +5,12 @@ The samplers are processes of ``oapl-jax sample``, of any other engine, or other
 
 import contextlib
 import json
-import math
 import os
 import pathlib
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from oapl_jax.build.assembly import Assembly
 from oapl_jax.io import run_dir, storage
@@ -32,10 +31,8 @@ DAMAGED_SECONDS = 0.5
 UNREADABLE_SECONDS = 30.0
 """For how long the file system refuses a file before it is moved away."""
 MOST_REPORTED = 1e15
-"""Numbers in the samplers' reports are below."""
 
 REPORT_SECONDS = 1.0
-"""Between two readings of the samplers' reports."""
 
 SAMPLERS_FOLDER = "samplers"
 LEASES_FOLDER = "leases/shards"
@@ -76,8 +73,7 @@ class Published:
         """Publishes the weights."""
         self._version, setup = window.policy_version, self._setup
         manifest = Manifest(window, setup.config.window.shard_groups, self._digest, {})
-        architecture, writers = self._assembly.architecture, setup.trainers
-        return self._store.publish(manifest, architecture, weights, setup.tokenizer, writers=writers)
+        return self._store.publish(manifest, self._assembly.architecture, weights, setup.tokenizer, setup.trainers)
 
     def tidy(self) -> None:
         """Removes versions that nobody uses any longer."""
@@ -95,8 +91,8 @@ class Published:
 class LogFollower(BufferedSource):
     """A ``GroupSource``: puts what appears in the log into the buffer; owns a thread.
 
-    ``check`` reads the files; one that does not pass is moved away. ``sync_every`` are the learner steps of a window;
-    ``note`` prints a sentence for the user. Not ``is_leader``: another process does the same, and moves files away.
+    ``check`` reads the files; one that does not pass is moved away. ``note`` prints a sentence for the user. Not
+    ``is_leader``: another process does the same, and moves files away.
     """
 
     def __init__(
@@ -107,13 +103,10 @@ class LogFollower(BufferedSource):
         samplers: Samplers,
         check: ShardCheck,
         note: Callable[[str], None],
-        *,
-        sync_every: int,
-        deadline: float,
         is_leader: bool = True,
     ):
-        super().__init__(buffer, deadline)
-        self._root, self._log, self._samplers, self._sync_every = root, log, samplers, sync_every
+        super().__init__(buffer, check.groups.config.window)
+        self._root, self._log, self._samplers = root, log, samplers
         self._check, self._note, self._is_leader = check, note, is_leader
         self._window: Window | None = None
         self._version = -1
@@ -126,9 +119,9 @@ class LogFollower(BufferedSource):
         self._thread = threading.Thread(target=self._guard, name="follower", daemon=True)
         self._num_damaged = 0
         self._published: Metrics = {}
-        self._reports: dict[str, dict[str, float]] = {}
+        self._reports: dict[str, Report] = {}
         self._next_reports = 0.0
-        self._last_report: dict[str, dict[str, float]] = {}
+        self._last_report: dict[str, Report] = {}
         self._last_time = time.perf_counter()
 
     def open_window(self, window: Window, weights: Weights, taken: Sequence[Sequence[int]]) -> WindowPlan:
@@ -141,7 +134,9 @@ class LogFollower(BufferedSource):
         self._free_folders(version)
         before = self._log.parts(version)
         self._published = self._samplers.open_window(window, weights.sampler)
-        if self._published.get("sync/publish_bytes", 0) and not self._check.groups.has_trained_on(version):
+        record = self._check.groups.record
+        is_new = record is None or not record.has_version(version)
+        if is_new and self._published.get("sync/publish_bytes", 0):
             for part in before:
                 self._move_away(self._log.path(version, part), "was written before this version was published")
         if self._is_leader:
@@ -152,25 +147,20 @@ class LogFollower(BufferedSource):
         self._window = window
         if self._thread.ident is None:
             self._thread.start()
-        return WindowPlan(self._sync_every)
+        return WindowPlan(self._limits.sync_every)
 
     def report(self) -> Metrics:
         """Metrics since the last report, summed over the samplers that have reported since."""
-        now, seconds = time.perf_counter(), max(time.perf_counter() - self._last_time, 1e-9)
-        reports = self._reports
-        none = {"beat": -1.0, "tokens": 0.0, "idle_seconds": 0.0}
-        before = {name: self._last_report.get(name, none) for name in reports}
-        live = [name for name in reports if reports[name]["beat"] != before[name]["beat"]]
-
-        def total(key: str) -> float:
-            return sum(reports[name][key] - before[name][key] for name in live)
-
+        now, reports, nothing = time.perf_counter(), self._reports, Report(-1.0, 0.0, 0.0)
+        pairs = [(report, self._last_report.get(name, nothing)) for name, report in reports.items()]
+        live = [(new, old) for new, old in pairs if new.beat != old.beat]
+        seconds = max(now - self._last_time, 1e-9)
         self._last_report, self._last_time = reports, now
         published, self._published = self._published, {}
         return {
             "sampler/processes": len(live),
-            "sampler/tokens_per_second": total("tokens") / seconds,
-            "sampler/idle_seconds": total("idle_seconds"),
+            "sampler/tokens_per_second": sum(new.tokens - old.tokens for new, old in live) / seconds,
+            "sampler/idle_seconds": sum(new.idle_seconds - old.idle_seconds for new, old in live),
             "window/damaged_files": self._num_damaged,
             **super().report(),
             **published,
@@ -275,8 +265,16 @@ class LogFollower(BufferedSource):
                 self._note(f"{path}: {problem}; moved to {aside.name}{again}")
 
 
+class Report(NamedTuple):
+    """What a sampler has done since it started."""
+
+    beat: float
+    tokens: float
+    idle_seconds: float
+
+
 class Reporter:
-    """Writes a sampler's sums since it started now and then, for the trainer's metrics and for people."""
+    """Writes a sampler's report now and then, for the trainer's metrics and for people."""
 
     def __init__(self, root: SharedPath, name: str):
         self._path, self._beat, self._next = root / SAMPLERS_FOLDER / f"{name}.json", 0, 0.0
@@ -290,15 +288,14 @@ class Reporter:
                 storage.replace(self._path, json.dumps(values).encode() + b"\n", is_durable=False)
 
 
-def _read_reports(folder: SharedPath) -> dict[str, dict[str, float]]:
+def _read_reports(folder: SharedPath) -> dict[str, Report]:
     reports = {}
     for name in storage.names(folder):
         if name.endswith(".json") and not name.startswith("."):
-            with contextlib.suppress(
-                OSError, ValueError, TypeError, OverflowError
-            ):  # replaced, or written by another program
+            # It may be replaced, or written by another program.
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError, OverflowError):
                 found = storage.read_object(folder / name)
-                report = {key: float(found.get(key, math.nan)) for key in ("beat", "tokens", "idle_seconds")}
-                if all(0 <= number < MOST_REPORTED for number in report.values()):
+                report = Report(*(float(found[key]) for key in Report._fields))
+                if all(0 <= number < MOST_REPORTED for number in report):
                     reports[name] = report
     return reports

@@ -49,7 +49,6 @@ from oapl_jax.weights.policies import Current, Manifest, PolicyGoneError, Policy
 TRANSFORMERS = "oapl_jax.sampler.pytorch:make"
 """PyTorch is no requirement of any other program, so it is imported by name."""
 POLL_SECONDS = 0.3
-"""Between two looks for a policy that is to come."""
 DRAIN_SECONDS = 3.0
 IDLE_DEADLINE = 4 * 3600.0
 """For how long a sampler waits for a trainer that wants nothing: it may be stopped, or be at a long step."""
@@ -62,7 +61,7 @@ class SamplingProcess:
         root: the run's shared folder.
         engine: ``jax``, ``transformers``, or ``package.module:function`` (docs/bring_your_own_sampler.md).
         mesh: axes of this process's devices; the axes other than ``tensor`` are replicas.
-        wait_seconds: how long to wait for a run that has not begun.
+        wait_seconds: for a run that has not begun.
         stop: set to end.
     """
 

@@ -40,6 +40,7 @@ from sources.loops import (
 
 STEPS, GROUPS = 3, 2
 """Learner steps of a window, and groups of each."""
+WINDOW = {"sync_every": STEPS, "deadline": DEADLINE}
 
 
 def make_config(directory, **sections):
@@ -67,7 +68,7 @@ def is_usable(group):
 @contextlib.contextmanager
 def local(directory):
     buffer, log = GroupBuffer(is_usable), RolloutLog(directory / "rollouts")
-    source = LocalSource(make_loop(buffer, log), buffer, log, STEPS, DEADLINE)
+    source = LocalSource(make_loop(buffer, log), buffer, log, make_config(directory, window=WINDOW).window)
     with contextlib.closing(source):
         yield source
 
@@ -99,12 +100,12 @@ class OtherProcess:
 @contextlib.contextmanager
 def followed(directory):
     buffer, log = GroupBuffer(is_usable), RolloutLog(directory / "rollouts")
-    config = make_config(directory, mode="detached", window={"shard_groups": GROUPS})
+    config = make_config(directory, mode="detached", window={**WINDOW, "shard_groups": GROUPS})
     stops = Stops(TOKENIZER, SamplingDistribution.of(config.sampler))
     check = ShardCheck(GroupCheck(config, stops, make_grading().advantages), PROMPTS)
     with Leases(directory / "leases") as leases:
         samplers = OtherProcess(log, leases)
-        source = LogFollower(directory, log, buffer, samplers, check, print, sync_every=STEPS, deadline=DEADLINE)
+        source = LogFollower(directory, log, buffer, samplers, check, print)
         with contextlib.closing(source):
             yield source
         samplers.finish()

@@ -41,7 +41,7 @@ RAW = {
     "sampler": {"group_size": 3, "max_response_tokens": 5, "stop_strings": [":,"]},
     "learner": {"batch_rollouts": 6},
     "mode": "detached",
-    "window": {"shard_groups": SIZE},
+    "window": {"shard_groups": SIZE, "deadline": 20.0},
 }
 CONFIG = config_file.validate(TrainConfig, RAW, "test", CHECKS)
 PROMPTS = load_prompts(CONFIG.data, TOKENIZER, CONFIG.run.seed)
@@ -85,7 +85,7 @@ def follower(directory, notes, *, record=None, samplers=None):
     log = RolloutLog(directory / "rollouts", SAMPLING)
     check = ShardCheck(GroupCheck(CONFIG, STOPS, GRADING.advantages, record), PROMPTS)
     buffer = GroupBuffer(lambda group: len(group.usable) >= 2)
-    source = LogFollower(directory, log, buffer, samplers or Nobody(), check, notes.append, sync_every=3, deadline=20.0)
+    source = LogFollower(directory, log, buffer, samplers or Nobody(), check, notes.append)
     with contextlib.closing(source):
         yield source, log
 
