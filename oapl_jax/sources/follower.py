@@ -77,7 +77,8 @@ class Published:
 
     def tidy(self) -> None:
         """Removes versions that nobody uses any longer."""
-        self._store.collect(self._leases, self._setup.config.checkpoint.keep_policies)
+        config = self._setup.config
+        self._store.collect(self._leases, config.checkpoint.keep_policies, config.window.deadline)
 
     def finish(self) -> None:
         """Marks the newest version as the last."""

@@ -10,6 +10,7 @@ Any engine that reads Hugging Face folders can follow it (docs/bring_your_own_sa
 import contextlib
 import hashlib
 import json
+import math
 import pathlib
 import tempfile
 import time
@@ -167,11 +168,14 @@ class PolicyStore:
         """Where a version is."""
         return self.directory / f"{version:06d}"
 
-    def collect(self, leases: "VersionLeases", keep: int = 2) -> list[int]:
-        """Removes versions before the newest ``keep`` that no sampler uses, and their leases; returns them."""
+    def collect(self, leases: "VersionLeases", keep: int = 2, patience: float = math.inf) -> list[int]:
+        """Removes versions before the newest ``keep`` that no sampler uses, and their leases; returns them.
+
+        A sampler may use one for ``patience`` seconds after it was seen here to be old.
+        """
         versions = [version for version in self.versions() if version <= self._newest]  # not what others put there
         old = versions[:-keep]
-        in_use = leases.in_use(versions[-keep]) if old else set()
+        in_use = leases.in_use(versions[-keep], patience) if old else set()
         removed = [version for version in old if version not in in_use]
         for version in removed:
             self._remove(version)
@@ -196,7 +200,7 @@ class VersionLeases(Leases):
         """Says that a process of this name uses a version."""
         return self.claim(f"{version:06d}-{name}")
 
-    def in_use(self, before: int) -> set[int]:
+    def in_use(self, before: int, patience: float = math.inf) -> set[int]:
         """Versions before this one that a living process uses; the leases of all others are finished.
 
         A process that has fallen silent counts as living until the expiry.
@@ -207,7 +211,7 @@ class VersionLeases(Leases):
             if not storage.VERSION.fullmatch(version) or int(version) >= before:
                 continue
             with contextlib.suppress(OSError):  # a name that no process can have claimed
-                if (lease := self.claim(name)) is None:
+                if (lease := self.claim(name, patience)) is None:
                     found.add(int(version))
                 else:
                     lease.finish()
