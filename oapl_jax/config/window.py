@@ -32,7 +32,8 @@ class WindowConfig(Section):
     sync_chunk_mib: Count = 1024
     """MiB of a chunk in which weights are copied at a sync; a device needs about as much beside the old and the new ones."""
     deadline: Positive = 1800.0
-    """Seconds that the learner waits for groups before it stops with an explanation."""
+    """Seconds that the learner waits for groups before it stops with an explanation. Half of it after another process
+    claimed groups and has written none of them, a sampler samples them too."""
     keep_checkpoints: Annotated[bool, WITH_SAMPLER] = False
     """Save after each sync, and keep that checkpoint for good."""
     shard_groups: Annotated[Count, WITH_SAMPLER] = 8

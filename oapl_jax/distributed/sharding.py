@@ -89,7 +89,7 @@ def make_meshes(mesh_config: MeshConfig, devices: Sequence[Any] | None = None) -
 
 
 def processes_of(mesh: Mesh) -> list[int]:
-    """Team that have devices of a mesh, ascending."""
+    """Processes that have devices of a mesh, ascending."""
     return sorted({device.process_index for device in np.asarray(mesh.devices).flat})
 
 
@@ -174,7 +174,7 @@ def _within_processes(devices: Sequence[Any], shape: Sequence[int]) -> np.ndarra
 
 
 def _parted_replica(devices: np.ndarray) -> list[int] | None:
-    """Team of the first row of the last axis, ``tensor``, that is not within one; None where all are."""
+    """Processes of the first row of the last axis, ``tensor``, that is not within one; None where all are."""
     rows = devices.reshape(-1, devices.shape[-1])
     owners = ({device.process_index for device in row} for row in rows)
     return next((sorted(row) for row in owners if len(row) > 1), None)
@@ -183,8 +183,7 @@ def _parted_replica(devices: np.ndarray) -> list[int] | None:
 def _arranged(name: str, words: str, devices: Sequence[Any], shape: Sequence[int]) -> np.ndarray:
     """Devices in the shape of a mesh: neighbours on its last axes are neighbours in a TPU slice, slices are apart.
 
-    Devices that are not TPUs, or are no whole block of one, stay in their order. Several slices need a ``data`` or
-    ``fsdp`` that can be split over them.
+    Devices that are not TPUs, or are no whole block of one, stay in their order.
     """
     slices: dict[int, list[Any]] = {}
     for device in devices:
@@ -280,10 +279,7 @@ def reshard(tree: Tree, target: Any, dtype: DTypeLike | None = None) -> Tree:
 
 
 def copy_program(leaves: Sequence[Any], targets: Sequence[Any], dtype: DTypeLike | None) -> tuple[Any, bool]:
-    """The jitted program that ``reshard`` runs on the list of leaves, and whether they are then in place.
-
-    Without it (None) they only travel; where it does not bring them there they travel after it.
-    """
+    """The jitted program (or None) that ``reshard`` runs on the leaves, and whether they need not travel after it."""
     sources = tuple(leaf.sharding for leaf in leaves)
     dtype = None if dtype is None else jnp.dtype(dtype)
     if _same_devices(sources, tuple(targets)):
@@ -311,11 +307,11 @@ def to_devices(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
 
 def placed(tree: Any, places: Any) -> Any:
     """The shapes of a tree with shardings, of which one may stand for a whole subtree: arguments to compile for."""
-    return jax.tree.map(
-        lambda place, part: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), part),
-        places,
-        tree,
-    )
+
+    def one(place: Any, part: Any) -> Any:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), part)
+
+    return jax.tree.map(one, places, tree)
 
 
 def device_bytes(tree: Any) -> int:

@@ -9,7 +9,6 @@ import jax
 HEARTBEAT_SECONDS = 100
 """After so long a process that died without a word ends the whole job."""
 START_SECONDS = 300
-"""How long a process waits for the others to join."""
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:

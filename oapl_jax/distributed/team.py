@@ -14,12 +14,7 @@ KEPT_KEYS = 100
 
 
 class Team:
-    """The first member leads: it makes the decisions that the others follow.
-
-    Args:
-        name: prefix of the team's keys.
-        members: ids of the processes.
-    """
+    """The first member leads: it makes the decisions that the others follow. ``name`` is a prefix of the team's keys."""
 
     def __init__(self, name: str, members: Sequence[int]):
         self.name, self.members = name, tuple(sorted(members))

@@ -34,9 +34,7 @@ class Piece:
     """A parameter, or some of its layers."""
 
     leaf: int
-    """Number of the parameter."""
     shape: tuple[int, ...]
-    """Of the piece."""
     dtype: np.dtype
     spec: P
     """On the source mesh."""
@@ -107,11 +105,9 @@ class Transfer:
         return NamedSharding(self._source_mesh, piece.spec).shard_shape(piece.shape)
 
     def _num_words(self, piece: Piece) -> int:
-        """16-bit words of a sender's part."""
         return -(-math.prod(self._local_shape(piece)) * piece.dtype.itemsize // 2)
 
     def _num_rows(self, piece: Piece) -> int:
-        """Rows that hold them."""
         return -(-self._num_words(piece) // (LANES * ROW_MULTIPLE)) * ROW_MULTIPLE
 
     def _sent(self, rows: int) -> jax.ShapeDtypeStruct:
@@ -175,13 +171,8 @@ class Transfer:
             return jax.lax.bitcast_convert_type(bits, piece.dtype)
 
         words = P(self._target_mesh.axis_names)
-        mapped = jax.shard_map(
-            unpack,
-            mesh=self._target_mesh,
-            in_specs=(words, target.spec, P()),
-            out_specs=target.spec,
-            check_vma=False,
-        )
+        specs = (words, target.spec, P())
+        mapped = jax.shard_map(unpack, mesh=self._target_mesh, in_specs=specs, out_specs=target.spec, check_vma=False)
         return jax.jit(mapped, out_shardings=target, donate_argnums=1)
 
     def _own_part(self, words: UInt16[Array, "rounds words"], piece: Piece, spec: P) -> Array:

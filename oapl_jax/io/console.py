@@ -28,7 +28,6 @@ class ExitCode(enum.IntEnum):
     PREEMPTED = 42
     """Stopped by SIGTERM with everything saved: start the same command again (``launch/`` does so for free)."""
     INTERRUPTED = 130
-    """Ctrl-C."""
 
 
 INTERRUPTED = "interrupted; what was saved is whole, and the same command again goes on from there"

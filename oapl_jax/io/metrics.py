@@ -29,14 +29,9 @@ class MetricsWriter:
         resume_step: int | None = None,
         config: dict[str, Any] | None = None,
     ):
-        """Opens the files of a run.
+        """Opens the files of a run; W&B shows ``config``.
 
-        Args:
-            run_dir: where the run lives.
-            logging: which trackers there are besides metrics.jsonl.
-            resume_step: the last step that is kept; what was written of later ones is removed, because the
-                resumed run writes them again. None: the run starts at the beginning and so does its file.
-            config: the resolved config, shown by W&B.
+        Lines of steps after ``resume_step`` are removed, because the resumed run writes them again; None: all lines.
 
         Raises:
             ValueError: wandb is wanted and not installed, or metrics.jsonl is damaged.

@@ -4,8 +4,6 @@ import contextlib
 import io
 import math
 import os
-import select
-import subprocess
 import sys
 import threading
 import time
@@ -27,8 +25,9 @@ _SHOWN = (
 )
 _SHOWN_WITHOUT_ROLLOUTS = (("learner/loss", "loss", 3),)
 _SECONDS_BETWEEN_LINES = (2.0, 60.0)
-SECONDS_OF_DEATH = 0.05
-"""Between the last words of a process and its end, at most: so long they are left in the pipe."""
+_TASK = rich.progress.TaskID(0)
+SECONDS_OF_DRAINING = 0.3
+"""For how long ``TerminalLines.stop`` waits for lines that are not shown yet."""
 SECONDS_OF_SILENCE = 15.0
 """After which a stage says that it goes on."""
 
@@ -40,14 +39,7 @@ class ProgressBar:
     """
 
     def __init__(self, total_steps: int, *, enabled: bool = True, stream: Any = None, unit: str = "step"):
-        """Prepares the display.
-
-        Args:
-            total_steps: learner steps in all, those before a resume included.
-            enabled: False silences ``update``; notes are printed all the same.
-            stream: text file to print to; None: standard output.
-            unit: what is counted.
-        """
+        """``total_steps`` include those before a resume; not ``enabled``, only notes are printed."""
         self._total, self._unit, self._enabled = total_steps, unit, enabled
         self._stream = sys.stdout if stream is None else stream
         self._capture: TerminalLines | None = None
@@ -58,13 +50,14 @@ class ProgressBar:
         self._first: tuple[int, float] | None = None
         self._last_line = -math.inf
         self._bar = _make_bar(self._stream) if enabled and self._stream.isatty() else None
-        self._task = self._bar.add_task("", total=total_steps, shown="", left="") if self._bar else None
+        if self._bar is not None:
+            self._bar.add_task("", total=total_steps, shown="", left="")
 
     def expect(self, total_steps: int) -> None:
         """Corrects the number of steps in all."""
         self._total = total_steps
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, total=total_steps)
+        if self._bar is not None:
+            self._bar.update(_TASK, total=total_steps)
 
     def update(self, step: int, metrics: Metrics) -> None:
         """Says that learner step ``step`` (counted from 1) is done. Metrics that are missing keep their value."""
@@ -75,8 +68,8 @@ class ProgressBar:
         # The first step compiles: the pace is measured from its end.
         self._first = self._first or (step, now)
         shown, left = _describe(self._shown), _time_left(self._first, (step, now), self._total)
-        if self._bar is not None and self._task is not None:
-            self._bar.update(self._task, completed=step, shown=" ".join(shown), left=left)
+        if self._bar is not None:
+            self._bar.update(_TASK, completed=step, shown=" ".join(shown), left=left)
         elif step >= self._total or now - self._last_line >= self._pause(now):
             self._last_line = now
             width = len(str(self._total))
@@ -141,30 +134,20 @@ class TerminalLines:
     """Gives ``show`` the lines that anything in this process or its children writes to the terminal.
 
     Libraries in C++ write to the file descriptors themselves; so these are a pipe meanwhile, where they are a terminal.
-    Should the process be killed, a child of its own prints what is left in the pipe: its last words.
     """
 
     def __init__(self, show: Callable[[str], None]):
         self._show = show
-        self._saved: dict[int, int] = {}
-        self._is_drained = threading.Event()
 
     def start(self) -> None:
         """Begins."""
         self._saved = {number: os.dup(number) for number in (1, 2) if os.isatty(number)}
-        self._read_end, write_end = os.pipe()
-        alive, self._alive = os.pipe()
-        self._heir = subprocess.Popen(
-            ["sh", "-c", f"cat <&{alive}; exec cat"],
-            stdin=self._read_end,
-            pass_fds=[alive],
-            start_new_session=True,  # Ctrl-C is not for it
-        )
-        os.close(alive)
+        read_end, write_end = os.pipe()
         for number in self._saved:
             os.dup2(write_end, number)
         os.close(write_end)
-        threading.Thread(target=self._read, name="terminal", daemon=True).start()
+        self._reader = threading.Thread(target=self._read, args=(read_end,), name="terminal", daemon=True)
+        self._reader.start()
 
     def stop(self) -> None:
         """Shows what was written, and gives the terminal back. Children may write to the pipe until they end."""
@@ -172,29 +155,16 @@ class TerminalLines:
             sys.stdout.flush()
             sys.stderr.flush()
         for number, saved in self._saved.items():
-            if number == max(self._saved):
-                os.write(number, f"{_END}\n".encode())
             os.dup2(saved, number)
             os.close(saved)
-        self._is_drained.wait(1.0)
+        self._reader.join(SECONDS_OF_DRAINING)  # it ends with the last child that has the pipe
 
-    def _read(self) -> None:
-        rest = b""
-        while select.select([self._read_end], [], []):
-            time.sleep(SECONDS_OF_DEATH)
-            chunk = os.read(self._read_end, 1 << 16)
-            *lines, rest = (rest + chunk).split(b"\n")
-            for line in lines:
-                text = line.decode(errors="replace").rstrip("\r").rpartition("\r")[2]  # of a bar, its last state
-                if text := text.removesuffix(_END):
+    def _read(self, read_end: int) -> None:
+        with open(read_end, "rb") as pipe:
+            for line in pipe:
+                text = line.decode(errors="replace").rstrip("\r\n").rpartition("\r")[2]  # of a bar, its last state
+                if text:
                     self._show(text)
-                if line.endswith(_END.encode()):
-                    self._is_drained.set()
-            if not chunk:
-                return
-
-
-_END = "\0end"
 
 
 def _is_terminal(stream: Any) -> bool:

@@ -28,9 +28,7 @@ NOT_IDENTITY = {"reward": ("folder",)}
 
 
 def check_release(run: SharedPath) -> None:
-    """Refuses what is no run directory, and a run directory that a release with another layout wrote.
-
-    Everything that reads a run directory calls this first, most of it through ``read_config``.
+    """Refuses what is no run directory, and one of another layout; who reads a run directory calls this first.
 
     Raises:
         ValueError: names both releases and what to do.
@@ -75,13 +73,10 @@ def save_config(run: SharedPath, config: Section) -> None:
 
 
 def check_run(config: Any, schema: type[Section]) -> bool:
-    """Refuses a directory that belongs to a run of another config or release; writes nothing.
-
-    Returns:
-        Whether it belongs to a run of this config.
+    """Whether a directory belongs to a run of this config; writes nothing.
 
     Raises:
-        ValueError: names the keys that differ, or the releases.
+        ValueError: it belongs to a run of another config or release; names the keys that differ, or the releases.
     """
     if "://" in config.run.dir:
         raise ValueError(
@@ -106,9 +101,7 @@ def check_run(config: Any, schema: type[Section]) -> bool:
 
 
 def open_run(config: Any, schema: type[Section]) -> pathlib.Path:
-    """Makes the run directory, or checks that it belongs to this config, and saves the resolved config in it.
-
-    To be called when everything that the config names has been loaded: a start that fails claims no directory.
+    """``check_run``, and saves the resolved config: when all is loaded, so that a start that fails claims no directory.
 
     Raises:
         ValueError: the directory belongs to a run of another config or release, or cannot be written.
@@ -152,9 +145,5 @@ def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
     """Values by ``section.key``."""
-    values: dict[str, Any] = {}
-    for section, value in config.items():
-        values |= (
-            {f"{section}.{key}": item for key, item in value.items()} if isinstance(value, dict) else {section: value}
-        )
-    return values
+    sections = {section: value if isinstance(value, dict) else {"": value} for section, value in config.items()}
+    return {f"{section}.{key}".rstrip("."): item for section in sections for key, item in sections[section].items()}

@@ -46,11 +46,10 @@ def shared_path(address: str | pathlib.Path | epath.Path) -> SharedPath:
 
 
 def next_poll(cost: float, waited: float) -> float:
-    """Seconds until the next poll for what another process writes, so that little time is lost by waiting.
+    """Seconds until the next poll for what another process writes.
 
-    Args:
-        cost: seconds that a poll takes; at most a fifth of the time is spent on polls.
-        waited: seconds since something was found; the next thing is seen at most a fiftieth of that too late.
+    ``cost`` seconds are what a poll takes, which is at most a fifth of the time; ``waited`` seconds since something was
+    found, the next thing is seen at most a fiftieth of that too late.
     """
     return min(LONGEST_POLL, max(4 * cost, min(USUAL_POLL, max(SHORTEST_POLL, waited / 50))))
 
@@ -90,11 +89,7 @@ def create(path: SharedPath, content: bytes, *, is_durable: bool = True) -> bool
 
 
 def replace(path: SharedPath, content: bytes, *, is_durable: bool = True) -> None:
-    """Writes a file: readers see the old content or the new one. Durable as in ``create``.
-
-    Raises:
-        OSError: full disk, no permission, no network.
-    """
+    """Writes a file: readers see the old content or the new one. Durability and errors as in ``create``."""
     if (store := _store(path)) is not None:
         store.pipe_file(str(path), content)
         return
@@ -126,19 +121,17 @@ def read(path: SharedPath, most_bytes: int | None = None) -> bytes:
 
 
 def _read_local(path: SharedPath, most_bytes: int | None) -> bytes:
+    def open_at_once(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would block
+
     try:
-        descriptor = os.open(str(path), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # else a pipe would block
+        with open(str(path), "rb", opener=open_at_once) as file:
+            if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                return file.read(-1 if most_bytes is None else most_bytes + 1)
     except OSError as error:
-        if error.errno not in (errno.ELOOP, errno.ENXIO):
+        if error.errno not in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
             raise
-        raise ValueError(f"{path}: is not a regular file") from None
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise ValueError(f"{path}: is not a regular file")
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            return file.read(-1 if most_bytes is None else most_bytes + 1)
-    finally:
-        os.close(descriptor)
+    raise ValueError(f"{path}: is not a regular file")
 
 
 def read_object(path: SharedPath) -> dict[str, Any]:
@@ -159,10 +152,7 @@ def exists(path: SharedPath) -> bool:
 
 
 def names(folder: SharedPath) -> list[str]:
-    """What lies in a folder, sorted; nothing where there is no such folder, or a file in its place.
-
-    In an object store a folder is there while something is in it.
-    """
+    """What lies in a folder, sorted; nothing where there is no such folder, or a file in its place."""
     store = _store(folder)
     try:
         if store is None:
@@ -185,7 +175,7 @@ def remove(path: SharedPath) -> None:
         elif (local := pathlib.Path(str(path))).is_dir() and not local.is_symlink():
             shutil.rmtree(local, ignore_errors=True)
         else:
-            pathlib.Path(str(path)).unlink()
+            local.unlink()
 
 
 def move_aside(path: SharedPath, suffix: str) -> SharedPath:

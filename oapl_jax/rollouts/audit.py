@@ -3,16 +3,15 @@
     python -m oapl_jax audit RUN
 
 Reads the rollout log, the record of the batches and the metrics, and checks every step: its groups are in the
-log, are those that were trained on, complete, of the one policy version of its window, with tokens of the vocabulary,
-log-probabilities, and the advantages that their rewards give (``checks.py``); none was trained on more often than the
-config says; the lag is below ``sync_every``.
+log, are those that were trained on, complete, of the one policy version of its window, with tokens of the vocabulary
+up to a stop or the limit, log-probabilities, and the advantages that their rewards give (``checks.py``); none was
+trained on more often than the config says; the lag is below ``sync_every``.
 Exit code 1 names the first mistake and the file and line that it is in. It needs no devices and changes nothing.
 """
 
 import collections
 import contextlib
 import dataclasses
-import functools
 import itertools
 import math
 import pathlib
@@ -23,15 +22,14 @@ from oapl_jax.config.commands import TrainConfig
 from oapl_jax.data import tokenizer as tokenizers
 from oapl_jax.io import json_lines, run_dir, storage
 from oapl_jax.io.metrics import METRICS_FILE, read_metrics
-from oapl_jax.rollouts import grading
 from oapl_jax.rollouts.checks import GroupCheck
+from oapl_jax.rollouts.grading import Advantages
 from oapl_jax.rollouts.log import RolloutLog, digest, digests_of
 from oapl_jax.rollouts.sampling import SamplingDistribution
+from oapl_jax.rollouts.stops import Stops
 from oapl_jax.types import RolloutGroup, RunError
 
 BATCHES_FILE = "batches.jsonl"
-ANY_TOKEN = 2**31
-"""Size of a vocabulary that is not known."""
 
 
 def audit(run: pathlib.Path) -> str:
@@ -44,10 +42,12 @@ def audit(run: pathlib.Path) -> str:
     config = run_dir.read_config(run, TrainConfig)
     drawn = dataclasses.asdict(SamplingDistribution.of(config.sampler))
     log, check = RolloutLog(storage.shared_path(config.run.shared_dir or run) / "rollouts", drawn), _group_check(config)
+    most_steps = config.window.sync_every if config.offline is None else math.inf
     uses: collections.Counter[str] = collections.Counter()
     before, num_steps, step, num_rollouts, num_windows, num_damaged = -1, 0, 0, 0, 0, 0
     oldest = min(log.versions(), default=math.inf) if config.checkpoint.keep_rollouts else 0
-    for version, window in itertools.groupby(_batches(run), key=lambda found: found[1]["policy_version"]):
+    recorded = list(_batches(run))
+    for version, window in itertools.groupby(recorded, key=lambda found: found[1]["policy_version"]):
         batches = list(window)
         is_due = before < 0 or config.offline is not None or num_steps == config.window.sync_every
         _require(
@@ -61,7 +61,7 @@ def audit(run: pathlib.Path) -> str:
         for lag, (where, line) in enumerate(batches):
             step += 1
             _require(line["step"] == step, where, f"step {line['step']} follows step {step - 1}")
-            _require(lag < _most_steps(config), where, f"step {step} lags {lag}, not below {_most_steps(config):g}")
+            _require(lag < most_steps, where, f"step {step} lags {lag}, not below {most_steps:g}")
             if version < oldest:
                 continue  # its rollouts were removed
             absent = [name for name in line["groups"] if name not in groups]
@@ -75,17 +75,12 @@ def audit(run: pathlib.Path) -> str:
     for name, times in uses.items():
         _require(times <= most, BATCHES_FILE, f"group {name} was trained on {times} times; the config says {most}")
     if config.window.order == "index" and most == 1:
-        _check_order(run)
-    _check_metrics(run, step, config)
+        _check_order(recorded)
+    _check_metrics(run, recorded, most_steps)
     left = f"; damaged files, of which nothing was trained on: {num_damaged}" if num_damaged else ""
     if oldest:
         left += f"; not checked: rollouts of versions before {oldest}, which were removed (checkpoint.keep_rollouts)"
     return f"{step} steps, {num_windows} windows, {len(uses)} groups, {num_rollouts} rollouts: all as recorded{left}"
-
-
-def _most_steps(config: TrainConfig) -> float:
-    """The most steps of a window; an offline round has as many as its data make."""
-    return config.window.sync_every if config.offline is None else math.inf
 
 
 def _check_batch(
@@ -115,37 +110,37 @@ def _group_check(config: TrainConfig) -> GroupCheck:
     own = objective.options.model_fields
     options = objective.options.model_validate({name: value for name, value in given.items() if name in own})
     beta1 = oapl.options_or_defaults(options).beta1
-    advantages = functools.partial(
-        grading.advantages_and_value,
-        advantages_of=lambda rewards, is_correct: objective.advantages(rewards, is_correct, options),
-        value_of=lambda rewards: oapl.optimal_value(rewards, beta1),
-        truncated=config.sampler.truncated,
+    advantages = Advantages(
+        lambda rewards, is_correct: objective.advantages(rewards, is_correct, options),
+        lambda rewards: oapl.optimal_value(rewards, beta1),
+        config.sampler.truncated,
     )
-    vocab_size = ANY_TOKEN
-    with contextlib.suppress(OSError, ValueError):  # it may be gone, or on another machine
-        vocab_size = tokenizers.load(config.model.tokenizer, config.model.path).vocab_size
-    return GroupCheck(config, vocab_size, advantages)
+    stops = None
+    with contextlib.suppress(OSError, ValueError):  # the tokenizer may be gone, or on another machine
+        tokenizer = tokenizers.load(config.model.tokenizer, config.model.path, config.model.chat_template_kwargs)
+        stops = Stops(tokenizer, SamplingDistribution.of(config.sampler))
+    return GroupCheck(config, stops, advantages)
 
 
-def _check_order(run: pathlib.Path) -> None:
+def _check_order(recorded: list[tuple[str, Any]]) -> None:
     """In the order of the index the groups of a window ascend."""
-    before: dict[int, int] = {}
-    for where, line in _batches(run):
-        indices = [int(name.rpartition("-")[2]) for name in line["groups"]]
-        last = before.get(line["policy_version"], -1)
-        _require([last, *indices] == sorted({last, *indices}), where, "the groups are not in the order of their index")
-        before[line["policy_version"]] = indices[-1]
+    last = (-1, -1)
+    for where, line in recorded:
+        places = [last, *(tuple(map(int, name.split("-"))) for name in line["groups"])]  # version and index
+        _require(places == sorted(set(places)), where, "the groups are not in the order of their index")
+        last = places[-1]
 
 
-def _check_metrics(run: pathlib.Path, steps: int, config: TrainConfig) -> None:
+def _check_metrics(run: pathlib.Path, recorded: list[tuple[str, Any]], most_steps: float) -> None:
     """Each step has one line, whose version and lag are those of its batch; a killed run lacks the last ones."""
-    batches = {line["step"]: line["policy_version"] for _, line in _batches(run)}
+    steps = len(recorded)
     for line, row in enumerate((row for row in read_metrics(run / METRICS_FILE) if row["step"] > 0), start=1):
         where = f"{METRICS_FILE}, step {row['step']}"
         _require(row["step"] == line and line <= steps, where, f"is line {line} of {steps} recorded steps")
-        same = row["window/version"] == batches[line]
-        _require(same, where, f"is of version {row['window/version']:g}, its batch of {batches[line]}")
-        _require(row["window/lag"] < _most_steps(config), where, f"lags {row['window/lag']:g}")
+        version = recorded[line - 1][1]["policy_version"]
+        same = row["window/version"] == version
+        _require(same, where, f"is of version {row['window/version']:g}, its batch of {version}")
+        _require(row["window/lag"] < most_steps, where, f"lags {row['window/lag']:g}")
 
 
 def _read(log: RolloutLog, version: int) -> tuple[dict[str, RolloutGroup], list[str]]:

@@ -71,7 +71,6 @@ class Changes:
     def __init__(self):
         self._changed = threading.Condition()
         self.num_changes = 0
-        """Grows whenever something happens."""
 
     def wait_for_change(self, since: int, timeout: float) -> None:
         """Sleeps until ``num_changes`` is no longer ``since``, at most ``timeout`` seconds."""
@@ -90,12 +89,8 @@ UNKNOWN, FRESH, PASSED_OVER, TAKEN = range(4)
 class GroupBuffer(Changes):
     """Groups of one policy version between a sampler thread and the learner's.
 
-    What is asked about the whole window is counted over arrays with a byte for each group.
-
-    Args:
-        is_accepted: which finished groups the learner wants; others are passed over.
-        max_groups_ahead: groups that may be admitted and are not yet taken or passed over; None: no limit.
-        consumption: which of them make a batch.
+    Groups that are not ``is_accepted`` are passed over. At most ``max_groups_ahead`` are admitted and not yet taken or
+    passed over. What is asked about the whole window is counted over arrays with a byte for each group.
     """
 
     def __init__(
@@ -113,7 +108,6 @@ class GroupBuffer(Changes):
         self._begin(Window(-1, 0, 0))
 
     def _begin(self, window: Window) -> None:
-        """An empty buffer for a window."""
         self._window, self._needed = window, window.num_groups
         self._fresh: dict[int, RolloutGroup] = {}  # as they came
         self._taken: dict[int, RolloutGroup | None] = {}  # in the order of taking; None: it will not be taken again
@@ -129,10 +123,8 @@ class GroupBuffer(Changes):
     ) -> None:
         """Starts a window: clears the buffer, drops and counts what the last window left.
 
-        Args:
-            window: what is to be sampled.
-            logged: groups of this version that are in the rollout log already, after a restart.
-            batches: indices of the groups of each batch that the window has given already.
+        After a restart ``logged`` are the groups that the rollout log has of this version, and ``batches`` the indices
+        of the groups of each batch that the window has given.
 
         Raises:
             ValueError: groups are to be taken again, and ``logged`` lacks one of ``batches``.
@@ -164,11 +156,10 @@ class GroupBuffer(Changes):
             return ticket
 
     def wants_groups(self, policy_version: int) -> bool:
-        """Whether the window is of this version and lacks sampled groups: while it does, the sampler goes on.
+        """Whether the window is of this version and lacks sampled groups, graded or not: then the sampler goes on.
 
         In the order of the index only groups without a gap before them count: a slow group is waited for
-        although later ones, which were started to fill empty rows, are finished. Groups that wait for
-        their grades count as had.
+        although later ones, which were started to fill empty rows, are finished.
         """
         with self._changed:
             states, is_ungraded = self._states, self._is_ungraded
@@ -202,17 +193,10 @@ class GroupBuffer(Changes):
         is_cancelled: Callable[[], bool] = lambda: False,
         recorded: Sequence[int] | None = None,
     ) -> list[RolloutGroup]:
-        """The groups of the next batch, when all are finished; none when the wait is cancelled.
-
-        Args:
-            num_groups: how many.
-            deadline: seconds to wait.
-            is_cancelled: asked every second.
-            recorded: indices of the groups that this batch had before a restart: it gets them again.
+        """See ``GroupSource.take``; none where that is cancelled, which is asked every second until the ``deadline``.
 
         Raises:
-            TimeoutError: after the deadline, with what was ready and what it waited for.
-            RuntimeError: when the sampler has failed; a RunError where its error says enough.
+            TimeoutError, RuntimeError: as there; a RunError where the sampler's error says enough.
             ValueError: a group of ``recorded`` is not usable now.
         """
         end = time.monotonic() + deadline
@@ -261,7 +245,6 @@ class GroupBuffer(Changes):
             return len(self._fresh)
 
     def _make_room(self, index: int) -> None:
-        """Lengthens the arrays beyond a group."""
         while index >= len(self._states) - 1:
             self._states = np.append(self._states, np.full_like(self._states, UNKNOWN))
             self._is_ungraded = np.append(self._is_ungraded, np.zeros_like(self._is_ungraded))
@@ -271,10 +254,9 @@ class GroupBuffer(Changes):
         self._is_ungraded[group.index] = False
         if self._states[group.index] != UNKNOWN:
             return
-        is_accepted = self._is_accepted(group)
-        self._states[group.index] = FRESH if is_accepted else PASSED_OVER
-        if is_accepted:
-            self._fresh[group.index] = group
+        self._states[group.index] = PASSED_OVER
+        if self._is_accepted(group):
+            self._states[group.index], self._fresh[group.index] = FRESH, group
 
     def _first_unknown(self, start: int) -> int:
         """The first group from ``start`` on that is not finished."""

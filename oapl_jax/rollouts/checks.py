@@ -4,9 +4,10 @@
 makes one for the samplers of its run, ``audit`` for the groups that a run has trained on.
 """
 
+import contextlib
 import enum
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,8 @@ from jaxtyping import Float, Int
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.rollouts.buffer import Window
 from oapl_jax.rollouts.log import BatchRecord, RolloutLog, digest
-from oapl_jax.types import GradedRollout, Prompt, RolloutGroup, Verdict
+from oapl_jax.rollouts.stops import Stops
+from oapl_jax.types import FinishReason, GradedRollout, Prompt, Rollout, RolloutGroup, Verdict
 from oapl_jax.untrusted import reading
 from oapl_jax.untrusted.parquet import Limits
 
@@ -25,6 +27,8 @@ MOST_REWARD = 1e9
 """The square of a larger one leaves float32."""
 ADVANTAGE_TOLERANCE = 1e-5
 """Of value and advantage, relative to the rewards: another program may compute in float32."""
+ANY_TOKEN = 2**31
+"""Size of a vocabulary that is not known."""
 CHARACTER_BYTES, TOKEN_BYTES, ROW_BYTES = 4, 256, 2**16
 """Bytes that a character takes at most, a token with its text and log-probability, and the other cells of a row."""
 MOST_AHEAD = 10_000
@@ -32,19 +36,24 @@ MOST_AHEAD = 10_000
 
 
 class BadRowError(ValueError):
-    """What cannot be used: a reason of a few words, and what is wrong."""
+    """What cannot be used: a reason of a few words, and what is wrong. All checks here raise it."""
 
     def __init__(self, reason: str, message: str):
         super().__init__(message)
         self.reason = reason
 
 
-def token_ids(name: str, given: Any, vocab_size: int) -> Int[np.ndarray, "_T"]:
-    """The token ids of a cell, of which there must be some, all of the vocabulary.
+@contextlib.contextmanager
+def _within(place: str) -> Iterator[None]:
+    """Puts a place before what is wrong."""
+    try:
+        yield
+    except BadRowError as error:
+        raise BadRowError(error.reason, f"{place}{error}") from None
 
-    Raises:
-        BadRowError: otherwise.
-    """
+
+def token_ids(name: str, given: Any, vocab_size: int) -> Int[np.ndarray, "_T"]:
+    """The token ids of a cell, of which there must be some, all of the vocabulary."""
     ids = np.asarray(given)
     if len(ids) == 0:
         raise BadRowError("empty prompt" if "prompt" in name else "empty response", f"{name} is empty")
@@ -57,11 +66,7 @@ def token_ids(name: str, given: Any, vocab_size: int) -> Int[np.ndarray, "_T"]:
 
 
 def logprobs(given: Any, length: int) -> Float[np.ndarray, "_T"]:
-    """The log-probabilities of a response of ``length`` tokens.
-
-    Raises:
-        BadRowError: there are more or fewer, or one is none.
-    """
+    """The log-probabilities of a response of ``length`` tokens."""
     with np.errstate(over="ignore"):
         found, problem = np.asarray(given, np.float32), None
     if len(found) != length:
@@ -78,27 +83,23 @@ def logprobs(given: Any, length: int) -> Float[np.ndarray, "_T"]:
 
 
 def reward(given: Any, bounds: tuple[float, float] | None) -> float:
-    """The reward of a response with a verdict.
-
-    Raises:
-        BadRowError: there is none, or it is out of ``bounds`` (``offline.reward_range``).
-    """
+    """The reward of a response with a verdict, within ``bounds`` (``offline.reward_range``)."""
     if given is None or not abs(given) <= MOST_REWARD:
         raise BadRowError("no reward", f"its reward is {given}")
     if bounds is not None and not bounds[0] <= given <= bounds[1]:
-        raise BadRowError(
-            "reward out of range",
-            f"its reward {given} is outside offline.reward_range [{bounds[0]:g}, {bounds[1]:g}]",
-        )
+        told = f"its reward {given} is outside offline.reward_range [{bounds[0]:g}, {bounds[1]:g}]"
+        raise BadRowError("reward out of range", told)
     return float(given)
 
 
-def extra(given: Any) -> str:
-    """The JSON object of the column ``extra``.
+def end(rollout: Rollout, stops: Stops | None) -> None:
+    """The end of a response, which must be where the stops say; None: they are not known."""
+    if stops is not None and (problem := stops.problem(rollout)) is not None:
+        raise BadRowError("bad end", f"{problem}; see sampler.stop_strings and sampler.stop_token_ids")
 
-    Raises:
-        BadRowError: it is none.
-    """
+
+def extra(given: Any) -> str:
+    """The JSON object of the column ``extra``."""
     try:
         reading.parse_object(given, "extra")
     except (ValueError, TypeError):
@@ -107,11 +108,7 @@ def extra(given: Any) -> str:
 
 
 def one_of(kind: type[enum.StrEnum], name: str, value: Any) -> Any:
-    """The member of an enumeration.
-
-    Raises:
-        BadRowError: there is no such member.
-    """
+    """The member of an enumeration."""
     try:
         return kind(value)
     except ValueError:
@@ -126,25 +123,16 @@ class GroupCheck(NamedTuple):
     """What the groups of a run have to be."""
 
     config: TrainConfig
-    vocab_size: int
+    stops: Stops | None
+    """None: the tokenizer is not known, and neither are its ids and stops."""
     advantages: Advantages
     record: BatchRecord | None = None
     """What was trained on before a restart."""
 
-    def has_trained_on(self, version: int) -> bool:
-        """Whether a batch of this policy version was recorded, as far as is known."""
-        return self.record is not None and self.record.has_version(version)
-
     def check(self, group: RolloutGroup, prompt: Prompt | None = None) -> None:
-        """Checks one group; ``prompt``: the one that it must have been sampled from.
-
-        Raises:
-            BadRowError: the first thing that is wrong; names group and rollout.
-        """
-        try:
+        """Checks one group, made of ``prompt``; the error names group and rollout."""
+        with _within(f"group {group.id}"):
             self._check_group(group, prompt)
-        except BadRowError as error:
-            raise BadRowError(error.reason, f"group {group.id}{error}") from None
 
     def _check_group(self, group: RolloutGroup, prompt: Prompt | None) -> None:
         config, own = self.config, group.prompt
@@ -157,16 +145,12 @@ class GroupCheck(NamedTuple):
         ):
             raise BadRowError("another prompt", f": its prompt {own.id!r:.80} is not the run's {prompt.id!r:.80} there")
         for index, item in enumerate(group.rollouts):
-            try:
+            with _within(f", rollout {index}: "):
                 self._check_rollout(own, item)
-            except BadRowError as error:
-                raise BadRowError(error.reason, f", rollout {index}: {error}") from None
         advantages, value = self.advantages(group.rollouts)
-        for name, given, right in (
-            ("value", [group.value], [value]),
-            ("advantages", [item.advantage for item in group.rollouts], advantages),
-        ):
-            scale = max(1.0, *(abs(item.grade.reward) for item in group.rollouts))
+        scale = max(1.0, *(abs(item.grade.reward) for item in group.rollouts))
+        own_advantages = [item.advantage for item in group.rollouts]
+        for name, given, right in (("value", [group.value], [value]), ("advantages", own_advantages, advantages)):
             if not np.allclose(given, right, rtol=0, atol=ADVANTAGE_TOLERANCE * scale, equal_nan=True):
                 raise BadRowError("wrong advantage", f": its {name} {given!s:.80}; the rewards give {right!s:.80}")
         if self.record is not None and self.record.digest(group.id) not in (None, digest(group)):
@@ -178,8 +162,12 @@ class GroupCheck(NamedTuple):
         if len(prompt.token_ids) > prompt_limit or len(rollout.token_ids) > limit:
             sizes = f"{len(prompt.token_ids)} prompt and {len(rollout.token_ids)} response tokens"
             raise BadRowError("too long", f"{sizes}; the run has at most {prompt_limit} and {limit}")
-        token_ids("prompt_token_ids", prompt.token_ids, self.vocab_size)
-        token_ids("token_ids", rollout.token_ids, self.vocab_size)
+        vocab_size = ANY_TOKEN if self.stops is None else self.stops.vocab_size
+        token_ids("prompt_token_ids", prompt.token_ids, vocab_size)
+        token_ids("token_ids", rollout.token_ids, vocab_size)
+        end(rollout, self.stops)
+        if rollout.finish_reason is FinishReason.LENGTH and len(rollout.token_ids) < limit and config.offline is None:
+            raise BadRowError("bad end", f"was cut at {len(rollout.token_ids)} tokens; the run cuts at {limit}")
         extra(item.extra)
         if item.is_usable:
             logprobs(rollout.logprobs, len(rollout.token_ids))
@@ -190,9 +178,8 @@ class GroupCheck(NamedTuple):
         of_correct = _reward_of_correct(config, prompt)
         right = of_correct if grade.verdict is Verdict.CORRECT else 0.0
         if of_correct is not None and grade.verdict is not Verdict.INVALID and grade.reward != right:
-            raise BadRowError(
-                "wrong reward", f"its verdict is {grade.verdict}, its reward {grade.reward} and not {right}"
-            )
+            told = f"its verdict is {grade.verdict}, its reward {grade.reward} and not {right}"
+            raise BadRowError("wrong reward", told)
 
 
 def _reward_of_correct(config: TrainConfig, prompt: Prompt) -> float | None:
@@ -234,14 +221,11 @@ class ShardCheck(NamedTuple):
         prompts = [self.prompts[window.position(index)] for index in indices]
         groups = log.read_part(version, part, self._limits(prompts))
         if (found := sorted(group.index for group in groups)) != list(indices):
-            raise ValueError(
-                f"{path}: has the groups {found!s:.80}; the shard is {indices.start} to {indices.stop - 1}"
-            )
+            shard = f"{indices.start} to {indices.stop - 1}"
+            raise ValueError(f"{path}: has the groups {found!s:.80}; the shard is {shard}")
         for group, prompt in zip(sorted(groups, key=lambda group: group.index), prompts, strict=True):
-            try:
+            with _within(f"{path}: "):
                 self.groups.check(group, prompt)
-            except BadRowError as error:
-                raise ValueError(f"{path}: {error}") from None
         return groups
 
     def _limits(self, prompts: Iterable[Prompt]) -> Limits:

@@ -28,8 +28,8 @@ class FilterCounts:
 
     def __str__(self) -> str:
         """``kept 90 of 100 groups; dropped: 10 too few correct``; counts of 0 are left out."""
-        names = [field.name for field in dataclasses.fields(self)[2:]]
-        dropped = [f"{getattr(self, name)} {name.replace('_', ' ')}" for name in names if getattr(self, name)]
+        counts = list(dataclasses.asdict(self).items())[2:]
+        dropped = [f"{count} {name.replace('_', ' ')}" for name, count in counts if count]
         return f"kept {self.kept} of {self.groups} groups" + (f"; dropped: {', '.join(dropped)}" if dropped else "")
 
 

@@ -19,6 +19,31 @@ AdvantageFn = Callable[[Float[np.ndarray, "G"], Bool[np.ndarray, "G"]], Float[np
 """From the rewards of a group, and whether each response is correct, to the advantages; float64."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Advantages:
+    """Advantages and V* of the rollouts of a group; NaN for those whose verdict or log-probabilities cannot be used."""
+
+    of_rewards: AdvantageFn
+    value: Callable[[Float[np.ndarray, "G"]], float]
+    truncated: str
+
+    def __call__(self, graded: Sequence[GradedRollout]) -> tuple[list[float], float]:
+        """Computed over the usable rollouts."""
+        is_usable = np.array([self._is_usable(item) for item in graded])
+        advantages, value = np.full(len(graded), np.nan), math.nan
+        if is_usable.any():
+            rewards = np.array([item.grade.reward for item in graded], np.float64)[is_usable]
+            is_correct = np.array([item.grade.verdict is Verdict.CORRECT for item in graded])[is_usable]
+            advantages[is_usable], value = self.of_rewards(rewards, is_correct), self.value(rewards)
+        return advantages.tolist(), value
+
+    def _is_usable(self, item: GradedRollout) -> bool:
+        if self.truncated == "left_out" and item.rollout.finish_reason is FinishReason.LENGTH:
+            return False
+        is_graded = item.grade.verdict is not Verdict.INVALID and math.isfinite(item.grade.reward)
+        return is_graded and bool(np.isfinite(item.rollout.logprobs).all())
+
+
 INVALID_IN_A_ROW = 64
 """Invalid verdicts without a valid one among them after which grading gives up."""
 
@@ -26,12 +51,7 @@ INVALID_IN_A_ROW = 64
 class Grading:
     """Decodes, grades and gives advantages; owns the grader and a thread.
 
-    Args:
-        decode: token ids to text.
-        grader: judges texts.
-        advantages: of a group, by the objective.
-        value: rewards of a group to V*(x).
-        truncated: what happens to truncated responses, see ``SamplerConfig``.
+    ``value``: rewards of a group to V*(x); ``truncated``: see ``SamplerConfig``.
     """
 
     def __init__(
@@ -42,8 +62,8 @@ class Grading:
         value: Callable[[Float[np.ndarray, "G"]], float],
         truncated: str = "wrong",
     ):
-        self.decode, self._grader, self._advantages, self._value = decode, grader, advantages, value
-        self._truncated = truncated
+        self.decode, self._grader, self._truncated = decode, grader, truncated
+        self.advantages = Advantages(advantages, value, truncated)
         self._is_grading = threading.Lock()
         self._invalid: list[str] = []
         """Reasons of the invalid verdicts since the last valid one."""
@@ -97,31 +117,3 @@ class Grading:
             dataclasses.replace(item, advantage=advantage) for item, advantage in zip(graded, advantages, strict=True)
         ]
         return RolloutGroup(ticket.index, ticket.policy_version, prompt, tuple(rollouts), value)
-
-    def advantages(self, graded: Sequence[GradedRollout]) -> tuple[list[float], float]:
-        """Advantages and V*, over the rollouts of a group whose verdict and log-probabilities can be used."""
-        return advantages_and_value(graded, self._advantages, self._value, self._truncated)
-
-
-def advantages_and_value(
-    graded: Sequence[GradedRollout],
-    advantages_of: AdvantageFn,
-    value_of: Callable[[Float[np.ndarray, "G"]], float],
-    truncated: str,
-) -> tuple[list[float], float]:
-    """Advantages and V* of the rollouts of a group; NaN for those whose verdict or log-probabilities cannot be used."""
-    is_usable = np.array(
-        [
-            item.grade.verdict is not Verdict.INVALID
-            and math.isfinite(item.grade.reward)
-            and np.isfinite(item.rollout.logprobs).all()
-            and not (truncated == "left_out" and item.rollout.finish_reason is FinishReason.LENGTH)
-            for item in graded
-        ]
-    )
-    advantages, value = np.full(len(graded), np.nan), math.nan
-    if is_usable.any():
-        rewards = np.array([item.grade.reward for item in graded], np.float64)[is_usable]
-        is_correct = np.array([item.grade.verdict is Verdict.CORRECT for item in graded])[is_usable]
-        advantages[is_usable], value = advantages_of(rewards, is_correct), value_of(rewards)
-    return advantages.tolist(), value

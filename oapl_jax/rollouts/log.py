@@ -33,10 +33,7 @@ class RolloutLog:
         self._next_part: dict[int, int] = {}
 
     def append(self, groups: Sequence[RolloutGroup]) -> SharedPath:
-        """Writes groups of one policy version as one file, whole or not at all.
-
-        When this returns, the groups survive a crash of the process and of the machine.
-        """
+        """Writes groups of one policy version as one file, whole or not at all; returns when a crash cannot undo it."""
         (version,) = {group.policy_version for group in groups}
         part = self._next_part.get(version)
         if part is None:
@@ -135,19 +132,13 @@ class RolloutLog:
 
 
 class BatchRecord:
-    """``batches.jsonl``: which groups formed the batch of each learner step.
-
-    A resumed run repeats the steps that it had recorded before it was killed; their batches must be
-    formed again from the same groups, or the run would not be the one it claims to resume.
-    """
+    """``batches.jsonl``: which groups formed the batch of each step; a resumed run forms the recorded ones again."""
 
     def __init__(self, path: pathlib.Path, delete_after: int | None = None):
-        """Reads what a former process recorded, but for a last line that a crash tore.
-
-        Steps beyond ``delete_after`` are deleted: a changed config will do them in another way.
+        """Reads what a former process recorded; a changed config does the steps after ``delete_after`` in another way.
 
         Raises:
-            ValueError: for a damaged line.
+            ValueError: for a damaged line, unless it is the last one, which a crash tore.
         """
         self._path = path
         kept = json_lines.keep(path, lambda step: delete_after is None or step <= delete_after)
@@ -202,10 +193,11 @@ def digests_of(row: dict[str, Any], where: str) -> dict[str, str]:
         ValueError: it is none; names ``where``.
     """
     names, digests = row.get("groups"), row.get("digests")
-    if not (isinstance(names, list) and isinstance(digests, list) and len(names) == len(digests)) or (
-        type(row.get("policy_version")) is not int
-    ):
-        raise ValueError(f"{where}: has not a digest for each of its groups; it was damaged, or is of another release")
+    has_version = type(row.get("policy_version")) is int
+    if not has_version or not isinstance(names, list) or not isinstance(digests, list) or len(names) != len(digests):
+        raise ValueError(
+            f"{where}: needs a policy_version and one digest for each group; the line is damaged, or of another release"
+        )
     if not all(isinstance(text, str) for text in (*names, *digests)) or not all(map(schema.NAME.fullmatch, names)):
         raise ValueError(f"{where}: its groups are not ids and digests: {names!r:.80}")
     if len(set(names)) < len(names):

@@ -4,6 +4,7 @@ A sampler draws rollouts and does not grade them. Callers know this file, not th
 """
 
 import dataclasses
+import operator
 from collections.abc import Iterable, Iterator
 from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
@@ -90,7 +91,6 @@ class Stats:
     """What a scheduler has done since it was made."""
 
     tokens: int = 0
-    """Tokens drawn."""
     prefill_tokens: int = 0
     """Prompt tokens run through the model, without padding."""
     row_steps: int = 0
@@ -100,6 +100,12 @@ class Stats:
     preemptions: int = 0
     host_gap_seconds: float = 0.0
     """Time in which nothing was enqueued on the device although sequences were live."""
+
+    def __add__(self, other: "Stats") -> "Stats":
+        return Stats(*map(operator.add, dataclasses.astuple(self), dataclasses.astuple(other)))
+
+    def __sub__(self, other: "Stats") -> "Stats":
+        return Stats(*map(operator.sub, dataclasses.astuple(self), dataclasses.astuple(other)))
 
     @property
     def slot_use(self) -> float:

@@ -143,13 +143,10 @@ def from_table(table: pa.Table, source: str) -> list[RolloutGroup]:
             or has two prompts; names ``source``.
     """
     table = select(table, list(COLUMNS), source)
-    if table.num_rows == 0:
-        return []
     rows = sorted(_rows(table, source), key=operator.itemgetter("group_id", "rollout_index"))
-    grouped = [list(members) for _, members in itertools.groupby(rows, key=operator.itemgetter("group_id"))]
     groups = []
-    for members in grouped:
-        name = members[0]["group_id"]
+    for name, rows_of_group in itertools.groupby(rows, key=operator.itemgetter("group_id")):
+        members = list(rows_of_group)
         if not NAME.fullmatch(name):
             raise ValueError(f"{source}: has a group {name!r:.40}; their names are VERSION-INDEX")
         where = f"{source}: group {name}"
@@ -186,15 +183,10 @@ def _rows(table: pa.Table, source: str) -> list[dict]:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{source}: column {field.name} is {column.type}, not {field.type} ({reason})") from error
         is_list = pa.types.is_list(field.type)
-        tokens_null = (
-            is_list
-            and pa.types.is_integer(field.type.value_type)
-            and any(chunk.values.null_count for chunk in column.chunks)
-        )
+        tokens_null = field.type == _IDS and any(chunk.values.null_count for chunk in column.chunks)
         if tokens_null or (column.null_count and not COLUMNS[field.name].is_nullable):
-            raise ValueError(
-                f"{source}: column {field.name} has nulls; no text, number, list or token in it may be null"
-            )
+            told = "no text, number, list or token in it may be null"
+            raise ValueError(f"{source}: column {field.name} has nulls; {told}")
         columns[field.name] = list_cells(column) if is_list else column.to_pylist()
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
@@ -255,30 +247,16 @@ def row(group: RolloutGroup, rollout_index: int) -> dict[str, Any]:
 
 def _group(rows: list[dict]) -> RolloutGroup:
     first = rows[0]
-    prompt = Prompt(
-        id=first["prompt_id"],
-        token_ids=first["prompt_token_ids"],
-        text=first["prompt"],
-        answer=first["answer"],
-    )
-    return RolloutGroup(
-        index=first["group_index"],
-        policy_version=first["policy_version"],
-        prompt=prompt,
-        rollouts=tuple(map(_graded, rows)),
-        value=_nan_if_null(first["value"]),
-    )
+    prompt = Prompt(first["prompt_id"], first["prompt_token_ids"], first["prompt"], first["answer"])
+    graded, value = tuple(map(_graded, rows)), _nan_if_null(first["value"])
+    return RolloutGroup(first["group_index"], first["policy_version"], prompt, graded, value)
 
 
 def _graded(row: dict) -> GradedRollout:
     num_tokens, num_logprobs = len(row["token_ids"]), len(row["logprobs"])
     if num_tokens != num_logprobs:
         raise ValueError(f"rollout {row['rollout_index']}: {num_logprobs} log-probabilities for {num_tokens} tokens")
-    rollout = Rollout(
-        token_ids=row["token_ids"],
-        logprobs=row["logprobs"],
-        finish_reason=FinishReason(row["finish_reason"]),
-    )
+    rollout = Rollout(row["token_ids"], row["logprobs"], FinishReason(row["finish_reason"]))
     grade = Grade(Verdict(row["verdict"]), _nan_if_null(row["reward"]), row["verdict_detail"])
     return GradedRollout(rollout, row["response"], grade, _nan_if_null(row["advantage"]), row["extra"])
 

@@ -8,6 +8,7 @@ two that think they hold the same lease, cost work and nothing else.
 import collections
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -19,21 +20,20 @@ from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.types import RolloutGroup
 
 RETRY_SECONDS = 0.5
-"""Between two tries to write a shard."""
 WRITE_DEADLINE = 600.0
-"""For how long a whole shard is tried to be written."""
 
 
 class ShardQueue(Changes):
     """One sampler's tickets, and the way of its groups to the log: a sampling loop's queue and log in one.
 
     Args:
-        log: of the run.
+        log: where shards become files.
         leases: of the shards, under ``VERSION-SHARD``.
         is_accepted: which groups the learner wants; shards are claimed until the window has enough of them.
         size: groups of a shard.
         num_groups: groups that there are, where their number is fixed (a data set to be generated); None: a window may
             need more of them than it wants, because some are not accepted.
+        patience: seconds that others may hold a shard without writing it; then it is sampled here too.
     """
 
     def __init__(
@@ -43,10 +43,11 @@ class ShardQueue(Changes):
         is_accepted: Callable[[RolloutGroup], bool],
         size: int,
         num_groups: int | None = None,
+        patience: float = math.inf,
     ):
         super().__init__()
         self._log, self._leases, self._is_accepted, self._size = log, leases, is_accepted, size
-        self._num_groups = num_groups
+        self._num_groups, self._patience = num_groups, patience
         self._window: Window | None = None
         self._num_accepted: dict[int, int] = {}  # of each file of the window's version that was seen
         self._held: dict[int, Lease] = {}
@@ -102,11 +103,7 @@ class ShardQueue(Changes):
         with self._changed:
             for group in groups:
                 shard = group.index // self._size
-                if (
-                    self._window is None
-                    or group.policy_version != self._window.policy_version
-                    or shard not in self._held
-                ):
+                if shard not in self._held or not self.wants_groups(group.policy_version):
                     self.num_wasted += 1
                     continue
                 self._graded[shard][group.index] = group
@@ -126,16 +123,16 @@ class ShardQueue(Changes):
 
     def _write(self, shard: int, groups: Sequence[RolloutGroup]) -> bool:
         """Creates the shard's file; a disk that cannot be written is tried again, because the groups are whole."""
-        end, is_said = time.monotonic() + WRITE_DEADLINE, False
+        end = None
         while True:
             try:
                 return self._log.create(shard, groups)
             except OSError as error:
+                if end is None:
+                    end = time.monotonic() + WRITE_DEADLINE
+                    say(f"shard {shard} cannot be written ({error}); trying for {WRITE_DEADLINE:g} s")
                 if time.monotonic() > end:
                     raise
-                if not is_said:
-                    say(f"shard {shard} cannot be written ({error}); trying for {WRITE_DEADLINE:g} s")
-                is_said = True
             time.sleep(RETRY_SECONDS)
 
     def put(self, group: RolloutGroup) -> None:
@@ -167,7 +164,7 @@ class ShardQueue(Changes):
             self._next_poll = now + storage.next_poll(now - start, now - self._last_news)
 
     def _claim(self, window: Window) -> bool:
-        """Claims the first shard that is not written and that nobody holds, where the window still needs one.
+        """Claims the first shard that is not written and that nobody holds (too long), where the window needs one.
 
         Groups count without a gap from the first on: a learner that takes them in order waits for the shard of a
         damaged file that was moved away, whatever comes after it. A shard in progress is expected to bring only
@@ -180,7 +177,7 @@ class ShardQueue(Changes):
             if expected >= window.num_groups:
                 return False
             if shard not in self._num_accepted and shard not in self._held:
-                lease = self._leases.claim(f"{version:06d}-{shard:06d}")
+                lease = self._leases.claim(f"{version:06d}-{shard:06d}", self._patience)
                 if lease is not None and not self._is_written(version, shard):
                     self._held[shard] = lease
                     self._graded[shard] = {}

@@ -54,12 +54,9 @@ class GroupSource(Protocol):
     """Fills windows with graded groups. The loop calls one method at a time, from one thread."""
 
     def open_window(self, window: Window, weights: Weights, taken: Sequence[Sequence[int]]) -> WindowPlan:
-        """Begins a window: the sampler gets these weights, groups of older versions are dropped.
+        """Begins a window: the sampler gets its weights, groups of older versions are dropped.
 
-        Args:
-            window: policy version, position in the prompt stream and number of groups that the learner wants.
-            weights: of this policy version.
-            taken: after a restart, the indices of the groups of each batch that was trained on in this window.
+        ``taken``: after a restart, the indices of the groups of each batch that was trained on in this window.
 
         Raises:
             ValueError: the window cannot be filled; says why.
@@ -70,12 +67,9 @@ class GroupSource(Protocol):
     def take(
         self, num_groups: int, is_cancelled: Callable[[], bool], recorded: Sequence[int] | None = None
     ) -> Taken | None:
-        """The groups of the next batch, as soon as they are there; None when the wait was cancelled.
+        """The groups of the next batch, as soon as they are there; None when ``is_cancelled`` said so meanwhile.
 
-        Args:
-            num_groups: how many.
-            is_cancelled: asked while the call waits.
-            recorded: indices of the groups that this batch had before a restart: it gets them again.
+        ``recorded``: indices of the groups that this batch had before a restart, and gets again.
 
         Raises:
             TimeoutError: they do not come in time; says what was waited for.

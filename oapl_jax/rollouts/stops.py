@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.rollouts.sampling import SamplingDistribution
+from oapl_jax.types import FinishReason, Rollout
 
 MARGIN = 8
 """Tokens decoded before those that may be a part of a stop string: the first of a decoded text may lose a space."""
@@ -33,6 +34,7 @@ class Stops:
                 ids.add(found[0])
         self.ids = tuple(sorted(ids))
         """All tokens that end a response."""
+        self.vocab_size = tokenizer.vocab_size
         self.strings = distribution.stop_strings
         self.decode = tokenizer.decode
         self._is_raw = not tokenizer.has_chat_template
@@ -43,6 +45,17 @@ class Stops:
         if ids and ids[-1] in self.ids:
             ids.pop()
         return before_stop(self.decode(ids), self.strings)
+
+    def problem(self, rollout: Rollout) -> str | None:
+        """Why a response does not end at its first stop, where its ``finish_reason`` says so or it has one; else None."""
+        ids = rollout.token_ids.tolist()
+        at_token = next((length for length, token in enumerate(ids, start=1) if token in self.ids), len(ids) + 1)
+        length = stop_length(ids[:at_token], 0, self.strings, self.decode) or at_token
+        if length < len(ids):
+            return f"it has {len(ids)} tokens and goes on after its stop, token {length}"
+        if length > len(ids) and rollout.finish_reason is FinishReason.STOP:
+            return "its finish_reason is stop, and it ends at no stop"
+        return None
 
     def __str__(self) -> str:
         """For the start of a run: where responses end, and that prompts are not put into a chat template."""

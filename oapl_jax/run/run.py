@@ -32,6 +32,7 @@ from oapl_jax.rollouts.buffer import Consumption, GroupBuffer, Window
 from oapl_jax.rollouts.checks import GroupCheck, ShardCheck
 from oapl_jax.rollouts.log import BatchRecord, RolloutLog, digest
 from oapl_jax.rollouts.source import GroupSource, Taken, Weights, WindowPlan
+from oapl_jax.rollouts.stops import Stops
 from oapl_jax.run.evaluator import Evaluator, StepLog
 from oapl_jax.run.parity import check_parity
 from oapl_jax.run.progress import RunProgress
@@ -470,28 +471,19 @@ def _make_source(
     buffer = GroupBuffer(acceptance(config), window.max_groups_ahead, consumption)
     if config.mode == "online" and cluster is None:
         loop = setup.make_loop(buffer, rollouts)
-        return LocalSource(loop, buffer, rollouts, window.sync_every, window.deadline)
+        return LocalSource(loop, buffer, rollouts, window)
     samplers = cluster
     if config.mode == "detached":
         samplers = stack.enter_context(contextlib.closing(Published(assembly, setup)))
         note(f"samplers: oapl-jax sample --run {setup.root}")
     assert samplers is not None
-    groups = GroupCheck(config, setup.tokenizer.vocab_size, setup.grading.advantages, record)
-    return LogFollower(
-        setup.root,
-        rollouts,
-        buffer,
-        samplers,
-        ShardCheck(groups, setup.prompts),
-        note,
-        sync_every=window.sync_every,
-        deadline=window.deadline,
-        is_leader=setup.trainers.is_leader,
-    )
+    groups = GroupCheck(config, Stops(setup.tokenizer, setup.distribution), setup.grading.advantages, record)
+    check, is_leader = ShardCheck(groups, setup.prompts), setup.trainers.is_leader
+    return LogFollower(setup.root, rollouts, buffer, samplers, check, note, is_leader)
 
 
 def _claim_run(stack: contextlib.ExitStack, setup: SamplingSetup) -> Lease:
-    """Makes this process the run's one trainer, until it ends; in ``run.dir``, where samplers of ``shared_dir`` do not write."""
+    """Makes this process the run's one trainer, until it ends, whatever samplers write into ``run.dir``."""
     folder = pathlib.Path(setup.config.run.dir) / "leases"
     leases = stack.enter_context(Leases(folder, setup.config.window.lease_seconds))
     lease = leases.claim_from_the_dead("trainer")

@@ -176,13 +176,10 @@ class Cluster:
 
     def _read(self, name: str, digest: str) -> bytes:
         end = time.monotonic() + FILE_SECONDS
-        while True:
+        while time.monotonic() < end:
             with contextlib.suppress(FileNotFoundError):
                 content = storage.read(self._root / name)
                 if hashlib.sha256(content).hexdigest() == digest:
                     return content
-            if time.monotonic() > end:
-                raise TimeoutError(
-                    f"{self._root / name} is not what another process wrote; do all see the same folder?"
-                )
             time.sleep(0.1)
+        raise TimeoutError(f"{self._root / name} is not what another process wrote; do all see the same folder?")

@@ -5,12 +5,12 @@ The samplers are processes of ``oapl-jax sample``, of any other engine, or other
 
 import contextlib
 import json
-import math
+import os
 import pathlib
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from oapl_jax.build.assembly import Assembly
 from oapl_jax.io import run_dir, storage
@@ -31,15 +31,14 @@ DAMAGED_SECONDS = 0.5
 UNREADABLE_SECONDS = 30.0
 """For how long the file system refuses a file before it is moved away."""
 MOST_REPORTED = 1e15
-"""Numbers in the samplers' reports are below."""
 
 REPORT_SECONDS = 1.0
-"""Between two readings of the samplers' reports."""
 
 SAMPLERS_FOLDER = "samplers"
 LEASES_FOLDER = "leases/shards"
 VERSION_LEASES_FOLDER = "leases/policies"
 POLICY_FOLDER = "policy"
+SHARED_FOLDERS = (POLICY_FOLDER, SAMPLERS_FOLDER, "leases", LEASES_FOLDER, VERSION_LEASES_FOLDER)
 
 
 @runtime_checkable
@@ -74,12 +73,12 @@ class Published:
         """Publishes the weights."""
         self._version, setup = window.policy_version, self._setup
         manifest = Manifest(window, setup.config.window.shard_groups, self._digest, {})
-        architecture, writers = self._assembly.architecture, setup.trainers
-        return self._store.publish(manifest, architecture, weights, setup.tokenizer, writers=writers)
+        return self._store.publish(manifest, self._assembly.architecture, weights, setup.tokenizer, setup.trainers)
 
     def tidy(self) -> None:
         """Removes versions that nobody uses any longer."""
-        self._store.collect(self._leases, self._setup.config.checkpoint.keep_policies)
+        config = self._setup.config
+        self._store.collect(self._leases, config.checkpoint.keep_policies, config.window.deadline)
 
     def finish(self) -> None:
         """Marks the newest version as the last."""
@@ -93,8 +92,8 @@ class Published:
 class LogFollower(BufferedSource):
     """A ``GroupSource``: puts what appears in the log into the buffer; owns a thread.
 
-    ``check`` reads the files; one that does not pass is moved away. ``sync_every`` are the learner steps of a window;
-    ``note`` prints a sentence for the user. Not ``is_leader``: another process does the same, and moves files away.
+    ``check`` reads the files; one that does not pass is moved away. ``note`` prints a sentence for the user. Not
+    ``is_leader``: another process does the same, and moves files away.
     """
 
     def __init__(
@@ -105,13 +104,10 @@ class LogFollower(BufferedSource):
         samplers: Samplers,
         check: ShardCheck,
         note: Callable[[str], None],
-        *,
-        sync_every: int,
-        deadline: float,
         is_leader: bool = True,
     ):
-        super().__init__(buffer, deadline)
-        self._root, self._log, self._samplers, self._sync_every = root, log, samplers, sync_every
+        super().__init__(buffer, check.groups.config.window)
+        self._root, self._log, self._samplers = root, log, samplers
         self._check, self._note, self._is_leader = check, note, is_leader
         self._window: Window | None = None
         self._version = -1
@@ -124,9 +120,9 @@ class LogFollower(BufferedSource):
         self._thread = threading.Thread(target=self._guard, name="follower", daemon=True)
         self._num_damaged = 0
         self._published: Metrics = {}
-        self._reports: dict[str, dict[str, float]] = {}
+        self._reports: dict[str, Report] = {}
         self._next_reports = 0.0
-        self._last_report: dict[str, dict[str, float]] = {}
+        self._last_report: dict[str, Report] = {}
         self._last_time = time.perf_counter()
 
     def open_window(self, window: Window, weights: Weights, taken: Sequence[Sequence[int]]) -> WindowPlan:
@@ -136,38 +132,36 @@ class LogFollower(BufferedSource):
         its weights. The thread that follows removes what is left of older versions, while samplers and learner work.
         """
         version = window.policy_version
-        before = self._parts(version)
+        self._free_folders(version)
+        before = self._log.parts(version)
         self._published = self._samplers.open_window(window, weights.sampler)
-        if self._published.get("sync/publish_bytes", 0) and not self._check.groups.has_trained_on(version):
+        record = self._check.groups.record
+        is_new = record is None or not record.has_version(version)
+        if is_new and self._published.get("sync/publish_bytes", 0):
             for part in before:
                 self._move_away(self._log.path(version, part), "was written before this version was published")
         if self._is_leader:
             self._untidy = version
-        parts = self._parts(version)
+        parts = self._log.parts(version)
         logged = [group for part in parts for group in self._read_part(window, part, patience=0.0) or ()]
         self._buffer.open_window(window, logged=logged, batches=taken)
         self._window = window
         if self._thread.ident is None:
             self._thread.start()
-        return WindowPlan(self._sync_every)
+        return WindowPlan(self._limits.sync_every)
 
     def report(self) -> Metrics:
         """Metrics since the last report, summed over the samplers that have reported since."""
-        now, seconds = time.perf_counter(), max(time.perf_counter() - self._last_time, 1e-9)
-        reports = self._reports
-        none = {"beat": -1.0, "tokens": 0.0, "idle_seconds": 0.0}
-        before = {name: self._last_report.get(name, none) for name in reports}
-        live = [name for name in reports if reports[name]["beat"] != before[name]["beat"]]
-
-        def total(key: str) -> float:
-            return sum(reports[name][key] - before[name][key] for name in live)
-
+        now, reports, nothing = time.perf_counter(), self._reports, Report(-1.0, 0.0, 0.0)
+        pairs = [(report, self._last_report.get(name, nothing)) for name, report in reports.items()]
+        live = [(new, old) for new, old in pairs if new.beat != old.beat]
+        seconds = max(now - self._last_time, 1e-9)
         self._last_report, self._last_time = reports, now
         published, self._published = self._published, {}
         return {
             "sampler/processes": len(live),
-            "sampler/tokens_per_second": total("tokens") / seconds,
-            "sampler/idle_seconds": total("idle_seconds"),
+            "sampler/tokens_per_second": sum(new.tokens - old.tokens for new, old in live) / seconds,
+            "sampler/idle_seconds": sum(new.idle_seconds - old.idle_seconds for new, old in live),
             "window/damaged_files": self._num_damaged,
             **super().report(),
             **published,
@@ -200,6 +194,7 @@ class LogFollower(BufferedSource):
                 now = time.monotonic()
                 delay = storage.next_poll(now - start, now - last_news)
                 if now >= self._next_reports:
+                    self._free_folders(self._version)
                     self._reports = _read_reports(self._root / SAMPLERS_FOLDER)
                     self._next_reports = time.monotonic() + REPORT_SECONDS
                 self._tidy()
@@ -216,7 +211,7 @@ class LogFollower(BufferedSource):
             self._samplers.tidy()
             shards = self._root / LEASES_FOLDER
             for name in storage.names(shards):
-                if name.partition("-")[0] < f"{version - 1:06d}":
+                if name.lstrip(".").partition("-")[0] < f"{version - 1:06d}":  # a dot: it is being written
                     storage.remove(shards / name)
 
     def _follow(self) -> bool:
@@ -228,7 +223,7 @@ class LogFollower(BufferedSource):
         is_news = version != self._version
         if is_news:
             self._version, self._known, self._failures = version, set(), {}
-        parts = self._parts(version)
+        parts = self._log.parts(version)
         self._known.intersection_update(parts)  # a file that was moved away may come again
         for part in parts:
             if part not in self._known and (groups := self._read_part(window, part, DAMAGED_SECONDS)) is not None:
@@ -238,12 +233,14 @@ class LogFollower(BufferedSource):
                     self._buffer.put(group)
         return is_news
 
-    def _parts(self, version: int) -> list[int]:
-        """Files of a version; what has the place of its folder is moved away."""
-        parts, folder = self._log.parts(version), self._log.folder(version)
-        if not parts and storage.is_local(folder) and storage.exists(folder) and not pathlib.Path(str(folder)).is_dir():
-            self._move_away(folder, "is no folder")
-        return parts
+    def _free_folders(self, version: int) -> None:
+        """Moves away what has the place of a folder that trainer and samplers share."""
+        if not storage.is_local(self._root):
+            return
+        for name in ("rollouts", f"rollouts/{version:06d}", *SHARED_FOLDERS):
+            folder = pathlib.Path(str(self._root / name))
+            if os.path.lexists(folder) and not folder.is_dir():
+                self._move_away(folder, "is no folder")
 
     def _read_part(self, window: Window, part: int, patience: float) -> list[RolloutGroup] | None:
         """The groups of a file; None where it does not pass: after ``patience`` seconds of that it is moved away."""
@@ -260,16 +257,25 @@ class LogFollower(BufferedSource):
             return None
 
     def _move_away(self, path: SharedPath, problem: str) -> None:
-        """Frees a shard whose file does not pass; a disk that cannot be written is tried again."""
+        """Frees the place of what does not pass; a disk that cannot be written is tried again."""
         with contextlib.suppress(OSError):  # or somebody was first
             if self._is_leader:
                 aside = storage.move_aside(path, ".damaged")
                 self._num_damaged += 1
-                self._note(f"{path}: {problem}; moved to {aside.name}, its groups are sampled again")
+                again = ", its groups are sampled again" if path.name.endswith(".parquet") else ""
+                self._note(f"{path}: {problem}; moved to {aside.name}{again}")
+
+
+class Report(NamedTuple):
+    """What a sampler has done since it started."""
+
+    beat: float
+    tokens: float
+    idle_seconds: float
 
 
 class Reporter:
-    """Writes a sampler's sums since it started now and then, for the trainer's metrics and for people."""
+    """Writes a sampler's report now and then, for the trainer's metrics and for people."""
 
     def __init__(self, root: SharedPath, name: str):
         self._path, self._beat, self._next = root / SAMPLERS_FOLDER / f"{name}.json", 0, 0.0
@@ -283,15 +289,14 @@ class Reporter:
                 storage.replace(self._path, json.dumps(values).encode() + b"\n", is_durable=False)
 
 
-def _read_reports(folder: SharedPath) -> dict[str, dict[str, float]]:
+def _read_reports(folder: SharedPath) -> dict[str, Report]:
     reports = {}
     for name in storage.names(folder):
         if name.endswith(".json") and not name.startswith("."):
-            with contextlib.suppress(
-                OSError, ValueError, TypeError, OverflowError
-            ):  # replaced, or written by another program
+            # It may be replaced, or written by another program.
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError, OverflowError):
                 found = storage.read_object(folder / name)
-                report = {key: float(found.get(key, math.nan)) for key in ("beat", "tokens", "idle_seconds")}
-                if all(0 <= number < MOST_REPORTED for number in report.values()):
+                report = Report(*(float(found[key]) for key in Report._fields))
+                if all(0 <= number < MOST_REPORTED for number in report):
                     reports[name] = report
     return reports

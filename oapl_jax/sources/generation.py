@@ -50,16 +50,14 @@ def generate(
 ) -> bool:
     """Generates until every group is in the log, or until it is stopped.
 
-    ``report`` is called now and then with the number of groups in the log and this process's tokens a second.
-
-    Returns:
-        Whether every group is in the log.
+    ``report`` is called now and then with the number of groups in the log and this process's tokens a second. Returns
+    whether every group is in the log.
 
     Raises:
         TimeoutError: other processes hold what is missing and finish nothing.
     """
     num_groups = len(work.prompts)
-    shards = ShardQueue(work.log, work.leases, lambda group: True, work.groups_per_file, num_groups)
+    shards = ShardQueue(work.log, work.leases, lambda group: True, work.groups_per_file, num_groups, work.deadline / 2)
     loop = SamplingLoop(
         turns,
         work.prompts,

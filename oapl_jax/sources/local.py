@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
+from oapl_jax.config.window import WindowConfig
 from oapl_jax.rollouts.buffer import GroupBuffer, Window
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.source import Taken, Weights, WindowPlan
@@ -10,16 +11,16 @@ from oapl_jax.types import Metrics
 
 
 class BufferedSource:
-    """What all sources with a window's buffer share; ``deadline``: seconds that ``take`` waits."""
+    """What all sources with a window's buffer share."""
 
-    def __init__(self, buffer: GroupBuffer, deadline: float):
-        self._buffer, self._deadline = buffer, deadline
+    def __init__(self, buffer: GroupBuffer, limits: WindowConfig):
+        self._buffer, self._limits = buffer, limits
 
     def take(
         self, num_groups: int, is_cancelled: Callable[[], bool], recorded: Sequence[int] | None = None
     ) -> Taken | None:
         """See ``GroupBuffer.take``."""
-        groups = self._buffer.take(num_groups, self._deadline, is_cancelled, recorded)
+        groups = self._buffer.take(num_groups, self._limits.deadline, is_cancelled, recorded)
         return Taken(groups, self._buffer.cursor, self._buffer.left_over) if groups else None
 
     def report(self) -> Metrics:
@@ -28,14 +29,11 @@ class BufferedSource:
 
 
 class LocalSource(BufferedSource):
-    """A ``GroupSource``: the loop's groups go to the log and to the window's buffer, from which the learner takes.
+    """A ``GroupSource``: the loop's groups go to the log and to the window's buffer, from which the learner takes."""
 
-    ``sync_every``: learner steps of a window.
-    """
-
-    def __init__(self, loop: SamplingLoop, buffer: GroupBuffer, log: RolloutLog, sync_every: int, deadline: float):
-        super().__init__(buffer, deadline)
-        self._loop, self._log, self._sync_every = loop, log, sync_every
+    def __init__(self, loop: SamplingLoop, buffer: GroupBuffer, log: RolloutLog, limits: WindowConfig):
+        super().__init__(buffer, limits)
+        self._loop, self._log = loop, log
 
     def open_window(self, window: Window, weights: Weights, taken: Sequence[Sequence[int]]) -> WindowPlan:
         """Groups of this version that a killed run has logged are used again."""
@@ -43,7 +41,7 @@ class LocalSource(BufferedSource):
         logged = self._log.read(window.policy_version)
         self._buffer.open_window(window, logged=logged, batches=taken)
         self._loop.start()
-        return WindowPlan(self._sync_every)
+        return WindowPlan(self._limits.sync_every)
 
     def report(self) -> Metrics:
         """``sampler/*`` and ``window/*``."""

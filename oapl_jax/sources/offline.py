@@ -23,10 +23,11 @@ from oapl_jax.io.lease import Leases
 from oapl_jax.learner import batch as batches
 from oapl_jax.learner.step import make_scorer
 from oapl_jax.objectives.catalogue import OBJECTIVES
-from oapl_jax.rollouts import filters, import_rollouts
+from oapl_jax.rollouts import checks, filters, import_rollouts
 from oapl_jax.rollouts.buffer import Consumption, GroupBuffer, Ticket, Window
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.source import Weights, WindowPlan
+from oapl_jax.rollouts.stops import Stops
 from oapl_jax.sources.generation import Generation, generate
 from oapl_jax.sources.local import BufferedSource
 from oapl_jax.sources.setup import SamplingSetup, acceptance
@@ -63,6 +64,7 @@ class OfflineRounds(BufferedSource):
         self._setup, self._learner = setup, learner
         self._config, self._directory, self._log = setup.config.offline, directory, log
         self._is_stopped, self._note = is_stopped, note
+        self._stops = Stops(setup.tokenizer, setup.distribution)
         self._scorers: dict[str, tuple[Any, Any]] = {}
         """Of models that made the data of other programs: ``_scorer``."""
         for i, data in enumerate(self._config.rounds):
@@ -70,7 +72,7 @@ class OfflineRounds(BufferedSource):
                 raise ValueError(f"offline.rounds.{i}.log={data.log!r} does not exist")
         epochs = max(data.epochs for data in self._config.rounds)
         consumption = Consumption(epochs=epochs, seed=setup.config.run.seed)
-        super().__init__(GroupBuffer(acceptance(setup.config), None, consumption), setup.config.window.deadline)
+        super().__init__(GroupBuffer(acceptance(setup.config), None, consumption), setup.config.window)
 
     def open_window(self, window: Window, weights: Weights, taken: Sequence[Sequence[int]]) -> WindowPlan:
         """Makes the data of the round where they are not there yet.
@@ -220,16 +222,27 @@ class OfflineRounds(BufferedSource):
     def _within_limits(
         self, responses: import_rollouts.Responses, bad: import_rollouts.BadRows
     ) -> import_rollouts.Responses:
-        """Without what is too long; responses are truncated where the config says so, and are wrong then."""
+        """Without what is too long or ends elsewhere than at a stop; overlong responses may be truncated, and are wrong."""
         config, members = self._setup.config, []
         limit, overlong = config.sampler.max_response_tokens, self._config.overlong
         length = len(responses.prompt.token_ids)
+
+        def too_long(message: str, action: str, reason: str) -> None:
+            if action == "error":
+                raise ValueError(f"{responses.prompt.id}: {message}; raise the limit, or drop such rows")
+            bad.counts[reason] += 1
+
         if length > config.data.max_prompt_tokens:
             message = f"its prompt has {length} tokens, over data.max_prompt_tokens={config.data.max_prompt_tokens}"
-            self._too_long(responses, message, config.data.overlong, "overlong prompts", bad)
+            too_long(message, config.data.overlong, "overlong prompts")
             return dataclasses.replace(responses, members=[])
         for member in responses.members:
             tokens = member.rollout.token_ids
+            try:
+                checks.end(member.rollout, self._stops)
+            except checks.BadRowError as error:
+                bad.found(error.reason, responses.prompt.id, str(error))
+                continue
             if len(tokens) <= limit:
                 members.append(member)
             elif overlong == "truncate":
@@ -237,15 +250,8 @@ class OfflineRounds(BufferedSource):
                 members.append(self._truncate(member, limit))
             else:
                 message = f"a response has {len(tokens)} tokens, over sampler.max_response_tokens={limit}"
-                self._too_long(responses, message, overlong, "overlong responses", bad)
+                too_long(message, overlong, "overlong responses")
         return dataclasses.replace(responses, members=members)
-
-    def _too_long(
-        self, responses: import_rollouts.Responses, message: str, action: str, reason: str, bad: import_rollouts.BadRows
-    ) -> None:
-        if action == "error":
-            raise ValueError(f"{responses.prompt.id}: {message}; raise the limit, or drop such rows")
-        bad.counts[reason] += 1
 
     def _truncate(self, member: GradedRollout, limit: int) -> GradedRollout:
         """The beginning of a response; the reward was for all of it and is lost."""
@@ -263,26 +269,26 @@ class OfflineRounds(BufferedSource):
         """With log-probabilities where there were none, or everywhere, and the advantages that go with them."""
         is_all = self._config.logprobs == "scored"
         todo = [
-            (group.prompt.token_ids, item.rollout)
+            (group.prompt.token_ids, item.rollout.token_ids)
             for group in groups
             for item in group.rollouts
             if is_all or np.isnan(item.rollout.logprobs).all()
         ]
-        if not OBJECTIVES[self._setup.config.objective.name].needs_sampler_logprobs:
-            scores, num_scored = [np.zeros(len(rollout.token_ids), np.float32) for _, rollout in todo], 0
-        else:
-            scores = self._score([(prompt, rollout.token_ids) for prompt, rollout in todo], data, params)
-            num_scored = len(todo)
-        found = {id(rollout): logprobs for (_, rollout), logprobs in zip(todo, scores, strict=True)}
+        is_needed = OBJECTIVES[self._setup.config.objective.name].needs_sampler_logprobs
+        scores = iter(
+            self._score(todo, data, params) if is_needed else [np.zeros(len(ids), np.float32) for _, ids in todo]
+        )
         scored = []
         for group in groups:
             members = []
             for item in group.rollouts:
-                logprobs = found.get(id(item.rollout), item.rollout.logprobs)
-                members.append(dataclasses.replace(item, rollout=dataclasses.replace(item.rollout, logprobs=logprobs)))
+                if is_all or np.isnan(item.rollout.logprobs).all():
+                    rollout = dataclasses.replace(item.rollout, logprobs=next(scores))
+                    item = dataclasses.replace(item, rollout=rollout)
+                members.append(item)
             ticket = Ticket(group.policy_version, group.index, group.index)
             scored.append(self._setup.grading.group(ticket, group.prompt, members))
-        return scored, num_scored
+        return scored, len(todo) if is_needed else 0
 
     def _score(
         self, pairs: Sequence[tuple[np.ndarray, np.ndarray]], data: RoundConfig, params: Any

@@ -11,15 +11,17 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, replace
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import replace
+from typing import Any
 
 from oapl_jax.data.prompts import PromptSource
-from oapl_jax.rollouts.buffer import Ticket
+from oapl_jax.rollouts.buffer import GroupBuffer, Ticket
 from oapl_jax.rollouts.grading import Grading
+from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.sampling import Request, Sampler, SamplingDistribution, Stats
+from oapl_jax.rollouts.shards import ShardQueue
 from oapl_jax.sources.turns import SamplerTurns
-from oapl_jax.types import Metrics, Prompt, Rollout, RolloutGroup
+from oapl_jax.types import Metrics, Prompt, Rollout
 
 POLL_SECONDS = 0.2
 REST_SECONDS = 0.05
@@ -40,49 +42,6 @@ MAX_GRADED_AT_ONCE = 32
 """Groups that are graded and written together: one file for many, yet one slow answer holds up only these."""
 
 
-@runtime_checkable
-class GroupQueue(Protocol):
-    """Says which groups to sample and takes them: a window's buffer, or the shards of one that samplers share."""
-
-    @property
-    def num_changes(self) -> int:
-        """Grows whenever something happens."""
-        ...
-
-    def admit(self, policy_version: int) -> Ticket | None:
-        """The next group to sample with this version's weights; None while none is wanted."""
-        ...
-
-    def wants_groups(self, policy_version: int) -> bool:
-        """Whether groups of this version that are in flight are still wanted."""
-        ...
-
-    def mark_sampled(self, ticket: Ticket) -> None:
-        """A group has left the sampler and is going to be graded."""
-        ...
-
-    def put(self, group: RolloutGroup) -> None:
-        """Takes a graded group, which is in the log."""
-        ...
-
-    def wait_for_change(self, since: int, timeout: float) -> None:
-        """Sleeps until ``num_changes`` is no longer ``since``, at most ``timeout`` seconds."""
-        ...
-
-    def fail(self, error: BaseException) -> None:
-        """No more groups will come, for this reason."""
-        ...
-
-
-@runtime_checkable
-class GroupLog(Protocol):
-    """Makes groups durable: a ``RolloutLog``, or a ``ShardQueue``, which writes them shard by shard."""
-
-    def append(self, groups: Sequence[RolloutGroup]) -> object:
-        """Takes groups of one policy version."""
-        ...
-
-
 class SamplingLoop:
     """Samples what a queue wants until stopped; owns two threads.
 
@@ -96,8 +55,8 @@ class SamplingLoop:
         turns: SamplerTurns,
         prompts: PromptSource | Sequence[Prompt],
         grading: Grading,
-        groups: GroupQueue,
-        log: GroupLog,
+        groups: GroupBuffer | ShardQueue,
+        log: RolloutLog | ShardQueue,
         *,
         distribution: SamplingDistribution,
         group_size: int,
@@ -134,8 +93,7 @@ class SamplingLoop:
     def stop(self, drain_seconds: float = DRAIN_SECONDS) -> None:
         """Ends both threads: the sampler's at the end of its chunk, the grader's when what is finished is in the log.
 
-        Groups that were not finished, or not graded within ``drain_seconds``, are dropped; a resumed run samples the
-        same ones again.
+        Groups that were not finished, or not graded within ``drain_seconds``, are dropped.
 
         Raises:
             TimeoutError: a thread does not end.
@@ -164,7 +122,7 @@ class SamplingLoop:
         now, stats, idle = time.perf_counter(), self._stats, self._idle_seconds
         then, before, idle_then = self._last_report
         self._last_report = (now, stats, idle)
-        done = _difference(stats, before)
+        done = stats - before
         seconds = max(now - then, 1e-9)
         return {
             **({"sampler/slot_use": done.slot_use} if done.row_steps else {}),
@@ -217,7 +175,7 @@ class SamplingLoop:
                 self._remember(prompt, rollouts)
                 self._groups.mark_sampled(ticket)
                 self._hand_over((ticket, prompt, rollouts))
-            self._stats, self._num_live = _sum(total, _difference(sampler.stats, before)), sampler.num_live
+            self._stats, self._num_live = total + (sampler.stats - before), sampler.num_live
 
     def _admit(self, sampler: Sampler, version: int) -> None:
         while sampler.wants_more and (ticket := self._groups.admit(version)) is not None:
@@ -274,11 +232,3 @@ class SamplingLoop:
         while not self._finished.empty() and len(items) < MAX_GRADED_AT_ONCE:
             items.append(self._finished.get_nowait())
         return items
-
-
-def _sum(one: Stats, other: Stats) -> Stats:
-    return Stats(*[a + b for a, b in zip(astuple(one), astuple(other), strict=True)])
-
-
-def _difference(new: Stats, old: Stats) -> Stats:
-    return Stats(*[a - b for a, b in zip(astuple(new), astuple(old), strict=True)])

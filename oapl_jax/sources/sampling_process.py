@@ -49,7 +49,6 @@ from oapl_jax.weights.policies import Current, Manifest, PolicyGoneError, Policy
 TRANSFORMERS = "oapl_jax.sampler.pytorch:make"
 """PyTorch is no requirement of any other program, so it is imported by name."""
 POLL_SECONDS = 0.3
-"""Between two looks for a policy that is to come."""
 DRAIN_SECONDS = 3.0
 IDLE_DEADLINE = 4 * 3600.0
 """For how long a sampler waits for a trainer that wants nothing: it may be stopped, or be at a long step."""
@@ -62,7 +61,7 @@ class SamplingProcess:
         root: the run's shared folder.
         engine: ``jax``, ``transformers``, or ``package.module:function`` (docs/bring_your_own_sampler.md).
         mesh: axes of this process's devices; the axes other than ``tensor`` are replicas.
-        wait_seconds: how long to wait for a run that has not begun.
+        wait_seconds: for a run that has not begun.
         stop: set to end.
     """
 
@@ -102,7 +101,7 @@ class SamplingProcess:
         version_leases = VersionLeases(self._root / follower.VERSION_LEASES_FOLDER, window.lease_seconds)
         self._resources.callback(version_leases.close)
         self._leases = (leases, version_leases)
-        shards = ShardQueue(log, leases, acceptance(config), window.shard_groups)
+        shards = ShardQueue(log, leases, acceptance(config), window.shard_groups, patience=window.deadline / 2)
         loop, version, hold, since = None, -1, None, time.monotonic()
         seen, end, delay = None, time.monotonic() + IDLE_DEADLINE, 0.0
         while not (self._stop.is_set() or current.is_finished):

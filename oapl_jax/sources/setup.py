@@ -20,11 +20,14 @@ from oapl_jax.io.storage import SharedPath, shared_path
 from oapl_jax.learner import batch as batches
 from oapl_jax.objectives import oapl
 from oapl_jax.rewards.grader import Grader
+from oapl_jax.rollouts.buffer import GroupBuffer
 from oapl_jax.rollouts.grading import Grading
+from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.sampling import Request, SamplingDistribution, run
+from oapl_jax.rollouts.shards import ShardQueue
 from oapl_jax.rollouts.stops import Stops
 from oapl_jax.sampler.sampler import JaxSampler
-from oapl_jax.sources.sampling_loop import GroupLog, GroupQueue, SamplingLoop
+from oapl_jax.sources.sampling_loop import SamplingLoop
 from oapl_jax.sources.turns import SamplerTurns
 from oapl_jax.types import Prompt, RolloutGroup
 
@@ -104,9 +107,8 @@ class SamplingSetup:
         """A batch of rollouts, or as many as are decoded at once, with these weights."""
         assert self.turns is not None
         size, seed = self.config.sampler.group_size, self.config.run.seed
-        prompts = [
-            self.prompts[i].token_ids for i in range(min(self.groups_per_batch, self.config.sampler.groups_in_flight))
-        ]
+        number = min(self.groups_per_batch, self.config.sampler.groups_in_flight)
+        prompts = [self.prompts[i].token_ids for i in range(number)]
         requests = [
             Request(ids, ids, size, (seed, PARITY_STREAM, i), self.distribution) for i, ids in enumerate(prompts)
         ]
@@ -115,7 +117,7 @@ class SamplingSetup:
             finished = list(run(sampler, requests))
         return [Drawn(ids, rollout.token_ids, rollout.logprobs) for ids, rollouts in finished for rollout in rollouts]
 
-    def make_loop(self, groups: GroupQueue, log: GroupLog) -> SamplingLoop:
+    def make_loop(self, groups: GroupBuffer | ShardQueue, log: RolloutLog | ShardQueue) -> SamplingLoop:
         """A loop with this process's sampler."""
         assert self.turns is not None
         return SamplingLoop(

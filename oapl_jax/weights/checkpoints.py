@@ -18,7 +18,6 @@ from oapl_jax.types import RunError
 
 Tree = TypeVar("Tree")
 Meta = dict[str, Any]
-"""Small JSON-like facts saved beside the arrays."""
 
 PEER_SECONDS = 1800.0
 """For how long another process may take to load a checkpoint."""
@@ -44,11 +43,7 @@ class Checkpoints:
     devices, is saved with them and compared when they are loaded. (Orbax's newer interface, ``v1``, cannot save
     where only some processes of a job have the arrays; it reads what is saved here.)
 
-    Args:
-        directory: of the checkpoints.
-        keep: number of the newest ones.
-        keep_every: divisors of further steps.
-        team: processes that have the arrays, all of which make the same calls; None: this one alone.
+    ``team``: the processes that have the arrays, all of which make the same calls; None: this one alone.
     """
 
     def __init__(self, directory: pathlib.Path, keep: int, keep_every: Sequence[int] = (), team: Team | None = None):
@@ -74,10 +69,9 @@ class Checkpoints:
         """
         arrays = flatten(tree)
         meta = {**meta, "layout": _layout(arrays), "fingerprint": fingerprint(list(arrays.values()))}
+        saved = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
         with self._explain():
-            self._manager.save(
-                step, args=ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
-            )
+            self._manager.save(step, args=saved)
             if jax.default_backend() == "cpu":
                 # Here a host "copy" is a view of the very buffer that the next train step donates.
                 self._manager.wait_until_finished()
@@ -137,9 +131,8 @@ class Checkpoints:
                 f"checkpoint {step} in {self._directory} has arrays of other names, shapes or types than this config's"
                 " model and optimizer; choose another run.dir for another model"
             )
-        arrays = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract)))[
-            "arrays"
-        ]
+        wanted = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
+        arrays = self._manager.restore(step, args=wanted)["arrays"]
         found = fingerprint([arrays[name] for name in abstract])
         if found != meta["fingerprint"]:
             raise ValueError(f"fingerprint {found:#010x} of the arrays is not the saved {meta['fingerprint']:#010x}")
@@ -157,11 +150,8 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         managers: Any = ocp.checkpoint_managers  # Orbax's policies do not satisfy Orbax's protocols for a type checker
-        kept = [
-            managers.LatestN(self._keep),
-            _Best(self),
-            *(managers.EveryNSteps(steps) for steps in self._keep_every if steps),
-        ]
+        every = [managers.EveryNSteps(steps) for steps in self._keep_every if steps]
+        kept = [managers.LatestN(self._keep), _Best(self), *every]
         processes = ocp.options.MultiprocessingOptions()
         if self._team.size > 1:
             members, name = self._team.members, self._team.name
@@ -212,7 +202,6 @@ def fingerprint(leaves: Iterable[Array]) -> int:
 
 
 def _layout(arrays: dict[str, Any]) -> str:
-    """Digest of names, shapes and types."""
     described = [(name, tuple(array.shape), str(array.dtype)) for name, array in arrays.items()]
     return hashlib.sha256(repr(described).encode()).hexdigest()[:16]
 
@@ -240,4 +229,4 @@ def _mix(x: UInt32[Array, "..."]) -> UInt32[Array, "..."]:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"[:300]
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"[:300]

@@ -41,11 +41,10 @@ def _front_matter(config: TrainConfig) -> str:
     lines += [f"- {tag}" for tag in _TAGS]
     if config.model.path is not None and _is_hub_name(config.model.path):
         lines.append(f"base_model: {config.model.path}")
-    paths = [
-        part.path for part in config.data.sets.values() or [config.data] if part.format == "datasets" and part.path
-    ]
-    if hub_names := [path for path in paths if _is_hub_name(path)]:
-        lines += ["datasets:", *(f"- {path}" for path in hub_names)]
+    parts = config.data.sets.values() or [config.data]
+    paths = [part.path for part in parts if part.format == "datasets" and part.path and _is_hub_name(part.path)]
+    if paths:
+        lines += ["datasets:", *(f"- {path}" for path in paths)]
     return "\n".join([*lines, "---"])
 
 

@@ -10,6 +10,7 @@ Any engine that reads Hugging Face folders can follow it (docs/bring_your_own_sa
 import contextlib
 import hashlib
 import json
+import math
 import pathlib
 import tempfile
 import time
@@ -66,21 +67,11 @@ class PolicyStore:
         self._newest = -1  # that was pointed to
 
     def publish(
-        self,
-        manifest: Manifest,
-        config: qwen.QwenConfig,
-        params: Any,
-        tokenizer: Tokenizer,
-        writers: Team,
+        self, manifest: Manifest, config: qwen.QwenConfig, params: Any, tokenizer: Tokenizer, writers: Team
     ) -> Metrics:
         """Writes a version and points to it. One that is whole already, from before a restart, is only pointed to.
 
-        Args:
-            manifest: with no files yet.
-            config: the architecture.
-            params: of ``nnx.split(Qwen(...))[1]``.
-            tokenizer: saved with them.
-            writers: the processes that have the parameters, all of which call this.
+        ``manifest`` has no files yet; ``params`` are of ``nnx.split(Qwen(...))[1]``; all ``writers`` call this.
 
         Raises:
             ValueError: several writers and no local folder.
@@ -88,9 +79,8 @@ class PolicyStore:
         start, version = time.perf_counter(), manifest.window.policy_version
         folder, local = self.folder(version), storage.is_local(self.directory)
         if not local and writers.size > 1:
-            raise ValueError(
-                f"{self.directory}: several processes write a policy in one folder; mount the bucket, or train in one process"
-            )
+            hint = "mount the bucket, or train in one process"
+            raise ValueError(f"{self.directory}: several processes write a policy in one folder; {hint}")
         if writers.agree(lambda: self._is_published(manifest), hf.WRITE_DEADLINE):
             if writers.is_leader:
                 self._point_to(Current(version, is_finished=False))
@@ -146,10 +136,9 @@ class PolicyStore:
             _check(manifest, version)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise PolicyGoneError(f"{folder} has no manifest that can be read ({error})") from error
-        # Not by a listing, which may be older than the files.
-        missing = [name for name in sorted(manifest.files) if not storage.exists(folder / name)]
-        if missing:
-            raise PolicyGoneError(f"{folder} lacks {missing[0]}, which its manifest names")
+        for name in sorted(manifest.files):
+            if not storage.exists(folder / name):  # a listing may be older than the files
+                raise PolicyGoneError(f"{folder} lacks {name}, which its manifest names")
         return manifest
 
     def fetch(self, version: int, cache: pathlib.Path) -> pathlib.Path:
@@ -179,11 +168,14 @@ class PolicyStore:
         """Where a version is."""
         return self.directory / f"{version:06d}"
 
-    def collect(self, leases: "VersionLeases", keep: int = 2) -> list[int]:
-        """Removes versions before the newest ``keep`` that no sampler uses, and their leases; returns them."""
+    def collect(self, leases: "VersionLeases", keep: int = 2, patience: float = math.inf) -> list[int]:
+        """Removes versions before the newest ``keep`` that no sampler uses, and their leases; returns them.
+
+        A sampler may use one for ``patience`` seconds after it was seen here to be old.
+        """
         versions = [version for version in self.versions() if version <= self._newest]  # not what others put there
         old = versions[:-keep]
-        in_use = leases.in_use(versions[-keep]) if old else set()
+        in_use = leases.in_use(versions[-keep], patience) if old else set()
         removed = [version for version in old if version not in in_use]
         for version in removed:
             self._remove(version)
@@ -205,21 +197,21 @@ class VersionLeases(Leases):
     """Who uses which version: a lease for each pair of version and process, which no other process needs."""
 
     def use(self, version: int, name: str) -> Lease | None:
-        """Says that a process of this name uses a version, until the lease is finished."""
+        """Says that a process of this name uses a version."""
         return self.claim(f"{version:06d}-{name}")
 
-    def in_use(self, before: int) -> set[int]:
+    def in_use(self, before: int, patience: float = math.inf) -> set[int]:
         """Versions before this one that a living process uses; the leases of all others are finished.
 
         A process that has fallen silent counts as living until the expiry.
         """
         found = set()
-        for name in self.names():
+        for name in sorted({file.rpartition(".")[0] for file in storage.names(self._directory)}):
             version = name.partition("-")[0]
             if not storage.VERSION.fullmatch(version) or int(version) >= before:
                 continue
             with contextlib.suppress(OSError):  # a name that no process can have claimed
-                if (lease := self.claim(name)) is None:
+                if (lease := self.claim(name, patience)) is None:
                     found.add(int(version))
                 else:
                     lease.finish()
@@ -235,12 +227,8 @@ class VersionLeases(Leases):
 def _check(manifest: Manifest, version: int) -> None:
     """Raises ValueError where a field has another type, or a file would lie outside the version's folder."""
     *numbers, asked_again = manifest.window
-    is_sound = (
-        all(map(_is_count, (*numbers, *asked_again, manifest.shard_groups, manifest.schema_version)))
-        and manifest.window.policy_version == version
-        and isinstance(manifest.files, dict)
-    )
-    if not is_sound:
+    counts = all(map(_is_count, (*numbers, *asked_again, manifest.shard_groups, manifest.schema_version)))
+    if not counts or manifest.window.policy_version != version or not isinstance(manifest.files, dict):
         raise ValueError("it is not one of this version, or has other fields")
     for name in manifest.files:
         if name != pathlib.PurePath(name).name or name in ("", "..") or "\0" in name:

@@ -25,21 +25,13 @@ class WeightSync:
     A chunk is in place before the next is begun, so no device holds more than one beside the old and the new weights.
     For a sampler of other processes the copy is made on the trainer's own mesh, and goes from there (``transfer.py``).
 
-    Args:
-        abstract_params: the trainer's parameters, for their logical axes and shapes.
-        mesh: where the copy goes: the sampler's mesh, or the trainer's own.
-        dtype: precision of the sampler's weights; int8: of its matrices (``quantize_weights``).
-        chunk_mib: MiB of a chunk on a sampler's device at most, but for a single larger parameter (of all layers).
-        rules: logical axes -> axes of the mesh.
+    ``abstract_params`` are the trainer's, ``mesh`` is the sampler's or the trainer's own, ``rules`` are that mesh's; the
+    ``dtype`` int8 is that of matrices (``quantize_weights``). A chunk has at most ``chunk_mib`` MiB on a device, but for a
+    single larger parameter (of all layers).
     """
 
     def __init__(
-        self,
-        abstract_params: Any,
-        mesh: Mesh,
-        dtype: DTypeLike,
-        chunk_mib: int = 1024,
-        rules: Rules = SAMPLER_RULES,
+        self, abstract_params: Any, mesh: Mesh, dtype: DTypeLike, chunk_mib: int = 1024, rules: Rules = SAMPLER_RULES
     ):
         is_int8, has_adapters = jnp.dtype(dtype) == jnp.int8, lora.has_adapters(abstract_params)
         self._dtype = None if is_int8 else dtype

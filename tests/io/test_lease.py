@@ -145,6 +145,30 @@ def test_a_holder_that_was_overtaken_knows(tmp_path):
         assert leases.path("a", 1).read_text() == "another's"
 
 
+FORGERIES = {
+    "removed": lambda path: path.unlink(),
+    "overwritten": lambda path: path.write_text("{}"),
+    "released": lambda path: path.write_text('{"host": "x", "pid": 1, "started": "1", "is_released": true}'),
+    "of the next generation": lambda path: path.with_suffix(".1").write_text('{"host": "x", "pid": 1, "started": "1"}'),
+    "of two more": lambda path: [path.with_suffix(f".{i}").write_text("x") for i in (1, 2)],
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "a link": lambda path: (path.unlink(), path.symlink_to("/dev/null")),
+}
+
+
+@pytest.mark.parametrize("forge", FORGERIES.values(), ids=FORGERIES)
+def test_a_sole_holder_that_beats_in_time_is_not_ended_by_files_of_others(tmp_path, forge):
+    with Leases(tmp_path, expires=2.0) as first, Leases(tmp_path, expires=2.0) as second:
+        lease = first.claim_from_the_dead("trainer")
+        forge(first.path("trainer", 0))
+        assert lease.renew()
+        assert second.claim_from_the_dead("trainer") is None, "its beats are seen"
+        assert lease.is_held
+        lease.release()
+        assert second.claim("trainer") is not None
+
+
 def test_a_torn_file_is_taken_over_when_it_was_silent_long_enough(tmp_path):
     tmp_path.joinpath("a.0").write_text("")
     with Leases(tmp_path, expires=0.2) as leases:

@@ -50,10 +50,12 @@ def sound(index: int, version: int = 0, *, is_usable: bool = True) -> RolloutGro
     """A group of a run with a built-in task, characters as tokens and OAPL, which passes all checks."""
     made = group(index, version, is_usable=is_usable)
     question = dataclasses.replace(made.prompt, token_ids=made.prompt.token_ids % 18)
-    rollouts = [
-        dataclasses.replace(item, rollout=dataclasses.replace(item.rollout, token_ids=item.rollout.token_ids % 18))
-        for item in made.rollouts
-    ]
+    rollouts = []
+    for item in made.rollouts:
+        tokens = 2 + item.rollout.token_ids % 16
+        tokens[-1] = CharacterTokenizer().eos_id
+        ended = dataclasses.replace(item.rollout, token_ids=tokens, finish_reason=FinishReason.STOP)
+        rollouts.append(dataclasses.replace(item, rollout=ended))
     return GRADING.group(Ticket(version, index, index), question, rollouts)
 
 

@@ -1,5 +1,7 @@
 """Which shards of a window a detached sampler claims."""
 
+import time
+
 import pytest
 
 from oapl_jax.io.lease import Leases
@@ -64,3 +66,18 @@ def test_the_lease_of_a_shard_disappears_when_the_shard_is_written(queue, log, t
     write(log, 2)
     queue.append([group(index, VERSION) for index in (0, 1, 4, 5)])
     assert sorted(path.name for path in (tmp_path / "leases").iterdir()) == [f"{VERSION:06d}-000001.0"]
+
+
+def test_a_claim_that_is_renewed_for_ever_and_brings_nothing_is_not_waited_for(log, tmp_path):
+    folder = tmp_path / "leases"
+    with Leases(folder, 30.0) as leases, Leases(folder, 0.1) as others:
+        assert others.claim(f"{VERSION:06d}-000001") is not None
+        queue = ShardQueue(log, leases, lambda group: len(group.usable) >= 2, SIZE, patience=1.0)
+        queue.open_window(Window(VERSION, 0, 6))
+        assert tickets(queue) == [0, 1, 4, 5]
+        time.sleep(0.5)
+        assert tickets(queue) == [], "it may yet be written"
+        time.sleep(0.6)
+        assert tickets(queue) == [2, 3]
+        queue.append([group(index, VERSION) for index in (2, 3)])
+        assert log.parts(VERSION) == [1]

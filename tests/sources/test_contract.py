@@ -15,8 +15,10 @@ from oapl_jax.objectives import oapl
 from oapl_jax.rollouts.buffer import GroupBuffer, Window
 from oapl_jax.rollouts.checks import GroupCheck, ShardCheck
 from oapl_jax.rollouts.log import RolloutLog
+from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.rollouts.shards import ShardQueue
 from oapl_jax.rollouts.source import GroupSource, Weights
+from oapl_jax.rollouts.stops import Stops
 from oapl_jax.sources.cluster import Cluster
 from oapl_jax.sources.follower import LogFollower
 from oapl_jax.sources.local import LocalSource
@@ -38,6 +40,7 @@ from sources.loops import (
 
 STEPS, GROUPS = 3, 2
 """Learner steps of a window, and groups of each."""
+WINDOW = {"sync_every": STEPS, "deadline": DEADLINE}
 
 
 def make_config(directory, **sections):
@@ -65,7 +68,7 @@ def is_usable(group):
 @contextlib.contextmanager
 def local(directory):
     buffer, log = GroupBuffer(is_usable), RolloutLog(directory / "rollouts")
-    source = LocalSource(make_loop(buffer, log), buffer, log, STEPS, DEADLINE)
+    source = LocalSource(make_loop(buffer, log), buffer, log, make_config(directory, window=WINDOW).window)
     with contextlib.closing(source):
         yield source
 
@@ -97,11 +100,12 @@ class OtherProcess:
 @contextlib.contextmanager
 def followed(directory):
     buffer, log = GroupBuffer(is_usable), RolloutLog(directory / "rollouts")
-    config = make_config(directory, mode="detached", window={"shard_groups": GROUPS})
-    check = ShardCheck(GroupCheck(config, TOKENIZER.vocab_size, make_grading().advantages), PROMPTS)
+    config = make_config(directory, mode="detached", window={**WINDOW, "shard_groups": GROUPS})
+    stops = Stops(TOKENIZER, SamplingDistribution.of(config.sampler))
+    check = ShardCheck(GroupCheck(config, stops, make_grading().advantages), PROMPTS)
     with Leases(directory / "leases") as leases:
         samplers = OtherProcess(log, leases)
-        source = LogFollower(directory, log, buffer, samplers, check, print, sync_every=STEPS, deadline=DEADLINE)
+        source = LogFollower(directory, log, buffer, samplers, check, print)
         with contextlib.closing(source):
             yield source
         samplers.finish()

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import shutil
 import time
 
 import numpy as np
@@ -22,8 +23,10 @@ from oapl_jax.rollouts import schema
 from oapl_jax.rollouts.buffer import GroupBuffer, Ticket, Window
 from oapl_jax.rollouts.checks import GroupCheck, ShardCheck
 from oapl_jax.rollouts.log import BatchRecord, RolloutLog, digest
+from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.rollouts.shards import ShardQueue
 from oapl_jax.rollouts.source import Weights
+from oapl_jax.rollouts.stops import Stops
 from oapl_jax.sources.follower import LogFollower
 from oapl_jax.types import FinishReason, Grade, GradedRollout, Rollout, Verdict
 from rollouts.groups import GRADING
@@ -35,13 +38,14 @@ RAW = {
     "run": {"dir": "unused", "steps": 100},
     "model": {"config": "unused.json", "tokenizer": "characters"},
     "data": {"task": "chain", "max_prompt_tokens": 12},
-    "sampler": {"group_size": 3, "max_response_tokens": 5},
+    "sampler": {"group_size": 3, "max_response_tokens": 5, "stop_strings": [":,"]},
     "learner": {"batch_rollouts": 6},
     "mode": "detached",
-    "window": {"shard_groups": SIZE},
+    "window": {"shard_groups": SIZE, "deadline": 20.0},
 }
 CONFIG = config_file.validate(TrainConfig, RAW, "test", CHECKS)
 PROMPTS = load_prompts(CONFIG.data, TOKENIZER, CONFIG.run.seed)
+STOPS = Stops(TOKENIZER, SamplingDistribution.of(CONFIG.sampler))
 
 
 def make_group(index, *, version=VERSION, seed=0):
@@ -49,7 +53,8 @@ def make_group(index, *, version=VERSION, seed=0):
     rng = np.random.default_rng((index, seed))
     members = []
     for verdict in (Verdict.CORRECT, Verdict.WRONG, Verdict.WRONG):
-        tokens, logprobs = rng.integers(2, 18, 4).astype(np.int32), np.log(rng.uniform(size=4)).astype(np.float32)
+        tokens, logprobs = rng.integers(2, 16, 4).astype(np.int32), np.log(rng.uniform(size=4)).astype(np.float32)
+        tokens[-1] = TOKENIZER.eos_id
         grade = Grade(verdict, float(verdict is Verdict.CORRECT))
         members.append(GradedRollout(Rollout(tokens, logprobs, FinishReason.STOP), "text", grade))
     return GRADING.group(Ticket(version, index, index), PROMPTS[WINDOW.position(index)], members)
@@ -78,9 +83,9 @@ class Nobody:
 @contextlib.contextmanager
 def follower(directory, notes, *, record=None, samplers=None):
     log = RolloutLog(directory / "rollouts", SAMPLING)
-    check = ShardCheck(GroupCheck(CONFIG, TOKENIZER.vocab_size, GRADING.advantages, record), PROMPTS)
+    check = ShardCheck(GroupCheck(CONFIG, STOPS, GRADING.advantages, record), PROMPTS)
     buffer = GroupBuffer(lambda group: len(group.usable) >= 2)
-    source = LogFollower(directory, log, buffer, samplers or Nobody(), check, notes.append, sync_every=3, deadline=20.0)
+    source = LogFollower(directory, log, buffer, samplers or Nobody(), check, notes.append)
     with contextlib.closing(source):
         yield source, log
 
@@ -174,6 +179,19 @@ DAMAGES = {
     "log-probability -1e30": (edit(logprobs=[-1e30, -1.0, -1.0, -1.0]), "log-probability is -1e.30, below"),
     "token -7": (edit(token_ids=[-7, 1, 1, 1]), "token_ids has -7; the vocabulary has ids 0 to 17"),
     "token beyond the vocabulary": (edit(token_ids=[18, 1, 1, 1]), "token_ids has 18"),
+    "a token after the stop": (
+        edit(token_ids=[5, 1, 5, 1]),
+        "rollout 0: it has 4 tokens and goes on after its stop, token 2",
+    ),
+    "a stop string in the middle": (
+        edit(token_ids=[16, 17, 5, 1]),
+        "it has 4 tokens and goes on after its stop, token 2",
+    ),
+    "no stop at the end": (edit(token_ids=[5, 6, 5, 6]), "its finish_reason is stop, and it ends at no stop"),
+    "cut before the limit": (
+        edit(token_ids=[5, 6, 5, 6], finish_reason="length"),
+        "was cut at 4 tokens; the run cuts at 5",
+    ),
     "token null": (edit(token_ids=[None, 1, 1, 1]), "token_ids has nulls"),
     # Rewards, verdicts, advantages.
     "advantage 1e30": (edit(advantage=1e30), r"its advantages \[1e\+30"),
@@ -352,9 +370,25 @@ def test_a_report_that_is_none_is_passed_by(content, tmp_path):
         assert len(source.take(2, lambda: False).groups) == 2
 
 
+@pytest.mark.parametrize("name", ["rollouts", "samplers", "leases", "policy"])
+def test_a_file_in_the_place_of_a_shared_folder_is_put_aside(name, tmp_path):
+    notes = []
+    with follower(tmp_path, notes) as (source, log), Leases(tmp_path / "leases", expires=3.0) as leases:
+        trainer = leases.claim_from_the_dead("trainer")
+        source.open_window(WINDOW, Weights(None, None), [])
+        shutil.rmtree(tmp_path / name, ignore_errors=True)
+        (tmp_path / name).write_text("no folder")
+        while not notes:
+            time.sleep(0.02)
+        assert notes == [f"{tmp_path / name}: is no folder; moved to {name}.damaged"]
+        log.create(0, shard(0))
+        assert len(source.take(2, lambda: False).groups) == 2
+        assert trainer.renew()
+
+
 def test_flipped_bits_are_refused_or_change_nothing(tmp_path):
     log, rng = RolloutLog(tmp_path, SAMPLING), np.random.default_rng(0)
-    check, groups = ShardCheck(GroupCheck(CONFIG, TOKENIZER.vocab_size, GRADING.advantages), PROMPTS), shard(1)
+    check, groups = ShardCheck(GroupCheck(CONFIG, STOPS, GRADING.advantages), PROMPTS), shard(1)
     log.create(1, groups)
     path, num_refused = log.path(VERSION, 1), 0
     whole = path.read_bytes()
@@ -376,7 +410,7 @@ def test_a_reward_is_that_of_the_prompts_data_set(tmp_path):
         "toy": {"task": "chain"},
     }
     raw = RAW | {"data": {"sets": sets, "max_prompt_tokens": 12}, "evaluation": {"prompts": 0}}
-    check = GroupCheck(config_file.validate(TrainConfig, raw, "test", CHECKS), TOKENIZER.vocab_size, GRADING.advantages)
+    check = GroupCheck(config_file.validate(TrainConfig, raw, "test", CHECKS), STOPS, GRADING.advantages)
 
     def group(name, reward):
         made = make_group(0)

@@ -89,7 +89,10 @@ def test_data_from_outside_are_cut_checked_and_scored_once(calm, tmp_path):
     for group in source:
         rollouts = list(group.rollouts)
         for i in range(0, 8, 2):
-            tokens = np.resize(rollouts[i].rollout.token_ids, 9)  # the limit is 6
+            tokens = np.resize([5, *(token for token in rollouts[i].rollout.token_ids if token != 1)], 9).astype(
+                np.int32
+            )
+            tokens[-1] = 1  # the stop; the limit is 6
             rollout = Rollout(tokens, np.full(9, -1.0, np.float32), FinishReason.STOP)
             rollouts[i] = dataclasses.replace(rollouts[i], rollout=rollout, grade=Grade(Verdict.CORRECT, 1.0))
         rollouts = [dataclasses.replace(item, extra=f'{{"number": {i}}}') for i, item in enumerate(rollouts)]
@@ -125,6 +128,16 @@ def test_data_from_outside_are_cut_checked_and_scored_once(calm, tmp_path):
                 np.testing.assert_allclose(item.rollout.logprobs, original.rollout.logprobs, atol=1e-4)
         rewards = np.array([item.grade.reward for item in group.rollouts])
         np.testing.assert_allclose([i.advantage for i in group.rollouts], oapl.advantages(rewards, 1.0), atol=1e-12)
+
+
+def test_a_response_that_goes_on_after_its_stop_is_a_bad_row(calm, tmp_path):
+    first, *rest = RolloutLog(calm[0] / "rollouts").read(0)
+    rollout = Rollout(np.array([5, 1, 5, 1], np.int32), np.full(4, -1.0, np.float32), FinishReason.STOP)
+    rollouts = (dataclasses.replace(first.rollouts[0], rollout=rollout), *first.rollouts[1:])
+    RolloutLog(tmp_path / "data").append([dataclasses.replace(first, rollouts=rollouts), *rest])
+    config = offline_config(tmp_path / "run", [{"log": str(tmp_path / "data")}])
+    with pytest.raises(ValueError, match=r"goes on after its stop, token 2.*mend it, or set offline\.bad_rows=drop"):
+        train.run(config)
 
 
 def test_what_is_wrong_with_an_offline_config_is_said(tmp_path):

@@ -172,6 +172,16 @@ def test_old_versions_are_collected_when_no_one_uses_them(store, tmp_path):
     assert json.loads((store.directory / "current.json").read_text())["policy_version"] == 4
 
 
+def test_a_lease_that_is_renewed_for_ever_does_not_keep_an_old_version(store, tmp_path):
+    with VersionLeases(tmp_path / "leases", 0.6) as trainer, VersionLeases(tmp_path / "leases", 0.6) as sampler:
+        for version in range(3):
+            publish(store, version)
+        assert sampler.use(0, "a") is not None
+        assert store.collect(trainer, 2, 0.5) == []
+        time.sleep(0.6)
+        assert store.collect(trainer, 2, 0.5) == [0]
+
+
 def test_the_leases_of_a_version_disappear_with_it(store, tmp_path):
     """Ten versions, one sampler that finishes its leases, one that only releases them, and one that was killed."""
     folder = tmp_path / "leases"
