@@ -37,6 +37,8 @@ SCRIPTS = {
     "bytes to stdout": "import sys\nsys.stdout.buffer.write(b'%d' % (int(input()) + int(input())))",
     "a guard that is not last": "def f():\n    global n\n    n = int(input()) + int(input())\nif __name__ == '__main__':\n    f()\nprint(n)",
     "/dev/stdin": "import os\nf = open('/dev/stdin')\nprint(int(f.readline()) + int(f.read()) + 0 // os.path.exists('/dev/stdin'))",
+    "/dev/stdin without a buffer": "import io\nf = io.FileIO('/dev/stdin')\nprint(sum(map(int, f.read().split())))\nio.FileIO('/dev/stdout', 'w').write(b'')",
+    "a file without a buffer": "import io\nprint(io.FileIO(0).read().count(b'4') + 6)\nassert issubclass(io.FileIO, io.RawIOBase)",
     "a copy of a temporary file": "import shutil, tempfile\nd = tempfile.mkdtemp()\nopen(d + '/a', 'w').write('7')\nshutil.copy(d + '/a', d + '/b')\nprint(open(d + '/b').read())",
     "a stack without a limit": "import resource\nresource.setrlimit(resource.RLIMIT_STACK, (1 << 28, resource.RLIM_INFINITY))\nprint(7)",
     "a thread that nobody waits for": "import threading\nthreading.Thread(target=lambda: print(int(input()) + int(input()))).start()",

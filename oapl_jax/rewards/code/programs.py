@@ -5,6 +5,7 @@ the call of a function, and assertions. Assertions run in another child than the
 two is data, so a program can neither read the assertions nor end them.
 """
 
+import ast
 import builtins
 import dataclasses
 import enum
@@ -25,9 +26,9 @@ from oapl_jax.types import Grade, Verdict
 
 _END_OF_THINKING = "</think>"
 _FENCE = re.compile(
-    r"^(?P<indent>[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*)(?P<fence>`{3,}|~{3,})(?P<info>[^\n]*)$", re.MULTILINE
+    r"^(?P<indent>[ \t]*(?:(?:>|(?:[-*+]|\d{1,9}[.)])[ \t])[ \t]*)*)(?P<fence>`{3,}|~{3,})(?P<info>[^\n]*)$", re.MULTILINE
 )
-"""A line that opens or closes a fenced block (CommonMark), perhaps in a list item."""
+"""A line that opens or closes a fenced block (CommonMark), perhaps in a list item or a block quote."""
 _PYTHON = re.compile(r"[{.\s]*(?:python|py)[\d.]*(?![a-z])", re.IGNORECASE)
 _STATEMENT = re.compile(
     r"^[ \t]*(?:import |from \S+ import |def \w+\(|class \w+|(?:for|while|if|with|try)\b.*:[ \t]*$"
@@ -71,25 +72,16 @@ class StdioTest:
 
 
 @dataclasses.dataclass(frozen=True)
-class CallTest:
-    """Arguments of a function (or of a method of ``Solution``) and its expected return values, as JSON values."""
-
-    function: str
-    args: list
-    expected: tuple
-    """The function must return one of these."""
-
-
-@dataclasses.dataclass(frozen=True)
 class AssertTest:
     """Python source that raises an exception if the program is wrong."""
 
     source: str
     remote: tuple[str, ...]
     """Names of the program that the source uses."""
+    stdin: str = ""
 
 
-Test = StdioTest | CallTest | AssertTest
+Test = StdioTest | AssertTest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,33 +96,44 @@ class Result:
 def extract_program(response: str) -> str | None:
     """The last closed fenced block after the end of thinking that is Python, or None if no block could be.
 
-    A block is Python if its first line says so, or if it names no language and has a line that only a program has. If
-    there is no such block, the last one that names no language counts.
+    A block is Python if its first line says so; or if it names no language, has a line that only a program has, and
+    parses. If there is no such block, the last one that names no language counts.
     """
     if "<think>" in response and _END_OF_THINKING not in response:
         return None
-    python, unnamed = None, None
-    for info, block in _fenced_blocks(response.rpartition(_END_OF_THINKING)[2]):
+    unnamed = None
+    for info, block in reversed(list(_fenced_blocks(response.rpartition(_END_OF_THINKING)[2]))):
         if _PYTHON.match(info) and not block.lstrip().startswith(">>>"):
-            python = block
-        elif not info:
-            unnamed = block
-            python = block if _STATEMENT.search(block) else python
-    return unnamed if python is None else python
+            return block
+        if not info:
+            if _STATEMENT.search(block) and _parses(block):
+                return block
+            unnamed = unnamed or block
+    return unnamed
+
+
+def _parses(source: str) -> bool:
+    try:
+        ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
 
 
 def _fenced_blocks(text: str) -> Iterator[tuple[str, str]]:
     """Yields the closed blocks: what stands after the opening fence, and the lines, without the fence's indentation."""
     opening = None
     for line in _FENCE.finditer(text):
-        fence, info = line["fence"], line["info"].strip()
+        indent, fence, info = line["indent"], line["fence"], line["info"].strip()
         if opening is None:
             if "`" not in info:
                 opening = line
-        elif not info and line["indent"].isspace() | (not line["indent"]) and fence.startswith(opening["fence"]):
+            continue
+        depth, spaces = opening["indent"].count(">"), opening["indent"].rpartition(">")[2]
+        if not info and indent.count(">") == depth and not indent.strip("> \t") and fence.startswith(opening["fence"]):
             block = text[opening.end() + 1 : line.start()]
-            width = len(opening["indent"])
-            yield opening["info"].strip(), re.sub(rf"^[ \t]{{0,{width}}}", "", block, flags=re.MULTILINE)
+            prefix = rf"^(?:[ \t]*>){{0,{depth}}}[ \t]{{0,{len(spaces)}}}"
+            yield opening["info"].strip(), re.sub(prefix, "", block, flags=re.MULTILINE)
             opening = None
 
 
@@ -163,7 +166,8 @@ def _parse_test(number: int, test: Any) -> Test:
     if "stdin" in test:
         return StdioTest(test["stdin"], test["stdout"], float(test.get("tolerance", 0.0)))
     if "call" in test:
-        return CallTest(test["call"], test["args"], tuple(test.get("any_of", [test.get("expected")])))
+        right = test.get("any_of", [test.get("expected")])
+        return AssertTest(_CALL, (test["call"],), json.dumps([test["call"], test["args"], right]))
     try:
         remote = remote_names(test["assert"])
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -236,7 +240,7 @@ class Judge:
 
     def _judge_twice(self, program: str, test: Test, limits: Limits) -> Result:
         """Runs a test again, but only once, if the child was killed from outside: a program can cause that itself."""
-        run = {StdioTest: self._stdio, CallTest: self._call, AssertTest: self._asserts}[type(test)]
+        run = self._stdio if isinstance(test, StdioTest) else self._asserts
         result = run(program, test, limits)
         return run(program, test, limits) if result.detail == _KILLED else result
 
@@ -252,25 +256,19 @@ class Judge:
             return Result(Status.ACCEPTED, "", child.cpu_s)
         return Result(Status.WRONG_ANSWER, f"printed {output[:MAX_DETAIL]!r}", child.cpu_s)
 
-    def _call(self, program: str, test: CallTest, limits: Limits) -> Result:
-        given = json.dumps([test.function, test.args, test.expected])
-        return self._test(program, limits, _CALL, remote=(test.function,), stdin=given)
-
     def _asserts(self, program: str, test: AssertTest, limits: Limits) -> Result:
-        return self._test(program, limits, test.source, remote=test.remote)
-
-    def _test(self, program: str, limits: Limits, source: str, *, remote: tuple[str, ...], stdin: str = "") -> Result:
         """Runs a program and its tests in two children that ask each other through pipes."""
         ours, theirs = self._sandbox(0), self._sandbox(1)
         # What the data of the tests need is no part of the program's limits.
-        size_mb = len(stdin) / 1e6
+        size_mb = len(test.stdin) / 1e6
         more = dataclasses.replace(limits, cpu_s=limits.cpu_s + size_mb, memory_mb=limits.memory_mb + int(32 * size_mb))
         ends: list[int] = []
         try:
             ends += [*os.pipe(), *os.pipe()]
             candidate = ours.start("serve", program, limits, channel=(ends[1], ends[2]))
             try:
-                tester = theirs.start("test", source, more, remote=remote, stdin=stdin, channel=(ends[3], ends[0]))
+                channel = (ends[3], ends[0])
+                tester = theirs.start("test", test.source, more, remote=test.remote, stdin=test.stdin, channel=channel)
             except SandboxError:
                 candidate.close()
                 raise
@@ -286,7 +284,7 @@ class Judge:
         failed = _failure(candidate, limits)
         if failed is None and not has_passed:
             failed = _failure(tester, more) or Result(Status.WRONG_ANSWER, "the assertions did not reach their end", 0)
-            if source is not _CALL and failed.status is not Status.TIME_LIMIT:
+            if test.source is not _CALL and failed.status is not Status.TIME_LIMIT:
                 failed = dataclasses.replace(failed, status=Status.WRONG_ANSWER)
         return dataclasses.replace(failed or Result(Status.ACCEPTED, "", 0), cpu_s=candidate.cpu_s + tester.cpu_s)
 

@@ -124,7 +124,7 @@ class Peer:
             for number, content in reply["changed"]:
                 graph.fill(number, content)
             result = graph.decode(reply["v"])
-            raised = self._exception(reply["raised"], *(result or ((), {}))) if "raised" in reply else None
+            raised = self._exception(*result) if reply["is_raised"] else None
         except BaseException:
             # The other side is gone, or what it sent is no reply. A test must not be able to catch that.
             os._exit(EXIT_CRASH)
@@ -151,19 +151,18 @@ class Peer:
             target = self._owner_of(request["of"])
             if self._side == "tests":
                 _check_allowed(request["do"], target, *args)
-            raised = {}
+            is_raised = False
             try:
                 result: Any = _OPERATIONS[request["do"]](target, *args, **kwargs)
             except BaseException as error:
-                raised = {"raised": _names_of(error)}
-                result = error.args, dict(vars(error))
+                is_raised, result = True, _parts_of(error)
             node = graph.encode(result)
             after = [graph.content(number) for number in range(known)]
             changed = [[number, content] for number, content in enumerate(after) if content != request["new"][number]]
-            return {"v": node, "changed": changed, "new": graph.contents(known), **raised}
+            return {"v": node, "changed": changed, "new": graph.contents(known), "is_raised": is_raised}
         except BaseException as error:
             # The result cannot be sent: it is too deep, say, or reading it raises an exception.
-            return {"v": None, "changed": [], "new": [], "raised": _names_of(error)}
+            return {"v": graph.encode((_names_of(error), (), ())), "changed": [], "new": [], "is_raised": True}
 
     def _handle_of(self, value: Any) -> dict:
         if isinstance(value, Remote):
@@ -185,8 +184,10 @@ class Peer:
         solution: Any = self._names.get("Solution")
         return getattr(solution(), index) if hasattr(solution, index) else self._names[index]
 
-    def _exception(self, names: list, args: Any, attributes: Any) -> BaseException:
+    def _exception(self, names: tuple, args: tuple, attributes: tuple) -> BaseException:
         """An exception of the nearest ancestors that this side knows, with the names of those below them."""
+        if ("builtins", "BaseExceptionGroup") in names:
+            args = args[0], [self._exception(*member) for member in args[1]]
         found = [self._known(*name) for name in names]
         known = [kind for kind in found if kind]
         bases = [kind for kind in known if not any(kind in other.__mro__[1:] for other in known)]
@@ -209,8 +210,16 @@ class Peer:
         return kind if isinstance(kind, type) and issubclass(kind, BaseException) else None
 
 
-def _names_of(error: BaseException) -> list:
-    return [[kind.__module__, kind.__name__] for kind in type(error).__mro__]
+def _names_of(error: BaseException) -> tuple:
+    return tuple((kind.__module__, kind.__name__) for kind in type(error).__mro__)
+
+
+def _parts_of(error: BaseException) -> tuple:
+    """An exception as data: the names of its ancestors, its arguments, or message and members, and its attributes."""
+    args = error.args
+    if isinstance(error, BaseExceptionGroup):
+        args = error.message, tuple(map(_parts_of, error.exceptions))
+    return _names_of(error), args, tuple(vars(error).items())
 
 
 def _check_allowed(do: str, target: Any, *args: Any) -> None:

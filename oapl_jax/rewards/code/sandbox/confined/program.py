@@ -51,17 +51,29 @@ def names_for(mode: str) -> dict[str, Any]:
 
 def open_standard_files() -> None:
     """Lets programs open ``/dev/stdin`` by its name, for which the kernel needs a /proc that the sandbox may lack."""
+    open_file, open_descriptor = io.open, os.open
 
-    def wrapped(function: Callable[..., Any], from_number: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def opened(file: Any, *args: Any, **kwargs: Any) -> Any:
-            number = None if isinstance(file, int) else _STANDARD_FILES.get(os.fsdecode(file))
-            return function(file, *args, **kwargs) if number is None else from_number(os.dup(number), *args, **kwargs)
+    class FileIO(io.FileIO):
+        def __init__(self, file: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(_resolved(file), *args, **kwargs)
 
-        return opened
+    @functools.wraps(open_file)
+    def opened(file: Any, *args: Any, **kwargs: Any) -> Any:
+        return open_file(_resolved(file), *args, **kwargs)
 
-    builtins.open = io.open = wrapped(io.open, io.open)
-    os.open = wrapped(os.open, lambda number, *_, **__: number)
+    @functools.wraps(open_descriptor)
+    def opened_descriptor(path: Any, *args: Any, **kwargs: Any) -> int:
+        found = _resolved(path)
+        return open_descriptor(path, *args, **kwargs) if found is path else found
+
+    builtins.open = io.open = opened
+    os.open, io.FileIO = opened_descriptor, FileIO
+
+
+def _resolved(file: Any) -> Any:
+    """A new descriptor for the name of a standard file; anything else as it is."""
+    number = None if isinstance(file, int) else _STANDARD_FILES.get(os.fsdecode(file))
+    return file if number is None else os.dup(number)
 
 
 def run(mode: str, source: bytes, names: dict[str, Any], remote: Iterable[str] = ()) -> int:
