@@ -113,16 +113,14 @@ class ToyGrader:
 
     def grade(self, items: Sequence[Item]) -> list[Grade]:
         """Returns grades in the order of the items."""
-        return [self._grade(*item) for item in items]
+        right, wrong = Grade(Verdict.CORRECT, 1.0), Grade(Verdict.WRONG, 0.0)
+        return [
+            TRUNCATED if reason == FinishReason.LENGTH else right if self._is_correct(prompt.text, text) else wrong
+            for prompt, text, reason in items
+        ]
 
     def close(self) -> None:
         """Does nothing: there are no processes."""
-
-    def _grade(self, prompt: Prompt, text: str, finish_reason: FinishReason) -> Grade:
-        if finish_reason == FinishReason.LENGTH:
-            return TRUNCATED
-        is_correct = self._is_correct(prompt.text, text)
-        return Grade(Verdict.CORRECT if is_correct else Verdict.WRONG, float(is_correct))
 
 
 class RewardGrader:
@@ -136,11 +134,8 @@ class RewardGrader:
     def check_golds(self, prompts: Sequence[Prompt]) -> None:
         """Checks that every row can be graded, and that the graders work: known answers get their known verdicts.
 
-        A function of the user is called once, with the first prompt and its answer as the response.
-
-        Raises:
-            ValueError: gold answers or tests do not parse, a function cannot be imported or fails, or a canary got the
-                wrong verdict; the message names them.
+        A function of the user is called once, with the first prompt and its answer as the response. A ValueError names
+        the gold answers or tests that do not parse, the function that fails, or the canary with the wrong verdict.
         """
         self._check_canaries()
         for name in self._reward.functions:
@@ -216,23 +211,17 @@ class RewardGrader:
                     f"the {task['kind']} grader fails its test: {task.get('program', task.get('response'))!r} should be"
                     f" {'correct' if is_correct else 'wrong'}, but is {grade.verdict}: {grade.detail}"
                 )
-        levels = sorted({grade.level for grade in grades} - {"", "namespaces"})
-        if levels:
+        for level in {grade.level for grade in grades} - {"", "namespaces"}:
             warnings.warn(
-                f"programs of the model run at isolation level {', '.join(levels)}, which is below namespaces;"
+                f"programs of the model run at isolation level {level}, which is below namespaces;"
                 f" python -m oapl_jax check-sandbox says why, and what a program could do",
                 WeakIsolationWarning,
                 stacklevel=2,
             )
 
     def _check_answers(self, prompts: Sequence[Prompt]) -> None:
-        golds = [self._gold(prompt) for prompt in prompts]
-        grades = self._pool.grade([tasks.gold_task(self._reward, gold) for gold in golds])
-        broken = [
-            f"row {prompt.id}: {gold!r}"
-            for prompt, gold, grade in zip(prompts, golds, grades, strict=True)
-            if grade.verdict is not Verdict.CORRECT
-        ]
+        golds = {f"row {prompt.id}": self._gold(prompt) for prompt in prompts}
+        broken = [f"{row}: {gold!r}" for row, gold in golds.items() if not answers.is_usable_gold(gold)]
         if broken:
             listed = "\n  ".join(broken[:MAX_NAMED])
             raise ValueError(f"{len(broken)} gold answers do not parse as mathematics:\n  {listed}")

@@ -14,14 +14,14 @@ MOST_BATCHES, FEWEST_BATCHES = 4096, 16
 """In which a file is read, where its limits are not known and where they are."""
 MOST_BYTES, MOST_RATIO = 256 * 2**20, 50
 """A file of n bytes may have ``MOST_BYTES + MOST_RATIO * n`` bytes in memory."""
+_DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError)
 
 
 class Limits(NamedTuple):
-    """The most that a file may have, where that is known."""
+    """The most rows that a file may have, and bytes in memory, where that is known."""
 
     num_rows: int
     num_bytes: int
-    """On disk and in memory."""
 
 
 def read(
@@ -49,7 +49,7 @@ def read(
         # Not the metadata of its columns: the library ends the process where they are damaged.
         sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
         schema = file.schema_arrow
-    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
+    except _DAMAGED as error:
         raise _unreadable(where, error) from error
     num_batches = FEWEST_BATCHES
     if limits is None:
@@ -66,7 +66,7 @@ def read(
     columns = schema.names if choose is None else choose(schema.names)
     try:
         return _bounded(file, columns, limits.num_bytes, num_batches)
-    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
+    except _DAMAGED as error:
         raise _unreadable(where, error) from error
 
 

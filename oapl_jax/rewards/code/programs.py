@@ -7,7 +7,6 @@ two is data, so a program can neither read the assertions nor end them.
 
 import ast
 import builtins
-import dataclasses
 import enum
 import json
 import os
@@ -15,7 +14,7 @@ import re
 import signal
 import symtable
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from oapl_jax.rewards.code.compare import is_same_output
 from oapl_jax.rewards.code.sandbox import sandbox
@@ -26,7 +25,8 @@ from oapl_jax.types import Grade, Verdict
 
 _END_OF_THINKING = "</think>"
 _FENCE = re.compile(
-    r"^(?P<indent>[ \t]*(?:(?:>|(?:[-*+]|\d{1,9}[.)])[ \t])[ \t]*)*)(?P<fence>`{3,}|~{3,})(?P<info>[^\n]*)$", re.MULTILINE
+    r"^(?P<indent>[ \t]*(?:(?:>|(?:[-*+]|\d{1,9}[.)])[ \t])[ \t]*)*)(?P<fence>`{3,}|~{3,})(?P<info>[^\n]*)$",
+    re.MULTILINE,
 )
 """A line that opens or closes a fenced block (CommonMark), perhaps in a list item or a block quote."""
 _PYTHON = re.compile(r"[{.\s]*(?:python|py)[\d.]*(?![a-z])", re.IGNORECASE)
@@ -62,17 +62,15 @@ class Status(enum.StrEnum):
     COMPILE_ERROR = "compile_error"
 
 
-@dataclasses.dataclass(frozen=True)
-class StdioTest:
-    """Standard input and the expected standard output."""
+class StdioTest(NamedTuple):
+    """A test of what a program prints."""
 
     stdin: str
     stdout: str
     tolerance: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True)
-class AssertTest:
+class AssertTest(NamedTuple):
     """Python source that raises an exception if the program is wrong."""
 
     source: str
@@ -84,8 +82,7 @@ class AssertTest:
 Test = StdioTest | AssertTest
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """The result of one test of one program."""
 
     status: Status
@@ -140,10 +137,8 @@ def _fenced_blocks(text: str) -> Iterator[tuple[str, str]]:
 def parse_tests(tests: Any) -> list[Test]:
     """Tests from their JSON form: ``{stdin, stdout}``, ``{call, args, expected}`` or ``{assert}`` each.
 
-    ``any_of`` instead of ``expected`` lists several right values; ``tolerance`` belongs to ``stdout``.
-
-    Raises:
-        ValueError: there are no tests, or one has another form or does not compile; the message names it.
+    ``any_of`` instead of ``expected`` lists several right values; ``tolerance`` belongs to ``stdout``. A ValueError names
+    the first test of another form, or that does not compile.
     """
     if not isinstance(tests, list) or not tests:
         raise ValueError(f"tests: should be a list of at least one test, but is {str(tests)[:80]!r}")
@@ -196,9 +191,7 @@ def remote_names(source: str) -> tuple[str, ...]:
 class Judge:
     """Runs programs on tests, in sandboxes that it starts when they are first needed.
 
-    Args:
-        settings: settings of the sandboxes.
-        mode: how text tests run a program: ``script``, or ``lcb`` for LiveCodeBench's own harness.
+    ``mode`` is how text tests run a program: ``script``, or ``lcb`` for LiveCodeBench's own harness.
     """
 
     def __init__(self, settings: Settings, mode: str = "script") -> None:
@@ -213,9 +206,7 @@ class Judge:
     def judge(self, program: str, tests: Sequence[Test], limits: Limits, *, stop_early: bool) -> list[Result]:
         """Results in the order of the tests; with ``stop_early`` up to the first that is not accepted.
 
-        Raises:
-            SandboxError: the sandbox failed, so there is no verdict.
-            IsolationError: no sandbox of the required level can be started.
+        Raises SandboxError or IsolationError if the sandbox failed or does not start, so there is no verdict.
         """
         results = []
         try:
@@ -261,7 +252,7 @@ class Judge:
         ours, theirs = self._sandbox(0), self._sandbox(1)
         # What the data of the tests need is no part of the program's limits.
         size_mb = len(test.stdin) / 1e6
-        more = dataclasses.replace(limits, cpu_s=limits.cpu_s + size_mb, memory_mb=limits.memory_mb + int(32 * size_mb))
+        more = limits._replace(cpu_s=limits.cpu_s + size_mb, memory_mb=limits.memory_mb + int(32 * size_mb))
         ends: list[int] = []
         try:
             ends += [*os.pipe(), *os.pipe()]
@@ -285,44 +276,36 @@ class Judge:
         if failed is None and not has_passed:
             failed = _failure(tester, more) or Result(Status.WRONG_ANSWER, "the assertions did not reach their end", 0)
             if test.source is not _CALL and failed.status is not Status.TIME_LIMIT:
-                failed = dataclasses.replace(failed, status=Status.WRONG_ANSWER)
-        return dataclasses.replace(failed or Result(Status.ACCEPTED, "", 0), cpu_s=candidate.cpu_s + tester.cpu_s)
+                failed = failed._replace(status=Status.WRONG_ANSWER)
+        return (failed or Result(Status.ACCEPTED, "", 0))._replace(cpu_s=candidate.cpu_s + tester.cpu_s)
 
 
 _KILLED = "killed from outside"
-_TOO_MUCH = {"output": Status.OUTPUT_LIMIT, "files": Status.OUTPUT_LIMIT, "threads": Status.RUNTIME_ERROR}
 _NO_MEMORY = ("MemoryError", "[Errno 12]")
 
 
 def _failure(child: Child, limits: Limits) -> Result | None:
-    """Why a child has no result; None if it ended normally and in time."""
+    """Why a child has no result: the first cause that holds; None if it ended normally and in time."""
     said = child.stderr.decode(errors="replace").strip()[-MAX_DETAIL:]
-    status = None
-    if child.killed_for == "time" or sandbox.is_over_cpu(child, limits):
-        status, said = Status.TIME_LIMIT, f"{child.cpu_s:.2f} s of CPU"
-    elif child.killed_for in _TOO_MUCH:
-        status, said = _TOO_MUCH[child.killed_for], f"too much or too many: {child.killed_for}"
-    elif child.status == confined.EXIT_COMPILE:
-        status = Status.COMPILE_ERROR
-    elif child.status == confined.EXIT_WRONG:
-        status = Status.WRONG_ANSWER
-    elif child.status == confined.EXIT_MEMORY or (child.status != 0 and any(sign in said for sign in _NO_MEMORY)):
-        status = Status.MEMORY_LIMIT
-    elif child.status == -signal.SIGKILL and not child.killed_for:
-        status, said = Status.RUNTIME_ERROR, _KILLED
-    elif child.status != 0:
-        status, said = Status.RUNTIME_ERROR, f"exit {child.status} {said}"
-    return None if status is None else Result(status, said, child.cpu_s)
+    status, reason = child.status, child.killed_for
+    is_without_memory = status == confined.EXIT_MEMORY or (status != 0 and any(sign in said for sign in _NO_MEMORY))
+    causes = (
+        (reason == "time" or sandbox.is_over_cpu(child, limits), Status.TIME_LIMIT, f"{child.cpu_s:.2f} s of CPU"),
+        (reason in ("output", "files"), Status.OUTPUT_LIMIT, f"too much: {reason}"),
+        (reason == "threads", Status.RUNTIME_ERROR, "too many threads"),
+        (status == confined.EXIT_COMPILE, Status.COMPILE_ERROR, said),
+        (status == confined.EXIT_WRONG, Status.WRONG_ANSWER, said),
+        (is_without_memory, Status.MEMORY_LIMIT, said),
+        (status == -signal.SIGKILL, Status.RUNTIME_ERROR, _KILLED),
+        (status != 0, Status.RUNTIME_ERROR, f"exit {status} {said}"),
+    )
+    return next((Result(outcome, detail, child.cpu_s) for holds, outcome, detail in causes if holds), None)
 
 
 def make_grade(results: Sequence[Result], num_tests: int, rewards: str | dict[str, float], level: str) -> Grade:
-    """The grade of a program.
+    """The grade of a program from the results of its tests, all or up to the first that failed.
 
-    Args:
-        results: results of its tests, all or up to the first that failed.
-        num_tests: number of tests.
-        rewards: ``all``, ``fraction``, or the reward of each status.
-        level: the isolation level that it ran at.
+    ``rewards`` is ``all``, ``fraction``, or the reward of each status.
     """
     num_passed = sum(result.status is Status.ACCEPTED for result in results)
     failed = next((result for result in results if result.status is not Status.ACCEPTED), None)
@@ -332,8 +315,8 @@ def make_grade(results: Sequence[Result], num_tests: int, rewards: str | dict[st
         reward = rewards.get(failed.status if failed else Status.ACCEPTED, 0.0)
     else:
         reward = num_passed / num_tests if rewards == "fraction" else float(failed is None)
-    detail = f"{num_passed} of {num_tests} tests passed"
-    if failed is not None:
-        detail = f"{failed.status} in test {results.index(failed)}: {failed.detail}"
-    verdict = Verdict.CORRECT if failed is None else Verdict.WRONG
-    return Grade(verdict, reward, detail, level, 1000 * sum(result.cpu_s for result in results))
+    cpu_ms = 1000 * sum(result.cpu_s for result in results)
+    if failed is None:
+        return Grade(Verdict.CORRECT, reward, f"{num_passed} of {num_tests} tests passed", level, cpu_ms)
+    detail = f"{failed.status} in test {results.index(failed)}: {failed.detail}"
+    return Grade(Verdict.WRONG, reward, detail, level, cpu_ms)

@@ -31,15 +31,9 @@ class PendingError(ValueError):
 def says(gold: Node, answer: Node, *, is_evaluated: bool) -> bool:
     """Whether an answer says the same as the gold answer.
 
-    Args:
-        gold: the tree of the gold answer.
-        answer: that of the answer.
-        is_evaluated: refuse pending arithmetic where the gold answer has none.
-
     Raises:
-        PendingError: it does, but it has pending arithmetic.
-        TooLargeError: a value is too large to compute.
-        UnknownValueError: a part has no value.
+        PendingError: with ``is_evaluated``: it does, but it has pending arithmetic, and the gold answer has none.
+        TooLargeError, UnknownValueError: a value is too large to compute, or not known.
     """
     if not is_evaluated:
         return _matches(gold, answer, _is_same_value)

@@ -62,21 +62,8 @@ class Interpreter(NamedTuple):
     """Files that it must be able to read, apart from system libraries."""
 
 
-class Launch(NamedTuple):
-    """How a worker is started."""
-
-    command: list[str]
-    options: dict[str, Any]
-    """Keyword arguments of ``subprocess.Popen``."""
-    folder: str
-    """The folder for temporary files, which is removed when the worker ends."""
-    hello: dict[str, Any]
-    """What the driver is told: files that Landlock leaves readable, folders whose names it leaves readable with those in
-    the folders below, the folder for temporary files inside the sandbox, additions to ``sys.path``, and packages."""
-
-
 def is_root() -> bool:
-    """Whether the grader is root, so that workers can have uids of their own."""
+    """Whether workers can have uids of their own."""
     return os.getuid() == 0
 
 
@@ -84,22 +71,20 @@ def is_root() -> bool:
 def find_interpreter(wanted: str | None) -> Interpreter:
     """The wanted interpreter, by default that of this process, or a system one that the workers' uids can reach.
 
-    Raises:
-        ValueError: the workers can reach no interpreter of the same version.
+    Raises a ValueError where the workers can reach none of the same version.
     """
-    ours = _ask(wanted or sys.executable)
-    if not is_root() or all(map(_is_public, ours.paths)):
-        return ours
-    system = shutil.which(f"python{sys.version_info[0]}.{sys.version_info[1]}", path="/usr/bin:/usr/local/bin")
-    found = _ask(system) if system and wanted is None else None
-    if found is None or not all(map(_is_public, found.paths)):
-        private = next(path for path in ours.paths if not _is_public(path))
-        raise ValueError(
-            f"programs run under another uid, which cannot reach the interpreter {private}; make its folders readable for"
-            f" others (chmod o+rx), install python{sys.version_info[0]}.{sys.version_info[1]} in /usr, or name an"
-            f" interpreter in reward.python"
-        )
-    return found
+    name = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    system = None if wanted else shutil.which(name, path="/usr/bin:/usr/local/bin")
+    private: list[str] = []
+    for executable in filter(None, (wanted or sys.executable, system)):
+        found = _ask(executable)
+        private = [path for path in found.paths if is_root() and not _is_public(path)]
+        if not private:
+            return found
+    raise ValueError(
+        f"programs run under another uid, which cannot reach the interpreter {private[0]}; make its folders readable for"
+        f" others (chmod o+rx), install {name} in /usr, or name an interpreter in reward.python"
+    )
 
 
 def _ask(executable: str) -> Interpreter:
@@ -122,12 +107,8 @@ def _is_public(path: str) -> bool:
     return folders and bool(real.stat().st_mode & stat.S_IROTH)
 
 
-def package_paths(packages: tuple[str, ...]) -> list[str]:
-    """Paths of the packages to preload, with the shared libraries that wheels put beside them.
-
-    Raises:
-        ValueError: a package is not installed.
-    """
+def _package_paths(packages: tuple[str, ...]) -> list[str]:
+    """Paths of the packages to preload, with the shared libraries that wheels put beside them."""
     paths = []
     for name in packages:
         spec = importlib.util.find_spec(name)
@@ -140,18 +121,21 @@ def package_paths(packages: tuple[str, ...]) -> list[str]:
     return paths
 
 
-def prepare(level: str, interpreter: Interpreter, packages: tuple[str, ...], socket_fd: int, source: str) -> Launch:
-    """The command that starts a worker of this level.
+def prepare(
+    level: str, interpreter: Interpreter, packages: tuple[str, ...], socket_fd: int, source: str
+) -> tuple[list[str], dict[str, Any], str, dict[str, Any]]:
+    """How a worker of this level is started; raises Unavailable where the machine lacks what the level needs.
 
-    Raises:
-        Unavailable: the machine lacks something that the level needs.
+    Returns the command, keyword arguments of ``subprocess.Popen``, the folder for temporary files, which is removed when
+    the worker ends, and what the driver is told: files that Landlock leaves readable, folders whose names it leaves
+    readable with those in the folders below, the folder inside the sandbox, additions to ``sys.path``, and packages.
     """
     if level == "uid" and not is_root():
         raise Unavailable("it needs root to give workers a uid of their own")
-    bubblewrap = shutil.which("bwrap") or ""
+    bubblewrap = shutil.which("bwrap")
     if level == "namespaces" and not bubblewrap:
         raise Unavailable("bubblewrap is not installed; on Debian and Ubuntu: apt-get install bubblewrap")
-    extra = package_paths(packages)
+    extra = _package_paths(packages)
     libraries = [path for path in _LIBRARIES if os.path.isdir(path)]
     installed = installed_packages(interpreter.stdlib)
     python = [interpreter.executable, "-I", "-S", "-B", "-c", source, str(socket_fd)]
@@ -167,7 +151,7 @@ def prepare(level: str, interpreter: Interpreter, packages: tuple[str, ...], soc
     environment = {**ENVIRONMENT, "TMPDIR": "/tmp" if level == "namespaces" else folder}
     if shared:
         environment["LD_LIBRARY_PATH"] = os.path.dirname(shared[0])
-    if level == "namespaces":
+    if level == "namespaces" and bubblewrap:
         visible = [*libraries, *interpreter.paths]
         python = [bubblewrap, *_bubblewrap(visible, installed, extra, folder, environment), *python]
     choom = shutil.which("choom")  # when memory runs out, the kernel should kill programs first
@@ -180,7 +164,8 @@ def prepare(level: str, interpreter: Interpreter, packages: tuple[str, ...], soc
     # The shell outlives a grader that is killed, so the folder is removed in any case.
     command = ["/bin/sh", "-c", '"$@"; exec /bin/rm -rf "$0"', folder, *command]
     hello = {"readable": readable, "listable": [interpreter.stdlib, *site], "folder": environment["TMPDIR"]}
-    return Launch(command, {**options, "env": environment}, folder, {**hello, "site": site, "packages": list(packages)})
+    hello |= {"site": site, "packages": list(packages)}
+    return command, {**options, "env": environment}, folder, hello
 
 
 def installed_packages(stdlib: str) -> list[str]:

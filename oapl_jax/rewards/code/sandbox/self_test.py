@@ -5,14 +5,7 @@ import os
 
 from oapl_jax.rewards.code.sandbox import isolation
 from oapl_jax.rewards.code.sandbox.isolation import LEVELS, Unavailable
-from oapl_jax.rewards.code.sandbox.sandbox import (
-    Child,
-    Limits,
-    Sandbox,
-    SandboxError,
-    Settings,
-    converse,
-)
+from oapl_jax.rewards.code.sandbox.sandbox import Child, Limits, Sandbox, SandboxError, Settings, converse
 
 _PROBE = """
 import ctypes, fcntl, json, mmap, os, resource, socket, sys
@@ -68,11 +61,7 @@ class IsolationError(RuntimeError):
 
 
 def open_sandbox(settings: Settings) -> Sandbox:
-    """A worker of the strongest level that passes its self-test here; it is never weaker than ``settings.level``.
-
-    Raises:
-        IsolationError: no such level works; the message has the reason for each.
-    """
+    """A worker of the strongest level that passes its self-test here, but none that is weaker than ``settings.level``."""
     reasons = []
     for level in LEVELS[: LEVELS.index(settings.level) + 1]:
         sandbox, reason = try_level(level, settings)
@@ -103,11 +92,7 @@ def try_level(level: str, settings: Settings) -> tuple[Sandbox | None, str]:
 
 
 def self_test(sandbox: Sandbox) -> list[str]:
-    """Names of the forbidden actions that a program can perform in this worker.
-
-    Raises:
-        SandboxError: the self-test did not run.
-    """
+    """Names of the forbidden actions that a program can perform in this worker."""
     folders = isolation.installed_packages(os.path.dirname(os.__file__))
     installed = [entry.path for folder in folders for entry in os.scandir(folder) if entry.is_file()]
     files = [os.path.abspath(__file__), "/etc/passwd", "/proc/self/status", *installed[:MAX_INSTALLED]]

@@ -14,6 +14,7 @@ import itertools
 import operator
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from oapl_jax.rewards.code.sandbox.confined import values
@@ -23,34 +24,27 @@ _LIBRARIES = ("builtins", "decimal", "json.decoder", "statistics")
 """Modules whose exceptions both sides know; an exception of ``unittest`` could end the tests."""
 
 
+def _asks(do: str) -> Callable[..., Any]:
+    """A method that asks the other side for an operation."""
+    return lambda self, /, *args, **kwargs: self._its_peer.ask(do, self._its_node, *args, **kwargs)
+
+
 class Remote:
     """An object of the other side. It equals only itself, and it is always true."""
 
+    __call__, __getitem__, __next__ = _asks("call"), _asks("item"), _asks("next")
+    __setattr__, __setitem__ = _asks("set"), _asks("put")
+
     def __init__(self, peer: "Peer", node: dict) -> None:
         vars(self).update(_its_peer=peer, _its_node=node, _its_items=(-1, None), __name__=node.get("n"))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._its_peer.ask("set", self._its_node, name, value)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._its_peer.ask("put", self._its_node, key, value)
-
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (ruff mistakes it for an ordinary method)
-        return self._its_peer.ask("call", self._its_node, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         return self._its_peer.ask("get", self._its_node, name)
 
-    def __getitem__(self, key: Any) -> Any:
-        return self._its_peer.ask("item", self._its_node, key)
-
     def __str__(self) -> str:
         return str.__str__(self._its_peer.ask("str", self._its_node))
-
-    def __next__(self) -> Any:
-        return self._its_peer.ask("next", self._its_node)
 
     def __iter__(self) -> Any:
         """Iterates over what has crossed; the object is asked again only after a call that may have changed it."""
@@ -85,12 +79,7 @@ _OPERATIONS = {
 
 
 class Peer:
-    """One side of the calls.
-
-    Args:
-        side: ``program`` or ``tests``.
-        names: the global names of this side.
-    """
+    """One side of the calls, ``program`` or ``tests``, with its global names."""
 
     def __init__(self, side: str, names: dict[str, Any]) -> None:
         self._side, self._names = side, names
@@ -114,8 +103,7 @@ class Peer:
         graph = values.Graph(self._handle_of, self._owner_of)
         self.has_asked = True
         self.num_changes += do in ("call", "set", "put")
-        nodes = [graph.encode(value) for value in args], {name: graph.encode(value) for name, value in kwargs.items()}
-        request = {"do": do, "of": of, "args": nodes[0], "kwargs": nodes[1], "new": graph.contents()}
+        request = {"do": do, "of": of, "args": graph.encode((args, kwargs)), "new": graph.contents()}
         try:
             values.write_frame(self._results, request)
             while "do" in (reply := values.read_frame(self._requests)):
@@ -146,8 +134,7 @@ class Peer:
         try:
             graph.add(request["new"])
             known = len(graph.objects)
-            args = [graph.decode(node) for node in request["args"]]
-            kwargs = {name: graph.decode(node) for name, node in request["kwargs"].items()}
+            args, kwargs = graph.decode(request["args"])
             target = self._owner_of(request["of"])
             if self._side == "tests":
                 _check_allowed(request["do"], target, *args)

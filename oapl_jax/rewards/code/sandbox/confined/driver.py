@@ -5,11 +5,11 @@ It is started as ``python -I -S -B -c SOURCE DESCRIPTOR``. The control socket br
 the child's descriptors for each test. The reply to a request says how the child ended. It exits when the socket closes.
 """
 
-import array
 import ctypes
 import fcntl
 import gc
 import json
+import mmap
 import os
 import resource
 import select
@@ -33,24 +33,20 @@ NUM_FILES, MAX_FILES = 64, 4096
 STACK_BYTES = 256 << 20
 HUGE = 1 << 37
 """An address space that no worker fills."""
-PROT_NONE, MAP_PRIVATE, MAP_ANONYMOUS = 0, 0x02, 0x20
 CAPABILITY_VERSION = 0x20080522
 WATCH_SECONDS = 0.05
-MAX_TEMPORARY_FILE, MAX_TEMPORARY_FILES, MAX_TEMPORARY = 1 << 20, 500, 16 << 20
-"""Bytes of one temporary file, number of files and folders, bytes of all. The kernel keeps the first; the driver looks."""
+MAX_TEMPORARY_FILES, MAX_TEMPORARY = 500, 16 << 20
+"""Number of temporary files and folders, and bytes of all."""
 MAX_THREADS = 64
 
 libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap.restype = ctypes.c_void_p
-libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 def main() -> None:
     """Serves until the grader closes the socket."""
     control = socket.socket(fileno=int(sys.argv[1]))
-    message, ancillary, _, _ = control.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(4))
-    hello, (filter_fd,) = json.loads(message), _descriptors(ancillary)
+    message, (filter_fd,), _, _ = socket.recv_fds(control, MAX_MESSAGE, 1)
+    hello = json.loads(message)
     seccomp_filter = os.pread(filter_fd, MAX_MESSAGE, 0)
     os.close(filter_fd)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -67,22 +63,18 @@ def main() -> None:
     control.send(json.dumps({"landlock": abi, "uid": os.getuid(), "pid": os.getpid()}).encode())
     children = _Children(control, seccomp_filter, names, ruleset, hello["folder"])
     while True:
-        message, ancillary, _, _ = control.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(4 * CHILD_DESCRIPTORS))
+        message, descriptors, _, _ = socket.recv_fds(control, MAX_MESSAGE, CHILD_DESCRIPTORS)
         if not message:
             os._exit(0)
         request = json.loads(message)
         if "mode" in request:  # otherwise it is a kill that came too late
-            control.send(json.dumps(children.run(request, _descriptors(ancillary))).encode())
+            control.send(json.dumps(children.run(request, descriptors)).encode())
 
 
 def _prepare(hello: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Loads the child's modules and the packages to preload; returns the names that each mode starts with."""
     for name, source in hello["modules"]:
-        module = types.ModuleType(name)
-        sys.modules[name] = module
-        parent, _, last = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], last, module)
+        module = sys.modules[name] = types.ModuleType(name)
         exec(compile(source, f"<{name}>", "exec"), vars(module))
     program = sys.modules["oapl_jax.rewards.code.sandbox.confined.program"]
     program.open_standard_files()  # before packages, which keep the functions that they find
@@ -141,12 +133,11 @@ def _mapped_bytes() -> int:
     possible, too_much = 0, limit
     while too_much - possible > MAX_MESSAGE:
         size = (possible + too_much) // 2
-        address = libc.mmap(None, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
-        if address == ctypes.c_void_p(-1).value:
-            too_much = size
-        else:
-            libc.munmap(address, size)
+        try:
+            mmap.mmap(-1, size, mmap.MAP_PRIVATE, 0).close()
             possible = size
+        except OSError:
+            too_much = size
     return limit - possible
 
 
@@ -170,15 +161,13 @@ class _Children:
     def run(self, request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
         """Runs one child to its end. It is killed if the grader says so or closes the socket."""
         try:
-            pid = os.fork()
+            if (pid := os.fork()) == 0:
+                self._child(request, descriptors)
         except OSError as error:
+            return {"id": request["id"], "failure": f"fork: {error.strerror}"}
+        finally:
             for descriptor in descriptors:
                 os.close(descriptor)
-            return {"id": request["id"], "failure": f"fork: {error.strerror}"}
-        if pid == 0:
-            self._child(request, descriptors)
-        for descriptor in descriptors:
-            os.close(descriptor)
         status, usage, over = self._wait(pid, request["tasks"] is None)
         report = {"status": os.waitstatus_to_exitcode(status), "cpu": usage.ru_utime + usage.ru_stime, "over": over}
         return {"id": request["id"], "failure": "", **report}
@@ -242,7 +231,7 @@ class _Children:
         # SIGXCPU comes at the soft limit. SIGKILL follows a second later for programs that ignore it.
         resource.setrlimit(resource.RLIMIT_CPU, (request["cpu_s"], request["cpu_s"] + 1))
         wanted = {
-            resource.RLIMIT_FSIZE: MAX_TEMPORARY_FILE,
+            resource.RLIMIT_FSIZE: request["file"],
             resource.RLIMIT_NOFILE: NUM_FILES,
             resource.RLIMIT_MEMLOCK: 0,
             resource.RLIMIT_MSGQUEUE: 0,
@@ -274,10 +263,6 @@ def _is_full(folder: str) -> bool:
     except OSError as error:  # removed in the meantime; or the path is too long, or a folder that nobody may read
         return not isinstance(error, FileNotFoundError)
     return False
-
-
-def _descriptors(ancillary: list) -> list[int]:
-    return list(array.array("i", ancillary[0][2])) if ancillary else []
 
 
 if __name__ == "__main__":

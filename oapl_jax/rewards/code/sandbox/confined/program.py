@@ -39,14 +39,13 @@ _STANDARD_FILES |= {f"{folder}/{number}": number for folder in ("/dev/fd", "/pro
 
 def names_for(mode: str) -> dict[str, Any]:
     """Names that are defined for a program of this mode: none for a script, otherwise those that its judge provides."""
-    leetcode = {item.__name__: item for item in values.LEETCODE_NAMES}
     if mode in ("script", "lcb"):
         return {}
     if mode == "test":
-        return {name: __import__(name) for name in _MODULES} | leetcode
+        return {name: __import__(name) for name in _MODULES} | values.LEETCODE_NAMES
     names: dict[str, Any] = {}
     exec(PREFIX, names)
-    return names | leetcode
+    return names | values.LEETCODE_NAMES
 
 
 def open_standard_files() -> None:
@@ -77,13 +76,9 @@ def _resolved(file: Any) -> Any:
 
 
 def run(mode: str, source: bytes, names: dict[str, Any], remote: Iterable[str] = ()) -> int:
-    """Runs a program to its end and returns the exit status.
+    """Runs a program, in mode ``test`` tests, to its end and returns the exit status.
 
-    Args:
-        mode: ``script``, ``lcb``, ``serve`` or ``test``.
-        source: the program; in mode ``test`` the tests.
-        names: names that are defined for it.
-        remote: names of the program under test that the tests use.
+    ``names`` are defined for it; ``remote`` are the names of the program under test that the tests use.
     """
     main = types.ModuleType("__main__")
     vars(main).update({**names, "__file__": "solution.py", "__builtins__": builtins})
@@ -126,9 +121,6 @@ def _end_of_script(status: int) -> int:
     return status
 
 
-# ---- LiveCodeBench's own harness (lcb_runner/evaluation/testing_util.py) ----
-
-
 def lcb_source(source: bytes) -> str:
     """The program as LiveCodeBench rewrites it: imports first, all other statements inside one function."""
     tree = ast.parse(source)
@@ -153,25 +145,23 @@ class _MockBuffer:
         return self._data.split(b"\n")[0] + b"\n"
 
 
-class _MockStdin:
+class _MockStdin(io.StringIO):
     """LiveCodeBench's mock: each read returns the whole text, lines are counted separately, and it has no iterator."""
 
+    __iter__ = None  # pyright: ignore[reportAssignmentType]
+
     def __init__(self, text: str) -> None:
-        self._text, self._lines = text, iter(text.split("\n"))
-        self._stream = io.StringIO(text)
-        self.buffer = _MockBuffer(text)
+        super().__init__(text)
+        self._lines, self.buffer = iter(text.split("\n")), _MockBuffer(text)
 
     def read(self, *_: object) -> str:
-        return self._text
+        return self.getvalue()
 
-    def readline(self, *_: object) -> str:
+    def readline(self, *_: object) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
         return next(self._lines)
 
     def readlines(self, *_: object) -> list[str]:
-        return self._text.split("\n")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+        return self.getvalue().split("\n")
 
 
 def _run_lcb(code: types.CodeType, namespace: dict[str, Any]) -> None:
@@ -193,9 +183,6 @@ def _run_lcb(code: types.CodeType, namespace: dict[str, Any]) -> None:
         builtins.open = opened
     with os.fdopen(real, "w", encoding="utf-8", errors="surrogatepass", newline="\n") as stream:
         stream.write(captured.getvalue())
-
-
-# ---- the program under test, and its assertions, which run in another child ----
 
 
 def _serve(code: types.CodeType, namespace: dict[str, Any]) -> None:
