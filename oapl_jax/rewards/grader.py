@@ -150,14 +150,13 @@ class RewardGrader:
     def grade(self, items: Sequence[Item]) -> list[Grade]:
         """Returns grades in the order of the items; only finished responses reach the pool."""
         finished = [item for item in items if item[2] != FinishReason.LENGTH]
-        names = list(self._reward.functions)
+        names, weights = zip(*self._reward.functions.items(), strict=True)
         graded = iter(self._pool.grade([task for name in names for task in self._tasks(name, finished)]))
-        by_name = [iter([next(graded) for _ in finished]) for _ in names]
+        by_item = zip(*([next(graded) for _ in finished] for _ in names), strict=True)
         grades = []
         for _, text, finish_reason in items:
             is_truncated = finish_reason == FinishReason.LENGTH
-            parts = [TRUNCATED if is_truncated else next(mine) for mine in by_name]
-            weights = list(self._reward.functions.values())
+            parts = [TRUNCATED for _ in names] if is_truncated else next(by_item)
             grade = compose(self._reward, weights, parts, text, is_truncated=is_truncated)
             level = f" [{grade.level}]" if grade.level else ""  # the rollout log has no column for the level
             grades.append(dataclasses.replace(grade, detail=grade.detail + level))

@@ -1,12 +1,11 @@
 """The program of one grading process: it reads tasks from the socket on its standard input and replies on it.
 
-``python -m oapl_jax.rewards.worker SETUP`` takes a ``Setup`` as a JSON array. A task (``tasks.py``) is one line of
-JSON, and so is a reply: the ``grades`` of its responses. Expected outputs and gold answers are compared in this process. It never runs a program of a model; its sandbox does. It does not import
-JAX, so that it starts in a fraction of a second.
+``python -m oapl_jax.rewards.worker SETUP`` takes a ``Setup`` as a JSON array. A task (``tasks.py``) is one line of JSON,
+and so is a reply: the ``grades`` of its responses. Expected outputs and gold answers are compared in this process. It
+never runs a program of a model; its sandbox does. It does not import JAX, so that it starts in a fraction of a second.
 
 For mathematics, the process that was started only imports and forks. The child that it forks serves the socket, and the
-parent may kill it: the next child is there within milliseconds. So an answer that exhausts its child can be told from a
-grader or a machine that fails: the next child judges the canary and the gold answer of the row at once, or it does not.
+parent may kill it: the next child is there within milliseconds, to judge the canary and the gold answer of the row.
 """
 
 import contextlib

@@ -153,7 +153,7 @@ def prepare(
         environment["LD_LIBRARY_PATH"] = os.path.dirname(shared[0])
     if level == "namespaces" and bubblewrap:
         visible = [*libraries, *interpreter.paths]
-        python = [bubblewrap, *_bubblewrap(visible, installed, extra, folder, environment), *python]
+        python = [bubblewrap, *_bubblewrap(visible, installed, extra, folder), *python]
     choom = shutil.which("choom")  # when memory runs out, the kernel should kill programs first
     # Most of the libraries of / are links to those of /usr. A rule for a link would be one for all that it points to.
     roots = [path for path in _ROOT_LIBRARIES if os.path.isdir(path) and not os.path.islink(path)]
@@ -184,13 +184,9 @@ def _without(path: str, hidden: list[str]) -> list[str]:
     return [found for entry in entries for found in _without(entry, hidden)]
 
 
-def _bubblewrap(
-    paths: list[str], installed: list[str], packages: list[str], folder: str, environment: dict[str, str]
-) -> list[str]:
+def _bubblewrap(paths: list[str], installed: list[str], packages: list[str], folder: str) -> list[str]:
     command = ["--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
-    command += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
-    for name, value in environment.items():
-        command += ["--setenv", name, value]
+    command += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     for path in paths:  # /usr/local is left out: it may contain data
         command += ["--ro-bind", path, path]
     # Empty file systems hide all installed packages but those that are wanted.

@@ -114,28 +114,26 @@ class Sandbox:
                 self.process = subprocess.Popen(
                     command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, **options
                 )
-            self.info = self._greet(hello | {"landlock_abi": settings.landlock_abi})
+            names = ("values", "calls", "program")
+            modules = [(_CONFINED, ""), *((f"{_CONFINED}.{name}", _source(name)) for name in names)]
+            hello |= {"landlock_abi": settings.landlock_abi, "modules": modules}
+            instructions = _sealed_file(compile_filter())
+            try:
+                socket.send_fds(self._control, [json.dumps(hello).encode()], [instructions])
+            finally:
+                os.close(instructions)
+            self._control.settimeout(START_TIMEOUT)
+            answer = self._control.recv(1 << 16)
+            if not answer:
+                raise OSError("the worker ended")
+            self._control.settimeout(KILL_TIMEOUT)
+            self.info = json.loads(answer)
         except (OSError, ValueError, Unavailable) as error:
             said = os.pread(errors, KEPT_STDERR, 0).decode(errors="replace").strip().splitlines()
             self.close()
             raise Unavailable(said[-1] if said else str(error) or type(error).__name__) from error
         finally:
             os.close(errors)
-
-    def _greet(self, hello: dict[str, Any]) -> dict[str, Any]:
-        names = ("values", "calls", "program")
-        modules = [(_CONFINED, ""), *((f"{_CONFINED}.{name}", _source(name)) for name in names)]
-        instructions = _sealed_file(compile_filter())
-        try:
-            socket.send_fds(self._control, [json.dumps(hello | {"modules": modules}).encode()], [instructions])
-        finally:
-            os.close(instructions)
-        self._control.settimeout(START_TIMEOUT)
-        answer = self._control.recv(1 << 16)
-        if not answer:
-            raise OSError("the worker ended")
-        self._control.settimeout(KILL_TIMEOUT)
-        return json.loads(answer)
 
     def start(
         self,

@@ -44,7 +44,10 @@ libc = ctypes.CDLL(None, use_errno=True)
 
 def main() -> None:
     """Serves until the grader closes the socket."""
-    control = socket.socket(fileno=int(sys.argv[1]))
+    # Everything that is opened gets a number above those that a child will use.
+    control = socket.socket(fileno=fcntl.fcntl(int(sys.argv[1]), fcntl.F_DUPFD_CLOEXEC, CHILD_DESCRIPTORS + 2))
+    while os.dup(0) < CHILD_DESCRIPTORS + 2:
+        pass
     message, (filter_fd,), _, _ = socket.recv_fds(control, MAX_MESSAGE, 1)
     hello = json.loads(message)
     seccomp_filter = os.pread(filter_fd, MAX_MESSAGE, 0)
@@ -200,14 +203,10 @@ class _Children:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            # The descriptors move out of the way before they get their final numbers.
-            kept = (*descriptors, self._control.fileno(), max(self._ruleset, 0))
-            high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, NUM_FILES) for descriptor in kept]
-            for number, descriptor in enumerate(high[: len(descriptors)]):
+            for number, descriptor in enumerate(descriptors):
                 os.dup2(descriptor, number)
-            control, ruleset = CHILD_DESCRIPTORS, CHILD_DESCRIPTORS + 1
-            os.dup2(high[-2], control)
-            os.dup2(high[-1], ruleset)
+            control = os.dup2(self._control.fileno(), CHILD_DESCRIPTORS)
+            ruleset = os.dup2(max(self._ruleset, 0), CHILD_DESCRIPTORS + 1)
             os.closerange(len(descriptors), control)
             os.closerange(ruleset + 1, MAX_FILES)
             self._limit(request)
