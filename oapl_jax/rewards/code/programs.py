@@ -13,13 +13,13 @@ import os
 import re
 import signal
 import symtable
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from oapl_jax.rewards.code.compare import is_same_output
 from oapl_jax.rewards.code.sandbox import sandbox
 from oapl_jax.rewards.code.sandbox.confined import program as confined
-from oapl_jax.rewards.code.sandbox.sandbox import Child, Limits, Sandbox, SandboxError, Settings
+from oapl_jax.rewards.code.sandbox.sandbox import Ended, Limits, Sandbox, SandboxError, Settings
 from oapl_jax.rewards.code.sandbox.self_test import open_sandbox
 from oapl_jax.types import Grade, Verdict
 
@@ -231,14 +231,14 @@ class Judge:
 
     def _judge_twice(self, program: str, test: Test, limits: Limits) -> Result:
         """Runs a test again, but only once, if the child was killed from outside: a program can cause that itself."""
-        run = self._stdio if isinstance(test, StdioTest) else self._asserts
+        run: Callable[..., Result] = self._stdio if isinstance(test, StdioTest) else self._asserts
         result = run(program, test, limits)
         return run(program, test, limits) if result.detail == _KILLED else result
 
     def _stdio(self, program: str, test: StdioTest, limits: Limits) -> Result:
         worker = self._sandbox(0)
-        child = worker.start(self._mode, program, limits, stdin=test.stdin, expected=len(test.stdout))
-        sandbox.converse([(worker, child)], limits.wall_s)
+        worker.start(self._mode, program, limits, stdin=test.stdin, expected=len(test.stdout))
+        (child,) = sandbox.converse([worker], limits.wall_s)
         failed = _failure(child, limits)
         if failed is not None:
             return failed
@@ -256,19 +256,15 @@ class Judge:
         ends: list[int] = []
         try:
             ends += [*os.pipe(), *os.pipe()]
-            candidate = ours.start("serve", program, limits, channel=(ends[1], ends[2]))
-            try:
-                channel = (ends[3], ends[0])
-                tester = theirs.start("test", test.source, more, remote=test.remote, stdin=test.stdin, channel=channel)
-            except SandboxError:
-                candidate.close()
-                raise
+            ours.start("serve", program, limits, channel=(ends[1], ends[2]))
+            channel = (ends[3], ends[0])
+            theirs.start("test", test.source, more, remote=test.remote, stdin=test.stdin, channel=channel)
         except OSError as error:
             raise SandboxError(f"a run could not be started: {error}") from error
         finally:
             for end in ends:
                 os.close(end)
-        sandbox.converse([(ours, candidate), (theirs, tester)], limits.wall_s)
+        candidate, tester = sandbox.converse([ours, theirs], limits.wall_s)
         has_passed = tester.status == confined.EXIT_PASSED and not tester.killed_for
         if tester.status == confined.EXIT_UNASKED:
             raise SandboxError("the test cannot be run: it never calls the program")
@@ -284,7 +280,7 @@ _KILLED = "killed from outside"
 _NO_MEMORY = ("MemoryError", "[Errno 12]")
 
 
-def _failure(child: Child, limits: Limits) -> Result | None:
+def _failure(child: Ended, limits: Limits) -> Result | None:
     """Why a child has no result: the first cause that holds; None if it ended normally and in time."""
     said = child.stderr.decode(errors="replace").strip()[-MAX_DETAIL:]
     status, reason = child.status, child.killed_for

@@ -19,7 +19,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from oapl_jax.rewards.code.sandbox import isolation
 from oapl_jax.rewards.code.sandbox.isolation import Unavailable
@@ -65,35 +65,16 @@ class Settings(NamedTuple):
     """Newest version of Landlock to use; tests lower it to imitate an older kernel."""
 
 
-class Child:
-    """One run of a program: where its output is, and how it ended."""
+class Ended(NamedTuple):
+    """How a run of a program ended."""
 
-    def __init__(self, name: int, files: list[int], max_output: int) -> None:
-        self.name, self._files, self._max_output = name, files, max_output
-        self.stdout = self.stderr = b""
-        self.killed_for = ""
-        """Why it was killed: ``time``, or by the worker for ``files`` or ``threads``; ``output`` if that is too long."""
-        self.is_done = False
-        self.status = 0
-        self.cpu_s = 0.0
-
-    def end(self, report: dict[str, Any]) -> None:
-        """Takes the worker's report of its end, and its output."""
-        self.is_done = True
-        if report["failure"]:
-            raise SandboxError(report["failure"])
-        self.status, self.cpu_s = report["status"], report["cpu"]
-        stdout, stderr = self._files
-        sizes = os.fstat(stdout).st_size, os.fstat(stderr).st_size
-        is_full = max(sizes) >= self._max_output
-        self.killed_for = self.killed_for or report["over"] or "output" * is_full
-        self.stdout = os.pread(stdout, self._max_output, 0)
-        self.stderr = os.pread(stderr, KEPT_STDERR, max(0, sizes[1] - KEPT_STDERR))
-
-    def close(self) -> None:
-        """Closes the files."""
-        while self._files:
-            os.close(self._files.pop())
+    status: int
+    cpu_s: float
+    killed_for: str
+    """``time``; ``files`` or ``threads``, if there were too many; ``output``, if it was too long; empty if it was not."""
+    stdout: bytes
+    stderr: bytes
+    """The end of it."""
 
 
 class Sandbox:
@@ -101,7 +82,7 @@ class Sandbox:
 
     def __init__(self, level: str, settings: Settings) -> None:
         """Starts the worker and waits until it is confined and warm; raises Unavailable where it does not start."""
-        self.level, self._next_name = level, 0
+        self.level, self._files = level, list[int]()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         interpreter = isolation.find_interpreter(settings.python)
         errors = os.memfd_create("stderr")
@@ -145,55 +126,62 @@ class Sandbox:
         expected: int = 0,
         remote: Sequence[str] = (),
         channel: Sequence[int] = (),
-    ) -> Child:
+    ) -> None:
         """Starts a child in a mode of ``confined/program.py``; ``converse`` then runs it to its end.
 
         ``expected`` is the length of the right output; ``remote`` are the names of the program that its tests use;
         ``channel`` are two pipes of a program and its tests: one to write to the other child, one to read from it.
         """
-        max_output = MAX_OUTPUT + 4 * expected
-        self._next_name += 1
-        request = {"id": self._next_name, "mode": mode, "remote": list(remote), "file": max_output}
+        self._max_output, self._is_late = MAX_OUTPUT + 4 * expected, False
+        request = {"mode": mode, "remote": list(remote), "file": self._max_output}
         request |= {"cpu_s": math.ceil(CPU_MARGIN * limits.cpu_s), "memory": (limits.memory_mb + SLACK_MB) << 20}
         # The kernel's limit counts all threads of a user. Where programs share their user, the worker counts.
         request["tasks"] = None if self.level == "landlock" else MAX_TASKS
-        files: list[int] = []
+        given: list[int] = []
         try:
             if os.listdir(self._folder):
                 self._remove_files()
-            files += [os.memfd_create("stdout"), os.memfd_create("stderr")]
-            files += [_sealed_file(text.encode("utf-8", "surrogatepass")) for text in (stdin, source)]
-            given = [files[2], *files[:2], files[3], *channel]
-            socket.send_fds(self._control, [json.dumps(request).encode()], given)
+            self._files += [os.memfd_create("stdout"), os.memfd_create("stderr")]
+            given += [_sealed_file(text.encode("utf-8", "surrogatepass")) for text in (stdin, source)]
+            descriptors = [given[0], *self._files, given[1], *channel]
+            socket.send_fds(self._control, [json.dumps(request).encode()], descriptors)
         except OSError as error:
-            for descriptor in files[:2]:
-                os.close(descriptor)
             raise SandboxError(f"a run could not be started: {error}") from error
         finally:
-            for descriptor in files[2:]:
+            for descriptor in given:
                 os.close(descriptor)
-        return Child(self._next_name, files[:2], max_output)
 
-    def kill(self, child: Child) -> None:
+    def kill(self) -> None:
         """Tells the worker to kill the child, which is late; ``take_end`` reports its end."""
-        child.killed_for = "time"
+        self._is_late = True
         self._control.send(b'{"kill": true}')
 
     def fileno(self) -> int:
         """Readable when a child has ended, for ``select``."""
         return self._control.fileno()
 
-    def take_end(self, child: Child) -> None:
-        """Reads the worker's report of the child's end."""
+    def take_end(self) -> Ended:
+        """Reads the worker's report of the child's end, and its output."""
         message = self._control.recv(1 << 16)
         if not message:
             raise SandboxError("the sandbox's worker died")
         report = json.loads(message)
-        if report["id"] == child.name:
-            child.end(report)
+        if report["failure"]:
+            raise SandboxError(report["failure"])
+        sizes = [os.fstat(file).st_size for file in self._files]
+        stdout = os.pread(self._files[0], self._max_output, 0)
+        stderr = os.pread(self._files[1], KEPT_STDERR, max(0, sizes[1] - KEPT_STDERR))
+        self._close_files()
+        reason = "time" if self._is_late else report["over"] or "output" * (max(sizes) >= self._max_output)
+        return Ended(report["status"], report["cpu"], reason, stdout, stderr)
+
+    def _close_files(self) -> None:
+        while self._files:
+            os.close(self._files.pop())
 
     def close(self) -> None:
         """Ends the worker and its child. It may be called twice."""
+        self._close_files()
         self._control.close()
         if hasattr(self, "process"):
             try:
@@ -211,36 +199,34 @@ class Sandbox:
         subprocess.run(["/bin/sh", "-c", script, self._folder], stderr=subprocess.DEVNULL, timeout=START_TIMEOUT)
 
 
-def converse(runs: Sequence[tuple[Sandbox, Child]], wall_s: float) -> None:
-    """Waits until all children have ended, each in a sandbox of its own; after ``wall_s`` seconds they are killed.
+def converse(sandboxes: Sequence[Sandbox], wall_s: float) -> list[Ended]:
+    """Waits until the children of these sandboxes have ended; after ``wall_s`` seconds they are killed.
 
     Raises a SandboxError if a worker died, did not answer or could not run its child, or the machine or its clock stalled.
     """
     deadline, is_late = time.monotonic() + wall_s, False
+    ended: dict[Sandbox, Ended] = {}
     try:
-        while waiting := {sandbox: child for sandbox, child in runs if not child.is_done}:
+        while waiting := [sandbox for sandbox in sandboxes if sandbox not in ended]:
             now = time.monotonic()
             if now > deadline and is_late:
                 raise SandboxError(f"a killed child did not end within {KILL_TIMEOUT:g} s")
             if now > deadline:
                 deadline, is_late = now + KILL_TIMEOUT, True
-                for sandbox, child in waiting.items():
-                    sandbox.kill(child)
+                for sandbox in waiting:
+                    sandbox.kill()
             wait = min(deadline - now, 1.0) + 0.001
-            ready, _, _ = select.select(list(waiting), [], [], wait)
+            ready, _, _ = select.select(waiting, [], [], wait)
             # Only the wait is measured: what takes long after it is the program's own data.
             if (stalled := time.monotonic() - now - wait) > STALL_SECONDS:
                 raise SandboxError(f"the machine or its clock jumped by {stalled:.1f} s")
-            for sandbox in ready:
-                sandbox.take_end(waiting[sandbox])
+            ended |= {sandbox: sandbox.take_end() for sandbox in ready}
     except OSError as error:
         raise SandboxError(f"the sandbox's worker is gone: {error}") from error
-    finally:
-        for _, child in runs:
-            child.close()
+    return [ended[sandbox] for sandbox in sandboxes]
 
 
-def is_over_cpu(child: Child, limits: Limits) -> bool:
+def is_over_cpu(child: Ended, limits: Limits) -> bool:
     """Whether the child used more CPU time than its limit, whether or not it was killed for that."""
     was_killed = child.status == -signal.SIGKILL and child.cpu_s > limits.cpu_s / CPU_MARGIN
     return child.status == -signal.SIGXCPU or was_killed or child.cpu_s > limits.cpu_s

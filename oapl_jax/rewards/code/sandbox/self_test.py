@@ -5,7 +5,7 @@ import os
 
 from oapl_jax.rewards.code.sandbox import isolation
 from oapl_jax.rewards.code.sandbox.isolation import LEVELS, Unavailable
-from oapl_jax.rewards.code.sandbox.sandbox import Child, Limits, Sandbox, SandboxError, Settings, converse
+from oapl_jax.rewards.code.sandbox.sandbox import Ended, Limits, Sandbox, SandboxError, Settings, converse
 
 _PROBE = """
 import ctypes, fcntl, json, mmap, os, resource, socket, sys
@@ -123,7 +123,7 @@ def self_test(sandbox: Sandbox) -> list[str]:
     return holes
 
 
-def _run(sandbox: Sandbox, program: str, stdin: str) -> Child:
-    child = sandbox.start("script", program, Limits(), stdin=stdin)
-    converse([(sandbox, child)], Limits().wall_s)
+def _run(sandbox: Sandbox, program: str, stdin: str) -> Ended:
+    sandbox.start("script", program, Limits(), stdin=stdin)
+    (child,) = converse([sandbox], Limits().wall_s)
     return child

@@ -167,13 +167,13 @@ class _Children:
             if (pid := os.fork()) == 0:
                 self._child(request, descriptors)
         except OSError as error:
-            return {"id": request["id"], "failure": f"fork: {error.strerror}"}
+            return {"failure": f"fork: {error.strerror}"}
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
         status, usage, over = self._wait(pid, request["tasks"] is None)
-        report = {"status": os.waitstatus_to_exitcode(status), "cpu": usage.ru_utime + usage.ru_stime, "over": over}
-        return {"id": request["id"], "failure": "", **report}
+        cpu_s = usage.ru_utime + usage.ru_stime
+        return {"failure": "", "status": os.waitstatus_to_exitcode(status), "cpu": cpu_s, "over": over}
 
     def _wait(self, pid: int, is_counting: bool) -> tuple[int, Any, str]:
         over = ""
@@ -213,8 +213,7 @@ class _Children:
             # An exit status cannot report a failure of the sandbox: a program could choose it to be excused.
             is_confined = _restrict(ruleset if self._ruleset >= 0 else -1)
             if not is_confined or libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, self._filter, 0, 0):
-                failure = {"id": request["id"], "failure": "the child could not be confined"}
-                os.write(control, json.dumps(failure).encode())
+                os.write(control, b'{"failure": "the child could not be confined"}')
                 os._exit(1)
             os.close(control)
             os.close(ruleset)

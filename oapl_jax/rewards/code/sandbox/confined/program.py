@@ -152,7 +152,8 @@ class _MockStdin(io.StringIO):
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        self._lines, self.buffer = iter(text.split("\n")), _MockBuffer(text)
+        self._lines = iter(text.split("\n"))
+        self.buffer = _MockBuffer(text)  # pyright: ignore[reportAttributeAccessIssue]
 
     def read(self, *_: object) -> str:
         return self.getvalue()

@@ -115,7 +115,7 @@ _IMMUTABLE: dict[type, tuple[Callable[[Any], Iterable], Callable[[list], Any]]] 
 }
 """Other kinds: a value to its parts, and back. Only of the first three a subclass counts as its built-in type."""
 _FROM_PARTS: dict[str, Callable[[list], Any]] = {
-    "int": lambda parts: int(*parts, 16),
+    "int": lambda parts: int(parts[0], 16),
     "builtin": lambda parts: _BUILTINS[parts[0]],
     **{kind.__name__: back for kind, (_, back) in _IMMUTABLE.items()},
 }
