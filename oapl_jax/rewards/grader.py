@@ -35,11 +35,10 @@ class WeakIsolationWarning(UserWarning):
 
 @runtime_checkable
 class Grader(Protocol):
-    """Grades responses to prompts."""
+    """Grades responses to prompts. By default there is nothing to check or to close."""
 
     def check_golds(self, prompts: Sequence[Prompt]) -> None:
         """Raises a ValueError that names the rows whose gold answers or tests cannot be used."""
-        ...
 
     def grade(self, items: Sequence[Item]) -> list[Grade]:
         """Returns grades in the order of the items. A truncated response is wrong (``sampler.truncated`` may say otherwise)."""
@@ -47,7 +46,6 @@ class Grader(Protocol):
 
     def close(self) -> None:
         """Ends the processes that the grader started. It may be called twice."""
-        ...
 
 
 def make_grader(config: TrainConfig | GenerateConfig) -> Grader:
@@ -102,14 +100,11 @@ class SetGrader:
         return self._graders.get(prompt.id.partition("/")[0]) or self._graders[""]
 
 
-class ToyGrader:
-    """Grades a built-in task in this process."""
+class ToyGrader(Grader):
+    """Grades a built-in task in this process, from the question alone."""
 
     def __init__(self, task: str) -> None:
         self._is_correct = TOY_GRADERS[task]
-
-    def check_golds(self, prompts: Sequence[Prompt]) -> None:
-        """Does nothing: these rewards need only the question."""
 
     def grade(self, items: Sequence[Item]) -> list[Grade]:
         """Returns grades in the order of the items."""
@@ -118,9 +113,6 @@ class ToyGrader:
             TRUNCATED if reason == FinishReason.LENGTH else right if self._is_correct(prompt.text, text) else wrong
             for prompt, text, reason in items
         ]
-
-    def close(self) -> None:
-        """Does nothing: there are no processes."""
 
 
 class RewardGrader:

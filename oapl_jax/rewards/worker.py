@@ -57,24 +57,11 @@ def main(setup: Setup) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles Ctrl-C
     logging.disable(logging.CRITICAL)
     grader = TaskGrader(setup)
-    if "math" not in setup.kinds:
-        _serve(grader)
-        return
-    while (child := os.fork()) > 0:
-        if os.WIFEXITED(os.waitpid(child, 0)[1]):  # only one that was killed has a successor
-            return
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    try:
-        _serve(grader)
-    except BaseException:
-        logging.disable(logging.NOTSET)
-        logging.getLogger(__name__).exception("a grading process failed")
-        os._exit(1)
-    os._exit(0)
-
-
-def _serve(grader: "TaskGrader") -> None:
-    """Replies to tasks until the parent closes the socket."""
+    if "math" in setup.kinds:
+        while (child := os.fork()) > 0:
+            if os.WIFEXITED(os.waitpid(child, 0)[1]):  # only one that was killed has a successor
+                return
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     with socket.socket(fileno=0) as channel, channel.makefile("rwb") as stream:
         _send(stream, {"child": os.getpid()})
         for line in stream:
@@ -86,6 +73,7 @@ def _serve(grader: "TaskGrader") -> None:
             except MemoryError:
                 _send(stream, {"exhausted": "memory"})
                 signal.pause()  # until the parent kills it
+                return
             signal.setitimer(signal.ITIMER_REAL, 0)
             _send(stream, {"grades": list(map(dataclasses.asdict, grades))})
 

@@ -30,17 +30,13 @@ def read(
     choose: Callable[[list[str]], list[str]] | None = None,
     limits: Limits | None = None,
 ) -> pa.Table:
-    """A Parquet file, by path or content.
+    """A Parquet file, by path or content; a ValueError calls it ``where`` if it is damaged or beyond the limits.
 
     Args:
         source: the file.
         where: what errors call it.
         choose: the columns to be read, of those that there are; default all.
         limits: default: bytes that go with its size.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, is no Parquet file, or beyond the limits; or what ``choose`` raises.
     """
     # Whole in memory: a damaged file cannot fault a mapped page.
     content = reading.read_bytes(source) if isinstance(source, pathlib.Path) else source

@@ -242,7 +242,7 @@ def test_grades_by_all_by_fraction_and_by_status():
         ("x", "at least one test"),
         ([{"stdin": "", "stdout": ""}, {"stdin": ""}], r"tests\[1\]: should have the keys stdin, stdout"),
         ([{"stdin": 1, "stdout": ""}], "are text"),
-        ([{"call": "f", "args": 1, "expected": 1}], "args is a list"),
+        ([{"call": "f", "args": 1, "expected": 1}], "args and any_of are lists"),
         ([{"assert": "assert f("}], "do not compile"),
         ([{"assert": "assert True"}], "use no name that the program could define"),
     ],

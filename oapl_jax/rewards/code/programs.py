@@ -146,6 +146,8 @@ def parse_tests(tests: Any) -> list[Test]:
 
 
 _FORMS = ("stdin stdout", "stdin stdout tolerance", "args call expected", "any_of args call", "assert")
+_TYPES = dict.fromkeys(("stdin", "stdout", "call", "assert"), (str,)) | dict.fromkeys(("args", "any_of"), (list,))
+_TYPES |= {"tolerance": (int, float)}
 
 
 def _parse_test(number: int, test: Any) -> Test:
@@ -153,11 +155,9 @@ def _parse_test(number: int, test: Any) -> Test:
     if keys not in _FORMS:
         forms = "stdin, stdout (and tolerance); or call, args, expected (or any_of, a list); or assert"
         raise ValueError(f"{where}: should have the keys {forms}: {test!r:.200}")
-    texts = [test[key] for key in ("stdin", "stdout", "call", "assert") if key in test]
-    if not all(isinstance(text, str) for text in texts) or not isinstance(test.get("args", []), list):
-        raise ValueError(f"{where}: stdin, stdout, call and assert are text, args is a list: {test!r:.200}")
-    if not isinstance(test.get("any_of", []), list) or type(test.get("tolerance", 0)) not in (int, float):
-        raise ValueError(f"{where}: any_of is a list, tolerance a number: {test!r:.200}")
+    if any(type(value) not in _TYPES.get(key, (type(value),)) for key, value in test.items()):
+        kinds = "args and any_of are lists, tolerance is a number, stdin, stdout, call and assert are text"
+        raise ValueError(f"{where}: {kinds}: {test!r:.200}")
     if "stdin" in test:
         return StdioTest(test["stdin"], test["stdout"], float(test.get("tolerance", 0.0)))
     if "call" in test:
