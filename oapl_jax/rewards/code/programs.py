@@ -284,9 +284,11 @@ def _failure(child: Ended, limits: Limits) -> Result | None:
     """Why a child has no result: the first cause that holds; None if it ended normally and in time."""
     said = child.stderr.decode(errors="replace").strip()[-MAX_DETAIL:]
     status, reason = child.status, child.killed_for
+    most = limits.cpu_s / sandbox.CPU_MARGIN if status == -signal.SIGKILL else limits.cpu_s
+    is_late = reason == "time" or status == -signal.SIGXCPU or child.cpu_s > most
     is_without_memory = status == confined.EXIT_MEMORY or (status != 0 and any(sign in said for sign in _NO_MEMORY))
     causes = (
-        (reason == "time" or sandbox.is_over_cpu(child, limits), Status.TIME_LIMIT, f"{child.cpu_s:.2f} s of CPU"),
+        (is_late, Status.TIME_LIMIT, f"{child.cpu_s:.2f} s of CPU"),
         (reason in ("output", "files"), Status.OUTPUT_LIMIT, f"too much: {reason}"),
         (reason == "threads", Status.RUNTIME_ERROR, "too many threads"),
         (status == confined.EXIT_COMPILE, Status.COMPILE_ERROR, said),

@@ -148,7 +148,8 @@ def _match_lists(gold: Node, answer: Node, is_same: _Same) -> bool:
     if brackets[0] != brackets[1] and set(brackets) != {"", "{}"}:
         labelled = (golds, answers)[brackets.index("")] if set(brackets) == {"", "()"} else []
         return _has_own_labels(labelled, with_indices=True) and _match_in_order(golds, answers, is_same)
-    is_ordered = brackets[0] not in ("", "{}") or (brackets == ["", ""] and all(map(_is_word, golds)))
+    are_words = all(item.kind == "word" or (item.kind == "symbol" and len(item.text) == 1) for item in golds)
+    is_ordered = brackets[0] not in ("", "{}") or (brackets == ["", ""] and are_words)
     if is_ordered or _has_own_labels(golds) != _has_own_labels(answers):
         return _match_in_order(golds, answers, is_same)
     for item in golds:
@@ -185,10 +186,6 @@ def _with_sign(node: Node, sign: str) -> Node:
     if node.kind == "pm":
         return parts[0] if node.text == sign else Node("neg", parts)
     return node._replace(args=parts)
-
-
-def _is_word(node: Node) -> bool:
-    return node.kind == "word" or (node.kind == "symbol" and len(node.text) == 1)
 
 
 def _has_own_labels(items: Sequence[Node], *, with_indices: bool = False) -> bool:

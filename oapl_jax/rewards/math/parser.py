@@ -57,15 +57,8 @@ _NAMED = FUNCTIONS | CONSTANTS.keys() | _GREEK | {"sqrt"}
 """Names that are no words, with and without a backslash."""
 _COMMANDS = {"frac", "mixed", "binom"}
 _SEPARATORS = {",": ",", ";": ",", "and": ",", "or": "or"}
-_CLOSING = {
-    "(": ")]",
-    "[": "])",
-    r"\{": (r"\}",),
-    "{": "}",
-    "|": "|",
-    r"\lfloor": (r"\rfloor",),
-    r"\lceil": (r"\rceil",),
-}
+_CLOSING = {"(": ")]", "[": "])", "{": "}", "|": "|"}
+_CLOSING |= {r"\{": (r"\}",), r"\lfloor": (r"\rfloor",), r"\lceil": (r"\rceil",)}
 _CALLED = {"|": "abs", r"\lfloor": "floor", r"\lceil": "ceil"}
 _APPLIED = set("fghFGHPQ")
 """Letters before a bracket that are functions rather than factors."""

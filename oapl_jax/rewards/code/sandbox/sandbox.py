@@ -226,12 +226,6 @@ def converse(sandboxes: Sequence[Sandbox], wall_s: float) -> list[Ended]:
     return [ended[sandbox] for sandbox in sandboxes]
 
 
-def is_over_cpu(child: Ended, limits: Limits) -> bool:
-    """Whether the child used more CPU time than its limit, whether or not it was killed for that."""
-    was_killed = child.status == -signal.SIGKILL and child.cpu_s > limits.cpu_s / CPU_MARGIN
-    return child.status == -signal.SIGXCPU or was_killed or child.cpu_s > limits.cpu_s
-
-
 def _sealed_file(data: bytes) -> int:
     """A sealed memory file: nobody can change it, and it needs no disk."""
     descriptor = os.memfd_create("given", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)

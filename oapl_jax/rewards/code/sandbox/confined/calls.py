@@ -9,7 +9,6 @@ values that crossed, never by the object.
 
 import contextlib
 import copy
-import functools
 import itertools
 import operator
 import os
@@ -184,11 +183,10 @@ class Peer:
                 kind = type(kind.__name__, tuple(bases), {})
         for module, name in reversed(names[: found.index(known[0])]):
             kind = type(name, (kind,), {"__module__": module})
-        error = BaseException()
-        for make in (kind, functools.partial(kind.__new__, kind), *known):
-            with contextlib.suppress(TypeError, ValueError):  # some constructors take something else
-                error = make(*args)
-                break
+        try:
+            error = kind(*args)
+        except (TypeError, ValueError):  # some constructors take something else
+            error = kind.__new__(kind, *args)
         vars(error).update(attributes)
         return error
 
