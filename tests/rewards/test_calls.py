@@ -245,6 +245,15 @@ WRONG = {
         "def f(n): return vars(n)['_its_peer'].ask('get', vars(n)['_its_node'], '__class__').__init__.__globals__['secret']",
         "secret = 7\nclass N:\n    def __init__(s): pass\nassert f(N()) == secret",
     ),
+    "a name that changes after the look at it": (
+        "import sys\nclass Names:\n    n = 0\n    def __iter__(s): return s\n    def __next__(s):\n"
+        "        s.n += 1\n        if s.n % 2 == 0: raise StopIteration\n        return 'x' if s.n == 1 else '_right'\n"
+        "def f(o):\n    peer, node = vars(o)['_its_peer'], vars(o)['_its_node']\n"
+        "    graph = sys.modules[type(peer).__module__].values.Graph\n    encode = graph.encode\n"
+        "    def forged(s, v): return encode(s, (Names(), {}) if v == (('x',), {}) else v)\n"
+        "    graph.encode = forged\n    return peer.ask('get', node, 'x')",
+        "class N:\n    def __init__(s): s._right, s.x = 7, 0\nassert f(N()) == 7",
+    ),
     "a type that is handed back": ("def f(a): return bytearray", "r = f(1)\nassert f(r(3)) == 9"),
     "a function that is handed back": (
         "def f(a): return globals if a == 1 else a['secret']",

@@ -134,6 +134,7 @@ class Peer:
             graph.add(request["new"])
             known = len(graph.objects)
             args, kwargs = graph.decode(request["args"])
+            args = tuple(args)  # an object of the other side could give other items when it is asked again
             target = self._owner_of(request["of"])
             if self._side == "tests":
                 _check_allowed(request["do"], target, *args)
