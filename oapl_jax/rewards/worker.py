@@ -21,7 +21,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from oapl_jax.rewards import functions
@@ -90,11 +90,7 @@ class TaskGrader:
                 functions.find(path, setup.folder)
         settings = programs.Settings(setup.isolation, tuple(setup.packages), setup.python)
         self._judge = programs.Judge(settings, setup.exec_mode)
-        self._kinds: dict[str, Callable[[dict], list[Grade]]] = {
-            "math": _grade_math,
-            "code": self._grade_code,
-            "function": functions.call,
-        }
+        self._kinds = {"math": _grade_math, "code": self._grade_code, "function": functions.call}
 
     def grade(self, task: dict) -> list[Grade]:
         """The grades of the responses of a task. An exception is the grader's failure, never the response's.

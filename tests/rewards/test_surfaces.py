@@ -144,8 +144,8 @@ def test_what_a_program_cannot_reach(level, landlock_abi):
 
 
 def test_installed_packages_cannot_be_read(status):
-    interpreter = isolation.find_interpreter(None)
-    folders = [interpreter.stdlib + "/site-packages", *isolation.installed_packages(interpreter.stdlib)]
+    _, stdlib, *_ = isolation.find_interpreter(None)
+    folders = [stdlib + "/site-packages", *isolation.installed_packages(stdlib)]
     program = f"""
 import os
 for folder in {folders!r}:

@@ -23,7 +23,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from typing import Any, NamedTuple
+from typing import Any
 
 LEVELS = ("namespaces", "uid", "landlock")
 """Strongest first."""
@@ -53,32 +53,23 @@ class Unavailable(Exception):  # noqa: N818 (it is a finding, not yet an error)
     """This machine does not offer a level; the message says why."""
 
 
-class Interpreter(NamedTuple):
-    """The Python interpreter of programs."""
-
-    executable: str
-    stdlib: str
-    paths: tuple[str, ...]
-    """Files that it must be able to read, apart from system libraries."""
-
-
 def is_root() -> bool:
     """Whether workers can have uids of their own."""
     return os.getuid() == 0
 
 
 @functools.cache
-def find_interpreter(wanted: str | None) -> Interpreter:
-    """The wanted interpreter, by default that of this process, or a system one that the workers' uids can reach.
+def find_interpreter(wanted: str | None) -> list[str]:
+    """Executable, library and, where there is one, shared library of an interpreter that the workers' uids can reach.
 
-    Raises a ValueError where the workers can reach none of the same version.
+    It is the wanted one; by default that of this process, or else a system one. A ValueError says that there is none.
     """
     name = f"python{sys.version_info[0]}.{sys.version_info[1]}"
     system = None if wanted else shutil.which(name, path="/usr/bin:/usr/local/bin")
     private: list[str] = []
     for executable in filter(None, (wanted or sys.executable, system)):
         found = _ask(executable)
-        private = [path for path in found.paths if is_root() and not _is_public(path)]
+        private = [path for path in found if is_root() and not _is_public(path)]
         if not private:
             return found
     raise ValueError(
@@ -87,7 +78,7 @@ def find_interpreter(wanted: str | None) -> Interpreter:
     )
 
 
-def _ask(executable: str) -> Interpreter:
+def _ask(executable: str) -> list[str]:
     try:
         output = subprocess.check_output([executable, "-I", "-S", "-c", _ASK_PATHS], timeout=ASK_TIMEOUT)
     except (OSError, subprocess.SubprocessError) as error:
@@ -96,8 +87,7 @@ def _ask(executable: str) -> Interpreter:
     if tuple(version) != sys.version_info[:2]:
         wanted = ".".join(map(str, sys.version_info[:2]))
         raise ValueError(f"reward.python={executable!r}: is Python {'.'.join(map(str, version))}, but must be {wanted}")
-    paths = (real, stdlib, *([shared] if shared.endswith(".so") or ".so." in shared else []))
-    return Interpreter(real, stdlib, tuple(path for path in paths if os.path.exists(path)))
+    return [real, stdlib, *([shared] if ".so" in shared and os.path.exists(shared) else [])]
 
 
 def _is_public(path: str) -> bool:
@@ -122,7 +112,7 @@ def _package_paths(packages: tuple[str, ...]) -> list[str]:
 
 
 def prepare(
-    level: str, interpreter: Interpreter, packages: tuple[str, ...], socket_fd: int, source: str
+    level: str, interpreter: list[str], packages: tuple[str, ...], socket_fd: int, source: str
 ) -> tuple[list[str], dict[str, Any], str, dict[str, Any]]:
     """How a worker of this level is started; raises Unavailable where the machine lacks what the level needs.
 
@@ -137,10 +127,9 @@ def prepare(
         raise Unavailable("bubblewrap is not installed; on Debian and Ubuntu: apt-get install bubblewrap")
     extra = _package_paths(packages)
     libraries = [path for path in _LIBRARIES if os.path.isdir(path)]
-    installed = installed_packages(interpreter.stdlib)
-    python = [interpreter.executable, "-I", "-S", "-B", "-c", source, str(socket_fd)]
-    # The sandbox has no cache of the locations of shared libraries.
-    shared = interpreter.paths[2:]
+    executable, stdlib, *shared = interpreter
+    installed = installed_packages(stdlib)
+    python = [executable, "-I", "-S", "-B", "-c", source, str(socket_fd)]
     options: dict[str, Any] = {"cwd": "/", "start_new_session": True, "pass_fds": [socket_fd]}
     folder = tempfile.mkdtemp(prefix="oapl_jax_sandbox_", dir="/tmp" if is_root() else None)
     if is_root() and level != "landlock":
@@ -149,21 +138,21 @@ def prepare(
         options |= {"user": uid, "group": uid, "extra_groups": []}
         os.chown(folder, uid, uid)
     environment = {**ENVIRONMENT, "TMPDIR": "/tmp" if level == "namespaces" else folder}
-    if shared:
+    if shared:  # the sandbox has no cache of the locations of shared libraries
         environment["LD_LIBRARY_PATH"] = os.path.dirname(shared[0])
     if level == "namespaces" and bubblewrap:
-        visible = [*libraries, *interpreter.paths]
+        visible = [*libraries, *interpreter]
         python = [bubblewrap, *_bubblewrap(visible, installed, extra, folder), *python]
     choom = shutil.which("choom")  # when memory runs out, the kernel should kill programs first
     # Most of the libraries of / are links to those of /usr. A rule for a link would be one for all that it points to.
     roots = [path for path in _ROOT_LIBRARIES if os.path.isdir(path) and not os.path.islink(path)]
-    readable = [path for each in (*libraries, *roots, interpreter.stdlib) for path in _without(each, installed)]
-    readable += [interpreter.executable, *shared, *extra, os.devnull, "/dev/urandom"]
+    readable = [path for each in (*libraries, *roots, stdlib) for path in _without(each, installed)]
+    readable += [executable, *shared, *extra, os.devnull, "/dev/urandom"]
     site = sorted({os.path.dirname(path) for path in extra})
     command = [choom, "-n", "1000", "--", *python] if choom else python
     # The shell outlives a grader that is killed, so the folder is removed in any case.
     command = ["/bin/sh", "-c", '"$@"; exec /bin/rm -rf "$0"', folder, *command]
-    hello = {"readable": readable, "listable": [interpreter.stdlib, *site], "folder": environment["TMPDIR"]}
+    hello = {"readable": readable, "listable": [stdlib, *site], "folder": environment["TMPDIR"]}
     hello |= {"site": site, "packages": list(packages)}
     return command, {**options, "env": environment}, folder, hello
 

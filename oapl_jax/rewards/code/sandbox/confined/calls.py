@@ -65,16 +65,8 @@ class Remote:
         return True
 
 
-_OPERATIONS = {
-    "call": lambda target, /, *args, **kwargs: target(*args, **kwargs),
-    "get": getattr,
-    "set": setattr,
-    "iter": iter,
-    "next": next,
-    "item": operator.getitem,
-    "put": operator.setitem,
-    "str": str,
-}
+_OPERATIONS = {"get": getattr, "set": setattr, "item": operator.getitem, "put": operator.setitem}
+_OPERATIONS |= {"call": operator.call, "iter": iter, "next": next, "str": str}
 
 
 class Peer:
