@@ -26,6 +26,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any
 
+from oapl_jax.rewards.tasks import quick_tasks
 from oapl_jax.rewards.worker import Setup
 from oapl_jax.types import Grade, RunError, Verdict
 
@@ -179,7 +180,7 @@ class _Worker:
             reason = f"no verdict in {task['timeout']:g} s"
         except (OSError, EOFError):
             pass
-        if "probe" in task and reason != "worker died" and self._is_quick(task["probe"]):
+        if task["kind"] == "math" and reason != "worker died" and self._is_quick(quick_tasks(task)):
             return [Grade(Verdict.WRONG, 0.0, f"{reason}, unlike the gold answer")]
         self._replace()
         return [Grade(Verdict.INVALID, math.nan, reason)] * len(task.get("responses", (None,)))

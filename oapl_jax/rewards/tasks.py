@@ -21,15 +21,16 @@ def make_setup(reward: RewardConfig, kinds: tuple[str, ...]) -> Setup:
 
 
 def math_task(reward: RewardConfig, gold: str, response: str, prompt: str = "") -> dict[str, Any]:
-    """The task of comparing the answer in a response with the gold answer.
+    """The task of comparing the answer in a response with the gold answer."""
+    task = {"kind": "math", "gold": gold, "response": response, "prompt": prompt, "timeout": reward.timeout}
+    return task | {"answer": reward.answer, "is_evaluated": reward.form == "evaluated"}
 
-    Its ``probe`` are tasks that are quick: the canary, and the gold answer as a response.
-    """
-    own = {"gold": gold, "response": answers.response_with(gold, reward.answer)}
-    canary = {"gold": _CANARY[0], "response": answers.response_with(_CANARY[1], reward.answer)}
-    task = {"kind": "math", "prompt": "", "answer": reward.answer, "timeout": reward.timeout}
-    task |= {"is_evaluated": reward.form == "evaluated"}
-    return {**task, "gold": gold, "response": response, "prompt": prompt, "probe": [task | canary, task | own]}
+
+def quick_tasks(task: dict[str, Any]) -> list[dict[str, Any]]:
+    """Beside a task of mathematics: the canary, and its gold answer as a response."""
+    pairs = (_CANARY, (task["gold"], task["gold"]))
+    responses = [(gold, answers.response_with(answer, task["answer"])) for gold, answer in pairs]
+    return [task | {"gold": gold, "response": response, "prompt": ""} for gold, response in responses]
 
 
 def code_task(
