@@ -134,35 +134,13 @@ def lcb_source(source: bytes) -> str:
     return "\n".join([PREFIX, *map(ast.unparse, imports), ast.unparse(wrapped)])
 
 
-class _MockBuffer:
-    def __init__(self, text: str) -> None:
-        self._data = text.encode()
-
-    def read(self, *_: object) -> bytes:
-        return self._data
-
-    def readline(self, *_: object) -> bytes:
-        return self._data.split(b"\n")[0] + b"\n"
-
-
-class _MockStdin(io.StringIO):
+def _mock_stdin(text: str) -> types.SimpleNamespace:
     """LiveCodeBench's mock: each read returns the whole text, lines are counted separately, and it has no iterator."""
-
-    __iter__ = None  # pyright: ignore[reportAssignmentType]
-
-    def __init__(self, text: str) -> None:
-        super().__init__(text)
-        self._lines = iter(text.split("\n"))
-        self.buffer = _MockBuffer(text)  # pyright: ignore[reportAttributeAccessIssue]
-
-    def read(self, *_: object) -> str:
-        return self.getvalue()
-
-    def readline(self, *_: object) -> str:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return next(self._lines)
-
-    def readlines(self, *_: object) -> list[str]:
-        return self.getvalue().split("\n")
+    stream, lines, data = io.StringIO(text), iter(text.split("\n")), text.encode()
+    mock = {name: getattr(stream, name) for name in dir(stream) if not name.startswith("_")}
+    mock |= {"read": lambda *_: text, "readline": lambda *_: next(lines), "readlines": lambda *_: text.split("\n")}
+    first = data.split(b"\n")[0] + b"\n"
+    return types.SimpleNamespace(**mock, buffer=types.SimpleNamespace(read=lambda *_: data, readline=lambda *_: first))
 
 
 def _run_lcb(code: types.CodeType, namespace: dict[str, Any]) -> None:
@@ -174,7 +152,7 @@ def _run_lcb(code: types.CodeType, namespace: dict[str, Any]) -> None:
     sys.setrecursionlimit(LCB_RECURSION_LIMIT)
     namespace["__name__"] = "tmp_sol"
     exec(code, namespace)
-    sys.stdin, sys.stdout, opened = _MockStdin(text), captured, builtins.open
+    sys.stdin, sys.stdout, opened = _mock_stdin(text), captured, builtins.open  # pyright: ignore[reportAttributeAccessIssue]
     builtins.open = lambda *_, **__: io.StringIO(text)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         namespace["wrapped_function"]()
