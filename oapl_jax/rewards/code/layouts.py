@@ -27,22 +27,16 @@ HARMLESS_OPCODES = {"PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT",
 def read_tests(layout: Any) -> list[dict]:
     """The tests of one row; raises ValueError where the layout is none of those above."""
     try:
-        return _tests_of(layout)
-    except (KeyError, IndexError, TypeError, AttributeError, SyntaxError, RecursionError) as error:
-        raise ValueError(f"the tests are damaged: {type(error).__name__}: {error!s:.100}") from None
-
-
-def _tests_of(layout: Any) -> list[dict]:
-    if isinstance(layout, str):
-        layout = json.loads(layout)
-    if isinstance(layout, list):
-        tests = [_one_test(test, None) for test in layout]
-        _unwrap([new for old, new in zip(layout, tests, strict=True) if new is not old and "any_of" in new])
-        return tests
-    if isinstance(layout, dict):
-        for keys, reader in _READERS:
+        layout = json.loads(layout) if isinstance(layout, str) else layout
+        if isinstance(layout, list):
+            tests = [_one_test(test, None) for test in layout]
+            _unwrap([new for old, new in zip(layout, tests, strict=True) if new is not old and "any_of" in new])
+            return tests
+        for keys, reader in _READERS if isinstance(layout, dict) else ():
             if keys <= set(layout):
                 return reader(layout)
+    except (KeyError, IndexError, TypeError, AttributeError, SyntaxError, RecursionError) as error:
+        raise ValueError(f"the tests are damaged: {type(error).__name__}: {error!s:.100}") from None
     raise ValueError(
         f"the tests have an unknown layout (oapl_jax/rewards/code/layouts.py lists the known ones): {layout!r:.200}"
     )

@@ -18,7 +18,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from oapl_jax.rewards.code.sandbox import isolation
@@ -98,11 +98,8 @@ class Sandbox:
             names = ("values", "calls", "program")
             modules = [(_CONFINED, ""), *((f"{_CONFINED}.{name}", _source(name)) for name in names)]
             hello |= {"landlock_abi": settings.landlock_abi, "modules": modules}
-            instructions = _sealed_file(compile_filter())
-            try:
+            with _sealed_file(compile_filter()) as instructions:
                 socket.send_fds(self._control, [json.dumps(hello).encode()], [instructions])
-            finally:
-                os.close(instructions)
             self._control.settimeout(START_TIMEOUT)
             answer = self._control.recv(1 << 16)
             if not answer:
@@ -137,19 +134,16 @@ class Sandbox:
         request |= {"cpu_s": math.ceil(CPU_MARGIN * limits.cpu_s), "memory": (limits.memory_mb + SLACK_MB) << 20}
         # The kernel's limit counts all threads of a user. Where programs share their user, the worker counts.
         request["tasks"] = None if self.level == "landlock" else MAX_TASKS
-        given: list[int] = []
+        encoded = [text.encode("utf-8", "surrogatepass") for text in (stdin, source)]
         try:
             if os.listdir(self._folder):
                 self._remove_files()
             self._files += [os.memfd_create("stdout"), os.memfd_create("stderr")]
-            given += [_sealed_file(text.encode("utf-8", "surrogatepass")) for text in (stdin, source)]
-            descriptors = [given[0], *self._files, given[1], *channel]
-            socket.send_fds(self._control, [json.dumps(request).encode()], descriptors)
+            with _sealed_file(encoded[0]) as given, _sealed_file(encoded[1]) as program:
+                descriptors = [given, *self._files, program, *channel]
+                socket.send_fds(self._control, [json.dumps(request).encode()], descriptors)
         except OSError as error:
             raise SandboxError(f"a run could not be started: {error}") from error
-        finally:
-            for descriptor in given:
-                os.close(descriptor)
 
     def kill(self) -> None:
         """Tells the worker to kill the child, which is late; ``take_end`` reports its end."""
@@ -226,19 +220,18 @@ def converse(sandboxes: Sequence[Sandbox], wall_s: float) -> list[Ended]:
     return [ended[sandbox] for sandbox in sandboxes]
 
 
-def _sealed_file(data: bytes) -> int:
+@contextlib.contextmanager
+def _sealed_file(data: bytes) -> Iterator[int]:
     """A sealed memory file: nobody can change it, and it needs no disk."""
     descriptor = os.memfd_create("given", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
-    with contextlib.ExitStack() as stack:
-        stack.callback(os.close, descriptor)
+    with os.fdopen(descriptor, "r+b", buffering=0) as file:
         view = memoryview(data)
         while view:
-            view = view[os.write(descriptor, view) :]
-        os.lseek(descriptor, 0, os.SEEK_SET)
+            view = view[file.write(view) :]
+        file.seek(0)
         seals = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-        fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, seals)
-        stack.pop_all()
-    return descriptor
+        fcntl.fcntl(file, fcntl.F_ADD_SEALS, seals)
+        yield descriptor
 
 
 def _source(name: str) -> str:
