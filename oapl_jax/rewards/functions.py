@@ -80,9 +80,8 @@ def _split(result: Any, count: int) -> list[Any]:
     if isinstance(result, list | tuple | np.ndarray) and np.ndim(result) > 0 and len(result) == count:
         return list(result)
     if not isinstance(result, BaseException):
-        result = TypeError(
-            f"returned {result!r:.80}, which is no list of a number or Grade for each of {count} responses"
-        )
+        wanted = f"list of a number or Grade for each of {count} responses"
+        result = TypeError(f"returned {result!r:.80}, which is no {wanted}")
     return [result] * count
 
 

@@ -197,10 +197,11 @@ class RewardGrader:
         canaries = tasks.canaries(self._reward)
         grades = self._pool.grade([task for task, _ in canaries])
         for (task, is_correct), grade in zip(canaries, grades, strict=True):
-            if grade.verdict != (Verdict.CORRECT if is_correct else Verdict.WRONG):
+            wanted = Verdict.CORRECT if is_correct else Verdict.WRONG
+            if grade.verdict != wanted:
                 raise ValueError(
                     f"the {task['kind']} grader fails its test: {task.get('program', task.get('response'))!r} should be"
-                    f" {'correct' if is_correct else 'wrong'}, but is {grade.verdict}: {grade.detail}"
+                    f" {wanted}, but is {grade.verdict}: {grade.detail}"
                 )
         for level in {grade.level for grade in grades} - {"", "namespaces"}:
             warnings.warn(

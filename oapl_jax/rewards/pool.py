@@ -114,15 +114,10 @@ class _Worker:
         self._channel, theirs = socket.socketpair()
         search_path = os.pathsep.join(filter(None, [_PACKAGE_PARENT, os.environ.get("PYTHONPATH")]))
         # -P: the current folder must not shadow a library.
-        arguments = json.dumps(self._setup)
-        command = [sys.executable, "-P", "-m", "oapl_jax.rewards.worker", arguments]
+        command = [sys.executable, "-P", "-m", "oapl_jax.rewards.worker", json.dumps(self._setup)]
+        environment = {**os.environ, "PYTHONPATH": search_path}
         with theirs:
-            self.process = subprocess.Popen(
-                command,
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": search_path},
-            )
+            self.process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL, env=environment)
         self._received = b""
         self._num_done = 0
         self.child = 0

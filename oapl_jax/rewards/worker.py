@@ -106,12 +106,11 @@ class TaskGrader:
             grades = [Grade(Verdict.INVALID, math.nan, f"{type(error).__name__}: {error}")]
             grades *= len(task.get("responses", (None,)))
         cpu_ms = 1000 * (time.process_time() - began) / len(grades)
-        # The output of a program need not be valid text, but the rollout log accepts only text.
-        details = [grade.detail[:MAX_DETAIL].encode("utf-8", "replace").decode() for grade in grades]
-        return [
-            dataclasses.replace(grade, cpu_ms=round(grade.cpu_ms + cpu_ms, 3), detail=detail)
-            for grade, detail in zip(grades, details, strict=True)
-        ]
+        for i, grade in enumerate(grades):
+            # The output of a program need not be valid text, but the rollout log accepts only text.
+            detail = grade.detail[:MAX_DETAIL].encode("utf-8", "replace").decode()
+            grades[i] = dataclasses.replace(grade, cpu_ms=round(grade.cpu_ms + cpu_ms, 3), detail=detail)
+        return grades
 
     def _grade_code(self, task: dict) -> list[Grade]:
         program = task["program"] if "program" in task else programs.extract_program(task["response"])

@@ -128,11 +128,8 @@ def is_usable_gold(gold: str) -> bool:
         deepest = max(deepest, depth)
         if brace == "}" and depth < 0:
             return False
-    return (
-        bool(spelling(text))
-        and deepest <= MAX_DEPTH
-        and text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
-    )
+    is_closed = text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
+    return bool(spelling(text)) and deepest <= MAX_DEPTH and is_closed
 
 
 def _unboxed(gold: str) -> str:

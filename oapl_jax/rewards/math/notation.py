@@ -144,10 +144,8 @@ def spelling(text: str) -> str:
         ends = spelled[-1:] + token.text[0]
         is_joint = len(ends) == 2 and all(character.isalnum() or character == "." for character in ends)
         spelled += f" {token.text}" if is_joint else token.text
-    is_words = any(len(part.text) > 1 for part in parts) and all(
-        part.kind in ("letters", "words") or part.text in ",.'-" for part in parts
-    )
-    return spelled.casefold() if is_words else spelled
+    are_words = all(part.kind in ("letters", "words") or part.text in ",.'-" for part in parts)
+    return spelled.casefold() if are_words and any(len(part.text) > 1 for part in parts) else spelled
 
 
 def _normal(characters: str) -> str:

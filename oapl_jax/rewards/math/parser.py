@@ -396,8 +396,5 @@ class _Parser:
             return Node("percent", (node,))
         if depth or not _UNIT.fullmatch(" ".join(words)) or any(word.lower() in _NO_UNITS for word in words):
             raise NotMathematicsError(f"{' '.join(words)!r} is no unit")
-        return Node(
-            "unit",
-            (node,),
-            " ".join(UNITS.get(w) or UNITS.get(w.removesuffix("s")) or w for w in words if w not in "{}"),
-        )
+        names = [UNITS.get(word) or UNITS.get(word.removesuffix("s")) or word for word in words if word not in "{}"]
+        return Node("unit", (node,), " ".join(names))

@@ -237,9 +237,8 @@ class _Children:
             resource.RLIMIT_STACK: STACK_BYTES,
             # The address space has everything that a program can map: heap, stacks, shared memory.
             resource.RLIMIT_AS: self._mapped + request["memory"],
+            resource.RLIMIT_NPROC: request["tasks"] or HUGE,
         }
-        if request["tasks"] is not None:
-            wanted[resource.RLIMIT_NPROC] = request["tasks"]
         for kind, value in wanted.items():
             hard = resource.getrlimit(kind)[1]
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
