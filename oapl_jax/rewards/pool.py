@@ -55,7 +55,7 @@ class GraderPool(contextlib.AbstractContextManager):
         self._queue: queue.SimpleQueue[tuple[dict[str, Any], Future[list[Grade]]] | None] = queue.SimpleQueue()
         self._workers = [_Worker(setup, self._queue) for _ in range(workers)]
         # This also runs at exit, and when the pool is garbage-collected.
-        self._finalizer = weakref.finalize(self, _close, self._workers)
+        self._finalizer = weakref.finalize(self, lambda workers: [worker.close() for worker in workers], self._workers)
 
     def __exit__(self, *_: object) -> None:
         self.close()
@@ -211,8 +211,3 @@ class _Worker:
                 raise EOFError
         line, _, self._received = self._received.partition(b"\n")
         return json.loads(line)
-
-
-def _close(workers: list[_Worker]) -> None:
-    for worker in workers:
-        worker.close()

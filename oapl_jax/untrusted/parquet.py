@@ -75,9 +75,8 @@ def _bounded(file: pq.ParquetFile, columns: list[str], most_bytes: int, num_batc
         num_bytes += batch.nbytes
         if num_bytes > most_bytes:
             raise pa.ArrowInvalid(f"its rows take more than {most_bytes:,} bytes")
-    return pa.Table.from_batches(
-        batches, pa.schema([file.schema_arrow.field(name) for name in columns], file.schema_arrow.metadata)
-    )
+    fields = [file.schema_arrow.field(name) for name in columns]
+    return pa.Table.from_batches(batches, pa.schema(fields, file.schema_arrow.metadata))
 
 
 def _unreadable(where: object, error: BaseException) -> ValueError:

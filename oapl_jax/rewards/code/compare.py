@@ -21,10 +21,8 @@ def is_same_output(output: str, expected: str, tolerance: float = 0.0) -> bool:
     lines, wanted = _lines(output), _lines(expected)
     if len(lines) != len(wanted):
         return False
-    return all(
-        line == right or _has_same_numbers(line, right, Decimal(tolerance))
-        for line, right in zip(lines, wanted, strict=True)
-    )
+    pairs = zip(lines, wanted, strict=True)
+    return all(line == right or _has_same_numbers(line, right, Decimal(tolerance)) for line, right in pairs)
 
 
 def _lines(text: str) -> list[str]:

@@ -7,6 +7,7 @@ two is data, so a program can neither read the assertions nor end them.
 
 import ast
 import builtins
+import contextlib
 import enum
 import json
 import os
@@ -103,18 +104,11 @@ def extract_program(response: str) -> str | None:
         if _PYTHON.match(info) and not block.lstrip().startswith(">>>"):
             return block
         if not info:
-            if _STATEMENT.search(block) and _parses(block):
-                return block
             unnamed = unnamed or block
+            with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):  # pseudo-code, say
+                if _STATEMENT.search(block) and ast.parse(block):
+                    return block
     return unnamed
-
-
-def _parses(source: str) -> bool:
-    try:
-        ast.parse(source)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return False
-    return True
 
 
 def _fenced_blocks(text: str) -> Iterator[tuple[str, str]]:
@@ -211,8 +205,12 @@ class Judge:
         results = []
         try:
             for test in tests:
-                results.append(self._judge_twice(program, test, limits))
-                if stop_early and results[-1].status != Status.ACCEPTED:
+                run: Callable[..., Result] = self._stdio if isinstance(test, StdioTest) else self._asserts
+                result = run(program, test, limits)
+                if result.detail == _KILLED:  # from outside; only once, because a program can cause that itself
+                    result = run(program, test, limits)
+                results.append(result)
+                if stop_early and result.status != Status.ACCEPTED:
                     break
         except BaseException:
             self.close()
@@ -228,12 +226,6 @@ class Judge:
         while len(self._sandboxes) <= index:
             self._sandboxes.append(open_sandbox(self._settings))
         return self._sandboxes[index]
-
-    def _judge_twice(self, program: str, test: Test, limits: Limits) -> Result:
-        """Runs a test again, but only once, if the child was killed from outside: a program can cause that itself."""
-        run: Callable[..., Result] = self._stdio if isinstance(test, StdioTest) else self._asserts
-        result = run(program, test, limits)
-        return run(program, test, limits) if result.detail == _KILLED else result
 
     def _stdio(self, program: str, test: StdioTest, limits: Limits) -> Result:
         worker = self._sandbox(0)

@@ -385,9 +385,7 @@ def _is_same_value(gold: Node, answer: Node) -> bool:
             return False
         return _is_same_value(*(node.args[0] if node.kind == "unit" else node for node in nodes))
     if "based" in kinds:  # equal ones have the same tree
-        bare = [
-            n._replace(kind="number", text=n.text.removesuffix("_10")) if n.text.endswith("_10") else n for n in nodes
-        ]
+        bare = [n._replace(kind="number", text=n.text[:-3]) if n.text.endswith("_10") else n for n in nodes]
         return bare != [*nodes] and _is_same_value(*bare)
     if "word" in kinds:
         return gold.text.casefold() == answer.text.casefold() and answer.kind in ("word", "symbol")

@@ -112,7 +112,7 @@ def _package_paths(packages: tuple[str, ...]) -> list[str]:
 
 
 def prepare(
-    level: str, interpreter: list[str], packages: tuple[str, ...], socket_fd: int, source: str
+    level: str, python: str | None, packages: tuple[str, ...], socket_fd: int, source: str
 ) -> tuple[list[str], dict[str, Any], str, dict[str, Any]]:
     """How a worker of this level is started; raises Unavailable where the machine lacks what the level needs.
 
@@ -127,10 +127,11 @@ def prepare(
         raise Unavailable("bubblewrap is not installed; on Debian and Ubuntu: apt-get install bubblewrap")
     extra = _package_paths(packages)
     libraries = [path for path in _LIBRARIES if os.path.isdir(path)]
-    executable, stdlib, *shared = interpreter
+    executable, stdlib, *shared = find_interpreter(python)
     installed = installed_packages(stdlib)
-    python = [executable, "-I", "-S", "-B", "-c", source, str(socket_fd)]
+    command = [executable, "-I", "-S", "-B", "-c", source, str(socket_fd)]
     options: dict[str, Any] = {"cwd": "/", "start_new_session": True, "pass_fds": [socket_fd]}
+    options |= {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     folder = tempfile.mkdtemp(prefix="oapl_jax_sandbox_", dir="/tmp" if is_root() else None)
     if is_root() and level != "landlock":
         number = UIDS_OF_GRADER * os.getpid() + next(_worker_numbers) % UIDS_OF_GRADER
@@ -141,15 +142,15 @@ def prepare(
     if shared:  # the sandbox has no cache of the locations of shared libraries
         environment["LD_LIBRARY_PATH"] = os.path.dirname(shared[0])
     if level == "namespaces" and bubblewrap:
-        visible = [*libraries, *interpreter]
-        python = [bubblewrap, *_bubblewrap(visible, installed, extra, folder), *python]
+        visible = [*libraries, executable, stdlib, *shared]
+        command = [bubblewrap, *_bubblewrap(visible, installed, extra, folder), *command]
     choom = shutil.which("choom")  # when memory runs out, the kernel should kill programs first
     # Most of the libraries of / are links to those of /usr. A rule for a link would be one for all that it points to.
     roots = [path for path in _ROOT_LIBRARIES if os.path.isdir(path) and not os.path.islink(path)]
     readable = [path for each in (*libraries, *roots, stdlib) for path in _without(each, installed)]
     readable += [executable, *shared, *extra, os.devnull, "/dev/urandom"]
     site = sorted({os.path.dirname(path) for path in extra})
-    command = [choom, "-n", "1000", "--", *python] if choom else python
+    command = [choom, "-n", "1000", "--", *command] if choom else command
     # The shell outlives a grader that is killed, so the folder is removed in any case.
     command = ["/bin/sh", "-c", '"$@"; exec /bin/rm -rf "$0"', folder, *command]
     hello = {"readable": readable, "listable": [stdlib, *site], "folder": environment["TMPDIR"]}

@@ -84,17 +84,12 @@ class Sandbox:
         """Starts the worker and waits until it is confined and warm; raises Unavailable where it does not start."""
         self.level, self._files = level, list[int]()
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        interpreter = isolation.find_interpreter(settings.python)
         errors = os.memfd_create("stderr")
         try:
             with theirs:
-                driver = _source("driver")
-                command, options, self._folder, hello = isolation.prepare(
-                    level, interpreter, settings.packages, theirs.fileno(), driver
-                )
-                self.process = subprocess.Popen(
-                    command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, **options
-                )
+                given = (level, settings.python, settings.packages, theirs.fileno(), _source("driver"))
+                command, options, self._folder, hello = isolation.prepare(*given)
+                self.process = subprocess.Popen(command, stderr=errors, **options)
             names = ("values", "calls", "program")
             modules = [(_CONFINED, ""), *((f"{_CONFINED}.{name}", _source(name)) for name in names)]
             hello |= {"landlock_abi": settings.landlock_abi, "modules": modules}
