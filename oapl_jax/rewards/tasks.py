@@ -36,10 +36,9 @@ def quick_tasks(task: dict[str, Any]) -> list[dict[str, Any]]:
 def code_task(
     reward: RewardConfig, tests: str, num_tests: int, limits: dict[str, float] | None = None, **source: str
 ) -> dict[str, Any]:
-    """The task of running a program on tests (JSON, in any layout of ``layouts.py``).
+    """The task of running a ``program``, or that in a ``response``, on tests in any layout of ``layouts.py``, as JSON.
 
-    ``limits`` has ``cpu_s``, ``wall_s``, ``memory_mb`` where they differ from those of ``reward``. ``source`` is the
-    ``program``, or the ``response`` that contains it.
+    ``limits`` has ``cpu_s``, ``wall_s``, ``memory_mb`` where they differ from those of ``reward``.
     """
     usual = {"cpu_s": reward.cpu_seconds, "wall_s": reward.wall_seconds, "memory_mb": reward.memory_mb}
     limits = usual | (limits or {})

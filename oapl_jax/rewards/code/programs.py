@@ -183,10 +183,7 @@ def remote_names(source: str) -> tuple[str, ...]:
 
 
 class Judge:
-    """Runs programs on tests, in sandboxes that it starts when they are first needed.
-
-    ``mode`` is how text tests run a program: ``script``, or ``lcb`` for LiveCodeBench's own harness.
-    """
+    """Runs programs on tests in sandboxes that it starts when they are first needed; ``mode`` is ``script`` or ``lcb``."""
 
     def __init__(self, settings: Settings, mode: str = "script") -> None:
         self._settings, self._mode = settings, mode
@@ -293,10 +290,7 @@ def _failure(child: Ended, limits: Limits) -> Result | None:
 
 
 def make_grade(results: Sequence[Result], num_tests: int, rewards: str | dict[str, float], level: str) -> Grade:
-    """The grade of a program from the results of its tests, all or up to the first that failed.
-
-    ``rewards`` is ``all``, ``fraction``, or the reward of each status.
-    """
+    """The grade of a program from its results; ``rewards`` is ``all``, ``fraction``, or the reward of each status."""
     num_passed = sum(result.status is Status.ACCEPTED for result in results)
     failed = next((result for result in results if result.status is not Status.ACCEPTED), None)
     if failed is None and num_passed != num_tests:

@@ -83,10 +83,7 @@ def _decide(gold: str, answer: str, prompt: str, is_evaluated: bool) -> str:
 
 
 def vote(response: str) -> str | None:
-    """The normalised answer of a response for majority votes, or None if it has no answer.
-
-    Spaces, dollars and trailing zeros are removed; 1/2 and 0.5 stay different.
-    """
+    """The answer of a response for majority votes, without spaces, dollars and trailing zeros; 1/2 is not 0.5."""
     answer = extract_answer(response)
     return None if answer is None else _voted(answer)
 

@@ -46,7 +46,6 @@ _ASK_PATHS = (
     "import json, os, sys, sysconfig as s; print(json.dumps([os.path.realpath(sys.executable), os.path.dirname(os.__file__),"
     " os.path.join(s.get_config_var('LIBDIR') or '', s.get_config_var('INSTSONAME') or ''), sys.version_info[:2]]))"
 )
-ASK_TIMEOUT = 60.0
 
 
 class Unavailable(Exception):  # noqa: N818 (it is a finding, not yet an error)
@@ -80,7 +79,7 @@ def find_interpreter(wanted: str | None) -> list[str]:
 
 def _ask(executable: str) -> list[str]:
     try:
-        output = subprocess.check_output([executable, "-I", "-S", "-c", _ASK_PATHS], timeout=ASK_TIMEOUT)
+        output = subprocess.check_output([executable, "-I", "-S", "-c", _ASK_PATHS], timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         raise ValueError(f"the interpreter of sandboxed programs, {executable!r}, does not run: {error}") from error
     real, stdlib, shared, version = json.loads(output)

@@ -128,7 +128,7 @@ class Sandbox:
         request = {"mode": mode, "remote": list(remote), "file": self._max_output}
         request |= {"cpu_s": math.ceil(CPU_MARGIN * limits.cpu_s), "memory": (limits.memory_mb + SLACK_MB) << 20}
         # The kernel's limit counts all threads of a user. Where programs share their user, the worker counts.
-        request["tasks"] = None if self.level == "landlock" else MAX_TASKS
+        request |= {"tasks": MAX_TASKS, "is_counting": self.level == "landlock"}
         encoded = [text.encode("utf-8", "surrogatepass") for text in (stdin, source)]
         try:
             if os.listdir(self._folder):

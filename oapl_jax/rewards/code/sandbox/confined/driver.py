@@ -37,7 +37,6 @@ CAPABILITY_VERSION = 0x20080522
 WATCH_SECONDS = 0.05
 MAX_TEMPORARY_FILES, MAX_TEMPORARY = 500, 16 << 20
 """Number of temporary files and folders, and bytes of all."""
-MAX_THREADS = 64
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -171,11 +170,11 @@ class _Children:
         finally:
             for descriptor in descriptors:
                 os.close(descriptor)
-        status, usage, over = self._wait(pid, request["tasks"] is None)
+        status, usage, over = self._wait(pid, request)
         cpu_s = usage.ru_utime + usage.ru_stime
         return {"failure": "", "status": os.waitstatus_to_exitcode(status), "cpu": cpu_s, "over": over}
 
-    def _wait(self, pid: int, is_counting: bool) -> tuple[int, Any, str]:
+    def _wait(self, pid: int, request: dict[str, Any]) -> tuple[int, Any, str]:
         over = ""
         while True:
             found, status, usage = os.wait4(pid, os.WNOHANG)
@@ -190,7 +189,7 @@ class _Children:
                 os._exit(0)
             if not ready and not over:
                 over = "files" if _is_full(self._folder) else ""
-                if is_counting and len(os.listdir(f"/proc/{pid}/task")) > MAX_THREADS:
+                if request["is_counting"] and len(os.listdir(f"/proc/{pid}/task")) > request["tasks"]:
                     over = "threads"
             if is_killed or over:
                 os.kill(pid, signal.SIGKILL)  # the child has not been waited for, so the pid is still its own
@@ -237,7 +236,7 @@ class _Children:
             resource.RLIMIT_STACK: STACK_BYTES,
             # The address space has everything that a program can map: heap, stacks, shared memory.
             resource.RLIMIT_AS: self._mapped + request["memory"],
-            resource.RLIMIT_NPROC: request["tasks"] or HUGE,
+            resource.RLIMIT_NPROC: HUGE if request["is_counting"] else request["tasks"],
         }
         for kind, value in wanted.items():
             hard = resource.getrlimit(kind)[1]
