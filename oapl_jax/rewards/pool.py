@@ -117,7 +117,7 @@ class _Worker:
         command = [sys.executable, "-P", "-m", "oapl_jax.rewards.worker", json.dumps(self._setup)]
         environment = {**os.environ, "PYTHONPATH": search_path}
         with theirs:
-            self.process = subprocess.Popen(command, stdin=theirs, stdout=subprocess.DEVNULL, env=environment)
+            self.process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=environment)
         self._received = b""
         self._num_done = 0
         self.child = 0
