@@ -132,7 +132,8 @@ class _Worker:
     def _replace(self) -> None:
         self._kill()
         self._channel.close()
-        self._start()
+        if not self._is_closed:
+            self._start()
 
     def _serve(self) -> None:
         """The thread: grades tasks until the pool is closed."""
@@ -190,7 +191,7 @@ class _Worker:
             self.child = reply["child"]
             seconds = [min(PROBE_SHARE * answer["timeout"], deadline - time.monotonic()) for answer in answers]
             replies = [self._ask(answer, limit) for answer, limit in zip(answers, seconds, strict=True)]
-        except (OSError, EOFError):
+        except (OSError, EOFError, ValueError):  # the killed child may leave half a line
             return False
         return all(grade["verdict"] == Verdict.CORRECT for reply in replies for grade in reply["grades"])
 
