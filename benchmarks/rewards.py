@@ -119,7 +119,7 @@ def math_figures(seconds: float) -> dict:
     while time.process_time() < stop or len(spent) < len(pairs):
         gold, answer = pairs[len(spent) % len(pairs)]
         answer = f"{answer}+{len(spent) // len(pairs)}"  # so that the cache never hits
-        spent.append(grader.grade(tasks.math_task(reward, gold, rf"\boxed{{{answer}}}")).cpu_ms)
+        spent.append(grader.grade(tasks.math_task(reward, gold, rf"\boxed{{{answer}}}"))[0].cpu_ms)
     quantiles = statistics.quantiles(spent, n=100)
     return {"math_p50_ms": round(quantiles[49], 3), "math_p99_ms": round(quantiles[98], 3), "math_verdicts": len(spent)}
 
@@ -135,7 +135,7 @@ def growth(verdicts: int) -> dict:
             task = tasks.code_task(reward, test, 1, program=f"{PROGRAM}# {number}")
         else:
             task = tasks.math_task(reward, "1/3", rf"\boxed{{\frac{{{number}}}{{{3 * number + 1}}}}}")
-        grade = grader.grade(task)
+        (grade,) = grader.grade(task)
         assert grade.verdict != "invalid", grade
         if number + 1 in (max(1, verdicts // 100), verdicts):
             samples.append(size(os.getpid()))

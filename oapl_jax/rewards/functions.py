@@ -35,26 +35,21 @@ def find(path: str, folder: str | None) -> Callable[..., Any]:
         sys.path[:] = [place for place in sys.path if place not in folders] + folders
 
 
-def describe(task: dict[str, Any]) -> Grade:
-    """Imports the function of a task; the detail says whether it takes a group."""
-    function = find(task["path"], task["folder"])
-    takes_group = _has_all(function) or inspect.iscoroutinefunction(function)
-    return Grade(Verdict.CORRECT, 1.0, TAKES_GROUP if takes_group else "")
-
-
 def call(task: dict[str, Any]) -> list[Grade]:
-    """Calls the function of a task; whatever it raises or returns beside numbers and grades is an invalid verdict."""
+    """Calls the function of a task; whatever it raises or returns beside numbers and grades is an invalid verdict.
+
+    Without responses it only imports the function; the detail says whether it takes a group.
+    """
     function = find(task["path"], task["folder"])
-    given, responses, has_all = task["prompt"], task["responses"], _has_all(function)
+    has_all = "responses" in inspect.signature(function).parameters  # one call gets all responses of a group
+    if "responses" not in task:
+        takes_group = has_all or inspect.iscoroutinefunction(function)
+        return [Grade(Verdict.CORRECT, 1.0, TAKES_GROUP if takes_group else "")]
+    given, responses = task["prompt"], task["responses"]
     prompt = Prompt(**given | {"token_ids": np.asarray(given["token_ids"], np.int32)})
     calls = [responses] if has_all else responses
     results = _runner().run(_call_all(functools.partial(function, prompt), calls, task))
     return list(map(_grade, _split(results[0], len(responses)) if has_all else results))
-
-
-def _has_all(function: Callable[..., Any]) -> bool:
-    """Whether a call gets all responses of a group."""
-    return "responses" in inspect.signature(function).parameters
 
 
 @functools.cache
@@ -85,9 +80,8 @@ def _split(result: Any, count: int) -> list[Any]:
     if isinstance(result, list | tuple | np.ndarray) and np.ndim(result) > 0 and len(result) == count:
         return list(result)
     if not isinstance(result, BaseException):
-        result = TypeError(
-            f"returned {result!r:.80}, which is no list of a number or Grade for each of {count} responses"
-        )
+        wanted = f"list of a number or Grade for each of {count} responses"
+        result = TypeError(f"returned {result!r:.80}, which is no {wanted}")
     return [result] * count
 
 

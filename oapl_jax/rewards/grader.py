@@ -35,11 +35,10 @@ class WeakIsolationWarning(UserWarning):
 
 @runtime_checkable
 class Grader(Protocol):
-    """Grades responses to prompts."""
+    """Grades responses to prompts. By default there is nothing to check or to close."""
 
     def check_golds(self, prompts: Sequence[Prompt]) -> None:
         """Raises a ValueError that names the rows whose gold answers or tests cannot be used."""
-        ...
 
     def grade(self, items: Sequence[Item]) -> list[Grade]:
         """Returns grades in the order of the items. A truncated response is wrong (``sampler.truncated`` may say otherwise)."""
@@ -47,7 +46,6 @@ class Grader(Protocol):
 
     def close(self) -> None:
         """Ends the processes that the grader started. It may be called twice."""
-        ...
 
 
 def make_grader(config: TrainConfig | GenerateConfig) -> Grader:
@@ -102,27 +100,19 @@ class SetGrader:
         return self._graders.get(prompt.id.partition("/")[0]) or self._graders[""]
 
 
-class ToyGrader:
-    """Grades a built-in task in this process."""
+class ToyGrader(Grader):
+    """Grades a built-in task in this process, from the question alone."""
 
     def __init__(self, task: str) -> None:
         self._is_correct = TOY_GRADERS[task]
 
-    def check_golds(self, prompts: Sequence[Prompt]) -> None:
-        """Does nothing: these rewards need only the question."""
-
     def grade(self, items: Sequence[Item]) -> list[Grade]:
         """Returns grades in the order of the items."""
-        return [self._grade(*item) for item in items]
-
-    def close(self) -> None:
-        """Does nothing: there are no processes."""
-
-    def _grade(self, prompt: Prompt, text: str, finish_reason: FinishReason) -> Grade:
-        if finish_reason == FinishReason.LENGTH:
-            return TRUNCATED
-        is_correct = self._is_correct(prompt.text, text)
-        return Grade(Verdict.CORRECT if is_correct else Verdict.WRONG, float(is_correct))
+        right, wrong = Grade(Verdict.CORRECT, 1.0), Grade(Verdict.WRONG, 0.0)
+        return [
+            TRUNCATED if reason == FinishReason.LENGTH else right if self._is_correct(prompt.text, text) else wrong
+            for prompt, text, reason in items
+        ]
 
 
 class RewardGrader:
@@ -136,11 +126,8 @@ class RewardGrader:
     def check_golds(self, prompts: Sequence[Prompt]) -> None:
         """Checks that every row can be graded, and that the graders work: known answers get their known verdicts.
 
-        A function of the user is called once, with the first prompt and its answer as the response.
-
-        Raises:
-            ValueError: gold answers or tests do not parse, a function cannot be imported or fails, or a canary got the
-                wrong verdict; the message names them.
+        A function of the user is called once, with the first prompt and its answer as the response. A ValueError names
+        the gold answers or tests that do not parse, the function that fails, or the canary with the wrong verdict.
         """
         self._check_canaries()
         for name in self._reward.functions:
@@ -155,14 +142,13 @@ class RewardGrader:
     def grade(self, items: Sequence[Item]) -> list[Grade]:
         """Returns grades in the order of the items; only finished responses reach the pool."""
         finished = [item for item in items if item[2] != FinishReason.LENGTH]
-        names = list(self._reward.functions)
+        names, weights = zip(*self._reward.functions.items(), strict=True)
         graded = iter(self._pool.grade([task for name in names for task in self._tasks(name, finished)]))
-        by_name = [iter([next(graded) for _ in finished]) for _ in names]
+        by_item = zip(*([next(graded) for _ in finished] for _ in names), strict=True)
         grades = []
         for _, text, finish_reason in items:
             is_truncated = finish_reason == FinishReason.LENGTH
-            parts = [TRUNCATED if is_truncated else next(mine) for mine in by_name]
-            weights = list(self._reward.functions.values())
+            parts = [TRUNCATED for _ in names] if is_truncated else next(by_item)
             grade = compose(self._reward, weights, parts, text, is_truncated=is_truncated)
             level = f" [{grade.level}]" if grade.level else ""  # the rollout log has no column for the level
             grades.append(dataclasses.replace(grade, detail=grade.detail + level))
@@ -211,28 +197,23 @@ class RewardGrader:
         canaries = tasks.canaries(self._reward)
         grades = self._pool.grade([task for task, _ in canaries])
         for (task, is_correct), grade in zip(canaries, grades, strict=True):
-            if grade.verdict != (Verdict.CORRECT if is_correct else Verdict.WRONG):
+            wanted = Verdict.CORRECT if is_correct else Verdict.WRONG
+            if grade.verdict != wanted:
                 raise ValueError(
                     f"the {task['kind']} grader fails its test: {task.get('program', task.get('response'))!r} should be"
-                    f" {'correct' if is_correct else 'wrong'}, but is {grade.verdict}: {grade.detail}"
+                    f" {wanted}, but is {grade.verdict}: {grade.detail}"
                 )
-        levels = sorted({grade.level for grade in grades} - {"", "namespaces"})
-        if levels:
+        for level in {grade.level for grade in grades} - {"", "namespaces"}:
             warnings.warn(
-                f"programs of the model run at isolation level {', '.join(levels)}, which is below namespaces;"
+                f"programs of the model run at isolation level {level}, which is below namespaces;"
                 f" python -m oapl_jax check-sandbox says why, and what a program could do",
                 WeakIsolationWarning,
                 stacklevel=2,
             )
 
     def _check_answers(self, prompts: Sequence[Prompt]) -> None:
-        golds = [self._gold(prompt) for prompt in prompts]
-        grades = self._pool.grade([tasks.gold_task(self._reward, gold) for gold in golds])
-        broken = [
-            f"row {prompt.id}: {gold!r}"
-            for prompt, gold, grade in zip(prompts, golds, grades, strict=True)
-            if grade.verdict is not Verdict.CORRECT
-        ]
+        golds = {f"row {prompt.id}": self._gold(prompt) for prompt in prompts}
+        broken = [f"{row}: {gold!r}" for row, gold in golds.items() if not answers.is_usable_gold(gold)]
         if broken:
             listed = "\n  ".join(broken[:MAX_NAMED])
             raise ValueError(f"{len(broken)} gold answers do not parse as mathematics:\n  {listed}")

@@ -1,21 +1,20 @@
 """Grading processes that can be killed: every task (``tasks.py``) gets a verdict in bounded time and memory.
 
 A worker is a ``python -m oapl_jax.rewards.worker`` program on a socket. It is not started by ``multiprocessing``, whose
-child would import the running program, and JAX with it. The parent measures each deadline and kills late workers. A
-worker replies with one line of JSON, never with a pickle. A worker that dies or is late is replaced, and its task is
-tried again after a pause that doubles. A task without retries left is invalid and has no reward.
+child would import the running program, and JAX with it. A thread of this process gives it tasks, measures each deadline
+and kills it when it is late. A worker replies with one line of JSON, never with a pickle. A worker that dies or is late
+is replaced. Tasks without a verdict are tried again after a pause that doubles; one that is left without is invalid.
 
 An answer cannot excuse itself. When a mathematical answer exhausts time or memory, only the child of its worker is
 killed, and the next child judges a canary and the gold answer of the row. If it is quick, the answer is wrong.
 """
 
-import collections
-import dataclasses
+import contextlib
 import json
 import math
 import os
 import pathlib
-import selectors
+import queue
 import signal
 import socket
 import subprocess
@@ -24,8 +23,10 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any
 
+from oapl_jax.rewards.tasks import quick_tasks
 from oapl_jax.rewards.worker import Setup
 from oapl_jax.types import Grade, RunError, Verdict
 
@@ -33,261 +34,181 @@ START_TIMEOUT = 120.0
 """Seconds that a new worker may take to start (0.5 s of CPU on an idle machine)."""
 PROBE_SECONDS = 1.0
 """Seconds after the kill of a child within which the next one has to judge the canary and the gold answer."""
+PROBE_SHARE = 0.1
+"""Share of its time limit in which each of them has to be judged, so that an answer is to blame."""
 TASKS_PER_WORKER = 5000
 """Tasks after which a worker is replaced, so that leaks in its libraries stay bounded."""
 FIRST_PAUSE = 0.5
-"""Seconds before a task is tried for the second time."""
-MAX_SEND_SECONDS = 10.0
+"""Seconds before tasks are tried for the second time."""
 MAX_REPLY = 1 << 20
 KILL_TIMEOUT = 10.0
 _PACKAGE_PARENT = str(pathlib.Path(__file__).resolve().parents[2])
 
 
-class GraderPool:
-    """A fixed number of grading processes, started at once and used by one calling thread at a time."""
+class GraderPool(contextlib.AbstractContextManager):
+    """A fixed number of grading processes, started at once."""
 
     def __init__(self, workers: int, retries: int, setup: Setup) -> None:
-        """Starts the workers without waiting for them.
-
-        Args:
-            workers: number of processes.
-            retries: further attempts for a task whose worker died, was late, or failed.
-            setup: what the workers grade.
-        """
-        self._setup, self._retries = setup, retries
+        """Starts the workers without waiting for them; ``retries`` are further attempts for a task without a verdict."""
+        self._retries = retries
         self._lock = threading.Lock()
-        self._workers = [_Worker(setup) for _ in range(workers)]
-        # This also runs at exit, and when the pool is garbage-collected. It shares the list, so it sees replacements.
-        self._finalizer = weakref.finalize(self, _kill_all, self._workers)
-
-    def __enter__(self) -> "GraderPool":
-        return self
+        self._queue: queue.SimpleQueue[tuple[dict[str, Any], Future[list[Grade]]] | None] = queue.SimpleQueue()
+        self._workers = [_Worker(setup, self._queue) for _ in range(workers)]
+        # This also runs at exit, and when the pool is garbage-collected.
+        self._finalizer = weakref.finalize(self, lambda workers: [worker.close() for worker in workers], self._workers)
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
         """Kills the workers. It may be called twice."""
-        self._finalizer()
-
-    @property
-    def pids(self) -> list[int]:
-        """Process ids of the present workers."""
-        return [worker.process.pid for worker in self._workers]
+        with self._lock:
+            self._finalizer()
 
     def grade(self, tasks: Sequence[dict[str, Any]], on_done: Callable[[int], None] | None = None) -> list[Grade]:
         """Grades tasks and returns the grades of their responses in the same order.
 
-        Args:
-            tasks: made by ``tasks.py``; each has its own ``timeout``.
-            on_done: called with the number of finished tasks whenever it changes.
-
-        Raises:
-            RuntimeError: the pool is closed.
-            RunError: a worker cannot start.
+        ``on_done`` is called with the number of finished tasks whenever it changes. Raises RuntimeError if the pool is
+        closed, and RunError if a worker cannot start.
         """
+        grades: dict[int, list[Grade]] = {}
+        waiting: Sequence[int] = range(len(tasks))
+        for attempt in range(self._retries + 1):
+            if attempt and waiting:
+                time.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
+            futures = [(number, self._submit(tasks[number])) for number in waiting]
+            waiting = []
+            for number, future in futures:
+                grades[number] = future.result()
+                if attempt < self._retries and any(each.verdict is Verdict.INVALID for each in grades[number]):
+                    waiting.append(number)
+                elif on_done is not None:
+                    on_done(len(grades) - len(waiting))
+        return [grade for number in range(len(tasks)) for grade in grades[number]]
+
+    def _submit(self, task: dict[str, Any]) -> Future[list[Grade]]:
+        future: Future[list[Grade]] = Future()
         with self._lock:
             if not self._finalizer.alive:
                 raise RuntimeError("the grading pool is closed")
-            batch = _Batch(tasks, self._retries)
-            while batch.num_open:
-                num_open = batch.num_open
-                self._assign(batch)
-                self._wait(batch)
-                for index, worker in enumerate(self._workers):
-                    self._collect(index, worker, batch)
-                if on_done is not None and batch.num_open < num_open:
-                    on_done(len(tasks) - batch.num_open)
-            return [grade for grades in batch.grades for grade in grades]
-
-    def _assign(self, batch: "_Batch") -> None:
-        for worker in self._workers:
-            if worker.is_idle and (task := batch.take()) is not None:
-                worker.submit(task, batch.tasks[task])
-
-    def _wait(self, batch: "_Batch") -> None:
-        """Waits until a busy worker replies, a worker's deadline passes, or a pause before a retry ends."""
-        busy = [worker for worker in self._workers if not worker.is_idle]
-        wake_at = [worker.deadline for worker in busy]
-        if len(busy) < len(self._workers) and batch.waiting:
-            wake_at.append(min(ready_at for ready_at, _ in batch.waiting))
-        with selectors.DefaultSelector() as selector:
-            for worker in busy:
-                selector.register(worker.channel, selectors.EVENT_READ)
-            selector.select(max(0.0, min(wake_at) - time.monotonic()))
-
-    def _collect(self, index: int, worker: "_Worker", batch: "_Batch") -> None:
-        """Takes a worker's reply if one has come; replaces the worker if it is dead, late or old."""
-        if worker.is_idle:
-            return
-        reply = worker.receive()
-        task = worker.task
-        if reply is not None and "child" in reply:
-            self._greet(worker, reply["child"], batch)
-        elif reply is not None and "exhausted" in reply:
-            worker.expect_probe(f"out of {reply['exhausted']}")
-        elif reply is not None and ("in_time" not in reply or worker.exhausted):
-            worker.task, worker.deadline = None, float("inf")
-            grades = _blamed(worker.exhausted, reply) if "in_time" in reply else _grades(reply)
-            worker.exhausted = ""
-            if task is not None:
-                batch.settle(task, grades)
-        elif reply is None and (worker.is_dead or time.monotonic() >= worker.deadline):
-            reason = "worker died" if worker.is_dead else worker.exhausted or _late(batch, task)
-            if not worker.is_ready:
-                raise RunError(
-                    f"a grading worker did not start within {START_TIMEOUT:g} s or died; see its error above"
-                )
-            if not worker.is_dead and not worker.exhausted and task is not None and "probe" in batch.tasks[task]:
-                worker.expect_probe(reason)
-                os.kill(worker.child, signal.SIGKILL)
-                return
-            if task is not None:
-                batch.settle(task, [Grade(Verdict.INVALID, math.nan, reason)])
-            self._replace(index)
-            return
-        if worker.is_idle and worker.num_done >= TASKS_PER_WORKER:
-            self._replace(index)
-
-    def _greet(self, worker: "_Worker", child: int, batch: "_Batch") -> None:
-        """Notes the new child of a worker, and lets it judge a probe if an answer exhausted the one before it."""
-        worker.child, task = child, worker.task
-        if task is None:
-            return
-        if worker.exhausted:
-            worker.send({"kind": "probe", "answers": batch.tasks[task]["probe"], "timeout": PROBE_SECONDS})
-        else:
-            worker.task, worker.deadline = None, float("inf")
-            batch.settle(task, [Grade(Verdict.INVALID, math.nan, "worker died")])
-
-    def _replace(self, index: int) -> None:
-        self._workers[index].kill()
-        self._workers[index] = _Worker(self._setup)
-
-
-def _late(batch: "_Batch", task: int | None) -> str:
-    return "" if task is None else f"no verdict in {batch.tasks[task]['timeout']:g} s"
-
-
-def _grades(reply: dict[str, Any]) -> list[Grade]:
-    return [Grade(**part | {"verdict": Verdict(part["verdict"])}) for part in reply.get("grades", [reply])]
-
-
-def _blamed(reason: str, reply: dict[str, Any]) -> list[Grade]:
-    """The grade of an answer that exhausted a worker: wrong if the worker then judged its probe in time."""
-    if reply["in_time"]:
-        return [Grade(Verdict.WRONG, 0.0, f"{reason}, unlike the gold answer")]
-    return [Grade(Verdict.INVALID, math.nan, reason)]
-
-
-class _Batch:
-    """The tasks of one call to ``grade``: those that wait, with the time of their next attempt, and the grades."""
-
-    def __init__(self, tasks: Sequence[dict[str, Any]], retries: int) -> None:
-        self.tasks, self._retries = tasks, retries
-        self.waiting = collections.deque((0.0, task) for task in range(len(tasks)))
-        self.num_open = len(tasks)
-        self.grades: list[list[Grade]] = [[] for _ in tasks]
-        self._attempts = [0] * len(tasks)
-
-    def take(self) -> int | None:
-        """The next task whose pause is over."""
-        for index, (ready_at, task) in enumerate(self.waiting):
-            if ready_at <= time.monotonic():
-                del self.waiting[index]
-                return task
-        return None
-
-    def settle(self, task: int, grades: list[Grade]) -> None:
-        """Keeps the grades (one counts for all responses), or queues the task again if retries are left."""
-        self._attempts[task] += 1
-        attempts = self._attempts[task]
-        if any(grade.verdict is Verdict.INVALID for grade in grades) and attempts <= self._retries:
-            self.waiting.append((time.monotonic() + FIRST_PAUSE * 2 ** (attempts - 1), task))
-            return
-        self.grades[task] = grades if len(grades) > 1 else grades * len(self.tasks[task].get("responses", (None,)))
-        self.num_open -= 1
+            self._queue.put((task, future))
+        return future
 
 
 class _Worker:
-    """One grading process and its task."""
+    """A grading process, replaced where it has to be, and the thread that gives it tasks."""
 
-    def __init__(self, setup: Setup) -> None:
-        self.channel, theirs = socket.socketpair()
+    def __init__(self, setup: Setup, tasks: queue.SimpleQueue) -> None:
+        self._setup, self._tasks = setup, tasks
+        self._is_closed = False
+        self._start()
+        threading.Thread(target=self._serve, name="grader", daemon=True).start()
+
+    def close(self) -> None:
+        """Ends the process and waits until it is gone; the thread then finds the end of the channel, or of the queue."""
+        self._is_closed = True
+        self._kill()
+        self._tasks.put(None)
+
+    def _start(self) -> None:
+        self._channel, theirs = socket.socketpair()
         search_path = os.pathsep.join(filter(None, [_PACKAGE_PARENT, os.environ.get("PYTHONPATH")]))
         # -P: the current folder must not shadow a library.
-        arguments = json.dumps(dataclasses.asdict(setup))
-        command = [sys.executable, "-P", "-m", "oapl_jax.rewards.worker", arguments]
+        command = [sys.executable, "-P", "-m", "oapl_jax.rewards.worker", json.dumps(self._setup)]
+        environment = {**os.environ, "PYTHONPATH": search_path}
         with theirs:
-            self.process = subprocess.Popen(
-                command,
-                stdin=theirs.fileno(),
-                stdout=subprocess.DEVNULL,
-                env={**os.environ, "PYTHONPATH": search_path},
-            )
+            self.process = subprocess.Popen(command, stdin=theirs.fileno(), stdout=subprocess.DEVNULL, env=environment)
         self._received = b""
-        self.task: int | None = None
-        self.deadline = time.monotonic() + START_TIMEOUT
-        self.is_ready = False
-        self.is_dead = False
-        self.num_done = 0
+        self._num_done = 0
         self.child = 0
-        """Process id of the child that serves the channel."""
-        self.exhausted = ""
-        """What the task has exhausted, while its probe runs."""
+        """Process id of the child that serves the channel; 0 until the first one does."""
+        if self._is_closed:
+            self._kill()
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether it has started and has no task."""
-        return self.is_ready and self.task is None
-
-    def submit(self, number: int, task: dict[str, Any]) -> None:
-        """Sends a task. A worker that does not read it before the deadline counts as dead."""
-        self.task, self.deadline = number, time.monotonic() + task["timeout"]
-        self.exhausted = ""
-        self.send(task)
-
-    def expect_probe(self, reason: str) -> None:
-        """Notes why the child ends, and when the next one has to have judged the probe."""
-        self.exhausted, self.deadline = reason, time.monotonic() + PROBE_SECONDS
-
-    def send(self, task: dict[str, Any]) -> None:
-        """Sends a task."""
-        self.channel.settimeout(min(task["timeout"], MAX_SEND_SECONDS))
-        try:
-            self.channel.sendall(json.dumps(task).encode() + b"\n")
-        except OSError:
-            self.is_dead = True
-
-    def receive(self) -> dict[str, Any] | None:
-        """The next reply, or None if no complete one has come; it never waits."""
-        if b"\n" not in self._received:
-            self.channel.setblocking(False)
-            try:
-                data = self.channel.recv(MAX_REPLY)
-            except BlockingIOError:
-                return None
-            except OSError:
-                data = b""
-            self._received += data
-            if not data or len(self._received) > MAX_REPLY:
-                self.is_dead = True
-                return None
-        line, newline, self._received = self._received.partition(b"\n")
-        if not newline:
-            self._received = line
-            return None
-        self.num_done += self.is_ready
-        self.is_ready = True
-        return json.loads(line)
-
-    def kill(self) -> None:
-        """Ends the process and waits until it is gone."""
+    def _kill(self) -> None:
         self.process.kill()
-        self.channel.close()
         self.process.wait(KILL_TIMEOUT)
 
+    def _replace(self) -> None:
+        self._kill()
+        self._channel.close()
+        if not self._is_closed:
+            self._start()
 
-def _kill_all(workers: list[_Worker]) -> None:
-    for worker in workers:
-        worker.kill()
+    def _serve(self) -> None:
+        """The thread: grades tasks until the pool is closed."""
+        while True:
+            with contextlib.suppress(RunError):  # it is raised again for the next task
+                self._wait_for_start()
+            if (item := self._tasks.get()) is None:
+                self._channel.close()
+                return
+            task, future = item
+            try:
+                future.set_result(self._grade(task))
+            except Exception as error:
+                future.set_exception(error)
+
+    def _wait_for_start(self) -> None:
+        if self.child:
+            return
+        try:
+            self.child = self._receive(time.monotonic() + START_TIMEOUT)["child"]
+        except (OSError, EOFError) as error:
+            raise RunError(
+                f"a grading worker did not start within {START_TIMEOUT:g} s or died; see its error above"
+            ) from error
+
+    def _grade(self, task: dict[str, Any]) -> list[Grade]:
+        """The grades of the responses of a task, after one attempt."""
+        self._wait_for_start()
+        self._num_done += 1
+        reason = "worker died"
+        try:
+            reply = self._ask(task, task["timeout"])
+            if "grades" in reply:
+                if self._num_done >= TASKS_PER_WORKER:
+                    self._replace()
+                return [Grade(**part | {"verdict": Verdict(part["verdict"])}) for part in reply["grades"]]
+            if "exhausted" in reply:  # the other reply is the greeting of a next child
+                reason = f"out of {reply['exhausted']}"
+        except TimeoutError:
+            reason = f"no verdict in {task['timeout']:g} s"
+        except (OSError, EOFError):
+            pass
+        if task["kind"] == "math" and reason != "worker died" and self._is_quick(quick_tasks(task)):
+            return [Grade(Verdict.WRONG, 0.0, f"{reason}, unlike the gold answer")]
+        self._replace()
+        return [Grade(Verdict.INVALID, math.nan, reason)] * len(task.get("responses", (None,)))
+
+    def _is_quick(self, answers: list[dict[str, Any]]) -> bool:
+        """Kills the child; whether the next one judges these answers correct, each in a share of its time limit."""
+        deadline = time.monotonic() + PROBE_SECONDS
+        try:
+            os.kill(self.child, signal.SIGKILL)
+            while "child" not in (reply := self._receive(deadline)):
+                pass
+            self.child = reply["child"]
+            seconds = [min(PROBE_SHARE * answer["timeout"], deadline - time.monotonic()) for answer in answers]
+            replies = [self._ask(answer, limit) for answer, limit in zip(answers, seconds, strict=True)]
+        except (OSError, EOFError, ValueError):  # the killed child may leave half a line
+            return False
+        return all(grade["verdict"] == Verdict.CORRECT for reply in replies for grade in reply["grades"])
+
+    def _ask(self, task: dict[str, Any], seconds: float) -> dict[str, Any]:
+        """Sends a task and returns the reply; raises as ``_receive``."""
+        deadline = time.monotonic() + seconds
+        self._channel.settimeout(max(0.001, seconds))
+        self._channel.sendall(json.dumps(task).encode() + b"\n")
+        return self._receive(deadline)
+
+    def _receive(self, deadline: float) -> dict[str, Any]:
+        """The next reply; raises TimeoutError at the deadline, OSError or EOFError if there will be none."""
+        while b"\n" not in self._received:
+            self._channel.settimeout(max(0.001, deadline - time.monotonic()))
+            data = self._channel.recv(MAX_REPLY)
+            self._received += data
+            if not data or len(self._received) > MAX_REPLY:
+                raise EOFError
+        line, _, self._received = self._received.partition(b"\n")
+        return json.loads(line)

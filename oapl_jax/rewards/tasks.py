@@ -16,51 +16,32 @@ START_SECONDS = 60.0
 
 
 def make_setup(reward: RewardConfig, kinds: tuple[str, ...]) -> Setup:
-    """What workers for these kinds of tasks are started with (``math``, ``code``, functions of the user)."""
-    packages = tuple(reward.packages)
-    return Setup(kinds, reward.isolation, packages, reward.python, reward.exec_mode, reward.folder)
+    """What workers for these kinds of tasks are started with."""
+    return Setup(kinds, reward.isolation, reward.packages, reward.python, reward.exec_mode, reward.folder)
 
 
 def math_task(reward: RewardConfig, gold: str, response: str, prompt: str = "") -> dict[str, Any]:
-    """The task of comparing the answer in a response with the gold answer.
-
-    Its ``probe`` are tasks that are quick: the canary, and the gold answer as a response.
-    """
-    own = {"gold": gold, "response": answers.response_with(gold, reward.answer)}
-    canary = {"gold": _CANARY[0], "response": answers.response_with(_CANARY[1], reward.answer)}
-    task = {
-        "kind": "math",
-        "prompt": "",
-        "answer": reward.answer,
-        "is_evaluated": reward.form == "evaluated",
-        "timeout": reward.timeout,
-    }
-    return {**task, "gold": gold, "response": response, "prompt": prompt, "probe": [task | canary, task | own]}
+    """The task of comparing the answer in a response with the gold answer."""
+    task = {"kind": "math", "gold": gold, "response": response, "prompt": prompt, "timeout": reward.timeout}
+    return task | {"answer": reward.answer, "is_evaluated": reward.form == "evaluated"}
 
 
-def gold_task(reward: RewardConfig, gold: str) -> dict[str, Any]:
-    """The task of checking a gold answer; its verdict is correct if answers can be compared with it."""
-    return {"kind": "gold", "gold": gold, "timeout": reward.timeout}
+def quick_tasks(task: dict[str, Any]) -> list[dict[str, Any]]:
+    """Beside a task of mathematics: the canary, and its gold answer as a response."""
+    pairs = (_CANARY, (task["gold"], task["gold"]))
+    responses = [(gold, answers.response_with(answer, task["answer"])) for gold, answer in pairs]
+    return [task | {"gold": gold, "response": response, "prompt": ""} for gold, response in responses]
 
 
 def code_task(
     reward: RewardConfig, tests: str, num_tests: int, limits: dict[str, float] | None = None, **source: str
 ) -> dict[str, Any]:
-    """The task of running a program on tests.
+    """The task of running a ``program``, or that in a ``response``, on tests in any layout of ``layouts.py``, as JSON.
 
-    Args:
-        reward: the limits, and the reward of each outcome.
-        tests: JSON, in any layout of ``layouts.py``.
-        num_tests: how many there are.
-        limits: ``cpu_s``, ``wall_s``, ``memory_mb``, where they differ from those of ``reward``.
-        source: ``program``, or the ``response`` that contains it.
+    ``limits`` has ``cpu_s``, ``wall_s``, ``memory_mb`` where they differ from those of ``reward``.
     """
-    limits = {
-        "cpu_s": reward.cpu_seconds,
-        "wall_s": reward.wall_seconds,
-        "memory_mb": reward.memory_mb,
-        **(limits or {}),
-    }
+    usual = {"cpu_s": reward.cpu_seconds, "wall_s": reward.wall_seconds, "memory_mb": reward.memory_mb}
+    limits = usual | (limits or {})
     rewards: Any = dict(reward.status_rewards) if reward.code_reward == "status" else reward.code_reward
     return {
         "kind": "code",

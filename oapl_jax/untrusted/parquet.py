@@ -14,14 +14,14 @@ MOST_BATCHES, FEWEST_BATCHES = 4096, 16
 """In which a file is read, where its limits are not known and where they are."""
 MOST_BYTES, MOST_RATIO = 256 * 2**20, 50
 """A file of n bytes may have ``MOST_BYTES + MOST_RATIO * n`` bytes in memory."""
+_DAMAGED = (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError)
 
 
 class Limits(NamedTuple):
-    """The most that a file may have, where that is known."""
+    """The most rows that a file may have, and bytes in memory, where that is known."""
 
     num_rows: int
     num_bytes: int
-    """On disk and in memory."""
 
 
 def read(
@@ -30,17 +30,13 @@ def read(
     choose: Callable[[list[str]], list[str]] | None = None,
     limits: Limits | None = None,
 ) -> pa.Table:
-    """A Parquet file, by path or content.
+    """A Parquet file, by path or content; a ValueError calls it ``where`` if it is damaged or beyond the limits.
 
     Args:
         source: the file.
         where: what errors call it.
         choose: the columns to be read, of those that there are; default all.
         limits: default: bytes that go with its size.
-
-    Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is damaged, is no Parquet file, or beyond the limits; or what ``choose`` raises.
     """
     # Whole in memory: a damaged file cannot fault a mapped page.
     content = reading.read_bytes(source) if isinstance(source, pathlib.Path) else source
@@ -49,7 +45,7 @@ def read(
         # Not the metadata of its columns: the library ends the process where they are damaged.
         sizes = [file.metadata.row_group(i).total_byte_size for i in range(file.metadata.num_row_groups)]
         schema = file.schema_arrow
-    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
+    except _DAMAGED as error:
         raise _unreadable(where, error) from error
     num_batches = FEWEST_BATCHES
     if limits is None:
@@ -66,7 +62,7 @@ def read(
     columns = schema.names if choose is None else choose(schema.names)
     try:
         return _bounded(file, columns, limits.num_bytes, num_batches)
-    except (pa.ArrowException, OSError, UnicodeDecodeError, OverflowError, MemoryError) as error:
+    except _DAMAGED as error:
         raise _unreadable(where, error) from error
 
 
@@ -79,9 +75,8 @@ def _bounded(file: pq.ParquetFile, columns: list[str], most_bytes: int, num_batc
         num_bytes += batch.nbytes
         if num_bytes > most_bytes:
             raise pa.ArrowInvalid(f"its rows take more than {most_bytes:,} bytes")
-    return pa.Table.from_batches(
-        batches, pa.schema([file.schema_arrow.field(name) for name in columns], file.schema_arrow.metadata)
-    )
+    fields = [file.schema_arrow.field(name) for name in columns]
+    return pa.Table.from_batches(batches, pa.schema(fields, file.schema_arrow.metadata))
 
 
 def _unreadable(where: object, error: BaseException) -> ValueError:

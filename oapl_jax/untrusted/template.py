@@ -16,11 +16,7 @@ TAGS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 
 @functools.cache
 def check(template: str, where: str) -> None:
-    """Refuses a template that is endless or takes too much; whatever else is wrong with it shows when it is used.
-
-    Raises:
-        ValueError: names ``where``.
-    """
+    """Refuses, by a ValueError, a template that is endless or takes too much; other mistakes show when it is used."""
     given = template.encode(errors="replace")
     with contextlib.suppress(subprocess.TimeoutExpired):
         if subprocess.run([sys.executable, "-I", __file__], input=given, timeout=SECONDS, check=False).returncode == 0:

@@ -14,6 +14,7 @@ import time
 
 from oapl_jax.rewards.code.programs import Judge, parse_tests
 from oapl_jax.rewards.code.sandbox.sandbox import Limits
+from oapl_jax.rewards.pool import GraderPool
 
 OURS = pathlib.Path(__file__).parent / "hostile"
 LIMITS = Limits(cpu_s=2, wall_s=4, memory_mb=768)
@@ -150,6 +151,11 @@ def survivors(judge: Judge, before: set[int]) -> set[int]:
     while (left := processes_of(judge) - before) and time.monotonic() < give_up:
         time.sleep(0.02)
     return left
+
+
+def pids_of(pool: GraderPool) -> list[int]:
+    """Process ids of the present workers."""
+    return [worker.process.pid for worker in pool._workers]
 
 
 def is_alive(pid: int) -> bool:

@@ -149,6 +149,16 @@ RIGHT = {
         "def f(): return json.loads('{')",
         "try: f()\nexcept json.JSONDecodeError as e: assert e.pos == 1\nelse: assert False",
     ),
+    "a group of exceptions": (
+        "class E(ValueError): pass\ndef f(): raise ExceptionGroup('g', [E(1), ExceptionGroup('h', [KeyError('k')])])",
+        "try: f()\nexcept* KeyError as g: assert g.exceptions[0].exceptions[0].args == ('k',)\n"
+        "except* ValueError as g: assert g.message == 'g' and type(g.exceptions[0]).__name__ == 'E'",
+    ),
+    "a group of exceptions of its own kind": (
+        "class G(ExceptionGroup): pass\ndef f(): raise G('g', [OSError(2, 'no')])",
+        "try: f()\nexcept ExceptionGroup as e: assert e.exceptions[0].errno == 2 and len(e.exceptions) == 1\n"
+        "else: assert False",
+    ),
     "an exception that is asked for": (
         "class E(ValueError): pass\ndef f(): raise E(1)",
         "import contextlib, unittest\nunittest.TestCase().assertRaises(E, f)\nwith contextlib.suppress(E): f()\n"
@@ -209,6 +219,14 @@ WRONG = {
         "assert f() == 7 or abs(f() - 7) < 1 or f() < 7 < f()",
     ),
     "another exception": ("def f(): raise TypeError", "try: f()\nexcept ValueError: pass"),
+    "a group of other exceptions": (
+        "def f(): raise ExceptionGroup('g', [TypeError(1)])",
+        "try: f()\nexcept* ValueError: pass",
+    ),
+    "a group with members that lie": (
+        "class G(ExceptionGroup):\n    exceptions = property(lambda s: 7)\ndef f(): raise G('g', [ValueError()])",
+        "try: f()\nexcept ExceptionGroup: pass",
+    ),
     "an exit that looks like a pass": ("def f(): raise SystemExit(70)", "f()"),
     "an exit while the tests wait": ("import os\ndef f(g): os._exit(70)", "try: f(len)\nexcept BaseException: pass"),
     "looking behind a function": (
@@ -226,6 +244,15 @@ WRONG = {
     "looking behind an object of the tests": (
         "def f(n): return vars(n)['_its_peer'].ask('get', vars(n)['_its_node'], '__class__').__init__.__globals__['secret']",
         "secret = 7\nclass N:\n    def __init__(s): pass\nassert f(N()) == secret",
+    ),
+    "a name that changes after the look at it": (
+        "import sys\nclass Names:\n    n = 0\n    def __iter__(s): return s\n    def __next__(s):\n"
+        "        s.n += 1\n        if s.n % 2 == 0: raise StopIteration\n        return 'x' if s.n == 1 else '_right'\n"
+        "def f(o):\n    peer, node = vars(o)['_its_peer'], vars(o)['_its_node']\n"
+        "    graph = sys.modules[type(peer).__module__].values.Graph\n    encode = graph.encode\n"
+        "    def forged(s, v): return encode(s, (Names(), {}) if v == (('x',), {}) else v)\n"
+        "    graph.encode = forged\n    return peer.ask('get', node, 'x')",
+        "class N:\n    def __init__(s): s._right, s.x = 7, 0\nassert f(N()) == 7",
     ),
     "a type that is handed back": ("def f(a): return bytearray", "r = f(1)\nassert f(r(3)) == 9"),
     "a function that is handed back": (

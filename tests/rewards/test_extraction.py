@@ -23,6 +23,13 @@ from oapl_jax.rewards.code.programs import extract_program
         ("12) ```python\n    a\n    ```", "a\n"),
         ("* - ```python\n    a\n    ```", "a\n"),
         ("\t```python\n\ta\n\t```", "a\n"),
+        # Block quotes, with and without a space after the mark.
+        ("> So:\n> ```python\n> if a:\n>     b\n>\n> c\n> ```\n", "if a:\n    b\n\nc\n"),
+        (">```py\n>a\n>```", "a\n"),
+        (">> ~~~python\n>> a\n>> ~~~", "a\n"),
+        ("- > ```python\n  > a\n  > ```", "a\n"),
+        ("```python\na\n> ```\nb\n```", "a\n> ```\nb\n"),
+        ("> ```python\n> a\n```\n> b\n> ```", "a\n```\nb\n"),
         # Tildes, longer fences, and fences of the other kind inside.
         ("~~~python\na\n~~~", "a\n"),
         ("~~~~ python\n~~~\n```\na\n~~~~", "~~~\n```\na\n"),
@@ -39,6 +46,10 @@ from oapl_jax.rewards.code.programs import extract_program
         ("```\nprint(input())\n```\nprints\n```\nCase #1: 3 for 4\n```", "print(input())\n"),
         ("```\nn = open(0).read();print(n)\n```\nprints\n```\n5\n```", "n = open(0).read();print(n)\n"),
         ("```\nprint(input())\n```\n```\n>>> print(1)\n1\n```", "print(input())\n"),
+        # Pseudo-code is no Python.
+        ("```python\na\n```\nIn words:\n```\nfor each number in the input:\n    print its square\n```", "a\n"),
+        ("```\nprint(input())\n```\n```\nread n\nwhile n > 0:\n    print(n)\n    n := n - 1\n```", "print(input())\n"),
+        ("```\nread n\nprint(n) twice\n```", "read n\nprint(n) twice\n"),
         # A later version without a language counts, and a program that looks like none is better than nothing.
         ("```python\nold\n```\nBetter:\n```\nimport sys\nnew\n```", "import sys\nnew\n"),
         ("```\na = 5\n```", "a = 5\n"),

@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from hostile_programs import pids_of
 from oapl_jax.cli import grade as command
 from oapl_jax.config.reward import RewardConfig
 from oapl_jax.io import console
@@ -65,26 +66,26 @@ def during(pool, program, action):
 
 
 def test_a_grader_killed_from_outside(pool):
-    check(pool, during(pool, SLOW, lambda: os.kill(pool.pids[0], signal.SIGKILL)), "worker died")
+    check(pool, during(pool, SLOW, lambda: os.kill(pids_of(pool)[0], signal.SIGKILL)), "worker died")
 
 
 def test_a_sandbox_killed_from_outside(pool):
-    outermost = descendants(pool.pids[0])[0]
+    outermost = descendants(pids_of(pool)[0])[0]
     check(pool, during(pool, SLOW, lambda: os.kill(outermost, signal.SIGKILL)), "the sandbox's worker")
 
 
 def test_a_child_killed_from_outside_is_run_once_more(pool):
-    before = set(descendants(pool.pids[0]))
+    before = set(descendants(pids_of(pool)[0]))
 
     def kill_child():
-        for pid in set(descendants(pool.pids[0])) - before:
+        for pid in set(descendants(pids_of(pool)[0])) - before:
             os.kill(pid, signal.SIGKILL)
 
     assert during(pool, SLOW, kill_child).verdict is Verdict.CORRECT
 
 
 def test_an_exhausted_process_table(pool):
-    driver = descendants(pool.pids[0])[-1]
+    driver = descendants(pids_of(pool)[0])[-1]
     uid = os.stat(f"/proc/{driver}").st_uid
     if uid == 0:
         pytest.skip("the kernel does not limit the processes of root")
@@ -96,7 +97,7 @@ def test_an_exhausted_process_table(pool):
 
 def test_no_room_for_a_file(pool):
     """Memory files have a limit as well, although they need no disk."""
-    worker = pool.pids[0]
+    worker = pids_of(pool)[0]
     resource.prlimit(worker, resource.RLIMIT_FSIZE, (0, resource.RLIM_INFINITY))
     timer = threading.Timer(0.3, resource.prlimit, (worker, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2))
     timer.start()
@@ -113,7 +114,7 @@ def test_a_full_disk_for_the_results(tmp_path, capsys):
 
 
 def test_a_grader_that_is_stopped_for_a_while(pool):
-    worker = pool.pids[0]
+    worker = pids_of(pool)[0]
 
     def stop():
         os.kill(worker, signal.SIGSTOP)

@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from hostile_programs import pids_of
 from oapl_jax.config.reward import RewardConfig
 from oapl_jax.rewards import tasks
 from oapl_jax.rewards.math import answers
@@ -108,6 +109,18 @@ def test_wrong_answers(gold, response):
     assert not is_correct(gold, response), answers.grade_answer(gold, response)
 
 
+@pytest.mark.parametrize(
+    ("gold", "right", "wrong"),
+    [
+        (r"$1 = \zzz = x = 0$", ["0", "x = 0", r"\frac{0}{3}"], ["1", "x", "10", r"\zzz", "x = 1"]),
+        (r"\zzz(x) = 4", [r"\zzz(x)=4"], ["4", "x = 4"]),
+        (r"\zzz = a, b = 2", [r"\zzz = a, b = 2"], ["2", "b = 2"]),
+    ],
+)
+def test_the_last_equation_counts_where_a_side_of_the_gold_answer_is_no_mathematics(gold, right, wrong):
+    assert [answer for answer in right + wrong if is_correct(gold, rf"\boxed{{{answer}}}")] == right
+
+
 def test_gold_of_gsm8k_is_after_the_last_hashes():
     assert answers.extract_gold("a #### 3\nb\n#### 1,234 ", "last_hash") == "1234"
     assert answers.extract_gold(" 1,234 ", "whole") == "1,234"
@@ -140,7 +153,6 @@ def test_real_rollouts_get_their_labels(shared_data, name, num_rows):
 
 
 MISSED = {
-    104,  # the gold answer has a command that is none, \zzz, so it is text
     166,  # boxes in the middle of the solution, the answer without one after them: the last box counts
 }
 
@@ -202,9 +214,9 @@ def test_two_thousand_garbage_answers_hang_no_worker():
     made = [tasks.math_task(reward, golds[number % 5], garbage(number)) for number in range(2000)]
     with GraderPool(2, 0, Setup()) as pool:
         pool.grade(made[:2])
-        pids = pool.pids
+        pids = pids_of(pool)
         grades = pool.grade(made)
-        assert pool.pids == pids, "no worker had to be killed"
+        assert pids_of(pool) == pids, "no worker had to be killed"
     assert [grade for grade in grades if grade.verdict is Verdict.INVALID] == []
     assert sum(grade.cpu_ms for grade in grades) / 2000 < 50
     assert sum(grade.verdict is Verdict.CORRECT for grade in grades) < 20, "some say 5"

@@ -13,6 +13,7 @@ import time
 import numpy as np
 import pytest
 
+from hostile_programs import pids_of
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.config.reward import RewardConfig
 from oapl_jax.data.tokenizer import CharacterTokenizer
@@ -69,11 +70,11 @@ def test_hostile_answers_are_wrong_at_once(workers):
         "answer is " * 20_000,
         "\x00\ud800\U0001f600" * 100,
     ]
-    pids = workers.pids
+    pids = pids_of(workers)
     began = time.monotonic()
     grades = workers.grade(answers([("5", answer) for answer in hostile]))
     assert {g.verdict for g in grades} == {Verdict.WRONG}
-    assert workers.pids == pids, "no worker had to be killed"
+    assert pids_of(workers) == pids, "no worker had to be killed"
     assert time.monotonic() - began < 15
 
 
@@ -98,12 +99,12 @@ def exhausting(monkeypatch, tmp_path):
 def test_an_answer_that_exhausts_its_worker_is_wrong_and_the_others_are_graded(exhausting, word, reason):
     with pool.GraderPool(2, 1, Setup()) as running:
         running.grade(answers([("1", r"\boxed{1}")] * 20))
-        pids, began = running.pids, time.monotonic()
+        pids, began = pids_of(running), time.monotonic()
         items = [("5", r"\boxed{5}"), ("5", rf"{word} \boxed{{5}}"), ("5", r"\boxed{\frac{10}{2}}")]
         grades = running.grade(answers(items, timeout=1.0))
         assert [(g.verdict, g.reward) for g in grades] == [("correct", 1.0), ("wrong", 0.0), ("correct", 1.0)]
         assert grades[1].detail == f"{reason}, unlike the gold answer"
-        assert running.pids == pids, "the same worker judged the gold answer"
+        assert pids_of(running) == pids, "the same worker judged the gold answer"
         assert time.monotonic() - began < 10
 
 
@@ -118,14 +119,14 @@ def test_an_answer_is_not_to_blame_if_its_gold_answer_is_not_judged_either(exhau
 
 def test_workers_killed_from_outside_are_replaced_and_their_answers_tried_again(workers):
     items = [("1/3", rf"\boxed{{\frac{{{i}}}{{{3 * i}.0}}}}") for i in range(1, 300)]
-    victims = workers.pids
+    victims = pids_of(workers)
     killer = threading.Timer(0.2, lambda: [os.kill(pid, signal.SIGKILL) for pid in victims])
     killer.start()
     grades = workers.grade(answers(items))
     killer.join()
     workers.grade(answers(items[:4]))
     assert {g.verdict for g in grades} == {Verdict.CORRECT}
-    assert not set(victims) & set(workers.pids)
+    assert not set(victims) & set(pids_of(workers))
 
 
 @pytest.fixture
@@ -138,11 +139,12 @@ def test_a_worker_that_is_killed_again_and_again_leaves_an_invalid_verdict(own_r
     stop = threading.Event()
     with pool.GraderPool(1, 1, Setup()) as running:
         running.grade(answers([("1", r"\boxed{1}")]))
+        (first,) = pids_of(running)
 
         def kill_all() -> None:
             while not stop.wait(0.01):
                 worker = running._workers[0]
-                if worker.task is not None:
+                if worker._num_done > (worker.process.pid == first):
                     worker.process.kill()
 
         thread = threading.Thread(target=kill_all)
@@ -157,7 +159,7 @@ def test_a_worker_that_is_killed_again_and_again_leaves_an_invalid_verdict(own_r
 def test_a_stopped_worker_does_not_hang_the_caller():
     with pool.GraderPool(1, 1, Setup()) as running:
         running.grade(answers([("1", r"\boxed{1}")]))
-        os.kill(running.pids[0], signal.SIGSTOP)
+        os.kill(pids_of(running)[0], signal.SIGSTOP)
         grade = running.grade(answers([("5", "5" * 3_000_000)], timeout=1.0))[0]
         assert grade.verdict == Verdict.WRONG, "the replacement graded it"
 
@@ -165,15 +167,15 @@ def test_a_stopped_worker_does_not_hang_the_caller():
 def test_old_workers_are_replaced(monkeypatch):
     monkeypatch.setattr(pool, "TASKS_PER_WORKER", 10)
     with pool.GraderPool(1, 0, Setup()) as running:
-        first = running.pids
+        first = pids_of(running)
         assert all(g.reward == 1 for g in running.grade(answers([("1", r"\boxed{1}")] * 25)))
-        assert running.pids != first
+        assert pids_of(running) != first
 
 
 def test_closing_ends_the_processes_and_a_closed_pool_says_so():
     running = pool.GraderPool(2, 0, Setup())
     running.grade(answers([("1", r"\boxed{1}")]))
-    pids = running.pids
+    pids = pids_of(running)
     running.close()
     running.close()
     assert not any(is_alive(pid) for pid in pids)
@@ -201,7 +203,7 @@ from oapl_jax.rewards.worker import Setup
 pool = GraderPool(2, 0, Setup())
 reward = RewardConfig(timeout=2.0)
 pool.grade([tasks.math_task(reward, "1", "1")] * 4)
-print(*pool.pids, *[worker.child for worker in pool._workers if worker.child], flush=True)
+print(*[worker.process.pid for worker in pool._workers], *[worker.child for worker in pool._workers if worker.child], flush=True)
 threading.Thread(target=pool.grade, args=([{{**{SLEEP!r}, "timeout": 2.0}}],), daemon=True).start()
 {ending}
 """
@@ -217,7 +219,7 @@ threading.Thread(target=pool.grade, args=([{{**{SLEEP!r}, "timeout": 2.0}}],), d
 
 def test_workers_are_light(workers):
     workers.grade(answers([("1", r"\boxed{1}")]))
-    for pid in workers.pids:
+    for pid in pids_of(workers):
         maps = pathlib.Path(f"/proc/{pid}/maps").read_text()
         assert "jaxlib" not in maps
         assert "tensorflow" not in maps

@@ -22,7 +22,7 @@ def test_every_program_gets_its_verdict(shared_data, level):
     for row in rows:
         num_tests = len(programs.parse_tests(layouts.read_tests(row["tests"])))
         task = tasks.code_task(reward, json.dumps(row["tests"]), num_tests, row["limits"], program=row["program"])
-        grade = grader.grade(task)
+        (grade,) = grader.grade(task)
         assert grade.level in ("", level)
         if grade.verdict != row["expect"]:
             different[row["id"]] = grade

@@ -53,12 +53,10 @@ def test_memory_of_every_kind_ends_at_the_limit(judge, source):
     """256 MB and 64 more for the most; what ends by a signal has said how far it came."""
     program = f"{SAY}{source}\nfor n in range(1, 1000):\n    take()\n    os.write(2, b'%4d' % n)\n"
     worker = judge._sandbox(0)
-    child = worker.start("script", program, Limits(cpu_s=4, wall_s=20, memory_mb=256))
-    sandbox.converse([(worker, child)], 20)
+    worker.start("script", program, Limits(cpu_s=4, wall_s=20, memory_mb=256))
+    (child,) = sandbox.converse([worker], 20)
     assert child.status != 0
-    said = [
-        int(word) for word in bytes(child.stderr).decode(errors="replace").split() if word.isdigit() and len(word) < 4
-    ]
+    said = [int(word) for word in child.stderr.decode(errors="replace").split() if word.isdigit() and len(word) < 4]
     assert max(said, default=0) <= 256 + 64
 
 
@@ -146,8 +144,8 @@ def test_what_a_program_cannot_reach(level, landlock_abi):
 
 
 def test_installed_packages_cannot_be_read(status):
-    interpreter = isolation.find_interpreter(None)
-    folders = [interpreter.stdlib + "/site-packages", *isolation.installed_packages(interpreter.stdlib)]
+    _, stdlib, *_ = isolation.find_interpreter(None)
+    folders = [stdlib + "/site-packages", *isolation.installed_packages(stdlib)]
     program = f"""
 import os
 for folder in {folders!r}:

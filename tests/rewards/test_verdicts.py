@@ -1338,9 +1338,9 @@ def test_every_rule_decides():
         "too large to compute": ("1", r"\boxed{10^{10^{10}}}"),
         "no known value": ("1", r"\boxed{\frac{1}{0}}"),
     }
-    assert decided.keys() == answers.RULES.keys()
+    assert {*answers.RIGHT} < decided.keys()
     for rule, (gold, response) in decided.items():
-        assert answers.grade_answer(gold, response, prompt="Compute 84/7.") == (answers.RULES[rule], rule)
+        assert answers.grade_answer(gold, response, prompt="Compute 84/7.") == (rule in answers.RIGHT, rule)
 
 
 @pytest.mark.slow

@@ -15,20 +15,14 @@ _DECIMAL = re.compile(r"[+-]?(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:[eE][+-]?[0-9]+)
 def is_same_output(output: str, expected: str, tolerance: float = 0.0) -> bool:
     """Compares standard output line by line, stripped; lines that differ as text are compared word by word as decimals.
 
-    LiveCodeBench has no tolerance: ``0.30000000000000004`` is not ``0.3``, but ``1.0`` is ``1``.
-
-    Args:
-        output: what the program printed.
-        expected: what it should have printed.
-        tolerance: largest difference of two numbers, absolute or relative to the expected one.
+    LiveCodeBench has no tolerance: ``0.30000000000000004`` is not ``0.3``, but ``1.0`` is ``1``. Here ``tolerance`` is the
+    largest difference of two numbers, absolute or relative to the expected one.
     """
     lines, wanted = _lines(output), _lines(expected)
     if len(lines) != len(wanted):
         return False
-    return all(
-        line == right or _has_same_numbers(line, right, Decimal(tolerance))
-        for line, right in zip(lines, wanted, strict=True)
-    )
+    pairs = zip(lines, wanted, strict=True)
+    return all(line == right or _has_same_numbers(line, right, Decimal(tolerance)) for line, right in pairs)
 
 
 def _lines(text: str) -> list[str]:

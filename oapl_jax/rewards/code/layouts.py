@@ -25,28 +25,18 @@ HARMLESS_OPCODES = {"PROTO", "FRAME", "MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT",
 
 
 def read_tests(layout: Any) -> list[dict]:
-    """The tests of one row, whichever layout it has.
-
-    Raises:
-        ValueError: the layout is none of those above.
-    """
+    """The tests of one row; raises ValueError where the layout is none of those above."""
     try:
-        return _tests_of(layout)
-    except (KeyError, IndexError, TypeError, AttributeError, SyntaxError, RecursionError) as error:
-        raise ValueError(f"the tests are damaged: {type(error).__name__}: {error!s:.100}") from None
-
-
-def _tests_of(layout: Any) -> list[dict]:
-    if isinstance(layout, str):
-        layout = json.loads(layout)
-    if isinstance(layout, list):
-        tests = [_one_test(test, None) for test in layout]
-        _unwrap([new for old, new in zip(layout, tests, strict=True) if new is not old and "any_of" in new])
-        return tests
-    if isinstance(layout, dict):
-        for keys, reader in _READERS:
+        layout = json.loads(layout) if isinstance(layout, str) else layout
+        if isinstance(layout, list):
+            tests = [_one_test(test, None) for test in layout]
+            _unwrap([new for old, new in zip(layout, tests, strict=True) if new is not old and "any_of" in new])
+            return tests
+        for keys, reader in _READERS if isinstance(layout, dict) else ():
             if keys <= set(layout):
                 return reader(layout)
+    except (KeyError, IndexError, TypeError, AttributeError, SyntaxError, RecursionError) as error:
+        raise ValueError(f"the tests are damaged: {type(error).__name__}: {error!s:.100}") from None
     raise ValueError(
         f"the tests have an unknown layout (oapl_jax/rewards/code/layouts.py lists the known ones): {layout!r:.200}"
     )
@@ -56,9 +46,7 @@ def _one_test(test: Any, function: str | None) -> dict:
     """A test of a list: one in our form stays as it is, those of DeepCoder and LiveCodeBench are converted."""
     if not isinstance(test, dict) or "input" not in test:
         return test
-    metadata = test.get("metadata") or {}
-    metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
-    function = test.get("fn_name") or metadata.get("func_name") or function
+    function = test.get("fn_name") or _function_of(test) or function
     if test.get("type") == "function_call":
         return _call(str(function), test["input"], test["output"])
     if test.get("testtype") == "functional":
@@ -99,15 +87,18 @@ def _inputs_and_outputs(row: dict) -> list[dict]:
 
 
 def _live_code_bench(row: dict) -> list[dict]:
-    metadata = row.get("metadata") or {}
-    metadata = json.loads(metadata) if isinstance(metadata, str) else metadata
     tests = json.loads(row["public_test_cases"])
     private = row.get("private_test_cases") or "[]"
     try:
         tests += json.loads(private)
     except json.JSONDecodeError:
         tests += json.loads(unpack(private))
-    return [_one_test(test, metadata.get("func_name")) for test in tests]
+    return [_one_test(test, _function_of(row)) for test in tests]
+
+
+def _function_of(row: dict) -> str | None:
+    metadata = row.get("metadata") or {}
+    return (json.loads(metadata) if isinstance(metadata, str) else metadata).get("func_name")
 
 
 def pack(text: str) -> str:
@@ -116,13 +107,7 @@ def pack(text: str) -> str:
 
 
 def unpack(packed: str) -> str:
-    """The text in ``base64(zlib(pickle(text)))``: LiveCodeBench and the paper's authors store tests in this form.
-
-    The pickle is parsed but never executed, and it must contain exactly one string.
-
-    Raises:
-        ValueError: it is anything else, or larger than ``MAX_UNPACKED`` bytes.
-    """
+    """The inverse of ``pack``. The pickle is never executed: a ValueError refuses what is not exactly one string."""
     try:
         decompressor = zlib.decompressobj()
         data = decompressor.decompress(base64.b64decode(packed, validate=True), MAX_UNPACKED)
@@ -134,7 +119,6 @@ def unpack(packed: str) -> str:
 
 
 def _pickled_string(data: bytes) -> str:
-    """The string in a pickle whose only value is a string, found by reading opcodes without executing them."""
     strings, is_ended = [], False
     try:
         for opcode, argument, _ in pickletools.genops(data):

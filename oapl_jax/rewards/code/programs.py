@@ -5,29 +5,31 @@ the call of a function, and assertions. Assertions run in another child than the
 two is data, so a program can neither read the assertions nor end them.
 """
 
+import ast
 import builtins
-import dataclasses
+import contextlib
 import enum
 import json
 import os
 import re
 import signal
 import symtable
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from oapl_jax.rewards.code.compare import is_same_output
 from oapl_jax.rewards.code.sandbox import sandbox
 from oapl_jax.rewards.code.sandbox.confined import program as confined
-from oapl_jax.rewards.code.sandbox.sandbox import Child, Limits, Sandbox, SandboxError, Settings
+from oapl_jax.rewards.code.sandbox.sandbox import Ended, Limits, Sandbox, SandboxError, Settings
 from oapl_jax.rewards.code.sandbox.self_test import open_sandbox
 from oapl_jax.types import Grade, Verdict
 
 _END_OF_THINKING = "</think>"
 _FENCE = re.compile(
-    r"^(?P<indent>[ \t]*(?:(?:[-*+]|\d{1,9}[.)])[ \t]+)*)(?P<fence>`{3,}|~{3,})(?P<info>[^\n]*)$", re.MULTILINE
+    r"^(?P<indent>[ \t]*(?:(?:>|(?:[-*+]|\d{1,9}[.)])[ \t])[ \t]*)*)(?P<fence>`{3,}|~{3,})(?P<info>[^\n]*)$",
+    re.MULTILINE,
 )
-"""A line that opens or closes a fenced block (CommonMark), perhaps in a list item."""
+"""A line that opens or closes a fenced block (CommonMark), perhaps in a list item or a block quote."""
 _PYTHON = re.compile(r"[{.\s]*(?:python|py)[\d.]*(?![a-z])", re.IGNORECASE)
 _STATEMENT = re.compile(
     r"^[ \t]*(?:import |from \S+ import |def \w+\(|class \w+|(?:for|while|if|with|try)\b.*:[ \t]*$"
@@ -61,39 +63,27 @@ class Status(enum.StrEnum):
     COMPILE_ERROR = "compile_error"
 
 
-@dataclasses.dataclass(frozen=True)
-class StdioTest:
-    """Standard input and the expected standard output."""
+class StdioTest(NamedTuple):
+    """A test of what a program prints."""
 
     stdin: str
     stdout: str
     tolerance: float = 0.0
 
 
-@dataclasses.dataclass(frozen=True)
-class CallTest:
-    """Arguments of a function (or of a method of ``Solution``) and its expected return values, as JSON values."""
-
-    function: str
-    args: list
-    expected: tuple
-    """The function must return one of these."""
-
-
-@dataclasses.dataclass(frozen=True)
-class AssertTest:
+class AssertTest(NamedTuple):
     """Python source that raises an exception if the program is wrong."""
 
     source: str
     remote: tuple[str, ...]
     """Names of the program that the source uses."""
+    stdin: str = ""
 
 
-Test = StdioTest | CallTest | AssertTest
+Test = StdioTest | AssertTest
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
+class Result(NamedTuple):
     """The result of one test of one program."""
 
     status: Status
@@ -104,43 +94,45 @@ class Result:
 def extract_program(response: str) -> str | None:
     """The last closed fenced block after the end of thinking that is Python, or None if no block could be.
 
-    A block is Python if its first line says so, or if it names no language and has a line that only a program has. If
-    there is no such block, the last one that names no language counts.
+    A block is Python if its first line says so; or if it names no language, has a line that only a program has, and
+    parses. If there is no such block, the last one that names no language counts.
     """
     if "<think>" in response and _END_OF_THINKING not in response:
         return None
-    python, unnamed = None, None
-    for info, block in _fenced_blocks(response.rpartition(_END_OF_THINKING)[2]):
+    unnamed = None
+    for info, block in reversed(list(_fenced_blocks(response.rpartition(_END_OF_THINKING)[2]))):
         if _PYTHON.match(info) and not block.lstrip().startswith(">>>"):
-            python = block
-        elif not info:
-            unnamed = block
-            python = block if _STATEMENT.search(block) else python
-    return unnamed if python is None else python
+            return block
+        if not info:
+            unnamed = unnamed or block
+            with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):  # pseudo-code, say
+                if _STATEMENT.search(block) and ast.parse(block):
+                    return block
+    return unnamed
 
 
 def _fenced_blocks(text: str) -> Iterator[tuple[str, str]]:
     """Yields the closed blocks: what stands after the opening fence, and the lines, without the fence's indentation."""
     opening = None
     for line in _FENCE.finditer(text):
-        fence, info = line["fence"], line["info"].strip()
+        indent, fence, info = line["indent"], line["fence"], line["info"].strip()
         if opening is None:
             if "`" not in info:
                 opening = line
-        elif not info and line["indent"].isspace() | (not line["indent"]) and fence.startswith(opening["fence"]):
+            continue
+        depth, spaces = opening["indent"].count(">"), opening["indent"].rpartition(">")[2]
+        if not info and indent.count(">") == depth and not indent.strip("> \t") and fence.startswith(opening["fence"]):
             block = text[opening.end() + 1 : line.start()]
-            width = len(opening["indent"])
-            yield opening["info"].strip(), re.sub(rf"^[ \t]{{0,{width}}}", "", block, flags=re.MULTILINE)
+            prefix = rf"^(?:[ \t]*>){{0,{depth}}}[ \t]{{0,{len(spaces)}}}"
+            yield opening["info"].strip(), re.sub(prefix, "", block, flags=re.MULTILINE)
             opening = None
 
 
 def parse_tests(tests: Any) -> list[Test]:
     """Tests from their JSON form: ``{stdin, stdout}``, ``{call, args, expected}`` or ``{assert}`` each.
 
-    ``any_of`` instead of ``expected`` lists several right values; ``tolerance`` belongs to ``stdout``.
-
-    Raises:
-        ValueError: there are no tests, or one has another form or does not compile; the message names it.
+    ``any_of`` instead of ``expected`` lists several right values; ``tolerance`` belongs to ``stdout``. A ValueError names
+    the first test of another form, or that does not compile.
     """
     if not isinstance(tests, list) or not tests:
         raise ValueError(f"tests: should be a list of at least one test, but is {str(tests)[:80]!r}")
@@ -148,6 +140,8 @@ def parse_tests(tests: Any) -> list[Test]:
 
 
 _FORMS = ("stdin stdout", "stdin stdout tolerance", "args call expected", "any_of args call", "assert")
+_TYPES = dict.fromkeys(("stdin", "stdout", "call", "assert"), (str,)) | dict.fromkeys(("args", "any_of"), (list,))
+_TYPES |= {"tolerance": (int, float)}
 
 
 def _parse_test(number: int, test: Any) -> Test:
@@ -155,15 +149,14 @@ def _parse_test(number: int, test: Any) -> Test:
     if keys not in _FORMS:
         forms = "stdin, stdout (and tolerance); or call, args, expected (or any_of, a list); or assert"
         raise ValueError(f"{where}: should have the keys {forms}: {test!r:.200}")
-    texts = [test[key] for key in ("stdin", "stdout", "call", "assert") if key in test]
-    if not all(isinstance(text, str) for text in texts) or not isinstance(test.get("args", []), list):
-        raise ValueError(f"{where}: stdin, stdout, call and assert are text, args is a list: {test!r:.200}")
-    if not isinstance(test.get("any_of", []), list) or type(test.get("tolerance", 0)) not in (int, float):
-        raise ValueError(f"{where}: any_of is a list, tolerance a number: {test!r:.200}")
+    if any(type(value) not in _TYPES.get(key, (type(value),)) for key, value in test.items()):
+        kinds = "args and any_of are lists, tolerance is a number, stdin, stdout, call and assert are text"
+        raise ValueError(f"{where}: {kinds}: {test!r:.200}")
     if "stdin" in test:
         return StdioTest(test["stdin"], test["stdout"], float(test.get("tolerance", 0.0)))
     if "call" in test:
-        return CallTest(test["call"], test["args"], tuple(test.get("any_of", [test.get("expected")])))
+        right = test.get("any_of", [test.get("expected")])
+        return AssertTest(_CALL, (test["call"],), json.dumps([test["call"], test["args"], right]))
     try:
         remote = remote_names(test["assert"])
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
@@ -190,12 +183,7 @@ def remote_names(source: str) -> tuple[str, ...]:
 
 
 class Judge:
-    """Runs programs on tests, in sandboxes that it starts when they are first needed.
-
-    Args:
-        settings: settings of the sandboxes.
-        mode: how text tests run a program: ``script``, or ``lcb`` for LiveCodeBench's own harness.
-    """
+    """Runs programs on tests in sandboxes that it starts when they are first needed; ``mode`` is ``script`` or ``lcb``."""
 
     def __init__(self, settings: Settings, mode: str = "script") -> None:
         self._settings, self._mode = settings, mode
@@ -209,15 +197,17 @@ class Judge:
     def judge(self, program: str, tests: Sequence[Test], limits: Limits, *, stop_early: bool) -> list[Result]:
         """Results in the order of the tests; with ``stop_early`` up to the first that is not accepted.
 
-        Raises:
-            SandboxError: the sandbox failed, so there is no verdict.
-            IsolationError: no sandbox of the required level can be started.
+        Raises SandboxError or IsolationError if the sandbox failed or does not start, so there is no verdict.
         """
         results = []
         try:
             for test in tests:
-                results.append(self._judge_twice(program, test, limits))
-                if stop_early and results[-1].status != Status.ACCEPTED:
+                run: Callable[..., Result] = self._stdio if isinstance(test, StdioTest) else self._asserts
+                result = run(program, test, limits)
+                if result.detail == _KILLED:  # from outside; only once, because a program can cause that itself
+                    result = run(program, test, limits)
+                results.append(result)
+                if stop_early and result.status != Status.ACCEPTED:
                     break
         except BaseException:
             self.close()
@@ -234,16 +224,10 @@ class Judge:
             self._sandboxes.append(open_sandbox(self._settings))
         return self._sandboxes[index]
 
-    def _judge_twice(self, program: str, test: Test, limits: Limits) -> Result:
-        """Runs a test again, but only once, if the child was killed from outside: a program can cause that itself."""
-        run = {StdioTest: self._stdio, CallTest: self._call, AssertTest: self._asserts}[type(test)]
-        result = run(program, test, limits)
-        return run(program, test, limits) if result.detail == _KILLED else result
-
     def _stdio(self, program: str, test: StdioTest, limits: Limits) -> Result:
         worker = self._sandbox(0)
-        child = worker.start(self._mode, program, limits, stdin=test.stdin, expected=len(test.stdout))
-        sandbox.converse([(worker, child)], limits.wall_s)
+        worker.start(self._mode, program, limits, stdin=test.stdin, expected=len(test.stdout))
+        (child,) = sandbox.converse([worker], limits.wall_s)
         failed = _failure(child, limits)
         if failed is not None:
             return failed
@@ -252,80 +236,61 @@ class Judge:
             return Result(Status.ACCEPTED, "", child.cpu_s)
         return Result(Status.WRONG_ANSWER, f"printed {output[:MAX_DETAIL]!r}", child.cpu_s)
 
-    def _call(self, program: str, test: CallTest, limits: Limits) -> Result:
-        given = json.dumps([test.function, test.args, test.expected])
-        return self._test(program, limits, _CALL, remote=(test.function,), stdin=given)
-
     def _asserts(self, program: str, test: AssertTest, limits: Limits) -> Result:
-        return self._test(program, limits, test.source, remote=test.remote)
-
-    def _test(self, program: str, limits: Limits, source: str, *, remote: tuple[str, ...], stdin: str = "") -> Result:
         """Runs a program and its tests in two children that ask each other through pipes."""
         ours, theirs = self._sandbox(0), self._sandbox(1)
         # What the data of the tests need is no part of the program's limits.
-        size_mb = len(stdin) / 1e6
-        more = dataclasses.replace(limits, cpu_s=limits.cpu_s + size_mb, memory_mb=limits.memory_mb + int(32 * size_mb))
+        size_mb = len(test.stdin) / 1e6
+        more = limits._replace(cpu_s=limits.cpu_s + size_mb, memory_mb=limits.memory_mb + int(32 * size_mb))
         ends: list[int] = []
         try:
             ends += [*os.pipe(), *os.pipe()]
-            candidate = ours.start("serve", program, limits, channel=(ends[1], ends[2]))
-            try:
-                tester = theirs.start("test", source, more, remote=remote, stdin=stdin, channel=(ends[3], ends[0]))
-            except SandboxError:
-                candidate.close()
-                raise
+            ours.start("serve", program, limits, channel=(ends[1], ends[2]))
+            channel = (ends[3], ends[0])
+            theirs.start("test", test.source, more, remote=test.remote, stdin=test.stdin, channel=channel)
         except OSError as error:
             raise SandboxError(f"a run could not be started: {error}") from error
         finally:
             for end in ends:
                 os.close(end)
-        sandbox.converse([(ours, candidate), (theirs, tester)], limits.wall_s)
+        candidate, tester = sandbox.converse([ours, theirs], limits.wall_s)
         has_passed = tester.status == confined.EXIT_PASSED and not tester.killed_for
         if tester.status == confined.EXIT_UNASKED:
             raise SandboxError("the test cannot be run: it never calls the program")
         failed = _failure(candidate, limits)
         if failed is None and not has_passed:
             failed = _failure(tester, more) or Result(Status.WRONG_ANSWER, "the assertions did not reach their end", 0)
-            if source is not _CALL and failed.status is not Status.TIME_LIMIT:
-                failed = dataclasses.replace(failed, status=Status.WRONG_ANSWER)
-        return dataclasses.replace(failed or Result(Status.ACCEPTED, "", 0), cpu_s=candidate.cpu_s + tester.cpu_s)
+            if test.source is not _CALL and failed.status is not Status.TIME_LIMIT:
+                failed = failed._replace(status=Status.WRONG_ANSWER)
+        return (failed or Result(Status.ACCEPTED, "", 0))._replace(cpu_s=candidate.cpu_s + tester.cpu_s)
 
 
 _KILLED = "killed from outside"
-_TOO_MUCH = {"output": Status.OUTPUT_LIMIT, "files": Status.OUTPUT_LIMIT, "threads": Status.RUNTIME_ERROR}
 _NO_MEMORY = ("MemoryError", "[Errno 12]")
 
 
-def _failure(child: Child, limits: Limits) -> Result | None:
-    """Why a child has no result; None if it ended normally and in time."""
+def _failure(child: Ended, limits: Limits) -> Result | None:
+    """Why a child has no result: the first cause that holds; None if it ended normally and in time."""
     said = child.stderr.decode(errors="replace").strip()[-MAX_DETAIL:]
-    status = None
-    if child.killed_for == "time" or sandbox.is_over_cpu(child, limits):
-        status, said = Status.TIME_LIMIT, f"{child.cpu_s:.2f} s of CPU"
-    elif child.killed_for in _TOO_MUCH:
-        status, said = _TOO_MUCH[child.killed_for], f"too much or too many: {child.killed_for}"
-    elif child.status == confined.EXIT_COMPILE:
-        status = Status.COMPILE_ERROR
-    elif child.status == confined.EXIT_WRONG:
-        status = Status.WRONG_ANSWER
-    elif child.status == confined.EXIT_MEMORY or (child.status != 0 and any(sign in said for sign in _NO_MEMORY)):
-        status = Status.MEMORY_LIMIT
-    elif child.status == -signal.SIGKILL and not child.killed_for:
-        status, said = Status.RUNTIME_ERROR, _KILLED
-    elif child.status != 0:
-        status, said = Status.RUNTIME_ERROR, f"exit {child.status} {said}"
-    return None if status is None else Result(status, said, child.cpu_s)
+    status, reason = child.status, child.killed_for
+    most = limits.cpu_s / sandbox.CPU_MARGIN if status == -signal.SIGKILL else limits.cpu_s
+    is_late = reason == "time" or status == -signal.SIGXCPU or child.cpu_s > most
+    is_without_memory = status == confined.EXIT_MEMORY or (status != 0 and any(sign in said for sign in _NO_MEMORY))
+    causes = (
+        (is_late, Status.TIME_LIMIT, f"{child.cpu_s:.2f} s of CPU"),
+        (reason in ("output", "files"), Status.OUTPUT_LIMIT, f"too much: {reason}"),
+        (reason == "threads", Status.RUNTIME_ERROR, "too many threads"),
+        (status == confined.EXIT_COMPILE, Status.COMPILE_ERROR, said),
+        (status == confined.EXIT_WRONG, Status.WRONG_ANSWER, said),
+        (is_without_memory, Status.MEMORY_LIMIT, said),
+        (status == -signal.SIGKILL, Status.RUNTIME_ERROR, _KILLED),
+        (status != 0, Status.RUNTIME_ERROR, f"exit {status} {said}"),
+    )
+    return next((Result(outcome, detail, child.cpu_s) for holds, outcome, detail in causes if holds), None)
 
 
 def make_grade(results: Sequence[Result], num_tests: int, rewards: str | dict[str, float], level: str) -> Grade:
-    """The grade of a program.
-
-    Args:
-        results: results of its tests, all or up to the first that failed.
-        num_tests: number of tests.
-        rewards: ``all``, ``fraction``, or the reward of each status.
-        level: the isolation level that it ran at.
-    """
+    """The grade of a program from its results; ``rewards`` is ``all``, ``fraction``, or the reward of each status."""
     num_passed = sum(result.status is Status.ACCEPTED for result in results)
     failed = next((result for result in results if result.status is not Status.ACCEPTED), None)
     if failed is None and num_passed != num_tests:
@@ -334,8 +299,8 @@ def make_grade(results: Sequence[Result], num_tests: int, rewards: str | dict[st
         reward = rewards.get(failed.status if failed else Status.ACCEPTED, 0.0)
     else:
         reward = num_passed / num_tests if rewards == "fraction" else float(failed is None)
-    detail = f"{num_passed} of {num_tests} tests passed"
-    if failed is not None:
-        detail = f"{failed.status} in test {results.index(failed)}: {failed.detail}"
-    verdict = Verdict.CORRECT if failed is None else Verdict.WRONG
-    return Grade(verdict, reward, detail, level, 1000 * sum(result.cpu_s for result in results))
+    cpu_ms = 1000 * sum(result.cpu_s for result in results)
+    if failed is None:
+        return Grade(Verdict.CORRECT, reward, f"{num_passed} of {num_tests} tests passed", level, cpu_ms)
+    detail = f"{failed.status} in test {results.index(failed)}: {failed.detail}"
+    return Grade(Verdict.WRONG, reward, detail, level, cpu_ms)

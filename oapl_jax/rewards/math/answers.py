@@ -6,7 +6,7 @@ r"""Whether a mathematical answer equals the gold one: the pipeline of a verdict
 4. The trees are compared part by part (``comparison.py``), and their values exactly (``values.py``).
 5. An answer that is equal has to be evaluated: pending arithmetic is wrong, and so is an expression of the prompt.
 
-The rule that decided is in the verdict (``RULES``). This runs in grading workers, so it does not import JAX. The work of
+The rule that decided is in the verdict. This runs in grading workers, so it does not import JAX. The work of
 a verdict is bounded by sizes that are known before it starts.
 """
 
@@ -21,19 +21,9 @@ from oapl_jax.rewards.math.notation import cleaned, spelling
 from oapl_jax.rewards.math.parser import MAX_DEPTH, Node, NotMathematicsError, parse
 from oapl_jax.rewards.math.values import TooLargeError, rational, variables
 
-RULES = {
-    "same text": True,
-    "equal values": True,
-    "no answer": False,
-    "different text": False,
-    "different values": False,
-    "pending arithmetic": False,
-    "an expression of the prompt": False,
-    "too large to compute": False,
-    "no known value": False,
-}
-"""The rules that decide, by name, with their verdicts."""
-
+RIGHT = ("same text", "equal values")
+"""The rules that decide that an answer is correct; ``_decide`` has the others."""
+MAX_GOLD_CHARACTERS = 10_000
 MAX_PROMPT_CHARACTERS = 8000
 """An expression is searched for in this many characters at the end of a prompt."""
 
@@ -56,26 +46,24 @@ def grade_answer(
     """Judges a finished response against a gold answer.
 
     Args:
-        gold: a number, bare LaTeX, or text with ``$...$`` or a box.
+        gold: a number, bare LaTeX, or text with ``$...$`` or a box; ValueError if ``is_usable_gold`` refuses it.
         response: the decoded response, thinking included.
         where: where the answer must be, see ``extract_answer``.
         prompt: an expression in it that is not evaluated is no answer.
         is_evaluated: whether pending arithmetic, like ``3 + 4`` for 7, is wrong.
-
-    Raises:
-        ValueError: the gold answer is blank or has open brackets; ``is_usable_gold`` checks that before a run.
     """
     if not is_usable_gold(gold):
         raise ValueError(f"the gold answer {gold!r} does not parse")
     answer = extract_answer(response, where)
     rule = "no answer" if answer is None else _decide(_unboxed(gold), answer, prompt, is_evaluated)
-    return Judgement(RULES[rule], rule)
+    return Judgement(rule in RIGHT, rule)
 
 
 def _decide(gold: str, answer: str, prompt: str, is_evaluated: bool) -> str:
     if spelling(gold) == spelling(answer):
         return "same text"
-    golds, answers = _readings(gold), _readings(answer)
+    # Of equations in which a side is no mathematics the last one counts.
+    golds, answers = _readings(gold) or _readings("=".join(gold.split("=")[-2:])), _readings(answer)
     if not golds or not answers:
         return "different text"
     try:
@@ -95,10 +83,7 @@ def _decide(gold: str, answer: str, prompt: str, is_evaluated: bool) -> str:
 
 
 def vote(response: str) -> str | None:
-    """The normalised answer of a response for majority votes, or None if it has no answer.
-
-    Spaces, dollars and trailing zeros are removed; 1/2 and 0.5 stay different.
-    """
+    """The answer of a response for majority votes, without spaces, dollars and trailing zeros; 1/2 is not 0.5."""
     answer = extract_answer(response)
     return None if answer is None else _voted(answer)
 
@@ -119,11 +104,7 @@ def response_with(answer: str, where: str) -> str:
 
 
 def extract_gold(answer: str, rule: str) -> str:
-    """The gold answer in its column: all of it (``whole``), or the text after the last ``####`` (``last_hash``, GSM8K).
-
-    Raises:
-        ValueError: the rule is ``last_hash`` and there is no ``####``.
-    """
+    """The gold answer in its column: all of it (``whole``), or the text after the last ``####`` (``last_hash``, GSM8K)."""
     if rule == "whole":
         return answer.strip()
     _, mark, gold = answer.rpartition("####")
@@ -134,19 +115,18 @@ def extract_gold(answer: str, rule: str) -> str:
 
 @functools.lru_cache(maxsize=1024)
 def is_usable_gold(gold: str) -> bool:
-    """Whether answers can be compared with a gold answer: it is not blank, and all its brackets close."""
+    """Whether answers can be compared with a gold answer: it is neither blank nor too long, and all its brackets close."""
     text = _unboxed(gold)
+    if len(text) > MAX_GOLD_CHARACTERS:
+        return False
     depth = deepest = 0
     for brace in re.findall(r"\\.|[{}()]", text):
         depth += (brace in "{(") - (brace in "})")
         deepest = max(deepest, depth)
         if brace == "}" and depth < 0:
             return False
-    return (
-        bool(spelling(text))
-        and deepest <= MAX_DEPTH
-        and text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
-    )
+    is_closed = text.count("{") - text.count(r"\{") == text.count("}") - text.count(r"\}")
+    return bool(spelling(text)) and deepest <= MAX_DEPTH and is_closed
 
 
 def _unboxed(gold: str) -> str:

@@ -31,15 +31,9 @@ class PendingError(ValueError):
 def says(gold: Node, answer: Node, *, is_evaluated: bool) -> bool:
     """Whether an answer says the same as the gold answer.
 
-    Args:
-        gold: the tree of the gold answer.
-        answer: that of the answer.
-        is_evaluated: refuse pending arithmetic where the gold answer has none.
-
     Raises:
-        PendingError: it does, but it has pending arithmetic.
-        TooLargeError: a value is too large to compute.
-        UnknownValueError: a part has no value.
+        PendingError: with ``is_evaluated``: it does, but it has pending arithmetic, and the gold answer has none.
+        TooLargeError, UnknownValueError: a value is too large to compute, or not known.
     """
     if not is_evaluated:
         return _matches(gold, answer, _is_same_value)
@@ -154,7 +148,8 @@ def _match_lists(gold: Node, answer: Node, is_same: _Same) -> bool:
     if brackets[0] != brackets[1] and set(brackets) != {"", "{}"}:
         labelled = (golds, answers)[brackets.index("")] if set(brackets) == {"", "()"} else []
         return _has_own_labels(labelled, with_indices=True) and _match_in_order(golds, answers, is_same)
-    is_ordered = brackets[0] not in ("", "{}") or (brackets == ["", ""] and all(map(_is_word, golds)))
+    are_words = all(item.kind == "word" or (item.kind == "symbol" and len(item.text) == 1) for item in golds)
+    is_ordered = brackets[0] not in ("", "{}") or (brackets == ["", ""] and are_words)
     if is_ordered or _has_own_labels(golds) != _has_own_labels(answers):
         return _match_in_order(golds, answers, is_same)
     for item in golds:
@@ -191,10 +186,6 @@ def _with_sign(node: Node, sign: str) -> Node:
     if node.kind == "pm":
         return parts[0] if node.text == sign else Node("neg", parts)
     return node._replace(args=parts)
-
-
-def _is_word(node: Node) -> bool:
-    return node.kind == "word" or (node.kind == "symbol" and len(node.text) == 1)
 
 
 def _has_own_labels(items: Sequence[Node], *, with_indices: bool = False) -> bool:
@@ -394,9 +385,7 @@ def _is_same_value(gold: Node, answer: Node) -> bool:
             return False
         return _is_same_value(*(node.args[0] if node.kind == "unit" else node for node in nodes))
     if "based" in kinds:  # equal ones have the same tree
-        bare = [
-            n._replace(kind="number", text=n.text.removesuffix("_10")) if n.text.endswith("_10") else n for n in nodes
-        ]
+        bare = [n._replace(kind="number", text=n.text[:-3]) if n.text.endswith("_10") else n for n in nodes]
         return bare != [*nodes] and _is_same_value(*bare)
     if "word" in kinds:
         return gold.text.casefold() == answer.text.casefold() and answer.kind in ("word", "symbol")

@@ -133,10 +133,8 @@ def _from_sentence(sentence: str, which: int) -> str | None:
     formulas = [formula for formula in formulas if _is_answer(formula)]
     if formulas:
         return formulas[which].strip()
-    runs = list(_NUMBER_RUN.finditer(sentence))
-    runs = [
-        run[0].rstrip() for run in runs if not re.match(r"\.?[A-Za-z_]", sentence[run.start() + len(run[0].rstrip()) :])
-    ]
+    found = [(run.start(), run[0].rstrip()) for run in _NUMBER_RUN.finditer(sentence)]
+    runs = [text for at, text in found if not re.match(r"\.?[A-Za-z_]", sentence[at + len(text) :])]
     return runs[which].rstrip(",.") if runs else None
 
 

@@ -16,10 +16,13 @@ _LATEX = {
     "\u00a0\u2009\u202f\u2007\u2002\u2003\u3000": " ", "\u200b\u200c\u200d\u2060\ufeff\u2061\u2062": "",
 }  # fmt: skip
 _CHARACTERS = {ord(character): latex for characters, latex in _LATEX.items() for character in characters}
-_RAISED = re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣ]+")
-_LOWERED = re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙₓ]+")
-_VULGAR = re.compile("[¼-¾⅐-⅞]")
-_STYLED = re.compile("[\uff01-\uff5e\U0001d400-\U0001d7ff]")
+_FORMS = {
+    re.compile("[⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻⁽⁾ⁿⁱˣ]+"): "^{{{}}}",
+    re.compile("[₀₁₂₃₄₅₆₇₈₉₊₋₍₎ₙₓ]+"): "_{{{}}}",
+    re.compile("[¼-¾⅐-⅞]"): r"\frac{{{}}}{{{}}}",
+    re.compile("[\uff01-\uff5e\U0001d400-\U0001d7ff]"): "{}",
+}
+"""Raised and lowered characters, fractions and styled letters, and the form of what they are by NFKC."""
 _GREEK = re.compile("[Α-Ωα-ω]")
 
 CURRENCIES = frozenset("¤€£¥₹₩¢")
@@ -107,10 +110,8 @@ class Token(NamedTuple):
 def cleaned(text: str) -> str:
     """The text in plain LaTeX without decoration."""
     text = _unwrapped(text)
-    text = _RAISED.sub(lambda match: f"^{{{_normal(match[0])}}}", text)
-    text = _LOWERED.sub(lambda match: f"_{{{_normal(match[0])}}}", text)
-    text = _VULGAR.sub(lambda match: r"\frac{{{}}}{{{}}}".format(*_normal(match[0]).split("\u2044")), text)
-    text = _STYLED.sub(lambda match: _normal(match[0]), text)
+    for pattern, form in _FORMS.items():
+        text = pattern.sub(lambda match, form=form: form.format(*_normal(match[0]).split("\u2044")), text)
     text = _GREEK.sub(_greek, text.translate(_CHARACTERS))
     for pattern, replacement in _REWRITES:
         text = pattern.sub(replacement, text)
@@ -143,10 +144,8 @@ def spelling(text: str) -> str:
         ends = spelled[-1:] + token.text[0]
         is_joint = len(ends) == 2 and all(character.isalnum() or character == "." for character in ends)
         spelled += f" {token.text}" if is_joint else token.text
-    is_words = any(len(part.text) > 1 for part in parts) and all(
-        part.kind in ("letters", "words") or part.text in ",.'-" for part in parts
-    )
-    return spelled.casefold() if is_words else spelled
+    are_words = all(part.kind in ("letters", "words") or part.text in ",.'-" for part in parts)
+    return spelled.casefold() if are_words and any(len(part.text) > 1 for part in parts) else spelled
 
 
 def _normal(characters: str) -> str:

@@ -57,15 +57,8 @@ _NAMED = FUNCTIONS | CONSTANTS.keys() | _GREEK | {"sqrt"}
 """Names that are no words, with and without a backslash."""
 _COMMANDS = {"frac", "mixed", "binom"}
 _SEPARATORS = {",": ",", ";": ",", "and": ",", "or": "or"}
-_CLOSING = {
-    "(": ")]",
-    "[": "])",
-    r"\{": (r"\}",),
-    "{": "}",
-    "|": "|",
-    r"\lfloor": (r"\rfloor",),
-    r"\lceil": (r"\rceil",),
-}
+_CLOSING = {"(": ")]", "[": "])", "{": "}", "|": "|"}
+_CLOSING |= {r"\{": (r"\}",), r"\lfloor": (r"\rfloor",), r"\lceil": (r"\rceil",)}
 _CALLED = {"|": "abs", r"\lfloor": "floor", r"\lceil": "ceil"}
 _APPLIED = set("fghFGHPQ")
 """Letters before a bracket that are functions rather than factors."""
@@ -88,11 +81,7 @@ _END = Token("end", "", False)
 
 
 def parse(text: str) -> Node:
-    """The tree of a text.
-
-    Raises:
-        NotMathematicsError: a part of the text has no place in the tree, or it is too long or too nested.
-    """
+    """The tree of a text; raises NotMathematicsError where a part has no place in it, or it is too long or too nested."""
     parser = _Parser(tokens(cleaned(text)))
     node = parser.list()
     parser.expect("")
@@ -110,21 +99,22 @@ class _Parser:
     def __init__(self, found: list[Token]) -> None:
         if len(found) > MAX_TOKENS:
             raise NotMathematicsError("too long")
-        self._tokens, self._at, self._depth = found, 0, 0
+        self._tokens, self._at, self._depth = [*found, _END], 0, 0
         self._open: list[str] = []
         """The brackets that are open."""
 
     def _peek(self, ahead: int = 0) -> Token:
-        at = self._at + ahead
-        return self._tokens[at] if at < len(self._tokens) else _END
+        return self._tokens[min(self._at + ahead, len(self._tokens) - 1)]
 
     def _sees(self, *texts: str, ahead: int = 0) -> bool:
         token = self._peek(ahead)
         return token.text in texts and token.kind != "words"
 
     def _take(self) -> Token:
+        if self._peek() is _END:
+            self.expect("more")
         self._at += 1
-        return self._tokens[self._at - 1] if self._at <= len(self._tokens) else self.expect("more")
+        return self._tokens[self._at - 1]
 
     def _takes(self, *texts: str) -> bool:
         is_there = self._sees(*texts)
@@ -136,7 +126,7 @@ class _Parser:
         if not self._sees(*texts):
             raise NotMathematicsError(f"unexpected {self._peek().text!r}")
         self._at += 1
-        return self._tokens[self._at - 1] if self._at <= len(self._tokens) else _END
+        return self._tokens[self._at - 1]
 
     def _chain(self, part: Callable[[], Node], operators: Mapping[str, str], *, are_words: bool = False) -> Any:
         """The parts between operators, and the operators."""
@@ -406,8 +396,5 @@ class _Parser:
             return Node("percent", (node,))
         if depth or not _UNIT.fullmatch(" ".join(words)) or any(word.lower() in _NO_UNITS for word in words):
             raise NotMathematicsError(f"{' '.join(words)!r} is no unit")
-        return Node(
-            "unit",
-            (node,),
-            " ".join(UNITS.get(w) or UNITS.get(w.removesuffix("s")) or w for w in words if w not in "{}"),
-        )
+        names = [UNITS.get(word) or UNITS.get(word.removesuffix("s")) or word for word in words if word not in "{}"]
+        return Node("unit", (node,), " ".join(names))

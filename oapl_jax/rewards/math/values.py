@@ -75,11 +75,7 @@ def variables(node: Node) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=1024)
 def rational(node: Node) -> Fraction | None:
-    r"""The value of a tree if it is rational by its form, so ``\sin 30^\circ`` has none.
-
-    Raises:
-        TooLargeError: the value, or one that it is made of, is too large.
-    """
+    r"""The value of a tree if it is rational by its form, so ``\sin 30^\circ`` has none; raises TooLargeError."""
     try:
         value = _evaluate(node, {}, _Trace())
     except UnknownValueError:
@@ -88,11 +84,7 @@ def rational(node: Node) -> Fraction | None:
 
 
 def approximate(node: Node, bits: int = 256) -> Fraction:
-    """The real value of a tree to ``bits`` bits, or exactly if it is rational.
-
-    Raises:
-        UnknownValueError: it is not real, or not finite.
-    """
+    """The real value of a tree to ``bits`` bits, or exactly if it is rational; UnknownValueError if it is not finite."""
     with mpmath.workprec(bits):
         value = _evaluate(node, {}, _Trace())
         if isinstance(value, Fraction):
@@ -105,9 +97,7 @@ def approximate(node: Node, bits: int = 256) -> Fraction:
 def are_equal(first: Node, second: Node) -> bool:
     """Whether two expressions have the same value, for all values of their variables.
 
-    Raises:
-        TooLargeError: a value is too large to compute.
-        UnknownValueError: an expression has a part without a value.
+    Raises TooLargeError if a value is too large to compute, and UnknownValueError if a part has none.
     """
     names = sorted(variables(first) | variables(second))
     if not names or first == second:

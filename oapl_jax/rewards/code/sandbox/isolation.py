@@ -23,7 +23,7 @@ import stat
 import subprocess
 import sys
 import tempfile
-from typing import Any, NamedTuple
+from typing import Any
 
 LEVELS = ("namespaces", "uid", "landlock")
 """Strongest first."""
@@ -46,73 +46,47 @@ _ASK_PATHS = (
     "import json, os, sys, sysconfig as s; print(json.dumps([os.path.realpath(sys.executable), os.path.dirname(os.__file__),"
     " os.path.join(s.get_config_var('LIBDIR') or '', s.get_config_var('INSTSONAME') or ''), sys.version_info[:2]]))"
 )
-ASK_TIMEOUT = 60.0
 
 
 class Unavailable(Exception):  # noqa: N818 (it is a finding, not yet an error)
     """This machine does not offer a level; the message says why."""
 
 
-class Interpreter(NamedTuple):
-    """The Python interpreter of programs."""
-
-    executable: str
-    stdlib: str
-    paths: tuple[str, ...]
-    """Files that it must be able to read, apart from system libraries."""
-
-
-class Launch(NamedTuple):
-    """How a worker is started."""
-
-    command: list[str]
-    options: dict[str, Any]
-    """Keyword arguments of ``subprocess.Popen``."""
-    folder: str
-    """The folder for temporary files, which is removed when the worker ends."""
-    hello: dict[str, Any]
-    """What the driver is told: files that Landlock leaves readable, folders whose names it leaves readable with those in
-    the folders below, the folder for temporary files inside the sandbox, additions to ``sys.path``, and packages."""
-
-
 def is_root() -> bool:
-    """Whether the grader is root, so that workers can have uids of their own."""
+    """Whether workers can have uids of their own."""
     return os.getuid() == 0
 
 
 @functools.cache
-def find_interpreter(wanted: str | None) -> Interpreter:
-    """The wanted interpreter, by default that of this process, or a system one that the workers' uids can reach.
+def find_interpreter(wanted: str | None) -> list[str]:
+    """Executable, library and, where there is one, shared library of an interpreter that the workers' uids can reach.
 
-    Raises:
-        ValueError: the workers can reach no interpreter of the same version.
+    It is the wanted one; by default that of this process, or else a system one. A ValueError says that there is none.
     """
-    ours = _ask(wanted or sys.executable)
-    if not is_root() or all(map(_is_public, ours.paths)):
-        return ours
-    system = shutil.which(f"python{sys.version_info[0]}.{sys.version_info[1]}", path="/usr/bin:/usr/local/bin")
-    found = _ask(system) if system and wanted is None else None
-    if found is None or not all(map(_is_public, found.paths)):
-        private = next(path for path in ours.paths if not _is_public(path))
-        raise ValueError(
-            f"programs run under another uid, which cannot reach the interpreter {private}; make its folders readable for"
-            f" others (chmod o+rx), install python{sys.version_info[0]}.{sys.version_info[1]} in /usr, or name an"
-            f" interpreter in reward.python"
-        )
-    return found
+    name = f"python{sys.version_info[0]}.{sys.version_info[1]}"
+    system = None if wanted else shutil.which(name, path="/usr/bin:/usr/local/bin")
+    private: list[str] = []
+    for executable in filter(None, (wanted or sys.executable, system)):
+        found = _ask(executable)
+        private = [path for path in found if is_root() and not _is_public(path)]
+        if not private:
+            return found
+    raise ValueError(
+        f"programs run under another uid, which cannot reach the interpreter {private[0]}; make its folders readable for"
+        f" others (chmod o+rx), install {name} in /usr, or name an interpreter in reward.python"
+    )
 
 
-def _ask(executable: str) -> Interpreter:
+def _ask(executable: str) -> list[str]:
     try:
-        output = subprocess.check_output([executable, "-I", "-S", "-c", _ASK_PATHS], timeout=ASK_TIMEOUT)
+        output = subprocess.check_output([executable, "-I", "-S", "-c", _ASK_PATHS], timeout=60)
     except (OSError, subprocess.SubprocessError) as error:
         raise ValueError(f"the interpreter of sandboxed programs, {executable!r}, does not run: {error}") from error
     real, stdlib, shared, version = json.loads(output)
     if tuple(version) != sys.version_info[:2]:
         wanted = ".".join(map(str, sys.version_info[:2]))
         raise ValueError(f"reward.python={executable!r}: is Python {'.'.join(map(str, version))}, but must be {wanted}")
-    paths = (real, stdlib, *([shared] if shared.endswith(".so") or ".so." in shared else []))
-    return Interpreter(real, stdlib, tuple(path for path in paths if os.path.exists(path)))
+    return [real, stdlib, *([shared] if ".so" in shared and os.path.exists(shared) else [])]
 
 
 def _is_public(path: str) -> bool:
@@ -122,12 +96,8 @@ def _is_public(path: str) -> bool:
     return folders and bool(real.stat().st_mode & stat.S_IROTH)
 
 
-def package_paths(packages: tuple[str, ...]) -> list[str]:
-    """Paths of the packages to preload, with the shared libraries that wheels put beside them.
-
-    Raises:
-        ValueError: a package is not installed.
-    """
+def _package_paths(packages: tuple[str, ...]) -> list[str]:
+    """Paths of the packages to preload, with the shared libraries that wheels put beside them."""
     paths = []
     for name in packages:
         spec = importlib.util.find_spec(name)
@@ -140,24 +110,27 @@ def package_paths(packages: tuple[str, ...]) -> list[str]:
     return paths
 
 
-def prepare(level: str, interpreter: Interpreter, packages: tuple[str, ...], socket_fd: int, source: str) -> Launch:
-    """The command that starts a worker of this level.
+def prepare(
+    level: str, python: str | None, packages: tuple[str, ...], socket_fd: int, source: str
+) -> tuple[list[str], dict[str, Any], str, dict[str, Any]]:
+    """How a worker of this level is started; raises Unavailable where the machine lacks what the level needs.
 
-    Raises:
-        Unavailable: the machine lacks something that the level needs.
+    Returns the command, keyword arguments of ``subprocess.Popen``, the folder for temporary files, which is removed when
+    the worker ends, and what the driver is told: files that Landlock leaves readable, folders whose names it leaves
+    readable with those in the folders below, the folder inside the sandbox, additions to ``sys.path``, and packages.
     """
     if level == "uid" and not is_root():
         raise Unavailable("it needs root to give workers a uid of their own")
-    bubblewrap = shutil.which("bwrap") or ""
+    bubblewrap = shutil.which("bwrap")
     if level == "namespaces" and not bubblewrap:
         raise Unavailable("bubblewrap is not installed; on Debian and Ubuntu: apt-get install bubblewrap")
-    extra = package_paths(packages)
+    extra = _package_paths(packages)
     libraries = [path for path in _LIBRARIES if os.path.isdir(path)]
-    installed = installed_packages(interpreter.stdlib)
-    python = [interpreter.executable, "-I", "-S", "-B", "-c", source, str(socket_fd)]
-    # The sandbox has no cache of the locations of shared libraries.
-    shared = interpreter.paths[2:]
+    executable, stdlib, *shared = find_interpreter(python)
+    installed = installed_packages(stdlib)
+    command = [executable, "-I", "-S", "-B", "-c", source, str(socket_fd)]
     options: dict[str, Any] = {"cwd": "/", "start_new_session": True, "pass_fds": [socket_fd]}
+    options |= {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL}
     folder = tempfile.mkdtemp(prefix="oapl_jax_sandbox_", dir="/tmp" if is_root() else None)
     if is_root() and level != "landlock":
         number = UIDS_OF_GRADER * os.getpid() + next(_worker_numbers) % UIDS_OF_GRADER
@@ -165,22 +138,23 @@ def prepare(level: str, interpreter: Interpreter, packages: tuple[str, ...], soc
         options |= {"user": uid, "group": uid, "extra_groups": []}
         os.chown(folder, uid, uid)
     environment = {**ENVIRONMENT, "TMPDIR": "/tmp" if level == "namespaces" else folder}
-    if shared:
+    if shared:  # the sandbox has no cache of the locations of shared libraries
         environment["LD_LIBRARY_PATH"] = os.path.dirname(shared[0])
-    if level == "namespaces":
-        visible = [*libraries, *interpreter.paths]
-        python = [bubblewrap, *_bubblewrap(visible, installed, extra, folder, environment), *python]
+    if level == "namespaces" and bubblewrap:
+        visible = [*libraries, executable, stdlib, *shared]
+        command = [bubblewrap, *_bubblewrap(visible, installed, extra, folder), *command]
     choom = shutil.which("choom")  # when memory runs out, the kernel should kill programs first
     # Most of the libraries of / are links to those of /usr. A rule for a link would be one for all that it points to.
     roots = [path for path in _ROOT_LIBRARIES if os.path.isdir(path) and not os.path.islink(path)]
-    readable = [path for each in (*libraries, *roots, interpreter.stdlib) for path in _without(each, installed)]
-    readable += [interpreter.executable, *shared, *extra, os.devnull, "/dev/urandom"]
+    readable = [path for each in (*libraries, *roots, stdlib) for path in _without(each, installed)]
+    readable += [executable, *shared, *extra, os.devnull, "/dev/urandom"]
     site = sorted({os.path.dirname(path) for path in extra})
-    command = [choom, "-n", "1000", "--", *python] if choom else python
+    command = [choom, "-n", "1000", "--", *command] if choom else command
     # The shell outlives a grader that is killed, so the folder is removed in any case.
     command = ["/bin/sh", "-c", '"$@"; exec /bin/rm -rf "$0"', folder, *command]
-    hello = {"readable": readable, "listable": [interpreter.stdlib, *site], "folder": environment["TMPDIR"]}
-    return Launch(command, {**options, "env": environment}, folder, {**hello, "site": site, "packages": list(packages)})
+    hello = {"readable": readable, "listable": [stdlib, *site], "folder": environment["TMPDIR"]}
+    hello |= {"site": site, "packages": list(packages)}
+    return command, {**options, "env": environment}, folder, hello
 
 
 def installed_packages(stdlib: str) -> list[str]:
@@ -199,13 +173,9 @@ def _without(path: str, hidden: list[str]) -> list[str]:
     return [found for entry in entries for found in _without(entry, hidden)]
 
 
-def _bubblewrap(
-    paths: list[str], installed: list[str], packages: list[str], folder: str, environment: dict[str, str]
-) -> list[str]:
+def _bubblewrap(paths: list[str], installed: list[str], packages: list[str], folder: str) -> list[str]:
     command = ["--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
-    command += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
-    for name, value in environment.items():
-        command += ["--setenv", name, value]
+    command += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     for path in paths:  # /usr/local is left out: it may contain data
         command += ["--ro-bind", path, path]
     # Empty file systems hide all installed packages but those that are wanted.

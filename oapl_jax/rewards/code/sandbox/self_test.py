@@ -5,16 +5,44 @@ import os
 
 from oapl_jax.rewards.code.sandbox import isolation
 from oapl_jax.rewards.code.sandbox.isolation import LEVELS, Unavailable
-from oapl_jax.rewards.code.sandbox.sandbox import (
-    Child,
-    Limits,
-    Sandbox,
-    SandboxError,
-    Settings,
-    converse,
-    read_confined,
-)
+from oapl_jax.rewards.code.sandbox.sandbox import Ended, Limits, Sandbox, SandboxError, Settings, converse
 
+_PROBE = """
+import ctypes, fcntl, json, mmap, os, resource, socket, sys
+def reopen():
+    for number in range(64):
+        try: return os.open(f"/proc/{os.getppid()}/fd/{number}", os.O_RDONLY | os.O_NONBLOCK)
+        except OSError: pass
+    raise OSError
+def check(is_possible):
+    if not is_possible: raise OSError
+libc, possible = ctypes.CDLL(None), []
+for name, attempt in json.load(sys.stdin).items():
+    try: exec(attempt)
+    except (OSError, ValueError, MemoryError): continue
+    possible.append(name)
+print(json.dumps(possible))
+"""
+"""The program that makes the attempts: those that raise nothing have succeeded."""
+_ATTEMPTS = {
+    "list processes": "os.listdir('/proc/1')",
+    "open an internet socket": "socket.socket(socket.AF_INET)",
+    "open a unix socket": "socket.socket(socket.AF_UNIX)",
+    "start a process": "os.fork() or os._exit(0)",
+    "start another program": "os.posix_spawn('/usr/bin/env', ['env'], {})",
+    "trace its parent": "check(libc.ptrace(16, os.getppid(), 0, 0) >= 0)",
+    "make a user namespace": "check(libc.unshare(0x10000000) >= 0)",
+    "outlive its parent": "check(libc.prctl(1, 0, 0, 0, 0) >= 0)",  # PR_SET_PDEATHSIG
+    "open a file of its parent": "reopen()",
+    "open a datagram socket": "socket.socketpair(socket.AF_UNIX, socket.SOCK_DGRAM)",
+    # Nothing happens to a device; to a file of its own user it would.
+    "empty a file that it may only read": "os.open(os.devnull, os.O_RDONLY | os.O_TRUNC)",
+    "empty a file without a mode": "os.open(os.devnull, os.O_ACCMODE | os.O_TRUNC)",
+    "raise its limits": "kind = resource.RLIMIT_NOFILE; n = resource.getrlimit(kind)[1] + 1; resource.setrlimit(kind, (n, n))",
+    "take 8 GiB": "bytearray(8 << 30)",
+    "share 8 GiB": "mmap.mmap(-1, 8 << 30)",
+}
+"""What a program must not be able to do, besides what depends on this process."""
 _MANY_THREADS = """
 import threading, time
 threading.stack_size(1 << 16)
@@ -33,11 +61,7 @@ class IsolationError(RuntimeError):
 
 
 def open_sandbox(settings: Settings) -> Sandbox:
-    """A worker of the strongest level that passes its self-test here; it is never weaker than ``settings.level``.
-
-    Raises:
-        IsolationError: no such level works; the message has the reason for each.
-    """
+    """A worker of the strongest level that passes its self-test here, but none that is weaker than ``settings.level``."""
     reasons = []
     for level in LEVELS[: LEVELS.index(settings.level) + 1]:
         sandbox, reason = try_level(level, settings)
@@ -68,24 +92,25 @@ def try_level(level: str, settings: Settings) -> tuple[Sandbox | None, str]:
 
 
 def self_test(sandbox: Sandbox) -> list[str]:
-    """Names of the forbidden actions that a program can perform in this worker.
-
-    Raises:
-        SandboxError: the self-test did not run.
-    """
+    """Names of the forbidden actions that a program can perform in this worker."""
     folders = isolation.installed_packages(os.path.dirname(os.__file__))
     installed = [entry.path for folder in folders for entry in os.scandir(folder) if entry.is_file()]
-    given = {
-        "files": [os.path.abspath(__file__), "/etc/passwd", "/proc/self/status", *installed[:MAX_INSTALLED]],
-        "folders": ["/tmp", "/var/tmp", "/dev/shm", "/", os.path.expanduser("~"), os.getcwd()],
-        "pids": [os.getpid(), os.getppid()],
-        "environment": [*isolation.ENVIRONMENT, "PWD", "LC_CTYPE", "LD_LIBRARY_PATH", "TMPDIR"],
-    }
+    files = [os.path.abspath(__file__), "/etc/passwd", "/proc/self/status", *installed[:MAX_INSTALLED]]
+    folders = ["/tmp", "/var/tmp", "/dev/shm", "/", os.path.expanduser("~"), os.getcwd()]
+    pids = [os.getpid(), os.getppid()]
     if sandbox.level == "namespaces":
         # The same pids name other processes inside the namespace, and /tmp is another folder.
-        given["pids"] = []
-        given["folders"] = [folder for folder in given["folders"] if folder != "/tmp"]
-    child = _run(sandbox, read_confined("probe"), json.dumps(given))
+        pids, folders = [], [folder for folder in folders if folder != "/tmp"]
+    known = [*isolation.ENVIRONMENT, "PWD", "LC_CTYPE", "LD_LIBRARY_PATH", "TMPDIR"]
+    attempts = {
+        **{f"read {path}": f"open({path!r}, 'rb').read(1)" for path in files},
+        **{f"write {folder}": f"p = {folder + '/oapl_jax_probe'!r}; open(p, 'wb'); os.unlink(p)" for folder in folders},
+        **{f"signal process {pid}": f"os.kill({pid}, 0)" for pid in pids},
+        **{f"signal process {pid} by fcntl": f"fcntl.fcntl(os.pipe()[0], fcntl.F_SETOWN, {pid})" for pid in pids},
+        "see the environment": f"check(set(os.environ) - set({known!r}))",
+        **_ATTEMPTS,
+    }
+    child = _run(sandbox, _PROBE, json.dumps(attempts))
     if child.status != 0:
         raise SandboxError(f"exit {child.status}: {child.stderr.decode(errors='replace').strip()[-200:]}")
     holes = json.loads(child.stdout)
@@ -98,7 +123,7 @@ def self_test(sandbox: Sandbox) -> list[str]:
     return holes
 
 
-def _run(sandbox: Sandbox, program: str, stdin: str) -> Child:
-    child = sandbox.start("script", program, Limits(), stdin=stdin)
-    converse([(sandbox, child)], Limits().wall_s)
+def _run(sandbox: Sandbox, program: str, stdin: str) -> Ended:
+    sandbox.start("script", program, Limits(), stdin=stdin)
+    (child,) = converse([sandbox], Limits().wall_s)
     return child

@@ -9,11 +9,11 @@ values that crossed, never by the object.
 
 import contextlib
 import copy
-import functools
 import itertools
 import operator
 import os
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from oapl_jax.rewards.code.sandbox.confined import values
@@ -23,34 +23,27 @@ _LIBRARIES = ("builtins", "decimal", "json.decoder", "statistics")
 """Modules whose exceptions both sides know; an exception of ``unittest`` could end the tests."""
 
 
+def _asks(do: str) -> Callable[..., Any]:
+    """A method that asks the other side for an operation."""
+    return lambda self, /, *args, **kwargs: self._its_peer.ask(do, self._its_node, *args, **kwargs)
+
+
 class Remote:
     """An object of the other side. It equals only itself, and it is always true."""
 
+    __call__, __getitem__, __next__ = _asks("call"), _asks("item"), _asks("next")
+    __setattr__, __setitem__ = _asks("set"), _asks("put")
+
     def __init__(self, peer: "Peer", node: dict) -> None:
         vars(self).update(_its_peer=peer, _its_node=node, _its_items=(-1, None), __name__=node.get("n"))
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._its_peer.ask("set", self._its_node, name, value)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self._its_peer.ask("put", self._its_node, key, value)
-
-    def __call__(self, /, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 (ruff mistakes it for an ordinary method)
-        return self._its_peer.ask("call", self._its_node, *args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
         return self._its_peer.ask("get", self._its_node, name)
 
-    def __getitem__(self, key: Any) -> Any:
-        return self._its_peer.ask("item", self._its_node, key)
-
     def __str__(self) -> str:
         return str.__str__(self._its_peer.ask("str", self._its_node))
-
-    def __next__(self) -> Any:
-        return self._its_peer.ask("next", self._its_node)
 
     def __iter__(self) -> Any:
         """Iterates over what has crossed; the object is asked again only after a call that may have changed it."""
@@ -72,25 +65,12 @@ class Remote:
         return True
 
 
-_OPERATIONS = {
-    "call": lambda target, /, *args, **kwargs: target(*args, **kwargs),
-    "get": getattr,
-    "set": setattr,
-    "iter": iter,
-    "next": next,
-    "item": operator.getitem,
-    "put": operator.setitem,
-    "str": str,
-}
+_OPERATIONS = {"get": getattr, "set": setattr, "item": operator.getitem, "put": operator.setitem}
+_OPERATIONS |= {"call": operator.call, "iter": iter, "next": next, "str": str}
 
 
 class Peer:
-    """One side of the calls.
-
-    Args:
-        side: ``program`` or ``tests``.
-        names: the global names of this side.
-    """
+    """One side of the calls, ``program`` or ``tests``, with its global names."""
 
     def __init__(self, side: str, names: dict[str, Any]) -> None:
         self._side, self._names = side, names
@@ -114,8 +94,7 @@ class Peer:
         graph = values.Graph(self._handle_of, self._owner_of)
         self.has_asked = True
         self.num_changes += do in ("call", "set", "put")
-        nodes = [graph.encode(value) for value in args], {name: graph.encode(value) for name, value in kwargs.items()}
-        request = {"do": do, "of": of, "args": nodes[0], "kwargs": nodes[1], "new": graph.contents()}
+        request = {"do": do, "of": of, "args": graph.encode((args, kwargs)), "new": graph.contents()}
         try:
             values.write_frame(self._results, request)
             while "do" in (reply := values.read_frame(self._requests)):
@@ -124,7 +103,7 @@ class Peer:
             for number, content in reply["changed"]:
                 graph.fill(number, content)
             result = graph.decode(reply["v"])
-            raised = self._exception(reply["raised"], *(result or ((), {}))) if "raised" in reply else None
+            raised = self._exception(*result) if reply["is_raised"] else None
         except BaseException:
             # The other side is gone, or what it sent is no reply. A test must not be able to catch that.
             os._exit(EXIT_CRASH)
@@ -146,24 +125,23 @@ class Peer:
         try:
             graph.add(request["new"])
             known = len(graph.objects)
-            args = [graph.decode(node) for node in request["args"]]
-            kwargs = {name: graph.decode(node) for name, node in request["kwargs"].items()}
+            args, kwargs = graph.decode(request["args"])
+            args = tuple(args)  # an object of the other side could give other items when it is asked again
             target = self._owner_of(request["of"])
             if self._side == "tests":
                 _check_allowed(request["do"], target, *args)
-            raised = {}
+            is_raised = False
             try:
                 result: Any = _OPERATIONS[request["do"]](target, *args, **kwargs)
             except BaseException as error:
-                raised = {"raised": _names_of(error)}
-                result = error.args, dict(vars(error))
+                is_raised, result = True, _parts_of(error)
             node = graph.encode(result)
             after = [graph.content(number) for number in range(known)]
             changed = [[number, content] for number, content in enumerate(after) if content != request["new"][number]]
-            return {"v": node, "changed": changed, "new": graph.contents(known), **raised}
+            return {"v": node, "changed": changed, "new": graph.contents(known), "is_raised": is_raised}
         except BaseException as error:
             # The result cannot be sent: it is too deep, say, or reading it raises an exception.
-            return {"v": None, "changed": [], "new": [], "raised": _names_of(error)}
+            return {"v": graph.encode((_names_of(error), (), ())), "changed": [], "new": [], "is_raised": True}
 
     def _handle_of(self, value: Any) -> dict:
         if isinstance(value, Remote):
@@ -185,8 +163,10 @@ class Peer:
         solution: Any = self._names.get("Solution")
         return getattr(solution(), index) if hasattr(solution, index) else self._names[index]
 
-    def _exception(self, names: list, args: Any, attributes: Any) -> BaseException:
+    def _exception(self, names: tuple, args: tuple, attributes: tuple) -> BaseException:
         """An exception of the nearest ancestors that this side knows, with the names of those below them."""
+        if ("builtins", "BaseExceptionGroup") in names:
+            args = args[0], [self._exception(*member) for member in args[1]]
         found = [self._known(*name) for name in names]
         known = [kind for kind in found if kind]
         bases = [kind for kind in known if not any(kind in other.__mro__[1:] for other in known)]
@@ -196,11 +176,10 @@ class Peer:
                 kind = type(kind.__name__, tuple(bases), {})
         for module, name in reversed(names[: found.index(known[0])]):
             kind = type(name, (kind,), {"__module__": module})
-        error = BaseException()
-        for make in (kind, functools.partial(kind.__new__, kind), *known):
-            with contextlib.suppress(TypeError, ValueError):  # some constructors take something else
-                error = make(*args)
-                break
+        try:
+            error = kind(*args)
+        except (TypeError, ValueError):  # some constructors take something else
+            error = kind.__new__(kind, *args)
         vars(error).update(attributes)
         return error
 
@@ -209,8 +188,16 @@ class Peer:
         return kind if isinstance(kind, type) and issubclass(kind, BaseException) else None
 
 
-def _names_of(error: BaseException) -> list:
-    return [[kind.__module__, kind.__name__] for kind in type(error).__mro__]
+def _names_of(error: BaseException) -> tuple:
+    return tuple((kind.__module__, kind.__name__) for kind in type(error).__mro__)
+
+
+def _parts_of(error: BaseException) -> tuple:
+    """An exception as data: the names of its ancestors, its arguments, or message and members, and its attributes."""
+    args = error.args
+    if isinstance(error, BaseExceptionGroup):
+        args = error.message, tuple(map(_parts_of, error.exceptions))
+    return _names_of(error), args, tuple(vars(error).items())
 
 
 def _check_allowed(do: str, target: Any, *args: Any) -> None:

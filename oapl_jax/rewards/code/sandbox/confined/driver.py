@@ -5,11 +5,11 @@ It is started as ``python -I -S -B -c SOURCE DESCRIPTOR``. The control socket br
 the child's descriptors for each test. The reply to a request says how the child ended. It exits when the socket closes.
 """
 
-import array
 import ctypes
 import fcntl
 import gc
 import json
+import mmap
 import os
 import resource
 import select
@@ -33,24 +33,22 @@ NUM_FILES, MAX_FILES = 64, 4096
 STACK_BYTES = 256 << 20
 HUGE = 1 << 37
 """An address space that no worker fills."""
-PROT_NONE, MAP_PRIVATE, MAP_ANONYMOUS = 0, 0x02, 0x20
 CAPABILITY_VERSION = 0x20080522
 WATCH_SECONDS = 0.05
-MAX_TEMPORARY_FILE, MAX_TEMPORARY_FILES, MAX_TEMPORARY = 1 << 20, 500, 16 << 20
-"""Bytes of one temporary file, number of files and folders, bytes of all. The kernel keeps the first; the driver looks."""
-MAX_THREADS = 64
+MAX_TEMPORARY_FILES, MAX_TEMPORARY = 500, 16 << 20
+"""Number of temporary files and folders, and bytes of all."""
 
 libc = ctypes.CDLL(None, use_errno=True)
-libc.mmap.restype = ctypes.c_void_p
-libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
 
 
 def main() -> None:
     """Serves until the grader closes the socket."""
-    control = socket.socket(fileno=int(sys.argv[1]))
-    message, ancillary, _, _ = control.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(4))
-    hello, (filter_fd,) = json.loads(message), _descriptors(ancillary)
+    # Everything that is opened gets a number above those that a child will use.
+    control = socket.socket(fileno=fcntl.fcntl(int(sys.argv[1]), fcntl.F_DUPFD_CLOEXEC, CHILD_DESCRIPTORS + 2))
+    while os.dup(0) < CHILD_DESCRIPTORS + 2:
+        pass
+    message, (filter_fd,), _, _ = socket.recv_fds(control, MAX_MESSAGE, 1)
+    hello = json.loads(message)
     seccomp_filter = os.pread(filter_fd, MAX_MESSAGE, 0)
     os.close(filter_fd)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
@@ -67,22 +65,18 @@ def main() -> None:
     control.send(json.dumps({"landlock": abi, "uid": os.getuid(), "pid": os.getpid()}).encode())
     children = _Children(control, seccomp_filter, names, ruleset, hello["folder"])
     while True:
-        message, ancillary, _, _ = control.recvmsg(MAX_MESSAGE, socket.CMSG_SPACE(4 * CHILD_DESCRIPTORS))
+        message, descriptors, _, _ = socket.recv_fds(control, MAX_MESSAGE, CHILD_DESCRIPTORS)
         if not message:
             os._exit(0)
         request = json.loads(message)
         if "mode" in request:  # otherwise it is a kill that came too late
-            control.send(json.dumps(children.run(request, _descriptors(ancillary))).encode())
+            control.send(json.dumps(children.run(request, descriptors)).encode())
 
 
 def _prepare(hello: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Loads the child's modules and the packages to preload; returns the names that each mode starts with."""
     for name, source in hello["modules"]:
-        module = types.ModuleType(name)
-        sys.modules[name] = module
-        parent, _, last = name.rpartition(".")
-        if parent:
-            setattr(sys.modules[parent], last, module)
+        module = sys.modules[name] = types.ModuleType(name)
         exec(compile(source, f"<{name}>", "exec"), vars(module))
     program = sys.modules["oapl_jax.rewards.code.sandbox.confined.program"]
     program.open_standard_files()  # before packages, which keep the functions that they find
@@ -141,12 +135,11 @@ def _mapped_bytes() -> int:
     possible, too_much = 0, limit
     while too_much - possible > MAX_MESSAGE:
         size = (possible + too_much) // 2
-        address = libc.mmap(None, size, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)
-        if address == ctypes.c_void_p(-1).value:
-            too_much = size
-        else:
-            libc.munmap(address, size)
+        try:
+            mmap.mmap(-1, size, mmap.MAP_PRIVATE, 0).close()
             possible = size
+        except OSError:
+            too_much = size
     return limit - possible
 
 
@@ -170,20 +163,18 @@ class _Children:
     def run(self, request: dict[str, Any], descriptors: list[int]) -> dict[str, Any]:
         """Runs one child to its end. It is killed if the grader says so or closes the socket."""
         try:
-            pid = os.fork()
+            if (pid := os.fork()) == 0:
+                self._child(request, descriptors)
         except OSError as error:
+            return {"failure": f"fork: {error.strerror}"}
+        finally:
             for descriptor in descriptors:
                 os.close(descriptor)
-            return {"id": request["id"], "failure": f"fork: {error.strerror}"}
-        if pid == 0:
-            self._child(request, descriptors)
-        for descriptor in descriptors:
-            os.close(descriptor)
-        status, usage, over = self._wait(pid, request["tasks"] is None)
-        report = {"status": os.waitstatus_to_exitcode(status), "cpu": usage.ru_utime + usage.ru_stime, "over": over}
-        return {"id": request["id"], "failure": "", **report}
+        status, usage, over = self._wait(pid, request)
+        cpu_s = usage.ru_utime + usage.ru_stime
+        return {"failure": "", "status": os.waitstatus_to_exitcode(status), "cpu": cpu_s, "over": over}
 
-    def _wait(self, pid: int, is_counting: bool) -> tuple[int, Any, str]:
+    def _wait(self, pid: int, request: dict[str, Any]) -> tuple[int, Any, str]:
         over = ""
         while True:
             found, status, usage = os.wait4(pid, os.WNOHANG)
@@ -198,7 +189,7 @@ class _Children:
                 os._exit(0)
             if not ready and not over:
                 over = "files" if _is_full(self._folder) else ""
-                if is_counting and len(os.listdir(f"/proc/{pid}/task")) > MAX_THREADS:
+                if request["is_counting"] and len(os.listdir(f"/proc/{pid}/task")) > request["tasks"]:
                     over = "threads"
             if is_killed or over:
                 os.kill(pid, signal.SIGKILL)  # the child has not been waited for, so the pid is still its own
@@ -211,22 +202,17 @@ class _Children:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             signal.signal(signal.SIGINT, signal.default_int_handler)
             libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-            # The descriptors move out of the way before they get their final numbers.
-            kept = (*descriptors, self._control.fileno(), max(self._ruleset, 0))
-            high = [fcntl.fcntl(descriptor, fcntl.F_DUPFD, NUM_FILES) for descriptor in kept]
-            for number, descriptor in enumerate(high[: len(descriptors)]):
+            for number, descriptor in enumerate(descriptors):
                 os.dup2(descriptor, number)
-            control, ruleset = CHILD_DESCRIPTORS, CHILD_DESCRIPTORS + 1
-            os.dup2(high[-2], control)
-            os.dup2(high[-1], ruleset)
+            control = os.dup2(self._control.fileno(), CHILD_DESCRIPTORS)
+            ruleset = os.dup2(max(self._ruleset, 0), CHILD_DESCRIPTORS + 1)
             os.closerange(len(descriptors), control)
             os.closerange(ruleset + 1, MAX_FILES)
             self._limit(request)
             # An exit status cannot report a failure of the sandbox: a program could choose it to be excused.
             is_confined = _restrict(ruleset if self._ruleset >= 0 else -1)
             if not is_confined or libc.prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, self._filter, 0, 0):
-                failure = {"id": request["id"], "failure": "the child could not be confined"}
-                os.write(control, json.dumps(failure).encode())
+                os.write(control, b'{"failure": "the child could not be confined"}')
                 os._exit(1)
             os.close(control)
             os.close(ruleset)
@@ -242,7 +228,7 @@ class _Children:
         # SIGXCPU comes at the soft limit. SIGKILL follows a second later for programs that ignore it.
         resource.setrlimit(resource.RLIMIT_CPU, (request["cpu_s"], request["cpu_s"] + 1))
         wanted = {
-            resource.RLIMIT_FSIZE: MAX_TEMPORARY_FILE,
+            resource.RLIMIT_FSIZE: request["file"],
             resource.RLIMIT_NOFILE: NUM_FILES,
             resource.RLIMIT_MEMLOCK: 0,
             resource.RLIMIT_MSGQUEUE: 0,
@@ -250,9 +236,8 @@ class _Children:
             resource.RLIMIT_STACK: STACK_BYTES,
             # The address space has everything that a program can map: heap, stacks, shared memory.
             resource.RLIMIT_AS: self._mapped + request["memory"],
+            resource.RLIMIT_NPROC: HUGE if request["is_counting"] else request["tasks"],
         }
-        if request["tasks"] is not None:
-            wanted[resource.RLIMIT_NPROC] = request["tasks"]
         for kind, value in wanted.items():
             hard = resource.getrlimit(kind)[1]
             value = value if hard == resource.RLIM_INFINITY else min(value, hard)
@@ -274,10 +259,6 @@ def _is_full(folder: str) -> bool:
     except OSError as error:  # removed in the meantime; or the path is too long, or a folder that nobody may read
         return not isinstance(error, FileNotFoundError)
     return False
-
-
-def _descriptors(ancillary: list) -> list[int]:
-    return list(array.array("i", ancillary[0][2])) if ancillary else []
 
 
 if __name__ == "__main__":

@@ -39,39 +39,46 @@ _STANDARD_FILES |= {f"{folder}/{number}": number for folder in ("/dev/fd", "/pro
 
 def names_for(mode: str) -> dict[str, Any]:
     """Names that are defined for a program of this mode: none for a script, otherwise those that its judge provides."""
-    leetcode = {item.__name__: item for item in values.LEETCODE_NAMES}
     if mode in ("script", "lcb"):
         return {}
     if mode == "test":
-        return {name: __import__(name) for name in _MODULES} | leetcode
+        return {name: __import__(name) for name in _MODULES} | values.LEETCODE_NAMES
     names: dict[str, Any] = {}
     exec(PREFIX, names)
-    return names | leetcode
+    return names | values.LEETCODE_NAMES
 
 
 def open_standard_files() -> None:
     """Lets programs open ``/dev/stdin`` by its name, for which the kernel needs a /proc that the sandbox may lack."""
+    open_file, open_descriptor = io.open, os.open
 
-    def wrapped(function: Callable[..., Any], from_number: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(function)
-        def opened(file: Any, *args: Any, **kwargs: Any) -> Any:
-            number = None if isinstance(file, int) else _STANDARD_FILES.get(os.fsdecode(file))
-            return function(file, *args, **kwargs) if number is None else from_number(os.dup(number), *args, **kwargs)
+    class FileIO(io.FileIO):
+        def __init__(self, file: Any, *args: Any, **kwargs: Any) -> None:
+            super().__init__(_resolved(file), *args, **kwargs)
 
-        return opened
+    @functools.wraps(open_file)
+    def opened(file: Any, *args: Any, **kwargs: Any) -> Any:
+        return open_file(_resolved(file), *args, **kwargs)
 
-    builtins.open = io.open = wrapped(io.open, io.open)
-    os.open = wrapped(os.open, lambda number, *_, **__: number)
+    @functools.wraps(open_descriptor)
+    def opened_descriptor(path: Any, *args: Any, **kwargs: Any) -> int:
+        found = _resolved(path)
+        return open_descriptor(path, *args, **kwargs) if found is path else found
+
+    builtins.open = io.open = opened
+    os.open, io.FileIO = opened_descriptor, FileIO
+
+
+def _resolved(file: Any) -> Any:
+    """A new descriptor for the name of a standard file; anything else as it is."""
+    number = None if isinstance(file, int) else _STANDARD_FILES.get(os.fsdecode(file))
+    return file if number is None else os.dup(number)
 
 
 def run(mode: str, source: bytes, names: dict[str, Any], remote: Iterable[str] = ()) -> int:
-    """Runs a program to its end and returns the exit status.
+    """Runs a program, in mode ``test`` tests, to its end and returns the exit status.
 
-    Args:
-        mode: ``script``, ``lcb``, ``serve`` or ``test``.
-        source: the program; in mode ``test`` the tests.
-        names: names that are defined for it.
-        remote: names of the program under test that the tests use.
+    ``names`` are defined for it; ``remote`` are the names of the program under test that the tests use.
     """
     main = types.ModuleType("__main__")
     vars(main).update({**names, "__file__": "solution.py", "__builtins__": builtins})
@@ -114,9 +121,6 @@ def _end_of_script(status: int) -> int:
     return status
 
 
-# ---- LiveCodeBench's own harness (lcb_runner/evaluation/testing_util.py) ----
-
-
 def lcb_source(source: bytes) -> str:
     """The program as LiveCodeBench rewrites it: imports first, all other statements inside one function."""
     tree = ast.parse(source)
@@ -130,36 +134,13 @@ def lcb_source(source: bytes) -> str:
     return "\n".join([PREFIX, *map(ast.unparse, imports), ast.unparse(wrapped)])
 
 
-class _MockBuffer:
-    def __init__(self, text: str) -> None:
-        self._data = text.encode()
-
-    def read(self, *_: object) -> bytes:
-        return self._data
-
-    def readline(self, *_: object) -> bytes:
-        return self._data.split(b"\n")[0] + b"\n"
-
-
-class _MockStdin:
+def _mock_stdin(text: str) -> types.SimpleNamespace:
     """LiveCodeBench's mock: each read returns the whole text, lines are counted separately, and it has no iterator."""
-
-    def __init__(self, text: str) -> None:
-        self._text, self._lines = text, iter(text.split("\n"))
-        self._stream = io.StringIO(text)
-        self.buffer = _MockBuffer(text)
-
-    def read(self, *_: object) -> str:
-        return self._text
-
-    def readline(self, *_: object) -> str:
-        return next(self._lines)
-
-    def readlines(self, *_: object) -> list[str]:
-        return self._text.split("\n")
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
+    stream, lines, data = io.StringIO(text), iter(text.split("\n")), text.encode()
+    mock = {name: getattr(stream, name) for name in dir(stream) if not name.startswith("_")}
+    mock |= {"read": lambda *_: text, "readline": lambda *_: next(lines), "readlines": lambda *_: text.split("\n")}
+    first = data.split(b"\n")[0] + b"\n"
+    return types.SimpleNamespace(**mock, buffer=types.SimpleNamespace(read=lambda *_: data, readline=lambda *_: first))
 
 
 def _run_lcb(code: types.CodeType, namespace: dict[str, Any]) -> None:
@@ -171,7 +152,7 @@ def _run_lcb(code: types.CodeType, namespace: dict[str, Any]) -> None:
     sys.setrecursionlimit(LCB_RECURSION_LIMIT)
     namespace["__name__"] = "tmp_sol"
     exec(code, namespace)
-    sys.stdin, sys.stdout, opened = _MockStdin(text), captured, builtins.open
+    sys.stdin, sys.stdout, opened = _mock_stdin(text), captured, builtins.open  # pyright: ignore[reportAttributeAccessIssue]
     builtins.open = lambda *_, **__: io.StringIO(text)  # pyright: ignore[reportAttributeAccessIssue]
     try:
         namespace["wrapped_function"]()
@@ -181,9 +162,6 @@ def _run_lcb(code: types.CodeType, namespace: dict[str, Any]) -> None:
         builtins.open = opened
     with os.fdopen(real, "w", encoding="utf-8", errors="surrogatepass", newline="\n") as stream:
         stream.write(captured.getvalue())
-
-
-# ---- the program under test, and its assertions, which run in another child ----
 
 
 def _serve(code: types.CodeType, namespace: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Python values as plain JSON, for the pipes between a program and its tests; pickle is never used.
 
 ``None``, booleans, strings, floats and small integers stand for themselves. Other values that cannot change, such as
-tuples and large integers, are ``{"t": tag, "v": ...}``. Lists, dictionaries, sets and linked nodes are numbered, and
+tuples and large integers, are ``{"t": tag, "v": parts}``. Lists, dictionaries, sets and linked nodes are numbered, and
 ``{"o": number}`` refers to one; so shared and cyclic structures keep their form, and both sides of a call know which
 object a change belongs to. Anything else is a handle, which the other side can only use through its owner.
 This runs on both sides of the sandbox, so it imports only the standard library.
@@ -9,11 +9,11 @@ This runs on both sides of the sandbox, so it imports only the standard library.
 
 import builtins
 import collections
-import datetime
 import json
 import struct
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any, BinaryIO
@@ -82,17 +82,10 @@ def tree_values(root: Any) -> list:
     return values
 
 
-def is_same_list(left: Any, right: Any) -> bool:
-    """Whether two linked lists have the same values."""
-    return list_values(left) == list_values(right)
-
-
-def is_same_tree(left: Any, right: Any) -> bool:
-    """Whether two trees have the same shape and values."""
-    return tree_values(left) == tree_values(right)
-
-
-LEETCODE_NAMES = (ListNode, TreeNode, list_node, tree_node, is_same_list, is_same_tree)
+LEETCODE_NAMES = {item.__name__: item for item in (ListNode, TreeNode, list_node, tree_node)} | {
+    "is_same_list": lambda left, right: list_values(left) == list_values(right),
+    "is_same_tree": lambda left, right: tree_values(left) == tree_values(right),
+}
 
 _FIELDS = {"ListNode": ("val", "next"), "TreeNode": ("val", "left", "right")}
 _MAPPINGS = {
@@ -103,27 +96,28 @@ _SHELLS = {**_KINDS, "ListNode": ListNode, "TreeNode": TreeNode}
 _PURE = "abs all any bin chr divmod hash hex isinstance len max min oct ord pow repr round sorted sum".split()  # noqa: SIM905
 _BUILTINS = {name: item for name, item in vars(builtins).items() if isinstance(item, type) or name in _PURE}
 """What crosses by its name. Another function is called where it is: ``globals`` would give away what tests know."""
-_FROM_ITEMS: dict[str, Callable[[list], Any]] = {
-    "tuple": tuple,
-    "frozenset": frozenset,
-    "dict_keys": lambda items: dict.fromkeys(items).keys(),
-    "dict_values": lambda items: dict(enumerate(items)).values(),
-    "dict_items": lambda items: dict(items).items(),
-}
-_SCALARS: dict[type, tuple[Callable[[Any], Any], Callable[[Any], Any]]] = {
+_IMMUTABLE: dict[type, tuple[Callable[[Any], Iterable], Callable[[list], Any]]] = {
+    tuple: (tuple.__iter__, tuple),
+    frozenset: (frozenset.__iter__, frozenset),
+    bytes: (lambda value: [bytes.hex(value)], lambda parts: bytes.fromhex(*parts)),
+    type({}.keys()): (iter, lambda items: dict.fromkeys(items).keys()),
+    type({}.values()): (iter, lambda items: dict(enumerate(items)).values()),
+    type({}.items()): (iter, lambda items: dict(items).items()),
     range: (lambda value: [value.start, value.stop, value.step], lambda parts: range(*parts)),
     complex: (lambda value: [value.real, value.imag], lambda parts: complex(*parts)),
-    Decimal: (str, Decimal),
-    Fraction: (str, Fraction),
-    datetime.timedelta: (lambda d: [d.days, d.seconds, d.microseconds], lambda parts: datetime.timedelta(*parts)),
-    **{k: (k.isoformat, k.fromisoformat) for k in (datetime.datetime, datetime.date, datetime.time)},
+    Decimal: (lambda value: [str(value)], lambda parts: Decimal(*parts)),
+    Fraction: (lambda value: [value.numerator, value.denominator], lambda parts: Fraction(*parts)),
+    timedelta: (lambda value: [value.days, value.seconds, value.microseconds], lambda parts: timedelta(*parts)),
+    **{
+        kind: (lambda value: [value.isoformat()], lambda parts, kind=kind: kind.fromisoformat(*parts))
+        for kind in (datetime, date, time)
+    },
 }
-"""Other kinds: a value to JSON, and back."""
-_FROM_JSON: dict[str, Callable[[Any], Any]] = {
-    "int": lambda text: int(text, 16),
-    "bytes": bytes.fromhex,
-    "builtin": lambda name: _BUILTINS[name],
-    **{kind.__name__: back for kind, (_, back) in _SCALARS.items()},
+"""Other kinds: a value to its parts, and back. Only of the first three a subclass counts as its built-in type."""
+_FROM_PARTS: dict[str, Callable[[list], Any]] = {
+    "int": lambda parts: int(parts[0], 16),
+    "builtin": lambda parts: _BUILTINS[parts[0]],
+    **{kind.__name__: back for kind, (_, back) in _IMMUTABLE.items()},
 }
 
 
@@ -141,17 +135,13 @@ def _kind_of(value: Any) -> str | None:
 class Graph:
     """The objects of one call: those of its arguments first, then those of its result.
 
-    Args:
-        handle_of: makes the node of a value that cannot be sent as data.
-        owner_of: returns the object of such a node.
+    ``handle_of`` makes the node of a value that cannot be sent as data, ``owner_of`` returns the object of such a node.
     """
 
     def __init__(self, handle_of: Callable[[Any], dict], owner_of: Callable[[dict], Any]) -> None:
         self._handle_of, self._owner_of = handle_of, owner_of
         self.objects: list[Any] = []
         self._numbers: dict[int, int] = {}
-
-    # ---- to JSON ----
 
     def encode(self, value: Any) -> Any:
         """The node of a value. The objects in it are numbered; ``contents`` then has what is in them."""
@@ -160,32 +150,24 @@ class Graph:
             return value
         if issubclass(kind, int):
             number = int.__pos__(value)
-            return number if -LARGEST_PLAIN < number < LARGEST_PLAIN else {"t": "int", "v": hex(number)}
+            return number if -LARGEST_PLAIN < number < LARGEST_PLAIN else {"t": "int", "v": [hex(number)]}
         if issubclass(kind, float):
             return float.__pos__(value)
         if issubclass(kind, str):
             return str.__getitem__(value, slice(None))
         if _kind_of(value) is not None:
             return {"o": self._number(value)}
-        if issubclass(kind, tuple):
-            fields = getattr(kind, "_fields", None)
-            name = {"n": [kind.__name__, list(fields)]} if fields else {}
-            return {"t": "tuple", "v": [self.encode(item) for item in tuple.__iter__(value)], **name}
-        if issubclass(kind, frozenset):
-            return {"t": "frozenset", "v": [self.encode(item) for item in frozenset.__iter__(value)]}
-        if issubclass(kind, bytes):
-            return {"t": "bytes", "v": bytes.hex(value)}
-        if kind.__name__ in _FROM_ITEMS:  # the view of a dictionary
-            return {"t": kind.__name__, "v": [self.encode(item) for item in value]}
-        if kind in _SCALARS:
-            return {"t": kind.__name__, "v": _SCALARS[kind][0](value)}
+        for base in (kind, tuple, frozenset, bytes):
+            if issubclass(kind, base) and base in _IMMUTABLE:
+                fields = getattr(kind, "_fields", None) if base is tuple else None
+                name = {"n": [kind.__name__, list(fields)]} if fields else {}
+                return {"t": base.__name__, "v": list(map(self.encode, _IMMUTABLE[base][0](value))), **name}
         if kind in (type, type(len)) and _BUILTINS.get(value.__name__) is value:
-            return {"t": "builtin", "v": value.__name__}
+            return {"t": "builtin", "v": [value.__name__]}
         numpy = sys.modules.get("numpy")
-        if numpy is not None and issubclass(kind, numpy.generic):
-            return self.encode(numpy.generic.item(value))
-        if numpy is not None and issubclass(kind, numpy.ndarray):
-            return self.encode(numpy.ndarray.tolist(value))
+        for base in (numpy.generic, numpy.ndarray) if numpy else ():
+            if issubclass(kind, base):
+                return self.encode(base.tolist(value))
         return self._handle_of(value)
 
     def _number(self, value: Any) -> int:
@@ -212,8 +194,6 @@ class Graph:
             factory = [encode(value.default_factory)] if kind == "defaultdict" else []
             return [kind, [[encode(key), encode(item)] for key, item in _MAPPINGS[kind].items(value)], *factory]
         return [kind, [encode(item) for item in _KINDS[kind].__iter__(value)]]
-
-    # ---- from JSON ----
 
     def add(self, contents: list) -> None:
         """Makes objects of these contents; they get the next numbers."""
@@ -246,16 +226,12 @@ class Graph:
             return node
         if "o" in node:
             return self.objects[node["o"]]
-        tag, value = node["t"], node["v"]
-        if tag in _FROM_ITEMS:
-            items = [self.decode(item) for item in value]
-            if "n" in node:
-                return collections.namedtuple(*node["n"])(*items)  # pyright: ignore[reportCallIssue, reportArgumentType]
-            return _FROM_ITEMS[tag](items)
-        return _FROM_JSON[tag](value) if tag in _FROM_JSON else self._owner_of(node)
-
-
-# ---- frames: four bytes of length, then JSON ----
+        if node["t"] not in _FROM_PARTS:
+            return self._owner_of(node)
+        parts = list(map(self.decode, node["v"]))
+        if "n" in node:
+            return collections.namedtuple(*node["n"])(*parts)  # pyright: ignore[reportCallIssue, reportArgumentType]
+        return _FROM_PARTS[node["t"]](parts)
 
 
 def write_frame(file: BinaryIO, message: Any) -> None:
