@@ -27,6 +27,19 @@ TASK_PROMPTS = 128
 PromptSource = Shuffled[Prompt] | Made[Prompt] | Mixed[Prompt]
 
 
+class HeldOut(list[Prompt]):
+    """Held-out prompts in the order of their sources, and how many rows were dropped, by the names of the data sets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropped: dict[str, int] = {}
+
+    def add(self, name: str, prompts: list[Prompt], num_dropped: int) -> None:
+        """Adds the prompts of a data set."""
+        self.extend(prompts)
+        self.dropped[name] = num_dropped
+
+
 def load_prompts(data: DataConfig, tokenizer: Tokenizer, seed: int) -> PromptSource:
     """The tokenised training prompts as an endless stream, shuffled by ``seed``; several data sets are mixed by weight.
 
@@ -87,45 +100,56 @@ def describe(data: DataConfig, source: PromptSource) -> dict[str, str]:
         return told
     if data.task is not None:
         return {"": f"{data.task} task"}
-    return {"": f"{len(source):,} ({source.num_dropped:,} overlong or without an answer dropped)"}
+    return {"": f"{len(source):,} ({dropped(source.num_dropped)})"}
 
 
-def held_out(config: TrainConfig, tokenizer: Tokenizer) -> list[Prompt]:
-    """The first ``evaluation.prompts`` held-out prompts of each data set, or all if there are fewer; they are the same for every seed.
+def dropped(number: int) -> str:
+    """The number of rows that were left out, as text."""
+    return f"{number:,} overlong or without an answer dropped"
+
+
+def held_out(config: TrainConfig, tokenizer: Tokenizer) -> HeldOut:
+    """The first ``evaluation.prompts`` held-out prompts of each data set, or all if there are fewer; the same for every seed.
 
     Raises:
         ValueError: as ``load_prompts``; or training prompts come from a file and ``evaluation.path`` is missing.
     """
-    data, evaluation, found = config.data, config.evaluation, []
+    data, evaluation, found = config.data, config.evaluation, HeldOut()
     if not evaluation.prompts:
-        return []
+        return found
     if data.sets and not evaluation.sets:
         raise ValueError("evaluation.sets: is missing; name the held-out prompts for data.sets there")
     for name, part in evaluation.sets.items():
         with _errors_of(f"evaluation.sets.{name}"):
-            found += first_prompts(data.of(part), tokenizer, evaluation.prompts, HELD_OUT + name)
+            found.add(name, *first_prompts(data.of(part), tokenizer, evaluation.prompts, HELD_OUT + name))
     if evaluation.sets:
         return found
-    if data.task is not None:
-        return first_prompts(data, tokenizer, evaluation.prompts)
-    is_file = data.path is not None if data.dataset is not None else data.format in ("jsonl", "parquet")
-    if evaluation.path is None and evaluation.dataset is None and is_file:
-        raise ValueError(f"evaluation.path: is missing; set it to the held-out prompts for {data.path!r}")
-    update: dict[str, Any] = {"path": evaluation.path or data.path, "split": evaluation.split}
-    if evaluation.dataset is not None:
-        update |= {"dataset": evaluation.dataset, "path": evaluation.path, "name": None}
-    source = data.model_copy(update=update)
-    return first_prompts(source, tokenizer, evaluation.prompts)
-
-
-def first_prompts(data: DataConfig, tokenizer: Tokenizer, num: int | None, name: str = "") -> list[Prompt]:
-    """The first prompts of a source in its order, of a built-in task the held-out ones; ids begin with ``name``."""
     if data.task is None:
-        prompts = _read_prompts(data, tokenizer)[0][:num]
+        is_file = data.path is not None if data.dataset is not None else data.format in ("jsonl", "parquet")
+        if evaluation.path is None and evaluation.dataset is None and is_file:
+            raise ValueError(f"evaluation.path: is missing; set it to the held-out prompts for {data.path!r}")
+        update: dict[str, Any] = {"path": evaluation.path or data.path, "split": evaluation.split}
+        if evaluation.dataset is not None:
+            update |= {"dataset": evaluation.dataset, "path": evaluation.path, "name": None}
+        data = data.model_copy(update=update)
+    found.add("", *first_prompts(data, tokenizer, evaluation.prompts))
+    return found
+
+
+def first_prompts(
+    data: DataConfig, tokenizer: Tokenizer, num: int | None, prefix: str = ""
+) -> tuple[list[Prompt], int]:
+    """The first prompts of a source in its order, of a built-in task the held-out ones, and the number of dropped rows.
+
+    ``num``: at most; None: all, of a task ``TASK_PROMPTS``. Their ids begin with the prefix.
+    """
+    if data.task is None:
+        prompts, num_dropped = _read_prompts(data, tokenizer)
     else:
-        task, count = tasks.make_task(data), TASK_PROMPTS if num is None else num
-        prompts = [task.prompt(i, "held_out", tasks.HELD_OUT_SEED, tokenizer) for i in range(count)]
-    return [_named(prompt, name) for prompt in prompts]
+        task, num_dropped = tasks.make_task(data), 0
+        count = range(TASK_PROMPTS if num is None else num)
+        prompts = [task.prompt(i, "held_out", tasks.HELD_OUT_SEED, tokenizer) for i in count]
+    return [_named(prompt, prefix) for prompt in prompts[:num]], num_dropped
 
 
 def _read_prompts(data: DataConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], int]:
@@ -134,27 +158,25 @@ def _read_prompts(data: DataConfig, tokenizer: Tokenizer) -> tuple[list[Prompt],
         raise ValueError(f"data.template={data.template!r}: lacks {{prompt}}, which stands for the question")
     problems = _read_dataset(data) if data.dataset else _read_columns(data)
     prompts = [_make_prompt(name, problem, data, tokenizer) for name, problem in problems if problem is not None]
-    num_ungraded = len(problems) - len(prompts)
     if not prompts:
         raise ValueError(f"{data.path or data.dataset!r}: none of its {len(problems)} rows has an answer or tests")
     limit = data.max_prompt_tokens
     kept = [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
+    sizes = {prompt.id: len(prompt.token_ids) for prompt in prompts}
     if data.overlong == "error" and len(kept) < len(prompts):
-        longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
-        first = next(prompt for prompt in prompts if len(prompt.token_ids) > limit)
+        longest, first = max(sizes, key=sizes.__getitem__), next(name for name in sizes if sizes[name] > limit)
         raise ValueError(
-            f"row {first.id}: its prompt has {len(first.token_ids)} tokens, over data.max_prompt_tokens={limit}"
-            f" ({len(prompts) - len(kept)} such rows; the longest, {longest.id}, has {len(longest.token_ids)});"
+            f"row {first}: its prompt has {sizes[first]} tokens, over data.max_prompt_tokens={limit}"
+            f" ({len(prompts) - len(kept)} such rows; the longest, {longest}, has {sizes[longest]});"
             f" raise the limit or set data.overlong=drop"
         )
     if not kept:
-        shortest = min(len(prompt.token_ids) for prompt in prompts)
         raise ValueError(
             f"{data.path!r}: all {len(prompts)} prompts exceed data.max_prompt_tokens={limit};"
-            f" the shortest has {shortest} tokens"
+            f" the shortest has {min(sizes.values())} tokens"
         )
     warn_of_control_tokens(tokenizer, "prompts", {prompt.id: prompt.text for prompt in kept})
-    return kept, len(prompts) - len(kept) + num_ungraded
+    return kept, len(problems) - len(kept)
 
 
 def _read_columns(data: DataConfig) -> list[tuple[str, Problem | None]]:

@@ -71,13 +71,12 @@ def shortages(label: str, tallies: Sequence[Tally]) -> list[str]:
     lines = []
     for tally in tallies:
         most = int(tally.num_samples.max())
-        short = [problem for problem in tally.problems if len(problem.is_correct) < most]
+        short = [f"{item.id} ({len(item.is_correct)})" for item in tally.problems if len(item.is_correct) < most]
         if short:
-            named = ", ".join(f"{problem.id} ({len(problem.is_correct)})" for problem in short[:MAX_NAMED])
             more = f" and {len(short) - MAX_NAMED} more" if len(short) > MAX_NAMED else ""
             lines.append(
                 f"{label}, {tally.benchmark}: {len(short)} of {len(tally.problems)} problems have fewer than {most} samples"
-                f" with a verdict, so they are left out of pass@k for larger k: {named}{more}"
+                f" with a verdict, so they are left out of pass@k for larger k: {', '.join(short[:MAX_NAMED])}{more}"
             )
     return lines
 
