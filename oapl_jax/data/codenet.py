@@ -108,12 +108,12 @@ def read_submissions(
             dropped[f"status {row['status'] or 'missing'}"] += 1
         elif not file.is_file():
             dropped["programs without a file"] += 1
+        elif not (source := file.read_text(encoding="utf-8", errors="replace").strip()):
+            dropped["empty programs"] += 1
+        elif not keeps(source):
+            dropped["too long"] += 1
         else:
-            source = file.read_text(encoding="utf-8", errors="replace").strip()
-            if source and keeps(source):
-                found.append(Submission(row["submission_id"], source, row["status"]))
-            else:
-                dropped["too long" if source else "empty programs"] += 1
+            found.append(Submission(row["submission_id"], source, row["status"]))
     return found
 
 
@@ -147,17 +147,14 @@ class _Text(html.parser.HTMLParser):
         self.parts: list[str] = []
         self._num_silent = self._num_pre = 0
 
-    def handle_starttag(self, tag: str, attrs: object) -> None:
-        self._pass(tag, 1)
-
-    def handle_endtag(self, tag: str) -> None:
-        self._pass(tag, -1)
-
-    def _pass(self, tag: str, depth: int) -> None:
+    def handle_starttag(self, tag: str, attrs: object, depth: int = 1) -> None:
         self._num_silent += depth * (tag in self.SILENT)
         self._num_pre += depth * (tag == "pre")
         if tag in self.BLOCKS:
             self.parts.append("\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.handle_starttag(tag, (), depth=-1)
 
     def handle_data(self, data: str) -> None:
         if self._num_silent <= 0:
