@@ -21,7 +21,7 @@ import numpy as np
 
 from oapl_jax.data import codenet
 from oapl_jax.data import tokenizer as tokenizers
-from oapl_jax.data.dataset import PROGRAM
+from oapl_jax.data.catalogue import PROGRAM
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.io.terminal import say
 from oapl_jax.objectives import oapl

@@ -257,7 +257,7 @@ def from_command_line(
     schema: type[AnyConfig],
     command: str,
     argv: list[str],
-    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    add_options: Callable[[argparse.ArgumentParser], Any] = lambda parser: None,
     *,
     checks: Checks,
 ) -> tuple[AnyConfig, argparse.Namespace]:

@@ -15,8 +15,7 @@ from oapl_jax.config.data import DataConfig
 from oapl_jax.config.evaluation import HELD_OUT
 from oapl_jax.config.names import entry
 from oapl_jax.data import messages, rows, tasks
-from oapl_jax.data.catalogue import DATASETS
-from oapl_jax.data.dataset import Problem
+from oapl_jax.data.catalogue import DATASETS, Problem
 from oapl_jax.data.streams import Made, Mixed, Shuffled
 from oapl_jax.data.tokenizer import Tokenizer, warn_of_control_tokens
 from oapl_jax.types import Prompt

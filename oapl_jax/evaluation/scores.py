@@ -1,10 +1,9 @@
 """Computes pass@k, avg@k and maj@k with intervals from tallies, and paired differences between policies."""
 
-import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -18,8 +17,7 @@ AVERAGE = "average"
 _SEED = 20_260
 
 
-@dataclasses.dataclass(frozen=True)
-class Value:
+class Value(NamedTuple):
     """A number with its 95 % bootstrap interval over problems."""
 
     metric: str
@@ -34,8 +32,7 @@ class Value:
     """Number of problems that are left out because they have fewer than k samples."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     """The result of a policy on a benchmark, or on all of them (``AVERAGE``); or its difference from a baseline."""
 
     label: str

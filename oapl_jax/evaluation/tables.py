@@ -1,7 +1,6 @@
 """Scores as files (results.json, results.csv) and as a printed table."""
 
 import csv
-import dataclasses
 import io
 import json
 import pathlib
@@ -33,7 +32,7 @@ def write(directory: pathlib.Path, scores: Sequence[Score], comparisons: Sequenc
     writer.writerow(_CSV)
     for item in [*scores, *comparisons]:
         names = [_quoted(name) for name in (item.label, item.benchmark, item.baseline)]
-        writer.writerows([*names, *dataclasses.astuple(v)] for v in item.values)
+        writer.writerows([*names, *v] for v in item.values)
     storage.replace(directory / CSV_FILE, rows.getvalue().encode())
 
 
@@ -88,7 +87,7 @@ def _quoted(text: str) -> str:
 
 def _record(item: Score, rest: dict[str, Any]) -> dict[str, Any]:
     names = ("value", "low", "high", "problems", "short")
-    values = {f"{v.metric}@{v.k}": dict(zip(names, dataclasses.astuple(v)[2:], strict=True)) for v in item.values}
+    values = {f"{v.metric}@{v.k}": dict(zip(names, v[2:], strict=True)) for v in item.values}
     return {"label": item.label, "benchmark": item.benchmark, **rest, "values": values}
 
 

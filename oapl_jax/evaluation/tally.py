@@ -1,10 +1,10 @@
 """Tallies of the samples in a rollout log, by benchmark and problem: counts, lengths, verdicts, votes."""
 
 import collections
-import dataclasses
 import itertools
 import json
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -19,8 +19,7 @@ from oapl_jax.types import FinishReason, Verdict
 COLUMNS = ["prompt_id", "answer", "verdict", "finish_reason", "response"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """The samples of one problem, in their order."""
 
     id: str
@@ -32,8 +31,7 @@ class Problem:
     """Number of samples without a vote."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Tally:
+class Tally(NamedTuple):
     """The samples of one policy on one benchmark."""
 
     benchmark: str
