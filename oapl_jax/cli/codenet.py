@@ -75,7 +75,7 @@ def _groups(
         if len(token_ids) > rules.max_prompt_tokens:
             dropped["problems with a prompt that is too long"] += 1
             continue
-        found = codenet.read_submissions(root, problem.id, keeps, dropped)
+        found = list(codenet.read_submissions(root, problem.id, keeps, dropped))
         groups = list(codenet.make_groups(problem.id, found, rules))
         dropped["programs beyond the groups"] += len(found) - len(groups) * rules.group_size
         if found and not groups:

@@ -89,7 +89,7 @@ def read_problems(root: pathlib.Path, dropped: collections.Counter[str]) -> list
 
 def read_submissions(
     root: pathlib.Path, problem: str, keeps: Callable[[str], bool], dropped: collections.Counter[str]
-) -> list[Submission]:
+) -> Iterator[Submission]:
     """The Python submissions of a problem whose source ``keeps`` accepts, in the order of their ids.
 
     Raises:
@@ -98,8 +98,7 @@ def read_submissions(
     path = root / "metadata" / f"{problem}.csv"
     if not path.is_file():
         dropped["problems without metadata"] += 1
-        return []
-    found = []
+        return
     for row in sorted(_rows(path, ("submission_id", "language", "status")), key=lambda row: row["submission_id"]):
         file = root / "data" / problem / LANGUAGE / f"{row['submission_id']}.py"
         if row["language"] != LANGUAGE:
@@ -113,8 +112,7 @@ def read_submissions(
         elif not keeps(source):
             dropped["too long"] += 1
         else:
-            found.append(Submission(row["submission_id"], source, row["status"]))
-    return found
+            yield Submission(row["submission_id"], source, row["status"])
 
 
 def make_groups(problem: str, submissions: list[Submission], rules: Rules) -> Iterator[list[Submission]]:

@@ -155,7 +155,7 @@ def _read_prompts(data: DataConfig, tokenizer: Tokenizer) -> tuple[list[Prompt],
     """All prompts within the limit, in the order of the source, and the number of rows that were left out."""
     if "{prompt}" not in data.template:
         raise ValueError(f"data.template={data.template!r}: lacks {{prompt}}, which stands for the question")
-    problems = _read_dataset(data) if data.dataset else _read_columns(data)
+    problems = list(_read_dataset(data) if data.dataset else _read_columns(data))
     prompts = [_make_prompt(name, problem, data, tokenizer) for name, problem in problems if problem is not None]
     if not prompts:
         raise ValueError(f"{data.path or data.dataset!r}: none of its {len(problems)} rows has an answer or tests")
@@ -178,22 +178,20 @@ def _read_prompts(data: DataConfig, tokenizer: Tokenizer) -> tuple[list[Prompt],
     return kept, len(problems) - len(kept)
 
 
-def _read_columns(data: DataConfig) -> list[tuple[str, Problem | None]]:
+def _read_columns(data: DataConfig) -> Iterator[tuple[str, Problem]]:
     """The named problems of a table, by the columns that the config names."""
     answers = () if data.answer_column is None else (data.answer_column,)
     columns = (data.prompt_column, *answers, *data.columns)
     table = rows.read(str(data.path), data.format, columns, name=data.name, split=data.split)
     name = _dataset_name(data, table.name)
-    found: list[tuple[str, Problem | None]] = []
     for i, (prompt, *cells) in enumerate(table.rows):
         row_name, further = f"{name}/{i}", map(rows.plain_cell, cells[len(answers) :])
         question = messages.question_cell(prompt, data.prompt_column, row_name)
         answer = rows.answer_cell(cells[0], answers[0], row_name) if answers else ""
-        found.append((row_name, Problem(question, answer, dict(zip(data.columns, further, strict=True)))))
-    return found
+        yield row_name, Problem(question, answer, dict(zip(data.columns, further, strict=True)))
 
 
-def _read_dataset(data: DataConfig) -> list[tuple[str, Problem | None]]:
+def _read_dataset(data: DataConfig) -> Iterator[tuple[str, Problem | None]]:
     """The named problems of a published data set, from the hub or from a local copy of any format."""
     assert data.dataset is not None
     dataset = entry(DATASETS, data.dataset, "data.dataset")
@@ -212,16 +210,15 @@ def _read_dataset(data: DataConfig) -> list[tuple[str, Problem | None]]:
         options |= {"split": source.split, "name": data.name or source.name, "files": source.files}
     table = rows.read(path, file_format, dataset.columns, **options)
     columns = (*dataset.columns, *dataset.optional)
-    found: list[tuple[str, Problem | None]] = []
     for number, row in enumerate(table.rows):
         name = f"{data.dataset}/{data.split}/{number}"
         try:
-            found.append((name, dataset.read(dict(zip(columns, row, strict=True)))))
+            problem = dataset.read(dict(zip(columns, row, strict=True)))
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(
                 f"row {name} of {path!r} does not have the layout of {data.dataset} ({type(error).__name__}: {error})"
             ) from error
-    return found
+        yield name, problem
 
 
 def _format_of(path: pathlib.Path) -> str:

@@ -2,7 +2,7 @@
 
 import functools
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,10 +63,9 @@ def score(label: str, tallies: Sequence[Tally]) -> list[Score]:
     return [*scores, _average(label, scores, draws)] if len(scores) > 1 else scores
 
 
-def compare(label: str, tallies: Sequence[Tally], baseline: str, others: Sequence[Tally]) -> list[Score]:
+def compare(label: str, tallies: Sequence[Tally], baseline: str, others: Sequence[Tally]) -> Iterator[Score]:
     """pass@k minus that of the baseline, on shared problems: both sides are resampled with the same ones."""
     theirs = {tally.benchmark: _by_id(tally) for tally in others}
-    found = []
     for tally in tallies:
         ours, base = _by_id(tally), theirs.get(tally.benchmark, {})
         shared = [name for name in ours if name in base]
@@ -77,8 +76,7 @@ def compare(label: str, tallies: Sequence[Tally], baseline: str, others: Sequenc
         difference = passk.pass_at_ks(n, c, max_k) - passk.pass_at_ks(base_n, base_c, max_k)
         values = _values("difference", np.arange(max_k) + 1, difference, _resampled(tally.benchmark, difference))
         counts = {"unpaired": len(ours) + len(base) - 2 * len(shared)}
-        found.append(Score(label, tally.benchmark, tuple(values), counts, baseline))
-    return found
+        yield Score(label, tally.benchmark, tuple(values), counts, baseline)
 
 
 def shown_ks(max_k: int) -> list[int]:

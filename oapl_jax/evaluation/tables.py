@@ -5,7 +5,7 @@ import io
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from oapl_jax.evaluation.scores import AVERAGE, Score, Value, shown_ks
@@ -65,19 +65,17 @@ def render(scores: Sequence[Score], comparisons: Sequence[Score]) -> str:
     return "\n".join(lines).strip("\n")
 
 
-def shortages(label: str, tallies: Sequence[Tally]) -> list[str]:
+def shortages(label: str, tallies: Sequence[Tally]) -> Iterator[str]:
     """A line for each benchmark whose problems have different numbers of samples."""
-    lines = []
     for tally in tallies:
         most = int(tally.num_samples.max())
         short = [f"{item.id} ({len(item.is_correct)})" for item in tally.problems if len(item.is_correct) < most]
         if short:
             more = f" and {len(short) - MAX_NAMED} more" if len(short) > MAX_NAMED else ""
-            lines.append(
+            yield (
                 f"{label}, {tally.benchmark}: {len(short)} of {len(tally.problems)} problems have fewer than {most} samples"
                 f" with a verdict, so they are left out of pass@k for larger k: {', '.join(short[:MAX_NAMED])}{more}"
             )
-    return lines
 
 
 def _quoted(text: str) -> str:
