@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 from codenet_toy import NUMBERS, statement, write_corpus
 
-from oapl_jax.data.dataset import PROGRAM
+from oapl_jax.data.catalogue import PROGRAM
 
 OBJECTIVES = ("sft", "rloo", "rloo_grpo", "rloo_exp")
 HELD_OUT, SAMPLES, VOCABULARY = 18, 20, 420

@@ -8,10 +8,16 @@ docs/departures.md. The same command again resumes; SIGTERM saves and exits with
 """
 
 import pathlib
+import signal
 import sys
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
+
+from oapl_jax.io import interrupt
+
+if __name__ == "__main__":  # Ctrl-C ends the process from here on: what follows takes seconds to import
+    signal.signal(signal.SIGINT, interrupt.leave)
 
 from oapl_jax.build.checks import CHECKS
 from oapl_jax.config import config_file

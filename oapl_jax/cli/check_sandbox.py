@@ -33,20 +33,18 @@ def main(argv: list[str]) -> int:
     arguments = parser.parse_args(argv)
     packages = tuple(filter(None, arguments.packages.split(",")))
     settings = Settings(arguments.level, packages, arguments.python)
-    works = {}
+    works = []
     for level in isolation.LEVELS:
         worker, reason = try_level(level, settings)
-        works[level] = worker is not None
         if worker is None:
             say(f"{level:<11} no    {reason}")
             continue
+        works.append(level)
         say(f"{level:<11} yes   Landlock {worker.info['landlock'] or 'none'}, uid {worker.info['uid']}")
         say(f"{'':<11}       {WHAT_IT_MEANS[level]}")
         worker.close()
-    allowed = isolation.LEVELS[: isolation.LEVELS.index(arguments.level) + 1]
-    chosen = next((level for level in allowed if works[level]), None)
-    if chosen is None:
+    if not works or isolation.LEVELS.index(works[0]) > isolation.LEVELS.index(arguments.level):
         say(f"\nno program would be graded: no level works that is at least as strong as {arguments.level}")
         return 1
-    say(f"\nprograms would be graded at level {chosen}")
+    say(f"\nprograms would be graded at level {works[0]}")
     return 0

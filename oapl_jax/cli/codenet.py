@@ -21,12 +21,13 @@ import numpy as np
 
 from oapl_jax.data import codenet
 from oapl_jax.data import tokenizer as tokenizers
-from oapl_jax.data.dataset import PROGRAM
+from oapl_jax.data.catalogue import PROGRAM
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.io.terminal import say
 from oapl_jax.objectives import oapl
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, RolloutGroup, Verdict
+from oapl_jax.untrusted import reading
 
 SUMMARY_FILE = "codenet.json"
 GROUPS_PER_FILE = 256
@@ -40,22 +41,18 @@ def write(root: pathlib.Path, out: pathlib.Path, tokenizer: Tokenizer, rules: co
     """
     if out.exists():
         raise ValueError(f"{str(out)!r} exists; choose another folder")
-    dropped: collections.Counter[str] = collections.Counter()
+    dropped, statuses, problems = (collections.Counter[str]() for _ in range(3))
     groups, log = _groups(root, tokenizer, rules, dropped), RolloutLog(out)
-    statuses: collections.Counter[str] = collections.Counter()
-    problems: set[str] = set()
-    num_groups = 0
     while batch := list(itertools.islice(groups, GROUPS_PER_FILE)):
         log.append(batch)
-        num_groups += len(batch)
         problems.update(group.prompt.id for group in batch)
         statuses.update(item.grade.detail.partition(" (")[0] for group in batch for item in group.rollouts)
-    if not num_groups:
+    if not problems:
         raise ValueError(f"{str(root)!r}: no group can be made; left out: {dict(dropped)}")
     summary = {
-        "groups": num_groups,
+        "groups": problems.total(),
         "problems": len(problems),
-        "programs": num_groups * rules.group_size,
+        "programs": problems.total() * rules.group_size,
         "statuses": dict(statuses),
         "dropped": {reason: count for reason, count in dropped.items() if count},
     }
@@ -72,11 +69,13 @@ def _groups(
         return len(response_ids(source, tokenizer)) <= rules.max_tokens
 
     for problem in codenet.read_problems(root, dropped):
-        prompt = _prompt(problem, tokenizer)
-        if len(prompt.token_ids) > rules.max_prompt_tokens:
+        message = PROGRAM.replace("{prompt}", problem.statement)
+        token_ids = np.asarray(tokenizer.encode_prompt(message), np.int32)
+        prompt = Prompt(f"codenet/{problem.id[1:]}", token_ids, message, problem.tests)
+        if len(token_ids) > rules.max_prompt_tokens:
             dropped["problems with a prompt that is too long"] += 1
             continue
-        found = codenet.read_submissions(root, problem.id, keeps, dropped)
+        found = list(codenet.read_submissions(root, problem.id, keeps, dropped))
         groups = list(codenet.make_groups(problem.id, found, rules))
         dropped["programs beyond the groups"] += len(found) - len(groups) * rules.group_size
         if found and not groups:
@@ -88,12 +87,6 @@ def _groups(
 def response_ids(source: str, tokenizer: Tokenizer) -> list[int]:
     """A program as the response of a model."""
     return [*tokenizer.encode(f"```python\n{source}\n```"), tokenizer.eos_id]
-
-
-def _prompt(problem: codenet.Problem, tokenizer: Tokenizer) -> Prompt:
-    message = PROGRAM.replace("{prompt}", problem.statement)
-    token_ids = np.asarray(tokenizer.encode_prompt(message), np.int32)
-    return Prompt(f"codenet/{problem.id[1:]}", token_ids, message, problem.tests)
 
 
 def _group(index: int, prompt: Prompt, members: Sequence[codenet.Submission], tokenizer: Tokenizer) -> RolloutGroup:
@@ -126,12 +119,16 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--tokenizer", required=True, help="tokenizer of the model to be trained: a folder or a name on the hub"
     )
+    parser.add_argument(
+        "--chat-template-kwargs", default="{}", metavar="JSON", help='such as {"enable_thinking": false}'
+    )
     for field in dataclasses.fields(codenet.Rules):
         name = f"--{field.name.replace('_', '-')}"
         parser.add_argument(name, type=int, default=field.default, help=field.metadata["help"])
     options = vars(parser.parse_args(argv))
-    root, out, tokenizer = (options.pop(name) for name in ("root", "out", "tokenizer"))
+    root, out, source, template = (options.pop(name) for name in ("root", "out", "tokenizer", "chat_template_kwargs"))
     if options["group_size"] < 2 or options["max_correct"] < 1:
         parser.error("--group-size: at least 2; --max-correct: at least 1")
-    summary = write(root, out, tokenizers.load(tokenizer), codenet.Rules(**options))
-    say(json.dumps(summary, indent=1))
+    template_options = reading.parse_object(template, "--chat-template-kwargs")
+    tokenizer = tokenizers.load(source, template_options=template_options)
+    say(json.dumps(write(root, out, tokenizer, codenet.Rules(**options)), indent=1))

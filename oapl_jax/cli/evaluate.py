@@ -11,33 +11,31 @@ compares every other log with the first. Both write results.json, results.csv an
 import argparse
 import contextlib
 import dataclasses
+import math
 import pathlib
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 
-from jax.sharding import Mesh
+import numpy as np
 
 from oapl_jax.build import policy
 from oapl_jax.build.checks import CHECKS
 from oapl_jax.build.sampler import make_sampler
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import EvaluateConfig
-from oapl_jax.data.tokenizer import Tokenizer
+from oapl_jax.data.prompts import HeldOut, dropped
 from oapl_jax.distributed.compile_cache import use_compile_cache
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.evaluation import benchmarks, plots, sampling, scores, tables, tally
 from oapl_jax.io import run_dir
-from oapl_jax.io.progress_bar import ProgressBar
 from oapl_jax.io.terminal import say
-from oapl_jax.model import qwen
 from oapl_jax.rollouts.grading import Grading
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.rollouts.stops import Stops
 from oapl_jax.run import export
 from oapl_jax.run.start import is_run, model_path, sampled_outline
-from oapl_jax.sampler.sampler import JaxSampler
 from oapl_jax.types import Prompt
 from oapl_jax.weights.policies import PolicyGoneError, PolicyStore
 from oapl_jax.weights.sync import WeightSync
@@ -50,9 +48,6 @@ SUMMARY_FILE = "summary.json"
 """Of a training run: it has ended."""
 
 
-Made = tuple[list[Prompt], JaxSampler, Grading]
-
-
 def evaluate(config: EvaluateConfig, *, watch: bool = False) -> str:
     """Samples what is not sampled yet, writes tables and pictures, and returns the table.
 
@@ -63,18 +58,24 @@ def evaluate(config: EvaluateConfig, *, watch: bool = False) -> str:
     run_dir.check_run(config, EvaluateConfig)
     log = pathlib.Path(config.run.dir) / ROLLOUTS
     label = config.run.label or _label(str(config.model.path or config.model.config or config.model.warm_start))
-    made = None  # with the first policy; the next ones have its shapes
+    distribution, sampler = SamplingDistribution.of(config.sampler), None
     with contextlib.ExitStack() as stack:
         for version, path in _versions(config, watch):
             architecture, tokenizer = policy.outline(config.model, path)
             mesh, sampler_mesh = make_meshes(config.mesh)
-            made = made or _make(config, architecture, tokenizer, sampler_mesh, stack)
+            if sampler is None:  # with the first policy; the next ones have its shapes
+                prompts, grader = benchmarks.load(config, tokenizer)
+                stops = Stops(tokenizer, distribution)
+                grading = Grading(stops.text, grader, _none, lambda rewards: math.nan, config.sampler.truncated)
+                stack.callback(grading.close)
+                say(_describe(prompts, stops))
+                sampler = make_sampler(config, architecture, sampler_mesh, tokenizer, _longest(prompts))
             params = policy.load_params(config.model, path, architecture, mesh, config.run.seed)
             run_dir.open_run(config, EvaluateConfig)
-            sampler = made[1]
             sampler.set_weights(WeightSync(params, sampler_mesh, config.sampler.dtype)(params)[0])
             del params
-            _sample(config, made, log, version)
+            samples = RolloutLog(log, dataclasses.asdict(distribution))
+            sampling.sample(sampler, prompts, grading, samples, version, config)
             table = report([(label, log)], log.parent)
             if watch:
                 say(f"\nversion {version}:\n{table}")
@@ -87,42 +88,19 @@ def _label(path: str) -> str:
     return place.parent.name if place.name.startswith("export") and place.parent.name else place.name
 
 
-def _make(
-    config: EvaluateConfig,
-    architecture: qwen.QwenConfig,
-    tokenizer: Tokenizer,
-    mesh: Mesh,
-    stack: contextlib.ExitStack,
-) -> Made:
-    """Problems, sampler and graders."""
-    prompts, grader = benchmarks.load(config, tokenizer)
-    stops = Stops(tokenizer, SamplingDistribution.of(config.sampler))
-    grading = sampling.make_grading(grader, stops.text, config.sampler.truncated)
-    stack.callback(grading.close)
-    say(f"responses {stops}")
-    return prompts, make_sampler(config, architecture, mesh, tokenizer, _longest(prompts)), grading
+def _none(rewards: np.ndarray, _: np.ndarray) -> np.ndarray:
+    """No advantages: nothing is trained on these samples."""
+    return np.full(len(rewards), math.nan)
 
 
 def _longest(prompts: Sequence[Prompt]) -> int:
     return max(len(prompt.token_ids) for prompt in prompts)
 
 
-def _sample(config: EvaluateConfig, made: Made, directory: pathlib.Path, version: int) -> None:
-    prompts, sampler, grading = made
-    distribution = SamplingDistribution.of(config.sampler)
-    log = RolloutLog(directory, dataclasses.asdict(distribution))
-    with ProgressBar(len(prompts), enabled=config.logging.progress) as progress:
-        sampling.sample(
-            sampler,
-            prompts,
-            grading,
-            log,
-            version,
-            distribution=distribution,
-            num_samples=config.sampler.samples,
-            seed=config.run.seed,
-            progress=progress,
-        )
+def _describe(prompts: HeldOut, stops: Stops) -> str:
+    """Where responses end, and which data sets have rows that are left out."""
+    left_out = [f"{name or 'data'}: {dropped(number)}" for name, number in prompts.dropped.items() if number]
+    return "\n".join([f"responses {stops}", *left_out])
 
 
 def _versions(config: EvaluateConfig, watch: bool) -> Iterator[tuple[int, str | None]]:
@@ -155,7 +133,7 @@ def _followed(config: EvaluateConfig, source: pathlib.Path) -> Iterator[tuple[in
     """The versions of a run as they appear, until the run has ended: its published policies, else its checkpoints."""
     store = PolicyStore(source / POLICY_FOLDER) if (source / POLICY_FOLDER).is_dir() else None
     seen: set[int] = set()
-    deadline = time.monotonic() + config.run.watch_deadline
+    last = time.monotonic()
     while True:
         has_ended = (source / SUMMARY_FILE).exists()  # before the look at the steps, or the last could be missed
         new = [version for version in _present(source, store) if version not in seen]
@@ -170,17 +148,17 @@ def _followed(config: EvaluateConfig, source: pathlib.Path) -> Iterator[tuple[in
                 if version in _present(source, store):
                     raise
                 say(f"version {version}: the run has removed it before it was its turn; left out")
-            deadline = time.monotonic() + config.run.watch_deadline
-        if has_ended and not new:
-            if not seen:
-                raise ValueError(f"{str(source)!r} has ended and has no checkpoint; there is nothing to evaluate")
+            last = time.monotonic()
+        if new:
+            continue
+        if has_ended and seen:
             return
-        if time.monotonic() > deadline:
-            raise TimeoutError(
-                f"{source}: no new version within run.watch_deadline={config.run.watch_deadline:g} s, and no {SUMMARY_FILE}"
-            )
-        if not new:
-            time.sleep(POLL_SECONDS)
+        if has_ended:
+            raise ValueError(f"{str(source)!r} has ended and has no checkpoint; there is nothing to evaluate")
+        if time.monotonic() > last + config.run.watch_deadline:
+            told = f"within run.watch_deadline={config.run.watch_deadline:g} s, and no {SUMMARY_FILE}"
+            raise TimeoutError(f"{source}: no new version {told}")
+        time.sleep(POLL_SECONDS)
 
 
 def _present(source: pathlib.Path, store: PolicyStore | None) -> list[int]:
@@ -215,23 +193,17 @@ def report(logs: Sequence[tuple[str, pathlib.Path]], out: pathlib.Path) -> str:
             if name in tallies:
                 raise ValueError(f"two logs are called {name!r}; name them by --log LABEL=LOG")
             tallies[name] = tally.read(log, version)
-            mine = scores.score(name, tallies[name])
-            found += mine
-            if len(logs) == 1 and len(numbers) > 1:
-                by_version[version] = mine
-    labels = list(tallies)
-    comparisons = [
-        comparison
-        for label in labels[1:]
-        for comparison in scores.compare(label, tallies[label], labels[0], tallies[labels[0]])
-    ]
+            by_version[version] = scores.score(name, tallies[name])
+            found += by_version[version]
+    (baseline, base), *others = tallies.items()
+    comparisons = [item for label, mine in others for item in scores.compare(label, mine, baseline, base)]
     tables.write(out, found, comparisons)
     plots.draw_pass(out / plots.PASS_FILE, found)
     if comparisons:
         plots.draw_differences(out / plots.DIFFERENCE_FILE, comparisons)
-    if by_version:
+    if len(logs) == 1 and len(by_version) > 1:
         plots.draw_versions(out / plots.VERSIONS_FILE, by_version)
-    lines = [line for label in labels for line in tables.shortages(label, tallies[label])]
+    lines = [line for label, mine in tallies.items() for line in tables.shortages(label, mine)]
     return "\n".join([tables.render(found, comparisons), *([""] if lines else []), *lines])
 
 
@@ -243,7 +215,7 @@ def _plan(config: EvaluateConfig) -> str:
     sampler = config.sampler
     architecture.check_positions(_longest(prompts) + sampler.max_response_tokens)
     return (
-        f"responses {Stops(tokenizer, SamplingDistribution.of(sampler))}\n"
+        f"{_describe(prompts, Stops(tokenizer, SamplingDistribution.of(sampler)))}\n"
         f"{len(prompts):,} problems x {sampler.samples} samples of at most {sampler.max_response_tokens:,} tokens;"
         f" the longest prompt has {_longest(prompts):,}"
     )

@@ -24,6 +24,7 @@ from oapl_jax.config.applies import changed
 from oapl_jax.config.commands import GenerateConfig
 from oapl_jax.data.prompts import describe as describe_prompts
 from oapl_jax.data.prompts import load_prompts
+from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.distributed.compile_cache import use_compile_cache
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.io import run_dir, storage
@@ -32,7 +33,7 @@ from oapl_jax.io.preemption import StopSignals
 from oapl_jax.io.progress_bar import ProgressBar
 from oapl_jax.io.terminal import say
 from oapl_jax.objectives import oapl
-from oapl_jax.rewards.grader import make_grader
+from oapl_jax.rewards.grader import Grader, make_grader
 from oapl_jax.rollouts import filters, published
 from oapl_jax.rollouts.grading import Grading
 from oapl_jax.rollouts.log import RolloutLog
@@ -84,29 +85,28 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
             path = _start(config, directory)
         trainer_mesh, mesh = make_meshes(config.mesh)
         architecture, tokenizer = policy.outline(config.model, path)
+        prompts, grader, stops, lines = _load(config, tokenizer)
+        grading = Grading(
+            stops.text,
+            grader,
+            lambda rewards, _: oapl.advantages(rewards, BETA1),
+            functools.partial(oapl.optimal_value, beta1=BETA1),
+            config.sampler.truncated,
+        )
+        stack.callback(grading.close)
         sampler = make_sampler(config, architecture, mesh, tokenizer, config.data.max_prompt_tokens)
         params = policy.load_params(config.model, path, architecture, trainer_mesh, config.run.seed)
         weights, _ = WeightSync(params, mesh, config.sampler.dtype)(params)
-        source = load_prompts(config.data, tokenizer, config.run.seed)
-        prompts = _choose(source, config)
-        grader = make_grader(config)
-        value = functools.partial(oapl.optimal_value, beta1=BETA1)
-        distribution, limit = SamplingDistribution.of(config.sampler), config.sampler.truncated
-        stops = Stops(tokenizer, distribution)
-        grading = Grading(stops.text, grader, lambda rewards, _: oapl.advantages(rewards, BETA1), value, limit)
-        stack.callback(grading.close)
-        grader.check_golds([] if config.data.task else prompts)
-        log = RolloutLog(directory / "rollouts", dataclasses.asdict(distribution))
+        del params
+        log = RolloutLog(directory / "rollouts", dataclasses.asdict(SamplingDistribution.of(config.sampler)))
         size = config.generation.groups_per_file
         work = Generation(log, leases, config.generation.policy_version, prompts, size, deadline)
         with _alone(leases, "work", deadline):
             _check_work(directory / WORK_FILE, work)
             run_dir.open_run(config, GenerateConfig)
-        del params
         progress = stack.enter_context(ProgressBar(len(prompts), enabled=config.logging.progress, unit="group"))
-        progress.note(f"responses {stops}")
-        for name, text in describe_prompts(config.data, source).items():
-            progress.note(f"prompts{' of ' if name else ''}{name}: {text}")
+        for line in lines:
+            progress.note(line)
         is_done = generate(
             work,
             SamplerTurns(sampler),
@@ -124,10 +124,27 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
 
 
 def _plan(config: GenerateConfig) -> str:
-    """Where responses end, of a model that can hold them."""
+    """Reads all but the weights, and says what there is to do."""
     architecture, tokenizer = sampled_outline(config.model)
     architecture.check_positions(config.data.max_prompt_tokens + config.sampler.max_response_tokens)
-    return f"responses {Stops(tokenizer, SamplingDistribution.of(config.sampler))}"
+    _, grader, _, lines = _load(config, tokenizer)
+    grader.close()
+    return "\n".join(lines)
+
+
+def _load(config: GenerateConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], Grader, Stops, list[str]]:
+    """The prompts of the work, their grader, which has tried their gold answers, and what there is to say of both."""
+    stops = Stops(tokenizer, SamplingDistribution.of(config.sampler))
+    source = load_prompts(config.data, tokenizer, config.run.seed)
+    prompts, grader = _choose(source, config), make_grader(config)
+    try:
+        grader.check_golds(prompts)
+    except BaseException:
+        grader.close()
+        raise
+    told = describe_prompts(config.data, source).items()
+    lines = [f"prompts{' of ' if name else ''}{name}: {text}" for name, text in told]
+    return prompts, grader, stops, [f"responses {stops}", *lines]
 
 
 def _start(config: GenerateConfig, directory: pathlib.Path) -> str | None:
@@ -166,18 +183,16 @@ def _check_work(path: pathlib.Path, work: Generation) -> None:
     """
     checksum = 0
     for prompt in work.prompts:
-        answer = zlib.crc32(prompt.answer.encode(), zlib.crc32(prompt.id.encode(), checksum))
-        checksum = zlib.crc32(np.asarray(prompt.token_ids, np.int32).tobytes(), answer)
+        for part in (prompt.id.encode(), prompt.answer.encode(), np.asarray(prompt.token_ids, np.int32).tobytes()):
+            checksum = zlib.crc32(part, checksum)
     now = {"prompts": len(work.prompts), "groups_per_file": work.groups_per_file, "checksum": checksum}
-    if path.exists():
-        before = json.loads(path.read_text())
-        if before != now:
-            raise ValueError(
-                f"{path}: this directory was begun with other prompts ({before}, now {now}); the data or its order was"
-                " changed. Choose another run.dir"
-            )
-        return
-    storage.replace(path, json.dumps(now).encode() + b"\n")
+    if not path.exists():
+        storage.replace(path, json.dumps(now).encode() + b"\n")
+    elif (before := json.loads(path.read_text())) != now:
+        raise ValueError(
+            f"{path}: this directory was begun with other prompts ({before}, now {now}); the data or its order was"
+            " changed. Choose another run.dir"
+        )
 
 
 def _summarize(config: GenerateConfig, directory: pathlib.Path, work: Generation) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from oapl_jax.rewards import tasks
 from oapl_jax.rewards.code import layouts, programs
 from oapl_jax.rewards.grader import compose
 from oapl_jax.rewards.pool import GraderPool
-from oapl_jax.types import Grade, Verdict
+from oapl_jax.types import Verdict
 
 ROWS_AT_ONCE = 256
 """Rows in memory per worker."""
@@ -61,7 +61,10 @@ def grade_file(source: pathlib.Path, target: pathlib.Path, reward: RewardConfig)
                 weight = reward.functions.get(row["kind"], 1.0)
                 total = compose(reward, [weight], [grade], row.get("response", ""))
                 counts[total.verdict] += 1
-                out.write(json.dumps(_result(row["id"], total)) + "\n")
+                result = {"id": row["id"], "status": total.verdict.value}
+                result["reward"] = None if math.isnan(total.reward) else total.reward
+                result |= {"detail": total.detail, "level": total.level, "cpu_ms": total.cpu_ms}
+                out.write(json.dumps(result) + "\n")
             done += len(chunk)
     return {verdict.value: count for verdict, count in counts.items()}
 
@@ -70,13 +73,12 @@ def _rows(source: pathlib.Path, reward: RewardConfig) -> Iterator[tuple[dict[str
     """Yields each row with its task."""
     with source.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                yield row, _task(row, reward)
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{source} line {number}: {error}") from error
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                    yield row, _task(row, reward)
+                except (ValueError, KeyError, TypeError) as error:
+                    raise ValueError(f"{source} line {number}: {error}") from error
 
 
 def _task(row: Any, reward: RewardConfig) -> dict[str, Any]:
@@ -87,9 +89,10 @@ def _task(row: Any, reward: RewardConfig) -> dict[str, Any]:
     if missing or unknown:
         raise ValueError(f"missing keys {sorted(missing)}, unknown keys {sorted(unknown)}")
     if row["kind"] == "math":
-        if not isinstance(row["response"], str) or not isinstance(row.get("prompt", ""), str):
+        response, prompt = row["response"], row.get("prompt", "")
+        if not isinstance(response, str) or not isinstance(prompt, str):
             raise ValueError("response and prompt are text")
-        return tasks.math_task(reward, str(row["gold"]), row["response"], row.get("prompt", ""))
+        return tasks.math_task(reward, str(row["gold"]), response, prompt)
     sources = {key: row[key] for key in ("program", "response") if key in row}
     limits = row.get("limits") or {}
     if len(sources) != 1:
@@ -98,12 +101,6 @@ def _task(row: Any, reward: RewardConfig) -> dict[str, Any]:
         raise ValueError(f"limits: should be positive numbers for {', '.join(sorted(LIMITS))}, but is {limits}")
     num_tests = len(programs.parse_tests(layouts.read_tests(row["tests"])))
     return tasks.code_task(reward, json.dumps(row["tests"]), num_tests, limits, **sources)
-
-
-def _result(name: Any, grade: Grade) -> dict[str, Any]:
-    reward = None if math.isnan(grade.reward) else grade.reward
-    rest = {key: getattr(grade, key) for key in ("detail", "level", "cpu_ms")}
-    return {"id": name, "status": grade.verdict.value, "reward": reward, **rest}
 
 
 def main(argv: list[str]) -> int:

@@ -6,16 +6,19 @@ from typing import Any
 
 from pydantic import BaseModel
 
+NO_EFFECT = "has no effect with"
+"""In a message: the field is no mistake by itself."""
+
 
 class AppliesWhen:
     """Metadata of a field: it has an effect only where other fields have certain values.
 
     Args:
         keys: fields of the same section, or dotted paths from the root of the file.
-        condition: gets the values of these fields; by default the value has to be given and not zero.
+        condition: gets the values of these fields; by default all have to be given and not zero.
     """
 
-    def __init__(self, *keys: str, condition: Callable[..., Any] = bool):
+    def __init__(self, *keys: str, condition: Callable[..., Any] = lambda *values: all(values)):
         self.keys, self.condition = keys, condition
 
     def problem(self, owner: BaseModel) -> str | None:
@@ -23,7 +26,7 @@ class AppliesWhen:
         values = {key: _value(owner, key) for key in self.keys}
         if self.condition(*values.values()):
             return None
-        return f"has no effect with {', '.join(_shown(*item) for item in values.items())}; remove it"
+        return f"{NO_EFFECT} {', '.join(_shown(*item) for item in values.items())}; remove it"
 
 
 is_null = operator.not_
@@ -41,41 +44,38 @@ def changed(model: BaseModel) -> set[str]:
     return {name for name in model.model_fields_set & fields.keys() if getattr(model, name) != fields[name].default}
 
 
-def inert_fields(model: BaseModel) -> list[str]:
+def inert_fields(owner: BaseModel, model: BaseModel | None = None, prefix: str = "") -> Iterator[str]:
     """A line for each field that was set and has no effect: its key, why, and what to do.
 
     A condition is checked by the model that has the fields that it names: the section itself, or the whole file.
+
+    Args:
+        owner: the model by which conditions are checked.
+        model: one within it, whose fields are looked at; None: itself.
+        prefix: the path of that.
     """
-    return list(_inert(model, model, ""))
-
-
-def _inert(owner: BaseModel, model: BaseModel, prefix: str) -> Iterator[str]:
-    fields = type(model).model_fields
-    for name in fields:  # in the order of the schema
+    model = model or owner
+    for name in type(model).model_fields:  # in the order of the schema
         value = getattr(model, name, None)  # a config with mistakes may lack some
-        problem = _first_problem(owner, model, name) if name in changed(model) else None
-        if problem and isinstance(value, BaseModel):
-            yield from (
-                f"{prefix}{name}.{inner}: {problem}" for inner in type(value).model_fields if inner in changed(value)
+        problem = _problem(owner, model, name) if name in changed(model) else None
+        if problem is None and isinstance(value, BaseModel):
+            yield from inert_fields(owner, value, f"{prefix}{name}.")
+        elif problem is not None:
+            is_section = isinstance(value, BaseModel)
+            keys = (
+                [f"{name}.{key}" for key in type(value).model_fields if key in changed(value)] if is_section else [name]
             )
-        elif problem:
-            yield f"{prefix}{name}: {problem}"
-        elif isinstance(value, BaseModel):
-            yield from _inert(owner, value, f"{prefix}{name}.")
+            yield from (f"{prefix}{key}: {problem}" for key in keys)
 
 
-def _first_problem(owner: BaseModel, model: BaseModel, name: str) -> str | None:
-    for condition in type(model).model_fields[name].metadata:
-        is_checked = isinstance(condition, AppliesWhen) and _is_of(owner, model, condition.keys[0])
-        if is_checked and (problem := condition.problem(owner)):
-            return problem
+def _problem(owner: BaseModel, model: BaseModel, name: str) -> str | None:
+    ours, its = type(owner).model_fields, type(model).model_fields
+    for condition in its[name].metadata:
+        if isinstance(condition, AppliesWhen):
+            first = condition.keys[0].partition(".")[0]  # a section's own fields come first
+            if first in ours and (owner is model or first not in its) and (problem := condition.problem(owner)):
+                return problem
     return None
-
-
-def _is_of(owner: BaseModel, model: BaseModel, key: str) -> bool:
-    """Whether ``key`` counts from ``owner``: a section's own fields come first."""
-    first = key.partition(".")[0]
-    return first in type(owner).model_fields and (owner is model or first not in type(model).model_fields)
 
 
 def _value(owner: BaseModel, key: str) -> Any:

@@ -1,5 +1,6 @@
 """The whole config of each command."""
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from oapl_jax.config.applies import AppliesWhen, is_null
@@ -57,52 +58,42 @@ class TrainConfig(Section):
             sets[HELD_OUT + name] = part, part.reward or sets.get(name, (part, self.reward))[1]
         return sets
 
-    def find_mistakes(self) -> list[str]:
+    def find_mistakes(self) -> Iterator[str]:
         """What does not fit together."""
-        problems = [*self._offline_problems(), *_rounding_problems(self.model, self.lora)]
+        if (self.mode == "offline") != (self.offline is not None):
+            yield f"mode={self.mode}: the section offline is there exactly with mode=offline"
+        elif self.offline is not None and self.data.is_endless:
+            whose = "Several data sets have" if self.data.sets else "A toy task has"
+            for i, data in enumerate(self.offline.rounds):
+                if data.log is None and data.prompts is None:
+                    yield f"offline.rounds.{i}.prompts: how many? {whose} no end"
+        yield from _rounding_problems(self.model, self.lora)
         batch, group_size = self.learner.batch_rollouts, self.sampler.group_size
         if batch % group_size:
-            problems.append(
+            yield (
                 f"learner.batch_rollouts={batch} is not a multiple of sampler.group_size={group_size};"
                 f" nearest: {max(1, round(batch / group_size)) * group_size}"
             )
         if self.mode == "detached" and self.sampler.dtype == "int8":
-            problems.append("sampler.dtype=int8: a published policy has float32 or bfloat16; choose one of them")
+            yield "sampler.dtype=int8: a published policy has float32 or bfloat16; choose one of them"
         best, most = self.checkpoint.keep_best, min(self.evaluation.samples, self.evaluation.final_samples)
         known = [f"pass@{2**i}" for i in range(most.bit_length())]
         if best is not None and not (best.startswith("evaluation/") and best.rpartition("/")[2] in known):
-            problems.append(f"checkpoint.keep_best={best}: an evaluation has evaluation/{', evaluation/'.join(known)}")
-        problems += _line_problems(self.graded_sets(), self.sampler)
-        return problems + self._window_problems(-(-batch // group_size))
-
-    def _window_problems(self, groups_per_step: int) -> list[str]:
-        window, problems = self.window, []
-        ahead = window.max_groups_ahead
+            yield f"checkpoint.keep_best={best}: an evaluation has evaluation/{', evaluation/'.join(known)}"
+        yield from _line_problems(self.graded_sets(), self.sampler)
+        window, ahead, groups_per_step = self.window, self.window.max_groups_ahead, -(-batch // group_size)
         if ahead is not None and ahead < groups_per_step:
-            problems.append(
-                f"window.max_groups_ahead={ahead} is below the {groups_per_step} groups of one learner step"
-            )
+            yield f"window.max_groups_ahead={ahead} is below the {groups_per_step} groups of one learner step"
         if window.sync_every % window.epochs:
-            problems.append(f"window.epochs={window.epochs} does not divide window.sync_every={window.sync_every}")
+            yield f"window.epochs={window.epochs} does not divide window.sync_every={window.sync_every}"
         if window.epochs > 1 and window.max_uses > 1:
-            problems.append(f"window.epochs={window.epochs} and max_uses={window.max_uses}: set one of them")
+            yield f"window.epochs={window.epochs} and max_uses={window.max_uses}: set one of them"
         fresh = window.sync_every // window.epochs * groups_per_step
         if window.min_groups > min(fresh, fresh if ahead is None else ahead):
-            problems.append(
+            yield (
                 f"window.min_groups={window.min_groups} is more than the window's {fresh} new groups, or than"
                 f" max_groups_ahead={ahead}: the first step would never begin"
             )
-        return problems
-
-    def _offline_problems(self) -> list[str]:
-        if (self.mode == "offline") != (self.offline is not None):
-            return [f"mode={self.mode}: the section offline is there exactly with mode=offline"]
-        rounds = () if self.offline is None or not self.data.is_endless else self.offline.rounds
-        return [
-            f"offline.rounds.{i}.prompts: how many? {'Several data sets have' if self.data.sets else 'A toy task has'} no end"
-            for i, data in enumerate(rounds)
-            if data.log is None and data.prompts is None
-        ]
 
 
 class GenerationConfig(Section):
@@ -140,13 +131,15 @@ class GenerateConfig(Section):
         """All data sets, with how they are graded."""
         return self.data.graded(self.reward)
 
-    def find_mistakes(self) -> list[str]:
+    def find_mistakes(self) -> Iterator[str]:
         """A number of prompts where the data have no end."""
         if self.data.task is not None and self.generation.prompts is None:
-            return [f"generation.prompts: how many prompts? The built-in task {self.data.task!r} has no end"]
-        if tasks := [part.task for part in self.data.sets.values() if part.task is not None]:
-            return [f"data.sets: the built-in task {tasks[0]!r} has no end; generate its responses by themselves"]
-        return inert_weights(self.data.sets, "data.sets") + _line_problems(self.graded_sets(), self.sampler)
+            yield f"generation.prompts: how many prompts? The built-in task {self.data.task!r} has no end"
+        elif tasks := [part.task for part in self.data.sets.values() if part.task is not None]:
+            yield f"data.sets: the built-in task {tasks[0]!r} has no end; generate its responses by themselves"
+        else:
+            yield from inert_weights(self.data.sets, "data.sets")
+            yield from _line_problems(self.graded_sets(), self.sampler)
 
 
 class SftConfig(Section):
@@ -161,25 +154,23 @@ class SftConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
 
-    def find_mistakes(self) -> list[str]:
+    def find_mistakes(self) -> Iterator[str]:
         """Weights that cannot learn."""
         return _rounding_problems(self.model, self.lora)
 
 
-def _rounding_problems(model: ModelConfig, lora: LoraConfig) -> list[str]:
-    if model.param_dtype == "float32" or lora.rank:
-        return []
-    return [
-        f"model.param_dtype={model.param_dtype}: trained weights would lose small updates in rounding; use float32 with"
-        " model.compute_dtype=bfloat16, or train adapters (lora.rank)"
-    ]
+def _rounding_problems(model: ModelConfig, lora: LoraConfig) -> Iterator[str]:
+    if model.param_dtype != "float32" and not lora.rank:
+        yield (
+            f"model.param_dtype={model.param_dtype}: trained weights would lose small updates in rounding; use float32"
+            " with model.compute_dtype=bfloat16, or train adapters (lora.rank)"
+        )
 
 
-def _line_problems(sets: GradedSets, sampler: EngineConfig) -> list[str]:
+def _line_problems(sets: GradedSets, sampler: EngineConfig) -> Iterator[str]:
     is_in_lines = any(source.task == "sums" and source.sums.form == "text" for source, _ in sets.values())
-    if not is_in_lines or "\n" in sampler.stop_strings:
-        return []
-    return ['sampler.stop_strings: lacks "\\n", which ends the answers of task=sums as text; set it to ["\\n"]']
+    if is_in_lines and "\n" not in sampler.stop_strings:
+        yield 'sampler.stop_strings: lacks "\\n", which ends the answers of task=sums as text; set it to ["\\n"]'
 
 
 class EvaluateConfig(Section):
@@ -196,11 +187,10 @@ class EvaluateConfig(Section):
     mesh: MeshConfig = MeshConfig()
     logging: ProgressConfig = ProgressConfig()
 
-    def find_mistakes(self) -> list[str]:
+    def find_mistakes(self) -> Iterator[str]:
         """One source."""
         if bool(self.benchmarks.names) == (self.data is not None):
-            return ["give exactly one of benchmarks.names and the section data"]
-        if self.data is None:
-            return []
-        lines = _line_problems(self.data.graded(self.reward), self.sampler)
-        return inert_weights(self.data.sets, "data.sets") + lines
+            yield "give exactly one of benchmarks.names and the section data"
+        elif self.data is not None:
+            yield from inert_weights(self.data.sets, "data.sets")
+            yield from _line_problems(self.data.graded(self.reward), self.sampler)

@@ -1,9 +1,8 @@
 """Configs from YAML files and dotted overrides, and a report of every mistake in them at once.
 
-Nothing else parses configuration. A file is read with OmegaConf (which knows that ``1e-6`` is a
-number and resolves ``${...}``), overridden by ``section.key=value`` words from the command line,
-and validated by the models beside this file. What ``${oc.env:NAME}`` takes from the environment is in memory only:
-``written`` has the text of the file instead, for all that is saved, shown or compared. The commands print a ``ConfigError`` and exit with code 2.
+A file is read with OmegaConf (which knows that ``1e-6`` is a number and resolves ``${...}``) and validated by the
+models beside this file. What ``${oc.env:NAME}`` takes from the environment is in memory only: ``written`` has the text
+of the file instead, for all that is saved, shown or compared.
 """
 
 import argparse
@@ -12,7 +11,6 @@ import copy
 import functools
 import io
 import itertools
-import math
 import operator
 import pathlib
 import re
@@ -26,7 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails
 from yaml import YAMLError
 
-from oapl_jax.config.applies import inert_fields
+from oapl_jax.config.applies import NO_EFFECT, inert_fields
 from oapl_jax.config.names import did_you_mean, nearest
 from oapl_jax.config.reward import RewardConfig
 from oapl_jax.config.section import Checks, Section
@@ -34,14 +32,10 @@ from oapl_jax.untrusted import reading
 
 
 class ConfigError(ValueError):
-    """Every mistake of a configuration, one a line, as a person should read it.
+    """Every mistake of a configuration, one a line; ``message`` where there is nothing to list, ``source``: what they are in.
 
-    Args:
-        message: where there is nothing to list.
-        lines: the mistakes.
-        source: what they are in.
-        rest: the config with defaults in place of what is wrong, to look for further mistakes; None: there is none.
-        wrong: its sections that have mistakes.
+    ``rest`` is the config with defaults in place of what is wrong, to look for further mistakes, or None; ``wrong`` its
+    sections that have mistakes.
     """
 
     def __init__(
@@ -78,8 +72,16 @@ def load(
     Raises:
         ConfigError: with every mistake: its dotted path, the value, what is allowed.
     """
-    overrides = overrides or []
-    problems = [problem for word in overrides if (problem := _override_problem(word))]
+    overrides, problems = overrides or [], []
+    for word in overrides:
+        key, equals, _ = word.partition("=")
+        if not equals or not all(key.split(".")):
+            problems.append(f"override {word!r}: write it as section.key=value")
+            continue
+        try:
+            OmegaConf.from_dotlist([word])
+        except (YAMLError, OmegaConfBaseException) as error:
+            problems.append(f"override {word!r}: its value cannot be read: {' '.join(str(error).split())}")
     if problems:
         raise ConfigError("\n".join(problems))
     raw, texts = _read(path, overrides)
@@ -102,10 +104,12 @@ def _add_folder(section: Any, path: pathlib.Path) -> None:
 
 def _read(path: str | pathlib.Path, overrides: list[str]) -> tuple[Any, dict[tuple[Any, ...], str]]:
     """The values of a file; where it uses the environment, its texts for values from there or from other keys too."""
-    if not pathlib.Path(path).is_file():
-        raise ConfigError(f"config file {str(path)!r} does not exist{_nearest_file(pathlib.Path(path))}")
+    path = pathlib.Path(path)
+    if not path.is_file():
+        others = (path.parent if path.parent.is_dir() else pathlib.Path("configs")).glob("*.yaml")
+        raise ConfigError(f"config file {str(path)!r} does not exist{nearest(str(path), others, cutoff=0.4)}")
     try:
-        text = reading.read_text(pathlib.Path(path))
+        text = reading.read_text(path)
         _check_size(text)
         read = OmegaConf.load(io.StringIO(text))
         if not OmegaConf.is_dict(read):
@@ -155,15 +159,11 @@ def _check_size(text: str) -> None:
         ValueError: it has too many values, or interpolations.
         YAMLError: it is no YAML.
     """
-    sizes: dict[int, float] = {}
 
-    def size(node: Any) -> float:
-        if id(node) not in sizes:
-            sizes[id(node)] = math.inf  # of a node within itself
-            pairs = node.value if isinstance(node, yaml.CollectionNode) else []
-            children = itertools.chain.from_iterable(pairs) if isinstance(node, yaml.MappingNode) else pairs
-            sizes[id(node)] = 1 + sum(map(size, children))
-        return sizes[id(node)]
+    @functools.cache
+    def size(node: yaml.Node) -> float:
+        inner = node.value if isinstance(node, yaml.CollectionNode) else ()
+        return 1 + sum(map(size, itertools.chain(*inner) if isinstance(node, yaml.MappingNode) else inner))
 
     num_values = max(len(text) / 20, text.count("[") + text.count("{"))  # else the parser itself takes long
     if num_values <= MOST_VALUES and (root := yaml.compose(text, Loader=yaml.SafeLoader)) is not None:
@@ -197,12 +197,26 @@ def validate(schema: type[AnyConfig], raw: Any, source: str, checks: Checks = NO
 
 def _all_mistakes(schema: type[Section], raw: Any, error: ValidationError, source: str, checks: Checks) -> ConfigError:
     """With those that pydantic does not look for, because a section is wrong; not what may follow from that."""
-    lines, raw = mistakes(schema, error, checks), copy.deepcopy(raw)
-    wrong = {section for details in error.errors() for section in _without(raw, details)}
+    lines, raw, wrong = mistakes(schema, error, checks), copy.deepcopy(raw), set()
+    if not isinstance(raw, dict):
+        return ConfigError(lines=lines, source=source)
+    for line in lines:
+        if place := re.match("([^:=]+)[:=]", line):  # of the mistake
+            *parents, key = place[1].split(".")
+            with contextlib.suppress(LookupError, TypeError, ValueError):  # it is not there, or is no table
+                table = functools.reduce(
+                    lambda inner, part: inner[int(part) if isinstance(inner, list) else part], parents, raw
+                )
+                if parents or not isinstance(table[key], dict):
+                    del table[key]
+            if NO_EFFECT not in line:
+                wrong.add([*parents, key][0])
     rest: Any = _unchecked(schema, raw, checks)
     for find in (rest.find_mistakes, lambda: inert_fields(rest), lambda: _refused(rest, checks)):
         with contextlib.suppress(AttributeError, TypeError):  # what it reads is missing or wrong
-            found = [line for line in find() if not any(re.search(rf"\b{name}[.:=]", line) for name in wrong)]
+            found = [
+                line for line in find() if not any(re.search(rf"\b{re.escape(name)}[.:=]", line) for name in wrong)
+            ]
             lines += [line for line in found if line not in lines]
     return ConfigError(lines=lines, source=source, rest=rest, wrong=wrong)
 
@@ -229,29 +243,6 @@ def _refused(config: Section, checks: Checks) -> list[str]:
     return []
 
 
-def _without(raw: Any, error: ErrorDetails) -> set[str]:
-    """Takes out of ``raw`` what is wrong; returns the sections, but for those that only have a field without effect."""
-    location, wrong = ".".join(map(str, error["loc"])), set()
-    is_of_section = error["type"] == "value_error"  # its lines begin with the key, where one key is at fault
-    for line in error["msg"].removeprefix("Value error, ").split("\n") if is_of_section else [""]:
-        begin = re.match(r"[\w.]+(?=[:=])", line)
-        key = f"{location}.{begin[0]}".strip(".") if begin else location
-        if "has no effect with" not in line:
-            wrong.add(key.partition(".")[0])
-        if begin or not is_of_section:
-            _remove(raw, *key.split("."))
-    return wrong - {""}
-
-
-def _remove(place: Any, first: str, *rest: str) -> None:
-    if isinstance(place, list) and first.isdigit() and rest:
-        _remove(place[int(first)], *rest)
-    elif isinstance(place, dict) and rest:
-        _remove(place.setdefault(first, {}), *rest)
-    elif isinstance(place, dict):
-        place.pop(first, None)
-
-
 def mistakes(schema: type[Section], error: ValidationError, checks: Checks = NO_CHECKS) -> list[str]:
     """A line for each mistake: dotted path, what is wrong, value, nearest valid name."""
     return [line for details in error.errors() for line in _describe(schema, details, checks)]
@@ -266,7 +257,7 @@ def from_command_line(
     schema: type[AnyConfig],
     command: str,
     argv: list[str],
-    add_options: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    add_options: Callable[[argparse.ArgumentParser], Any] = lambda parser: None,
     *,
     checks: Checks,
 ) -> tuple[AnyConfig, argparse.Namespace]:
@@ -284,17 +275,6 @@ def from_command_line(
     return load(schema, arguments.config, arguments.overrides, checks), arguments
 
 
-def _override_problem(word: str) -> str | None:
-    key, equals, _ = word.partition("=")
-    if not equals or not all(key.split(".")):
-        return f"override {word!r}: write it as section.key=value"
-    try:
-        OmegaConf.from_dotlist([word])
-    except (YAMLError, OmegaConfBaseException) as error:
-        return f"override {word!r}: its value cannot be read: {' '.join(str(error).split())}"
-    return None
-
-
 def _describe(schema: type[Section], error: ErrorDetails, checks: Checks) -> list[str]:
     location = tuple(str(part) for part in error["loc"])
     path = ".".join(location) or "config"
@@ -303,18 +283,19 @@ def _describe(schema: type[Section], error: ErrorDetails, checks: Checks) -> lis
     if error["type"] == "missing":
         return [f"{path}: is required and missing"]
     message = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "value_error":
-        return [_located(path, line) if location else line for line in message.split("\n")]
+    if error["type"] == "value_error":  # a line of a section may begin with its key
+        lines = message.split("\n")
+        return (
+            [f"{path}.{line}" if re.match(r"[\w.]+: ", line) else f"{path}: {line}" for line in lines]
+            if location
+            else lines
+        )
     if error["type"] == "string_pattern_mismatch":
         message = "should be axes such as 'fsdp=4' or 'data=2,tensor=4' (data, fsdp, tensor; -1: all that are left)"
     if error["type"] == "literal_error":
-        message += nearest(str(error["input"]), _quoted(error.get("ctx", {}).get("expected", "")))
+        allowed = error.get("ctx", {}).get("expected", "").split("'")
+        message += nearest(str(error["input"]), filter(str.isidentifier, allowed))
     return [f"{path}: {message} (value {error['input']!r})"]
-
-
-def _located(path: str, line: str) -> str:
-    """The line of a section with the section's path before its key, where it begins with one."""
-    return f"{path}.{line}" if re.match(r"[\w.]+: ", line) else f"{path}: {line}"
 
 
 def _nearest_key(schema: type[Section], location: tuple[str, ...], checks: Checks) -> str:
@@ -340,12 +321,3 @@ def _keys_at(schema: type[Section], location: list[str], checks: Checks) -> list
             return []
         schema = found[0]
     return [*schema.model_fields, *(checks[schema].keys if schema in checks else ())]
-
-
-def _quoted(expected: str) -> list[str]:
-    return [part for part in expected.split("'") if part.isidentifier()]
-
-
-def _nearest_file(path: pathlib.Path) -> str:
-    folder = path.parent if path.parent.is_dir() else pathlib.Path("configs")
-    return nearest(str(path), folder.glob("*.yaml"), cutoff=0.4)

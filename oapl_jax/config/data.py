@@ -1,7 +1,7 @@
 """Where prompts, held-out prompts and demonstrations come from."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
@@ -69,7 +69,7 @@ class SourceConfig(Section):
     system: Annotated[str | None, NOT_OF_TASKS] = None
     """System message of the chat template; null: that of the row, or the template's own default."""
 
-    def find_mistakes(self) -> list[str]:
+    def find_mistakes(self) -> Iterable[str]:
         """One source."""
         given = (self.task is not None, self.dataset is not None or self.path is not None)
         return [] if sum(given) == 1 else ["give exactly one of task, dataset and path"]
@@ -110,7 +110,7 @@ class DataConfig(SourceConfig):
     overlong: Literal["drop", "error"] = "drop"
     """What happens to a prompt over the limit: dropped and counted, or an error."""
 
-    def find_mistakes(self) -> list[str]:
+    def find_mistakes(self) -> Iterable[str]:
         """One source, or several sets."""
         if not self.sets:
             return super().find_mistakes()
@@ -159,6 +159,6 @@ class SftDataConfig(Section):
     overlong: Literal["drop", "error"] = "drop"
     """What happens to a row over a limit: dropped and counted, or an error."""
 
-    def find_mistakes(self) -> list[str]:
+    def find_mistakes(self) -> Iterable[str]:
         """One source."""
         return ["give exactly one of task and path"] if (self.task is None) == (self.path is None) else []

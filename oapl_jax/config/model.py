@@ -1,5 +1,6 @@
 """The policy that is trained, and its adapters."""
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
@@ -47,17 +48,15 @@ class ModelConfig(Section):
     scan_layers: bool = True
     """False: a Python loop over layers, for debugging."""
 
-    def find_mistakes(self) -> list[str]:
+    def find_mistakes(self) -> Iterator[str]:
         """One source, with a tokenizer; names where they are needed."""
-        problems = []
         given = [name for name in ("path", "config", "warm_start") if getattr(self, name) is not None]
         if len(given) != 1:
-            problems.append(f"give exactly one of path, config, warm_start; got {', '.join(given) or 'none'}")
+            yield f"give exactly one of path, config, warm_start; got {', '.join(given) or 'none'}"
         elif self.tokenizer == "model" and self.config is not None:
-            problems.append("tokenizer: a model built from a bare config has none; name one, or 'characters'")
+            yield "tokenizer: a model built from a bare config has none; name one, or 'characters'"
         if self.remat in ("names", "offload") and not self.remat_names:
-            problems.append(f"remat_names: remat={self.remat} needs names of activations to keep")
-        return problems
+            yield f"remat_names: remat={self.remat} needs names of activations to keep"
 
 
 class LoraConfig(Section):

@@ -1,6 +1,7 @@
 """How responses are graded."""
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -79,17 +80,14 @@ class RewardConfig(Section):
     length_free: Annotated[CountOrZero, AppliesWhen("length_penalty")] = 0
     """Characters without a penalty."""
 
-    def find_mistakes(self) -> list[str]:
+    def find_mistakes(self) -> Iterator[str]:
         """Names of functions, and the pattern."""
-        problems = [
-            f"functions: {name!r} is not math, code, or package.module:function"
-            for name in self.functions
-            if name not in ("math", "code") and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", name)
-        ]
+        for name in self.functions:
+            if not re.fullmatch(r"math|code|[A-Za-z_][\w.]*:[A-Za-z_]\w*", name):
+                yield f"functions: {name!r} is not math, code, or package.module:function"
         if self.format_bonus and self.format_pattern is None:
-            problems.append("format_bonus: needs format_pattern")
+            yield "format_bonus: needs format_pattern"
         try:
             re.compile(self.format_pattern or "")
         except re.error as error:
-            problems.append(f"format_pattern: {self.format_pattern!r} is not a regular expression: {error}")
-        return problems
+            yield f"format_pattern: {self.format_pattern!r} is not a regular expression: {error}"

@@ -6,10 +6,6 @@ from oapl_jax.config.applies import AppliesWhen, one_of
 from oapl_jax.config.section import Count, CountOrZero, Positive, Section
 
 
-def _are_given(*values: object) -> bool:
-    return all(values)
-
-
 class RunDirConfig(Section):
     """What a run is called, and what it may overwrite."""
 
@@ -70,7 +66,7 @@ class CheckpointConfig(Section):
 class TrainCheckpointConfig(CheckpointConfig):
     """The same, what else a run keeps, and what may end it."""
 
-    keep_best: Annotated[str | None, AppliesWhen("evaluation.every", "evaluation.prompts", condition=_are_given)] = None
+    keep_best: Annotated[str | None, AppliesWhen("evaluation.every", "evaluation.prompts")] = None
     """Metric of an evaluation, such as ``evaluation/pass@1``: the checkpoint in which it was highest is kept too. Each
     better one is saved; the learner then waits for its evaluations."""
     patience: Annotated[CountOrZero, AppliesWhen("keep_best")] = 0

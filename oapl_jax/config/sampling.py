@@ -1,6 +1,7 @@
 """How tokens are drawn, in training and in evaluations."""
 
 import re
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -42,13 +43,11 @@ class EngineConfig(SamplingConfig):
     kv_memory: Fraction = 0.8
     """Most of a replica's free memory that its KV cache may take; never more than the rows need at full length."""
 
-    def find_mistakes(self) -> list[str]:
+    def find_mistakes(self) -> Iterator[str]:
         r"""A newline that YAML has not read as one: ``'\n'`` is a backslash and an n."""
-        return [
-            f"stop_strings: {string!r} is a backslash and a letter; write it in double quotes"
-            for string in self.stop_strings
-            if re.fullmatch(r"(\\[nrt])+", string)
-        ]
+        for string in self.stop_strings:
+            if re.fullmatch(r"(\\[nrt])+", string):
+                yield f"stop_strings: {string!r} is a backslash and a letter; write it in double quotes"
 
 
 class SamplerConfig(EngineConfig):

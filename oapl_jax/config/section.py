@@ -1,6 +1,6 @@
 """The base of every section of a config, and the types that sections share."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Annotated, Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
@@ -28,7 +28,7 @@ class Section(BaseModel):
     """Of a whole config that was read from a file: by the place of each value from the environment what the file says,
     such as ``${oc.env:NAME}``."""
 
-    def find_mistakes(self) -> list[str]:
+    def find_mistakes(self) -> Iterable[str]:
         """What is wrong with fields that are right one by one, a line each; one that concerns a field begins ``key: ``."""
         return []
 

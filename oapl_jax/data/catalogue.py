@@ -1,9 +1,61 @@
-"""The published data sets by their names in ``data.dataset`` (docs/evaluation.md has a table)."""
+"""The published data sets by their names in ``data.dataset`` (docs/evaluation.md has a table), and how a row is read."""
 
 import json
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple
 
-from oapl_jax.data.dataset import BOXED, Cells, Dataset, Problem, Source
+from oapl_jax.data.messages import Question
+
+BOXED = "{prompt}\nPlease reason step by step, and put your final answer within \\boxed{}."
+"""User message of mathematical data sets."""
+
+PROGRAM = "{prompt}\nThink first, then give the whole program in one Python code block at the end."
+"""User message of data sets of programs."""
+
+
+class Source(NamedTuple):
+    """Location of a split on the Hugging Face hub."""
+
+    split: str
+    """Its name on the hub."""
+    name: str | None = None
+    """Configuration of the data set."""
+    files: tuple[str, ...] = ()
+    """Data files to read instead of loading the repository by its name."""
+
+
+class Problem(NamedTuple):
+    """The content of a row."""
+
+    question: Question
+    answer: str
+    """The gold answer, or tests in a layout of rewards/code/layouts.py."""
+    columns: dict[str, Any] | None = None
+    """The cells of ``data.columns``."""
+
+
+Cells = dict[str, Any]
+"""A row's cells by column."""
+
+
+class Dataset(NamedTuple):
+    """A published data set."""
+
+    hub: str
+    """Its name on the Hugging Face hub."""
+    splits: Mapping[str, Source]
+    """Its splits by our names: ``train`` and ``test``."""
+    columns: tuple[str, ...]
+    """Columns that every row must have."""
+    read: Callable[[Cells], Problem | None]
+    """Makes a problem from a row, or None if the row cannot be graded."""
+    reward: Literal["math", "code"] = "code"
+    """The reward function that grades it."""
+    template: str = PROGRAM
+    """User message, unless the config has one."""
+    optional: tuple[str, ...] = ()
+    """Columns that may be missing, which makes their cells None."""
+
 
 LIVECODEBENCH_FILES = "hf://datasets/livecodebench/code_generation_lite/{}.jsonl"
 LIVECODEBENCH_TESTS = ("public_test_cases", "private_test_cases", "metadata")
@@ -61,11 +113,9 @@ def _mbpp(row: Cells) -> Problem | None:
     if not question or not row["test_list"]:
         return None
     tests = {"test_list": row["test_list"], "test_setup_code": row["test_setup_code"] or ""}
+    tests["test_imports"] = row["test_imports"] or []
     shown = "\n".join(row["test_list"])
-    return Problem(
-        f"{question}\n\nIt has to pass these tests:\n```python\n{shown}\n```",
-        json.dumps({**tests, "test_imports": row["test_imports"] or []}),
-    )
+    return Problem(f"{question}\n\nIt has to pass these tests:\n```python\n{shown}\n```", json.dumps(tests))
 
 
 def _with_starter_code(question: str, row: Cells, tests: str) -> Problem:
@@ -76,81 +126,60 @@ def _with_starter_code(question: str, row: Cells, tests: str) -> Problem:
     return Problem(question, tests)
 
 
-def _apps_file(split: str) -> Source:
-    return Source("train", files=(f"hf://datasets/codeparrot/apps/{split}.jsonl",))
+def _hub(*splits: str, name: str | None = None) -> dict[str, Source]:
+    """Splits that have our names on the hub."""
+    return {split: Source(split, name) for split in splits}
 
+
+_APPS = {name: Source("train", files=(f"hf://datasets/codeparrot/apps/{name}.jsonl",)) for name in ("train", "test")}
+_COMPLETE = """Complete this function. Give the whole function, with its imports, in one Python code block.
+```python
+{prompt}
+```"""
+_WHOLE = "{prompt}\nGive the whole function, with its imports, in one Python code block."
+_CODE = ("starter_code",)
+_LIVECODEBENCH = Source(
+    "train", files=tuple(map(LIVECODEBENCH_FILES.format, ("test", "test2", "test3", "test4", "test5")))
+)
+"""Release 5."""
 
 DATASETS: dict[str, Dataset] = {
     "aime2025": _math("MathArena/aime_2025", test=Source("train")),
-    "apps": Dataset(
-        hub="codeparrot/apps",
-        splits={"train": _apps_file("train"), "test": _apps_file("test")},
-        columns=("question", "input_output"),
-        optional=("starter_code",),
-        read=_apps,
-    ),
+    "apps": Dataset("codeparrot/apps", _APPS, ("question", "input_output"), _apps, optional=_CODE),
     # Not on the hub: read from a local copy of Ablustrund/APPS_Plus on GitHub.
     "apps_plus": Dataset(
-        hub="",
-        splits={},
-        columns=("question",),
-        optional=("input_output", "starter_code", "inputs", "outputs", "fn_name"),
-        read=_apps_plus,
+        "", {}, ("question",), _apps_plus, optional=("input_output", *_CODE, "inputs", "outputs", "fn_name")
     ),
     "brumo2025": _math("MathArena/brumo_2025", test=Source("train")),
     # ``data.name`` is primeintellect, taco, lcbv5 or codeforces.
     "deepcoder": Dataset(
-        hub="agentica-org/DeepCoder-Preview-Dataset",
-        splits={"train": Source("train", "primeintellect"), "test": Source("test", "lcbv5")},
-        columns=("problem", "tests"),
-        optional=("starter_code",),
-        read=_deepcoder,
+        "agentica-org/DeepCoder-Preview-Dataset",
+        {"train": Source("train", "primeintellect"), "test": Source("test", "lcbv5")},
+        ("problem", "tests"),
+        _deepcoder,
+        optional=_CODE,
     ),
     "deepscaler": _math("agentica-org/DeepScaleR-Preview-Dataset", train=Source("train")),
-    "gsm8k": Dataset(
-        hub="openai/gsm8k",
-        splits={"train": Source("train", "main"), "test": Source("test", "main")},
-        columns=("question", "answer"),
-        read=_gsm8k,
-        reward="math",
-        template=BOXED,
-    ),
+    "gsm8k": Dataset("openai/gsm8k", _hub("train", "test", name="main"), ("question", "answer"), _gsm8k, "math", BOXED),
     "hmmt_feb_2025": _math("MathArena/hmmt_feb_2025", test=Source("train")),
     "hmmt_nov_2025": _math("MathArena/hmmt_nov_2025", test=Source("train")),
     "humaneval": Dataset(
-        hub="openai/openai_humaneval",
-        splits={"test": Source("test")},
-        columns=("prompt", "test", "entry_point"),
-        read=_humaneval,
-        template="Complete this function. Give the whole function, with its imports, in one Python code block.\n"
-        "```python\n{prompt}\n```",
+        "openai/openai_humaneval", _hub("test"), ("prompt", "test", "entry_point"), _humaneval, template=_COMPLETE
     ),
-    # Release 5.
     "livecodebench": Dataset(
-        hub="livecodebench/code_generation_lite",
-        splits={
-            "test": Source(
-                "train",
-                files=tuple(map(LIVECODEBENCH_FILES.format, ("test", "test2", "test3", "test4", "test5"))),
-            )
-        },
-        columns=("question_content", "starter_code", *LIVECODEBENCH_TESTS),
-        read=_livecodebench,
+        "livecodebench/code_generation_lite",
+        {"test": _LIVECODEBENCH},
+        ("question_content", *_CODE, *LIVECODEBENCH_TESTS),
+        _livecodebench,
     ),
     "math500": _math("HuggingFaceH4/MATH-500", test=Source("test")),
     "mbpp": Dataset(
-        hub="google-research-datasets/mbpp",
-        splits={"train": Source("train", "full"), "test": Source("test", "full")},
-        columns=("test_list",),
+        "google-research-datasets/mbpp",
+        _hub("train", "test", name="full"),
+        ("test_list",),
+        _mbpp,
+        template=_WHOLE,
         optional=("text", "prompt", "test_setup_code", "test_imports"),
-        read=_mbpp,
-        template="{prompt}\nGive the whole function, with its imports, in one Python code block.",
     ),
-    "taco": Dataset(
-        hub="BAAI/TACO",
-        splits={"train": Source("train"), "test": Source("test")},
-        columns=("question", "input_output"),
-        optional=("starter_code",),
-        read=_apps,
-    ),
+    "taco": Dataset("BAAI/TACO", _hub("train", "test"), ("question", "input_output"), _apps, optional=_CODE),
 }

@@ -89,7 +89,7 @@ def read_problems(root: pathlib.Path, dropped: collections.Counter[str]) -> list
 
 def read_submissions(
     root: pathlib.Path, problem: str, keeps: Callable[[str], bool], dropped: collections.Counter[str]
-) -> list[Submission]:
+) -> Iterator[Submission]:
     """The Python submissions of a problem whose source ``keeps`` accepts, in the order of their ids.
 
     Raises:
@@ -98,8 +98,7 @@ def read_submissions(
     path = root / "metadata" / f"{problem}.csv"
     if not path.is_file():
         dropped["problems without metadata"] += 1
-        return []
-    found = []
+        return
     for row in sorted(_rows(path, ("submission_id", "language", "status")), key=lambda row: row["submission_id"]):
         file = root / "data" / problem / LANGUAGE / f"{row['submission_id']}.py"
         if row["language"] != LANGUAGE:
@@ -108,13 +107,12 @@ def read_submissions(
             dropped[f"status {row['status'] or 'missing'}"] += 1
         elif not file.is_file():
             dropped["programs without a file"] += 1
+        elif not (source := file.read_text(encoding="utf-8", errors="replace").strip()):
+            dropped["empty programs"] += 1
+        elif not keeps(source):
+            dropped["too long"] += 1
         else:
-            source = file.read_text(encoding="utf-8", errors="replace").strip()
-            if source and keeps(source):
-                found.append(Submission(row["submission_id"], source, row["status"]))
-            else:
-                dropped["too long" if source else "empty programs"] += 1
-    return found
+            yield Submission(row["submission_id"], source, row["status"])
 
 
 def make_groups(problem: str, submissions: list[Submission], rules: Rules) -> Iterator[list[Submission]]:
@@ -147,17 +145,14 @@ class _Text(html.parser.HTMLParser):
         self.parts: list[str] = []
         self._num_silent = self._num_pre = 0
 
-    def handle_starttag(self, tag: str, attrs: object) -> None:
-        self._pass(tag, 1)
-
-    def handle_endtag(self, tag: str) -> None:
-        self._pass(tag, -1)
-
-    def _pass(self, tag: str, depth: int) -> None:
+    def handle_starttag(self, tag: str, attrs: object, depth: int = 1) -> None:
         self._num_silent += depth * (tag in self.SILENT)
         self._num_pre += depth * (tag == "pre")
         if tag in self.BLOCKS:
             self.parts.append("\n")
+
+    def handle_endtag(self, tag: str) -> None:
+        self.handle_starttag(tag, (), depth=-1)
 
     def handle_data(self, data: str) -> None:
         if self._num_silent <= 0:

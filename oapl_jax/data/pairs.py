@@ -36,26 +36,22 @@ def load_pairs(data: SftDataConfig, tokenizer: Tokenizer, seed: int) -> Shuffled
 
         return Made(make)
     table = rows.read(str(data.path), "jsonl", (data.prompt_column, data.response_column))
-    pairs, num_dropped, texts = [], 0, {}
-    for number, row in enumerate(table.rows):
+    pairs, texts = [], {}
+    for number, (prompt_cell, response_cell) in enumerate(table.rows):
         row_name = f"{table.name}/{number}"
-        prompt = messages.question_cell(row[0], data.prompt_column, row_name)
-        response = rows.string_cell(row[1], data.response_column, row_name)
+        prompt = messages.question_cell(prompt_cell, data.prompt_column, row_name)
+        response = rows.string_cell(response_cell, data.response_column, row_name)
         texts |= {f"{row_name} (prompt)": messages.text_of(prompt), f"{row_name} (response)": response}
         pair = _make_pair(np.asarray(tokenizer.encode_prompt(prompt, data.system), np.int32), response, tokenizer)
-        overlong = _over_limit(pair, data)
-        if not overlong:
+        if (overlong := _over_limit(pair, data)) is None:
             pairs.append(pair)
         elif data.overlong == "error":
             raise ValueError(f"row {row_name}: {overlong}; raise the limit or set data.overlong=drop")
-        else:
-            num_dropped += 1
     if not pairs:
-        raise ValueError(
-            f"{data.path!r}: all {num_dropped} rows exceed data.max_prompt_tokens or data.max_response_tokens"
-        )
+        told = "rows exceed data.max_prompt_tokens or data.max_response_tokens"
+        raise ValueError(f"{data.path!r}: all {len(table.rows)} {told}")
     warn_of_control_tokens(tokenizer, "prompts and responses", texts)
-    return Shuffled(pairs, num_dropped, seed)
+    return Shuffled(pairs, len(table.rows) - len(pairs), seed)
 
 
 def _make_pair(prompt_ids: Int[np.ndarray, "P"], response: str, tokenizer: Tokenizer) -> Pair:

@@ -15,8 +15,7 @@ from oapl_jax.config.data import DataConfig
 from oapl_jax.config.evaluation import HELD_OUT
 from oapl_jax.config.names import entry
 from oapl_jax.data import messages, rows, tasks
-from oapl_jax.data.catalogue import DATASETS
-from oapl_jax.data.dataset import Problem
+from oapl_jax.data.catalogue import DATASETS, Problem
 from oapl_jax.data.streams import Made, Mixed, Shuffled
 from oapl_jax.data.tokenizer import Tokenizer, warn_of_control_tokens
 from oapl_jax.types import Prompt
@@ -25,6 +24,19 @@ TASK_PROMPTS = 128
 """Number of held-out prompts of a built-in task, unless the config has one."""
 
 PromptSource = Shuffled[Prompt] | Made[Prompt] | Mixed[Prompt]
+
+
+class HeldOut(list[Prompt]):
+    """Held-out prompts in the order of their sources, and how many rows were dropped, by the names of the data sets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropped: dict[str, int] = {}
+
+    def add(self, name: str, prompts: list[Prompt], num_dropped: int) -> None:
+        """Adds the prompts of a data set."""
+        self.extend(prompts)
+        self.dropped[name] = num_dropped
 
 
 def load_prompts(data: DataConfig, tokenizer: Tokenizer, seed: int) -> PromptSource:
@@ -87,92 +99,99 @@ def describe(data: DataConfig, source: PromptSource) -> dict[str, str]:
         return told
     if data.task is not None:
         return {"": f"{data.task} task"}
-    return {"": f"{len(source):,} ({source.num_dropped:,} overlong or without an answer dropped)"}
+    return {"": f"{len(source):,} ({dropped(source.num_dropped)})"}
 
 
-def held_out(config: TrainConfig, tokenizer: Tokenizer) -> list[Prompt]:
-    """The first ``evaluation.prompts`` held-out prompts of each data set, or all if there are fewer; they are the same for every seed.
+def dropped(number: int) -> str:
+    """The number of rows that were left out, as text."""
+    return f"{number:,} overlong or without an answer dropped"
+
+
+def held_out(config: TrainConfig, tokenizer: Tokenizer) -> HeldOut:
+    """The first ``evaluation.prompts`` held-out prompts of each data set, or all if there are fewer; the same for every seed.
 
     Raises:
         ValueError: as ``load_prompts``; or training prompts come from a file and ``evaluation.path`` is missing.
     """
-    data, evaluation, found = config.data, config.evaluation, []
+    data, evaluation, found = config.data, config.evaluation, HeldOut()
     if not evaluation.prompts:
-        return []
+        return found
     if data.sets and not evaluation.sets:
         raise ValueError("evaluation.sets: is missing; name the held-out prompts for data.sets there")
     for name, part in evaluation.sets.items():
         with _errors_of(f"evaluation.sets.{name}"):
-            found += first_prompts(data.of(part), tokenizer, evaluation.prompts, HELD_OUT + name)
+            found.add(name, *first_prompts(data.of(part), tokenizer, evaluation.prompts, HELD_OUT + name))
     if evaluation.sets:
         return found
-    if data.task is not None:
-        return first_prompts(data, tokenizer, evaluation.prompts)
-    is_file = data.path is not None if data.dataset is not None else data.format in ("jsonl", "parquet")
-    if evaluation.path is None and evaluation.dataset is None and is_file:
-        raise ValueError(f"evaluation.path: is missing; set it to the held-out prompts for {data.path!r}")
-    update: dict[str, Any] = {"path": evaluation.path or data.path, "split": evaluation.split}
-    if evaluation.dataset is not None:
-        update |= {"dataset": evaluation.dataset, "path": evaluation.path, "name": None}
-    source = data.model_copy(update=update)
-    return first_prompts(source, tokenizer, evaluation.prompts)
-
-
-def first_prompts(data: DataConfig, tokenizer: Tokenizer, num: int | None, name: str = "") -> list[Prompt]:
-    """The first prompts of a source in its order, of a built-in task the held-out ones; ids begin with ``name``."""
     if data.task is None:
-        prompts = _read_prompts(data, tokenizer)[0][:num]
+        is_file = data.path is not None if data.dataset is not None else data.format in ("jsonl", "parquet")
+        if evaluation.path is None and evaluation.dataset is None and is_file:
+            raise ValueError(f"evaluation.path: is missing; set it to the held-out prompts for {data.path!r}")
+        update: dict[str, Any] = {"path": evaluation.path or data.path, "split": evaluation.split}
+        if evaluation.dataset is not None:
+            update |= {"dataset": evaluation.dataset, "path": evaluation.path, "name": None}
+        data = data.model_copy(update=update)
+    found.add("", *first_prompts(data, tokenizer, evaluation.prompts))
+    return found
+
+
+def first_prompts(
+    data: DataConfig, tokenizer: Tokenizer, num: int | None, prefix: str = ""
+) -> tuple[list[Prompt], int]:
+    """The first prompts of a source in its order, of a built-in task the held-out ones, and the number of dropped rows.
+
+    ``num``: at most; None: all, of a task ``TASK_PROMPTS``. Their ids begin with the prefix.
+    """
+    if data.task is None:
+        prompts, num_dropped = _read_prompts(data, tokenizer)
     else:
-        task, count = tasks.make_task(data), TASK_PROMPTS if num is None else num
-        prompts = [task.prompt(i, "held_out", tasks.HELD_OUT_SEED, tokenizer) for i in range(count)]
-    return [_named(prompt, name) for prompt in prompts]
+        task, num_dropped = tasks.make_task(data), 0
+        count = range(TASK_PROMPTS if num is None else num)
+        prompts = [task.prompt(i, "held_out", tasks.HELD_OUT_SEED, tokenizer) for i in count]
+    return [_named(prompt, prefix) for prompt in prompts[:num]], num_dropped
 
 
 def _read_prompts(data: DataConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], int]:
     """All prompts within the limit, in the order of the source, and the number of rows that were left out."""
     if "{prompt}" not in data.template:
         raise ValueError(f"data.template={data.template!r}: lacks {{prompt}}, which stands for the question")
-    problems = _read_dataset(data) if data.dataset else _read_columns(data)
+    problems = list(_read_dataset(data) if data.dataset else _read_columns(data))
     prompts = [_make_prompt(name, problem, data, tokenizer) for name, problem in problems if problem is not None]
-    num_ungraded = len(problems) - len(prompts)
     if not prompts:
         raise ValueError(f"{data.path or data.dataset!r}: none of its {len(problems)} rows has an answer or tests")
     limit = data.max_prompt_tokens
     kept = [prompt for prompt in prompts if len(prompt.token_ids) <= limit]
+    sizes = {prompt.id: len(prompt.token_ids) for prompt in prompts}
     if data.overlong == "error" and len(kept) < len(prompts):
-        longest = max(prompts, key=lambda prompt: len(prompt.token_ids))
-        first = next(prompt for prompt in prompts if len(prompt.token_ids) > limit)
+        longest, first = max(sizes, key=sizes.__getitem__), next(name for name in sizes if sizes[name] > limit)
         raise ValueError(
-            f"row {first.id}: its prompt has {len(first.token_ids)} tokens, over data.max_prompt_tokens={limit}"
-            f" ({len(prompts) - len(kept)} such rows; the longest, {longest.id}, has {len(longest.token_ids)});"
+            f"row {first}: its prompt has {sizes[first]} tokens, over data.max_prompt_tokens={limit}"
+            f" ({len(prompts) - len(kept)} such rows; the longest, {longest}, has {sizes[longest]});"
             f" raise the limit or set data.overlong=drop"
         )
     if not kept:
-        shortest = min(len(prompt.token_ids) for prompt in prompts)
         raise ValueError(
             f"{data.path!r}: all {len(prompts)} prompts exceed data.max_prompt_tokens={limit};"
-            f" the shortest has {shortest} tokens"
+            f" the shortest has {min(sizes.values())} tokens"
         )
     warn_of_control_tokens(tokenizer, "prompts", {prompt.id: prompt.text for prompt in kept})
-    return kept, len(prompts) - len(kept) + num_ungraded
+    return kept, len(problems) - len(kept)
 
 
-def _read_columns(data: DataConfig) -> list[tuple[str, Problem | None]]:
+def _read_columns(data: DataConfig) -> Iterator[tuple[str, Problem]]:
     """The named problems of a table, by the columns that the config names."""
     answers = () if data.answer_column is None else (data.answer_column,)
     columns = (data.prompt_column, *answers, *data.columns)
     table = rows.read(str(data.path), data.format, columns, name=data.name, split=data.split)
     name = _dataset_name(data, table.name)
-    found: list[tuple[str, Problem | None]] = []
     for i, (prompt, *cells) in enumerate(table.rows):
         row_name, further = f"{name}/{i}", map(rows.plain_cell, cells[len(answers) :])
         question = messages.question_cell(prompt, data.prompt_column, row_name)
         answer = rows.answer_cell(cells[0], answers[0], row_name) if answers else ""
-        found.append((row_name, Problem(question, answer, dict(zip(data.columns, further, strict=True)))))
-    return found
+        yield row_name, Problem(question, answer, dict(zip(data.columns, further, strict=True)))
 
 
-def _read_dataset(data: DataConfig) -> list[tuple[str, Problem | None]]:
+def _read_dataset(data: DataConfig) -> Iterator[tuple[str, Problem | None]]:
     """The named problems of a published data set, from the hub or from a local copy of any format."""
     assert data.dataset is not None
     dataset = entry(DATASETS, data.dataset, "data.dataset")
@@ -191,16 +210,15 @@ def _read_dataset(data: DataConfig) -> list[tuple[str, Problem | None]]:
         options |= {"split": source.split, "name": data.name or source.name, "files": source.files}
     table = rows.read(path, file_format, dataset.columns, **options)
     columns = (*dataset.columns, *dataset.optional)
-    found: list[tuple[str, Problem | None]] = []
     for number, row in enumerate(table.rows):
         name = f"{data.dataset}/{data.split}/{number}"
         try:
-            found.append((name, dataset.read(dict(zip(columns, row, strict=True)))))
+            problem = dataset.read(dict(zip(columns, row, strict=True)))
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(
                 f"row {name} of {path!r} does not have the layout of {data.dataset} ({type(error).__name__}: {error})"
             ) from error
-    return found
+        yield name, problem
 
 
 def _format_of(path: pathlib.Path) -> str:

@@ -1,17 +1,16 @@
 """Reads rows of tables in several formats: JSONL, Parquet, the ``datasets`` library, TFDS.
 
-Each reader returns the wanted columns of all rows in the order of the source, or raises an error that says what is
-missing. The libraries of the extra ``data`` are imported only by the readers that use them.
+The libraries of the extra ``data`` are imported only by the readers that use them.
 """
 
 import contextlib
-import dataclasses
+import functools
 import importlib
 import json
 import math
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,8 +21,13 @@ NEAR = 0.4
 """How similar a name must be to be suggested: file names of one data set differ little."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
+Choose = Callable[[str, Sequence[str]], list[str]]
+"""From the name of a file and its columns to the whole columns that are read; raises a ValueError if one is missing."""
+Records = list[tuple[str, Iterable[Any]]]
+"""The records of each file or split, by its name."""
+
+
+class Table(NamedTuple):
     """The wanted columns of a source."""
 
     name: str
@@ -42,7 +46,7 @@ def read(
     optional: Sequence[str] = (),
     files: Sequence[str] = (),
 ) -> Table:
-    """Reads the ``columns`` of all rows, followed by the ``optional`` ones.
+    """Reads the ``columns`` of all rows in the order of the source, followed by the ``optional`` ones.
 
     Args:
         path: file, folder, or name of a dataset.
@@ -57,18 +61,33 @@ def read(
         ValueError: a file or column is missing, a row is broken, or there are no rows. The message has the most similar
             name that exists.
     """
-    wanted = (*columns, *optional)
+
+    def choose(where: str, names: Sequence[str]) -> list[str]:
+        heads = {column: column if column in names else column.partition(".")[0] for column in (*columns, *optional)}
+        for column in columns:
+            if heads[column] not in names:
+                raise ValueError(f"{where}: has no column {heads[column]!r}; {_known(heads[column], names)}")
+        return [head for head in dict.fromkeys(heads.values()) if head in names]
+
     if file_format == "jsonl":
-        table = _read_json(_existing(path), columns, wanted)
+        table_name, found = _read_json(_existing(path))
     elif file_format == "parquet":
-        table = _read_parquet(_existing(path), columns, wanted)
+        table_name, found = _read_parquet(_existing(path), choose)
     elif file_format == "datasets":
-        table = _read_datasets(path, columns, wanted, name, split, files)
+        table_name, found = _read_datasets(path, choose, name, split, files)
     else:
-        table = _read_tfds(path, columns, wanted, split)
-    if not table.rows:
+        table_name, found = _read_tfds(path, choose, split)
+    rows = []
+    for source, records in found:
+        for i, record in enumerate(records):
+            where = f"{source} row {i}"
+            if not isinstance(record, Mapping):
+                raise ValueError(f"{where}: is {type(record).__name__}, not an object")
+            needed = [_cell(where, record, column, is_needed=True) for column in columns]
+            rows.append((*needed, *(_cell(where, record, column, is_needed=False) for column in optional)))
+    if not rows:
         raise ValueError(f"{path!r}: has no rows")
-    return table
+    return Table(table_name, rows)
 
 
 def string_cell(value: Any, column: str, row_name: str) -> str:
@@ -108,54 +127,28 @@ def plain_cell(value: Any) -> Any:
     return value if value is None or isinstance(value, str | int | float) else str(value)
 
 
-def _read_json(path: pathlib.Path, columns: Sequence[str], wanted: Sequence[str]) -> Table:
+def _read_json(path: pathlib.Path) -> tuple[str, Records]:
     """Reads a file with one JSON object per line, or with one array of objects; ``.gz`` is unpacked."""
     if path.is_dir():
         raise ValueError(f"{str(path)!r} is a folder; the format 'jsonl' needs a file")
-    rows = _rows(str(path), _records(path, reading.read_text(path)), columns, wanted)
-    return Table(path.name.removesuffix(".gz").rpartition(".")[0] or path.name, rows)
-
-
-def _records(path: pathlib.Path, text: str) -> list[Any]:
+    text = reading.read_text(path)
     if text.startswith("PAR1"):
         raise ValueError(f"{path}: is a Parquet file; set data.format=parquet")
     if text.lstrip().startswith("["):
-        return reading.parse_json(text, path)
-    # splitlines() would also split at characters such as U+2028, which JSON strings may contain.
-    lines = enumerate(text.split("\n"), start=1)
-    return [reading.parse_json(line, f"{path} line {number}") for number, line in lines if line.strip()]
+        records = reading.parse_json(text, path)
+    else:  # splitlines() would also split at characters such as U+2028, which JSON strings may contain
+        lines = enumerate(text.split("\n"), start=1)
+        records = [reading.parse_json(line, f"{path} line {number}") for number, line in lines if line.strip()]
+    return path.name.removesuffix(".gz").rpartition(".")[0] or path.name, [(str(path), records)]
 
 
-def _read_parquet(path: pathlib.Path, columns: Sequence[str], wanted: Sequence[str]) -> Table:
+def _read_parquet(path: pathlib.Path, choose: Choose) -> tuple[str, Records]:
     """Reads a file, or all ``*.parquet`` files of a folder in the order of their names."""
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{str(path)!r}: the folder contains no *.parquet file")
-    rows: list[tuple[Any, ...]] = []
-    for file in files:
-
-        def choose(names: list[str], file: pathlib.Path = file) -> list[str]:
-            return _heads(str(file), names, columns, wanted)
-
-        rows += _rows(str(file), parquet.read(file, file, choose).to_pylist(), columns, wanted)
-    return Table(path.stem, rows)
-
-
-def _rows(where: str, records: Iterable[Any], columns: Sequence[str], wanted: Sequence[str]) -> list[tuple[Any, ...]]:
-    """The wanted cells of each record; those that are not in ``columns`` may be missing."""
-    rows = []
-    for i, record in enumerate(records):
-        if not isinstance(record, Mapping):
-            raise ValueError(f"{where} row {i}: is {type(record).__name__}, not an object")
-        rows.append(tuple(_cell(f"{where} row {i}", record, name, is_needed=name in columns) for name in wanted))
-    return rows
-
-
-def _heads(where: str, names: Sequence[str], columns: Sequence[str], wanted: Sequence[str]) -> list[str]:
-    """The whole columns that have the wanted cells; those of ``columns`` must be there."""
-    heads = {column: column if column in names else column.partition(".")[0] for column in wanted}
-    _require_columns(where, names, [heads[column] for column in columns])
-    return [head for head in dict.fromkeys(heads.values()) if head in names]
+    tables = [(str(file), parquet.read(file, file, functools.partial(choose, str(file)))) for file in files]
+    return path.stem, [(where, table.to_pylist()) for where, table in tables]
 
 
 def _cell(where: str, record: Any, column: str, *, is_needed: bool) -> Any:
@@ -174,11 +167,10 @@ def _cell(where: str, record: Any, column: str, *, is_needed: bool) -> Any:
 
 
 def _read_datasets(
-    path: str, columns: Sequence[str], wanted: Sequence[str], name: str | None, split: str, files: Sequence[str]
-) -> Table:
+    path: str, choose: Choose, name: str | None, split: str, files: Sequence[str]
+) -> tuple[str, Records]:
     """Reads a folder written by ``save_to_disk``, or what ``load_dataset`` accepts: a hub name or a folder of files."""
     datasets = _library("datasets")
-
     if _looks_local(path):
         _existing(path)
     try:
@@ -197,11 +189,11 @@ def _read_datasets(
     if not isinstance(loaded, datasets.Dataset):
         raise ValueError(f"{path!r} split {split!r}: is a {type(loaded).__name__}, not a table")
     where = f"{path!r} split {split!r}"
-    records = loaded.select_columns(_heads(where, loaded.column_names, columns, wanted)).to_list()
-    return Table(f"{pathlib.PurePath(path).name}/{split}", _rows(where, records, columns, wanted))
+    records = loaded.select_columns(choose(where, loaded.column_names)).to_list()
+    return f"{pathlib.PurePath(path).name}/{split}", [(where, records)]
 
 
-def _read_tfds(path: str, columns: Sequence[str], wanted: Sequence[str], split: str) -> Table:
+def _read_tfds(path: str, choose: Choose, split: str) -> tuple[str, Records]:
     """Reads a prepared dataset (array_record) by folder or name; ``as_data_source`` does without TensorFlow."""
     tfds = _library("tensorflow_datasets")
     if _looks_local(path) or pathlib.Path(path).is_dir():
@@ -215,9 +207,8 @@ def _read_tfds(path: str, columns: Sequence[str], wanted: Sequence[str], split: 
     if split.partition("[")[0] not in builder.info.splits:  # a split can be a slice such as train[:100]
         raise ValueError(f"{path!r}: has no split {split!r}; {_known(split, builder.info.splits)}")
     where = f"{path!r} split {split!r}"
-    _heads(where, list(builder.info.features or {}), columns, wanted)
-    rows = _rows(where, builder.as_data_source(split=split), columns, wanted)
-    return Table(f"{builder.name}/{split}", rows)
+    choose(where, list(builder.info.features or {}))
+    return f"{builder.name}/{split}", [(where, builder.as_data_source(split=split))]
 
 
 def _library(module: str) -> Any:
@@ -251,12 +242,6 @@ def _existing(path: str) -> pathlib.Path:
         raise ValueError(f"{path!r} does not exist; its folder {str(parent)!r} does not exist either")
     siblings = sorted(sibling.name for sibling in parent.iterdir())
     raise ValueError(f"{path!r} does not exist{nearest(expanded.name, siblings, cutoff=NEAR)}")
-
-
-def _require_columns(where: str, available: Any, wanted: Sequence[str]) -> None:
-    for column in wanted:
-        if column not in available:
-            raise ValueError(f"{where}: has no column {column!r}; {_known(column, available)}")
 
 
 def _known(name: str, names: Any) -> str:

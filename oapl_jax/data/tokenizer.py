@@ -66,7 +66,7 @@ def load(
 
     Args:
         source: ``characters``, ``model`` (the one in ``folder``), a folder, or a name on the Hugging Face hub.
-        folder: the model's folder or hub name, for ``model``.
+        folder: the model's folder or hub name, which declares tokens that end a response too.
         template_options: ``model.chat_template_kwargs``.
 
     Raises:
@@ -76,13 +76,11 @@ def load(
         return CharacterTokenizer()
     if source == "model":
         if folder is None:
-            raise ValueError(
-                "model.tokenizer='model': there is no model folder that could contain it; name a tokenizer"
-            )
+            raise ValueError("model.tokenizer='model': there is no model folder that could have it; name a tokenizer")
         source = str(folder)
     saved = pathlib.Path(source) / CHARACTER_FILE
     if not saved.is_file():
-        return HuggingFaceTokenizer(source, template_options)
+        return HuggingFaceTokenizer(source, template_options, None if folder is None else str(folder))
     characters = reading.read_object(saved).get("characters")
     if characters != CHARS:  # the alphabet gives the ids their meaning
         raise ValueError(f"{saved}: its alphabet is {characters!r}, this program's is {CHARS!r}")
@@ -108,31 +106,21 @@ def _only_message(question: Question) -> str:
 
 
 class CharacterTokenizer:
-    """One token per character of ``CHARS``, for the toy tasks."""
+    """One token per character of ``CHARS``, for the toy tasks. Any other character, or a system message, is an error."""
 
-    def __init__(self) -> None:
-        self.vocab_size = len(CHARS)
-        self.pad_id = CHARS.index("_")
-        self.eos_id = CHARS.index("$")
-        self.stop_ids = (self.eos_id,)
-        self.has_chat_template = False
+    vocab_size = len(CHARS)
+    pad_id, eos_id = CHARS.index("_"), CHARS.index("$")
+    stop_ids = (eos_id,)
+    has_chat_template = False
 
     def encode_prompt(self, question: Question, system: str | None = None) -> list[int]:
-        """Token ids of the question alone.
-
-        Raises:
-            ValueError: there is a system message, or a character is not in ``CHARS``.
-        """
+        """Token ids of the question alone."""
         if system is not None:
             raise ValueError(f"the character tokenizer has no system message; remove system={system!r}")
         return self.encode(_only_message(question))
 
     def encode(self, text: str) -> list[int]:
-        """Token ids.
-
-        Raises:
-            ValueError: a character is not in ``CHARS``.
-        """
+        """Token ids."""
         for i, character in enumerate(text):
             if character not in CHARS:
                 raise ValueError(f"character {character!r} at index {i} of {text!r} is not in {CHARS!r}")
@@ -148,9 +136,11 @@ class CharacterTokenizer:
 
 
 class HuggingFaceTokenizer:
-    """A ``transformers`` tokenizer with its chat template and all stop ids of its model."""
+    """A ``transformers`` tokenizer with its chat template and all stop ids: its own, and those that ``model`` declares."""
 
-    def __init__(self, source: str, template_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, source: str, template_options: Mapping[str, Any] | None = None, model: str | None = None
+    ) -> None:
         from transformers import AutoTokenizer  # the import takes 2.5 s, and the toy tasks do not need it
 
         try:
@@ -161,7 +151,10 @@ class HuggingFaceTokenizer:
                         f"{name} asks for code of its own ({code!r:.80}), which is never run; remove the key"
                     )
             self._tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-            declared = _eos_ids(files[GENERATION_FILE]) or _eos_ids(files[MODEL_FILE])
+            self._generation, declared = files[GENERATION_FILE], _eos_ids(files)
+            if model not in (None, source):
+                declared += _eos_ids({name: _read_json(model, name) for name in (MODEL_FILE, GENERATION_FILE)})
+                self._generation = {**self._generation, "eos_token_id": declared} if self._generation else {}
         except BaseException as error:  # Rust's has no better base class
             if isinstance(error, (KeyboardInterrupt, SystemExit)):
                 raise
@@ -169,18 +162,15 @@ class HuggingFaceTokenizer:
         templates = self._tokenizer.chat_template or {}
         for text in templates.values() if isinstance(templates, dict) else (templates,):
             template.check(str(text), f"tokenizer {source!r}")
-        self._generation = files[GENERATION_FILE]
         self.has_chat_template = bool(templates)
         # len() counts added tokens, unlike .vocab_size; neither counts the padding of the embedding.
         self.vocab_size = len(self._tokenizer)
-        ends = [self._tokenizer.eos_token_id, self._end_of_turn(), *declared]
-        stops = [int(end) for end in ends if end is not None]
+        stops = [end for end in (self._tokenizer.eos_token_id, self._end_of_turn(), *declared) if end is not None]
         if not stops:
             raise ValueError(f"tokenizer {source!r}: nothing in its folder declares an eos token; give config.json one")
-        self.eos_id = stops[0]
+        self.eos_id, self.stop_ids = stops[0], tuple(sorted(set(stops)))
         pad = self._tokenizer.pad_token_id
-        self.pad_id = self.eos_id if pad is None else int(pad)
-        self.stop_ids = tuple(sorted(set(stops)))
+        self.pad_id = self.eos_id if pad is None else pad
         added = [(token.content, token.special) for token in self._tokenizer.added_tokens_decoder.values()]
         # DeepSeek does not mark its own as special.
         control = [text for text, is_special in added if is_special or re.fullmatch("<[|\uff5c].+[|\uff5c]>", text)]
@@ -264,10 +254,13 @@ def _read_json(source: str, name: str) -> dict[str, Any]:
     return {} if path is None else reading.read_object(pathlib.Path(path))
 
 
-def _eos_ids(content: dict[str, Any]) -> list[int]:
-    """The eos ids that a file of a model declares, which may be one number or several."""
-    declared = content.get("eos_token_id")
-    declared = declared if isinstance(declared, list) else [] if declared is None else [declared]
-    if any(type(i) is not int or i < 0 for i in declared):
-        raise ValueError(f"eos_token_id of the model is {declared!r:.80}, not token ids")
-    return declared
+def _eos_ids(files: dict[str, dict[str, Any]]) -> list[int]:
+    """The eos ids that a model declares, one number or several: in its generation_config.json, else in its config.json."""
+    for name in (GENERATION_FILE, MODEL_FILE):
+        declared = files[name].get("eos_token_id")
+        declared = declared if isinstance(declared, list) else [] if declared is None else [declared]
+        if any(type(i) is not int or i < 0 for i in declared):
+            raise ValueError(f"eos_token_id of the model is {declared!r:.80}, not token ids")
+        if declared:
+            return list(declared)
+    return []

@@ -7,24 +7,23 @@ from oapl_jax.config.commands import EvaluateConfig
 from oapl_jax.config.data import DataConfig
 from oapl_jax.config.reward import RewardConfig
 from oapl_jax.data.catalogue import DATASETS
-from oapl_jax.data.prompts import first_prompts
+from oapl_jax.data.prompts import HeldOut, first_prompts
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.rewards.grader import Grader, grader_of_sets
-from oapl_jax.types import Prompt
 
 _SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet", "")
 
 
-def load(config: EvaluateConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], Grader]:
+def load(config: EvaluateConfig, tokenizer: Tokenizer) -> tuple[HeldOut, Grader]:
     """All problems in the order of the config, and what grades them.
 
     Raises:
         ValueError: a data set cannot be read, a gold answer does not parse, or a grader does not work.
     """
-    sources, prompts = _sources(config), []
+    sources, prompts = _sources(config), HeldOut()
     for name, (data, _) in sources.items():
         in_set = name if config.data is not None else ""  # the ids of a benchmark begin with its name anyway
-        prompts += first_prompts(data, tokenizer, config.benchmarks.problems, in_set)
+        prompts.add(name, *first_prompts(data, tokenizer, config.benchmarks.problems, in_set))
     grader = grader_of_sets(sources)
     grader.check_golds(prompts)
     return prompts, grader

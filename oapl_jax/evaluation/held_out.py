@@ -57,13 +57,14 @@ def evaluate(
         waiting.append((index, grading.submit(grading.grade, [(prompts[index], rollouts)])))
     for index, future in waiting:
         ((_, grades),) = future.result()
-        counts.graded[index] = sum(grade.verdict is not Verdict.INVALID for grade in grades)
+        verdicts = [grade.verdict for grade in grades]
+        counts.graded[index] = len(verdicts) - verdicts.count(Verdict.INVALID)
+        counts.correct[index] = verdicts.count(Verdict.CORRECT)
         if not counts.graded[index]:
             reason = collections.Counter(grade.detail for grade in grades).most_common(1)[0][0]
             raise ValueError(
                 f"evaluation: all samples of prompt {prompts[index].id} are invalid, mostly because: {reason}"
             )
-        counts.correct[index] = sum(grade.verdict is Verdict.CORRECT for grade in grades)
     return counts
 
 
@@ -71,14 +72,14 @@ def summarize(counts: Counts, prompts: Sequence[Prompt]) -> Metrics:
     """``evaluation/pass@k`` for powers of two up to the samples of the least-sampled problem, and the mean length.
 
     The same of each of several data sets as ``evaluation/NAME/pass@k``. Samples whose verdict is invalid are left out.
-
-    Raises:
-        ValueError: every sample of a problem is invalid.
     """
-    metrics = _summarize(counts, prompts)
-    for name, mine in by_set(prompts).items():
-        found = _summarize(Counts(*(column[mine] for column in counts)), [prompts[i] for i in mine])
-        metrics |= {key.replace("evaluation/", f"evaluation/{name}/"): value for key, value in found.items() if name}
+    metrics: Metrics = {}
+    for name, mine in {"": list(range(len(prompts))), **by_set(prompts)}.items():
+        _, graded, correct, _ = part = Counts(*(column[mine] for column in counts))
+        area = f"evaluation/{name}/" if name else "evaluation/"
+        for k in (2**i for i in range(int(graded.min()).bit_length())):
+            metrics[f"{area}pass@{k}"] = float(passk.pass_at_k(graded, correct, k).mean())
+        metrics[f"{area}response_tokens"] = float(part.tokens.sum() / part.sampled.sum())
     return metrics
 
 
@@ -89,12 +90,3 @@ def by_set(prompts: Sequence[Prompt]) -> dict[str, list[int]]:
         first = prompt.id.partition("/")[0]
         found[first.removeprefix(HELD_OUT) if first.startswith(HELD_OUT) else ""].append(i)
     return dict(found)
-
-
-def _summarize(counts: Counts, prompts: Sequence[Prompt]) -> Metrics:
-    fewest = int(counts.graded.min())
-    if fewest == 0:
-        raise ValueError(f"evaluation: every sample of prompt {prompts[int(counts.graded.argmin())].id} was invalid")
-    ks = [2**i for i in range(fewest.bit_length())]
-    metrics = {f"evaluation/pass@{k}": float(passk.pass_at_k(counts.graded, counts.correct, k).mean()) for k in ks}
-    return {**metrics, "evaluation/response_tokens": float(counts.tokens.sum() / counts.sampled.sum())}

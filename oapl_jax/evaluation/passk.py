@@ -16,14 +16,11 @@ def pass_at_k(num_samples: Int[np.ndarray, "N"], num_correct: Int[np.ndarray, "N
     For n samples, c of them correct, it is ``1 - C(n-c, k) / C(n, k)``, evaluated as
     ``1 - prod_{i=n-c+1..n} (1 - k/i)`` so that no binomial coefficient overflows.
 
-    Args:
-        num_samples: n, number of samples of each problem.
-        num_correct: c, number of correct samples of each problem.
-        k: number of attempts.
-
     Raises:
-        ValueError: a problem has fewer than k samples, or c is outside 0..n.
+        ValueError: k is below 1, a problem has fewer than k samples, or c is outside 0..n.
     """
+    if k < 1:
+        raise ValueError(f"pass@{k}: k must be at least 1")
     _check(num_samples, num_correct, k)
     factors = np.arange(1, num_samples.max(initial=0) + 1)
     in_product = (factors > (num_samples - num_correct)[:, None]) & (factors <= num_samples[:, None])
@@ -33,25 +30,11 @@ def pass_at_k(num_samples: Int[np.ndarray, "N"], num_correct: Int[np.ndarray, "N
 
 
 def _check(num_samples: np.ndarray, num_correct: np.ndarray, k: int) -> None:
-    if k < 1:
-        raise ValueError(f"pass@{k}: k must be at least 1")
-    too_few = np.flatnonzero(num_samples < k)
-    if too_few.size:
-        first = too_few[0]
-        raise ValueError(
-            f"pass@{k} needs at least k={k} samples of every problem; problem {first} has n={num_samples[first]}"
-            f" ({too_few.size} such problems)"
-        )
-    _check_counts(num_samples, num_correct)
-
-
-def _check_counts(num_samples: np.ndarray, num_correct: np.ndarray) -> None:
-    impossible = np.flatnonzero((num_correct < 0) | (num_correct > num_samples))
-    if impossible.size:
-        first = impossible[0]
-        raise ValueError(
-            f"problem {first}: {num_correct[first]} correct of n={num_samples[first]} samples is impossible"
-        )
+    for i, (n, c) in enumerate(zip(num_samples, num_correct, strict=True)):
+        if n < k:
+            raise ValueError(f"pass@{k} needs at least k={k} samples of every problem; problem {i} has n={n}")
+        if not 0 <= c <= n:
+            raise ValueError(f"problem {i}: {c} correct of n={n} samples is impossible")
 
 
 def pass_at_ks(
@@ -65,7 +48,7 @@ def pass_at_ks(
     Raises:
         ValueError: a number of correct samples is outside 0..n.
     """
-    _check_counts(num_samples, num_correct)
+    _check(num_samples, num_correct, 0)
     samples, correct = num_samples[:, None], num_correct[:, None]
     drawn = np.arange(max_k)
     left = np.maximum(samples - drawn, 1)
@@ -76,14 +59,12 @@ def pass_at_ks(
 def majority_at_k(
     votes: Sequence[tuple[int, float]], num_silent: int, k: int, rng: np.random.Generator, num_draws: int = 200
 ) -> float:
-    """maj@k of one problem: the chance that the answer with the most votes among k samples is correct.
-
-    Ties are broken at random.
+    """maj@k of one problem: the chance that the answer with the most votes among k samples is correct, ties at random.
 
     Args:
         votes: for each answer the number of samples with it, and the share of these that are correct.
         num_silent: number of samples without an answer, which do not vote.
-        k: number of samples that vote. If there are more, the result is the mean over random choices of k samples.
+        k: number of samples. If there are more, the result is the mean over ``num_draws`` random choices of k.
         rng: generator of the random choices.
         num_draws: number of random choices.
     """
@@ -98,15 +79,10 @@ def majority_at_k(
     return float(((wins @ correct) / np.maximum(wins.sum(axis=1), 1)).mean())
 
 
-def bootstrap_weights(num_problems: int, rng: np.random.Generator) -> Float[np.ndarray, "W N"]:
-    """How often each problem occurs in each of many bootstrap resamplings."""
-    shares = np.full(num_problems, 1 / num_problems)
-    return rng.multinomial(num_problems, shares, size=NUM_RESAMPLINGS).astype(np.float64)
-
-
-def resampled_means(weights: Float[np.ndarray, "W N"], values: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "W K"]:
-    """The mean of each column over each resampling, without NaN values."""
-    is_known = ~np.isnan(values)
+def resampled_means(values: Float[np.ndarray, "N K"], rng: np.random.Generator) -> Float[np.ndarray, "W K"]:
+    """The mean of each column over each of many bootstrap resamplings of the rows, without NaN values."""
+    num_problems, is_known = len(values), ~np.isnan(values)
+    weights = rng.multinomial(num_problems, np.full(num_problems, 1 / num_problems), NUM_RESAMPLINGS).astype(np.float64)
     total = weights @ is_known
     return np.where(total > 0, weights @ np.where(is_known, values, 0.0) / np.maximum(total, 1e-300), np.nan)
 

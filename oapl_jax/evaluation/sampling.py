@@ -1,16 +1,11 @@
 """Samples of benchmark problems, graded and written to a rollout log as they come: a killed evaluation goes on."""
 
-import math
-import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 
-import numpy as np
-
-from oapl_jax.evaluation import tally
+from oapl_jax.config.commands import EvaluateConfig
 from oapl_jax.evaluation.held_out import EVALUATION_STREAM
 from oapl_jax.io.progress_bar import ProgressBar
-from oapl_jax.rewards.grader import Grader
 from oapl_jax.rollouts.buffer import Ticket
 from oapl_jax.rollouts.grading import Grading
 from oapl_jax.rollouts.log import RolloutLog
@@ -21,54 +16,53 @@ MAX_UNWRITTEN = 64
 """Problems whose samples may wait for the grader before the sampler waits too."""
 
 
-def make_grading(grader: Grader, decode: Callable[[list[int]], str], truncated: str) -> Grading:
-    """Grades samples without advantages: nothing is trained on them."""
-    return Grading(
-        decode, grader, lambda rewards, _: np.full(len(rewards), math.nan), lambda rewards: math.nan, truncated
-    )
-
-
 def sample(
     sampler: Sampler,
     prompts: Sequence[Prompt],
     grading: Grading,
     log: RolloutLog,
     version: int,
-    *,
-    distribution: SamplingDistribution,
-    num_samples: int,
-    seed: int,
-    progress: ProgressBar,
+    config: EvaluateConfig,
 ) -> None:
     """Samples the prompts that the log lacks under this version; a prompt's samples are logged when all are graded.
 
     The sampler is idle and has the weights of the policy. The seed is the same for every policy.
     """
-    done = tally.prompt_ids(pathlib.Path(str(log.directory)), version)
+    distribution, num_samples = SamplingDistribution.of(config.sampler), config.sampler.samples
+    parts = [log.read_columns(version, part, ["prompt_id"]) for part in log.parts(version)]
+    done = {name for part in parts for name in part["prompt_id"].to_pylist()}
     requests = [
-        Request(i, prompt.token_ids, num_samples, (seed, EVALUATION_STREAM, i), distribution, needs_logprobs=False)
+        Request(
+            i,
+            prompt.token_ids,
+            num_samples,
+            (config.run.seed, EVALUATION_STREAM, i),
+            distribution,
+            needs_logprobs=False,
+        )
         for i, prompt in enumerate(prompts)
         if prompt.id not in done
     ]
-    finished, correct, total = len(prompts) - len(requests), 0, 0
-    if finished:
-        progress.note(f"{finished} of {len(prompts)} problems are in {log.directory} already")
+    verdicts: list[Verdict] = []
+    num_before = len(prompts) - len(requests)
 
-    def write(index: int, rollouts: list[Rollout]) -> tuple[int, int]:
+    def write(index: int, rollouts: list[Rollout]) -> list[Verdict]:
         (group,) = grading.groups([(Ticket(version, index, index), prompts[index], rollouts)])
         log.append([group])
-        return sum(item.grade.verdict is Verdict.CORRECT for item in group.rollouts), len(rollouts)
+        return [item.grade.verdict for item in group.rollouts]
 
     def settle(future: Future) -> None:
-        nonlocal finished, correct, total
-        right, drawn = future.result()
-        finished, correct, total = finished + 1, correct + right, total + drawn
-        progress.update(finished, {"rollouts/pass_rate": correct / total})
+        verdicts.extend(future.result())
+        num_done = num_before + len(verdicts) // num_samples
+        progress.update(num_done, {"rollouts/pass_rate": verdicts.count(Verdict.CORRECT) / len(verdicts)})
 
-    waiting: list[Future] = []
-    for index, rollouts in run(sampler, requests):
-        waiting.append(grading.submit(write, index, rollouts))
-        while waiting and (waiting[0].done() or len(waiting) > MAX_UNWRITTEN):
-            settle(waiting.pop(0))
-    for future in waiting:
-        settle(future)
+    with ProgressBar(len(prompts), enabled=config.logging.progress) as progress:
+        if num_before:
+            progress.note(f"{num_before} of {len(prompts)} problems are in {log.directory} already")
+        waiting: list[Future] = []
+        for index, rollouts in run(sampler, requests):
+            waiting.append(grading.submit(write, index, rollouts))
+            while waiting and (waiting[0].done() or len(waiting) > MAX_UNWRITTEN):
+                settle(waiting.pop(0))
+        for future in waiting:
+            settle(future)

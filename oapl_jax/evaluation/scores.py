@@ -1,10 +1,9 @@
 """Computes pass@k, avg@k and maj@k with intervals from tallies, and paired differences between policies."""
 
-import dataclasses
 import functools
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -18,8 +17,7 @@ AVERAGE = "average"
 _SEED = 20_260
 
 
-@dataclasses.dataclass(frozen=True)
-class Value:
+class Value(NamedTuple):
     """A number with its 95 % bootstrap interval over problems."""
 
     metric: str
@@ -34,8 +32,7 @@ class Value:
     """Number of problems that are left out because they have fewer than k samples."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     """The result of a policy on a benchmark, or on all of them (``AVERAGE``); or its difference from a baseline."""
 
     label: str
@@ -66,25 +63,20 @@ def score(label: str, tallies: Sequence[Tally]) -> list[Score]:
     return [*scores, _average(label, scores, draws)] if len(scores) > 1 else scores
 
 
-def compare(label: str, tallies: Sequence[Tally], baseline: str, others: Sequence[Tally]) -> list[Score]:
+def compare(label: str, tallies: Sequence[Tally], baseline: str, others: Sequence[Tally]) -> Iterator[Score]:
     """pass@k minus that of the baseline, on shared problems: both sides are resampled with the same ones."""
-    theirs = {tally.benchmark: tally for tally in others}
-    found = []
+    theirs = {tally.benchmark: _by_id(tally) for tally in others}
     for tally in tallies:
-        if tally.benchmark not in theirs:
-            continue
-        ours, base = _by_id(tally), _by_id(theirs[tally.benchmark])
+        ours, base = _by_id(tally), theirs.get(tally.benchmark, {})
         shared = [name for name in ours if name in base]
         if not shared:
             continue
         n, c, base_n, base_c = np.array([[*ours[name], *base[name]] for name in shared]).T
         max_k = min(MAX_K, int(n.max()), int(base_n.max()))
         difference = passk.pass_at_ks(n, c, max_k) - passk.pass_at_ks(base_n, base_c, max_k)
-        ks, means = np.arange(max_k) + 1, _resampled(tally.benchmark, difference)
-        values = tuple(_values("difference", ks, difference, means))
+        values = _values("difference", np.arange(max_k) + 1, difference, _resampled(tally.benchmark, difference))
         counts = {"unpaired": len(ours) + len(base) - 2 * len(shared)}
-        found.append(Score(label, tally.benchmark, values, counts, baseline))
-    return found
+        yield Score(label, tally.benchmark, tuple(values), counts, baseline)
 
 
 def shown_ks(max_k: int) -> list[int]:
@@ -120,9 +112,7 @@ def _majority(rng: np.random.Generator, problem: Problem, k: int) -> float:
 def _average(label: str, scores: Sequence[Score], draws: Sequence[np.ndarray]) -> Score:
     """The mean over benchmarks for each k that all of them have; their problems are resampled independently."""
     values: list[Value] = []
-    columns = [{value.k: value for value in item.of("pass")} for item in scores]
-    for k in sorted(set.intersection(*map(set, columns))):
-        found = [column[k] for column in columns]
+    for k, found in enumerate(zip(*(item.of("pass") for item in scores), strict=False), start=1):
         low, high = passk.interval(np.mean([draw[:, k - 1] for draw in draws], axis=0)[:, None])
         mean = float(np.mean([value.value for value in found]))
         problems, short = sum(value.num_problems for value in found), sum(value.num_short for value in found)
@@ -146,8 +136,7 @@ def _counts(tally: Tally) -> dict[str, float]:
 
 def _resampled(benchmark: str, rates: Float[np.ndarray, "N K"]) -> Float[np.ndarray, "W K"]:
     """Means over resamplings that are the same for all policies and differ between benchmarks."""
-    rng = np.random.default_rng((_SEED, zlib.crc32(benchmark.encode())))
-    return passk.resampled_means(passk.bootstrap_weights(len(rates), rng), rates)
+    return passk.resampled_means(rates, np.random.default_rng((_SEED, zlib.crc32(benchmark.encode()))))
 
 
 def _by_id(tally: Tally) -> dict[str, tuple[int, int]]:

@@ -1,12 +1,11 @@
 """Scores as files (results.json, results.csv) and as a printed table."""
 
 import csv
-import dataclasses
 import io
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from oapl_jax.evaluation.scores import AVERAGE, Score, Value, shown_ks
@@ -33,7 +32,7 @@ def write(directory: pathlib.Path, scores: Sequence[Score], comparisons: Sequenc
     writer.writerow(_CSV)
     for item in [*scores, *comparisons]:
         names = [_quoted(name) for name in (item.label, item.benchmark, item.baseline)]
-        writer.writerows([*names, *dataclasses.astuple(v)] for v in item.values)
+        writer.writerows([*names, *v] for v in item.values)
     storage.replace(directory / CSV_FILE, rows.getvalue().encode())
 
 
@@ -66,20 +65,17 @@ def render(scores: Sequence[Score], comparisons: Sequence[Score]) -> str:
     return "\n".join(lines).strip("\n")
 
 
-def shortages(label: str, tallies: Sequence[Tally]) -> list[str]:
+def shortages(label: str, tallies: Sequence[Tally]) -> Iterator[str]:
     """A line for each benchmark whose problems have different numbers of samples."""
-    lines = []
     for tally in tallies:
         most = int(tally.num_samples.max())
-        short = [problem for problem in tally.problems if len(problem.is_correct) < most]
+        short = [f"{item.id} ({len(item.is_correct)})" for item in tally.problems if len(item.is_correct) < most]
         if short:
-            named = ", ".join(f"{problem.id} ({len(problem.is_correct)})" for problem in short[:MAX_NAMED])
             more = f" and {len(short) - MAX_NAMED} more" if len(short) > MAX_NAMED else ""
-            lines.append(
+            yield (
                 f"{label}, {tally.benchmark}: {len(short)} of {len(tally.problems)} problems have fewer than {most} samples"
-                f" with a verdict, so they are left out of pass@k for larger k: {named}{more}"
+                f" with a verdict, so they are left out of pass@k for larger k: {', '.join(short[:MAX_NAMED])}{more}"
             )
-    return lines
 
 
 def _quoted(text: str) -> str:
@@ -89,7 +85,7 @@ def _quoted(text: str) -> str:
 
 def _record(item: Score, rest: dict[str, Any]) -> dict[str, Any]:
     names = ("value", "low", "high", "problems", "short")
-    values = {f"{v.metric}@{v.k}": dict(zip(names, dataclasses.astuple(v)[2:], strict=True)) for v in item.values}
+    values = {f"{v.metric}@{v.k}": dict(zip(names, v[2:], strict=True)) for v in item.values}
     return {"label": item.label, "benchmark": item.benchmark, **rest, "values": values}
 
 

@@ -1,10 +1,10 @@
 """Tallies of the samples in a rollout log, by benchmark and problem: counts, lengths, verdicts, votes."""
 
 import collections
-import dataclasses
 import itertools
 import json
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
@@ -19,8 +19,7 @@ from oapl_jax.types import FinishReason, Verdict
 COLUMNS = ["prompt_id", "answer", "verdict", "finish_reason", "response"]
 
 
-@dataclasses.dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """The samples of one problem, in their order."""
 
     id: str
@@ -32,8 +31,7 @@ class Problem:
     """Number of samples without a vote."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Tally:
+class Tally(NamedTuple):
     """The samples of one policy on one benchmark."""
 
     benchmark: str
@@ -56,11 +54,7 @@ class Tally:
 
 
 def versions(log: SharedPath) -> list[int]:
-    """Policy versions in a rollout log, ascending.
-
-    Raises:
-        ValueError: the log has no rollouts.
-    """
+    """Policy versions in a rollout log, ascending; raises a ValueError if it has none."""
     rollouts = RolloutLog(log)
     found = [version for version in rollouts.versions() if rollouts.parts(version)]
     if not found:
@@ -71,8 +65,7 @@ def versions(log: SharedPath) -> list[int]:
 def read(log: SharedPath, version: int) -> list[Tally]:
     """A tally of a policy version for each benchmark, in the order of their names.
 
-    A prompt's id begins with the name of its benchmark. Files are read one at a time, and only the columns that are
-    needed, so a log may be larger than the memory.
+    A prompt's id begins with the name of its benchmark.
 
     Raises:
         ValueError: a file cannot be read or lacks a column, which the message names; or all verdicts are invalid.
@@ -80,7 +73,7 @@ def read(log: SharedPath, version: int) -> list[Tally]:
     rows: dict[str, dict[str, list[tuple]]] = collections.defaultdict(lambda: collections.defaultdict(list))
     golds: dict[str, str] = {}
     rollouts = RolloutLog(log)
-    for part in rollouts.parts(version):
+    for part in rollouts.parts(version):  # one at a time: a log may be larger than the memory
         table = rollouts.read_columns(version, part, [*COLUMNS, "token_ids"])
         lengths = pc.list_value_length(table["token_ids"])  # pyright: ignore[reportAttributeAccessIssue]
         columns = [*(table[column].to_pylist() for column in COLUMNS), lengths.to_pylist()]
@@ -96,25 +89,15 @@ def read(log: SharedPath, version: int) -> list[Tally]:
     return tallies
 
 
-def prompt_ids(log: SharedPath, version: int) -> set[str]:
-    """Ids of the prompts that have groups in a log."""
-    found: set[str] = set()
-    rollouts = RolloutLog(log)
-    for part in rollouts.parts(version):
-        found |= set(rollouts.read_columns(version, part, ["prompt_id"])["prompt_id"].to_pylist())
-    return found
-
-
 def _tally(benchmark: str, rows: dict[str, list[tuple]], gold: str) -> Tally:
-    samples = list(itertools.chain.from_iterable(rows.values()))
-    verdicts = collections.Counter(verdict for verdict, *_ in samples)
+    verdicts, reasons, _, lengths = zip(*itertools.chain.from_iterable(rows.values()), strict=True)
     has_votes = _is_mathematical(benchmark, gold)
     return Tally(
         benchmark,
         tuple(_problem(name, rows[name], has_votes) for name in sorted(rows, key=_number)),
-        {verdict.value: verdicts[verdict.value] for verdict in Verdict},
-        sum(finish_reason == FinishReason.LENGTH for _, finish_reason, *_ in samples),
-        sum(length for *_, length in samples),
+        {verdict.value: verdicts.count(verdict.value) for verdict in Verdict},
+        reasons.count(FinishReason.LENGTH),
+        sum(lengths),
     )
 
 
@@ -124,15 +107,15 @@ def _problem(name: str, samples: Sequence[tuple], has_votes: bool) -> Problem:
     is_correct = tuple(verdict == Verdict.CORRECT for verdict, *_ in judged)
     if not has_votes:
         return Problem(name, is_correct, None, 0)
-    votes: collections.Counter[str | None] = collections.Counter()
-    num_correct = 0
-    for verdict, finish_reason, response, _ in judged:
-        if verdict == Verdict.CORRECT:
-            num_correct += 1  # all correct answers equal the gold answer, so they count as one
-        else:
-            votes[None if finish_reason == FinishReason.LENGTH else answers.vote(response)] += 1
-    num_silent = votes.pop(None, 0)
-    counted = [(count, 0.0) for count in votes.values()] + ([(num_correct, 1.0)] if num_correct else [])
+    votes = collections.Counter(
+        None if finish_reason == FinishReason.LENGTH else answers.vote(response)
+        for verdict, finish_reason, response, _ in judged
+        if verdict != Verdict.CORRECT
+    )
+    num_silent, num_correct = votes.pop(None, 0), sum(is_correct)
+    counted = [(count, 0.0) for count in votes.values()]
+    if num_correct:  # all correct answers equal the gold answer, so they count as one
+        counted.append((num_correct, 1.0))
     return Problem(name, is_correct, tuple(counted), num_silent)
 
 

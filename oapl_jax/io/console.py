@@ -2,17 +2,14 @@
 
 import contextlib
 import enum
-import os
 import signal
 import sys
 import threading
 import traceback
 from collections.abc import Callable
-from types import FrameType
-from typing import NoReturn
 
 from oapl_jax.config import config_file
-from oapl_jax.io import progress_bar, storage
+from oapl_jax.io import interrupt, storage
 from oapl_jax.io.terminal import say
 from oapl_jax.types import PreemptedError, RunError
 
@@ -27,10 +24,8 @@ class ExitCode(enum.IntEnum):
     """The config, the arguments or the data are wrong: nothing was changed."""
     PREEMPTED = 42
     """Stopped by SIGTERM with everything saved: start the same command again (``launch/`` does so for free)."""
-    INTERRUPTED = 130
-
-
-INTERRUPTED = "interrupted; what was saved is whole, and the same command again goes on from there"
+    INTERRUPTED = interrupt.EXIT_CODE
+    """Ctrl-C."""
 
 
 def run(command: Callable[[list[str]], int | None], argv: list[str]) -> int:
@@ -39,7 +34,7 @@ def run(command: Callable[[list[str]], int | None], argv: list[str]) -> int:
     Errors that a user can understand become one message on standard error; of any other one the traceback is printed.
     """
     is_main = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGINT, _leave) if is_main else None
+    previous = signal.signal(signal.SIGINT, interrupt.leave) if is_main else None
     try:
         return int(command(argv) or ExitCode.DONE)
     except PreemptedError as error:
@@ -60,13 +55,6 @@ def run(command: Callable[[list[str]], int | None], argv: list[str]) -> int:
     finally:
         if is_main:
             signal.signal(signal.SIGINT, previous)
-
-
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    """Ends the process at Ctrl-C. Nothing is waited for, such as threads that compile or sample: files are whole always."""
-    progress_bar.stop_live()
-    os.write(2, f"\n{INTERRUPTED}\n".encode())
-    os._exit(ExitCode.INTERRUPTED)
 
 
 def _end(code: ExitCode, message: str) -> ExitCode:

@@ -10,7 +10,7 @@ import dataclasses
 import io
 import math
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jinja2
@@ -20,7 +20,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from oapl_jax.evaluation.plot_style import BLUE, GREEN, GREY, ORANGE, STYLE, log_axis
+from oapl_jax.evaluation.plots import BLUE, GREEN, GREY, ORANGE, STYLE, log_axis
 from oapl_jax.io import storage
 from oapl_jax.io.metrics import METRICS_FILE, read_metrics
 from oapl_jax.io.terminal import visible
@@ -106,10 +106,9 @@ def draw_curves(record: RunRecord) -> bytes:
 
 def _draw_reward(axes: Axes, record: RunRecord) -> None:
     reward, pass_rate = (_series(record, f"rollouts/{name}")[1] for name in ("reward", "pass_rate"))
-    if np.array_equal(reward, pass_rate):
-        _draw_series(axes, record, {"reward (1 if correct)": "rollouts/reward"})
-    else:
-        _draw_series(axes, record, {"reward": "rollouts/reward", "pass rate": "rollouts/pass_rate"})
+    names = {"reward": "rollouts/reward", "pass rate": "rollouts/pass_rate"}
+    is_one = np.array_equal(reward, pass_rate)
+    _draw_series(axes, record, {"reward (1 if correct)": "rollouts/reward"} if is_one else names)
 
 
 def _draw_held_out(axes: Axes, record: RunRecord) -> None:
@@ -120,9 +119,7 @@ def _draw_held_out(axes: Axes, record: RunRecord) -> None:
     ]
     names = {f"k = {k}": f"evaluation/pass@{k}" for k in (1, 4, 16)}
     whole = dataclasses.replace(record, lines=ends + record.lines)
-    _draw_series(axes, whole, names, smooth=False, marker="o", markersize=4)
-    if axes.has_data():
-        axes.set_ylim(0, 1.02)
+    _draw_series(axes, whole, names, smooth=False, ylim=(0, 1.02), marker="o", markersize=4)
 
 
 def _draw_pass_at_k(axes: Axes, record: RunRecord) -> None:
@@ -139,9 +136,8 @@ def _draw_pass_at_k(axes: Axes, record: RunRecord) -> None:
 
 
 def _draw_residual(axes: Axes, record: RunRecord) -> None:
-    _draw_series(axes, record, {"residual": "learner/residual", "advantage": "learner/advantage_abs"})
-    if axes.has_data():
-        axes.set_ylim(bottom=0)
+    names = {"residual": "learner/residual", "advantage": "learner/advantage_abs"}
+    _draw_series(axes, record, names, ylim=(0, None))
 
 
 def _draw_log_ratio(axes: Axes, record: RunRecord) -> None:
@@ -154,18 +150,20 @@ def _draw_log_ratio(axes: Axes, record: RunRecord) -> None:
 
 def _draw_time(axes: Axes, record: RunRecord) -> None:
     names = {"whole step": "learner/seconds", "waiting for rollouts": "learner/wait_seconds"}
-    _draw_series(axes, record, names, smooth=False, linewidth=1.2)
     seconds = _series(record, "learner/seconds")[1]
-    if seconds.size:
-        # The first step compiles, so it is left out of the scale.
-        axes.set_ylim(0, 1.5 * float(np.quantile(seconds[1:] if seconds.size > 1 else seconds, 0.98)) or None)
+    # The first step compiles, so it is left out of the scale.
+    top = float(np.quantile(seconds[1:] if seconds.size > 1 else seconds, 0.98)) if seconds.size else 0
+    _draw_series(
+        axes, record, names, smooth=False, ylim=(0, 1.5 * top or None) if seconds.size else None, linewidth=1.2
+    )
 
 
-def _lines(names: dict[str, str], *, smooth: bool = True) -> Callable[[Axes, RunRecord], None]:
-    return lambda axes, record: _draw_series(axes, record, names, smooth)
+def _lines(names: dict[str, str], **options: Any) -> Callable[[Axes, RunRecord], None]:
+    return lambda axes, record: _draw_series(axes, record, names, **options)
 
 
 _LENGTHS = {"training": "rollouts/response_tokens", "held-out": "evaluation/response_tokens"}
+_LAG = "learner steps since the sync; syncs: {num_syncs}"
 _PANELS: tuple[tuple[str, str, Callable[[Axes, RunRecord], None]], ...] = (
     ("Reward of training rollouts", "mean over a batch", _draw_reward),
     ("Held-out pass@k", "share of prompts", _draw_held_out),
@@ -173,17 +171,15 @@ _PANELS: tuple[tuple[str, str, Callable[[Axes, RunRecord], None]], ...] = (
     ("Residual of the regression", "mean |·|, reward units", _draw_residual),
     ("Log-ratio, learner to sampler", "nats per response", _draw_log_ratio),
     ("Entropy of the policy", "nats per token", _lines({"entropy": "learner/entropy"})),
-    (
-        "Lag of the sampler",
-        "learner steps since the sync; syncs: {num_syncs}",
-        _lines({"lag": "window/lag"}, smooth=False),
-    ),
+    ("Lag of the sampler", _LAG, _lines({"lag": "window/lag"}, smooth=False)),
     ("Response length", "tokens", _lines(_LENGTHS)),
     ("Time of a learner step", "seconds", _draw_time),
 )
 
 
-def _draw_series(axes: Axes, record: RunRecord, names: dict[str, str], smooth: bool = True, **options: Any) -> None:
+def _draw_series(
+    axes: Axes, record: RunRecord, names: dict[str, str], smooth: bool = True, ylim: Any = None, **options: Any
+) -> None:
     """Draws lines over learner steps; a smoothed line is a running mean over the pale original."""
     for (label, name), color in zip(names.items(), (BLUE, ORANGE, GREEN), strict=False):
         steps, values = _series(record, name)
@@ -196,6 +192,7 @@ def _draw_series(axes: Axes, record: RunRecord, names: dict[str, str], smooth: b
     if not axes.has_data():
         return _say_missing(axes, ", ".join(names.values()))
     axes.set_xlabel("learner step")
+    axes.set_ylim(ylim)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     for step in _series(record, "sync/seconds")[0]:
         axes.axvline(step, color=_SYNC, linewidth=1, zorder=0.5)
@@ -235,23 +232,16 @@ def _by_k(pass_at_k: dict[str, float]) -> dict[int, float]:
 def _read_samples(log: RolloutLog, damaged: list[str]) -> list[tuple[str, RolloutGroup]]:
     """A few groups of the oldest and of the newest file that can be read; why others cannot goes to ``damaged``."""
     files = [(version, part) for version in log.versions() for part in log.parts(version)]
-    first, shown = _first_groups(log, files, damaged)
-    newest, others = _first_groups(log, files[: files.index(first) : -1] if first else [], damaged)
-    labelled = [("first window", shown), ("newest window", others)] if newest else [("", shown)]
-    return [(label, group) for label, groups in labelled for group in groups]
-
-
-def _first_groups(
-    log: RolloutLog, files: Sequence[tuple[int, int]], damaged: list[str]
-) -> tuple[tuple[int, int] | None, list[RolloutGroup]]:
-    """The first file that can be read, and its first groups."""
-    for file in files:
-        try:
-            return file, log.read_part(*file)[:_SAMPLED_GROUPS]
-        except Exception as error:  # a file may be damaged in any way, and the page has more than its rollouts
-            path = f"{log.path(*file)}: "
-            damaged.append(path + str(error).removeprefix(path))
-    return None, []
+    found: dict[str, list[RolloutGroup]] = {}
+    for label, end in (("first window", 0), ("newest window", -1)):
+        while files and label not in found:
+            file = files.pop(end)
+            try:
+                found[label] = log.read_part(*file)[:_SAMPLED_GROUPS]
+            except Exception as error:  # a file may be damaged in any way, and the page has more than its rollouts
+                path = f"{log.path(*file)}: "
+                damaged.append(path + str(error).removeprefix(path))
+    return [(label if len(found) > 1 else "", group) for label, groups in found.items() for group in groups]
 
 
 def _shorten(text: str) -> str:

@@ -31,6 +31,7 @@ def write_results(run: Run, after: Metrics) -> dict[str, Any]:
         "policy_versions": progress.policy_version + 1,
         "dropped_groups": progress.num_dropped,
         "dropped_prompts": run.setup.prompts.num_dropped,
+        "dropped_held_out": sum(run.setup.held_out.dropped.values()),
     }
     ended = summary | {"planned_steps": config.run.steps}
     run.bar.note(f"writing {directory / EXPORT_FOLDER} and the report")

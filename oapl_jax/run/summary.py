@@ -49,8 +49,9 @@ def table(summary: dict[str, Any], directory: pathlib.Path) -> str:
     if best := summary.get("best_checkpoint"):
         step = f"{best['step']:.0f}"
         lines.append(f"\nbest checkpoint: step {step}, {best['value']:.3f}; oapl-jax export {directory} --step {step}")
-    if dropped := summary.get("dropped_prompts"):
-        lines.append(f"\n{dropped:,} prompts were left out: over data.max_prompt_tokens, or without an answer")
+    for key, what in (("dropped_prompts", "prompts"), ("dropped_held_out", "held-out prompts")):
+        if dropped := summary.get(key):
+            lines.append(f"\n{dropped:,} {what} were left out: over data.max_prompt_tokens, or without an answer")
     lines.append(
         f"\n{summary['steps']} steps, {summary['rollouts']:,} rollouts, {summary['seconds']:.0f} s;"
         f" curves in {directory / 'report.html'}"

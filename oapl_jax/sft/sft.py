@@ -74,12 +74,11 @@ def run(config: SftConfig) -> pathlib.Path:
         progress = stack.enter_context(ProgressBar(config.run.steps, enabled=config.logging.progress))
         checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep, [config.checkpoint.keep_every])
         stack.callback(checkpoints.close)
-        restored = checkpoints.restore(learner.shapes.stored, progress.note)
-        first = 0
-        if restored is not None:
-            first, state = restored[0], state.restored(restored[1])
+        first, resume_step = 0, None
+        if (restored := checkpoints.restore(learner.shapes.stored, progress.note)) is not None:
+            first = resume_step = restored[0]
+            state = state.restored(restored[1])
             progress.note(f"resumed supervised training at step {first}")
-        resume_step = first if restored is not None else None
         writer = stack.enter_context(
             MetricsWriter(directory, config.logging, resume_step=resume_step, config=config_file.written(config))
         )

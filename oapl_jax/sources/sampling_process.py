@@ -26,7 +26,7 @@ from oapl_jax.build.sampler import make_sampler
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.data import tokenizer as tokenizers
-from oapl_jax.data.prompts import load_prompts
+from oapl_jax.data.prompts import HeldOut, load_prompts
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.distributed.sharding import SAMPLER_RULES, make_meshes
 from oapl_jax.distributed.team import Team
@@ -160,7 +160,7 @@ class SamplingProcess:
             sampler, load = _make_foreign_sampler(self._engine, config, tokenizer)
         lock, alone = contextlib.nullcontext(), Team.alone()
         setup = SamplingSetup(
-            config, tokenizer, prompts, [], grading, SamplerTurns(sampler), lock, alone, alone, transfer=None
+            config, tokenizer, prompts, HeldOut(), grading, SamplerTurns(sampler), lock, alone, alone, transfer=None
         )
         weights = load(folder)
         say(f"responses {Stops(tokenizer, setup.distribution)}")

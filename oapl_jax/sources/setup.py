@@ -11,7 +11,7 @@ import numpy as np
 from oapl_jax.build.assembly import Assembly
 from oapl_jax.build.checks import objective_of
 from oapl_jax.config.commands import TrainConfig
-from oapl_jax.data.prompts import PromptSource, describe
+from oapl_jax.data.prompts import HeldOut, PromptSource, describe, dropped
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.distributed.team import Team
 from oapl_jax.distributed.transfer import Transfer
@@ -29,7 +29,7 @@ from oapl_jax.rollouts.stops import Stops
 from oapl_jax.sampler.sampler import JaxSampler
 from oapl_jax.sources.sampling_loop import SamplingLoop
 from oapl_jax.sources.turns import SamplerTurns
-from oapl_jax.types import Prompt, RolloutGroup
+from oapl_jax.types import RolloutGroup
 
 FEWEST_USABLE = 2
 """Usable rollouts that a group must have: V* of one rollout is its own reward."""
@@ -42,14 +42,18 @@ class Inputs(NamedTuple):
 
     tokenizer: Tokenizer
     prompts: PromptSource
-    held_out: list[Prompt]
+    held_out: HeldOut
     grader: Grader
     """Which has tried the gold answers of the prompts."""
 
     def describe(self, config: TrainConfig) -> dict[str, str]:
         """What there is to learn from, and what was left out; where responses end."""
         lines = {f"prompts {name}".strip(): text for name, text in describe(config.data, self.prompts).items()}
-        held_out = ", ".join(f"{name} {len(mine):,}".strip() for name, mine in by_set(self.held_out).items())
+        held_out = ", ".join(
+            f"{name} {len(mine):,}".strip()
+            + (f" ({dropped(number)})" if (number := self.held_out.dropped[name]) else "")
+            for name, mine in by_set(self.held_out).items()
+        )
         responses = str(Stops(self.tokenizer, SamplingDistribution.of(config.sampler)))
         return {**lines, "held out": held_out or "none: no evaluation", "responses": responses}
 
@@ -69,7 +73,7 @@ class SamplingSetup:
     config: TrainConfig
     tokenizer: Tokenizer
     prompts: PromptSource
-    held_out: list[Prompt]
+    held_out: HeldOut
     grading: Grading
     turns: SamplerTurns | None
     """None in a process that does not sample."""

@@ -36,6 +36,7 @@ def mistakes(*overrides):
         (["checkpoint.patience=2"], ["checkpoint.patience"]),
         (["evaluation.prompts=0", "checkpoint.keep_best=evaluation/pass@1"], ["checkpoint.keep_best"]),
         (["checkpoint.keep_policies=3"], ["checkpoint.keep_policies"]),
+        (["data.sets={a: {task: chain, path: x}}", "mode=offline"], ["data.sets.a", "mode=offline"]),
     ],
 )
 def test_all_mistakes_are_listed_and_no_consequences(overrides, keys):
@@ -55,3 +56,10 @@ def test_the_rest_of_the_config_serves_further_checks():
     assert error.wrong == {"learner"}
     assert error.rest.mesh.trainer == "fsdp=77"
     assert error.rest.data.task == "chain"
+
+
+@pytest.mark.parametrize("reward", ["5", "[1]", "{timeout: 0}"])
+def test_a_section_reward_that_is_wrong_is_one_line(tmp_path, reward):
+    (tmp_path / "c.yaml").write_text(f"reward: {reward}\n")
+    with pytest.raises(config_file.ConfigError, match=r"^1 mistake in .*c\.yaml, section reward\n  "):
+        config_file.load_reward(tmp_path / "c.yaml")

@@ -10,7 +10,9 @@ import numpy as np
 import pytest
 
 from oapl_jax.cli import codenet as command
-from oapl_jax.data import codenet
+from oapl_jax.cli import commands
+from oapl_jax.data import codenet, tokenizer
+from oapl_jax.io.console import ExitCode
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.types import Verdict
 
@@ -141,3 +143,14 @@ def test_published_statements_are_read(shared_data):
         pages = [member for member in archive if member.name.endswith(".html")][:20]
         texts = [codenet.text_of(archive.extractfile(page).read().decode("utf-8", "replace")) for page in pages]
     assert all(len(text) > 40 and "<p>" not in text for text in texts)
+
+
+def test_options_of_the_chat_template(root, tmp_path, shared_data, capsys):
+    folder = str(shared_data / "tokenizer" / "qwen3-8b")
+    words = ["codenet", str(root), str(tmp_path / "log"), "--tokenizer", folder, "--chat-template-kwargs"]
+    assert commands.main([*words, '{"enable_thinking": false}']) == ExitCode.DONE
+    group = RolloutLog(tmp_path / "log").read(0)[0]
+    no_thinking = tokenizer.load(folder).encode("<think>\n\n</think>\n\n")
+    assert group.prompt.token_ids.tolist()[-len(no_thinking) :] == no_thinking
+    assert commands.main([*words, "[1]"]) == ExitCode.USAGE
+    assert "--chat-template-kwargs: is a JSON list, not an object" in capsys.readouterr().err

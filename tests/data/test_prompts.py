@@ -13,6 +13,8 @@ from oapl_jax.config.data import DataConfig, SftDataConfig
 from oapl_jax.data.pairs import load_pairs
 from oapl_jax.data.prompts import held_out, load_prompts
 from oapl_jax.data.tokenizer import CharacterTokenizer
+from oapl_jax.rewards.grader import ToyGrader
+from oapl_jax.sources.setup import Inputs
 
 CHARACTERS = CharacterTokenizer()
 ROWS = [{"prompt": f"{i}+{i}=", "answer": str(2 * i)} for i in range(20)]
@@ -217,6 +219,17 @@ def test_held_out_prompts_come_first_to_last(tmp_path):
     assert len(held_out(train_config({"path": train}, path=test), CHARACTERS)) == 20
     with pytest.raises(ValueError, match=r"evaluation.path: is missing; set it to the held-out prompts for"):
         held_out(train_config({"path": train}), CHARACTERS)
+
+
+def test_held_out_rows_that_are_dropped_are_counted_and_said(tmp_path):
+    rows = write_jsonl(tmp_path / "sums.jsonl", ROWS)
+    config = train_config({"path": rows, "max_prompt_tokens": 4}, path=rows, prompts=3)
+    found = held_out(config, CHARACTERS)
+    assert (len(found), found.dropped) == (3, {"": 10})
+    inputs = Inputs(CHARACTERS, load_prompts(config.data, CHARACTERS, seed=0), found, ToyGrader("chain"))
+    assert inputs.describe(config)["held out"] == "3 (10 overlong or without an answer dropped)"
+    sets = train_config({"task": "chain", "max_prompt_tokens": 4}, sets={"sums": {"path": rows}}, prompts=20)
+    assert held_out(sets, CHARACTERS).dropped == {"sums": 10}
 
 
 def test_tasks_have_endless_prompts_and_the_same_held_out_ones_for_every_seed():

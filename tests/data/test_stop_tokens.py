@@ -61,6 +61,22 @@ def test_a_response_ends_at_the_tokens_that_the_model_declares(plain, tmp_path, 
     assert loaded.has_chat_template == ("chat_template" in files.get("tokenizer_config", {}))
 
 
+@pytest.mark.parametrize("own", [{}, {"generation_config": {"eos_token_id": 256, "temperature": 0.6}}], ids=str)
+def test_a_tokenizer_of_another_folder_ends_where_the_model_says_too(plain, tmp_path, own):
+    model, folder, saved = (tmp_path / name for name in ("model", "tokenizer", "saved"))
+    for path in (model, folder, saved):
+        path.mkdir()
+    (model / "config.json").write_text('{"eos_token_id": 257}')
+    source = copy(plain, folder, **own)
+    assert tokenizer.load(source, model).stop_ids == (256, 257)
+    (model / "generation_config.json").write_text('{"eos_token_id": [258]}')
+    loaded = tokenizer.load(source, model)
+    assert (loaded.eos_id, loaded.stop_ids) == (256, (256, 258))
+    loaded.save(saved)
+    if own:  # else the model's own file is written beside it
+        assert tokenizer.load(str(saved)).stop_ids == (256, 258)
+
+
 @pytest.mark.parametrize(
     "files",
     [

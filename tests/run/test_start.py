@@ -107,7 +107,7 @@ def test_a_finished_run_says_how_it_goes_on(tmp_path, capsys):
 
 def test_the_summary_says_what_was_left_out_and_which_checkpoint_is_best(tmp_path):
     found = {"steps": 8, "seconds": 1.0, "rollouts": 64, "before": {}, "after": {}}
-    found |= {"dropped_prompts": 3, "best_checkpoint": {"step": 4, "value": 0.5, "misses": 2}}
+    found |= {"dropped_prompts": 3, "dropped_held_out": 2, "best_checkpoint": {"step": 4, "value": 0.5, "misses": 2}}
     text = summary.table(found, tmp_path)
-    for part in ("3 prompts were left out", f"oapl-jax export {tmp_path} --step 4"):
+    for part in ("3 prompts were left out", "2 held-out prompts were", f"oapl-jax export {tmp_path} --step 4"):
         assert part in text
