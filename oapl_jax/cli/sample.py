@@ -6,8 +6,10 @@ import signal
 import sys
 import threading
 
+import yaml
+
 from oapl_jax.io import storage
-from oapl_jax.sources.sampling_process import SamplingProcess, say
+from oapl_jax.sources.sampling_process import ENGINES, SamplingProcess, say
 
 EXIT_SECONDS = 8.0
 """After SIGTERM: for how long the work in hand is finished before the process just ends."""
@@ -17,15 +19,18 @@ def main(argv: list[str]) -> None:
     """Exit codes: 0 the run is over, or SIGTERM; 1 failed; 2 this process cannot sample for the run."""
     parser = argparse.ArgumentParser(prog="oapl-jax sample", description="A detached sampler of a run.")
     parser.add_argument("--run", required=True, help="the run's directory, or its run.shared_dir")
-    parser.add_argument("--engine", default="jax", help="jax, transformers, or package.module:function; default jax")
+    engines = ", ".join(["jax", *ENGINES])
+    parser.add_argument("--engine", default="jax", help=f"{engines}, or package.module:function; default jax")
+    parser.add_argument("options", nargs="*", metavar="KEY=VALUE", help="of the engine, such as tensor_parallel_size=2")
     parser.add_argument("--mesh", default="data=-1", help="axes of this process's devices; default data=-1")
     parser.add_argument("--wait", type=float, default=600.0, metavar="SECONDS", help="for a run that has not begun")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
+    options = {name: yaml.safe_load(value) for name, _, value in (word.partition("=") for word in arguments.options)}
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     sampler = SamplingProcess(
-        storage.shared_path(arguments.run), arguments.engine, arguments.mesh, arguments.wait, stop
+        storage.shared_path(arguments.run), arguments.engine, arguments.mesh, arguments.wait, stop, options
     )
     failures: list[BaseException] = []
 

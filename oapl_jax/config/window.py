@@ -38,6 +38,11 @@ class WindowConfig(Section):
     """Save after each sync, and keep that checkpoint for good."""
     shard_groups: Annotated[Count, WITH_SAMPLER] = 8
     """Samplers in other processes: groups that one leases at once and writes as one file."""
+    publish: Annotated[
+        Literal["model", "adapters"], AppliesWhen("mode", condition=one_of("detached")), AppliesWhen("lora.rank")
+    ] = "model"
+    """What samplers in other processes get at a sync of a run with adapters. model: the whole model, adapters merged;
+    adapters: these alone, for ``--engine vllm``, which adds them to the model in ``model.path``."""
     lease_seconds: Positive = 30.0
     """Seconds without a beat after which a process counts as gone: others take over its shards, or its run."""
     parity_tolerance: Positive = 1e-3

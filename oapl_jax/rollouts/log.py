@@ -8,7 +8,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,8 @@ class RolloutLog:
     def __init__(self, directory: SharedPath, sampling: dict[str, Any] | None = None):
         """Opens a log, which need not exist; ``sampling`` is written with each group: what it was drawn with."""
         self.directory, self.sampling = directory, sampling
+        self.engines: Mapping[int, dict[str, Any]] = {}
+        """For the metadata too: what draws the groups of a policy version, where that is known."""
         self._next_part: dict[int, int] = {}
 
     def append(self, groups: Sequence[RolloutGroup]) -> SharedPath:
@@ -46,8 +48,8 @@ class RolloutLog:
     def create(self, part: int, groups: Sequence[RolloutGroup]) -> bool:
         """Writes groups of one policy version as the file of this number; False where that is written already."""
         (version,) = {group.policy_version for group in groups}
-        content = io.BytesIO()
-        pq.write_table(schema.to_table(groups, self.sampling), content, compression="zstd", write_page_checksum=True)
+        table, content = schema.to_table(groups, self.sampling, self.engines.get(version)), io.BytesIO()
+        pq.write_table(table, content, compression="zstd", write_page_checksum=True)
         return storage.create(self.path(version, part), content.getvalue())
 
     def read(self, version: int) -> list[RolloutGroup]:

@@ -64,7 +64,7 @@ OF_GROUP = ("group_index", "policy_version", "prompt_id", "prompt", "prompt_toke
 NAME = re.compile("[0-9]{6,9}-[0-9]{8}")
 """``RolloutGroup.id``."""
 
-VERSION_KEY, SAMPLING_KEY = b"oapl_jax.schema_version", b"oapl_jax.sampling"
+VERSION_KEY, SAMPLING_KEY, ENGINE_KEY = b"oapl_jax.schema_version", b"oapl_jax.sampling", b"oapl_jax.engine"
 
 SCHEMA = pa.schema(
     [pa.field(name, column.type, column.is_nullable) for name, column in COLUMNS.items()],
@@ -72,16 +72,19 @@ SCHEMA = pa.schema(
 )
 
 
-def to_table(groups: Iterable[RolloutGroup], sampling: dict[str, Any] | None = None) -> pa.Table:
+def to_table(
+    groups: Iterable[RolloutGroup], sampling: dict[str, Any] | None = None, engine: dict[str, Any] | None = None
+) -> pa.Table:
     """Rows of the groups, rollouts of a group adjacent and in order.
 
-    ``sampling``, for the metadata: the fields of the ``SamplingDistribution`` that all of them were drawn with.
+    For the metadata: ``sampling``, the fields of the ``SamplingDistribution`` that all of them were drawn with, and
+    ``engine``, what drew them.
     """
     rows = [row(group, index) for group in groups for index in range(len(group.rollouts))]
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
-    if sampling is None:
-        return table
-    return table.replace_schema_metadata({**table.schema.metadata, SAMPLING_KEY: json.dumps(sampling)})
+    notes = {SAMPLING_KEY: sampling, ENGINE_KEY: engine}
+    given = {key: json.dumps(note) for key, note in notes.items() if note is not None}
+    return table.replace_schema_metadata({**table.schema.metadata, **given})
 
 
 def sampling_of(found: pa.Schema) -> dict[str, Any]:

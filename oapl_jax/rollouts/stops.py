@@ -57,6 +57,12 @@ class Stops:
             return "its finish_reason is stop, and it ends at no stop"
         return None
 
+    def length(self, token_ids: Sequence[int]) -> int | None:
+        """Number of tokens of a response up to its first end, which belongs to it; None: it has none."""
+        at_token = next((i + 1 for i, token in enumerate(token_ids) if token in self.ids), None)
+        at_string = stop_length(token_ids, 0, self.strings, self.decode)
+        return min((end for end in (at_token, at_string) if end is not None), default=None)
+
     def __str__(self) -> str:
         """For the start of a run: where responses end, and that prompts are not put into a chat template."""
         ends = " or ".join([f"token {', '.join(map(str, self.ids))}", *map(repr, self.strings)])

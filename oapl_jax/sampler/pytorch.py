@@ -121,12 +121,8 @@ class TorchSampler:
 
     def _truncated(self, ids: np.ndarray, logprobs: np.ndarray) -> Rollout:
         """A row up to its first stop token, or the one that completes its first stop string, which belongs to it."""
-        (found,) = np.nonzero(np.isin(ids, self._stops.ids))
-        ends = [int(found[0]) + 1] if len(found) else []
-        at_string = stop_length(ids.tolist(), 0, self._stops.strings, self._stops.decode)
-        ends += [] if at_string is None else [at_string]
-        length = min(ends, default=len(ids))
-        reason = FinishReason.STOP if ends else FinishReason.LENGTH
+        length = self._stops.length(ids.tolist())
+        reason = FinishReason.LENGTH if length is None else FinishReason.STOP
         return Rollout(ids[:length].astype(np.int32), logprobs[:length].astype(np.float32), reason)
 
     def _have_stopped(self, tokens: Any) -> Any:

@@ -26,6 +26,7 @@ from oapl_jax.io.lease import Leases
 from oapl_jax.rollouts.buffer import Window
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.shards import ShardQueue
+from oapl_jax.rollouts.source import Weights
 from oapl_jax.sources import follower
 from oapl_jax.sources.setup import Drawn, SamplingSetup, acceptance
 from oapl_jax.types import Metrics, PreemptedError
@@ -50,10 +51,10 @@ class Cluster:
         self._shards = ShardQueue(log, self._leases, acceptance(setup.config), window.shard_groups)
         self._loop = setup.make_loop(self._shards, self._shards) if setup.turns is not None else None
 
-    def open_window(self, window: Window, weights: Any) -> Metrics:
+    def open_window(self, window: Window, weights: Weights) -> Metrics:
         """Trainers: has a window sampled with these weights, of ``WeightSync``; ``sync/transfer_seconds``."""
         start = time.perf_counter()
-        self._order("window", weights, window._asdict())
+        self._order("window", weights.sampler, window._asdict())
         return {"sync/transfer_seconds": time.perf_counter() - start}
 
     def evaluate(self, weights: Any, num_samples: int) -> Counts:

@@ -10,11 +10,14 @@ import pathlib
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from oapl_jax.build.assembly import Assembly
+from oapl_jax.data.tokenizer import Tokenizer
+from oapl_jax.distributed.team import Team
 from oapl_jax.io import run_dir, storage
 from oapl_jax.io.storage import SharedPath
+from oapl_jax.model import hf, qwen
 from oapl_jax.rollouts.buffer import GroupBuffer, Window
 from oapl_jax.rollouts.checks import ShardCheck
 from oapl_jax.rollouts.log import RolloutLog
@@ -45,7 +48,7 @@ SHARED_FOLDERS = (POLICY_FOLDER, SAMPLERS_FOLDER, "leases", LEASES_FOLDER, VERSI
 class Samplers(Protocol):
     """Samplers in other processes, as their trainer sees them."""
 
-    def open_window(self, window: Window, weights: Any) -> Metrics:
+    def open_window(self, window: Window, weights: Weights) -> Metrics:
         """Has a window sampled with these weights."""
         ...
 
@@ -69,11 +72,26 @@ class Published:
         self._store = PolicyStore(setup.root / POLICY_FOLDER)
         self._leases = VersionLeases(setup.root / VERSION_LEASES_FOLDER, config.window.lease_seconds)
 
-    def open_window(self, window: Window, weights: Any) -> Metrics:
+    def open_window(self, window: Window, weights: Weights) -> Metrics:
         """Publishes the weights."""
         self._version, setup = window.policy_version, self._setup
         manifest = Manifest(window, setup.config.window.shard_groups, self._digest, {})
-        return self._store.publish(manifest, self._assembly.architecture, weights, setup.tokenizer, setup.trainers)
+        params, save = weights.sampler, cast(Callable[..., Any], hf.save_folder)
+        if setup.config.window.publish == "adapters":
+            params, save = weights.learner, self._save_adapters
+        architecture, writers = self._assembly.architecture, setup.trainers
+        return self._store.publish(manifest, architecture, params, setup.tokenizer, writers=writers, save=save)
+
+    def _save_adapters(
+        self, folder: pathlib.Path, config: qwen.QwenConfig, params: Any, tokenizer: Tokenizer, writers: Team
+    ) -> None:
+        base = self._setup.config.model.path
+        if base is None or writers.size > 1:
+            raise ValueError("window.publish=adapters needs a model in model.path and a single training process")
+        if params is None:
+            raise ValueError(f"{folder} is gone, and no checkpoint has its adapters now that its window has begun")
+        hf.save_adapter(folder, config, params, self._setup.config.lora, base)
+        tokenizer.save(folder)
 
     def tidy(self) -> None:
         """Removes versions that nobody uses any longer."""
@@ -134,7 +152,9 @@ class LogFollower(BufferedSource):
         version = window.policy_version
         self._free_folders(version)
         before = self._log.parts(version)
-        self._published = self._samplers.open_window(window, weights.sampler)
+        if taken:  # the learner has gone on since the version was published
+            weights = weights._replace(learner=None)
+        self._published = self._samplers.open_window(window, weights)
         record = self._check.groups.record
         is_new = record is None or not record.has_version(version)
         if is_new and self._published.get("sync/publish_bytes", 0):

@@ -9,6 +9,7 @@ relative.
 import contextlib
 import dataclasses
 import importlib
+import inspect
 import os
 import pathlib
 import shutil
@@ -40,14 +41,15 @@ from oapl_jax.rollouts.sampling import Sampler, SamplingDistribution
 from oapl_jax.rollouts.schema import SCHEMA_VERSION
 from oapl_jax.rollouts.shards import ShardQueue
 from oapl_jax.rollouts.stops import Stops
+from oapl_jax.sampler.engine_process import EngineProcess
 from oapl_jax.sources import follower
 from oapl_jax.sources.sampling_loop import SamplingLoop
 from oapl_jax.sources.setup import SamplingSetup, acceptance, make_grading
 from oapl_jax.sources.turns import SamplerTurns
 from oapl_jax.weights.policies import Current, Manifest, PolicyGoneError, PolicyStore, VersionLeases
 
-TRANSFORMERS = "oapl_jax.sampler.pytorch:make"
-"""PyTorch is no requirement of any other program, so it is imported by name."""
+ENGINES = {"transformers": "oapl_jax.sampler.pytorch:make", "vllm": "oapl_jax.sampler.engine_process:make_vllm"}
+"""Engines other than ours. PyTorch is no requirement of any other program, so they are imported by name."""
 POLL_SECONDS = 0.3
 DRAIN_SECONDS = 3.0
 IDLE_DEADLINE = 4 * 3600.0
@@ -59,14 +61,26 @@ class SamplingProcess:
 
     Args:
         root: the run's shared folder.
-        engine: ``jax``, ``transformers``, or ``package.module:function`` (docs/bring_your_own_sampler.md).
+        engine: ``jax``, a name in ``ENGINES``, or ``package.module:function`` (docs/bring_your_own_sampler.md).
         mesh: axes of this process's devices; the axes other than ``tensor`` are replicas.
         wait_seconds: for a run that has not begun.
         stop: set to end.
+        options: of the engine, which has to be another one than ours.
     """
 
-    def __init__(self, root: SharedPath, engine: str, mesh: str, wait_seconds: float, stop: threading.Event):
+    def __init__(
+        self,
+        root: SharedPath,
+        engine: str,
+        mesh: str,
+        wait_seconds: float,
+        stop: threading.Event,
+        options: dict[str, Any] | None = None,
+    ):
+        if engine == "jax" and options:
+            raise ValueError(f"--engine jax has no options; remove {', '.join(options)}")
         self._root, self._engine, self._mesh_axes, self._stop = root, engine, mesh, stop
+        self._options = options or {}
         self._wait_seconds = wait_seconds
         self._store = PolicyStore(root / follower.POLICY_FOLDER)
         self._name = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:6]}"
@@ -118,7 +132,7 @@ class SamplingProcess:
                 manifest, folder = fetched
                 shards.open_window(None)
                 if loop is None:
-                    loop, load, weights = self._make_loop(config, folder, shards)
+                    loop, load, weights = self._make_loop(config, folder, shards, log)
                     self._resources.callback(loop.stop, DRAIN_SECONDS)
                 else:
                     weights = load(folder)
@@ -128,8 +142,8 @@ class SamplingProcess:
                 shards.open_window(manifest.window)
                 if hold is not None:
                     hold.finish()
-                if folder.is_relative_to(cache):  # a copy, which is in memory now
-                    shutil.rmtree(folder, ignore_errors=True)
+                for copy in sorted(set(cache.iterdir()) - {folder})[:-1]:  # the last one may still be being loaded
+                    shutil.rmtree(copy, ignore_errors=True)
                 version, hold, since = current.policy_version, held, time.monotonic()
                 say(f"sampling version {version}")
             if shards.failure is not None:
@@ -147,17 +161,22 @@ class SamplingProcess:
         say(f"{shards.num_written} groups written, {shards.num_wasted} made in vain")
 
     def _make_loop(
-        self, config: TrainConfig, folder: pathlib.Path, shards: ShardQueue
+        self, config: TrainConfig, folder: pathlib.Path, shards: ShardQueue, log: RolloutLog
     ) -> tuple[SamplingLoop, Callable[[pathlib.Path], Any], Any]:
         """The loop, with a sampler that has compiled its programs, what loads folders for it, and this folder's weights."""
         tokenizer = tokenizers.load(config.model.tokenizer, folder, config.model.chat_template_kwargs)
         grading = make_grading(config, tokenizer, make_grader(config))
         self._resources.callback(grading.close)
         prompts = load_prompts(config.data, tokenizer, config.run.seed)
+        if config.window.publish == "adapters" and self._engine in ("jax", "transformers"):
+            raise ValueError(f"the run publishes adapters alone, which --engine {self._engine} cannot load; use vllm")
         if self._engine == "jax":
             sampler, load = self._make_sampler(config, folder, tokenizer)
         else:
-            sampler, load = _make_foreign_sampler(self._engine, config, tokenizer)
+            sampler, load = _make_foreign_sampler(self._engine, config, tokenizer, self._options)
+            self._resources.callback(sampler.release)
+            if isinstance(sampler, EngineProcess):
+                log.engines = sampler.facts
         lock, alone = contextlib.nullcontext(), Team.alone()
         setup = SamplingSetup(
             config, tokenizer, prompts, HeldOut(), grading, SamplerTurns(sampler), lock, alone, alone, transfer=None
@@ -219,15 +238,21 @@ class SamplingProcess:
         return None
 
 
-def _make_foreign_sampler(name: str, config: TrainConfig, tokenizer: Tokenizer) -> tuple[Sampler, Any]:
+def _make_foreign_sampler(
+    name: str, config: TrainConfig, tokenizer: Tokenizer, options: dict[str, Any]
+) -> tuple[Sampler, Any]:
     """What ``package.module:function`` makes: a sampler, and what loads a folder for it."""
-    module, _, function = TRANSFORMERS.partition(":") if name == "transformers" else name.partition(":")
+    module, _, function = ENGINES.get(name, name).partition(":")
     try:
         make = getattr(importlib.import_module(module), function or "make")
     except (ImportError, AttributeError) as error:
         hint = ": pip install -r requirements-torch.txt" if name == "transformers" else ""
         raise ValueError(f"--engine {name}: {error}{hint}") from error
-    return make(config, tokenizer)
+    try:
+        inspect.signature(make).bind(config, tokenizer, **options)
+    except TypeError as error:
+        raise ValueError(f"--engine {name}: {error}") from None
+    return make(config, tokenizer, **options)
 
 
 def _check(manifest: Manifest, digest: str) -> None:

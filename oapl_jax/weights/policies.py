@@ -14,6 +14,7 @@ import math
 import pathlib
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -67,11 +68,18 @@ class PolicyStore:
         self._newest = -1  # that was pointed to
 
     def publish(
-        self, manifest: Manifest, config: qwen.QwenConfig, params: Any, tokenizer: Tokenizer, writers: Team
+        self,
+        manifest: Manifest,
+        config: qwen.QwenConfig,
+        params: Any,
+        tokenizer: Tokenizer,
+        writers: Team,
+        save: Callable[..., Any] = hf.save_folder,
     ) -> Metrics:
         """Writes a version and points to it. One that is whole already, from before a restart, is only pointed to.
 
-        ``manifest`` has no files yet; ``params`` are of ``nnx.split(Qwen(...))[1]``; all ``writers`` call this.
+        ``manifest`` has no files yet; ``params`` are of ``nnx.split(Qwen(...))[1]``; all ``writers`` call this. ``save``
+        writes the folder and takes what ``hf.save_folder`` takes.
 
         Raises:
             ValueError: several writers and no local folder.
@@ -86,7 +94,7 @@ class PolicyStore:
                 self._point_to(Current(version, is_finished=False))
             return {"sync/publish_seconds": time.perf_counter() - start, "sync/publish_bytes": 0}
         staged = pathlib.Path(str(folder)) if local else pathlib.Path(tempfile.gettempdir()) / f".{version:06d}.staged"
-        hf.save_folder(staged, config, params, tokenizer, writers=writers)
+        save(staged, config, params, tokenizer, writers=writers)
         if not writers.is_leader:
             return {"sync/publish_seconds": time.perf_counter() - start}
         with ThreadPoolExecutor(HASHING_THREADS) as pool:

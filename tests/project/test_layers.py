@@ -114,7 +114,9 @@ def test_init_files_are_empty():
 
 def test_every_library_that_is_imported_is_pinned_exactly():
     requirement = re.compile(r"^([\w.-]+)==[\w.]+$", re.MULTILINE)
-    text = "".join((ROOT / name).read_text() for name in ("requirements.txt", "requirements-torch.txt"))
+    text = "".join(
+        (ROOT / name).read_text() for name in ("requirements.txt", "requirements-torch.txt", "requirements-vllm.txt")
+    )
     pinned = {normal(name) for name in requirement.findall(text)}
     for module, path in real_modules().items():
         for library in libraries_of(path):
@@ -131,9 +133,9 @@ def test_what_processes_agree_by_reads_no_clock_that_can_jump():
 
 
 def test_requirements_are_exact():
-    for name in ("requirements.txt", "requirements-dev.txt", "requirements-torch.txt", "requirements-tpu.txt"):
-        for line in (ROOT / name).read_text().splitlines():
-            assert not line or line.startswith(("#", "-r ")) or "==" in line, f"{name}: {line}"
+    for path in ROOT.glob("requirements*.txt"):
+        for line in path.read_text().splitlines():
+            assert not line or line.startswith(("#", "-r ")) or "==" in line, f"{path.name}: {line}"
 
 
 def normal(distribution: str) -> str:

@@ -21,7 +21,8 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 LOCK = {
     normal(one.name): one
-    for one in map(Requirement, re.findall(r"^\w.*$", (ROOT / "requirements.txt").read_text(), re.MULTILINE))
+    for name in ("requirements.txt", "requirements-vllm.txt")
+    for one in map(Requirement, re.findall(r"^\w.*$", (ROOT / name).read_text(), re.MULTILINE))
 }
 # Pinned although we do not import them: one must fit the version of another package, and one shows our event files.
 ONLY_PINNED = {"jaxlib", "tensorboard"}
@@ -32,6 +33,7 @@ OPTIONAL_LIBRARIES = {
     "grpc",
     "jetstream",
     "torch",
+    "vllm",
     "wandb",
     "gcsfs",
     "s3fs",

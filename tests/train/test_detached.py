@@ -198,6 +198,21 @@ def test_a_sampler_of_another_release_or_config_refuses(detached, tmp_path, key,
         SamplingProcess(run, "jax", "data=1", 120.0, threading.Event()).run()
 
 
+def test_adapters_alone_are_published_and_refused_by_an_engine_that_loads_whole_models(tmp_path):
+    directory = tmp_path / "run"
+    config = make_config(directory, mode="detached", lora={"rank": 2}, window={**DETACHED, "publish": "adapters"})
+    trainer = start(write_config(tmp_path / "config.yaml", config))
+    try:
+        with pytest.raises(ValueError, match="adapters alone, which --engine jax cannot load"):
+            SamplingProcess(directory, "jax", "data=1", 120.0, threading.Event()).run()
+        names = {path.name for path in (directory / "policy/000000").iterdir()}
+        assert "adapter_model.safetensors" in names
+        assert "model.safetensors" not in names
+    finally:
+        trainer.kill()
+        trainer.communicate()
+
+
 def run_with_a_pytorch_sampler(config):
     """Trains, with the sampler in a process of its own; returns the summary and the metrics."""
     pytest.importorskip("torch")
