@@ -4,6 +4,7 @@
 of a fixed sequence, that each version's weights were really loaded.
 """
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -160,7 +161,8 @@ class EngineProcess:
     def release(self) -> None:
         """Ends the engine, and all processes that it has started."""
         if self._process is not None:
-            os.killpg(self._process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has ended by itself
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
         self._process = self._policy = None
         self._requests.clear()
