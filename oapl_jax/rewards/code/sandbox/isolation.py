@@ -176,13 +176,13 @@ def _without(path: str, hidden: list[str]) -> list[str]:
 def _bubblewrap(paths: list[str], installed: list[str], packages: list[str], folder: str) -> list[str]:
     command = ["--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
     command += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
+    command += ["--bind", folder, "/tmp"]  # first: the interpreter's environment may be in /tmp
     for path in paths:  # /usr/local is left out: it may contain data
         command += ["--ro-bind", path, path]
     # Empty file systems hide all installed packages but those that are wanted.
     command += [word for path in installed for word in ("--tmpfs", path)]
     command += [word for path in packages for word in ("--ro-bind", path, path)]
     command += [word for path in installed for word in ("--remount-ro", path)]
-    command += ["--bind", folder, "/tmp"]
     for path in _ROOT_LIBRARIES:
         if os.path.islink(path):
             command += ["--symlink", os.readlink(path), path]
