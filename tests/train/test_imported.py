@@ -6,6 +6,7 @@ import pytest
 
 from oapl_jax import train
 from oapl_jax.__main__ import main
+from oapl_jax.config.data import SourceConfig
 from oapl_jax.data import tasks
 from oapl_jax.data.tokenizer import CharacterTokenizer
 from oapl_jax.rollouts.audit import audit
@@ -21,7 +22,7 @@ TOKENIZER, GROUP_SIZE = CharacterTokenizer(), 8
 def records(num_groups, first=500):
     """Groups of a teacher: the first response is right and graded by hand, the others say 0 and have no grade."""
     for index in range(first, first + num_groups):
-        prompt = tasks.make_task("chain").prompt(index, "train", 3, TOKENIZER)
+        prompt = tasks.make_task(SourceConfig(task="chain")).prompt(index, "train", 3, TOKENIZER)
         for rollout in range(GROUP_SIZE):
             ids = [*TOKENIZER.encode("0000" if rollout else chain_answer(prompt.text)), TOKENIZER.eos_id]
             yield {
