@@ -100,6 +100,8 @@ class ImportedWindows(BufferedSource):
         self._folder = pathlib.Path(str(setup.config.window.imports)).expanduser()
         self._window: Window | None = None
         """The one that is open, where it is of a file."""
+        self._took_imported = False
+        """Whether the last batch was of such a window: at a sync the next one is open before the step is reported."""
 
     def open_window(self, window: Window, weights: Weights, taken: Sequence[Sequence[int]]) -> WindowPlan:
         """Opens a window of the next file, where there is one; else one of the other source.
@@ -127,6 +129,7 @@ class ImportedWindows(BufferedSource):
         self, num_groups: int, is_cancelled: Callable[[], bool], recorded: Sequence[int] | None = None
     ) -> Taken | None:
         """As the other source; imported groups ask no prompt of the stream."""
+        self._took_imported = self._window is not None
         if self._window is None:
             return self._source.take(num_groups, is_cancelled, recorded)
         taken = super().take(num_groups, is_cancelled, recorded)
@@ -134,7 +137,7 @@ class ImportedWindows(BufferedSource):
 
     def report(self) -> Metrics:
         """Those of the other source, and ``window/imported``."""
-        metrics = self._source.report() | {"window/imported": int(self._window is not None)}
+        metrics = self._source.report() | {"window/imported": int(self._took_imported)}
         return metrics if self._window is None else metrics | {"window/ready_groups": self._buffer.num_ready}
 
     def finish(self) -> None:
