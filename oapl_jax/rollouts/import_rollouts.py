@@ -85,7 +85,7 @@ class Expectations:
     """The most rollouts that a group may have."""
     distribution: SamplingDistribution | None = None
     """Whose temperature and stops rollouts must have been drawn with, where the data say them; None: any."""
-    text: Callable[[Sequence[int]], str] = lambda ids: ""
+    text: Callable[[list[int]], str] = lambda ids: ""
     """Token ids of a response to the text that is graded, for records without it."""
     needs_logprobs: bool = False
     """Whether a rollout without log-probabilities is a bad row."""

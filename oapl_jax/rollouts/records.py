@@ -7,7 +7,7 @@ each choice. It becomes cells of the rollout log, by their names.
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from oapl_jax.data import messages
@@ -84,7 +84,7 @@ def _vllm_logprobs(given: Any) -> list[Any] | None:
 
 
 def cells(
-    record: dict[str, Any], distribution: SamplingDistribution | None, text: Callable[[Sequence[int]], str]
+    record: dict[str, Any], distribution: SamplingDistribution | None, text: Callable[[list[int]], str]
 ) -> dict[str, Any]:
     """The log's cells of a rollout's record; ``text``: token ids to the text that is graded.
 
