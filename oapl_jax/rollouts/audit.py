@@ -136,9 +136,7 @@ def _check_order(recorded: list[tuple[str, Any]]) -> None:
         last = places[-1]
 
 
-def _check_metrics(
-    run: pathlib.Path, recorded: list[tuple[str, Any]], most_steps: float, imported: set[int]
-) -> None:
+def _check_metrics(run: pathlib.Path, recorded: list[tuple[str, Any]], most_steps: float, imported: set[int]) -> None:
     """Each step has one line, whose version and lag are those of its batch; a killed run lacks the last ones."""
     steps = len(recorded)
     for line, row in enumerate((row for row in read_metrics(run / METRICS_FILE) if row["step"] > 0), start=1):

@@ -18,8 +18,8 @@ from oapl_jax.rollouts.grading import Grading
 from oapl_jax.rollouts.import_rollouts import IMPORTS_FOLDER, BadRows, Responses
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.sampling import SamplingDistribution
-from oapl_jax.rollouts.stops import Stops
 from oapl_jax.rollouts.source import GroupSource, Taken, Weights, WindowPlan
+from oapl_jax.rollouts.stops import Stops
 from oapl_jax.sources.local import BufferedSource
 from oapl_jax.sources.setup import SamplingSetup, acceptance
 from oapl_jax.types import Metrics, RolloutGroup
