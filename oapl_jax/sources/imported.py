@@ -94,7 +94,7 @@ class ImportedWindows(BufferedSource):
         log: RolloutLog,
         note: Callable[[str], None],
     ):
-        super().__init__(GroupBuffer(acceptance(setup.config)), setup.config.window.deadline)
+        super().__init__(GroupBuffer(acceptance(setup.config)), setup.config.window)
         self._source, self._setup, self._log, self._note = source, setup, log, note
         self._records = directory / IMPORTS_FOLDER
         self._folder = pathlib.Path(str(setup.config.window.imports)).expanduser()
