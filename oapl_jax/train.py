@@ -165,6 +165,7 @@ def _check_single_process(config: TrainConfig) -> None:
         "mode=offline": config.mode == "offline",
         "window.max_groups_ahead": config.window.max_groups_ahead is not None,
         "window.unfinished=finish": config.window.unfinished == "finish",
+        "window.imports": config.window.imports is not None,
     }
     if found := [name for name, is_wanted in problems.items() if is_wanted]:
         raise ValueError(f"{found[0]}: not in a job of {num_processes} processes; remove it, or use one process")

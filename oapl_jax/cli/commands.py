@@ -31,6 +31,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         Command("sample", "sample for a run with mode: detached, from anywhere", "--run runs/NAME"),
         Command("generate", "a data set of graded responses", "--config configs/countdown_generate.yaml"),
         Command("codenet", "Project CodeNet as a data set of graded programs", "Project_CodeNet OUT --tokenizer T"),
+        Command("import-rollouts", "rollouts that others collected as a rollout log", "IN.jsonl OUT --config C.yaml"),
     ),
     "Judge a model": (
         Command("evaluate", "pass@k on benchmarks, or of rollout logs", "--config configs/evaluate_math.yaml"),

@@ -25,8 +25,8 @@ class RoundConfig(Section):
     """A round of offline training: some data, some epochs over it."""
 
     log: str | None = None
-    """Finished data: a folder of rollout log files, or a Parquet file (or a folder of them) in the layout of the paper's
-    authors; null: generated with the policy that the round starts from."""
+    """Finished data: a folder of rollout log files, or a file (or a folder) in the layout of the paper's authors or of
+    records (docs/offline.md); null: generated with the policy that the round starts from."""
     prompts: Annotated[Count | None, AppliesWhen("log", condition=is_null)] = None
     """Prompts that are generated for; null, with a dataset: all."""
     epochs: Count = 1

@@ -34,6 +34,9 @@ class WindowConfig(Section):
     deadline: Positive = 1800.0
     """Seconds that the learner waits for groups before it stops with an explanation. Half of it after another process
     claimed groups and has written none of them, a sampler samples them too."""
+    imports: Annotated[str | None, WITH_SAMPLER] = None
+    """Folder of rollouts that others collected (docs/offline.md): at each sync the next file there becomes a window of its
+    own; null: none."""
     keep_checkpoints: Annotated[bool, WITH_SAMPLER] = False
     """Save after each sync, and keep that checkpoint for good."""
     shard_groups: Annotated[Count, WITH_SAMPLER] = 8

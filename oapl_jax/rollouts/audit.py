@@ -24,6 +24,7 @@ from oapl_jax.io import json_lines, run_dir, storage
 from oapl_jax.io.metrics import METRICS_FILE, read_metrics
 from oapl_jax.rollouts.checks import GroupCheck
 from oapl_jax.rollouts.grading import Advantages
+from oapl_jax.rollouts.import_rollouts import IMPORTS_FOLDER
 from oapl_jax.rollouts.log import RolloutLog, digest, digests_of
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.rollouts.stops import Stops
@@ -46,10 +47,12 @@ def audit(run: pathlib.Path) -> str:
     uses: collections.Counter[str] = collections.Counter()
     before, num_steps, step, num_rollouts, num_windows, num_damaged = -1, 0, 0, 0, 0, 0
     oldest = min(log.versions(), default=math.inf) if config.checkpoint.keep_rollouts else 0
+    imported = {int(path.stem) for path in (run / IMPORTS_FOLDER).glob("[0-9]*.json")}
     recorded = list(_batches(run))
     for version, window in itertools.groupby(recorded, key=lambda found: found[1]["policy_version"]):
         batches = list(window)
-        is_due = before < 0 or config.offline is not None or num_steps == config.window.sync_every
+        is_free = config.offline is not None or before in imported
+        is_due = before < 0 or is_free or num_steps == config.window.sync_every
         _require(
             version > before and is_due,
             batches[0][0],
@@ -61,12 +64,14 @@ def audit(run: pathlib.Path) -> str:
         for lag, (where, line) in enumerate(batches):
             step += 1
             _require(line["step"] == step, where, f"step {line['step']} follows step {step - 1}")
-            _require(lag < most_steps, where, f"step {step} lags {lag}, not below {most_steps:g}")
+            most = math.inf if version in imported else most_steps
+            _require(lag < most, where, f"step {step} lags {lag}, not below {most:g}")
             if version < oldest:
                 continue  # its rollouts were removed
             absent = [name for name in line["groups"] if name not in groups]
             _require(not absent or not damaged, where, f"group {absent[:1]} was trained on, and {'; '.join(damaged)}")
-            _check_batch(check, line["groups"], groups, version, where)
+            own_check = check._replace(is_imported=version in imported)
+            _check_batch(own_check, line["groups"], groups, version, where)
             uses.update(list(line["groups"]))
             num_rollouts += sum(len(groups[name].usable) for name in line["groups"])
     most = max(config.window.epochs, config.window.max_uses)
@@ -76,7 +81,7 @@ def audit(run: pathlib.Path) -> str:
         _require(times <= most, BATCHES_FILE, f"group {name} was trained on {times} times; the config says {most}")
     if config.window.order == "index" and most == 1:
         _check_order(recorded)
-    _check_metrics(run, recorded, most_steps)
+    _check_metrics(run, recorded, most_steps, imported)
     left = f"; damaged files, of which nothing was trained on: {num_damaged}" if num_damaged else ""
     if oldest:
         left += f"; not checked: rollouts of versions before {oldest}, which were removed (checkpoint.keep_rollouts)"
@@ -131,7 +136,7 @@ def _check_order(recorded: list[tuple[str, Any]]) -> None:
         last = places[-1]
 
 
-def _check_metrics(run: pathlib.Path, recorded: list[tuple[str, Any]], most_steps: float) -> None:
+def _check_metrics(run: pathlib.Path, recorded: list[tuple[str, Any]], most_steps: float, imported: set[int]) -> None:
     """Each step has one line, whose version and lag are those of its batch; a killed run lacks the last ones."""
     steps = len(recorded)
     for line, row in enumerate((row for row in read_metrics(run / METRICS_FILE) if row["step"] > 0), start=1):
@@ -140,7 +145,8 @@ def _check_metrics(run: pathlib.Path, recorded: list[tuple[str, Any]], most_step
         version = recorded[line - 1][1]["policy_version"]
         same = row["window/version"] == version
         _require(same, where, f"is of version {row['window/version']:g}, its batch of {version}")
-        _require(row["window/lag"] < most_steps, where, f"lags {row['window/lag']:g}")
+        is_due = version in imported or row["window/lag"] < most_steps
+        _require(is_due, where, f"lags {row['window/lag']:g}")
 
 
 def _read(log: RolloutLog, version: int) -> tuple[dict[str, RolloutGroup], list[str]]:

@@ -128,6 +128,12 @@ class GroupCheck(NamedTuple):
     advantages: Advantages
     record: BatchRecord | None = None
     """What was trained on before a restart."""
+    is_imported: bool = False
+    """Whether the groups come from outside: of any size up to the run's, with any rewards."""
+
+    @property
+    def _is_free(self) -> bool:
+        return self.is_imported or self.config.offline is not None
 
     def check(self, group: RolloutGroup, prompt: Prompt | None = None) -> None:
         """Checks one group, made of ``prompt``; the error names group and rollout."""
@@ -137,7 +143,7 @@ class GroupCheck(NamedTuple):
     def _check_group(self, group: RolloutGroup, prompt: Prompt | None) -> None:
         config, own = self.config, group.prompt
         size, whole = len(group.rollouts), config.sampler.group_size
-        if size != whole and not (config.offline is not None and size < whole):
+        if size != whole and not (self._is_free and size < whole):
             raise BadRowError("group size", f": has {size} rollouts of {whole}")
         if prompt is not None and not (
             np.array_equal(own.token_ids, prompt.token_ids)
@@ -166,7 +172,7 @@ class GroupCheck(NamedTuple):
         token_ids("prompt_token_ids", prompt.token_ids, vocab_size)
         token_ids("token_ids", rollout.token_ids, vocab_size)
         end(rollout, self.stops)
-        if rollout.finish_reason is FinishReason.LENGTH and len(rollout.token_ids) < limit and config.offline is None:
+        if rollout.finish_reason is FinishReason.LENGTH and len(rollout.token_ids) < limit and not self._is_free:
             raise BadRowError("bad end", f"was cut at {len(rollout.token_ids)} tokens; the run cuts at {limit}")
         extra(item.extra)
         if item.is_usable:
@@ -175,7 +181,7 @@ class GroupCheck(NamedTuple):
             reward(grade.reward, None)
         elif not math.isnan(grade.reward):
             raise BadRowError("reward of an invalid verdict", f"its verdict is invalid, and its reward {grade.reward}")
-        of_correct = _reward_of_correct(config, prompt)
+        of_correct = None if self._is_free else _reward_of_correct(config, prompt)
         right = of_correct if grade.verdict is Verdict.CORRECT else 0.0
         if of_correct is not None and grade.verdict is not Verdict.INVALID and grade.reward != right:
             told = f"its verdict is {grade.verdict}, its reward {grade.reward} and not {right}"
@@ -184,8 +190,6 @@ class GroupCheck(NamedTuple):
 
 def _reward_of_correct(config: TrainConfig, prompt: Prompt) -> float | None:
     """Reward of a correct response, where a wrong one has 0; None: rewards may be anything."""
-    if config.offline is not None:
-        return None
     graded = config.data.graded(config.reward)
     data_set = prompt.id.partition("/")[0] if config.data.sets else ""
     if data_set not in graded:

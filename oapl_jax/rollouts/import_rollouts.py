@@ -1,4 +1,4 @@
-"""Finished rollouts from outside, in either layout: read, checked row by row, and put into groups.
+"""Finished rollouts from outside, in any of three layouts: read, checked row by row, and put into groups.
 
 A row that cannot be used is an error that names it, or is counted by reason and left out while the other
 rows of its group stay: a mistake in one row says nothing about the next. A file that cannot be read at all
@@ -7,21 +7,30 @@ counts as one mistake.
 
 import collections
 import dataclasses
+import math
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from oapl_jax.rollouts import checks, published, schema
+from oapl_jax.data import messages
+from oapl_jax.data.messages import Question
+from oapl_jax.rollouts import checks, published, records, schema
 from oapl_jax.rollouts.checks import BadRowError
+from oapl_jax.rollouts.grading import Grading
+from oapl_jax.rollouts.records import CORRECT_REWARD
 from oapl_jax.rollouts.sampling import SamplingDistribution
+from oapl_jax.rollouts.stops import Stops
 from oapl_jax.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, Verdict
 from oapl_jax.untrusted import parquet
 
-CORRECT_REWARD = 1.0
-"""Least reward of a correct response, where the data have no verdicts."""
+IMPORTS_FOLDER = "imports"
+"""Of a run directory: a record for each window of rollouts from outside, by its policy version."""
+
+UNGRADED = Grade(Verdict.INVALID, math.nan, "not graded yet")
+"""Of rollouts that ``graded`` is to grade."""
 
 KINDS = {
     "text": pa.string(),
@@ -66,7 +75,7 @@ class Expectations:
 
     vocab_size: int
     reward_range: tuple[float, float] | None
-    encode_prompt: Callable[[str, str | None], list[int]]
+    encode_prompt: Callable[[Question, str | None], list[int]]
     """Question and system message to token ids."""
     encode_response: Callable[[str], list[int]]
     eos_id: int
@@ -76,13 +85,21 @@ class Expectations:
     """The most rollouts that a group may have."""
     distribution: SamplingDistribution | None = None
     """Whose temperature and stops rollouts must have been drawn with, where the data say them; None: any."""
+    text: Callable[[list[int]], str] = lambda ids: ""
+    """Token ids of a response to the text that is graded, for records without it."""
+    needs_logprobs: bool = False
+    """Whether a rollout without log-probabilities is a bad row."""
+    most_tokens: tuple[int, int] | None = None
+    """Of a prompt and of a response; None: any number."""
+    stops: Stops | None = None
+    """Where responses must end; None: anywhere."""
 
 
 class BadRows:
-    """Rows that cannot be used: raised as errors, or counted."""
+    """Rows that cannot be used: raised as errors, or counted. ``option``: what has them counted, for people."""
 
-    def __init__(self, action: Literal["error", "drop"]):
-        self._action = action
+    def __init__(self, action: Literal["error", "drop"], option: str = "offline.bad_rows=drop"):
+        self._action, self._option = action, option
         self.counts: collections.Counter[str] = collections.Counter()
         self.examples: dict[str, str] = {}
         """The first message of each reason."""
@@ -94,7 +111,7 @@ class BadRows:
             ValueError: where bad rows are errors.
         """
         if self._action == "error":
-            raise ValueError(f"{where}: {message}; mend it, or set offline.bad_rows=drop")
+            raise ValueError(f"{where}: {message}; mend it, or set {self._option}")
         self.counts[reason] += rows
         self.examples.setdefault(reason, f"{where}: {message}")
 
@@ -118,15 +135,19 @@ class _Row(NamedTuple):
 
 
 def read(path: pathlib.Path, expectations: Expectations, bad: BadRows) -> list[Responses]:
-    """All groups of a Parquet file, or of those in a folder and below it, in the order of their first row.
+    """All groups of a Parquet or JSONL file, or of those in a folder and below it, in the order of their first row.
+
+    Rollouts that the data have no grade for are ``UNGRADED``.
 
     Raises:
         ValueError: there is nothing to read; or, as ``bad`` has it, for the first row that cannot be used.
     """
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-    files = [file for file in files if not file.name.startswith(".")]
+    files = [path] if path.is_file() else sorted(path.rglob("*"))
+    suffixes = (".parquet", *records.SUFFIXES)
+    files = [file for file in files if file == path or (file.name.endswith(suffixes) and file.name[0] != ".")]
     if not files:
-        raise ValueError(f"{str(path)!r}: has no Parquet file" if path.exists() else f"{str(path)!r} does not exist")
+        has = "has no Parquet or JSONL file"
+        raise ValueError(f"{str(path)!r}: {has}" if path.exists() else f"{str(path)!r} does not exist")
     groups: dict[str, list[_Row]] = {}
     for file in files:
         for row in _read_file(file, expectations, bad):
@@ -136,11 +157,35 @@ def read(path: pathlib.Path, expectations: Expectations, bad: BadRows) -> list[R
     return found
 
 
+def graded(found: Sequence[Responses], grading: Grading, bad: BadRows) -> list[Responses]:
+    """The same with grades for what has none. Rollouts whose verdict is invalid are left out and counted."""
+    done = []
+    for responses in found:
+        members = list(responses.members)
+        rest = [index for index, member in enumerate(members) if member.grade is UNGRADED]
+        if rest:
+            ((_, grades),) = grading.grade([(responses.prompt, [members[index].rollout for index in rest])])
+            for index, grade in zip(rest, grades, strict=True):
+                members[index] = dataclasses.replace(members[index], grade=grade)
+        members = [member for member in members if member.grade.verdict is not Verdict.INVALID]
+        bad.counts["no verdict"] += len(responses.members) - len(members)
+        done.append(dataclasses.replace(responses, members=members))
+    bad.counts += collections.Counter()  # drops zeros
+    return done
+
+
 def _read_file(file: pathlib.Path, expectations: Expectations, bad: BadRows) -> Iterator[_Row]:
     try:
+        if file.name.endswith(records.SUFFIXES):
+            yield from _read_records(records.read_lines(file), expectations, bad)
+            return
         table = parquet.read(file, file)
     except (OSError, ValueError) as error:
         bad.found("unreadable file", str(file), str(error).removeprefix(f"{file}: "))
+        return
+    if "token_ids" in table.schema.names and "rollout_index" not in table.schema.names:
+        rows = ((f"{file} row {number}", row) for number, row in enumerate(table.to_pylist()))
+        yield from _read_records(rows, expectations, bad)
         return
     is_ours = "group_id" in table.schema.names
     to_log, kinds = (_log_cells, LOG_KINDS) if is_ours else (_published_cells, PUBLISHED_KINDS)
@@ -168,6 +213,30 @@ def _read_file(file: pathlib.Path, expectations: Expectations, bad: BadRows) -> 
                 yield row
 
 
+def _read_records(
+    lines: Iterable[tuple[str, dict[str, Any] | BadRowError]], expected: Expectations, bad: BadRows
+) -> Iterator[_Row]:
+    for where, record in lines:
+        try:
+            if isinstance(record, BadRowError):
+                raise record
+            choices = list(records.rollouts(record))
+        except BadRowError as error:
+            bad.found(error.reason, where, str(error))
+            continue
+        for number, choice in enumerate(choices):
+            here = f"{where}, choice {number}" if "choices" in record else where
+            try:
+                row = _row(here, records.cells(choice, expected.distribution, expected.text), expected)
+            except BadRowError as error:
+                bad.found(error.reason, here, str(error))
+            else:
+                if row is None:
+                    bad.counts["no verdict"] += 1
+                else:
+                    yield row
+
+
 def _schema_problem(found: pa.Schema, is_ours: bool) -> BadRowError | None:
     layout = "a rollout log" if is_ours else "the authors' layout (a rollout log would have group_id)"
     if is_ours and (problem := schema.version_problem(found)) is not None:
@@ -193,15 +262,26 @@ def _check_sampling(file: pathlib.Path, found: pa.Schema, expected: Expectations
 
 def _row(where: str, cells: dict[str, Any], expected: Expectations) -> _Row | None:
     """The row of the log's cells; None where its verdict is invalid."""
-    verdict = checks.one_of(Verdict, "verdict", cells["verdict"])
-    if verdict is Verdict.INVALID:
+    verdict, is_graded = checks.one_of(Verdict, "verdict", cells["verdict"]), cells.get("is_graded", True)
+    if verdict is Verdict.INVALID and is_graded:
         return None
     prompt_ids = checks.token_ids("prompt_token_ids", cells["prompt_token_ids"], expected.vocab_size)
     prompt = Prompt(cells["prompt_id"], prompt_ids, cells["prompt"], cells["answer"])
-    grade = Grade(verdict, checks.reward(cells["reward"], expected.reward_range), cells["verdict_detail"])
+    grade = UNGRADED
+    if is_graded:
+        grade = Grade(verdict, checks.reward(cells["reward"], expected.reward_range), cells["verdict_detail"])
     tokens = checks.token_ids("token_ids", cells["token_ids"], expected.vocab_size)
     finish = checks.one_of(FinishReason, "finish_reason", cells["finish_reason"])
     rollout = Rollout(tokens, _logprobs(cells.get("logprobs"), len(tokens)), finish)
+    checks.end(rollout, expected.stops)
+    if expected.needs_logprobs and np.isnan(rollout.logprobs).any():
+        raise BadRowError("no log-probabilities", "has no log-probabilities of its tokens, which OAPL regresses on")
+    lengths = len(prompt_ids), len(tokens)
+    if expected.most_tokens is not None and (
+        lengths[0] > expected.most_tokens[0] or lengths[1] > expected.most_tokens[1]
+    ):
+        sizes, most = "{} prompt and {} response tokens".format(*lengths), "{} and {}".format(*expected.most_tokens)
+        raise BadRowError("too long", f"has {sizes}; the run has at most {most}")
     response = GradedRollout(rollout, cells["response"], grade, extra=checks.extra(cells["extra"]))
     return _Row(where, cells["group_id"], cells["rollout_index"], prompt, response, cells.get("siblings"))
 
@@ -218,7 +298,8 @@ def _published_cells(cells: dict[str, Any], expected: Expectations) -> dict[str,
     for name in PUBLISHED_REQUIRED:
         if cells[name] is None and name != "precomputed_reward":
             raise BadRowError("missing value", f"{name} is null")
-    question, system = _messages(cells["prompt"])
+    conversation, system = _messages(cells["prompt"])
+    question = messages.text_of(conversation)
     extra = cells.get("extra_info") or {}
     answer = cells["reward_model"]["ground_truth"]
     if answer is None:
@@ -229,7 +310,7 @@ def _published_cells(cells: dict[str, Any], expected: Expectations) -> dict[str,
         raise BadRowError("unreadable ground truth", f"reward_model.ground_truth {error}") from None
     prompt_ids, name = cells.get("prompt_token_ids"), cells.get("data_source")
     if prompt_ids is None:
-        prompt_ids, name = _encoded(expected.encode_prompt, question, system), None
+        prompt_ids, name = _encoded(expected.encode_prompt, conversation, system), None
     reward, index = cells["precomputed_reward"], extra.get("rollout_index")
     if index is not None and not isinstance(index, int):
         raise BadRowError("wrong type", f"extra_info.rollout_index is {index!r}, not an integer")
@@ -274,15 +355,15 @@ def _encoded(encode: Callable[..., list[int]], *arguments: Any) -> list[int]:
         raise BadRowError("no tokens", f"cannot be made into tokens: {_first_line(error)}") from None
 
 
-def _messages(messages: list[Any]) -> tuple[str, str | None]:
-    """The user's question and the system message, where there is one."""
-    roles = [message.get("role") if message else None for message in messages]
-    contents = [message.get("content") if message else None for message in messages]
-    if roles not in (["user"], ["system", "user"]) or None in contents:
-        raise BadRowError(
-            "unknown prompt", f"prompt has messages of {roles}; one of the user, after a system one, is read"
-        )
-    return str(contents[-1]), str(contents[0]) if len(contents) > 1 else None
+def _messages(cell: list[Any]) -> tuple[Question, str | None]:
+    """What is asked, the messages of several turns for example, and the system message, where there is one."""
+    try:
+        question = messages.question_cell(cell, "prompt", "of this file")
+    except ValueError as error:
+        raise BadRowError("unknown prompt", str(error)) from None
+    assert isinstance(question, list)
+    system = question.pop(0)["content"] if question[0]["role"] == "system" else None
+    return (question[0]["content"] if len(question) == 1 and question[0]["role"] == "user" else question), system
 
 
 def _logprobs(given: Any, length: int) -> np.ndarray:

@@ -40,6 +40,7 @@ from oapl_jax.run.start import load, make_warm_start, model_path
 from oapl_jax.run.summary import SUMMARY_FILE, pass_at
 from oapl_jax.sources.cluster import Cluster
 from oapl_jax.sources.follower import POLICY_FOLDER, LogFollower, Published
+from oapl_jax.sources.imported import ImportedWindows
 from oapl_jax.sources.local import LocalSource
 from oapl_jax.sources.offline import OfflineRounds
 from oapl_jax.sources.setup import Drawn, SamplingSetup, acceptance, make_setup
@@ -397,6 +398,8 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
             source = _make_source(assembly, setup, rollouts, cluster, record, poll, bar.note, stack)
         else:
             source = make_source(setup)
+        if config.window.imports is not None:
+            source = ImportedWindows(source, setup, directory, rollouts, bar.note)
         count = setup.count_held_out if cluster is None else cluster.evaluate
         evaluator = Evaluator(count, setup.held_out, has_thread=cluster is None)
         stack.callback(source.close)

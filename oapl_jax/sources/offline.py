@@ -196,8 +196,10 @@ class OfflineRounds(BufferedSource):
             source_limit=self._config.source_limit,
             group_size=config.sampler.group_size,
             distribution=self._setup.distribution,
+            text=self._setup.grading.decode,
         )
         found = [self._within_limits(responses, bad) for responses in import_rollouts.read(source, expectations, bad)]
+        found = import_rollouts.graded(found, self._setup.grading, bad)
         found = [responses for responses in found if responses.members]
         for reason, example in bad.examples.items():
             self._note(f"round {number}: {bad.counts[reason]:,} x {reason}, such as {example}")

@@ -343,7 +343,7 @@ def test_data_of_another_distribution_are_refused(tmp_path, drawn, wanted, probl
 def test_too_large_groups_and_nothing_at_all_are_said(tmp_path):
     with pytest.raises(ValueError, match="does not exist"):
         read(tmp_path / "none")
-    with pytest.raises(ValueError, match="has no Parquet file"):
+    with pytest.raises(ValueError, match="has no Parquet or JSONL file"):
         read(tmp_path)
     pq.write_table(log_table([make_group(0, size=5)]), tmp_path / "part.parquet")
     with pytest.raises(ValueError, match=r"5 responses and sampler\.group_size=4; set sampler\.group_size=5"):

@@ -1,0 +1,193 @@
+"""Windows of rollouts that others collected, between the windows that a run samples (docs/offline.md).
+
+Each file in the folder ``window.imports`` becomes one window, when the next sync is due after it has appeared: its rollouts are
+checked, graded where they have no grade, and put into the run's rollout log under a policy version that no sampler gets.
+"""
+
+import json
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from oapl_jax.config.commands import TrainConfig
+from oapl_jax.data.tokenizer import Tokenizer
+from oapl_jax.io import storage
+from oapl_jax.rollouts import import_rollouts
+from oapl_jax.rollouts.buffer import GroupBuffer, Ticket, Window
+from oapl_jax.rollouts.grading import Grading
+from oapl_jax.rollouts.import_rollouts import IMPORTS_FOLDER, BadRows, Responses
+from oapl_jax.rollouts.log import RolloutLog
+from oapl_jax.rollouts.sampling import SamplingDistribution
+from oapl_jax.rollouts.source import GroupSource, Taken, Weights, WindowPlan
+from oapl_jax.rollouts.stops import Stops
+from oapl_jax.sources.local import BufferedSource
+from oapl_jax.sources.setup import SamplingSetup, acceptance
+from oapl_jax.types import Metrics, RolloutGroup
+
+GROUPS_PER_FILE = 64
+
+
+def read(
+    path: pathlib.Path, config: TrainConfig, tokenizer: Tokenizer, grading: Grading, bad: BadRows
+) -> list[Responses]:
+    """The groups of a file or folder as a run of this config takes them: checked, within its limits, graded.
+
+    Raises:
+        ValueError: as ``import_rollouts.read``.
+    """
+    distribution = SamplingDistribution.of(config.sampler)
+    expectations = import_rollouts.Expectations(
+        vocab_size=tokenizer.vocab_size,
+        reward_range=None if config.offline is None else config.offline.reward_range,
+        encode_prompt=tokenizer.encode_prompt,
+        encode_response=tokenizer.encode,
+        eos_id=tokenizer.eos_id,
+        source_limit=None,
+        group_size=config.sampler.group_size,
+        distribution=distribution,
+        text=grading.decode,
+        needs_logprobs=True,
+        stops=Stops(tokenizer, distribution),
+        most_tokens=(config.data.max_prompt_tokens, config.sampler.max_response_tokens),
+    )
+    found = import_rollouts.graded(import_rollouts.read(path, expectations, bad), grading, bad)
+    return [responses for responses in found if responses.members]
+
+
+def make_groups(version: int, found: Sequence[Responses], grading: Grading) -> list[RolloutGroup]:
+    """The groups of a policy version, with the advantages of the objective."""
+    return [
+        grading.group(Ticket(version, index, index), responses.prompt, responses.members)
+        for index, responses in enumerate(found)
+    ]
+
+
+def write(log: RolloutLog, groups: Sequence[RolloutGroup]) -> None:
+    """Puts the groups of a policy version into a log; files that a killed process has written are kept."""
+    for part, start in enumerate(range(0, len(groups), GROUPS_PER_FILE)):
+        log.create(part, groups[start : start + GROUPS_PER_FILE])
+
+
+def counts(groups: Sequence[RolloutGroup], bad: BadRows) -> dict[str, Any]:
+    """What became of the records, for people."""
+    rollouts = [item for group in groups for item in group.rollouts]
+    return {
+        "groups": len(groups),
+        "rollouts": len(rollouts),
+        "correct": sum(item.grade.verdict == "correct" for item in rollouts),
+        "left_out": {reason: count for reason, count in bad.counts.items() if count},
+        "examples": bad.examples,
+    }
+
+
+class ImportedWindows(BufferedSource):
+    """A ``GroupSource``: the windows of another one, and between them one for each file of a folder.
+
+    ``directory``: of the run; ``note`` prints a sentence for the user.
+    """
+
+    def __init__(
+        self,
+        source: GroupSource,
+        setup: SamplingSetup,
+        directory: pathlib.Path,
+        log: RolloutLog,
+        note: Callable[[str], None],
+    ):
+        super().__init__(GroupBuffer(acceptance(setup.config)), setup.config.window)
+        self._source, self._setup, self._log, self._note = source, setup, log, note
+        self._records = directory / IMPORTS_FOLDER
+        self._folder = pathlib.Path(str(setup.config.window.imports)).expanduser()
+        self._window: Window | None = None
+        """The one that is open, where it is of a file."""
+        self._took_imported = False
+        """Whether the last batch was of such a window: at a sync the next one is open before the step is reported."""
+
+    def open_window(self, window: Window, weights: Weights, taken: Sequence[Sequence[int]]) -> WindowPlan:
+        """Opens a window of the next file, where there is one; else one of the other source.
+
+        Raises:
+            ValueError: as that of the other source; or a file is gone before all of it was in the log.
+        """
+        version, per_batch = window.policy_version, self._setup.groups_per_batch
+        is_sampled = bool(taken or self._log.parts(version)) and not storage.exists(self._record(version))
+        while not is_sampled and not storage.exists(self._record(version)) and (path := self._next_file()):
+            self._take_in(path, version)
+        if storage.exists(self._record(version)):
+            record, groups = storage.read_object(self._record(version)), self._log.read(version)
+            if len(groups) < record["groups"]:  # a process was killed before it had written all of them
+                self._take_in(self._existing(record["source"], version), version)
+                groups = self._log.read(version)
+            steps = sum(map(acceptance(self._setup.config), groups)) // per_batch
+            self._buffer.open_window(Window(version, 0, steps * per_batch), logged=groups, batches=taken)
+            self._window = window
+            return WindowPlan(steps)
+        self._window = None
+        return self._source.open_window(window, weights, taken)
+
+    def take(
+        self, num_groups: int, is_cancelled: Callable[[], bool], recorded: Sequence[int] | None = None
+    ) -> Taken | None:
+        """As the other source; imported groups ask no prompt of the stream."""
+        self._took_imported = self._window is not None
+        if self._window is None:
+            return self._source.take(num_groups, is_cancelled, recorded)
+        taken = super().take(num_groups, is_cancelled, recorded)
+        return taken and Taken(taken.groups, 0, list(self._window.asked_again))
+
+    def report(self) -> Metrics:
+        """Those of the other source, and ``window/imported``."""
+        metrics = self._source.report() | {"window/imported": int(self._took_imported)}
+        return metrics if self._window is None else metrics | {"window/ready_groups": self._buffer.num_ready}
+
+    def finish(self) -> None:
+        """No other window comes."""
+        self._source.finish()
+
+    def close(self) -> None:
+        """Closes the other source."""
+        self._source.close()
+
+    def _record(self, version: int) -> pathlib.Path:
+        return self._records / f"{version:06d}.json"
+
+    def _next_file(self) -> pathlib.Path | None:
+        """The first file, by name, that no record has."""
+        done = {storage.read_object(path)["source"] for path in self._records.glob("*.json")}
+        files = sorted(self._folder.glob("*")) if self._folder.is_dir() else []
+        return next((file for file in files if file.name not in done and not file.name.startswith(".")), None)
+
+    def _existing(self, name: str, version: int) -> pathlib.Path:
+        if not (self._folder / name).exists():
+            raise ValueError(
+                f"{self._folder / name}: is gone, and not all of it is in the log as version {version}; put it back"
+            )
+        return self._folder / name
+
+    def _take_in(self, path: pathlib.Path, version: int) -> None:
+        """Notes the groups of a file in a record, and puts them into the log.
+
+        A file with too few groups for a batch, or none, has a record that is no version's.
+        """
+        setup, bad = self._setup, BadRows("drop")
+        try:
+            found = read(path, setup.config, setup.tokenizer, setup.grading, bad)
+        except ValueError as error:
+            bad.found("unusable file", str(path), str(error))
+            found = []
+        groups = make_groups(version, found, setup.grading)
+        is_enough = sum(map(acceptance(setup.config), groups)) >= setup.groups_per_batch
+        record = {"source": path.name, "policy_version": version if is_enough else None, **counts(groups, bad)}
+        target = self._record(version) if is_enough else self._records / f"refused-{path.name}.json"
+        storage.replace(target, json.dumps(record, indent=2).encode() + b"\n")
+        if is_enough:
+            write(self._log, groups)
+        left_out = ", ".join(f"{count:,} x {reason}" for reason, count in record["left_out"].items()) or "none"
+        becomes = (
+            f"policy version {version}" if is_enough else f"no window: a batch has {setup.groups_per_batch} groups"
+        )
+        self._note(
+            f"{path}: {record['groups']:,} groups, {record['rollouts']:,} rollouts; left out: {left_out}; {becomes}"
+        )
+        for reason, example in bad.examples.items():
+            self._note(f"{reason}, such as {example}")
