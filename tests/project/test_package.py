@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -76,10 +77,15 @@ def test_the_version_is_written_once():
     assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["version"] == oapl_jax.__version__
 
 
-def test_the_console_script_is_the_command_line():
+def test_the_console_script_is_the_command_line(monkeypatch, capsys):
     module, _, function = PROJECT["scripts"]["oapl-jax"].partition(":")
-    main = getattr(importlib.import_module(module), function)
-    assert main(["--version"]) == 0
+    monkeypatch.setattr(sys, "argv", ["oapl-jax", "--version"])
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        assert getattr(importlib.import_module(module), function)() == 0
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert capsys.readouterr().out == f"oapl-jax {oapl_jax.__version__}\n"
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import tempfile
 import threading
 
 import pytest
@@ -157,6 +158,23 @@ import decimal, sqlite3, xml.dom, encodings.cp037, zoneinfo
 print(zoneinfo.ZoneInfo("UTC"))
 """
     assert status(program, prints("UTC")) == Status.ACCEPTED
+
+
+def test_a_preloaded_package_may_lie_in_tmp(level, monkeypatch):
+    """As those of a virtual environment in /tmp, where programs have a folder of their own."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        package = pathlib.Path(folder, "preloaded_from_tmp")
+        package.mkdir()
+        (package / "__init__.py").write_text("SEVEN = 7")
+        os.chmod(folder, 0o755)
+        monkeypatch.syspath_prepend(folder)
+        judge = Judge(Settings(level, packages=(package.name,)))
+        try:
+            program = f"import {package.name}\nprint({package.name}.SEVEN)"
+            (result,) = judge.judge(program, parse_tests(prints("7")), Limits(), stop_early=True)
+        finally:
+            judge.close()
+    assert result.status == Status.ACCEPTED, result
 
 
 def test_many_threads_end_a_program_and_do_not_hinder_another(level, status):
