@@ -35,7 +35,7 @@ def read_lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any] | BadRo
     Raises:
         ValueError: the file cannot be read.
     """
-    for number, line in enumerate(reading.read_text(path).splitlines(), start=1):
+    for number, line in enumerate(reading.read_text(path).split("\n"), start=1):  # strings may have U+2028
         if line.strip():
             where = f"{path} line {number}"
             try:

@@ -36,7 +36,7 @@ def record(*tokens, of=(5, 6), **changes):
 
 
 def read(path, records, action="error"):
-    path.write_text("".join(json.dumps(row) + "\n" for row in records))
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records), encoding="utf-8")
     bad = import_rollouts.BadRows(action)
     return import_rollouts.read(path, EXPECTATIONS, bad), bad
 
@@ -46,7 +46,7 @@ def test_records_of_one_prompt_are_a_group(tmp_path):
         record(7, 1, answer=12, prompt="what?"),
         record(8, 1, of=(9,), reward=0.25),
         record(7, 8, 1, answer=12, prompt="what?", reward=-1, finish_reason="length", extra={"model": "m"}),
-        record(9, 1, of=(9,), verdict="wrong", reward=None, response="nine"),
+        record(9, 1, of=(9,), verdict="wrong", reward=None, response="ni\u2028ne"),
     ]
     found, bad = read(tmp_path / "a.jsonl", rows)
     assert not bad.counts
@@ -58,7 +58,7 @@ def test_records_of_one_prompt_are_a_group(tmp_path):
     verdicts = [item.grade.verdict for item in first.members + second.members]
     assert verdicts == [Verdict.CORRECT, Verdict.WRONG, Verdict.WRONG, Verdict.WRONG]
     assert first.members[1].extra == '{"model": "m"}'
-    assert [item.text for item in second.members] == ["text of [8, 1]", "nine"]
+    assert [item.text for item in second.members] == ["text of [8, 1]", "ni\u2028ne"]
     assert first.members[0].rollout.logprobs.dtype == np.float32
 
 
