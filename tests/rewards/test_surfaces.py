@@ -144,6 +144,18 @@ def test_what_a_program_cannot_reach(level, landlock_abi):
     assert os.path.getsize(os.__file__) == size
 
 
+def test_no_limit_gives_away_the_right_output(judge):
+    program = "import resource\nprint([resource.getrlimit(n) for n in range(16)])"
+    tests = parse_tests([*prints("YES"), *prints("NO"), *prints("7" * 200_000)])
+    first, *others = judge.judge(program, tests, Limits(), stop_early=False)
+    assert first.detail.startswith("printed")
+    assert {other.detail for other in others} == {first.detail}
+
+
+def test_long_right_output_is_below_the_limit(status):
+    assert status("print('7' * 3_000_000)", prints("7" * 3_000_000)) == Status.ACCEPTED
+
+
 def test_installed_packages_cannot_be_read(status):
     _, stdlib, *_ = isolation.find_interpreter(None)
     folders = [stdlib + "/site-packages", *isolation.installed_packages(stdlib)]
