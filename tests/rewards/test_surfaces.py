@@ -178,15 +178,18 @@ def test_a_preloaded_package_may_lie_in_tmp(level, monkeypatch):
         package = pathlib.Path(folder, "preloaded_from_tmp")
         package.mkdir()
         (package / "__init__.py").write_text("SEVEN = 7")
+        (package / "late.py").write_text("import time\ntime.sleep(0.2)\n")
+        for number in range(driver.MAX_TEMPORARY_FILES):
+            (package / f"data{number}").touch()
         os.chmod(folder, 0o755)
         monkeypatch.syspath_prepend(folder)
         judge = Judge(Settings(level, packages=(package.name,)))
         try:
-            program = f"import {package.name}\nprint({package.name}.SEVEN)"
-            (result,) = judge.judge(program, parse_tests(prints("7")), Limits(), stop_early=True)
+            program = f"import {package.name}.late, os\nprint({package.name}.SEVEN, os.listdir(os.environ['TMPDIR']))"
+            results = judge.judge(program, parse_tests(prints("7 []") * 2), Limits(), stop_early=False)
         finally:
             judge.close()
-    assert result.status == Status.ACCEPTED, result
+    assert {result.status for result in results} == {Status.ACCEPTED}, results
 
 
 def test_many_threads_end_a_program_and_do_not_hinder_another(level, status):
