@@ -183,13 +183,28 @@ def test_closing_ends_the_processes_and_a_closed_pool_says_so():
         running.grade(answers([("1", r"\boxed{1}")]))
 
 
-def test_a_worker_that_cannot_start_is_an_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "executable", "/bin/false")
+@pytest.mark.parametrize("script", ["exit 1", "echo hello >&0; sleep 60", "sleep 60"])
+def test_a_worker_that_cannot_start_is_an_error(monkeypatch, tmp_path, script):
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\n{script}")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(pool, "START_TIMEOUT", 2.0)
+    began = time.monotonic()
     with (
         pool.GraderPool(1, 3, Setup()) as running,
         pytest.raises(RuntimeError, match="did not start"),
     ):
         running.grade(answers([("1", r"\boxed{1}")]))
+    assert time.monotonic() - began < 3.5
+
+
+def test_finished_tasks_are_counted_without_those_that_are_tried_again(monkeypatch):
+    monkeypatch.setattr(pool, "FIRST_PAUSE", 0.01)
+    counts = []
+    with pool.GraderPool(1, 1, Setup()) as running:
+        running.grade([{"kind": "unknown", "timeout": 2.0}] * 2 + answers([("1", r"\boxed{1}")] * 2), counts.append)
+    assert counts == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("ending", ["sys.exit(0)", "os.kill(os.getpid(), signal.SIGKILL)"])
