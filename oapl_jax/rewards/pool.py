@@ -192,9 +192,9 @@ class _Worker:
             self.child = reply["child"]
             seconds = [min(PROBE_SHARE * answer["timeout"], deadline - time.monotonic()) for answer in answers]
             replies = [self._ask(answer, limit) for answer, limit in zip(answers, seconds, strict=True)]
-        except (OSError, EOFError):
+            return all(grade["verdict"] == Verdict.CORRECT for reply in replies for grade in reply["grades"])
+        except (OSError, EOFError, KeyError):  # there are no grades if one of them exhausts the memory, too
             return False
-        return all(grade["verdict"] == Verdict.CORRECT for reply in replies for grade in reply["grades"])
 
     def _ask(self, task: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Sends a task and returns the reply; raises as ``_receive``."""

@@ -108,10 +108,11 @@ def test_an_answer_that_exhausts_its_worker_is_wrong_and_the_others_are_graded(e
         assert time.monotonic() - began < 10
 
 
-def test_an_answer_is_not_to_blame_if_its_gold_answer_is_not_judged_either(exhausting):
+@pytest.mark.parametrize(("word", "reason"), [("forever", "no verdict in 1 s"), ("everything", "out of memory")])
+def test_an_answer_is_not_to_blame_if_its_gold_answer_is_not_judged_either(exhausting, word, reason):
     with pool.GraderPool(1, 0, Setup()) as running:
-        (grade,) = running.grade(answers([("forever", r"forever \boxed{5}")], timeout=1.0))
-        assert (grade.verdict, grade.detail) == (Verdict.INVALID, "no verdict in 1 s")
+        (grade,) = running.grade(answers([(word, rf"{word} \boxed{{5}}")], timeout=1.0))
+        assert (grade.verdict, grade.detail) == (Verdict.INVALID, reason)
         assert math.isnan(grade.reward)
         (grade,) = running.grade(answers([("5", r"\boxed{5}")]))
         assert grade.verdict == Verdict.CORRECT
