@@ -278,7 +278,7 @@ def test_math_grader_names_the_rows_of_bad_golds_and_calls_truncated_responses_w
     with pytest.raises(
         ValueError, match=r"1 gold answers do not parse as mathematics:\n  row rows/7: '\\\\frac\{1\}\{'"
     ):
-        math_grader.check_golds([good, prompt("?", r"#### \frac{1}{", "rows/7")])
+        math_grader.check_golds([good, prompt("?", r"#### \frac{1}{", "rows/7"), prompt("?", "#### 7", "rows/7")])
     with pytest.raises(ValueError, match=r"row rows/8: the answer has no '####': '3' \(reward.gold=last_hash\)"):
         math_grader.check_golds([good, prompt("?", "3", "rows/8")])
     answers = [(r"\boxed{3}", FinishReason.LENGTH), (r"\boxed{3}", FinishReason.STOP), ("4", FinishReason.STOP)]
