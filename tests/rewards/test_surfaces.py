@@ -192,6 +192,23 @@ def test_a_preloaded_package_may_lie_in_tmp(level, monkeypatch):
     assert {result.status for result in results} == {Status.ACCEPTED}, results
 
 
+STOP_AND_GO = """
+import ctypes, signal, struct
+signal.signal(signal.SIGCONT, lambda *_: None)
+libc, timer = ctypes.CDLL(None), ctypes.c_void_p()
+for kind, first_ms in ((signal.SIGSTOP, 10), (signal.SIGCONT, 15)):
+    assert libc.timer_create(1, struct.pack("qii48x", 0, kind, 0), ctypes.byref(timer)) == 0
+    assert libc.timer_settime(timer, 0, struct.pack("4q", 0, 20_000_000, 0, first_ms * 1_000_000), None) == 0
+"""
+
+
+def test_a_program_that_stops_itself_again_and_again_is_watched(judge):
+    files = "for n in range(60):\n    with open(f'{tempfile.gettempdir()}/{n}', 'wb') as f: f.write(b'x' * (1 << 20))"
+    program = f"import tempfile, time\n{STOP_AND_GO}\n{files}\ntime.sleep(0.4)\nprint(7)"
+    results = judge.judge(program, parse_tests(prints("7") * 5), Limits(), stop_early=False)
+    assert {result.status for result in results} == {Status.OUTPUT_LIMIT}
+
+
 def test_many_threads_end_a_program_and_do_not_hinder_another(level, status):
     bomb = "import threading, time\nthreading.stack_size(1 << 16)\nwhile True:\n    threading.Thread(target=time.sleep, args=(9,), daemon=True).start()"
     right = (
