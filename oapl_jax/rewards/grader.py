@@ -212,8 +212,8 @@ class RewardGrader:
             )
 
     def _check_answers(self, prompts: Sequence[Prompt]) -> None:
-        golds = {f"row {prompt.id}": self._gold(prompt) for prompt in prompts}
-        broken = [f"{row}: {gold!r}" for row, gold in golds.items() if not answers.is_usable_gold(gold)]
+        golds = [(prompt.id, self._gold(prompt)) for prompt in prompts]  # two files of one name have the same ids
+        broken = [f"row {row}: {gold!r}" for row, gold in golds if not answers.is_usable_gold(gold)]
         if broken:
             listed = "\n  ".join(broken[:MAX_NAMED])
             raise ValueError(f"{len(broken)} gold answers do not parse as mathematics:\n  {listed}")

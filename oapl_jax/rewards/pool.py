@@ -72,7 +72,7 @@ class GraderPool(contextlib.AbstractContextManager):
         closed, and RunError if a worker cannot start.
         """
         grades: dict[int, list[Grade]] = {}
-        waiting: Sequence[int] = range(len(tasks))
+        num_done, waiting = 0, [*range(len(tasks))]
         for attempt in range(self._retries + 1):
             if attempt and waiting:
                 time.sleep(FIRST_PAUSE * 2 ** (attempt - 1))
@@ -82,8 +82,10 @@ class GraderPool(contextlib.AbstractContextManager):
                 grades[number] = future.result()
                 if attempt < self._retries and any(each.verdict is Verdict.INVALID for each in grades[number]):
                     waiting.append(number)
-                elif on_done is not None:
-                    on_done(len(grades) - len(waiting))
+                    continue
+                num_done += 1
+                if on_done is not None:
+                    on_done(num_done)
         return [grade for number in range(len(tasks)) for grade in grades[number]]
 
     def _submit(self, task: dict[str, Any]) -> Future[list[Grade]]:
@@ -138,30 +140,29 @@ class _Worker:
     def _serve(self) -> None:
         """The thread: grades tasks until the pool is closed."""
         while True:
-            with contextlib.suppress(RunError):  # it is raised again for the next task
-                self._wait_for_start()
+            failure = self._wait_for_start()
             if (item := self._tasks.get()) is None:
                 self._channel.close()
                 return
             task, future = item
             try:
+                if failure:
+                    raise failure
                 future.set_result(self._grade(task))
             except Exception as error:
                 future.set_exception(error)
 
-    def _wait_for_start(self) -> None:
+    def _wait_for_start(self) -> RunError | None:
         if self.child:
-            return
+            return None
         try:
             self.child = self._receive(time.monotonic() + START_TIMEOUT)["child"]
-        except (OSError, EOFError) as error:
-            raise RunError(
-                f"a grading worker did not start within {START_TIMEOUT:g} s or died; see its error above"
-            ) from error
+        except (OSError, EOFError):
+            return RunError(f"a grading worker did not start within {START_TIMEOUT:g} s or died; see its error above")
+        return None
 
     def _grade(self, task: dict[str, Any]) -> list[Grade]:
         """The grades of the responses of a task, after one attempt."""
-        self._wait_for_start()
         self._num_done += 1
         reason = "worker died"
         try:
@@ -191,9 +192,9 @@ class _Worker:
             self.child = reply["child"]
             seconds = [min(PROBE_SHARE * answer["timeout"], deadline - time.monotonic()) for answer in answers]
             replies = [self._ask(answer, limit) for answer, limit in zip(answers, seconds, strict=True)]
-        except (OSError, EOFError, ValueError):  # the killed child may leave half a line
+            return all(grade["verdict"] == Verdict.CORRECT for reply in replies for grade in reply["grades"])
+        except (OSError, EOFError, KeyError):  # there are no grades if one of them exhausts the memory, too
             return False
-        return all(grade["verdict"] == Verdict.CORRECT for reply in replies for grade in reply["grades"])
 
     def _ask(self, task: dict[str, Any], seconds: float) -> dict[str, Any]:
         """Sends a task and returns the reply; raises as ``_receive``."""
@@ -211,4 +212,10 @@ class _Worker:
             if not data or len(self._received) > MAX_REPLY:
                 raise EOFError
         line, _, self._received = self._received.partition(b"\n")
-        return json.loads(line)
+        try:
+            return dict(json.loads(line))
+        except (
+            ValueError,
+            TypeError,
+        ) as error:  # a killed child left half a line, or a function of the user wrote there
+            raise EOFError from error

@@ -40,6 +40,7 @@ SCRIPTS = {
     "/dev/stdin without a buffer": "import io\nf = io.FileIO('/dev/stdin')\nprint(sum(map(int, f.read().split())))\nio.FileIO('/dev/stdout', 'w').write(b'')",
     "a file without a buffer": "import io\nprint(io.FileIO(0).read().count(b'4') + 6)\nassert issubclass(io.FileIO, io.RawIOBase)",
     "a copy of a temporary file": "import shutil, tempfile\nd = tempfile.mkdtemp()\nopen(d + '/a', 'w').write('7')\nshutil.copy(d + '/a', d + '/b')\nprint(open(d + '/b').read())",
+    "a copy of a temporary folder": "import shutil, tempfile\nd = tempfile.mkdtemp()\nopen(d + '/a', 'w').write('7')\nshutil.copytree(d, d + '/b')\nshutil.copy2(d + '/b/a', d + '/c')\nprint(open(d + '/c').read())",
     "a stack without a limit": "import resource\nresource.setrlimit(resource.RLIMIT_STACK, (1 << 28, resource.RLIM_INFINITY))\nprint(7)",
     "a thread that nobody waits for": "import threading\nthreading.Thread(target=lambda: print(int(input()) + int(input()))).start()",
     "atexit": "import atexit\natexit.register(lambda: print(int(input()) + int(input())))",

@@ -1,5 +1,7 @@
 """Which block of a response is its program."""
 
+import time
+
 import pytest
 
 from oapl_jax.rewards.code.programs import extract_program
@@ -50,6 +52,7 @@ from oapl_jax.rewards.code.programs import extract_program
         ("```python\na\n```\nIn words:\n```\nfor each number in the input:\n    print its square\n```", "a\n"),
         ("```\nprint(input())\n```\n```\nread n\nwhile n > 0:\n    print(n)\n    n := n - 1\n```", "print(input())\n"),
         ("```\nread n\nprint(n) twice\n```", "read n\nprint(n) twice\n"),
+        ("```\nprint(input())\n```\n```\n   >>> print(1)\n   1\n```", "print(input())\n"),
         # A later version without a language counts, and a program that looks like none is better than nothing.
         ("```python\nold\n```\nBetter:\n```\nimport sys\nnew\n```", "import sys\nnew\n"),
         ("```\na = 5\n```", "a = 5\n"),
@@ -60,3 +63,17 @@ from oapl_jax.rewards.code.programs import extract_program
 )
 def test_the_program_is_the_last_python_block_after_thinking(response, program):
     assert extract_program(response) == program
+
+
+@pytest.mark.parametrize("line", [" " * 100_000, "\t>" * 50_000, "for" + ": " * 50_000, "- " * 50_000, "`` " * 30_000])
+def test_no_line_takes_long_to_read(line):
+    """A response that lets its grader run into the time limit would be invalid instead of wrong."""
+    began = time.process_time()
+    for block in (f"```\n{line}x\n```", f"{line}```\n{line}\n{line}```", f"> ```\n{line}\n> ```"):
+        extract_program(block)
+    assert time.process_time() - began < 2
+
+
+def test_unknown_escapes_in_a_block_without_a_language_are_not_reported(recwarn):
+    assert extract_program("```\nprint('\\d')\n```") == "print('\\d')\n"
+    assert not recwarn.list

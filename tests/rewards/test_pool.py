@@ -108,10 +108,11 @@ def test_an_answer_that_exhausts_its_worker_is_wrong_and_the_others_are_graded(e
         assert time.monotonic() - began < 10
 
 
-def test_an_answer_is_not_to_blame_if_its_gold_answer_is_not_judged_either(exhausting):
+@pytest.mark.parametrize(("word", "reason"), [("forever", "no verdict in 1 s"), ("everything", "out of memory")])
+def test_an_answer_is_not_to_blame_if_its_gold_answer_is_not_judged_either(exhausting, word, reason):
     with pool.GraderPool(1, 0, Setup()) as running:
-        (grade,) = running.grade(answers([("forever", r"forever \boxed{5}")], timeout=1.0))
-        assert (grade.verdict, grade.detail) == (Verdict.INVALID, "no verdict in 1 s")
+        (grade,) = running.grade(answers([(word, rf"{word} \boxed{{5}}")], timeout=1.0))
+        assert (grade.verdict, grade.detail) == (Verdict.INVALID, reason)
         assert math.isnan(grade.reward)
         (grade,) = running.grade(answers([("5", r"\boxed{5}")]))
         assert grade.verdict == Verdict.CORRECT
@@ -183,13 +184,28 @@ def test_closing_ends_the_processes_and_a_closed_pool_says_so():
         running.grade(answers([("1", r"\boxed{1}")]))
 
 
-def test_a_worker_that_cannot_start_is_an_error(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "executable", "/bin/false")
+@pytest.mark.parametrize("script", ["exit 1", "echo hello >&0; sleep 60", "sleep 60"])
+def test_a_worker_that_cannot_start_is_an_error(monkeypatch, tmp_path, script):
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\n{script}")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setattr(pool, "START_TIMEOUT", 2.0)
+    began = time.monotonic()
     with (
         pool.GraderPool(1, 3, Setup()) as running,
         pytest.raises(RuntimeError, match="did not start"),
     ):
         running.grade(answers([("1", r"\boxed{1}")]))
+    assert time.monotonic() - began < 3.5
+
+
+def test_finished_tasks_are_counted_without_those_that_are_tried_again(monkeypatch):
+    monkeypatch.setattr(pool, "FIRST_PAUSE", 0.01)
+    counts = []
+    with pool.GraderPool(1, 1, Setup()) as running:
+        running.grade([{"kind": "unknown", "timeout": 2.0}] * 2 + answers([("1", r"\boxed{1}")] * 2), counts.append)
+    assert counts == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("ending", ["sys.exit(0)", "os.kill(os.getpid(), signal.SIGKILL)"])
@@ -262,7 +278,7 @@ def test_math_grader_names_the_rows_of_bad_golds_and_calls_truncated_responses_w
     with pytest.raises(
         ValueError, match=r"1 gold answers do not parse as mathematics:\n  row rows/7: '\\\\frac\{1\}\{'"
     ):
-        math_grader.check_golds([good, prompt("?", r"#### \frac{1}{", "rows/7")])
+        math_grader.check_golds([good, prompt("?", r"#### \frac{1}{", "rows/7"), prompt("?", "#### 7", "rows/7")])
     with pytest.raises(ValueError, match=r"row rows/8: the answer has no '####': '3' \(reward.gold=last_hash\)"):
         math_grader.check_golds([good, prompt("?", "3", "rows/8")])
     answers = [(r"\boxed{3}", FinishReason.LENGTH), (r"\boxed{3}", FinishReason.STOP), ("4", FinishReason.STOP)]

@@ -144,6 +144,18 @@ def test_what_a_program_cannot_reach(level, landlock_abi):
     assert os.path.getsize(os.__file__) == size
 
 
+def test_no_limit_gives_away_the_right_output(judge):
+    program = "import resource\nprint([resource.getrlimit(n) for n in range(16)])"
+    tests = parse_tests([*prints("YES"), *prints("NO"), *prints("7" * 200_000)])
+    first, *others = judge.judge(program, tests, Limits(), stop_early=False)
+    assert first.detail.startswith("printed")
+    assert {other.detail for other in others} == {first.detail}
+
+
+def test_long_right_output_is_below_the_limit(status):
+    assert status("print('7' * 3_000_000)", prints("7" * 3_000_000)) == Status.ACCEPTED
+
+
 def test_installed_packages_cannot_be_read(status):
     _, stdlib, *_ = isolation.find_interpreter(None)
     folders = [stdlib + "/site-packages", *isolation.installed_packages(stdlib)]
@@ -166,15 +178,35 @@ def test_a_preloaded_package_may_lie_in_tmp(level, monkeypatch):
         package = pathlib.Path(folder, "preloaded_from_tmp")
         package.mkdir()
         (package / "__init__.py").write_text("SEVEN = 7")
+        (package / "late.py").write_text("import time\ntime.sleep(0.2)\n")
+        for number in range(driver.MAX_TEMPORARY_FILES):
+            (package / f"data{number}").touch()
         os.chmod(folder, 0o755)
         monkeypatch.syspath_prepend(folder)
         judge = Judge(Settings(level, packages=(package.name,)))
         try:
-            program = f"import {package.name}\nprint({package.name}.SEVEN)"
-            (result,) = judge.judge(program, parse_tests(prints("7")), Limits(), stop_early=True)
+            program = f"import {package.name}.late, os\nprint({package.name}.SEVEN, os.listdir(os.environ['TMPDIR']))"
+            results = judge.judge(program, parse_tests(prints("7 []") * 2), Limits(), stop_early=False)
         finally:
             judge.close()
-    assert result.status == Status.ACCEPTED, result
+    assert {result.status for result in results} == {Status.ACCEPTED}, results
+
+
+STOP_AND_GO = """
+import ctypes, signal, struct
+signal.signal(signal.SIGCONT, lambda *_: None)
+libc, timer = ctypes.CDLL(None), ctypes.c_void_p()
+for kind, first_ms in ((signal.SIGSTOP, 10), (signal.SIGCONT, 15)):
+    assert libc.timer_create(1, struct.pack("qii48x", 0, kind, 0), ctypes.byref(timer)) == 0
+    assert libc.timer_settime(timer, 0, struct.pack("4q", 0, 20_000_000, 0, first_ms * 1_000_000), None) == 0
+"""
+
+
+def test_a_program_that_stops_itself_again_and_again_is_watched(judge):
+    files = "for n in range(60):\n    with open(f'{tempfile.gettempdir()}/{n}', 'wb') as f: f.write(b'x' * (1 << 20))"
+    program = f"import tempfile, time\n{STOP_AND_GO}\n{files}\ntime.sleep(0.4)\nprint(7)"
+    results = judge.judge(program, parse_tests(prints("7") * 5), Limits(), stop_early=False)
+    assert {result.status for result in results} == {Status.OUTPUT_LIMIT}
 
 
 def test_many_threads_end_a_program_and_do_not_hinder_another(level, status):

@@ -14,6 +14,7 @@ import os
 import re
 import signal
 import symtable
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -32,11 +33,12 @@ _FENCE = re.compile(
 """A line that opens or closes a fenced block (CommonMark), perhaps in a list item or a block quote."""
 _PYTHON = re.compile(r"[{.\s]*(?:python|py)[\d.]*(?![a-z])", re.IGNORECASE)
 _STATEMENT = re.compile(
-    r"^[ \t]*(?:import |from \S+ import |def \w+\(|class \w+|(?:for|while|if|with|try)\b.*:[ \t]*$"
+    r"^[ \t]*+(?:import |from \S+ import |def \w+\(|class \w+|(?:for|while|if|with|try)\b.*:[ \t]*$"
     r"|(?!>>>).*(?:\b(?:input|open|print) ?\(|\bsys\.std))",
     re.MULTILINE,
 )
-"""A line that makes a block without a language a program; example output has none."""
+"""A line that makes a block without a language a program; example output has none. ``*+`` gives no space back: a line of
+spaces would take minutes."""
 _KNOWN_NAMES = {*dir(builtins), *confined.names_for("test"), "__name__"}
 MAX_DETAIL = 160
 _CALL = f"""
@@ -105,8 +107,9 @@ def extract_program(response: str) -> str | None:
             return block
         if not info:
             unnamed = unnamed or block
-            with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError):  # pseudo-code, say
-                if _STATEMENT.search(block) and ast.parse(block):
+            with contextlib.suppress(SyntaxError, ValueError, RecursionError, MemoryError), warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of unknown escapes, in the terminal of the run
+                if _STATEMENT.search(block) and ast.parse(block):  # pseudo-code does not parse
                     return block
     return unnamed
 

@@ -42,6 +42,8 @@ ENVIRONMENT = {
 }
 _LIBRARIES = ("/usr/lib", "/usr/lib64", "/usr/share/zoneinfo")
 _ROOT_LIBRARIES = ("/lib", "/lib64", "/lib32")
+_PACKAGES = "/packages"
+"""Where the level ``namespaces`` shows the packages to preload."""
 _ASK_PATHS = (
     "import json, os, sys, sysconfig as s; print(json.dumps([os.path.realpath(sys.executable), os.path.dirname(os.__file__),"
     " os.path.join(s.get_config_var('LIBDIR') or '', s.get_config_var('INSTSONAME') or ''), sys.version_info[:2]]))"
@@ -141,8 +143,11 @@ def prepare(
     if shared:  # the sandbox has no cache of the locations of shared libraries
         environment["LD_LIBRARY_PATH"] = os.path.dirname(shared[0])
     if level == "namespaces" and bubblewrap:
-        visible = [*libraries, executable, stdlib, *shared]
-        command = [bubblewrap, *_bubblewrap(visible, installed, extra, folder), *command]
+        visible = {path: path for path in (*libraries, executable, stdlib, *shared)}
+        # Elsewhere than outside: those of an environment in /tmp would be among the program's temporary files.
+        inside = {path: f"{_PACKAGES}/{os.path.basename(path)}" for path in extra}
+        command = [bubblewrap, *_bubblewrap(visible | inside, installed, folder), *command]
+        extra = [*inside.values()]
     choom = shutil.which("choom")  # when memory runs out, the kernel should kill programs first
     # Most of the libraries of / are links to those of /usr. A rule for a link would be one for all that it points to.
     roots = [path for path in _ROOT_LIBRARIES if os.path.isdir(path) and not os.path.islink(path)]
@@ -173,16 +178,14 @@ def _without(path: str, hidden: list[str]) -> list[str]:
     return [found for entry in entries for found in _without(entry, hidden)]
 
 
-def _bubblewrap(paths: list[str], installed: list[str], packages: list[str], folder: str) -> list[str]:
+def _bubblewrap(paths: dict[str, str], installed: list[str], folder: str) -> list[str]:
     command = ["--unshare-user", "--unshare-pid", "--unshare-net", "--unshare-ipc", "--unshare-uts"]
     command += ["--unshare-cgroup-try", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
-    command += ["--bind", folder, "/tmp"]  # first: the interpreter's environment may be in /tmp
-    for path in paths:  # /usr/local is left out: it may contain data
-        command += ["--ro-bind", path, path]
-    # Empty file systems hide all installed packages but those that are wanted.
-    command += [word for path in installed for word in ("--tmpfs", path)]
-    command += [word for path in packages for word in ("--ro-bind", path, path)]
-    command += [word for path in installed for word in ("--remount-ro", path)]
+    for path, inside in paths.items():  # /usr/local is left out: it may contain data
+        command += ["--ro-bind", path, inside]
+    # Empty file systems hide the installed packages.
+    command += [word for path in installed for word in ("--tmpfs", path, "--remount-ro", path)]
+    command += ["--bind", folder, "/tmp"]
     for path in _ROOT_LIBRARIES:
         if os.path.islink(path):
             command += ["--symlink", os.readlink(path), path]

@@ -31,7 +31,8 @@ KILL_TIMEOUT = 5.0
 STALL_SECONDS = 2.0
 """If a wait lasts this much longer than requested, the machine or its clock is at fault, not the program."""
 MAX_OUTPUT = 1 << 20
-"""Bytes of standard output beyond four times the length of the right one; and of one temporary file."""
+"""Standard output, and each temporary file, may have this many bytes, or the next multiple of it above four times the length
+of the right output. A program can read its limit, which must not give away that length: YES is longer than NO."""
 KEPT_STDERR = 4096
 CPU_MARGIN = 1.25
 """The kernel's limit counts ticks, which can run ahead of the CPU time that it reports. The reported time decides."""
@@ -124,7 +125,7 @@ class Sandbox:
         ``expected`` is the length of the right output; ``remote`` are the names of the program that its tests use;
         ``channel`` are two pipes of a program and its tests: one to write to the other child, one to read from it.
         """
-        self._max_output, self._is_late = MAX_OUTPUT + 4 * expected, False
+        self._max_output, self._is_late = MAX_OUTPUT * (1 + 4 * expected // MAX_OUTPUT), False
         request = {"mode": mode, "remote": list(remote), "file": self._max_output}
         request |= {"cpu_s": math.ceil(CPU_MARGIN * limits.cpu_s), "memory": (limits.memory_mb + SLACK_MB) << 20}
         # The kernel's limit counts all threads of a user. Where programs share their user, the worker counts.

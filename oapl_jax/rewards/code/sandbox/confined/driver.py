@@ -17,6 +17,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 import types
 from typing import Any
 
@@ -175,7 +176,7 @@ class _Children:
         return {"failure": "", "status": os.waitstatus_to_exitcode(status), "cpu": cpu_s, "over": over}
 
     def _wait(self, pid: int, request: dict[str, Any]) -> tuple[int, Any, str]:
-        over = ""
+        over, look_at = "", time.monotonic() + WATCH_SECONDS
         while True:
             found, status, usage = os.wait4(pid, os.WNOHANG)
             if found:
@@ -187,7 +188,9 @@ class _Children:
             if is_killed and not self._control.recv(MAX_MESSAGE):
                 os.kill(pid, signal.SIGKILL)
                 os._exit(0)
-            if not ready and not over:
+            # Not only when nothing is ready: a child that stops and goes on by its own timers wakes this process at any rate.
+            if not over and time.monotonic() >= look_at:
+                look_at = time.monotonic() + WATCH_SECONDS
                 over = "files" if _is_full(self._folder) else ""
                 if request["is_counting"] and len(os.listdir(f"/proc/{pid}/task")) > request["tasks"]:
                     over = "threads"
