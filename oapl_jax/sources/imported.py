@@ -20,9 +20,11 @@ from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.rollouts.source import GroupSource, Taken, Weights, WindowPlan
 from oapl_jax.rollouts.stops import Stops
+from oapl_jax.sources.follower import POLICY_FOLDER
 from oapl_jax.sources.local import BufferedSource
 from oapl_jax.sources.setup import SamplingSetup, acceptance
 from oapl_jax.types import Metrics, RolloutGroup
+from oapl_jax.weights.policies import MANIFEST_FILE
 
 GROUPS_PER_FILE = 64
 
@@ -110,7 +112,9 @@ class ImportedWindows(BufferedSource):
             ValueError: as that of the other source; or a file is gone before all of it was in the log.
         """
         version, per_batch = window.policy_version, self._setup.groups_per_batch
-        is_sampled = bool(taken or self._log.parts(version)) and not storage.exists(self._record(version))
+        published = self._setup.root / POLICY_FOLDER / f"{version:06d}" / MANIFEST_FILE
+        has_begun = bool(taken or self._log.parts(version)) or storage.exists(published)
+        is_sampled = has_begun and not storage.exists(self._record(version))
         while not is_sampled and not storage.exists(self._record(version)) and (path := self._next_file()):
             self._take_in(path, version)
         if storage.exists(self._record(version)):
