@@ -65,4 +65,11 @@ def test_a_version_that_samplers_have_is_not_imported(tmp_path):
     assert others.versions == [3]
     assert source.open_window(Window(4, 0, 1), Weights(None, None), []).num_steps == 1
     assert others.versions == [3]
-    assert [group.policy_version for group in RolloutLog(tmp_path / "rollouts").read(4)] == [4]
+    log = RolloutLog(tmp_path / "rollouts")
+    assert [group.policy_version for group in log.read(4)] == [4]
+    # A sampler writes there too, and the trainer starts again.
+    whole = log.path(4, 0).read_bytes()
+    for part, content in ((1, whole), (1, b"torn"), (0, b"torn")):
+        log.path(4, part).write_bytes(content)
+        assert source.open_window(Window(4, 0, 1), Weights(None, None), []).num_steps == 1
+        assert [path.read_bytes() for path in log.folder(4).iterdir()] == [whole]
