@@ -25,7 +25,15 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--mesh", default="data=-1", help="axes of this process's devices; default data=-1")
     parser.add_argument("--wait", type=float, default=600.0, metavar="SECONDS", help="for a run that has not begun")
     arguments = parser.parse_intermixed_args(argv)
-    options = {name: yaml.safe_load(value) for name, _, value in (word.partition("=") for word in arguments.options)}
+    options = {}
+    for word in arguments.options:
+        name, equals, value = word.partition("=")
+        if not (name and equals):
+            parser.error(f"{word!r}: write it as KEY=VALUE")
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            parser.error(f"{word!r}: its value cannot be read: {' '.join(str(error).split())}")
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())

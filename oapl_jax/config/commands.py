@@ -63,7 +63,7 @@ class TrainConfig(Section):
         if (self.mode == "offline") != (self.offline is not None):
             yield f"mode={self.mode}: the section offline is there exactly with mode=offline"
         elif self.offline is not None and self.data.is_endless:
-            whose = "Several data sets have" if self.data.sets else "A toy task has"
+            whose = "Several data sets have" if self.data.sets else "A built-in task has"
             for i, data in enumerate(self.offline.rounds):
                 if data.log is None and data.prompts is None:
                     yield f"offline.rounds.{i}.prompts: how many? {whose} no end"
@@ -100,7 +100,7 @@ class GenerationConfig(Section):
     """How much is generated, and how processes share the work."""
 
     prompts: Count | None = None
-    """Number of prompts of the data, drawn by ``run.seed``; null: all. Required for the toy tasks, which have no end."""
+    """Number of prompts of the data, drawn by ``run.seed``; null: all. Required for built-in tasks, which have no end."""
     policy_version: CountOrZero = 0
     """Version under which the groups are logged."""
     groups_per_file: Count = 8

@@ -119,7 +119,7 @@ class DataConfig(SourceConfig):
 
     @property
     def is_endless(self) -> bool:
-        """Whether its prompts have no last one: those of a toy task, and of several data sets, which are mixed."""
+        """Whether its prompts have no last one: those of a built-in task, and of several data sets, which are mixed."""
         return self.task is not None or bool(self.sets)
 
     def of(self, source: SourceConfig) -> "DataConfig":

@@ -26,7 +26,7 @@ class EvaluationConfig(SamplingConfig):
     sets: Sets = Field(default={})
     """Several held-out data sets by their names, with metrics of their own (docs/data.md)."""
     path: Annotated[str | None, NOT_OF_TASKS, NOT_OF_SETS, ONE_DATA_SET] = None
-    """Held-out prompts, in the format and columns of ``data``; the toy tasks bring their own."""
+    """Held-out prompts, in the format and columns of ``data``; built-in tasks bring their own."""
     dataset: Annotated[str | None, NOT_OF_TASKS, NOT_OF_SETS, ONE_DATA_SET] = None
     """Held-out prompts of another data set than ``data.dataset``, from the hub or from a copy at ``path``."""
     split: Annotated[str, NOT_OF_SETS, IN_SPLITS] = "test"

@@ -7,6 +7,8 @@ from fractions import Fraction
 from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
+TRIED = 64
+"""Items that are made at once of a stream without an end."""
 
 
 class Shuffled(Generic[Item]):
@@ -33,14 +35,15 @@ class Shuffled(Generic[Item]):
 
 
 class Made(Generic[Item]):
-    """Items that are made from their positions and never repeat; the first is made at once, to raise its errors now."""
+    """Items that are made from their positions and never repeat; some are made at once, to raise their errors now."""
 
     items: Sequence[Item] = ()
     num_dropped = 0
 
     def __init__(self, make: Callable[[int], Item]) -> None:
         self._make = make
-        make(0)
+        for position in range(TRIED):
+            make(position)
 
     def __len__(self) -> int:
         """``sys.maxsize``, because there is no second epoch."""

@@ -85,9 +85,9 @@ class Lease:
             self._is_lost = True
 
     def _is_overtaken(self) -> bool:
-        """Whether a file of the next generation says so; a sole holder goes on in that file."""
+        """Whether a file of the next generation says so; a sole holder that is in time goes on in that file."""
         while storage.exists(self._leases.path(self.name, self.generation + 1)):
-            if not self.is_sole:
+            if not (self.is_sole and self.is_held):
                 return True
             self.generation += 1
         return False

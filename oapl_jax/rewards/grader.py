@@ -97,7 +97,10 @@ class SetGrader:
             grader.close()
 
     def _grader(self, prompt: Prompt) -> Grader:
-        return self._graders.get(prompt.id.partition("/")[0]) or self._graders[""]
+        grader = self._graders.get(prompt.id.partition("/")[0]) or self._graders.get("")
+        if grader is None:
+            raise ValueError(f"prompt {prompt.id!r:.80} is of none of the data sets {', '.join(self._graders)}")
+        return grader
 
 
 class ToyGrader(Grader):
@@ -108,11 +111,16 @@ class ToyGrader(Grader):
 
     def grade(self, items: Sequence[Item]) -> list[Grade]:
         """Returns grades in the order of the items."""
-        right, wrong = Grade(Verdict.CORRECT, 1.0), Grade(Verdict.WRONG, 0.0)
         return [
-            TRUNCATED if reason == FinishReason.LENGTH else right if self._is_correct(prompt.text, text) else wrong
-            for prompt, text, reason in items
+            TRUNCATED if reason == FinishReason.LENGTH else self._grade(prompt, text) for prompt, text, reason in items
         ]
+
+    def _grade(self, prompt: Prompt, text: str) -> Grade:
+        try:
+            is_correct = self._is_correct(prompt.text, text)
+        except (ValueError, IndexError):
+            raise ValueError(f"prompt {prompt.id!r:.80}: {prompt.text!r:.80} is no question of the task") from None
+        return Grade(Verdict.CORRECT, 1.0) if is_correct else Grade(Verdict.WRONG, 0.0)
 
 
 class RewardGrader:

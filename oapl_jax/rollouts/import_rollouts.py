@@ -158,18 +158,26 @@ def read(path: pathlib.Path, expectations: Expectations, bad: BadRows) -> list[R
 
 
 def graded(found: Sequence[Responses], grading: Grading, bad: BadRows) -> list[Responses]:
-    """The same with grades for what has none. Rollouts whose verdict is invalid are left out and counted."""
+    """The same with grades for what has none. Rollouts whose verdict is invalid are left out and counted.
+
+    So are those whose prompt cannot be graded, or these are an error, as ``bad`` has it.
+    """
     done = []
     for responses in found:
         members = list(responses.members)
         rest = [index for index, member in enumerate(members) if member.grade is UNGRADED]
         if rest:
-            ((_, grades),) = grading.grade([(responses.prompt, [members[index].rollout for index in rest])])
-            for index, grade in zip(rest, grades, strict=True):
-                members[index] = dataclasses.replace(members[index], grade=grade)
-        members = [member for member in members if member.grade.verdict is not Verdict.INVALID]
-        bad.counts["no verdict"] += len(responses.members) - len(members)
-        done.append(dataclasses.replace(responses, members=members))
+            try:
+                ((_, grades),) = grading.grade([(responses.prompt, [members[index].rollout for index in rest])])
+            except ValueError as error:
+                bad.found("no grader", responses.prompt.id, str(error), len(rest))
+                members = [member for member in members if member.grade is not UNGRADED]
+            else:
+                for index, grade in zip(rest, grades, strict=True):
+                    members[index] = dataclasses.replace(members[index], grade=grade)
+        valid = [member for member in members if member.grade.verdict is not Verdict.INVALID]
+        bad.counts["no verdict"] += len(members) - len(valid)
+        done.append(dataclasses.replace(responses, members=valid))
     bad.counts += collections.Counter()  # drops zeros
     return done
 
@@ -227,7 +235,7 @@ def _read_records(
         for number, choice in enumerate(choices):
             here = f"{where}, choice {number}" if "choices" in record else where
             try:
-                row = _row(here, records.cells(choice, expected.distribution, expected.text), expected)
+                row = _row(here, records.cells(choice, expected.distribution), expected)
             except BadRowError as error:
                 bad.found(error.reason, here, str(error))
             else:
@@ -282,7 +290,8 @@ def _row(where: str, cells: dict[str, Any], expected: Expectations) -> _Row | No
     ):
         sizes, most = "{} prompt and {} response tokens".format(*lengths), "{} and {}".format(*expected.most_tokens)
         raise BadRowError("too long", f"has {sizes}; the run has at most {most}")
-    response = GradedRollout(rollout, cells["response"], grade, extra=checks.extra(cells["extra"]))
+    text = expected.text(tokens.tolist()) if cells["response"] is None else cells["response"]
+    response = GradedRollout(rollout, text, grade, extra=checks.extra(cells["extra"]))
     return _Row(where, cells["group_id"], cells["rollout_index"], prompt, response, cells.get("siblings"))
 
 

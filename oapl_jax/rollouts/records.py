@@ -7,7 +7,8 @@ each choice. It becomes cells of the rollout log, by their names.
 import hashlib
 import json
 import pathlib
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from oapl_jax.data import messages
@@ -25,7 +26,10 @@ NO_LOGPROB = -9999.0
 TEXTS = ("group_id", "prompt_id", "response", "finish_reason", "verdict", "verdict_detail")
 LISTS = ("prompt_token_ids", "token_ids", "logprobs")
 DRAWN_WITH = ("temperature", "top_k", "top_p", "min_p")
-MOST_ID = 2**31
+MOST_ID, MOST_NUMBER = 2**31, 2**1000
+"""Of a token, and of any number: JSON has larger ones than a float."""
+SURROGATE = re.compile("[\ud800-\udfff]")
+"""Of a pair in JSON; UTF-8, and so the log, has no half of one."""
 KEYS = {*TEXTS, *LISTS, *DRAWN_WITH, "prompt", "answer", "reward", "extra"}
 
 
@@ -59,12 +63,13 @@ def rollouts(record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     if rewards is not None and (not isinstance(rewards, list) or len(rewards) != len(choices)):
         raise BadRowError("wrong type", f"rewards is no list with one number for each of the {len(choices)} choices")
     beside = {name: value for name, value in record.items() if name in KEYS}
-    for choice, reward in zip(choices, rewards or [None] * len(choices), strict=True):
+    for choice, reward in zip(choices, rewards or [record.get("reward")] * len(choices), strict=True):
+        message = choice.get("message")
         found = beside | {
             "token_ids": choice.get("token_ids"),
             "logprobs": _vllm_logprobs(choice.get("logprobs")),
             "finish_reason": choice.get("finish_reason"),
-            "response": choice.get("text", (choice.get("message") or {}).get("content")),
+            "response": choice.get("text", message.get("content") if isinstance(message, dict) else None),
             "reward": reward,
         }
         if choice.get("prompt_token_ids") is not None:
@@ -83,10 +88,8 @@ def _vllm_logprobs(given: Any) -> list[Any] | None:
     return [None if number == NO_LOGPROB else number for number in found] if isinstance(found, list) else found
 
 
-def cells(
-    record: dict[str, Any], distribution: SamplingDistribution | None, text: Callable[[list[int]], str]
-) -> dict[str, Any]:
-    """The log's cells of a rollout's record; ``text``: token ids to the text that is graded.
+def cells(record: dict[str, Any], distribution: SamplingDistribution | None) -> dict[str, Any]:
+    """The log's cells of a rollout's record; ``response`` is None where the record has none.
 
     Raises:
         BadRowError: it cannot be used.
@@ -118,14 +121,14 @@ def cells(
         verdict = Verdict.CORRECT if reward is not None and reward >= CORRECT_REWARD else Verdict.WRONG
     key = hashlib.sha256(json.dumps(record["prompt_token_ids"]).encode()).hexdigest()[:16]
     name = record.get("group_id", key)
-    return {
+    found = {
         "group_id": name,
         "prompt_id": record.get("prompt_id", f"imported/{name}"),
         "prompt": prompt,
         "prompt_token_ids": record["prompt_token_ids"],
         "answer": _text(record.get("answer", "")),
         "rollout_index": -1,
-        "response": record["response"] if "response" in record else text(record["token_ids"]),
+        "response": record.get("response"),
         "token_ids": record["token_ids"],
         "logprobs": record["logprobs"],
         "finish_reason": record["finish_reason"],
@@ -135,6 +138,10 @@ def cells(
         "extra": _text(record.get("extra", {})),
         "is_graded": reward is not None or verdict == Verdict.INVALID,
     }
+    for name, value in found.items():
+        if isinstance(value, str) and SURROGATE.search(value):
+            raise BadRowError("wrong type", f"{name} is {value!r:.40}, which has half of a surrogate pair")
+    return found
 
 
 def _check_types(record: dict[str, Any]) -> None:
@@ -153,9 +160,9 @@ def _check_types(record: dict[str, Any]) -> None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, float) or (type(value) is int and abs(value) < MOST_NUMBER)
 
 
 def _text(value: Any) -> str:
-    """A text as it is, another JSON value as JSON."""
-    return value if isinstance(value, str) else json.dumps(value)
+    """A text as it is, another JSON value as JSON; what Parquet has besides as text."""
+    return value if isinstance(value, str) else json.dumps(value, default=str)

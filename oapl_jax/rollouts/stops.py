@@ -48,20 +48,17 @@ class Stops:
 
     def problem(self, rollout: Rollout) -> str | None:
         """Why a response does not end at its first stop, where its ``finish_reason`` says so or it has one; else None."""
-        ids = rollout.token_ids.tolist()
-        at_token = next((length for length, token in enumerate(ids, start=1) if token in self.ids), len(ids) + 1)
-        length = stop_length(ids[:at_token], 0, self.strings, self.decode) or at_token
-        if length < len(ids):
-            return f"it has {len(ids)} tokens and goes on after its stop, token {length}"
-        if length > len(ids) and rollout.finish_reason is FinishReason.STOP:
+        num_tokens, length = len(rollout.token_ids), self.length(rollout.token_ids.tolist())
+        if length is None and rollout.finish_reason is FinishReason.STOP:
             return "its finish_reason is stop, and it ends at no stop"
+        if length is not None and length < num_tokens:
+            return f"it has {num_tokens} tokens and goes on after its stop, token {length}"
         return None
 
     def length(self, token_ids: Sequence[int]) -> int | None:
         """Number of tokens of a response up to its first end, which belongs to it; None: it has none."""
-        at_token = next((i + 1 for i, token in enumerate(token_ids) if token in self.ids), None)
-        at_string = stop_length(token_ids, 0, self.strings, self.decode)
-        return min((end for end in (at_token, at_string) if end is not None), default=None)
+        at_token = next((length for length, token in enumerate(token_ids, start=1) if token in self.ids), None)
+        return stop_length(token_ids[:at_token], 0, self.strings, self.decode) or at_token
 
     def __str__(self) -> str:
         """For the start of a run: where responses end, and that prompts are not put into a chat template."""

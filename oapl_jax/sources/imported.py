@@ -4,6 +4,8 @@ Each file in the folder ``window.imports`` becomes one window, when the next syn
 checked, graded where they have no grade, and put into the run's rollout log under a policy version that no sampler gets.
 """
 
+import contextlib
+import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -16,13 +18,15 @@ from oapl_jax.rollouts import import_rollouts
 from oapl_jax.rollouts.buffer import GroupBuffer, Ticket, Window
 from oapl_jax.rollouts.grading import Grading
 from oapl_jax.rollouts.import_rollouts import IMPORTS_FOLDER, BadRows, Responses
-from oapl_jax.rollouts.log import RolloutLog
+from oapl_jax.rollouts.log import RolloutLog, digest
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.rollouts.source import GroupSource, Taken, Weights, WindowPlan
 from oapl_jax.rollouts.stops import Stops
+from oapl_jax.sources.follower import POLICY_FOLDER
 from oapl_jax.sources.local import BufferedSource
 from oapl_jax.sources.setup import SamplingSetup, acceptance
 from oapl_jax.types import Metrics, RolloutGroup
+from oapl_jax.weights.policies import MANIFEST_FILE
 
 GROUPS_PER_FILE = 64
 
@@ -63,7 +67,7 @@ def make_groups(version: int, found: Sequence[Responses], grading: Grading) -> l
 
 
 def write(log: RolloutLog, groups: Sequence[RolloutGroup]) -> None:
-    """Puts the groups of a policy version into a log; files that a killed process has written are kept."""
+    """Puts the groups of a policy version into a log that has none of it."""
     for part, start in enumerate(range(0, len(groups), GROUPS_PER_FILE)):
         log.create(part, groups[start : start + GROUPS_PER_FILE])
 
@@ -110,14 +114,16 @@ class ImportedWindows(BufferedSource):
             ValueError: as that of the other source; or a file is gone before all of it was in the log.
         """
         version, per_batch = window.policy_version, self._setup.groups_per_batch
-        is_sampled = bool(taken or self._log.parts(version)) and not storage.exists(self._record(version))
+        published = self._setup.root / POLICY_FOLDER / f"{version:06d}" / MANIFEST_FILE
+        has_begun = bool(taken or self._log.parts(version)) or storage.exists(published)
+        is_sampled = has_begun and not storage.exists(self._record(version))
         while not is_sampled and not storage.exists(self._record(version)) and (path := self._next_file()):
             self._take_in(path, version)
         if storage.exists(self._record(version)):
-            record, groups = storage.read_object(self._record(version)), self._log.read(version)
-            if len(groups) < record["groups"]:  # a process was killed before it had written all of them
-                self._take_in(self._existing(record["source"], version), version)
-                groups = self._log.read(version)
+            record = storage.read_object(self._record(version))
+            groups = self._logged(version, record["digest"])
+            if groups is None:
+                groups = self._take_in(self._existing(record["source"], version), version)
             steps = sum(map(acceptance(self._setup.config), groups)) // per_batch
             self._buffer.open_window(Window(version, 0, steps * per_batch), logged=groups, batches=taken)
             self._window = window
@@ -164,8 +170,15 @@ class ImportedWindows(BufferedSource):
             )
         return self._folder / name
 
-    def _take_in(self, path: pathlib.Path, version: int) -> None:
-        """Notes the groups of a file in a record, and puts them into the log.
+    def _logged(self, version: int, wanted: str) -> list[RolloutGroup] | None:
+        """The groups of the log; None where a killed process has not written all, or a sampler has written there."""
+        with contextlib.suppress(ValueError):
+            groups = self._log.read(version)
+            return groups if _digest(groups) == wanted else None
+        return None
+
+    def _take_in(self, path: pathlib.Path, version: int) -> list[RolloutGroup]:
+        """Notes the groups of a file in a record, and puts them into the log, alone.
 
         A file with too few groups for a batch, or none, has a record that is no version's.
         """
@@ -177,10 +190,12 @@ class ImportedWindows(BufferedSource):
             found = []
         groups = make_groups(version, found, setup.grading)
         is_enough = sum(map(acceptance(setup.config), groups)) >= setup.groups_per_batch
-        record = {"source": path.name, "policy_version": version if is_enough else None, **counts(groups, bad)}
+        record: dict[str, Any] = {"source": path.name, "policy_version": version if is_enough else None}
+        record |= counts(groups, bad) | {"digest": _digest(groups)}
         target = self._record(version) if is_enough else self._records / f"refused-{path.name}.json"
         storage.replace(target, json.dumps(record, indent=2).encode() + b"\n")
         if is_enough:
+            storage.remove(self._log.folder(version))
             write(self._log, groups)
         left_out = ", ".join(f"{count:,} x {reason}" for reason, count in record["left_out"].items()) or "none"
         becomes = (
@@ -191,3 +206,8 @@ class ImportedWindows(BufferedSource):
         )
         for reason, example in bad.examples.items():
             self._note(f"{reason}, such as {example}")
+        return groups
+
+
+def _digest(groups: Sequence[RolloutGroup]) -> str:
+    return hashlib.sha256("".join(map(digest, groups)).encode()).hexdigest()

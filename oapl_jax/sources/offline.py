@@ -23,7 +23,7 @@ from oapl_jax.io.lease import Leases
 from oapl_jax.learner import batch as batches
 from oapl_jax.learner.step import make_scorer
 from oapl_jax.objectives.catalogue import OBJECTIVES
-from oapl_jax.rollouts import checks, filters, import_rollouts
+from oapl_jax.rollouts import filters, import_rollouts
 from oapl_jax.rollouts.buffer import Consumption, GroupBuffer, Ticket, Window
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.source import Weights, WindowPlan
@@ -64,7 +64,6 @@ class OfflineRounds(BufferedSource):
         self._setup, self._learner = setup, learner
         self._config, self._directory, self._log = setup.config.offline, directory, log
         self._is_stopped, self._note = is_stopped, note
-        self._stops = Stops(setup.tokenizer, setup.distribution)
         self._scorers: dict[str, tuple[Any, Any]] = {}
         """Of models that made the data of other programs: ``_scorer``."""
         for i, data in enumerate(self._config.rounds):
@@ -197,6 +196,7 @@ class OfflineRounds(BufferedSource):
             group_size=config.sampler.group_size,
             distribution=self._setup.distribution,
             text=self._setup.grading.decode,
+            stops=Stops(tokenizer, self._setup.distribution),
         )
         found = [self._within_limits(responses, bad) for responses in import_rollouts.read(source, expectations, bad)]
         found = import_rollouts.graded(found, self._setup.grading, bad)
@@ -224,7 +224,7 @@ class OfflineRounds(BufferedSource):
     def _within_limits(
         self, responses: import_rollouts.Responses, bad: import_rollouts.BadRows
     ) -> import_rollouts.Responses:
-        """Without what is too long or ends elsewhere than at a stop; overlong responses may be truncated, and are wrong."""
+        """Without what is too long; responses are truncated where the config says so, and are wrong then."""
         config, members = self._setup.config, []
         limit, overlong = config.sampler.max_response_tokens, self._config.overlong
         length = len(responses.prompt.token_ids)
@@ -240,11 +240,6 @@ class OfflineRounds(BufferedSource):
             return dataclasses.replace(responses, members=[])
         for member in responses.members:
             tokens = member.rollout.token_ids
-            try:
-                checks.end(member.rollout, self._stops)
-            except checks.BadRowError as error:
-                bad.found(error.reason, responses.prompt.id, str(error))
-                continue
             if len(tokens) <= limit:
                 members.append(member)
             elif overlong == "truncate":

@@ -204,8 +204,8 @@ class SamplingProcess:
         """A version's manifest and files; None where it is no longer what the pointer names.
 
         Raises:
-            ValueError: it is for samplers of another config or another program.
-            TimeoutError: the pointer goes on naming a version that is not there, or is damaged.
+            ValueError: it is for samplers of another config or another program, or a file is damaged.
+            TimeoutError: the pointer goes on naming a version that is not there.
         """
         end, problem = time.monotonic() + self._wait_seconds, None
         while not self._stop.is_set() and time.monotonic() < end:

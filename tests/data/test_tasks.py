@@ -7,8 +7,9 @@ import zlib
 import numpy as np
 import pytest
 
-from oapl_jax.config.data import SourceConfig, SumsConfig
+from oapl_jax.config.data import DataConfig, SourceConfig, SumsConfig
 from oapl_jax.data import tasks
+from oapl_jax.data.prompts import load_prompts
 from oapl_jax.data.tokenizer import CHARS, CharacterTokenizer
 from oapl_jax.rewards import toy
 
@@ -188,6 +189,15 @@ def test_sums_as_text_are_raw_and_as_chat_have_a_turn_for_each_example():
     assert (example["role"], value["role"], question["role"]) == ("user", "assistant", "user")
     assert value["content"] == str(eval(example["content"].removesuffix(" =")))
     assert prompt.text.endswith(question["content"])
+
+
+def test_a_limit_that_some_prompts_exceed_is_found_at_the_start():
+    data = DataConfig(task="sums", sums=SumsConfig(operations=("-",), shots=1))
+    lengths = [len(load_prompts(data, RAW, seed=0)[i].token_ids) for i in range(64)]
+    limit = lengths[0]
+    assert limit < max(lengths)
+    with pytest.raises(ValueError, match=f"over data.max_prompt_tokens={limit}; raise the limit"):
+        load_prompts(data.model_copy(update={"max_prompt_tokens": limit}), RAW, seed=0)
 
 
 @pytest.mark.parametrize("operation", ["+", "-", "*"])

@@ -169,6 +169,23 @@ def test_a_sole_holder_that_beats_in_time_is_not_ended_by_files_of_others(tmp_pa
         assert second.claim("trainer") is not None
 
 
+def test_a_sole_holder_that_was_suspended_leaves_the_lease_of_the_next_one_alone(tmp_path):
+    first, third = Leases(tmp_path, expires=0.2), Leases(tmp_path, expires=0.2)
+    with Leases(tmp_path, expires=60.0) as second:
+        lease = first.claim_from_the_dead("trainer")
+        first.stop_beating(lease)
+        first.path("trainer", 0).write_text("")  # of another host
+        while lease.is_held:
+            time.sleep(0.02)
+        second.expires = 0.1
+        while (taken := second.claim("trainer")) is None:
+            time.sleep(0.02)
+        second.expires = 60.0
+        lease.release()
+        assert third.claim("trainer") is None
+        assert taken.renew()
+
+
 def test_a_torn_file_is_taken_over_when_it_was_silent_long_enough(tmp_path):
     tmp_path.joinpath("a.0").write_text("")
     with Leases(tmp_path, expires=0.2) as leases:

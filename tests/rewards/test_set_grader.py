@@ -48,6 +48,8 @@ def test_each_response_goes_to_the_grader_of_its_data_set_and_comes_back_in_orde
     ids = ["a/0", "evaluation.a/0", "b/0", "table/17", "a/1"]
     grader.check_golds([prompt(name) for name in ids])
     assert (one.checked, other.checked) == (["a/0", "table/17", "a/1"], ["evaluation.a/0", "b/0"])
+    with pytest.raises(ValueError, match="'table/17' is of none of the data sets a, b"):
+        SetGrader({"a": one, "b": other}).grade([(prompt("table/17"), "", FinishReason.STOP)])
     grades = grader.grade([(prompt(name), name, FinishReason.STOP) for name in ids])
     assert [(grade.reward, grade.detail) for grade in grades] == list(zip([1.0, 2.0, 2.0, 1.0, 1.0], ids, strict=True))
     grader.close()

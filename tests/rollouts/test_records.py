@@ -1,5 +1,6 @@
 """Records of rollouts that others collected: what comes in, and why the others do not."""
 
+import datetime
 import json
 import math
 
@@ -22,7 +23,7 @@ EXPECTATIONS = import_rollouts.Expectations(
     source_limit=None,
     group_size=4,
     distribution=SamplingDistribution(),
-    text=lambda ids: f"text of {list(ids)}",
+    text=lambda ids: f"text of {[range(40)[i] for i in ids]}",
     needs_logprobs=True,
     most_tokens=(5, 5),
 )
@@ -36,7 +37,8 @@ def record(*tokens, of=(5, 6), **changes):
 
 
 def read(path, records, action="error"):
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records), encoding="utf-8")
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in records)
+    path.write_text(lines, encoding="utf-8", errors="backslashreplace")
     bad = import_rollouts.BadRows(action)
     return import_rollouts.read(path, EXPECTATIONS, bad), bad
 
@@ -144,6 +146,30 @@ def test_what_has_no_grade_is_graded(tmp_path):
     assert bad.counts == {"no verdict": 1}
 
 
+def test_a_prompt_that_cannot_be_graded_costs_its_rollouts_without_a_grade(tmp_path):
+    rows = [record(7, 1, reward=None), record(8, 1, reward=0.5)]  # no question of the task
+    found, bad = read(tmp_path / "a.jsonl", rows, "drop")
+    ((graded,),) = [import_rollouts.graded(found, groups.GRADING, bad)]
+    assert [item.grade.reward for item in graded.members] == [0.5]
+    assert bad.counts == {"no grader": 1}
+    found, bad = read(tmp_path / "a.jsonl", rows)
+    with pytest.raises(ValueError, match=r"imported/.*'' is no question of the task; mend it"):
+        import_rollouts.graded(found, groups.GRADING, bad)
+
+
+def test_a_reward_beside_the_choices_of_vllm_is_that_of_each(tmp_path):
+    found, _ = read(tmp_path / "a.jsonl", [COMPLETION | {"reward": 0.5}])
+    assert [item.grade.reward for item in found[0].members] == [0.5, 0.5]
+
+
+def test_what_parquet_has_and_json_has_not_is_text(tmp_path):
+    when = datetime.date(2026, 11, 29)
+    pq.write_table(pa.Table.from_pylist([record(answer=when, extra={"when": when})]), tmp_path / "a.parquet")
+    (found,) = import_rollouts.read(tmp_path / "a.parquet", EXPECTATIONS, import_rollouts.BadRows("error"))
+    assert found.prompt.answer == '"2026-11-29"'
+    assert found.members[0].extra == '{"when": "2026-11-29"}'
+
+
 def test_a_conversation_is_a_prompt(tmp_path):
     turns = [{"role": role, "content": text} for role, text in (("user", "a"), ("assistant", "b"), ("user", "c"))]
     row = record()
@@ -173,6 +199,7 @@ BAD = {
     "a fraction of a token": (record(token_ids=[7, 1.5]), "unknown token", "token_ids is"),
     "a huge token": (record(token_ids=[7, 2**70]), "unknown token", "token_ids is"),
     "beyond the vocabulary": (record(token_ids=[7, 40]), "unknown token", "has 40"),
+    "below the vocabulary": (record(token_ids=[-50, 1]), "unknown token", "has -50"),
     "another temperature": (record(temperature=0.6), "another distribution", "sampler.temperature is 1"),
     "another top-p": (record(top_p=0.9), "another distribution", "sampler.top_p is 1"),
     "too long": (record(7, 7, 7, 7, 7, 1), "too long", "2 prompt and 6 response tokens; the run has at most 5 and 5"),
@@ -180,6 +207,13 @@ BAD = {
     "reward is out of range": (record(reward=3), "reward out of range", "3"),
     "reward is text": (record(reward="good"), "wrong type", "reward is 'good', not a number"),
     "rewards of another number": (COMPLETION | {"rewards": [1.0]}, "wrong type", "each of the 2 choices"),
+    "no number of a float": (record(logprobs=[-(10**400), -1]), "wrong type", "logprobs is"),
+    "half of a surrogate pair": (record(response="\ud800"), "wrong type", "response is .* surrogate"),
+    "a message that is text": (
+        {**CHAT, "choices": [{**CHAT["choices"][0], "message": "that", "logprobs": None}]},
+        "missing value",
+        "has no logprobs",
+    ),
     "no object": ([1, 2], "no record", "is a JSON list"),
 }
 
