@@ -5,7 +5,7 @@ import json
 import pytest
 
 from oapl_jax import train
-from oapl_jax.__main__ import main
+from oapl_jax.cli.commands import main
 from oapl_jax.config.data import SourceConfig
 from oapl_jax.data import tasks
 from oapl_jax.data.tokenizer import CharacterTokenizer
