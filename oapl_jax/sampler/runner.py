@@ -64,5 +64,8 @@ def main(module: str) -> None:
             inbox.put(json.loads(line))
         os.killpg(os.getpgid(0), signal.SIGKILL)  # with the processes that the engine has started
 
+    def send(message: dict[str, Any]) -> None:
+        out.write(json.dumps(message) + "\n")
+
     threading.Thread(target=read, daemon=True).start()
-    serve(importlib.import_module(module).Engine(), inbox, lambda message: print(json.dumps(message), file=out))
+    serve(importlib.import_module(module).Engine(), inbox, send)

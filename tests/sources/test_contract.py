@@ -9,6 +9,7 @@ from oapl_jax.build.checks import CHECKS
 from oapl_jax.build.learner import make_learner
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
+from oapl_jax.data.prompts import HeldOut
 from oapl_jax.distributed.team import Team
 from oapl_jax.io.lease import Leases
 from oapl_jax.objectives import oapl
@@ -58,7 +59,7 @@ def make_config(directory, **sections):
 def make_setup(config, turns):
     team = Team.alone()
     lock = contextlib.nullcontext()
-    return SamplingSetup(config, TOKENIZER, PROMPTS, [], make_grading(), turns, lock, team, team, None)
+    return SamplingSetup(config, TOKENIZER, PROMPTS, HeldOut(), make_grading(), turns, lock, team, team, None)
 
 
 def is_usable(group):

@@ -35,10 +35,10 @@ from sources.loops import (
 class SometimesInvalid(ToyGrader):
     """Fails on responses that begin with one of eight digits, as an infrastructure may."""
 
-    def _grade(self, prompt, text, finish_reason):
+    def _grade(self, prompt, text):
         if text[:1] in tuple("01234567"):
             return Grade(Verdict.INVALID, math.nan, "the grading process died")
-        return super()._grade(prompt, text, finish_reason)
+        return super()._grade(prompt, text)
 
 
 class Broken(ToyGrader):
