@@ -83,7 +83,7 @@ class OtherProcess:
     def open_window(self, window, weights):
         shards = ShardQueue(self._log, self._leases, is_usable, GROUPS)
         loop = make_loop(shards, shards)
-        loop.set_weights(window.policy_version, weights)
+        loop.set_weights(window.policy_version, weights.sampler)
         shards.open_window(window)
         loop.start()
         self._loops.append(loop)
