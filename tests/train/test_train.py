@@ -59,7 +59,7 @@ def test_metrics_are_those_of_the_page(finished):
     written = {name for row in read_lines(directory / "metrics.jsonl") for name in row} - {"step"}
     assert written <= documented
     of_others = set(
-        re.findall(r"^\| `([a-z]+/[a-z0-9_@]+)` \| (?:mode detached|several processes)", page, re.MULTILINE)
+        re.findall(r"^\| `([a-z]+/[a-z0-9_@]+)` \| (?:mode detached|several processes|with `)", page, re.MULTILINE)
     )
     assert {n for n in documented - of_others if not n.startswith("evaluation/")} <= written
 
