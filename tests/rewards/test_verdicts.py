@@ -1291,7 +1291,7 @@ def test_the_work_of_a_hostile_answer_is_bounded(gold):
     for answer in HOSTILE:
         began = time.process_time()
         assert not is_correct(gold, rf"\boxed{{{answer}}}"), answer
-        assert time.process_time() - began < 0.5, answer
+        assert time.process_time() - began < 2, answer
 
 
 @pytest.mark.parametrize(
