@@ -145,14 +145,17 @@ class _Text(html.parser.HTMLParser):
         self.parts: list[str] = []
         self._num_silent = self._num_pre = 0
 
-    def handle_starttag(self, tag: str, attrs: object, depth: int = 1) -> None:
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self._pass(tag, 1)
+
+    def handle_endtag(self, tag: str) -> None:
+        self._pass(tag, -1)
+
+    def _pass(self, tag: str, depth: int) -> None:
         self._num_silent += depth * (tag in self.SILENT)
         self._num_pre += depth * (tag == "pre")
         if tag in self.BLOCKS:
             self.parts.append("\n")
-
-    def handle_endtag(self, tag: str) -> None:
-        self.handle_starttag(tag, (), depth=-1)
 
     def handle_data(self, data: str) -> None:
         if self._num_silent <= 0:

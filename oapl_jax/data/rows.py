@@ -23,8 +23,8 @@ NEAR = 0.4
 
 Choose = Callable[[str, Sequence[str]], list[str]]
 """From the name of a file and its columns to the whole columns that are read; raises a ValueError if one is missing."""
-Records = list[tuple[str, Iterable[Any]]]
-"""The records of each file or split, by its name."""
+Records = Iterable[tuple[str, Iterable[Any]]]
+"""The records of each file or split, with its name; a file is read when its turn comes."""
 
 
 class Table(NamedTuple):
@@ -147,8 +147,11 @@ def _read_parquet(path: pathlib.Path, choose: Choose) -> tuple[str, Records]:
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"{str(path)!r}: the folder contains no *.parquet file")
-    tables = [(str(file), parquet.read(file, file, functools.partial(choose, str(file)))) for file in files]
-    return path.stem, [(where, table.to_pylist()) for where, table in tables]
+
+    def records(file: pathlib.Path) -> list[dict[str, Any]]:
+        return parquet.read(file, file, functools.partial(choose, str(file))).to_pylist()
+
+    return path.stem, ((str(file), records(file)) for file in files)
 
 
 def _cell(where: str, record: Any, column: str, *, is_needed: bool) -> Any:

@@ -32,7 +32,7 @@ REPORT_FILE = "report.html"
 CURVES_FILE = "curves.png"
 
 _GRID = {"left": 0.05, "right": 0.985, "bottom": 0.05, "top": 0.945, "wspace": 0.2, "hspace": 0.48}
-"""Fixed, since a layout that is computed draws everything twice: it doubled the time of a short run's end."""
+"""Fixed: a layout that is computed draws everything twice."""
 _SYNC = "#B9BEC6"
 _STYLE: Any = STYLE | {
     "axes.edgecolor": GREY,

@@ -214,8 +214,5 @@ class _Worker:
         line, _, self._received = self._received.partition(b"\n")
         try:
             return dict(json.loads(line))
-        except (
-            ValueError,
-            TypeError,
-        ) as error:  # a killed child left half a line, or a function of the user wrote there
-            raise EOFError from error
+        except (ValueError, TypeError) as error:
+            raise EOFError from error  # a killed child left half a line, or a function of the user wrote there

@@ -405,8 +405,22 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
         stack.callback(source.close)
         stack.callback(evaluator.close)
         run = Run(
-            *(assembly, setup, progress, state, weights, source, evaluator, checkpoints, StepLog(writer), record, bar),
-            *(lease, poll, stop, started, progress.num_dropped),
+            assembly,
+            setup,
+            progress,
+            state,
+            weights,
+            source,
+            evaluator,
+            checkpoints,
+            StepLog(writer),
+            record,
+            bar,
+            lease,
+            poll,
+            stop,
+            started,
+            progress.num_dropped,
         )
         del state, weights  # the run has them, and gives them up one after the other
         stack.callback(run.log.flush)

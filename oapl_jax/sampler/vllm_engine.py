@@ -35,7 +35,9 @@ class Engine:
         }
         if (adapter := pathlib.Path(folder) / "adapter_config.json").exists():
             found = json.loads(adapter.read_text())
-            rank = next(rank for rank in (1, 8, 16, 32, 64, 128, 256, 320, 512) if rank >= found["r"])
+            rank = next((rank for rank in (1, 8, 16, 32, 64, 128, 256, 320, 512) if rank >= found["r"]), None)
+            if rank is None:
+                raise ValueError(f"vLLM takes adapters of rank 512 at most, and lora.rank={found['r']}")
             own |= {"model": found["base_model_name_or_path"], "enable_lora": True, "max_lora_rank": rank}
             self._adapters = LoRARequest("policy", 1, folder)
         if clash := sorted(own.keys() & settings["options"].keys()):

@@ -111,7 +111,7 @@ class ImportedWindows(BufferedSource):
         """Opens a window of the next file, where there is one; else one of the other source.
 
         Raises:
-            ValueError: as that of the other source; or a file is gone before all of it was in the log.
+            ValueError: as that of the other source; or a file is gone, or another one, before all of it was in the log.
         """
         version, per_batch = window.policy_version, self._setup.groups_per_batch
         published = self._setup.root / POLICY_FOLDER / f"{version:06d}" / MANIFEST_FILE
@@ -125,6 +125,9 @@ class ImportedWindows(BufferedSource):
             if groups is None:
                 groups = self._take_in(self._existing(record["source"], version), version)
             steps = sum(map(acceptance(self._setup.config), groups)) // per_batch
+            if not steps:
+                source = self._folder / record["source"]
+                raise ValueError(f"{source}: has changed, and has no batch of version {version}; put it back as it was")
             self._buffer.open_window(Window(version, 0, steps * per_batch), logged=groups, batches=taken)
             self._window = window
             return WindowPlan(steps)

@@ -3,6 +3,8 @@
 import contextlib
 import json
 
+import pytest
+
 from oapl_jax.build.checks import CHECKS
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
@@ -73,3 +75,8 @@ def test_a_version_that_samplers_have_is_not_imported(tmp_path):
         log.path(4, part).write_bytes(content)
         assert source.open_window(Window(4, 0, 1), Weights(None, None), []).num_steps == 1
         assert [path.read_bytes() for path in log.folder(4).iterdir()] == [whole]
+    # Another file has its name, without a batch.
+    log.path(4, 0).write_bytes(b"torn")
+    (folder / "a.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match=r"a.jsonl: has changed, and has no batch of version 4"):
+        source.open_window(Window(4, 0, 1), Weights(None, None), [])

@@ -62,7 +62,7 @@ def grade_answer(
 def _decide(gold: str, answer: str, prompt: str, is_evaluated: bool) -> str:
     if spelling(gold) == spelling(answer):
         return "same text"
-    # Of equations in which a side is no mathematics the last one counts.
+    # A gold answer may be a chain of equations with a side that cannot be read: then the last equation counts.
     golds, answers = _readings(gold) or _readings("=".join(gold.split("=")[-2:])), _readings(answer)
     if not golds or not answers:
         return "different text"

@@ -162,7 +162,9 @@ class Sandbox:
         stdout = os.pread(self._files[0], self._max_output, 0)
         stderr = os.pread(self._files[1], KEPT_STDERR, max(0, sizes[1] - KEPT_STDERR))
         self._close_files()
-        reason = "time" if self._is_late else report["over"] or "output" * (max(sizes) >= self._max_output)
+        reason = "time" if self._is_late else report["over"]
+        if not reason and max(sizes) >= self._max_output:
+            reason = "output"
         return Ended(report["status"], report["cpu"], reason, stdout, stderr)
 
     def _close_files(self) -> None:
