@@ -44,7 +44,6 @@ from oapl_jax.preflight import hlo
 from oapl_jax.preflight.programs import forward_flops
 from oapl_jax.sampler.engine import Engine
 from oapl_jax.sampler.kv_cache import page_bytes
-from oapl_jax.types import TrainBatch
 
 H200 = """
 platform_name: "CUDA"
@@ -162,8 +161,9 @@ def train(case: TrainCase, mesh: Mesh) -> dict[str, Any]:
     num_rollouts = STEP_TOKENS // case.length
     row_tokens = case.length if case.is_packed else None
     layout = RowLayout(num_rollouts, case.length, row_tokens, case.micro_batch_rows, mesh)
-    batch = _batch(layout, mesh)
     num_micro_batches = num_rollouts // case.micro_batch_rows
+    rows = (num_micro_batches, case.micro_batch_rows)
+    batch = placed(batches.make_batch(jax.ShapeDtypeStruct, rows, case.length, layout), batches.shardings(layout))
     scored = 0.75 * case.micro_batch_rows * case.length
     chunks = scored / chunk_tokens(config.vocab_size, "gpu")
     trips = (num_micro_batches, chunks) if num_micro_batches > 1 else (chunks,)
@@ -171,22 +171,6 @@ def train(case: TrainCase, mesh: Mesh) -> dict[str, Any]:
     pairs = num_rollouts * case.length * (case.length + 1) / 2
     flops, attention = forward_flops(config, STEP_TOKENS, pairs, 0.75 * STEP_TOKENS)
     return result | {"model_tflops": 3 * flops / 1e12, "attention_tflops": 3 * attention / 1e12}
-
-
-def _batch(layout: RowLayout, mesh: Mesh) -> TrainBatch:
-    rows, at_once, places = layout.num_rollouts, layout.micro_batch_rows or 1, batches.shardings(mesh)
-
-    def array(name: str, dtype: Any, width: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows // at_once, at_once, width), dtype, sharding=getattr(places, name))
-
-    tokens = {name: array(name, jnp.int32, layout.max_tokens) for name in ("tokens", "positions", "segment_ids")}
-    return TrainBatch(
-        **tokens,
-        response_mask=array("response_mask", bool, layout.max_tokens),
-        sampler_logprobs=array("sampler_logprobs", jnp.float32, layout.max_tokens),
-        advantages=array("advantages", jnp.float32, layout.max_segments),
-        segment_mask=array("segment_mask", bool, layout.max_segments),
-    )
 
 
 def decode(case: DecodeCase, mesh: Mesh) -> dict[str, Any]:

@@ -125,15 +125,16 @@ class PreemptedError(Exception):
 class TrainBatch(NamedTuple):
     """Rows of rollouts, packed one after the other, as the train step takes them.
 
-    A rollout lies whole in one row: prompt, then response. NumPy ``[B, ...]`` on the host; on the devices with a
-    leading axis of micro-batches (``learner/batch.py``).
+    A rollout lies whole in one row: prompt, then response. Where rollouts share their prompt, a row holds all but the
+    prompt's last token once, and then for each rollout that last token and its response. NumPy ``[B, ...]`` on the
+    host; on the devices with a leading axis of micro-batches (``learner/batch.py``).
     """
 
     tokens: Int[Any, "B T"]
     positions: Int[Any, "B T"]
     """Of each token in its own rollout, from 0."""
     segment_ids: Int[Any, "B T"]
-    """Which rollout of the row a token belongs to, from 1; 0: padding, at the end of the row."""
+    """Which rollout of the row a token belongs to, from 1; 0: a shared prompt, or padding at the end of the row."""
     response_mask: Bool[Any, "B T"]
     """True at response tokens, the stop token included."""
     sampler_logprobs: Float[Any, "B T"]
@@ -142,6 +143,8 @@ class TrainBatch(NamedTuple):
     """Of rollout m, whose tokens have the segment id m + 1."""
     segment_mask: Bool[Any, "B M"]
     """False where the row has no such rollout."""
+    prompt_ids: Int[Any, "B T"] | None = None
+    """Which prompt of the row a token belongs to or answers, from 1; 0: padding. None: no prompt is shared."""
 
     @property
     def response_ids(self) -> Any:

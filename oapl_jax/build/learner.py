@@ -14,7 +14,7 @@ from oapl_jax.distributed.sharding import TRAINER_RULES, placed, shardings
 from oapl_jax.learner import batch as batches
 from oapl_jax.learner.state import TrainState, abstract_state, init_state, make_optimizer, make_schedule
 from oapl_jax.learner.step import make_scorer, make_train_step
-from oapl_jax.model import qwen
+from oapl_jax.model import qwen, row_attention
 from oapl_jax.objectives.objective import Objective, ObjectiveOptions
 from oapl_jax.types import TrainBatch
 
@@ -74,7 +74,14 @@ def make_learner(
     architecture.check_positions(max_tokens)
     if objective.needs_old or objective.needs_reference:
         raise ValueError(f"objective.name={objective.name}: it needs an old or a reference policy, which no run keeps")
-    rows = batches.RowLayout(learner.batch_rollouts, max_tokens, learner.row_tokens, learner.micro_batch_rows, mesh)
+    rows = batches.RowLayout(
+        learner.batch_rollouts,
+        max_tokens,
+        learner.row_tokens,
+        learner.micro_batch_rows,
+        mesh,
+        shares_prompts=_shares_prompts(model, learner, architecture, mesh),
+    )
     graphdef, params = policy.abstract(model, architecture, mesh, lora)
     schedule = make_schedule(learner, num_steps)
     optimizer = make_optimizer(learner, schedule)
@@ -93,3 +100,19 @@ def make_learner(
     )
     state = placed(shapes, state_shardings)
     return Learner(mesh, graphdef, optimizer, state, rows, train_step, temperature, vocab_size)
+
+
+def _shares_prompts(model: ModelConfig, learner: LearnerConfig, architecture: qwen.QwenConfig, mesh: Mesh) -> bool:
+    """Whether the attention that the model will choose for packed rows lets rollouts share their prompt."""
+    if learner.row_tokens is None:
+        return False
+    num_queries = learner.row_tokens // mesh.shape["context"]
+    kind = model.attention or row_attention.choose(
+        mesh.devices.flat[0],
+        model.compute_dtype,
+        num_queries,
+        learner.row_tokens,
+        architecture.head_dim,
+        is_packed=True,
+    )
+    return row_attention.shares_prompts(kind)

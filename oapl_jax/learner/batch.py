@@ -7,15 +7,15 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from oapl_jax.distributed.sharding import BATCH_AXES, row_shards, to_devices
 from oapl_jax.types import FinishReason, Metrics, RolloutGroup, TrainBatch, Verdict
 
 SHORTEST_ROW = 16
 
-ROW_COUNTS = 8
-"""Different numbers of rows that packed batches of one micro-batch may have, so that few programs compile."""
+ROW_COUNT_BITS = 3
+"""Significant bits of the number of rows of a packed batch of one micro-batch, so that few programs compile."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,8 @@ class RowLayout:
     """Rows of a micro-batch; None: the batch is one."""
     mesh: Mesh | None = None
     """The trainer's, whose axes split the rows and their tokens; None: one device."""
+    shares_prompts: bool = False
+    """Whether rollouts of one prompt that share a row share the prompt too; only with ``row_tokens``."""
 
     def __post_init__(self):
         """Raises ValueError for rows that cannot hold a rollout or do not divide over the mesh."""
@@ -61,6 +63,11 @@ class RowLayout:
         return self.num_rollouts if self.row_tokens else 1
 
     @property
+    def has_prompt_ids(self) -> bool:
+        """Whether prompts are shared."""
+        return self.shares_prompts and self.row_tokens is not None
+
+    @property
     def _row_shards(self) -> int:
         return 1 if self.mesh is None else row_shards(self.mesh)
 
@@ -73,7 +80,9 @@ class RowLayout:
             return _round_up(self.num_rollouts, self.micro_batch_rows)
         if self.row_tokens is None:
             return self.num_rollouts
-        return _round_up(num_used, _round_up(-(-self.num_rollouts // ROW_COUNTS), self._row_shards))
+        of_shard = -(-num_used // self._row_shards)
+        of_shard = _round_up(of_shard, 2 ** max(of_shard.bit_length() - ROW_COUNT_BITS, 0))
+        return min(of_shard * self._row_shards, _round_up(self.num_rollouts, self._row_shards))
 
     def row_length(self, num_tokens: int) -> int:
         """T: ``row_tokens``, or for rows of one rollout the limit or a half, a quarter, ... of it."""
@@ -133,53 +142,99 @@ def from_pairs(
     """
     if len(pairs) > layout.num_rollouts:
         raise ValueError(f"{len(pairs)} rollouts do not fit into a batch of {layout.num_rollouts}")
-    lengths = [len(prompt) + len(response) for prompt, response in pairs]
-    length = layout.row_length(max(lengths))
-    rows = pack(lengths, layout.row_tokens) if layout.row_tokens else [[i] for i in range(len(pairs))]
-    batch = make_batch(np.zeros, (layout.num_rows(len(rows)),), length, layout.max_segments)
-    for row, members in enumerate(rows):
-        start = 0
-        for segment, i in enumerate(members):
-            prompt, response = pairs[i]
-            middle, end = start + len(prompt), start + lengths[i]
-            batch.tokens[row, start:middle] = prompt
-            batch.tokens[row, middle:end] = response
-            batch.positions[row, start:end] = np.arange(lengths[i])
-            batch.segment_ids[row, start:end] = segment + 1
-            batch.response_mask[row, middle:end] = True
-            batch.segment_mask[row, segment] = True
-            if sampler_logprobs is not None:
-                batch.sampler_logprobs[row, middle:end] = sampler_logprobs[i]
-            if advantages is not None:
-                batch.advantages[row, segment] = advantages[i]
-            start = end
+    length = layout.row_length(max(len(prompt) + len(response) for prompt, response in pairs))
+    rows = _rows(pairs, layout)
+    batch = make_batch(np.zeros, (layout.num_rows(len(rows)),), length, layout)
+    for row, spans in enumerate(rows):
+        start = segment = 0
+        for number, (shared, members) in enumerate(spans, 1):
+            first, start = start, start + shared
+            if batch.prompt_ids is not None:
+                prompt = pairs[members[0]][0]
+                batch.tokens[row, first:start] = prompt[:shared]
+                batch.positions[row, first:start] = np.arange(shared)
+            for i in members:
+                prompt, response = pairs[i]
+                middle = start + len(prompt) - shared
+                end = middle + len(response)
+                batch.tokens[row, start:middle] = prompt[shared:]
+                batch.tokens[row, middle:end] = response
+                batch.positions[row, start:end] = np.arange(shared, shared + end - start)
+                batch.segment_ids[row, start:end] = segment + 1
+                batch.response_mask[row, middle:end] = True
+                batch.segment_mask[row, segment] = True
+                if sampler_logprobs is not None:
+                    batch.sampler_logprobs[row, middle:end] = sampler_logprobs[i]
+                if advantages is not None:
+                    batch.advantages[row, segment] = advantages[i]
+                start, segment = end, segment + 1
+            if batch.prompt_ids is not None:
+                batch.prompt_ids[row, first:start] = number
     return batch
+
+
+def of_pairs(
+    values: Float[np.ndarray, "B T"],
+    batch: TrainBatch,
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+    layout: RowLayout,
+) -> list[Float[np.ndarray, "_R"]]:
+    """The values of each pair's response tokens, where ``from_pairs`` made the batch of the pairs."""
+    found = [np.zeros(0, np.float32)] * len(pairs)
+    for row, spans in enumerate(_rows(pairs, layout)):
+        for segment, i in enumerate((i for _, members in spans for i in members), 1):
+            found[i] = values[row, (batch.segment_ids[row] == segment) & batch.response_mask[row]]
+    return found
+
+
+def _rows(pairs: Sequence[tuple[np.ndarray, np.ndarray]], layout: RowLayout) -> list[list[tuple[int, list[int]]]]:
+    """The rows; of each, its prompts: how many tokens of the prompt are shared, and the indices of its pairs."""
+    if layout.row_tokens is None:
+        return [[(0, [i])] for i in range(len(pairs))]
+    if not layout.has_prompt_ids:
+        lengths = [len(prompt) + len(response) for prompt, response in pairs]
+        return [[(0, [i]) for i in row] for row in pack(lengths, layout.row_tokens)]
+    groups: dict[bytes, list[int]] = {}
+    for i, (prompt, _) in enumerate(pairs):
+        groups.setdefault(np.asarray(prompt, np.int32).tobytes(), []).append(i)
+    pieces, lengths = [], []
+    for members in groups.values():
+        # The prompt's last token stays with each response, whose first token it predicts.
+        shared = len(pairs[members[0]][0]) - 1
+        ends = [1 + len(pairs[i][1]) for i in members]
+        for piece in pack(ends, layout.row_tokens - shared):
+            pieces.append((shared, [members[i] for i in piece]))
+            lengths.append(shared + sum(ends[i] for i in piece))
+    return [[pieces[i] for i in row] for row in pack(lengths, layout.row_tokens)]
 
 
 def place(batch: TrainBatch, layout: RowLayout) -> TrainBatch:
     """The batch on the devices of the layout's mesh, with a leading axis of micro-batches ``[A, B/A, ...]``."""
     rows = layout.micro_batch_rows or len(batch.tokens)
-    split = TrainBatch(*[array.reshape(-1, rows, array.shape[1]) for array in batch])
-    return jax.device_put(split) if layout.mesh is None else jax.tree.map(to_devices, split, shardings(layout.mesh))
+    split = jax.tree.map(lambda array: array.reshape(-1, rows, array.shape[1]), batch)
+    return jax.device_put(split) if layout.mesh is None else jax.tree.map(to_devices, split, shardings(layout))
 
 
-def shardings(mesh: Mesh) -> TrainBatch:
+def shardings(layout: RowLayout) -> TrainBatch:
     """How a batch with its axis of micro-batches is sharded: rows over data and fsdp, tokens over context."""
-    tokens = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES, "context"))
-    rollouts = NamedSharding(mesh, PartitionSpec(None, BATCH_AXES))
-    return TrainBatch(tokens, tokens, tokens, tokens, tokens, rollouts, rollouts)
+    assert layout.mesh is not None
+    tokens = NamedSharding(layout.mesh, PartitionSpec(None, BATCH_AXES, "context"))
+    rollouts = NamedSharding(layout.mesh, PartitionSpec(None, BATCH_AXES))
+    prompt_ids = tokens if layout.has_prompt_ids else None
+    return TrainBatch(tokens, tokens, tokens, tokens, tokens, rollouts, rollouts, prompt_ids)
 
 
 def padding(batch: TrainBatch, layout: RowLayout) -> float:
     """Fraction of the positions which the train step computes that hold no token."""
     rows = layout.micro_batch_rows or len(batch.tokens)
     num_computed = _round_up(int(batch.segment_mask.any(axis=1).sum()), rows) * batch.tokens.shape[1]
-    return 1 - float((batch.segment_ids > 0).sum()) / num_computed
+    ids = batch.segment_ids if batch.prompt_ids is None else batch.prompt_ids
+    return 1 - float((ids > 0).sum()) / num_computed
 
 
-def make_batch(make: Any, rows: tuple[int, ...], length: int, num_segments: int) -> TrainBatch:
+def make_batch(make: Any, rows: tuple[int, ...], length: int, layout: RowLayout) -> TrainBatch:
     """A batch of what ``make(shape, dtype)`` gives for each of its arrays."""
-    tokens, rollouts = (*rows, length), (*rows, num_segments)
+    tokens, rollouts = (*rows, length), (*rows, layout.max_segments)
     return TrainBatch(
         tokens=make(tokens, np.int32),
         positions=make(tokens, np.int32),
@@ -188,6 +243,7 @@ def make_batch(make: Any, rows: tuple[int, ...], length: int, num_segments: int)
         sampler_logprobs=make(tokens, np.float32),
         advantages=make(rollouts, np.float32),
         segment_mask=make(rollouts, bool),
+        prompt_ids=make(tokens, np.int32) if layout.has_prompt_ids else None,
     )
 
 

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from oapl_jax.learner.state import TrainState
 from oapl_jax.model import lora
 from oapl_jax.model.logprob import sequence_logprobs
+from oapl_jax.model.row_attention import Segments
 from oapl_jax.objectives import oapl
 from oapl_jax.objectives.objective import Objective, ObjectiveOptions
 from oapl_jax.types import TrainBatch
@@ -109,7 +110,7 @@ def _score_fn(graphdef: nnx.GraphDef, temperature: float, vocab_size: int) -> Ca
             rows.tokens,
             rows.response_mask,
             positions=rows.positions if is_packed else None,
-            segment_ids=rows.segment_ids if is_packed else None,
+            segments=Segments(rows.segment_ids, rows.prompt_ids) if is_packed else None,
             temperature=temperature,
             vocab_size=vocab_size,
         )

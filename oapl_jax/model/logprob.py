@@ -15,14 +15,16 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from oapl_jax.distributed.sharding import BATCH_AXES, platform_of
+from oapl_jax.model.row_attention import Segments
 
-CHUNK_TOKENS = 512
-"""Tokens whose logits exist at once on a device: enough for a product that is not bound by reading the weights."""
+CHUNK_TOKENS = {"cpu": 128, "tpu": 512, "gpu": 2048}
+"""Tokens whose logits exist at once on a device: enough for a product that is not bound by reading the weights.
 
-GPU_CHUNK_TOKENS = 2048
-"""The same on a GPU, where memory is less short: the sum of the unembedding's gradient is read and written once a chunk."""
+A batch computes whole chunks, and a GPU, where memory is less short, reads and writes the sum of the unembedding's
+gradient once a chunk.
+"""
 
-CHUNK_LOGITS = 2**24
+CHUNK_LOGITS = {"cpu": 2**22, "tpu": 2**24, "gpu": 2**24}
 """Logits that may exist at once in any case: a small vocabulary needs no loop."""
 
 # Finite, so that p * log p of an impossible token is 0 * -1e30 = 0 and not NaN.
@@ -38,19 +40,19 @@ def sequence_logprobs(
     temperature: float,
     vocab_size: int,
     positions: Int[Array, "B T"] | None = None,
-    segment_ids: Int[Array, "B T"] | None = None,
+    segments: Segments | None = None,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Teacher-forced log-probabilities and entropies of whole rows, in nats, float32.
 
     ``logprobs[:, t]`` scores ``tokens[:, t]`` given the tokens before it; ``entropy[:, t]`` is of the distribution
     that token t was drawn from. Position 0 (nothing before it) and everything outside ``mask``, usually the responses,
-    is 0. Without ``positions`` and ``segment_ids`` a row is one rollout, padded on the right; a packed row's mask has
+    is 0. Without ``positions`` and ``segments`` a row is one rollout, padded on the right; a packed row's mask has
     no rollout's first token. Only log-probabilities have a gradient.
     """
     model = nnx.merge(graphdef, params)
     if positions is None:
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    hidden, _ = model.hidden(tokens, positions, model.attend_rows(segment_ids))
+    hidden, _ = model.hidden(tokens, positions, model.attend_rows(segments))
     # The state at t predicts token t + 1; the last one predicts beyond the row and is not scored.
     targets, is_scored = (jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (tokens, mask))
     unembedding, letters = model.unembedding()
@@ -103,7 +105,7 @@ def token_logprobs(
 
 def chunk_tokens(num_ids: int, platform: str) -> int:
     """Tokens of a chunk on a device that has ``num_ids`` logits of each token."""
-    return max(GPU_CHUNK_TOKENS if platform == "gpu" else CHUNK_TOKENS, CHUNK_LOGITS // num_ids)
+    return max(CHUNK_TOKENS[platform], CHUNK_LOGITS[platform] // num_ids)
 
 
 @dataclasses.dataclass(frozen=True)

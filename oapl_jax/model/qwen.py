@@ -509,8 +509,8 @@ class Qwen(nnx.Module):
             x, cache = self._run_layers(run_layer, (x, cache), stacked)
         return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), cache
 
-    def attend_rows(self, segment_ids: Int[Array, "B T"] | None = None) -> Attend:
-        """Each token sees its own rollout up to itself; no segment ids: a row is one rollout, padded on the right."""
+    def attend_rows(self, segments: row_attention.Segments | None = None) -> Attend:
+        """Each token sees its own rollout up to itself; no segments: a row is one rollout, padded on the right."""
 
         def attend(layer: Any, query: Array, key: Array, value: Array, cache: Cache) -> tuple[Array, Cache]:
             kind = self.attention
@@ -522,9 +522,9 @@ class Qwen(nnx.Module):
                     query.shape[1] // context,
                     key.shape[1],
                     query.shape[3],
-                    is_packed=segment_ids is not None,
+                    is_packed=segments is not None,
                 )
-            return row_attention.attend_rows(query, key, value, segment_ids, kind=kind, mesh=self.mesh), cache
+            return row_attention.attend_rows(query, key, value, segments, kind=kind, mesh=self.mesh), cache
 
         return attend
 

@@ -1,5 +1,7 @@
 """Causal attention within the rollouts of packed rows, for training: XLA, the TPU's splash kernel, cuDNN's, Triton's.
 
+Rollouts of one prompt may share its tokens in a row (``Segments``): XLA's and cuDNN's attention know that.
+
 Each is linear in memory: scores exist for a block of queries at a time, in the forward and in the backward pass.
 (But for cuDNN's where rollouts share a row or devices share its queries: it takes a mask then.)
 On a mesh, rows are split over ``data`` and ``fsdp``, heads over ``tensor``, and queries over ``context``: each
@@ -8,7 +10,7 @@ device has its own queries, and gathers the keys and values of the whole row, wh
 
 import functools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +25,16 @@ from oapl_jax.distributed.sharding import BATCH_AXES
 from oapl_jax.model.attention import attend
 
 RowAttentionKind = Literal["xla", "splash", "cudnn", "triton"]
+
+
+class Segments(NamedTuple):
+    """What a token of a packed row sees: earlier tokens of its rollout, and of its prompt where it is shared."""
+
+    rollouts: Int[Array, "B T"]
+    """Which rollout of the row a token belongs to, from 1; 0: a shared prompt, or padding."""
+    prompts: Int[Array, "B T"] | None = None
+    """Which prompt of the row a token belongs to or answers; None: no prompt is shared."""
+
 
 MOST_BLOCKS = 8
 """XLA: blocks of queries of a row. A block sees the keys up to its end only, so more blocks save up to half of the work."""
@@ -62,6 +74,11 @@ def choose(
     return "xla"
 
 
+def shares_prompts(kind: RowAttentionKind) -> bool:
+    """Whether rollouts may share their prompt: the kernels of splash and Triton know one id of a token only."""
+    return kind in ("xla", "cudnn")
+
+
 def has_triton(device: Any) -> bool:
     """Whether a device (``jax.Device``) is a GPU that Triton's kernels are compiled for."""
     # AMD's capabilities are words.
@@ -73,7 +90,7 @@ def attend_rows(
     query: Float[Array, "B T H C"],
     key: Float[Array, "B T K C"],
     value: Float[Array, "B T K C"],
-    segment_ids: Int[Array, "B T"] | None = None,
+    segments: Segments | None = None,
     *,
     kind: RowAttentionKind,
     mesh: Mesh | None = None,
@@ -81,25 +98,27 @@ def attend_rows(
 ) -> Float[Array, "B T H C"]:
     """Softmax attention of each token over the tokens of its own rollout up to itself.
 
-    Queries and keys come after norm and rope; each key serves H/K query heads. Without segment ids a row is one
-    rollout, and padding comes only after it. Without a mesh the arrays are on one device. ``interpret`` runs the TPU's
+    Queries and keys come after norm and rope; each key serves H/K query heads. Without segments a row is one rollout,
+    and padding comes only after it. Without a mesh the arrays are on one device. ``interpret`` runs the TPU's
     or Triton's kernel on any platform, slowly. Scores and softmax are float32; the result has the query's dtype.
     """
     mesh = None if mesh is None or mesh.size == 1 else mesh
-    is_packed = segment_ids is not None
+    is_packed = segments is not None
+    if segments is not None and segments.prompts is not None and not shares_prompts(kind):
+        raise ValueError(f"model.attention={kind} has no rows whose rollouts share a prompt; use model.attention=xla")
     with jax.named_scope("attention"):
-        if segment_ids is None and (kind in ("splash", "triton") or mesh is not None):
-            segment_ids = jnp.ones(query.shape[:2], jnp.int32)
+        if segments is None and (kind in ("splash", "triton") or mesh is not None):
+            segments = Segments(jnp.ones(query.shape[:2], jnp.int32))
         key, value = (_divisible_heads(x, query.shape[2], mesh) for x in (key, value))
         if kind == "splash":
             kernel = _splash_kernel(query.shape[1], query.shape[2], mesh, interpret)
-            return _on_devices(_splash, mesh, query, key, value, segment_ids, kernel)
+            return _on_devices(_splash, mesh, query, key, value, segments, kernel)
         fns = {
             "xla": _xla,
             "cudnn": functools.partial(_cudnn, is_packed=is_packed),
             "triton": functools.partial(_triton, interpret=interpret),
         }
-        return _on_devices(fns[kind], mesh, query, key, value, segment_ids)
+        return _on_devices(fns[kind], mesh, query, key, value, segments)
 
 
 def _divisible_heads(x: Float[Array, "B T K C"], num_query_heads: int, mesh: Mesh | None) -> Float[Array, "B T J C"]:
@@ -111,15 +130,15 @@ def _divisible_heads(x: Float[Array, "B T K C"], num_query_heads: int, mesh: Mes
 
 
 def _on_devices(
-    attend_fn: Any, mesh: Mesh | None, query: Array, key: Array, value: Array, segment_ids: Array | None, *kernel: Any
+    attend_fn: Any, mesh: Mesh | None, query: Array, key: Array, value: Array, segments: Segments | None, *kernel: Any
 ) -> Array:
     """Runs ``attend_fn`` on each device's queries, with the keys and values of its rows and heads.
 
-    It gets the segment ids of queries and of keys, and the place of the first query in the row (0 where no axis splits
+    It gets the segments of queries and of keys, and the place of the first query in the row (0 where no axis splits
     it).
     """
     if mesh is None:
-        return attend_fn(query, key, value, segment_ids, segment_ids, 0, *kernel)
+        return attend_fn(query, key, value, segments, segments, 0, *kernel)
     is_split = mesh.shape["context"] > 1
 
     def on_device(query: Array, key: Array, value: Array, query_ids: Any, key_ids: Any, *kernel: Any) -> Array:
@@ -134,7 +153,7 @@ def _on_devices(
         in_specs=(queries, keys, keys, P(BATCH_AXES, "context"), P(BATCH_AXES), *kernel_specs),
         out_specs=queries,
         check_vma=False,
-    )(query, key, value, segment_ids, segment_ids, *kernel)
+    )(query, key, value, segments, segments, *kernel)
 
 
 def _xla(query: Array, key: Array, value: Array, query_ids: Any, key_ids: Any, start: Any) -> Array:
@@ -144,9 +163,13 @@ def _xla(query: Array, key: Array, value: Array, query_ids: Any, key_ids: Any, s
     for first in range(0, T, size):
         last = min(first + size, T)
         seen = slice(last if isinstance(start, int) else None)  # keys after the block's end are in its future
-        ids = (None, None) if query_ids is None else (query_ids[:, first:last], key_ids[:, seen])
+        ids = _part(query_ids, slice(first, last)), _part(key_ids, seen)
         outputs.append(_attend_block(query[:, first:last], key[:, seen], value[:, seen], *ids, start + first))
     return jnp.concatenate(outputs, axis=1)
+
+
+def _part(segments: Segments | None, tokens: slice) -> Segments | None:
+    return jax.tree.map(lambda ids: ids[:, tokens], segments)
 
 
 @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -158,7 +181,13 @@ def _attend_block(query: Array, key: Array, value: Array, query_ids: Any, key_id
 def _mask(num_queries: int, num_keys: int, query_ids: Any, key_ids: Any, start: Any) -> Array:
     """True where a query sees a key, ``[B, T, S]`` or ``[1, T, S]``."""
     mask = (start + jnp.arange(num_queries))[None, :, None] >= jnp.arange(num_keys)
-    return mask if query_ids is None else mask & (query_ids[:, :, None] == key_ids[:, None])
+    if query_ids is None:
+        return mask
+    of_rollout = query_ids.rollouts[:, :, None] == key_ids.rollouts[:, None]
+    if query_ids.prompts is None:
+        return mask & of_rollout
+    of_prompt = query_ids.prompts[:, :, None] == key_ids.prompts[:, None]
+    return mask & of_prompt & (of_rollout | (key_ids.rollouts == 0)[:, None])
 
 
 def _cudnn(
@@ -184,7 +213,14 @@ def _triton(
     key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
     scale = query.shape[-1] ** -0.5
     return triton.mha(
-        query, key, value, query_ids, sm_scale=scale, causal=True, block_sizes=TRITON_BLOCKS, interpret=interpret
+        query,
+        key,
+        value,
+        query_ids.rollouts,
+        sm_scale=scale,
+        causal=True,
+        block_sizes=TRITON_BLOCKS,
+        interpret=interpret,
     )
 
 
@@ -197,7 +233,7 @@ def _splash(query: Array, key: Array, value: Array, query_ids: Any, key_ids: Any
         heads_first = (x.swapaxes(0, 1) for x in (query, key, value))
         return kernel(*heads_first, segment_ids=splash.SegmentIds(query_ids, key_ids)).swapaxes(0, 1)
 
-    return jax.vmap(one_row)(query, key, value, query_ids, key_ids)
+    return jax.vmap(one_row)(query, key, value, query_ids.rollouts, key_ids.rollouts)
 
 
 def _splash_kernel(num_tokens: int, num_heads: int, mesh: Mesh | None, interpret: bool) -> Any:

@@ -103,8 +103,8 @@ def _learner_programs(assembly: Assembly) -> list[Program]:
     length, total_rows = rows.row_length(rows.max_tokens), rows.num_rows(rows.num_rollouts)
     num_rows = rows.micro_batch_rows or total_rows
     num_micro_batches = total_rows // num_rows
-    shapes = batches.make_batch(jax.ShapeDtypeStruct, (num_micro_batches, num_rows), length, rows.max_segments)
-    batch = placed(shapes, batches.shardings(mesh))
+    shapes = batches.make_batch(jax.ShapeDtypeStruct, (num_micro_batches, num_rows), length, rows)
+    batch = placed(shapes, batches.shardings(rows))
     tokens = num_micro_batches * num_rows * length
     pairs = tokens * (rows.max_tokens + 1) / 2
     forward, attention = forward_flops(assembly.architecture, tokens, pairs, tokens)

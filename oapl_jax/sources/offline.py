@@ -295,17 +295,18 @@ class OfflineRounds(BufferedSource):
         if not pairs:
             return scores
         score, params = self._scorer(data, params)
-        layout = dataclasses.replace(self._learner.rows, row_tokens=None)
-        # Those of one length together: a batch is as long as its longest row.
-        order = sorted(range(len(pairs)), key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
+        layout, order = self._learner.rows, range(len(pairs))
+        if layout.row_tokens is None:  # those of one length together: a batch is as long as its longest row
+            order = sorted(order, key=lambda i: len(pairs[i][0]) + len(pairs[i][1]))
         for start in range(0, len(order), layout.num_rollouts):
             members = order[start : start + layout.num_rollouts]
-            batch = batches.from_pairs([pairs[i] for i in members], layout)
+            taken = [pairs[i] for i in members]
+            batch = batches.from_pairs(taken, layout)
             with self._setup.device_lock:
                 logprobs = np.asarray(jax.device_get(score(params, batches.place(batch, layout))))
-            rows = logprobs.reshape(batch.tokens.shape)
-            for row, i in enumerate(members):
-                scores[i] = rows[row][batch.response_mask[row]].astype(np.float32)
+            found = batches.of_pairs(logprobs.reshape(batch.tokens.shape), batch, taken, layout)
+            for i, values in zip(members, found, strict=True):
+                scores[i] = values.astype(np.float32)
         return scores
 
     def _scorer(self, data: RoundConfig, params: Any) -> tuple[Any, Any]:

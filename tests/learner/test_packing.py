@@ -11,7 +11,8 @@ from learner.test_step import CONFIG, VOCAB, assert_close, gradient, norm, run
 from model import tiny
 from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import make_meshes
-from oapl_jax.learner.batch import RowLayout, from_pairs, pack, padding, place
+from oapl_jax.learner.batch import RowLayout, from_pairs, of_pairs, pack, padding, place
+from oapl_jax.model.row_attention import Segments
 
 ROW = 32
 
@@ -81,11 +82,12 @@ def test_padding_is_the_share_of_computed_positions_without_a_token():
 
 
 def test_the_number_of_rows_takes_few_values():
-    layout = RowLayout(128, 64, 64, mesh=make_meshes(MeshConfig(trainer="fsdp=8"))[0])
-    counts = {layout.num_rows(used) for used in range(1, 129)}
-    assert len(counts) <= 8
+    layout = RowLayout(1024, 64, 64, mesh=make_meshes(MeshConfig(trainer="fsdp=8"))[0])
+    counts = {layout.num_rows(used) for used in range(1, 1025)}
+    assert len(counts) <= 24
     assert all(count % 8 == 0 for count in counts)
-    assert all(used <= layout.num_rows(used) < used + 16 for used in range(1, 129))
+    assert all(used <= layout.num_rows(used) <= max(used + 8, used * 1.25) for used in range(1, 1025))
+    assert RowLayout(6, 64, 64).num_rows(6) == 6
 
 
 @pytest.mark.slow
@@ -113,7 +115,7 @@ def score(batch):
         tiny.sequence_logprobs(
             *(graphdef, params, jnp.asarray(batch.tokens), jnp.asarray(batch.response_mask)),
             positions=jnp.asarray(batch.positions),
-            segment_ids=jnp.asarray(batch.segment_ids),
+            segments=jax.tree.map(jnp.asarray, Segments(batch.segment_ids, batch.prompt_ids)),
             temperature=1.0,
             vocab_size=VOCAB,
         )[0]
@@ -148,6 +150,112 @@ def test_a_packed_rollout_scores_as_alone():
             if packed.tokens[row, packed.segment_ids[row] == s + 1].tolist() == [*prompt, *response]
         ]
         np.testing.assert_allclose(rows[0], expected, atol=1e-5)
+
+
+SHARED = RowLayout(12, 16, ROW, shares_prompts=True)
+
+
+def make_groups(sizes=(5, 1, 3, 3), seed=4):
+    """Groups of these numbers of rollouts; two groups of three have one prompt."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(0, VOCAB, n).astype(np.int32) for n in (6, 1, 4)]
+    pairs = [
+        (prompt, rng.integers(0, VOCAB, int(rng.integers(1, 9))).astype(np.int32))
+        for prompt, size in zip([*prompts, prompts[-1]], sizes, strict=True)
+        for _ in range(size)
+    ]
+    logprobs = [-rng.exponential(3.0, len(response)).astype(np.float32) for _, response in pairs]
+    return pairs, {"sampler_logprobs": logprobs, "advantages": rng.normal(size=len(pairs)).tolist()}
+
+
+def rollouts_of(batch):
+    """Each rollout as a row has it: prompt, response, their positions, its log-probabilities and advantage."""
+    found = []
+    for row, segment in zip(*np.nonzero(batch.segment_mask), strict=True):
+        own = batch.segment_ids[row] == segment + 1
+        (prompt,) = set(batch.prompt_ids[row, own])
+        shared = (batch.prompt_ids[row] == prompt) & (batch.segment_ids[row] == 0)
+        tokens, positions = (np.concatenate([x[row, shared], x[row, own]]) for x in (batch.tokens, batch.positions))
+        assert positions.tolist() == list(range(len(tokens)))
+        is_response = np.concatenate([np.zeros(shared.sum(), bool), batch.response_mask[row, own]])
+        logprobs = batch.sampler_logprobs[row, own & batch.response_mask[row]]
+        values = (logprobs.tolist(), float(batch.advantages[row, segment]))
+        found.append((tokens[~is_response].tolist(), tokens[is_response].tolist(), *values))
+    return found
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.lists(st.integers(0, 9), min_size=1, max_size=9)), max_size=6, min_size=1),
+    st.integers(18, 60),
+)
+def test_rollouts_of_a_prompt_share_it_and_none_is_lost(groups, row_tokens):
+    rng = np.random.default_rng(0)
+    pairs = [
+        (prompt, rng.integers(0, VOCAB, length).astype(np.int32))
+        for prompt, lengths in [(rng.integers(0, VOCAB, p).astype(np.int32), lengths) for p, lengths in groups]
+        for length in lengths
+    ]
+    logprobs = [rng.normal(size=len(response)).astype(np.float32) for _, response in pairs]
+    advantages = rng.normal(size=len(pairs)).astype(np.float32).tolist()
+    layout = RowLayout(len(pairs), 18, row_tokens, shares_prompts=True)
+    batch = from_pairs(pairs, layout, sampler_logprobs=logprobs, advantages=advantages)
+    expected = [
+        (prompt.tolist(), response.tolist(), own.tolist(), advantage)
+        for (prompt, response), own, advantage in zip(pairs, logprobs, advantages, strict=True)
+    ]
+    assert sorted(rollouts_of(batch)) == sorted(expected)
+    for own, found in zip(logprobs, of_pairs(batch.sampler_logprobs, batch, pairs, layout), strict=True):
+        assert found.tolist() == own.tolist()
+
+
+def test_a_group_that_fits_into_a_row_has_its_prompt_once():
+    prompt, responses = np.arange(10, dtype=np.int32), [np.ones(5, np.int32)] * 4
+    layout = RowLayout(4, 16, 40, shares_prompts=True)
+    batch = from_pairs([(prompt, response) for response in responses], layout)
+    assert batch.segment_mask.sum(axis=1).tolist() == [4]
+    assert (batch.prompt_ids > 0).sum() == 9 + 4 * 6, "9 tokens once; the last one and the response for each"
+    assert padding(batch, layout) == pytest.approx(1 - 33 / 40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("objective", "mesh"),
+    [("oapl", "fsdp=1"), ("grpo", "fsdp=1"), ("supervised", "fsdp=1"), ("oapl", "data=2,context=4")],
+)
+def test_shared_prompts_change_no_gradient_and_no_metric(objective, mesh):
+    pairs, values = make_groups()
+    unshared, metrics = run(from_pairs(pairs, RowLayout(12, 16), **values), objective=objective)
+    layout = RowLayout(12, 16, ROW, 4, shares_prompts=True)
+    shared, shared_metrics = run(
+        from_pairs(pairs, layout, **values), num_micro_batches=3, objective=objective, mesh=mesh
+    )
+    assert norm(gradient(unshared)) > 0.1
+    assert_close(gradient(shared), gradient(unshared), atol=1e-5 * norm(gradient(unshared)))
+    assert shared_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+
+
+def test_a_rollout_that_shares_its_prompt_scores_as_alone():
+    pairs, values = make_groups()
+    batch = from_pairs(pairs, SHARED, **values)
+    alone_batch = from_pairs(pairs, layout := RowLayout(12, 16))
+    alone = of_pairs(score(alone_batch), alone_batch, pairs, layout)
+    for found, expected in zip(of_pairs(score(batch), batch, pairs, SHARED), alone, strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_no_token_of_a_response_changes_another_that_shares_its_prompt():
+    pairs, _ = make_groups()
+    batch = from_pairs(pairs, SHARED)
+    before = score(batch)
+    row = int(batch.segment_mask.sum(axis=1).argmax())
+    at = int(np.flatnonzero(batch.response_mask[row] & (batch.segment_ids[row] == 2))[0])
+    tokens = batch.tokens.copy()
+    tokens[row, at] = (tokens[row, at] + 1) % VOCAB
+    changed = before != score(batch._replace(tokens=tokens))
+    allowed = (batch.segment_ids[row] == 2) & (np.arange(ROW) >= at)
+    assert changed[row, at]
+    assert not changed[row, ~allowed].any()
+    assert not np.delete(changed, row, axis=0).any()
 
 
 def test_rows_that_cannot_be_are_refused():

@@ -81,8 +81,10 @@ def learner_logprobs(batch):
 
 def run(batch, num_steps=1, num_micro_batches=1, **options):
     step, init, mesh = make_step(**options)
-    rows = len(batch.tokens)
-    placed = place(batch, RowLayout(rows, 16, micro_batch_rows=rows // num_micro_batches, mesh=mesh))
+    rows, row_tokens = batch.tokens.shape
+    shares = batch.prompt_ids is not None
+    layout = RowLayout(rows, 16, row_tokens if shares else None, rows // num_micro_batches, mesh, shares_prompts=shares)
+    placed = place(batch, layout)
     state = init()
     for _ in range(num_steps):
         state, metrics = step(state, placed)
