@@ -36,7 +36,8 @@ def test_rows_hold_prompt_then_response_then_padding():
         assert batch.advantages[row, 0] == np.float32(graded.advantage)
     for array in (batch.tokens, batch.response_mask, batch.sampler_logprobs, batch.advantages):
         assert not array[4:].any(), "rows that only fill the batch are empty"
-    assert [array.dtype for array in batch] == [np.int32] * 3 + [bool, np.float32, np.float32, bool]
+    assert batch.prompt_ids is None
+    assert [array.dtype for array in batch[:7]] == [np.int32] * 3 + [bool, np.float32, np.float32, bool]
 
 
 def test_rollouts_that_cannot_be_used_are_no_rows():
@@ -47,7 +48,7 @@ def test_rollouts_that_cannot_be_used_are_no_rows():
     batch = from_groups([RolloutGroup(0, 0, prompt(0), tuple(rollouts), 0.5)], RowLayout(4, 16))
     assert batch.segment_mask[:, 0].tolist() == [True, True, False, False]
     assert batch.advantages[:, 0].tolist() == [0.0, 0.5, 0.0, 0.0]
-    assert all(np.isfinite(array).all() for array in batch)
+    assert all(np.isfinite(array).all() for array in batch[:7])
 
 
 def test_supervised_pairs_have_no_sampler_logprobs_and_no_advantage():
