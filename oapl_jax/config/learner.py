@@ -13,8 +13,8 @@ class LearnerConfig(Section):
     batch_rollouts: Count = 128
     """Rollouts per learner step; a multiple of the group size."""
     row_tokens: Count | None = None
-    """Tokens of a row into which rollouts are packed; null: a row has one rollout and padding. The gradient is the
-    same."""
+    """Tokens of a row into which rollouts are packed, those of one prompt behind one copy of it (docs/architecture.md
+    says with which attention); null: a row has one rollout and padding. The gradient is the same."""
     micro_batch_rows: Count | None = None
     """Rows per forward and backward pass; null: the whole batch. The gradient is the same."""
     learning_rate: PositiveOrZero = 1e-6
