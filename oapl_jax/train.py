@@ -149,11 +149,14 @@ def main(argv: list[str]) -> int | None:
 
 def describe(config: TrainConfig) -> str:
     """The plan of a run for people: everything is checked and nothing is trained."""
+    import oapl_jax.run.run  # noqa: F401 - what it loads is of the process's memory
+    from oapl_jax.build.peak import expected_peak
     from oapl_jax.run.start import load
 
     assembly, inputs = load(config)
     inputs.grader.close()
-    lines = assembly.describe() | inputs.describe(config)
+    peak = expected_peak(assembly).describe()
+    lines = assembly.describe() | peak | inputs.describe(config)
     return "\n".join(f"{name:>14}  {text}" for name, text in lines.items())
 
 
