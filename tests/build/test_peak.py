@@ -31,6 +31,7 @@ OVERRIDES = (
     "learner.batch_rollouts=16",
     "sampler.groups_in_flight=2",
     "evaluation.prompts=4",
+    "window.lease_seconds=600",
 )
 LARGE = read_config(ROOT / "configs/models/qwen2.5_0.5b_instruct.json")
 
