@@ -1,7 +1,7 @@
 """Whether the memory of trainer and samplers stays flat: thousands of steps of a tiny run, and their resident memory.
 
     python benchmarks/memory.py --json [--steps 10000] [--mode online|detached]
-    python benchmarks/memory.py --json --model FOLDER
+    python benchmarks/memory.py --json --model FOLDER [section.key=value ...]
 
 The model is the toy tasks' one with random weights, a window has ten steps, and each step trains on two groups of two
 short responses, so that whatever grows with steps, groups, prompts, files or versions grows quickly beside the rest.
@@ -11,8 +11,9 @@ short responses, so that whatever grows with steps, groups, prompts, files or ve
 * ``trainer_mib``, ``sampler_mib``: at a third of the steps and at the end.
 
 With ``--model`` it is one short online run of that model in float32, with batches of 64 rollouts of at most 192 tokens: start,
-evaluation, steps, a sync and saves.
+evaluation, steps, a sync and saves. Overrides change its config.
 
+* ``expected_mib``: what ``--dry-run`` says of this config. ``ratio`` is ``peak_mib`` over it.
 * ``peak_mib``: most resident memory of the run's process, mapped files included, as the kernel counts it.
 * ``peaks_mib``: the same of each learner step, seen twenty times a second; step 0 is the start, with the evaluation and the
   save before step 1.
@@ -21,6 +22,7 @@ evaluation, steps, a sync and saves.
 import argparse
 import json
 import pathlib
+import re
 import subprocess
 import sys
 import tempfile
@@ -69,9 +71,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument(
         "--model", type=pathlib.Path, metavar="FOLDER", help="peak of a short run of this model instead"
     )
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="with --model: of the run's config")
     arguments = parser.parse_args(argv)
     if arguments.model:
-        peaks = watch_peaks(arguments.model.absolute())
+        peaks = watch_peaks(arguments.model.absolute(), arguments.overrides)
         if arguments.json:
             print(json.dumps(peaks | {"model": arguments.model.name, "machine": machine(1)}, indent=2))
         return
@@ -102,12 +105,14 @@ def watch(mode: str, steps: int) -> dict[str, Any]:
     return result
 
 
-def watch_peaks(model: pathlib.Path) -> dict[str, Any]:
-    """Makes a run and follows its resident memory."""
+def watch_peaks(model: pathlib.Path, overrides: list[str]) -> dict[str, Any]:
+    """Asks what a run will take, makes it, and follows its resident memory."""
     with tempfile.TemporaryDirectory(prefix="oapl-memory-") as folder:
         run_dir, config = pathlib.Path(folder, "run"), pathlib.Path(folder, "config.yaml")
         config.write_text(MODEL_CONFIG % (run_dir, model))
-        process = start(["oapl_jax.train", "--config", str(config), "logging.progress=false"], None)
+        words = ["oapl_jax.train", "--config", str(config), "logging.progress=false", *overrides]
+        expected = expected_mib(start([*words, "--dry-run"], None).communicate(timeout=DEADLINE)[0])
+        process = start(words, None)
         peaks: dict[int, float] = {}
         peak, end = 0.0, time.monotonic() + DEADLINE
         try:
@@ -123,7 +128,20 @@ def watch_peaks(model: pathlib.Path) -> dict[str, Any]:
         output, _ = process.communicate(timeout=60)
         if process.returncode:
             raise RuntimeError(f"{process.args}: exit code {process.returncode}\n{output[-3000:]}")
-    return {"peak_mib": round(peak), "peaks_mib": {step: round(mib) for step, mib in peaks.items()}}
+    return {
+        "expected_mib": round(expected),
+        "peak_mib": round(peak),
+        "ratio": round(peak / expected, 3),
+        "peaks_mib": {step: round(mib) for step, mib in peaks.items()},
+    }
+
+
+def expected_mib(plan: str) -> float:
+    """The peak of the process in the output of ``--dry-run``."""
+    found = re.search(r"([\d.]+) ([KMG]iB) of the process", plan)
+    if found is None:
+        raise RuntimeError(f"--dry-run does not say what the process will take:\n{plan[-3000:]}")
+    return float(found[1]) * {"KiB": 2**-10, "MiB": 1, "GiB": 2**10}[found[2]]
 
 
 def observe(processes: dict[str, subprocess.Popen[str]], metrics: pathlib.Path) -> dict[str, list[tuple[int, float]]]:

@@ -11,7 +11,7 @@ import pathlib
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from oapl_jax.io import interrupt
@@ -130,7 +130,8 @@ def main(argv: list[str]) -> int | None:
         use_compile_cache(config.run.compile_cache)
         if arguments.dry_run:
             say(config_file.to_yaml(config))
-            say(describe(config))
+            for text in describe(config):
+                say(text)
             return None
         say(f"{config.run.dir}: starting")
         from oapl_jax.distributed.sharding import is_here, make_meshes
@@ -147,14 +148,20 @@ def main(argv: list[str]) -> int | None:
     return None
 
 
-def describe(config: TrainConfig) -> str:
-    """The plan of a run for people: everything is checked and nothing is trained."""
+def describe(config: TrainConfig) -> Iterator[str]:
+    """The plan of a run for people, then its peak of memory: everything is checked and compiled, and nothing is trained."""
+    import oapl_jax.run.run  # noqa: F401 - what it loads is of the process's memory
+    from oapl_jax.build.peak import expected_peak
     from oapl_jax.run.start import load
 
     assembly, inputs = load(config)
     inputs.grader.close()
-    lines = assembly.describe() | inputs.describe(config)
-    return "\n".join(f"{name:>14}  {text}" for name, text in lines.items())
+    yield _lines(assembly.describe() | inputs.describe(config))
+    yield _lines(expected_peak(assembly).describe())
+
+
+def _lines(texts: dict[str, str]) -> str:
+    return "\n".join(f"{name:>14}  {text}" for name, text in texts.items())
 
 
 def _check_single_process(config: TrainConfig) -> None:

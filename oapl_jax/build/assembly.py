@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from oapl_jax.build.account import Account, disk, learner_bytes
 from oapl_jax.build.checks import objective_of
 from oapl_jax.build.learner import Learner, make_learner
-from oapl_jax.build.sampler import PAGE_SIZE, NoRoomError, cache_bytes, make_engines, prepares_layers
+from oapl_jax.build.sampler import PAGE_SIZE, NoRoomError, cache_bytes, make_engines, num_prepared
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.distributed.memory import usable_bytes
 from oapl_jax.distributed.sharding import (
@@ -188,7 +188,7 @@ def make_assembly(
         optimizer=optimizer,
         gradient=gradient,
         sampler_weights=copy,
-        prepared_weights=copy if prepares_layers(replicas[0]) else 0,
+        prepared_weights=copy * num_prepared(architecture, replicas[0]) / architecture.num_params,
         evaluation_weights=copy if has_second_policy else 0,
         kv_cache=cache_bytes(engines[0]) if engines else 0,
         is_colocated=is_colocated,

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any
 
+import jax
 import optax
 from jax.sharding import Mesh
 
@@ -38,6 +39,15 @@ class Learner:
     def score(self) -> Any:
         """``(params, batch on devices) -> log-probabilities`` of the response tokens."""
         return make_scorer(self.graphdef, temperature=self.temperature, vocab_size=self.vocab_size)
+
+    def largest_batch(self) -> TrainBatch:
+        """Shapes on the devices, of rows that are full of rollouts of full length."""
+        rows = self.rows
+        total = rows.num_rows(rows.num_rollouts)
+        num_rows = rows.micro_batch_rows or total
+        length = rows.row_length(rows.max_tokens)
+        shapes = batches.make_batch(jax.ShapeDtypeStruct, (total // num_rows, num_rows), length, rows)
+        return placed(shapes, batches.shardings(rows))
 
     def place(self, batch: TrainBatch) -> TrainBatch:
         """A batch on the devices."""

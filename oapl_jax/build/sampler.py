@@ -15,7 +15,7 @@ from oapl_jax.model import qwen
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.rollouts.stops import Stops
 from oapl_jax.sampler import kv_cache
-from oapl_jax.sampler.engine import Engine, joins_layers
+from oapl_jax.sampler.engine import Engine, is_large_on_cpu, joins_layers
 from oapl_jax.sampler.sampler import JaxSampler, replica_meshes
 
 PAGE_SIZE = 16
@@ -63,8 +63,8 @@ def make_engines(
     rows, cached = num_rows // num_replicas, jnp.dtype(sampler.kv_dtype or computed)
     graphdef = qwen.abstract(model, compute_dtype=computed)[0]
     max_pages = -(-(max_prompt_tokens + sampler.max_response_tokens) // PAGE_SIZE)
-    copies = num_copies + prepares_layers(meshes[0])
-    weights = model.num_params * jnp.dtype(sampler.dtype).itemsize * copies
+    num_weights = num_copies * model.num_params + num_prepared(model, meshes[0])
+    weights = num_weights * jnp.dtype(sampler.dtype).itemsize
     left = sampler.kv_memory * max(0.0, free * meshes[0].size - weights)
     affordable = int(left // kv_cache.page_bytes(model, PAGE_SIZE, cached))
     if affordable < max_pages:
@@ -116,9 +116,13 @@ def make_sampler(
     return JaxSampler(engines, mesh, tokenizer.decode)
 
 
-def prepares_layers(mesh: Mesh) -> bool:
-    """Whether a sampler on this replica reads a copy of the layers that it has made for itself."""
-    return platform_of(mesh) == "cpu" or joins_layers(mesh)
+def num_prepared(model: qwen.QwenConfig, mesh: Mesh) -> int:
+    """Weights that a sampler on this replica has twice: its decode steps read a copy that it has made for itself."""
+    is_cpu, embedding = platform_of(mesh) == "cpu", model.vocab_size * model.hidden_size
+    has_layers = (is_cpu or joins_layers(mesh)) and not is_large_on_cpu(model, mesh)
+    num_matrices = 1 if model.tie_word_embeddings else 2
+    head = embedding if is_cpu and num_matrices == 2 else 0
+    return head + has_layers * (model.num_params - num_matrices * embedding)
 
 
 def kv_shards(model: qwen.QwenConfig, mesh: Mesh) -> int:

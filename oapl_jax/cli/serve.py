@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from oapl_jax.build import policy
 from oapl_jax.build.account import size
-from oapl_jax.build.sampler import cache_bytes, prepares_layers
+from oapl_jax.build.sampler import cache_bytes, num_prepared
 from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.config.model import ModelConfig
 from oapl_jax.distributed.memory import usable_bytes
@@ -123,7 +123,7 @@ def load(arguments: argparse.Namespace) -> Any:
         mesh=mesh,
         cache_dtype=jnp.dtype(dtype),
     )
-    copies = 2 if prepares_layers(mesh) else 1
+    copies = 1 + num_prepared(config, mesh) / config.num_params
     weights, cache, usable = copies * device_bytes(params), cache_bytes(engine), usable_bytes(mesh)
     if weights + cache > usable:
         raise ValueError(

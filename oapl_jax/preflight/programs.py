@@ -7,7 +7,6 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from oapl_jax.build import policy
@@ -16,8 +15,7 @@ from oapl_jax.build.checks import CHECKS
 from oapl_jax.build.sampler import PAGE_SIZE, kv_shards
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import SftConfig, TrainConfig
-from oapl_jax.distributed.sharding import placed, platform_of, row_shards
-from oapl_jax.learner import batch as batches
+from oapl_jax.distributed.sharding import platform_of, row_shards
 from oapl_jax.model import qwen
 from oapl_jax.model.logprob import chunk_tokens
 from oapl_jax.weights.sync import WeightSync
@@ -99,12 +97,9 @@ def rollout_bytes(assembly: Assembly) -> float:
 def _learner_programs(assembly: Assembly) -> list[Program]:
     config, learner, account = assembly.config, assembly.learner, assembly.account
     mesh, rows = learner.mesh, learner.rows
-    # The largest batch: rows are full of rollouts of full length, and all tokens are scored.
-    length, total_rows = rows.row_length(rows.max_tokens), rows.num_rows(rows.num_rollouts)
-    num_rows = rows.micro_batch_rows or total_rows
-    num_micro_batches = total_rows // num_rows
-    shapes = batches.make_batch(jax.ShapeDtypeStruct, (num_micro_batches, num_rows), length, rows)
-    batch = placed(shapes, batches.shardings(rows))
+    # All its tokens are scored.
+    batch = learner.largest_batch()
+    num_micro_batches, num_rows, length = batch.tokens.shape
     tokens = num_micro_batches * num_rows * length
     pairs = tokens * (rows.max_tokens + 1) / 2
     forward, attention = forward_flops(assembly.architecture, tokens, pairs, tokens)

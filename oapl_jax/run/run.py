@@ -18,6 +18,7 @@ from oapl_jax.build import policy
 from oapl_jax.build.assembly import Assembly
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
+from oapl_jax.distributed.memory import trim_heap
 from oapl_jax.distributed.messages import forward_preemption
 from oapl_jax.distributed.sharding import num_processes
 from oapl_jax.io import run_dir
@@ -125,6 +126,7 @@ class Run:
         scoring = "compiling learner program 1 of 2: log-probabilities, for the parity gate"
         with self.trainer_lock, self.bar.stage(scoring):
             parity = check_parity(self.config, self.assembly.learner, self.state.params, scored)
+        trim_heap()
         self.bar.note(f"parity gate: sampler and learner differ by {parity:.2g} nats a token")
         self.progress.before = self._evaluate_now(self.sampler_weights)
         self.is_best(self.progress.before)
@@ -192,8 +194,12 @@ class Run:
         batch = batches.from_groups(groups, learner.rows)
         compiling = self.bar.stage("compiling learner program 2 of 2: the train step")
         with self.trainer_lock, contextlib.nullcontext() if self.has_trained else compiling:
+            placed = learner.place(batch)
+            if not self.has_trained:
+                learner.train_step.lower(self.state, placed).compile()  # the call below finds it
+                trim_heap()  # before the temporaries of the step are there too
             self.has_trained = True
-            self.state, on_device = learner.train_step(self.state, learner.place(batch))
+            self.state, on_device = learner.train_step(self.state, placed)
             metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
             jax.block_until_ready(self.state)  # on all devices, before the lock is left
         self.progress.step += 1
@@ -393,6 +399,7 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
             start = time.perf_counter()
             with bar.stage("compiling the sampler"):
                 setup.warm_up(weights)
+            trim_heap()
             bar.note(f"sampler: compiled in {time.perf_counter() - start:.1f} s")
         if make_source is None:
             source = _make_source(assembly, setup, rollouts, cluster, record, poll, bar.note, stack)

@@ -35,6 +35,10 @@ Params = Any
 AttentionKind = Literal["dense", "xla", "tpu", "gpu"]
 """How decode steps read the cache: ``dense`` as in ``sampler/cpu``, or paged by one of ``paged_attend``'s kernels."""
 
+LARGE_PARAMS = 2**26
+"""Parameters from which on memory is what a CPU is short of: the sampler makes no copy of the layers (they are not
+joined), and its programs take turns with the learner's, so that the temporaries of both are never there at once."""
+
 SHORTEST_DENSE = 64
 """Tokens that dense attention covers at least: longer ones are summed in an order that padding does not change."""
 
@@ -46,7 +50,7 @@ class Prepared(NamedTuple):
     layers: list[Layer] | None
     """For ``dense``, and on a GPU; see ``joins_layers``."""
     head: Float[Array, "V D"] | None
-    """For ``dense``."""
+    """For ``dense``, where the embedding is not tied."""
 
 
 class Prefix(NamedTuple):
@@ -107,6 +111,12 @@ class Decoded(NamedTuple):
     """int32 ``[]``: decode steps that were run."""
 
 
+def is_large_on_cpu(model: QwenConfig, mesh: Mesh) -> bool:
+    """Whether the one device is a CPU of which each program of this model keeps all cores busy."""
+    is_cpu = mesh.size == 1 and mesh.devices.flat[0].platform == "cpu"
+    return is_cpu and model.num_params >= LARGE_PARAMS
+
+
 def joins_layers(mesh: Mesh) -> bool:
     """Whether decode steps read a copy of the layers for another reason than ``dense``: see ``sampler/cpu/joined_layers.py``.
 
@@ -126,8 +136,9 @@ class Engine:
     ``tensor``, the other axes have size 1. Only ``dense`` and ``xla`` read a cache of int8.
 
     By default ``attention`` is ``dense`` on a CPU, and else what ``choose_implementation`` says, and decode steps read a
-    copy of the layers (``join_layers``) where ``joins_layers`` says so; with ``dense`` they always do. Without
-    ``can_truncate`` no request has a top-k or a top-p, and there is less to compile.
+    copy of the layers (``join_layers``) where ``joins_layers`` says so. With ``dense`` they always do, or read the
+    layers in the memory of their stack, where ``is_large_on_cpu`` says so (``share_layers``). Without ``can_truncate``
+    no request has a top-k or a top-p, and there is less to compile.
     """
 
     def __init__(
@@ -147,6 +158,7 @@ class Engine:
         cache_dtype: DTypeLike = jnp.float32,
         attention: AttentionKind | None = None,
         join_layers: bool | None = None,
+        share_layers: bool | None = None,
         can_truncate: bool = True,
     ):
         self.model_config, self.vocab_size = model_config, vocab_size
@@ -168,12 +180,14 @@ class Engine:
         self.attention: AttentionKind = attention or ("dense" if platform == "cpu" else paged)
         self._is_joined = joins_layers(mesh) if join_layers is None else join_layers
         self._is_joined |= self.attention == "dense"
+        self._is_shared = is_large_on_cpu(model_config, mesh) if share_layers is None else share_layers
+        self._is_shared &= self.attention == "dense"
         is_sharded = mesh.shape["tensor"] > 1
         self._draw = functools.partial(draw, vocab_size=vocab_size, is_sharded=is_sharded, can_truncate=can_truncate)
         self._graphdef, self._stops = graphdef, jnp.asarray(self.stop_ids)
         replicated: Any = NamedSharding(mesh, PartitionSpec())
         state, prompt = self._shardings(), PromptKV(self._kv_sharding(3, 5), self._kv_sharding(3, 5))
-        self._join = jax.jit(self._join_program)
+        self._join, self._turn_head = jax.jit(self._join_program), jax.jit(self._turn_head_program)
         self._prefill = jax.jit(self._prefill_program, out_shardings=Prefix(prompt, replicated, replicated))
         self._insert = jax.jit(self._insert_program, donate_argnames="state", out_shardings=state)
         self._generate = jax.jit(self._generate_program, donate_argnames="state", out_shardings=(state, replicated))
@@ -231,7 +245,10 @@ class Engine:
             if expected.get(name) != given.get(name):
                 shapes = [list(tree[name]) if name in tree else "no such parameter" for tree in (given, expected)]
                 raise ValueError(f"parameter {name} is {shapes[0]}, the engine's model has {shapes[1]}")
-        return self._prepared(params, self._join)
+        if not self._is_shared:
+            return self._prepared(params, self._join)
+        layers = joined_layers.layers_in_place(nnx.merge(self._graphdef, params))
+        return Prepared(params, layers, self._turn_head(params))
 
     def prefill(self, policy: Prepared, prompt: Int[np.ndarray, "_P"]) -> Prefix:
         """Runs a prompt, padded, through the model."""
@@ -275,7 +292,7 @@ class Engine:
         """``generate`` of all rows, to be compiled for parameters that are shapes with shardings."""
         state = placed(jax.eval_shape(self.init_decode_state), self._shardings())
         rows, table = self._integers(self.num_rows), self._integers(self.num_rows, self.max_pages)
-        policy = self._prepared(params, functools.partial(jax.eval_shape, self._join))
+        policy = self._prepared(params, functools.partial(jax.eval_shape, self._join_program))
         return self._generate.lower(policy, rows, table, state=state)
 
     def _prepared(self, params: Params, join: Any) -> Prepared:
@@ -304,8 +321,11 @@ class Engine:
 
     def _join_program(self, params: Params) -> tuple[list[Layer], Float[Array, "V D"] | None]:
         model = nnx.merge(self._graphdef, params)
-        head = joined_layers.head_by_id(model) if self.attention == "dense" else None
-        return joined_layers.join_layers(model), head
+        layers = joined_layers.split_layers(model) if self._is_shared else joined_layers.join_layers(model)
+        return layers, self._turn_head_program(params)
+
+    def _turn_head_program(self, params: Params) -> Float[Array, "V D"] | None:
+        return joined_layers.turned_head(nnx.merge(self._graphdef, params)) if self.attention == "dense" else None
 
     def _prefill_program(self, params: Params, tokens: Int[Array, "1 P"], length: Int[Array, "1"]) -> Prefix:
         with jax.named_scope("prefill"):
@@ -342,8 +362,8 @@ class Engine:
     ) -> tuple[DecodeState, Int[Array, "B X"]]:
         model, num_steps = nnx.merge(self._graphdef, policy.params), self.decode_steps
         logits_fn = lambda hidden: model.logits(hidden).T  # noqa: E731
-        if policy.head is not None:
-            logits_fn = functools.partial(joined_layers.logits_by_id, head=policy.head)
+        if self.attention == "dense" and (head := joined_layers.head_by_id(model, policy.head)) is not None:
+            logits_fn = functools.partial(joined_layers.logits_by_id, head=head)
         num_layers, pages = self.model_config.num_hidden_layers, state.pages
         own: Any = jax.tree.map(lambda whole: whole.at[slots].get(mode="clip"), tuple(state)[1:])
         rows = DecodeState(None, *own)  # pyright: ignore[reportArgumentType]

@@ -15,8 +15,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from oapl_jax.model.qwen import QwenConfig
 from oapl_jax.rollouts.sampling import Request, Stats
-from oapl_jax.sampler.engine import Engine, Params
+from oapl_jax.sampler.engine import Engine, Params, is_large_on_cpu
 from oapl_jax.sampler.scheduler import Scheduler
 from oapl_jax.types import Rollout
 
@@ -41,6 +42,15 @@ def replica_params(params: Params, replica: Mesh) -> Params:
     return jax.tree.map(part, params)
 
 
+def programs_take_turns(model: QwenConfig, mesh: Mesh) -> bool:
+    """Whether the programs of trainer and sampler on a mesh that they share run one at a time, by a lock.
+
+    On several devices they must: see ``Scheduler``. With a large model on a CPU they would only get in each other's way,
+    and the temporaries of both would lie in memory.
+    """
+    return mesh.size > 1 or is_large_on_cpu(model, mesh)
+
+
 class JaxSampler:
     """Our ``Sampler``: a request goes to the replica with the fewest unfinished rollouts.
 
@@ -52,9 +62,9 @@ class JaxSampler:
 
     def __init__(self, engines: Sequence[Engine], mesh: Mesh, decode: Callable[[list[int]], str] | None = None):
         self._engines, self._decode = engines, decode
-        self.device_lock: AbstractContextManager = threading.RLock() if mesh.size > 1 else contextlib.nullcontext()
-        """Held while a program is enqueued on the mesh, where trainer and sampler share several devices: see
-        ``Scheduler``."""
+        takes_turns = any(programs_take_turns(engine.model_config, mesh) for engine in engines)
+        self.device_lock: AbstractContextManager = threading.RLock() if takes_turns else contextlib.nullcontext()
+        """Held while a program is enqueued on the mesh, where ``programs_take_turns``."""
         self._schedulers: list[Scheduler] = []
         """With the caches; made when weights are set, dropped by ``release``."""
         self._parts: list[Params] = []

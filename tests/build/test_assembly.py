@@ -48,7 +48,7 @@ def test_run_dry_run_and_preflight_agree(monkeypatch):
     assert run.account == plan.assembly.account
     beside = {program.name: program.beside for program in plan.programs}
     assert beside["train_step"] == run.account.beside_train_step
-    text = train.describe(load())
+    text = next(train.describe(load()))
     assert f"{run.engines[0].num_pages:,} pages" in text
     for line in run.account.describe().values():
         assert line in text

@@ -83,6 +83,7 @@ def test_run_directories_differ():
     assert len(set(directories)) == len(directories)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", **names(TRAIN_FILES))
 def test_a_dry_run_prints_the_plan_and_makes_nothing(path, tmp_path, capsys):
     config = config_file.load(TrainConfig, path)
@@ -99,6 +100,7 @@ def test_a_dry_run_prints_the_plan_and_makes_nothing(path, tmp_path, capsys):
     assert not directory.exists()
 
 
+@pytest.mark.slow
 def test_the_plan_of_the_quickstart_has_the_right_numbers(capsys, tmp_path):
     config = ["--config", "configs/quickstart.yaml", f"run.dir={tmp_path / 'run'}", "mesh.trainer=fsdp=1"]
     assert commands.main(["train", *config, "--dry-run"]) == ExitCode.DONE

@@ -32,6 +32,22 @@ def test_joined_layers_are_those_of_the_stack():
     np.testing.assert_allclose(logits(quantized), tiny.logits(graphdef, quantized, tokens), atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["qwen3_tied", "moe"])
+def test_layers_in_place_are_those_of_the_stack_and_take_no_memory(name):
+    graphdef, params = tiny.split(tiny.config(name))
+    model, stack = nnx.merge(graphdef, params), params.layers
+    layers = [nnx.state(layer) for layer in joined_layers.layers_in_place(model)]
+
+    def check(whole, *parts):
+        np.testing.assert_array_equal(np.stack(parts), whole)
+        first, num_bytes = whole.unsafe_buffer_pointer(), parts[0].nbytes
+        aligned = [i for i in range(len(parts)) if num_bytes * i % 64 == 0]
+        assert [parts[i].unsafe_buffer_pointer() for i in aligned] == [first + num_bytes * i for i in aligned]
+        return len(aligned)
+
+    assert sum(jax.tree.leaves(jax.tree.map(check, stack, *layers))) > len(jax.tree.leaves(stack))
+
+
 K, C, PAGE, LAYERS = 2, 8, 4, 1
 
 

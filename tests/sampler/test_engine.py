@@ -178,6 +178,7 @@ def assert_alike(groups, reference):
         pytest.param({"page_size": 16}, {"chunks_ahead": 1}, id="results read late"),
         pytest.param({"attention": "xla"}, {}, id="paged attention"),
         pytest.param({"attention": "xla", "join_layers": True}, {}, id="paged attention, layers apart"),
+        pytest.param({"share_layers": True}, {}, id="layers in the memory of their stack"),
         pytest.param({"num_pages": 11, "decode_steps": 2}, {}, id="pages run out"),
         pytest.param({"num_pages": 11, "decode_steps": 2}, {"chunks_ahead": 1}, id="pages run out, results read late"),
     ],

@@ -24,7 +24,7 @@ def test_each_data_set_has_its_reward_and_its_metrics(tmp_path):
         evaluation={"every": 1, "prompts": 2, "samples": 2, "final_samples": 2}
         | {"sets": {"chain": {"task": "chain"}, "sums": {"path": str(path)}}},
     )
-    plan = train.describe(config)
+    plan = next(train.describe(config))
     assert "prompts chain  chain task; weight 3, 75.0% of the groups" in plan
     assert "prompts sums  40 (0 overlong or without an answer dropped); weight 1, 25.0% of the groups" in plan
     assert "held out  chain 2, sums 2" in plan

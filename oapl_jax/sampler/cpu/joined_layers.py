@@ -3,6 +3,7 @@
 A scan cuts each layer out of the stack before it multiplies: in a decode step that reads the weights twice and writes
 them once. A step on a CPU also pays for every product that it starts. So the layers are copied out of the stack once
 for each policy version, with the matrices that multiply the same activations joined, for a CPU and for a single GPU.
+For a large model on a CPU the products are what costs, and the layers stay in the memory of the stack, unjoined.
 """
 
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -46,15 +48,29 @@ class JoinedMlp(Mlp):
         return jnp.split(einsum("BTD,DF->BTF", x, self.gate_up), 2, axis=-1)
 
 
+def split_layers(model: Qwen) -> list[Layer]:
+    """Copies of a model's layers, apart."""
+    graphdef, stacked = nnx.split(model.layers)
+    return [nnx.merge(graphdef, layer_params(stacked, i)) for i in range(model.config.num_hidden_layers)]
+
+
 def join_layers(model: Qwen) -> list[Layer]:
     """Copies of a model's layers, joined."""
-    graphdef, stacked = nnx.split(model.layers)
-    layers = [nnx.merge(graphdef, layer_params(stacked, i)) for i in range(model.config.num_hidden_layers)]
+    layers = split_layers(model)
     for layer in layers:
         layer.attention = JoinedAttention(layer.attention)
         if isinstance(layer.mlp, Mlp):
             layer.mlp = JoinedMlp(layer.mlp)
     return layers
+
+
+def layers_in_place(model: Qwen) -> list[Layer]:
+    """A model's layers, apart, in the memory of their stack, which lies on one CPU device and is not donated."""
+    graphdef, stacked = nnx.split(model.layers)
+    device = next(iter(jax.tree.leaves(stacked)[0].devices()))
+    host = jax.tree.map(np.asarray, stacked)  # the device is the host: neither this nor the way back copies
+    layers = [jax.device_put(layer_params(host, i), device) for i in range(model.config.num_hidden_layers)]
+    return [nnx.merge(graphdef, layer) for layer in layers]
 
 
 def _join(*matrices: Any, axis: int) -> nnx.Param:
@@ -63,12 +79,17 @@ def _join(*matrices: Any, axis: int) -> nnx.Param:
     return matrices[0].replace(values)
 
 
-def head_by_id(model: Qwen) -> Float[Array, "V D"] | None:
+def turned_head(model: Qwen) -> Float[Array, "V D"] | None:
+    """For ``head_by_id``, once for each policy version; None where the embedding is tied, or the matrix quantised."""
+    head = model.lm_head
+    return None if head is None or isinstance(head.get_value(), Int8) else head[...].T
+
+
+def head_by_id(model: Qwen, turned: Float[Array, "V D"] | None) -> Float[Array, "V D"] | None:
     """The output matrix, ids first, which a CPU reads fastest for the draw's ``[V, B]``; None where it is quantised."""
-    head = model.embedding if model.lm_head is None else model.lm_head
-    if isinstance(head.get_value(), Int8):
-        return None
-    return head[...] if model.lm_head is None else head[...].T
+    if model.lm_head is not None:
+        return turned
+    return None if isinstance(model.embedding.get_value(), Int8) else model.embedding[...]
 
 
 def logits_by_id(hidden: Float[Array, "B D"], head: Float[Array, "V D"]) -> Float[Array, "V B"]:
