@@ -42,8 +42,7 @@ class Learner:
 
     def largest_batch(self) -> TrainBatch:
         """Shapes on the devices, of rows that are full of rollouts of full length."""
-        rows = self.rows
-        total = rows.num_rows(rows.num_rollouts)
+        rows, total = self.rows, self.rows.most_rows
         num_rows = rows.micro_batch_rows or total
         length = rows.row_length(rows.max_tokens)
         shapes = batches.make_batch(jax.ShapeDtypeStruct, (total // num_rows, num_rows), length, rows)
@@ -66,7 +65,9 @@ def make_learner(
     mesh: Mesh,
     *,
     num_steps: int,
-    max_tokens: int,
+    max_prompt_tokens: int,
+    max_response_tokens: int,
+    group_size: int,
     objective: Objective,
     options: ObjectiveOptions,
     temperature: float,
@@ -74,13 +75,14 @@ def make_learner(
 ) -> Learner:
     """The programs that these sections of a config describe.
 
-    ``num_steps`` are those of the whole run, for the learning rate; ``max_tokens`` limits a prompt with its response;
+    ``num_steps`` are those of the whole run, for the learning rate; ``group_size`` are the rollouts of a prompt;
     ``vocab_size`` is the tokenizer's length.
 
     Raises:
         ValueError: the rows do not divide over the mesh, the model has no matrix that an adapter is for, or it has too
             few positions.
     """
+    max_tokens = max_prompt_tokens + max_response_tokens
     architecture.check_positions(max_tokens)
     if objective.needs_old or objective.needs_reference:
         raise ValueError(f"objective.name={objective.name}: it needs an old or a reference policy, which no run keeps")
@@ -91,6 +93,8 @@ def make_learner(
         learner.micro_batch_rows,
         mesh,
         shares_prompts=_shares_prompts(model, learner, architecture, mesh),
+        group_size=group_size,
+        max_response_tokens=max_response_tokens,
     )
     graphdef, params = policy.abstract(model, architecture, mesh, lora)
     schedule = make_schedule(learner, num_steps)

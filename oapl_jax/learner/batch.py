@@ -34,6 +34,10 @@ class RowLayout:
     """The trainer's, whose axes split the rows and their tokens; None: one device."""
     shares_prompts: bool = False
     """Whether rollouts of one prompt that share a row share the prompt too; only with ``row_tokens``."""
+    group_size: int = 1
+    """Rollouts of a prompt."""
+    max_response_tokens: int = 1
+    """Part of ``max_tokens``."""
 
     def __post_init__(self):
         """Raises ValueError for rows that cannot hold a rollout or do not divide over the mesh."""
@@ -83,6 +87,22 @@ class RowLayout:
         of_shard = -(-num_used // self._row_shards)
         of_shard = _round_up(of_shard, 2 ** max(of_shard.bit_length() - ROW_COUNT_BITS, 0))
         return min(of_shard * self._row_shards, _round_up(self.num_rollouts, self._row_shards))
+
+    @property
+    def most_rows(self) -> int:
+        """The same where all rollouts have full length."""
+        if self.micro_batch_rows is not None or self.row_tokens is None:
+            return self.num_rows(self.num_rollouts)
+        in_row = self.row_tokens // self.max_tokens
+        rows = -(-self.num_rollouts // in_row)
+        if self.has_prompt_ids:
+            shared, own = self.max_tokens - self.max_response_tokens - 1, self.max_response_tokens + 1
+            num_groups, group_tokens = -(-self.num_rollouts // self.group_size), shared + self.group_size * own
+            if group_tokens <= self.row_tokens:
+                rows = -(-num_groups // (self.row_tokens // group_tokens))
+            else:
+                rows = num_groups * -(-self.group_size // ((self.row_tokens - shared) // own))
+        return self.num_rows(rows)
 
     def row_length(self, num_tokens: int) -> int:
         """T: ``row_tokens``, or for rows of one rollout the limit or a half, a quarter, ... of it."""
