@@ -91,7 +91,8 @@ def disk(config: TrainConfig, state: Any, sampler_weights: Any, model: Any) -> s
         "rollouts at most": rollouts * (ROLLOUT_BYTES + TOKEN_BYTES * sampler.max_response_tokens),
     }
     if config.mode == "detached":  # one more while it is written
-        parts["published policies"] = (kept.keep_policies + 1) * _bytes(sampler_weights)
+        published = state.params if config.window.publish == "adapters" else sampler_weights
+        parts["published policies"] = (kept.keep_policies + 1) * _bytes(published)
     folder = pathlib.Path(config.run.dir).absolute()
     free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
     text = ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in parts.items())

@@ -164,6 +164,9 @@ class EngineProcess:
             with contextlib.suppress(ProcessLookupError):  # it has ended by itself
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+            assert self._process.stdin is not None
+            with contextlib.suppress(OSError):  # a message that was not read
+                self._process.stdin.close()
         self._process = self._policy = None
         self._requests.clear()
 
@@ -243,6 +246,7 @@ def make_vllm(config: TrainConfig, tokenizer: Tokenizer, **options: Any) -> tupl
 
 def _read(process: "subprocess.Popen[str]", inbox: "queue.Queue[dict[str, Any]]") -> None:
     assert process.stdout is not None
-    for line in process.stdout:
-        inbox.put(json.loads(line))
+    with process.stdout as lines:
+        for line in lines:
+            inbox.put(json.loads(line))
     inbox.put({"code": process.wait()})

@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from oapl_jax import train
+from oapl_jax.build.account import size
 from oapl_jax.build.assembly import evaluates_within_windows, make_assembly
 from oapl_jax.build.checks import CHECKS
 from oapl_jax.build.policy import read_config
@@ -13,6 +14,7 @@ from oapl_jax.build.sampler import NoRoomError
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.distributed import memory
+from oapl_jax.model import lora
 from oapl_jax.preflight import programs
 from oapl_jax.run import start
 
@@ -88,6 +90,18 @@ def test_a_second_policy_is_counted_where_an_evaluation_falls_within_a_window():
             config, architecture, architecture.vocab_size, (0,), devices=jax.devices(), usable=USABLE
         ).account
         assert account.evaluation_weights == copies * account.sampler_weights
+
+
+def test_published_adapters_take_no_more_of_the_disk_than_adapters():
+    architecture = read_config(QWEN_05B)
+    for publish in ("model", "adapters"):
+        config = load("mode=detached", "lora.rank=8", f"window.publish={publish}", "checkpoint.keep_policies=4")
+        assembly = make_assembly(
+            config, architecture, architecture.vocab_size, (0,), devices=jax.devices(), usable=USABLE
+        )
+        published = assembly.sampler_shapes if publish == "model" else lora.trained(assembly.learner.shapes.params)
+        num_bytes = 5 * sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(published))
+        assert f"published policies {size(num_bytes)}" in assembly.describe()["disk"]
 
 
 def test_no_room_for_one_rollout_is_an_error_that_says_what_to_do():

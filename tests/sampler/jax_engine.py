@@ -19,7 +19,8 @@ ROWS, PROMPT_TOKENS = 12, 12
 
 
 class Engine:
-    """``options["reload"]``: ``works``; ``stale``: it keeps the old weights and does not say so; ``fails``: it says so."""
+    """``options["reload"]``: ``works``; ``stale``: it keeps the old weights and does not say so; ``fails``: it says so;
+    ``version 1``: it loads this one and is stale with any other."""
 
     def start(self, folder, settings):
         folder = pathlib.Path(folder)
@@ -49,7 +50,7 @@ class Engine:
     def reload(self, folder):
         if self._kind == "fails":
             raise RuntimeError("this engine cannot")
-        if self._kind == "works":
+        if self._kind == "works" or (self._kind == "version 1" and int(pathlib.Path(folder).name) == 1):
             self._load(folder)
 
     def probe(self, ids):

@@ -87,7 +87,13 @@ def test_weights_are_reloaded_in_place_and_the_first_time_a_new_engine_confirms_
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "told"), [("stale", "in place are not those of a new engine"), ("fails", "this engine cannot")]
+    ("kind", "told"),
+    [
+        ("stale", "in place are not those of a new engine"),
+        ("version 1", "in place are not those of a new engine"),
+        ("fails", "this engine cannot"),
+    ],
+    ids=["always", "after one that worked", "and says so"],
 )
 def test_an_engine_that_does_not_reload_is_found_out_and_each_version_gets_a_new_one(folders, make, capfd, kind, told):
     sampler, engines = make(reload=kind), set()
