@@ -224,6 +224,16 @@ def test_several_tests_and_the_early_end(judge):
     assert len(judge.judge(program, tests, LIMITS, stop_early=False)) == 5
 
 
+def test_what_a_program_says_last_is_told_in_whole_lines(judge):
+    program = "raise ValueError('\\n'.join(['a' * 70] * 5))"
+    (result,) = judge.judge(program, programs.parse_tests([{"stdin": "", "stdout": ""}]), LIMITS, stop_early=True)
+    assert result.detail == f"exit 1 {'a' * 70}\n{'a' * 70}"
+    (result,) = judge.judge(
+        "raise ValueError('a' * 500)", programs.parse_tests([{"stdin": "", "stdout": ""}]), LIMITS, stop_early=True
+    )
+    assert result.detail == f"exit 1 {'a' * 160}"
+
+
 def test_grades_by_all_by_fraction_and_by_status():
     good, bad = programs.Result(Status.ACCEPTED, "", 0.001), programs.Result(Status.TIME_LIMIT, "2 s", 2.0)
     rewards = {"accepted": 1.0, "time_limit": -0.5}

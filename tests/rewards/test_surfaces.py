@@ -8,9 +8,9 @@ import threading
 import pytest
 
 from oapl_jax.rewards.code.programs import Judge, Limits, Settings, Status, parse_tests
-from oapl_jax.rewards.code.sandbox import isolation, sandbox
+from oapl_jax.rewards.code.sandbox import isolation, sandbox, self_test
 from oapl_jax.rewards.code.sandbox.confined import driver
-from oapl_jax.rewards.code.sandbox.self_test import self_test, try_level
+from oapl_jax.rewards.code.sandbox.self_test import try_level
 
 pytestmark = pytest.mark.usefixtures("sandboxed")
 
@@ -256,7 +256,15 @@ def test_a_closed_worker_leaves_no_folder(level):
 def test_the_self_test_finds_a_kernel_that_cannot_hold_a_level(level):
     worker = sandbox.Sandbox(level, Settings(level, landlock_abi=0))
     try:
-        found = self_test(worker)
+        found = self_test.self_test(worker)
     finally:
         worker.close()
     assert bool(found) is (level != "namespaces"), found
+
+
+def test_the_self_tests_threads_are_too_many_where_each_starts_late(judge):
+    """On a busy machine; they are counted by the kernel, or every 50 ms."""
+    slow = self_test._MANY_THREADS.replace(".start()", ".start(); time.sleep(0.03)")
+    assert ".start(); time" in slow
+    (result,) = judge.judge(slow, parse_tests(prints("")), Limits(cpu_s=6, wall_s=60), stop_early=True)
+    assert result.status is Status.RUNTIME_ERROR, result

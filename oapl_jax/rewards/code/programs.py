@@ -274,7 +274,7 @@ _NO_MEMORY = ("MemoryError", "[Errno 12]")
 
 def _failure(child: Ended, limits: Limits) -> Result | None:
     """Why a child has no result: the first cause that holds; None if it ended normally and in time."""
-    said = child.stderr.decode(errors="replace").strip()[-MAX_DETAIL:]
+    said = _last_lines(child.stderr.decode(errors="replace").strip())
     status, reason = child.status, child.killed_for
     most = limits.cpu_s / sandbox.CPU_MARGIN if status == -signal.SIGKILL else limits.cpu_s
     is_late = reason == "time" or status == -signal.SIGXCPU or child.cpu_s > most
@@ -290,6 +290,12 @@ def _failure(child: Ended, limits: Limits) -> Result | None:
         (status != 0, Status.RUNTIME_ERROR, f"exit {status} {said}"),
     )
     return next((Result(outcome, detail, child.cpu_s) for holds, outcome, detail in causes if holds), None)
+
+
+def _last_lines(text: str) -> str:
+    """The last lines that fit into a detail; of a longer line its end."""
+    kept = text[-MAX_DETAIL:]
+    return kept if kept == text else kept.partition("\n")[2] or kept
 
 
 def make_grade(results: Sequence[Result], num_tests: int, rewards: str | dict[str, float], level: str) -> Grade:
