@@ -18,7 +18,7 @@ def start_job(words, num_processes, devices_each):
         **os.environ,
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_each}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices_each} --xla_backend_optimization_level=0",
     }
     job = ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(num_processes), "--process-id"]
     return [
