@@ -151,13 +151,17 @@ def main(argv: list[str]) -> int | None:
 def describe(config: TrainConfig) -> Iterator[str]:
     """The plan of a run for people, then its peak of memory: everything is checked and compiled, and nothing is trained."""
     import oapl_jax.run.run  # noqa: F401 - what it loads is of the process's memory
+    from oapl_jax.build.account import size
     from oapl_jax.build.peak import expected_peak
+    from oapl_jax.distributed.memory import usable_bytes
     from oapl_jax.run.start import load
 
     assembly, inputs = load(config)
     inputs.grader.close()
     yield _lines(assembly.describe() | inputs.describe(config))
-    yield _lines(expected_peak(assembly).describe())
+    shortage = assembly.account.shortage(usable_bytes(assembly.trainer_mesh))
+    is_short = {"peak": f"a device lacks {size(shortage)} before a program runs, so none is compiled"}
+    yield _lines(is_short if shortage > 0 else expected_peak(assembly).describe())
 
 
 def _lines(texts: dict[str, str]) -> str:

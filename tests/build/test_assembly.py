@@ -6,6 +6,7 @@ import jax
 import pytest
 
 from oapl_jax import train
+from oapl_jax.build import peak
 from oapl_jax.build.account import size
 from oapl_jax.build.assembly import evaluates_within_windows, make_assembly
 from oapl_jax.build.checks import CHECKS
@@ -55,6 +56,14 @@ def test_run_dry_run_and_preflight_agree(monkeypatch):
     for line in run.account.describe().values():
         assert line in text
     assert pages(run)[0] < 64 * 8 // 8 * 512, "the memory decides, or the test says nothing"
+
+
+def test_a_dry_run_compiles_nothing_for_devices_that_are_too_small(monkeypatch):
+    monkeypatch.setattr(memory, "_host_bytes", lambda: 8 * USABLE)
+    monkeypatch.setattr(memory, "usable_bytes", lambda mesh: 2**20)
+    monkeypatch.setattr(peak, "expected_peak", None)
+    _, text = train.describe(load())
+    assert "before a program runs, so none is compiled" in text
 
 
 def test_the_cache_is_sized_by_what_weights_moments_and_copies_leave():
