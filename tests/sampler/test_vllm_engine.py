@@ -16,6 +16,7 @@ from train.runs import make_config
 
 pytestmark = [
     pytest.mark.long,
+    pytest.mark.timeout(3600),
     pytest.mark.skipif("OAPL_JAX_VLLM" not in os.environ, reason="OAPL_JAX_VLLM names no interpreter that has vLLM"),
 ]
 # vLLM's attention on CPUs has no smaller heads. The embedding has 48 rows, of which the tokenizer knows 40.

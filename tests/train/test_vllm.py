@@ -24,6 +24,7 @@ from runs import finish, make_config, read_lines, start_sampler
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.long,
+    pytest.mark.timeout(3600),
     pytest.mark.skipif("OAPL_JAX_VLLM" not in os.environ, reason="OAPL_JAX_VLLM names no interpreter that has vLLM"),
 ]
 OPTIONS = {"enforce_eager": True, "max_num_seqs": 32}
