@@ -174,8 +174,10 @@ def test_optimizer_state_is_placed_like_its_parameters():
 
 def test_batch_rows_are_split_over_data_and_fsdp_and_tokens_over_context():
     mesh, _ = sharding.make_meshes(MeshConfig(trainer="data=2,fsdp=2,context=2"))
-    tokens = jax.device_put(jnp.zeros((3, 8, 6)), batch.shardings(mesh).tokens)
+    places = batch.shardings(batch.RowLayout(8, 6, 6, mesh=mesh, shares_prompts=True))
+    assert places.prompt_ids == places.tokens
+    tokens = jax.device_put(jnp.zeros((3, 8, 6)), places.tokens)
     assert tokens.addressable_shards[0].data.shape == (3, 2, 3)
-    rollouts = jax.device_put(jnp.zeros((3, 8, 5)), batch.shardings(mesh).advantages)
+    rollouts = jax.device_put(jnp.zeros((3, 8, 5)), places.advantages)
     assert rollouts.addressable_shards[0].data.shape == (3, 2, 5)
     assert sharding.row_shards(mesh) == 4
