@@ -19,7 +19,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# LLVM's optimisation took a third of the CPU seconds of the tests, whose programs are small and run a few times.
+# LLVM's optimisation takes a third of the CPU seconds (docs/tests.md); the programs are small and run a few times.
 _FLAGS = {"xla_force_host_platform_device_count": 8, "xla_backend_optimization_level": 0}
 for _name, _value in _FLAGS.items():
     if _name not in os.environ.get("XLA_FLAGS", ""):
