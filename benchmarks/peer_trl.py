@@ -25,9 +25,9 @@ SETTINGS: dict[str, Any] = {
     "beta": 0.0,  # no reference model
     "gradient_checkpointing": False,
     "optim": "adamw_torch_fused",
-    "per_device_train_batch_size": 32,
+    "per_device_train_batch_size": 8,
 }
-"""The fastest of those tried (benchmarks/README.md)."""
+"""One batch of 32 did not fit beside other programs (benchmarks/README.md)."""
 
 
 class Steps(TrainerCallback):
