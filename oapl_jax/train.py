@@ -160,8 +160,10 @@ def describe(config: TrainConfig) -> Iterator[str]:
     inputs.grader.close()
     yield _lines(assembly.describe() | inputs.describe(config))
     shortage = assembly.account.shortage(usable_bytes(assembly.trainer_mesh))
-    is_short = {"peak": f"a device lacks {size(shortage)} before a program runs, so none is compiled"}
-    yield _lines(is_short if shortage > 0 else expected_peak(assembly).describe())
+    if shortage > 0:
+        yield _lines({"peak": f"a device lacks {size(shortage)} before a program runs, so none is compiled"})
+    else:
+        yield _lines(expected_peak(assembly).describe())
 
 
 def _lines(texts: dict[str, str]) -> str:

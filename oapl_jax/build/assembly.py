@@ -74,6 +74,12 @@ class Assembly:
         return self.sync.abstract(self.learner.shapes.params)
 
     @property
+    def replica_shapes(self) -> Any:
+        """Shapes of the weights of an engine of this process, with their shardings."""
+        params = self.learner.shapes.params
+        return WeightSync(params, self.engines[0].mesh, self.config.sampler.dtype).abstract(params)
+
+    @property
     def num_replicas(self) -> int:
         """Replicas of the sampler, over all processes."""
         return self.sampler_mesh.size // self.sampler_mesh.shape["tensor"]

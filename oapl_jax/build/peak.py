@@ -10,9 +10,8 @@ from oapl_jax.build.assembly import Assembly
 from oapl_jax.distributed.memory import resident_bytes, trim_heap
 from oapl_jax.distributed.sharding import platform_of
 from oapl_jax.sampler.sampler import programs_take_turns
-from oapl_jax.weights.sync import WeightSync
 
-ON_CPU = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
+ON_CPU: dict[str, Any] = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 """Options of the compiler on a CPU: half the time, and the same temporaries, which are laid out before."""
 
 
@@ -39,8 +38,9 @@ class Peak:
         account = self.account
         if not account.is_colocated:
             return account.learner + self.train_step
-        both = max if self.takes_turns else _sum
-        return account.learner + account.sampler + both(max(self.train_step, account.sampler_weights), self.sampler)
+        trainer = max(self.train_step, account.sampler_weights)
+        both = max(trainer, self.sampler) if self.takes_turns else trainer + self.sampler
+        return account.learner + account.sampler + both
 
     @property
     def sampler_device(self) -> float:
@@ -71,12 +71,11 @@ def expected_peak(assembly: Assembly) -> Peak:
     """Compiles the train step, and the sampler's programs of full length, for the devices of the assembly."""
     learner, model = assembly.learner, assembly.architecture
     is_cpu = platform_of(learner.mesh) == "cpu"
-    train_step, sampler = _extra(learner.train_step.lower(learner.shapes, learner.largest_batch())), 0
+    options = ON_CPU if is_cpu else None
+    train_step, sampler = _extra(learner.train_step.lower(learner.shapes, learner.largest_batch()), options), 0
     if assembly.engines:
-        engine = assembly.engines[0]
-        params = WeightSync(learner.shapes.params, engine.mesh, assembly.config.sampler.dtype)
-        weights = params.abstract(learner.shapes.params)
-        sampler = max(_extra(engine.lower_prefill(weights)), _extra(engine.lower_generate(weights)))
+        engine, weights = assembly.engines[0], assembly.replica_shapes
+        sampler = max(_extra(program(weights), options) for program in (engine.lower_prefill, engine.lower_generate))
     if is_cpu:
         trim_heap()
     return Peak(
@@ -90,12 +89,7 @@ def expected_peak(assembly: Assembly) -> Peak:
     )
 
 
-def _extra(program: jax.stages.Lowered) -> int:
+def _extra(program: jax.stages.Lowered, options: dict[str, Any] | None) -> int:
     """Bytes of a device that a program takes beside its arguments."""
-    is_cpu = jax.default_backend() == "cpu"
-    memory: Any = program.compile(ON_CPU if is_cpu else None).memory_analysis()
+    memory: Any = program.compile(options).memory_analysis()
     return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-
-
-def _sum(*parts: float) -> float:
-    return sum(parts)

@@ -33,7 +33,7 @@ class RowLayout:
     mesh: Mesh | None = None
     """The trainer's, whose axes split the rows and their tokens; None: one device."""
     shares_prompts: bool = False
-    """Whether rollouts of one prompt that share a row share the prompt too; only with ``row_tokens``."""
+    """Whether rollouts of one prompt in a packed row share the prompt too."""
     group_size: int = 1
     """Rollouts of a prompt."""
     max_response_tokens: int = 1
@@ -67,11 +67,6 @@ class RowLayout:
         return self.num_rollouts if self.row_tokens else 1
 
     @property
-    def has_prompt_ids(self) -> bool:
-        """Whether prompts are shared."""
-        return self.shares_prompts and self.row_tokens is not None
-
-    @property
     def _row_shards(self) -> int:
         return 1 if self.mesh is None else row_shards(self.mesh)
 
@@ -90,12 +85,11 @@ class RowLayout:
 
     @property
     def most_rows(self) -> int:
-        """The same where all rollouts have full length."""
+        """Rows of the arrays where all rollouts have full length."""
         if self.micro_batch_rows is not None or self.row_tokens is None:
             return self.num_rows(self.num_rollouts)
-        in_row = self.row_tokens // self.max_tokens
-        rows = -(-self.num_rollouts // in_row)
-        if self.has_prompt_ids:
+        rows = -(-self.num_rollouts // (self.row_tokens // self.max_tokens))
+        if self.shares_prompts:
             shared, own = self.max_tokens - self.max_response_tokens - 1, self.max_response_tokens + 1
             num_groups, group_tokens = -(-self.num_rollouts // self.group_size), shared + self.group_size * own
             if group_tokens <= self.row_tokens:
@@ -169,10 +163,8 @@ def from_pairs(
         start = segment = 0
         for number, (shared, members) in enumerate(spans, 1):
             first, start = start, start + shared
-            if batch.prompt_ids is not None:
-                prompt = pairs[members[0]][0]
-                batch.tokens[row, first:start] = prompt[:shared]
-                batch.positions[row, first:start] = np.arange(shared)
+            batch.tokens[row, first:start] = pairs[members[0]][0][:shared]
+            batch.positions[row, first:start] = np.arange(shared)
             for i in members:
                 prompt, response = pairs[i]
                 middle = start + len(prompt) - shared
@@ -211,7 +203,7 @@ def _rows(pairs: Sequence[tuple[np.ndarray, np.ndarray]], layout: RowLayout) -> 
     """The rows; of each, its prompts: how many tokens of the prompt are shared, and the indices of its pairs."""
     if layout.row_tokens is None:
         return [[(0, [i])] for i in range(len(pairs))]
-    if not layout.has_prompt_ids:
+    if not layout.shares_prompts:
         lengths = [len(prompt) + len(response) for prompt, response in pairs]
         return [[(0, [i]) for i in row] for row in pack(lengths, layout.row_tokens)]
     groups: dict[bytes, list[int]] = {}
@@ -240,7 +232,7 @@ def shardings(layout: RowLayout) -> TrainBatch:
     assert layout.mesh is not None
     tokens = NamedSharding(layout.mesh, PartitionSpec(None, BATCH_AXES, "context"))
     rollouts = NamedSharding(layout.mesh, PartitionSpec(None, BATCH_AXES))
-    prompt_ids = tokens if layout.has_prompt_ids else None
+    prompt_ids = tokens if layout.shares_prompts else None
     return TrainBatch(tokens, tokens, tokens, tokens, tokens, rollouts, rollouts, prompt_ids)
 
 
@@ -263,7 +255,7 @@ def make_batch(make: Any, rows: tuple[int, ...], length: int, layout: RowLayout)
         sampler_logprobs=make(tokens, np.float32),
         advantages=make(rollouts, np.float32),
         segment_mask=make(rollouts, bool),
-        prompt_ids=make(tokens, np.int32) if layout.has_prompt_ids else None,
+        prompt_ids=make(tokens, np.int32) if layout.shares_prompts else None,
     )
 
 

@@ -61,24 +61,20 @@ def make_train_step(
         )
         gradient_fn = jax.value_and_grad(whole, has_aux=True)
 
-        def micro_batch(index: Any) -> TrainBatch:
-            return jax.tree.map(lambda x: x[index], batch)
-
         def add(index: Array, total: Any) -> Any:
-            (loss, sums), gradient = gradient_fn(trained, micro_batch(index))
+            (loss, sums), gradient = gradient_fn(trained, _micro_batch(batch, index))
             lowest = jnp.minimum(total[0][1]["log_ratio_min"], sums["log_ratio_min"])
             (loss, sums), gradient = jax.tree.map(jnp.add, total, ((loss, sums), gradient))
             return (loss, {**sums, "log_ratio_min": lowest}), gradient
 
         if batch.tokens.shape[0] == 1:
-            (loss, sums), gradient = gradient_fn(trained, micro_batch(0))
+            (loss, sums), gradient = gradient_fn(trained, _micro_batch(batch, 0))
         else:
-            shapes = jax.eval_shape(gradient_fn, trained, micro_batch(0))
+            shapes = jax.eval_shape(gradient_fn, trained, _micro_batch(batch, 0))
             (loss, sums), gradient = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
             gradient = jax.lax.with_sharding_constraint(gradient, lora.trained(shardings.params))
             nothing = (loss, {**sums, "log_ratio_min": jnp.float32(jnp.inf)}), gradient
-            num_used = batch.segment_mask.any(axis=(1, 2)).sum()
-            (loss, sums), gradient = jax.lax.fori_loop(0, num_used, add, nothing)
+            (loss, sums), gradient = jax.lax.fori_loop(0, _num_used(batch), add, nothing)
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
             params = lora.with_trained(state.params, optax.apply_updates(trained, updates))
@@ -93,9 +89,26 @@ def make_train_step(
 def make_scorer(
     graphdef: nnx.GraphDef, *, temperature: float, vocab_size: int
 ) -> Callable[[Any, TrainBatch], Float[Array, "A B T"]]:
-    """Compiles ``(params, batch) -> log-probabilities`` of the response tokens, micro-batch by micro-batch."""
+    """Compiles ``(params, batch) -> log-probabilities`` of the response tokens, of the micro-batches that hold anything."""
     score = _score_fn(graphdef, temperature, vocab_size)
-    return jax.jit(lambda params, batch: jax.lax.map(lambda rows: score(params, rows)[0], batch))
+
+    def scores(params: Any, batch: TrainBatch) -> Float[Array, "A B T"]:
+        def add(index: Any, found: Float[Array, "A B T"]) -> Float[Array, "A B T"]:
+            return found.at[index].set(score(params, _micro_batch(batch, index))[0])
+
+        nothing = jnp.zeros_like(batch.sampler_logprobs)
+        return add(0, nothing) if len(nothing) == 1 else jax.lax.fori_loop(0, _num_used(batch), add, nothing)
+
+    return jax.jit(scores)
+
+
+def _micro_batch(batch: TrainBatch, index: Any) -> TrainBatch:
+    return jax.tree.map(lambda x: x[index], batch)
+
+
+def _num_used(batch: TrainBatch) -> Array:
+    """Micro-batches that hold anything: the first ones."""
+    return batch.segment_mask.any(axis=(1, 2)).sum()
 
 
 def _score_fn(graphdef: nnx.GraphDef, temperature: float, vocab_size: int) -> Callable[[Any, TrainBatch], Any]:

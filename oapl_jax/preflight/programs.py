@@ -18,7 +18,6 @@ from oapl_jax.config.commands import SftConfig, TrainConfig
 from oapl_jax.distributed.sharding import platform_of, row_shards
 from oapl_jax.model import qwen
 from oapl_jax.model.logprob import chunk_tokens
-from oapl_jax.weights.sync import WeightSync
 
 MODELS = pathlib.Path("configs/models")
 """Architectures of models on the Hugging Face hub, so that preflight needs no network."""
@@ -123,15 +122,14 @@ def _learner_programs(assembly: Assembly) -> list[Program]:
             beside=account.optimizer + account.beside_train_step,
             model_flops=forward,
             kernel_flops=attention,
-            expected_trips=(chunks,),
+            expected_trips=(*micro_batches, chunks),
         ),
     ]
 
 
 def _sampler_programs(assembly: Assembly) -> list[Program]:
     config, architecture, account = assembly.config, assembly.architecture, assembly.account
-    engine, params = assembly.engines[0], assembly.learner.shapes.params
-    replica_params = WeightSync(params, engine.mesh, config.sampler.dtype).abstract(params)
+    engine, replica_params = assembly.engines[0], assembly.replica_shapes
     beside = account.evaluation_weights + (account.learner if account.is_colocated else 0)
     length = engine.padded_length(engine.max_prompt_tokens)
     prefill = forward_flops(architecture, length, length * (length + 1) / 2, 1)
@@ -163,7 +161,7 @@ def _sampler_programs(assembly: Assembly) -> list[Program]:
             expected_trips=(engine.decode_steps,),
         ),
     ]
-    copy = assembly.sync.program(params)
+    copy = assembly.sync.program(assembly.learner.shapes.params)
     if copy is not None:
         # The sampler has its old weights until the new ones are complete.
         taken = account.optimizer + account.beside_train_step

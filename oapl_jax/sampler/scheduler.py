@@ -40,10 +40,9 @@ class Scheduler(Generic[Tag]):
     The programs have fixed shapes: prompts are prefilled one by one, and every chunk has all rows. Then not even the
     last bits of a log-probability depend on what else is decoded, unless the pages run out. The price is idle rows.
 
-    ``device_lock`` is held while a program is enqueued, where trainer and sampler share devices of a mesh: two programs
-    with collectives, enqueued in different orders on different devices, would wait for each other for ever; on a CPU, until
-    it has ended. With
-    ``chunks_ahead=1`` the next chunk is enqueued before the results of the last are read, so that the device never
+    ``device_lock`` is held while a program is enqueued, and on a CPU until it has ended, where trainer and sampler share
+    devices of a mesh: two programs with collectives, enqueued in different orders on different devices, would wait for
+    each other for ever. With ``chunks_ahead=1`` the next chunk is enqueued before the results of the last are read, so that the device never
     waits for the host; the default is 0 on a CPU, where the host is the device. Stop strings need ``decode``.
     """
 

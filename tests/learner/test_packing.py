@@ -12,6 +12,7 @@ from model import tiny
 from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.learner.batch import RowLayout, from_pairs, of_pairs, pack, padding, place
+from oapl_jax.learner.step import make_scorer
 from oapl_jax.model.row_attention import Segments
 
 ROW = 32
@@ -241,6 +242,21 @@ def test_a_rollout_that_shares_its_prompt_scores_as_alone():
     alone = of_pairs(score(alone_batch), alone_batch, pairs, layout)
     for found, expected in zip(of_pairs(score(batch), batch, pairs, SHARED), alone, strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+def test_micro_batches_score_as_one():
+    pairs, values = make_groups()
+    graphdef, params = tiny.split(CONFIG)
+    scorer = make_scorer(graphdef, temperature=1.0, vocab_size=VOCAB)
+    layout = RowLayout(12, 16, ROW, micro_batch_rows=1, shares_prompts=True)
+    batch = from_pairs(pairs, layout, **values)
+    placed = place(batch, layout)
+    num_used = int(batch.segment_mask.any(axis=1).sum())
+    assert len(placed.tokens) == 12
+    assert 1 < num_used < 12
+    found = np.asarray(scorer(params, placed)).reshape(batch.tokens.shape)
+    assert not found[num_used:].any()
+    np.testing.assert_allclose(found, score(batch), atol=1e-5)
 
 
 def test_no_token_of_a_response_changes_another_that_shares_its_prompt():
