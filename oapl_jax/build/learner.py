@@ -42,7 +42,7 @@ class Learner:
 
     def largest_batch(self) -> TrainBatch:
         """Shapes on the devices, of rows that are full of rollouts of full length."""
-        rows, total = self.rows, self.rows.most_rows
+        rows, total = self.rows, self.rows.num_rows(self.rows.full.rows)
         num_rows = rows.micro_batch_rows or total
         length = rows.row_length(rows.max_tokens)
         shapes = batches.make_batch(jax.ShapeDtypeStruct, (total // num_rows, num_rows), length, rows)

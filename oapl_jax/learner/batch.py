@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -84,19 +84,23 @@ class RowLayout:
         return min(of_shard * self._row_shards, _round_up(self.num_rollouts, self._row_shards))
 
     @property
-    def most_rows(self) -> int:
-        """Rows of the arrays where all rollouts have full length."""
-        if self.micro_batch_rows is not None or self.row_tokens is None:
-            return self.num_rows(self.num_rollouts)
-        rows = -(-self.num_rollouts // (self.row_tokens // self.max_tokens))
-        if self.shares_prompts:
-            shared, own = self.max_tokens - self.max_response_tokens - 1, self.max_response_tokens + 1
-            num_groups, group_tokens = -(-self.num_rollouts // self.group_size), shared + self.group_size * own
-            if group_tokens <= self.row_tokens:
-                rows = -(-num_groups // (self.row_tokens // group_tokens))
-            else:
-                rows = num_groups * -(-self.group_size // ((self.row_tokens - shared) // own))
-        return self.num_rows(rows)
+    def full(self) -> "FullBatch":
+        """The batch of rollouts that all have full length."""
+        num_rollouts, length, shared = self.num_rollouts, self.max_tokens, 0
+        num_pieces, of_row = num_rollouts, 1 if self.row_tokens is None else self.row_tokens // length
+        if self.shares_prompts and self.row_tokens:
+            length = self.max_response_tokens + 1
+            shared = self.max_tokens - length
+            num_groups, of_piece = -(-num_rollouts // self.group_size), (self.row_tokens - shared) // length
+            num_pieces = num_groups * -(-self.group_size // of_piece)
+            of_row = max(1, self.row_tokens // (shared + self.group_size * length))
+        return FullBatch(
+            rows=-(-num_pieces // of_row),
+            tokens=num_pieces * shared + num_rollouts * length,
+            scored=num_rollouts * self.max_response_tokens,
+            pairs=num_pieces * shared * (shared + 1) // 2
+            + num_rollouts * (length * (length + 1) // 2 + shared * length),
+        )
 
     def row_length(self, num_tokens: int) -> int:
         """T: ``row_tokens``, or for rows of one rollout the limit or a half, a quarter, ... of it."""
@@ -110,6 +114,18 @@ class RowLayout:
         while length > SHORTEST_ROW and (length + 1) // 2 >= num_tokens:
             length = (length + 1) // 2
         return length if self.mesh is None else _round_up(length, self.mesh.shape["context"])
+
+
+class FullBatch(NamedTuple):
+    """What a batch of rollouts of full length holds."""
+
+    rows: int
+    """That hold anything."""
+    tokens: int
+    scored: int
+    """Response tokens."""
+    pairs: int
+    """Of a token and one that it sees."""
 
 
 def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:

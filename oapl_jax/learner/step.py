@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from oapl_jax.learner.state import TrainState
 from oapl_jax.model import lora
 from oapl_jax.model.logprob import sequence_logprobs
-from oapl_jax.model.row_attention import Segments
+from oapl_jax.model.segments import Segments
 from oapl_jax.objectives import oapl
 from oapl_jax.objectives.objective import Objective, ObjectiveOptions
 from oapl_jax.types import TrainBatch

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from oapl_jax.distributed.sharding import BATCH_AXES, platform_of
-from oapl_jax.model.row_attention import Segments
+from oapl_jax.model.segments import Segments
 
 CHUNK_TOKENS = {"cpu": 128, "tpu": 512, "gpu": 2048}
 """Tokens whose logits exist at once on a device: enough for a product that is not bound by reading the weights.

@@ -33,6 +33,7 @@ from oapl_jax.model.lora import LowRank
 from oapl_jax.model.matmul import einsum, lookup, ragged_dot
 from oapl_jax.model.rope import RopeScaling, rope_tables, rotate
 from oapl_jax.model.row_attention import RowAttentionKind
+from oapl_jax.model.segments import Segments
 
 ARCHITECTURES = {"qwen2": "Qwen2", "qwen3": "Qwen3", "qwen3_moe": "Qwen3Moe", "llama": "Llama"}
 """Hugging Face's ``model_type`` -> the beginning of its class names."""
@@ -509,7 +510,7 @@ class Qwen(nnx.Module):
             x, cache = self._run_layers(run_layer, (x, cache), stacked)
         return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps), cache
 
-    def attend_rows(self, segments: row_attention.Segments | None = None) -> Attend:
+    def attend_rows(self, segments: Segments | None = None) -> Attend:
         """Each token sees its own rollout up to itself; no segments: a row is one rollout, padded on the right."""
 
         def attend(layer: Any, query: Array, key: Array, value: Array, cache: Cache) -> tuple[Array, Cache]:

@@ -1,6 +1,6 @@
 """Causal attention within the rollouts of packed rows, for training: XLA, the TPU's splash kernel, cuDNN's, Triton's.
 
-Rollouts of one prompt may share its tokens in a row (``Segments``): XLA's and cuDNN's attention know that.
+Rollouts of one prompt may share its tokens in a row (``Segments``): all but Triton's attention know that.
 
 Each is linear in memory: scores exist for a block of queries at a time, in the forward and in the backward pass.
 (But for cuDNN's where rollouts share a row or devices share its queries: it takes a mask then.)
@@ -9,31 +9,21 @@ device has its own queries, and gathers the keys and values of the whole row, wh
 """
 
 import functools
-import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.gpu import attention as triton
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from oapl_jax.distributed.sharding import BATCH_AXES
+from oapl_jax.model import splash
 from oapl_jax.model.attention import attend
+from oapl_jax.model.segments import Segments, may_see
 
 RowAttentionKind = Literal["xla", "splash", "cudnn", "triton"]
-
-
-class Segments(NamedTuple):
-    """What a token of a packed row sees: earlier tokens of its rollout, and of its prompt where it is shared."""
-
-    rollouts: Int[Array, "B T"]
-    """Which rollout of the row a token belongs to, from 1; 0: a shared prompt, or padding."""
-    prompts: Int[Array, "B T"] | None = None
-    """Which prompt of the row a token belongs to or answers; None: no prompt is shared."""
 
 
 MOST_BLOCKS = 8
@@ -41,11 +31,6 @@ MOST_BLOCKS = 8
 
 SHORTEST_BLOCK = 128
 """XLA: queries of a block at least, so that its products are large."""
-
-SPLASH_BLOCK = 512
-"""Queries and keys of a block of the TPU kernel at most; must divide the row, and be a multiple of ``LANES``."""
-
-LANES = 128
 
 TRITON_BLOCKS = triton.BlockSizes(128, 64, 64, 64, 64, 64)
 """Queries and keys of a block in the forward pass, and twice in the backward pass: the most that all GPUs have room for."""
@@ -63,7 +48,7 @@ def choose(
     numbers each. And its gradients are known to be NaN where a masked row's length is an odd multiple of 64 (PyTorch's
     issue 196678).
     """
-    if device.platform == "tpu" and num_queries % LANES == 0 and head_dim % 64 == 0:
+    if device.platform == "tpu" and num_queries % splash.LANES == 0 and head_dim % 64 == 0:
         return "splash"
     if has_triton(device) and jnp.dtype(dtype).itemsize == 2 and head_dim % 8 == 0:
         is_whole = num_queries == num_keys
@@ -75,8 +60,8 @@ def choose(
 
 
 def shares_prompts(kind: RowAttentionKind) -> bool:
-    """Whether rollouts may share their prompt: the kernels of splash and Triton know one id of a token only."""
-    return kind in ("xla", "cudnn")
+    """Whether rollouts may share their prompt: Triton's kernel knows one id of a token only."""
+    return kind != "triton"
 
 
 def has_triton(device: Any) -> bool:
@@ -110,11 +95,9 @@ def attend_rows(
         if segments is None and (kind in ("splash", "triton") or mesh is not None):
             segments = Segments(jnp.ones(query.shape[:2], jnp.int32))
         key, value = (_divisible_heads(x, query.shape[2], mesh) for x in (key, value))
-        if kind == "splash":
-            kernel = _splash_kernel(query.shape[1], query.shape[2], mesh, interpret)
-            return _on_devices(_splash, mesh, query, key, value, segments, kernel)
         fns = {
             "xla": _xla,
+            "splash": functools.partial(splash.attend, interpret=interpret),
             "cudnn": functools.partial(_cudnn, is_packed=is_packed),
             "triton": functools.partial(_triton, interpret=interpret),
         }
@@ -130,7 +113,7 @@ def _divisible_heads(x: Float[Array, "B T K C"], num_query_heads: int, mesh: Mes
 
 
 def _on_devices(
-    attend_fn: Any, mesh: Mesh | None, query: Array, key: Array, value: Array, segments: Segments | None, *kernel: Any
+    attend_fn: Any, mesh: Mesh | None, query: Array, key: Array, value: Array, segments: Segments | None
 ) -> Array:
     """Runs ``attend_fn`` on each device's queries, with the keys and values of its rows and heads.
 
@@ -138,22 +121,21 @@ def _on_devices(
     it).
     """
     if mesh is None:
-        return attend_fn(query, key, value, segments, segments, 0, *kernel)
+        return attend_fn(query, key, value, segments, segments, 0)
     is_split = mesh.shape["context"] > 1
 
-    def on_device(query: Array, key: Array, value: Array, query_ids: Any, key_ids: Any, *kernel: Any) -> Array:
+    def on_device(query: Array, key: Array, value: Array, query_ids: Any, key_ids: Any) -> Array:
         start = jax.lax.axis_index("context") * query.shape[1] if is_split else 0
-        return attend_fn(query, key, value, query_ids, key_ids, start, *kernel)
+        return attend_fn(query, key, value, query_ids, key_ids, start)
 
     queries, keys = P(BATCH_AXES, "context", "tensor"), P(BATCH_AXES, None, "tensor")
-    kernel_specs = [k.manual_sharding_spec(NamedSharding(mesh, P("tensor", "context"))) for k in kernel]
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(queries, keys, keys, P(BATCH_AXES, "context"), P(BATCH_AXES), *kernel_specs),
+        in_specs=(queries, keys, keys, P(BATCH_AXES, "context"), P(BATCH_AXES)),
         out_specs=queries,
         check_vma=False,
-    )(query, key, value, segments, segments, *kernel)
+    )(query, key, value, segments, segments)
 
 
 def _xla(query: Array, key: Array, value: Array, query_ids: Any, key_ids: Any, start: Any) -> Array:
@@ -181,13 +163,7 @@ def _attend_block(query: Array, key: Array, value: Array, query_ids: Any, key_id
 def _mask(num_queries: int, num_keys: int, query_ids: Any, key_ids: Any, start: Any) -> Array:
     """True where a query sees a key, ``[B, T, S]`` or ``[1, T, S]``."""
     mask = (start + jnp.arange(num_queries))[None, :, None] >= jnp.arange(num_keys)
-    if query_ids is None:
-        return mask
-    of_rollout = query_ids.rollouts[:, :, None] == key_ids.rollouts[:, None]
-    if query_ids.prompts is None:
-        return mask & of_rollout
-    of_prompt = query_ids.prompts[:, :, None] == key_ids.prompts[:, None]
-    return mask & of_prompt & (of_rollout | (key_ids.rollouts == 0)[:, None])
+    return mask if query_ids is None else mask & may_see(query_ids, key_ids)
 
 
 def _cudnn(
@@ -220,36 +196,5 @@ def _triton(
         sm_scale=scale,
         causal=True,
         block_sizes=TRITON_BLOCKS,
-        interpret=interpret,
-    )
-
-
-def _splash(query: Array, key: Array, value: Array, query_ids: Any, key_ids: Any, start: Any, kernel: Any) -> Array:
-    """The kernel knows itself which queries a device has."""
-    del start
-    query = query * query.shape[-1] ** -0.5
-
-    def one_row(query: Array, key: Array, value: Array, query_ids: Array, key_ids: Array) -> Array:
-        heads_first = (x.swapaxes(0, 1) for x in (query, key, value))
-        return kernel(*heads_first, segment_ids=splash.SegmentIds(query_ids, key_ids)).swapaxes(0, 1)
-
-    return jax.vmap(one_row)(query, key, value, query_ids.rollouts, key_ids.rollouts)
-
-
-def _splash_kernel(num_tokens: int, num_heads: int, mesh: Mesh | None, interpret: bool) -> Any:
-    tensor, context = (1, 1) if mesh is None else (mesh.shape["tensor"], mesh.shape["context"])
-    size = math.gcd(num_tokens // context, SPLASH_BLOCK)
-    if size % LANES:
-        raise ValueError(
-            f"model.attention=splash needs rows of a multiple of {LANES * context} tokens (context={context}), not"
-            f" {num_tokens}; set learner.row_tokens, or model.attention=null"
-        )
-    # One kernel for both gradients would need a copy of the query's gradient for each block of keys.
-    sizes = splash.BlockSizes(size, size, size, size, size, size, size, size, use_fused_bwd_kernel=False)
-    return splash.make_splash_mha(
-        splash_mask.MultiHeadMask([splash_mask.CausalMask((num_tokens, num_tokens))] * num_heads),
-        head_shards=tensor,
-        q_seq_shards=context,
-        block_sizes=sizes,
         interpret=interpret,
     )

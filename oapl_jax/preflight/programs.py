@@ -96,15 +96,13 @@ def rollout_bytes(assembly: Assembly) -> float:
 def _learner_programs(assembly: Assembly) -> list[Program]:
     config, learner, account = assembly.config, assembly.learner, assembly.account
     mesh, rows = learner.mesh, learner.rows
-    # All its tokens are scored.
-    batch = learner.largest_batch()
-    num_micro_batches, num_rows, length = batch.tokens.shape
-    tokens = num_micro_batches * num_rows * length
-    pairs = tokens * (rows.max_tokens + 1) / 2
-    forward, attention = forward_flops(assembly.architecture, tokens, pairs, tokens)
+    batch, full = learner.largest_batch(), rows.full
+    num_rows = batch.tokens.shape[1]
+    num_used = math.ceil(full.rows / num_rows)
+    forward, attention = forward_flops(assembly.architecture, full.tokens, full.pairs, full.scored)
     chunk = chunk_tokens(assembly.architecture.vocab_size // mesh.shape["tensor"], platform_of(mesh))
-    chunks = math.ceil(num_rows * length / row_shards(mesh) / mesh.shape["context"] / chunk)
-    micro_batches = (num_micro_batches,) if num_micro_batches > 1 else ()
+    chunks = math.ceil(full.scored / num_used / row_shards(mesh) / mesh.shape["context"] / chunk)
+    micro_batches = (num_used,) if len(batch.tokens) > 1 else ()
     make = functools.partial(Program, mesh=mesh)
     return [
         make(

@@ -13,7 +13,7 @@ from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.learner.batch import RowLayout, from_pairs, of_pairs, pack, padding, place
 from oapl_jax.learner.step import make_scorer
-from oapl_jax.model.row_attention import Segments
+from oapl_jax.model.segments import Segments, may_see
 
 ROW = 32
 
@@ -216,6 +216,26 @@ def test_a_group_that_fits_into_a_row_has_its_prompt_once():
     assert batch.segment_mask.sum(axis=1).tolist() == [4]
     assert (batch.prompt_ids > 0).sum() == 9 + 4 * 6, "9 tokens once; the last one and the response for each"
     assert padding(batch, layout) == pytest.approx(1 - 33 / 40)
+
+
+@pytest.mark.parametrize(
+    ("row_tokens", "shares"), [(None, False), (16, False), (40, False), (16, True), (24, True), (28, True), (60, True)]
+)
+def test_a_batch_of_full_rollouts_is_as_large_as_its_layout_says(row_tokens, shares):
+    rng = np.random.default_rng(0)
+    prompts = rng.integers(0, VOCAB, (3, 11)).astype(np.int32)
+    pairs = [(prompt, np.ones(5, np.int32)) for prompt in prompts for _ in range(4)]
+    layout = RowLayout(12, 16, row_tokens, shares_prompts=shares, group_size=4, max_response_tokens=5)
+    batch = from_pairs(pairs, layout)
+    segments = Segments(*(jnp.asarray(ids) for ids in (batch.segment_ids, batch.prompt_ids) if ids is not None))
+    is_token = batch.segment_ids + (batch.prompt_ids if shares else 0) > 0
+    is_visible = np.asarray(may_see(segments, segments)) & np.tri(batch.tokens.shape[1], dtype=bool)
+    assert layout.full == (
+        batch.segment_mask.any(axis=1).sum(),
+        is_token.sum(),
+        batch.response_mask.sum(),
+        is_visible[is_token].sum(),
+    )
 
 
 @pytest.mark.slow
