@@ -6,19 +6,20 @@
 Steps of the first window hold the compilations and are not measured. There is no evaluation unless overrides ask for
 one: the sampler fills the buffer while it goes on.
 
-With ``--peer trl`` TRL's GRPOTrainer does the same job: the same weights, prompts in the same order, rollouts, limits,
-precision, optimizer and reward, each with its own loss. Only built-in tasks, whose rewards the peer can import. Each turn is
-a process of ours and then one of the peer, with another seed. What counts is CPU seconds, those of grading processes
-included:
+With ``--peer trl`` TRL's GRPOTrainer does the same job, with ``--peer tunix`` google-tunix's GRPOLearner: the same
+weights, prompts in the same order, rollouts, limits, precision, optimizer and reward, each with its own loss. Only
+built-in tasks, whose rewards the peer can import. Each turn is a process of ours and then one of the peer, with another
+seed. What counts is CPU seconds, those of grading processes included:
 
 * ``cpu_seconds_per_step``, ``peak_mib``: of the median turn.
 * ``reward_after_rollouts``: the mean reward of a quarter of the run's rollouts, those before this number.
 * ``reward_after_cpu_seconds``: the same after as many steps as these CPU seconds pay for.
 
 ``--profile`` holds sampling and training apart by a lock, so that each CPU second of the process belongs to one of them,
-and says where they go. TRL has requirements of its own:
+and says where they go. The peers have requirements of their own:
 
     python3 -m venv ../trl && ../trl/bin/pip install torch==2.13.0 trl==1.16.0
+    python3 -m venv ../tunix && ../tunix/bin/pip install google-tunix==0.1.7
 """
 
 import argparse
@@ -42,7 +43,11 @@ from sampler import ENVIRONMENT, ROOT, Contender, bind_to_cores, machine, versio
 POLL_SECONDS = 0.02
 TURN_SECONDS = 7200
 """Deadline of a run."""
-INSTALL = {"trl": "python3 -m venv ../trl && ../trl/bin/pip install torch==2.13.0 trl==1.16.0 (or --peer-python PATH)"}
+INSTALL = {
+    "trl": "python3 -m venv ../trl && ../trl/bin/pip install torch==2.13.0 trl==1.16.0 (or --peer-python PATH)",
+    "tunix": "python3 -m venv ../tunix && ../tunix/bin/pip install google-tunix==0.1.7 (or --peer-python PATH)",
+}
+PROGRAMS = {"trl": "peer_trl.py", "tunix": "peer_tunix_main.py"}
 
 
 def main(argv: list[str]) -> None:
@@ -281,7 +286,7 @@ def compare(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, An
                 python = arguments.peer_python or str(ROOT.parent / arguments.peer / "bin/python")
                 if not os.access(python, os.X_OK):
                     raise SystemExit(f"{arguments.peer}: {python} is not there; {INSTALL[arguments.peer]}")
-                peer = str(pathlib.Path(__file__).with_name(f"peer_{arguments.peer}.py"))
+                peer = str(pathlib.Path(__file__).with_name(PROGRAMS[arguments.peer]))
                 reports[arguments.peer].append(run([python, peer, str(job), str(out)], out))
     result = {name: summary(turns) for name, turns in reports.items()}
     return result | (headline(result["ours"], result[arguments.peer]) if arguments.peer else {})
