@@ -5,7 +5,8 @@
 Reads the rollout log, the record of the batches and the metrics, and checks every step: its groups are in the
 log, are those that were trained on, complete, of the one policy version of its window, with tokens of the vocabulary
 up to a stop or the limit, log-probabilities, and the advantages that their rewards give (``checks.py``); none was
-trained on more often than the config says; the lag is below ``sync_every``.
+trained on more often than the config says; the lag is below ``sync_every``. It also says where what was rewarded looks
+as if the grader was gamed (``surface.py``).
 Exit code 1 names the first mistake and the file and line that it is in. It needs no devices and changes nothing.
 """
 
@@ -28,6 +29,7 @@ from oapl_jax.rollouts.import_rollouts import IMPORTS_FOLDER
 from oapl_jax.rollouts.log import RolloutLog, digest, digests_of
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.rollouts.stops import Stops
+from oapl_jax.rollouts.surface import SurfaceWatch
 from oapl_jax.types import RolloutGroup, RunError
 
 BATCHES_FILE = "batches.jsonl"
@@ -45,6 +47,7 @@ def audit(run: pathlib.Path) -> str:
     log, check = RolloutLog(storage.shared_path(config.run.shared_dir or run) / "rollouts", drawn), _group_check(config)
     most_steps = config.window.sync_every if config.offline is None else math.inf
     uses: collections.Counter[str] = collections.Counter()
+    surface, signs = SurfaceWatch(), []
     before, num_steps, step, num_rollouts, num_windows, num_damaged = -1, 0, 0, 0, 0, 0
     oldest = min(log.versions(), default=math.inf) if config.checkpoint.keep_rollouts else 0
     imported = {int(path.stem) for path in (run / IMPORTS_FOLDER).glob("[0-9]*.json")}
@@ -74,6 +77,7 @@ def audit(run: pathlib.Path) -> str:
             _check_batch(own_check, line["groups"], groups, version, where)
             uses.update(list(line["groups"]))
             num_rollouts += sum(len(groups[name].usable) for name in line["groups"])
+            signs += [f"\nstep {step}: {sign}" for sign in surface.add([groups[name] for name in line["groups"]])[1]]
     most = max(config.window.epochs, config.window.max_uses)
     if config.offline is not None:
         most = max(data.epochs for data in config.offline.rounds)
@@ -85,7 +89,7 @@ def audit(run: pathlib.Path) -> str:
     left = f"; damaged files, of which nothing was trained on: {num_damaged}" if num_damaged else ""
     if oldest:
         left += f"; not checked: rollouts of versions before {oldest}, which were removed (checkpoint.keep_rollouts)"
-    return f"{step} steps, {num_windows} windows, {len(uses)} groups, {num_rollouts} rollouts: all as recorded{left}"
+    return f"{step} steps, {num_windows} windows, {len(uses)} groups, {num_rollouts} rollouts: all as recorded{left}{''.join(signs)}"
 
 
 def _check_batch(

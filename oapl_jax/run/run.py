@@ -34,6 +34,7 @@ from oapl_jax.rollouts.checks import GroupCheck, ShardCheck
 from oapl_jax.rollouts.log import BatchRecord, RolloutLog, digest
 from oapl_jax.rollouts.source import GroupSource, Taken, Weights, WindowPlan
 from oapl_jax.rollouts.stops import Stops
+from oapl_jax.rollouts.surface import SurfaceWatch
 from oapl_jax.run.evaluator import Evaluator, StepLog
 from oapl_jax.run.parity import check_parity
 from oapl_jax.run.progress import RunProgress
@@ -86,6 +87,8 @@ class Run:
     """Of the window that is open."""
     has_trained: bool = False
     """Whether this process has compiled the train step."""
+    surface: SurfaceWatch = dataclasses.field(default_factory=SurfaceWatch)
+    """Of the responses that were learnt from."""
 
     @property
     def config(self) -> TrainConfig:
@@ -204,7 +207,10 @@ class Run:
             jax.block_until_ready(self.state)  # on all devices, before the lock is left
         self.progress.step += 1
         self.progress.num_rollouts += int(batch.segment_mask.sum())
-        metrics |= batches.describe(groups, self.config.data.sets)
+        on_surface, signs = self.surface.add(groups)
+        for sign in signs:
+            self.bar.note(sign)
+        metrics |= batches.describe(groups, self.config.data.sets) | on_surface
         metrics["learner/padding"] = batches.padding(batch, learner.rows)
         return metrics, float(batch.response_mask.sum())
 
