@@ -76,8 +76,8 @@ def _with_graders(config: TrainConfig) -> TrainConfig:
             _, is_held_out, name = key.rpartition(HELD_OUT)
             section = ("evaluation" if is_held_out else "data") + (f".sets.{name}" if name else "")
             own = "" if reward is config.reward else f"{section}."
-            told = f"is graded by {kind}; set {own}reward.functions={{{kind}: 1.0}}"
-            lines.append(f"{section}.dataset={source.dataset} {told}")
+            problem = f"is graded by {kind}; set {own}reward.functions={{{kind}: 1.0}}"
+            lines.append(f"{section}.dataset={source.dataset} {problem}")
     if lines:
         raise ValueError("\n".join(lines))
     return config

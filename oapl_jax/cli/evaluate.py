@@ -156,8 +156,8 @@ def _followed(config: EvaluateConfig, source: pathlib.Path) -> Iterator[tuple[in
         if has_ended:
             raise ValueError(f"{str(source)!r} has ended and has no checkpoint; there is nothing to evaluate")
         if time.monotonic() > last + config.run.watch_deadline:
-            told = f"within run.watch_deadline={config.run.watch_deadline:g} s, and no {SUMMARY_FILE}"
-            raise TimeoutError(f"{source}: no new version {told}")
+            problem = f"within run.watch_deadline={config.run.watch_deadline:g} s, and no {SUMMARY_FILE}"
+            raise TimeoutError(f"{source}: no new version {problem}")
         time.sleep(POLL_SECONDS)
 
 

@@ -142,8 +142,8 @@ def _load(config: GenerateConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], G
     except BaseException:
         grader.close()
         raise
-    told = describe_prompts(config.data, source).items()
-    lines = [f"prompts{' of ' if name else ''}{name}: {text}" for name, text in told]
+    described = describe_prompts(config.data, source).items()
+    lines = [f"prompts{' of ' if name else ''}{name}: {text}" for name, text in described]
     return prompts, grader, stops, [f"responses {stops}", *lines]
 
 

@@ -96,8 +96,8 @@ Sets = Annotated[dict[str, SetConfig], AfterValidator(_check_names)]
 
 def inert_weights(sets: Mapping[str, SetConfig], key: str) -> list[str]:
     """A line for each weight, where every prompt is asked once."""
-    told = "has no effect, every prompt is asked once; remove it"
-    return [f"{key}.{name}.weight: {told}" for name, part in sets.items() if "weight" in changed(part)]
+    problem = "has no effect, every prompt is asked once; remove it"
+    return [f"{key}.{name}.weight: {problem}" for name, part in sets.items() if "weight" in changed(part)]
 
 
 class DataConfig(SourceConfig):

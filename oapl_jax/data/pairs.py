@@ -48,8 +48,8 @@ def load_pairs(data: SftDataConfig, tokenizer: Tokenizer, seed: int) -> Shuffled
         elif data.overlong == "error":
             raise ValueError(f"row {row_name}: {overlong}; raise the limit or set data.overlong=drop")
     if not pairs:
-        told = "rows exceed data.max_prompt_tokens or data.max_response_tokens"
-        raise ValueError(f"{data.path!r}: all {len(table.rows)} {told}")
+        problem = "rows exceed data.max_prompt_tokens or data.max_response_tokens"
+        raise ValueError(f"{data.path!r}: all {len(table.rows)} {problem}")
     warn_of_control_tokens(tokenizer, "prompts and responses", texts)
     return Shuffled(pairs, len(table.rows) - len(pairs), seed)
 

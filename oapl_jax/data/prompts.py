@@ -92,11 +92,11 @@ def _named(prompt: Prompt, name: str) -> Prompt:
 def describe(data: DataConfig, source: PromptSource) -> dict[str, str]:
     """How many prompts there are, by the name of the data set ('' for one without), as text."""
     if isinstance(source, Mixed):
-        total, told = sum(part.weight for part in data.sets.values()), {}
+        total, described = sum(part.weight for part in data.sets.values()), {}
         for name, part in data.sets.items():
             size = describe(data.of(part), source.streams[name])[""]
-            told[name] = f"{size}; weight {part.weight:g}, {part.weight / total:.1%} of the groups"
-        return told
+            described[name] = f"{size}; weight {part.weight:g}, {part.weight / total:.1%} of the groups"
+        return described
     if data.task is not None:
         return {"": f"{data.task} task"}
     return {"": f"{len(source):,} ({dropped(source.num_dropped)})"}

@@ -218,8 +218,8 @@ class HuggingFaceTokenizer:
         for name, value in options.items():
             source_text = self._tokenizer.get_chat_template() if self._tokenizer.chat_template else ""
             if name in ("messages", "add_generation_prompt") or not re.search(rf"\b{re.escape(name)}\b", source_text):
-                told = f"the chat template of {source!r} has no such option; remove it"
-                raise ValueError(f"model.chat_template_kwargs.{name}: {told}")
+                problem = f"the chat template of {source!r} has no such option; remove it"
+                raise ValueError(f"model.chat_template_kwargs.{name}: {problem}")
             default = f"{{% set {name} = {name} if {name} is defined and {name} is not none else {value!r} %}}"
             self._tokenizer.chat_template = default + source_text.replace(default, "")
 

@@ -87,8 +87,8 @@ def reward(given: Any, bounds: tuple[float, float] | None) -> float:
     if given is None or not abs(given) <= MOST_REWARD:
         raise BadRowError("no reward", f"its reward is {given}")
     if bounds is not None and not bounds[0] <= given <= bounds[1]:
-        told = f"its reward {given} is outside offline.reward_range [{bounds[0]:g}, {bounds[1]:g}]"
-        raise BadRowError("reward out of range", told)
+        problem = f"its reward {given} is outside offline.reward_range [{bounds[0]:g}, {bounds[1]:g}]"
+        raise BadRowError("reward out of range", problem)
     return float(given)
 
 
@@ -184,8 +184,8 @@ class GroupCheck(NamedTuple):
         of_correct = None if self._is_free else _reward_of_correct(config, prompt)
         right = of_correct if grade.verdict is Verdict.CORRECT else 0.0
         if of_correct is not None and grade.verdict is not Verdict.INVALID and grade.reward != right:
-            told = f"its verdict is {grade.verdict}, its reward {grade.reward} and not {right}"
-            raise BadRowError("wrong reward", told)
+            problem = f"its verdict is {grade.verdict}, its reward {grade.reward} and not {right}"
+            raise BadRowError("wrong reward", problem)
 
 
 def _reward_of_correct(config: TrainConfig, prompt: Prompt) -> float | None:

@@ -188,8 +188,8 @@ def _rows(table: pa.Table, source: str) -> list[dict]:
         is_list = pa.types.is_list(field.type)
         tokens_null = field.type == _IDS and any(chunk.values.null_count for chunk in column.chunks)
         if tokens_null or (column.null_count and not COLUMNS[field.name].is_nullable):
-            told = "no text, number, list or token in it may be null"
-            raise ValueError(f"{source}: column {field.name} has nulls; {told}")
+            problem = "no text, number, list or token in it may be null"
+            raise ValueError(f"{source}: column {field.name} has nulls; {problem}")
         columns[field.name] = list_cells(column) if is_list else column.to_pylist()
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 

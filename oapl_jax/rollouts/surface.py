@@ -21,10 +21,10 @@ SHARE = 0.9
 """Of the rewarded responses that look alike, from which on it is said."""
 
 FIRST_RESPONSES, MOST_AT_START = 128, 0.5
-"""Responses of the start, right or wrong. A form that so many of them have is that of the task."""
+"""Responses of the start, right or wrong. A form that as many of them have is that of the task."""
 
 RUN_TOKENS, COPIED_TOKENS = 3, 0.8
-"""A response is copied if runs of so many tokens which stand in its prompt cover this share of it."""
+"""A response is copied if runs of three tokens that stand in its prompt cover this share of it."""
 
 MOST_CHARACTERS = 4000
 """Of a text that are looked at."""

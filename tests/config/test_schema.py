@@ -49,23 +49,23 @@ def mistakes(load, *args, **options):
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("window.epochs=3", "window.epochs=3 does not divide window.sync_every=50"),
         ("window.min_groups=201", "window.min_groups=201 is more than the window's 200 new groups"),
         ("window.order=random", "window.order"),
     ],
 )
-def test_windows_that_cannot_be_are_refused(load, override, told):
-    assert told in only_mistake(load, TOY, override)
+def test_windows_that_cannot_be_are_refused(load, override, message):
+    assert message in only_mistake(load, TOY, override)
 
 
 @pytest.mark.parametrize(("text", "schema"), [(TOY, TrainConfig), (SFT, SftConfig)])
 def test_bfloat16_weights_are_refused_where_they_are_trained(load, text, schema):
     """Of SmolLM2-135M's weights 0.23 % change at all in a step of 1e-6 that is rounded to bfloat16."""
-    told = only_mistake(load, text, "model.param_dtype=bfloat16", schema=schema)
-    assert "model.param_dtype=bfloat16" in told
-    assert "model.compute_dtype=bfloat16" in told
+    message = only_mistake(load, text, "model.param_dtype=bfloat16", schema=schema)
+    assert "model.param_dtype=bfloat16" in message
+    assert "model.compute_dtype=bfloat16" in message
     load(text, "model.param_dtype=bfloat16", "lora.rank=4", schema=schema)
 
 
@@ -88,16 +88,16 @@ def test_all_mistakes_are_reported_at_once_with_path_value_range_and_nearest_nam
     head, *lines = str(caught.value).splitlines()
     assert head.startswith("6 mistakes in ")
     assert head.endswith("run.yaml")
-    told = {line.split(":")[0].strip(): line for line in lines}
-    assert "did you mean 'learner.learning_rate'?" in told["learner.lerning_rate"]
-    assert "less than 1" in told["learner.adam_b1"]
-    assert "1.5" in told["learner.adam_b1"]
-    assert "integer" in told["run.steps"]
-    assert "'soon'" in told["run.steps"]
-    assert "did you mean 'oapl'?" in told["objective.name"]
-    assert "'oalp'" in told["objective.name"]
-    assert "did you mean 'objective.beta1'?" in told["sampler.beta1"]
-    assert "did you mean 'window'?" in told["windows"]
+    message = {line.split(":")[0].strip(): line for line in lines}
+    assert "did you mean 'learner.learning_rate'?" in message["learner.lerning_rate"]
+    assert "less than 1" in message["learner.adam_b1"]
+    assert "1.5" in message["learner.adam_b1"]
+    assert "integer" in message["run.steps"]
+    assert "'soon'" in message["run.steps"]
+    assert "did you mean 'oapl'?" in message["objective.name"]
+    assert "'oalp'" in message["objective.name"]
+    assert "did you mean 'objective.beta1'?" in message["sampler.beta1"]
+    assert "did you mean 'window'?" in message["windows"]
 
 
 def test_mistakes_between_sections_are_reported_at_once_and_counted(load):
@@ -108,13 +108,13 @@ def test_mistakes_between_sections_are_reported_at_once_and_counted(load):
             "window.max_groups_ahead=2",
             "evaluation.path=x.jsonl",
         )
-    told = str(caught.value)
+    message = str(caught.value)
     for key in (
         "learner.batch_rollouts=18",
         "window.max_groups_ahead=2",
         "evaluation.path",
     ):
-        assert key in told
+        assert key in message
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_an_unknown_key_names_the_nearest_here_else_the_same_elsewhere_else_all(
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "message"),
     [
         ("learner.batch_rollouts=16.5", "learner.batch_rollouts"),
         ("logging.progress=maybe", "logging.progress"),
@@ -146,10 +146,10 @@ def test_an_unknown_key_names_the_nearest_here_else_the_same_elsewhere_else_all(
         ("mesh.trainer=fsdp=0", "mesh.trainer"),
     ],
 )
-def test_a_wrong_type_or_range_names_key_and_value(load, override, told):
+def test_a_wrong_type_or_range_names_key_and_value(load, override, message):
     line = only_mistake(load, TOY, override)
-    assert line.startswith(f"{told}: ")
-    assert f"(value {override.removeprefix(told + '=').strip('[]')}" in line.replace("'", "").replace("[", "")
+    assert line.startswith(f"{message}: ")
+    assert f"(value {override.removeprefix(message + '=').strip('[]')}" in line.replace("'", "").replace("[", "")
 
 
 def test_a_missing_key_is_named(load):
@@ -219,7 +219,7 @@ def test_options_of_the_other_objective_are_refused(load):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["objective.name=opal"], "objective.name: unknown name 'opal'; did you mean 'oapl'?"),
         (["objective.beta3=1"], "objective.beta3: unknown key (value 1); did you mean 'objective.beta"),
@@ -234,8 +234,8 @@ def test_options_of_the_other_objective_are_refused(load):
         ),
     ],
 )
-def test_names_and_options_of_dicts_are_checked(load, overrides, told):
-    assert told in only_mistake(load, TOY, *overrides)
+def test_names_and_options_of_dicts_are_checked(load, overrides, message):
+    assert message in only_mistake(load, TOY, *overrides)
 
 
 def test_mistakes_of_dicts_are_reported_with_all_others(load):
@@ -314,7 +314,7 @@ def test_options_without_effect_on_supervised_tasks_are_refused(load):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (["data.path=x.jsonl"], "give exactly one of task, dataset and path"),
         (["data.task=null"], "give exactly one of task, dataset and path"),
@@ -323,8 +323,8 @@ def test_options_without_effect_on_supervised_tasks_are_refused(load):
         (["model.tokenizer=model"], "a model built from a bare config has none"),
     ],
 )
-def test_sources_that_exclude_each_other(load, overrides, told):
-    assert told in only_mistake(load, TOY, *overrides)
+def test_sources_that_exclude_each_other(load, overrides, message):
+    assert message in only_mistake(load, TOY, *overrides)
 
 
 def test_a_group_of_one_is_refused(load):

@@ -56,9 +56,9 @@ def test_a_damaged_record_is_one_line(tmp_path, capsys, name, content):
     run = make_run(tmp_path / "demo", steps=3)
     (run / name).write_text(content)
     assert console.run(lambda argv: print(report.write_report(run)), []) == console.ExitCode.FAILED
-    told = capsys.readouterr().err
-    assert told.startswith(f"error: {run}: no report was written: ")
-    assert told.count("\n") == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"error: {run}: no report was written: ")
+    assert message.count("\n") == 1
 
 
 NAMES = ["$\\frac{1$", "=1+1", "+1", "-2+3", "@SUM(1)", "\tx", "\x1b[31mred", "_hidden", "ünïcode 你好", "x" * 500]

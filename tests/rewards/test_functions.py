@@ -96,7 +96,7 @@ def test_functions_are_found_in_the_folder_and_called_in_three_ways(make):
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("mine:nothing", "cannot be used: AttributeError"),
         ("nowhere:f", "cannot be used: ModuleNotFoundError"),
@@ -105,9 +105,9 @@ def test_functions_are_found_in_the_folder_and_called_in_three_ways(make):
         ("mine:too_few", r"fails on .*returned \[1.0\], which is no list"),
     ],
 )
-def test_a_function_that_does_not_work_stops_the_run_before_it_starts(make, name, told):
+def test_a_function_that_does_not_work_stops_the_run_before_it_starts(make, name, message):
     running = make(name)
-    with pytest.raises(ValueError, match=f"reward.functions: '{name}' {told}"):
+    with pytest.raises(ValueError, match=f"reward.functions: '{name}' {message}"):
         running.check_golds([prompt("seven"), prompt("8")])
 
 
