@@ -186,15 +186,15 @@ def test_a_sampler_ends_within_ten_seconds_of_sigterm_and_gives_its_shards_back(
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "told"), [("schema_version", 99, "schema version 99"), ("config", "x", "config is not")]
+    ("key", "value", "message"), [("schema_version", 99, "schema version 99"), ("config", "x", "config is not")]
 )
-def test_a_sampler_of_another_release_or_config_refuses(detached, tmp_path, key, value, told):
+def test_a_sampler_of_another_release_or_config_refuses(detached, tmp_path, key, value, message):
     run = tmp_path / "run"
     shutil.copytree(detached[0], run)
     manifest = run / "policy" / "000002" / "manifest.json"
     manifest.write_text(json.dumps({**json.loads(manifest.read_text()), key: value}))
     (run / "policy" / "current.json").write_text('{"policy_version": 2, "is_finished": false}')
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         SamplingProcess(run, "jax", "data=1", 120.0, threading.Event()).run()
 
 
