@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from main_job import cpu_seconds, figures
 from transformers import AutoTokenizer
@@ -56,7 +57,7 @@ def main(source: str, target: str) -> None:
     stops = [i for i in range(len(tokenizer)) if job["stop"] in tokenizer.decode([i])]
     for prompt in job["prompts"]:
         assert tokenizer.encode(prompt["text"]) == prompt["token_ids"], prompt["text"]
-    mesh = jax.make_mesh((1, 1), ("fsdp", "tp"))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("fsdp", "tp"))
     dtype = jnp.dtype(job["dtype"])
     model = params.create_model_from_safe_tensors(str(folder), read_config(folder, dtype), mesh, dtype=dtype)
     grade, limit = TOY_GRADERS[job["task"]], job["max_response_tokens"]
