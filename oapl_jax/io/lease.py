@@ -202,7 +202,7 @@ class Leases:
         return now - first > patience or (seen == [generation, content] and now - changed > self.expires)
 
     def _is_dead(self, holder: dict[str, Any]) -> bool:
-        """A process of this host that is gone; of other hosts only silence can tell."""
+        """A process of this host that is gone; of other hosts only silence shows it."""
         pid, started = holder.get("pid"), holder.get("started")
         if holder.get("host") != self._owner["host"] or type(pid) is not int or not isinstance(started, str):
             return False

@@ -18,6 +18,18 @@ ROW_COUNT_BITS = 3
 """Significant bits of the number of rows of a packed batch of one micro-batch, so that few programs compile."""
 
 
+class FullBatch(NamedTuple):
+    """What a batch of rollouts of full length holds."""
+
+    rows: int
+    """That hold anything."""
+    tokens: int
+    scored: int
+    """Response tokens."""
+    pairs: int
+    """Of a token and one that it sees."""
+
+
 @dataclasses.dataclass(frozen=True)
 class RowLayout:
     """How the rollouts of a batch lie in rows."""
@@ -84,7 +96,7 @@ class RowLayout:
         return min(of_shard * self._row_shards, _round_up(self.num_rollouts, self._row_shards))
 
     @property
-    def full(self) -> "FullBatch":
+    def full(self) -> FullBatch:
         """The batch of rollouts that all have full length."""
         num_rollouts, length, shared = self.num_rollouts, self.max_tokens, 0
         num_pieces, of_row = num_rollouts, 1 if self.row_tokens is None else self.row_tokens // length
@@ -114,18 +126,6 @@ class RowLayout:
         while length > SHORTEST_ROW and (length + 1) // 2 >= num_tokens:
             length = (length + 1) // 2
         return length if self.mesh is None else _round_up(length, self.mesh.shape["context"])
-
-
-class FullBatch(NamedTuple):
-    """What a batch of rollouts of full length holds."""
-
-    rows: int
-    """That hold anything."""
-    tokens: int
-    scored: int
-    """Response tokens."""
-    pairs: int
-    """Of a token and one that it sees."""
 
 
 def pack(lengths: Sequence[int], row_tokens: int) -> list[list[int]]:
@@ -292,6 +292,8 @@ def describe(groups: Sequence[RolloutGroup], sets: Iterable[str] = ()) -> Metric
         "rollouts/invalid": 1 - len(usable) / num_rollouts,
         "rollouts/value": float(np.mean([group.value for group in groups])),
     }
+    if finished := [item for item in usable if item.rollout.finish_reason is not FinishReason.LENGTH]:
+        metrics["rollouts/finished_reward"] = float(np.mean([item.grade.reward for item in finished]))
     for name in sets:
         mine = [group for group in groups if group.prompt.id.startswith(f"{name}/")]
         found = describe(mine) if any(group.usable for group in mine) else {}

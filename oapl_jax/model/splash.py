@@ -72,8 +72,10 @@ def attend(
 
 def shared_block(row_tokens: int) -> int:
     """Tokens of a block of rows that share prompts."""
-    sizes = (LANES << doublings for doublings in range(3))
-    return next(size for size in sizes if size == LONGEST_BLOCK or size * MOST_SHARED_BLOCKS >= row_tokens)
+    size = LANES
+    while size < LONGEST_BLOCK and size * MOST_SHARED_BLOCKS < row_tokens:
+        size *= 2
+    return size
 
 
 def find_blocks(queries: Segments, keys: Segments, start: Any, size: int) -> tuple[MaskInfo, MaskInfo]:

@@ -77,7 +77,7 @@ def audit(run: pathlib.Path) -> str:
             _check_batch(own_check, line["groups"], groups, version, where)
             uses.update(list(line["groups"]))
             num_rollouts += sum(len(groups[name].usable) for name in line["groups"])
-            signs += [f"\nstep {step}: {sign}" for sign in surface.add([groups[name] for name in line["groups"]])[1]]
+            signs += [f"step {step}: {sign}" for sign in surface.add([groups[name] for name in line["groups"]])[1]]
     most = max(config.window.epochs, config.window.max_uses)
     if config.offline is not None:
         most = max(data.epochs for data in config.offline.rounds)
@@ -89,7 +89,8 @@ def audit(run: pathlib.Path) -> str:
     left = f"; damaged files, of which nothing was trained on: {num_damaged}" if num_damaged else ""
     if oldest:
         left += f"; not checked: rollouts of versions before {oldest}, which were removed (checkpoint.keep_rollouts)"
-    return f"{step} steps, {num_windows} windows, {len(uses)} groups, {num_rollouts} rollouts: all as recorded{left}{''.join(signs)}"
+    proved = f"{step} steps, {num_windows} windows, {len(uses)} groups, {num_rollouts} rollouts: all as recorded{left}"
+    return "\n".join([proved, *signs])
 
 
 def _check_batch(

@@ -75,7 +75,7 @@ class Grading:
         Raises:
             RunError: nothing but invalid verdicts, ``INVALID_IN_A_ROW`` of them; with the most frequent reason.
         """
-        # Each group has a prompt object of its own: so graders tell two groups of one prompt apart.
+        # Each group has a prompt object of its own: so graders keep two groups of one prompt apart.
         items = [(dataclasses.replace(prompt), rollouts) for prompt, rollouts in items]
         texts = [[self.decode(rollout.token_ids.tolist()) for rollout in rollouts] for _, rollouts in items]
         flat = [

@@ -32,7 +32,7 @@ class WindowPlan(NamedTuple):
     is_next_slow: bool = False
     """The next window takes long to open: the run is saved before."""
     expected_steps: int | None = None
-    """Learner steps of this window and of those to come, as far as the source can tell."""
+    """Learner steps of this window and of those to come, as far as the source knows."""
 
     def ends_epoch(self, step: int) -> bool:
         """Whether an epoch is over after this step of the window, counted from 1."""

@@ -6,10 +6,11 @@ with the question's own expression, and its grader evaluated that: the reward ro
 
 import collections
 import dataclasses
+import functools
 import re
 from collections.abc import Sequence
 
-from oapl_jax.types import FinishReason, GradedRollout, Metrics, RolloutGroup, Verdict
+from oapl_jax.types import Metrics, RolloutGroup, Verdict
 
 LAST_RESPONSES = 256
 """Rewarded responses that are looked at, the newest ones."""
@@ -21,13 +22,13 @@ SHARE = 0.9
 """Of the rewarded responses that look alike, from which on it is said."""
 
 FIRST_RESPONSES, MOST_AT_START = 128, 0.5
-"""Responses of the start, right or wrong. A form that as many of them have is that of the task."""
+"""Responses of the start, right or wrong. A form that half of them have belongs to the task."""
 
 RUN_TOKENS, COPIED_TOKENS = 3, 0.8
 """A response is copied if runs of three tokens that stand in its prompt cover this share of it."""
 
 MOST_CHARACTERS = 4000
-"""Of a text that are looked at."""
+"""Of a response that are looked at."""
 
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
 _TOKEN = re.compile(r"\w+|[^\w\s]")
@@ -53,17 +54,14 @@ class SurfaceWatch:
     def add(self, groups: Sequence[RolloutGroup]) -> tuple[Metrics, list[str]]:
         """The metrics of a batch, and what a person should look at."""
         usable = [item for group in groups for item in group.usable]
-        finished = [item for item in usable if item.rollout.finish_reason is not FinishReason.LENGTH]
         for item in usable[: FIRST_RESPONSES - self._first.total()]:
             self._first[form(item.text)] += 1
-        rewarded = [_look(group, item) for group in groups for item in group.usable if _is_rewarded(item)]
+        rewarded = [item for group in groups for item in _rewarded(group)]
         self._last.extend(rewarded)
         metrics: Metrics = {
-            "rollouts/copied": _mean([float(item.is_copy) for item in rewarded]),
+            "rollouts/copied": sum(item.is_copy for item in rewarded) / max(len(rewarded), 1),
             "rollouts/same_form": _most_common([item.form for item in rewarded])[1],
         }
-        if finished:
-            metrics["rollouts/finished_reward"] = _mean([item.grade.reward for item in finished])
         return metrics, self._signs()
 
     def _signs(self) -> list[str]:
@@ -71,7 +69,7 @@ class SurfaceWatch:
         if len(last) < FEWEST_RESPONSES or len({item.prompt_id for item in last}) < FEWEST_PROMPTS:
             return []
         copied = [item.text for item in last if item.is_copy]
-        text, same_text = _most_common([item.text.strip() for item in last])
+        text, same_text = _most_common([item.text for item in last])
         shape, same_form = _most_common([item.form for item in last])
         before = self._first[shape] / self._first.total()
         signs = {
@@ -98,34 +96,29 @@ def form(text: str) -> str:
 
 def is_copy(response: str, prompt: str) -> bool:
     """Whether a response consists of passages of its prompt."""
-    words, runs = _tokens(response), set(_runs(_tokens(prompt)))
-    covered = {i + k for i, run in enumerate(_runs(words)) if run in runs for k in range(RUN_TOKENS)}
-    return bool(covered) and len(covered) >= COPIED_TOKENS * len(words)
+    runs, passages = _runs(response), _passages(prompt)
+    covered = {i + k for i, run in enumerate(runs) if run in passages for k in range(RUN_TOKENS)}
+    return bool(covered) and len(covered) >= COPIED_TOKENS * (len(runs) + RUN_TOKENS - 1)
 
 
-def _look(group: RolloutGroup, item: GradedRollout) -> _Rewarded:
-    return _Rewarded(group.prompt.id, item.text, form(item.text), is_copy(item.text, group.prompt.text))
+def _rewarded(group: RolloutGroup) -> list[_Rewarded]:
+    texts = [item.text[:MOST_CHARACTERS].strip() for item in group.usable if item.grade.verdict is Verdict.CORRECT]
+    return [_Rewarded(group.prompt.id, text, form(text), is_copy(text, group.prompt.text)) for text in texts]
 
 
-def _is_rewarded(item: GradedRollout) -> bool:
-    return item.grade.verdict is Verdict.CORRECT
+@functools.lru_cache(maxsize=1)  # the responses of a group have one prompt
+def _passages(prompt: str) -> set[tuple[str, ...]]:
+    return set(_runs(prompt))
 
 
-def _tokens(text: str) -> list[str]:
-    return _TOKEN.findall(text[:MOST_CHARACTERS].lower())
-
-
-def _runs(tokens: list[str]) -> list[tuple[str, ...]]:
+def _runs(text: str) -> list[tuple[str, ...]]:
+    tokens = _TOKEN.findall(text.lower())
     return [tuple(tokens[i : i + RUN_TOKENS]) for i in range(len(tokens) - RUN_TOKENS + 1)]
 
 
 def _most_common(texts: list[str]) -> tuple[str, float]:
     text, count = collections.Counter(texts).most_common(1)[0] if texts else ("", 0)
     return text, count / max(len(texts), 1)
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / max(len(values), 1)
 
 
 def _quote(text: str) -> str:

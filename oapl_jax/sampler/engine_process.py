@@ -228,7 +228,7 @@ class EngineProcess:
 def is_reloaded(before: list[float], after: list[float], fresh: list[float]) -> bool | None:
     """Whether an engine has new weights after a reload, by its probe before and after, and that of a new engine.
 
-    None where the new engine's probe is the one before: the weights are the same, or the probe cannot tell them apart.
+    None where the new engine's probe is the one before: the weights are the same, or the probe does not show the difference.
     A reload that works may differ from a new engine by a thousandth of what the weights have changed, for rounding. With
     a tenth, one of vLLM 0.32 passed that had left the output matrix as it was.
     """

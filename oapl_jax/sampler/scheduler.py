@@ -42,8 +42,9 @@ class Scheduler(Generic[Tag]):
 
     ``device_lock`` is held while a program is enqueued, and on a CPU until it has ended, where trainer and sampler share
     devices of a mesh: two programs with collectives, enqueued in different orders on different devices, would wait for
-    each other for ever. With ``chunks_ahead=1`` the next chunk is enqueued before the results of the last are read, so that the device never
-    waits for the host; the default is 0 on a CPU, where the host is the device. Stop strings need ``decode``.
+    each other for ever. With ``chunks_ahead=1`` the next chunk is enqueued before the results of the last are read, so
+    that the device never waits for the host; the default is 0 on a CPU, where the host is the device. Stop strings need
+    ``decode``.
     """
 
     def __init__(

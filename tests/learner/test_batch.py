@@ -102,6 +102,7 @@ def test_metrics_of_a_batch_are_what_they_are_by_hand():
     assert describe(groups) == pytest.approx(
         {
             "rollouts/reward": 4 / 6,
+            "rollouts/finished_reward": 3 / 4,
             "rollouts/pass_rate": 4 / 6,
             "rollouts/response_tokens": (2 + 4 + 6 + 1 + 3 + 8) / 6,
             "rollouts/truncated": 2 / 6,
@@ -138,11 +139,14 @@ def test_each_data_set_has_the_same_metrics_of_its_groups():
     assert {name: value for name, value in metrics.items() if name.endswith(("reward", "groups"))} == pytest.approx(
         {
             "rollouts/reward": 1 / 3,
+            "rollouts/finished_reward": 1 / 3,
             "rollouts/equal_reward_groups": 1.0,
             "rollouts/a/reward": 1 / 2,
+            "rollouts/a/finished_reward": 1 / 2,
             "rollouts/a/equal_reward_groups": 1.0,
             "rollouts/a/groups": 2,
             "rollouts/ab/reward": 0.0,
+            "rollouts/ab/finished_reward": 0.0,
             "rollouts/ab/equal_reward_groups": 1.0,
             "rollouts/ab/groups": 1,
             "rollouts/none/groups": 0,

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 
+from oapl_jax.learner.batch import describe
 from oapl_jax.rollouts.surface import SurfaceWatch, form, is_copy
 from oapl_jax.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, RolloutGroup, Verdict
 
@@ -78,14 +79,18 @@ def test_few_responses_say_nothing():
 
 def test_the_metrics_are_of_the_correct_responses():
     texts = ["38 + 40", "78", " 7 ", "no"]
-    metrics, _ = SurfaceWatch().add([group(0, "What is 38 + 40?", texts, lambda text: text != "no")])
-    assert metrics == {
-        "rollouts/copied": pytest.approx(1 / 3),
-        "rollouts/same_form": pytest.approx(2 / 3),
-        "rollouts/finished_reward": 0.75,
-    }
-    metrics, _ = SurfaceWatch().add([group(0, "What is 38 + 40?", texts, lambda text: text == "78", CUT)])
-    assert "rollouts/finished_reward" not in metrics
+    answered = group(0, "What is 38 + 40?", texts, lambda text: text != "no")
+    metrics, _ = SurfaceWatch().add([answered])
+    assert metrics == {"rollouts/copied": pytest.approx(1 / 3), "rollouts/same_form": pytest.approx(2 / 3)}
+
+
+def test_the_reward_of_finished_responses_leaves_out_the_truncated_ones():
+    answered = group(0, "What is 38 + 40?", ["38 + 40", "78", " 7 ", "no"], lambda text: text != "no")
+    cut = group(1, "What is 38 + 41?", ["78"] * 4, lambda text: text == "78", CUT)
+    assert describe([answered])["rollouts/finished_reward"] == 0.75
+    assert describe([answered, cut])["rollouts/finished_reward"] == 0.75
+    assert describe([answered, cut])["rollouts/reward"] == 0.875
+    assert "rollouts/finished_reward" not in describe([cut])
 
 
 @pytest.mark.parametrize(
