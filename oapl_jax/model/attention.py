@@ -1,4 +1,4 @@
-"""Grouped-query attention in plain XLA: for whole rows, and for one query over a cache."""
+"""Grouped-query attention in plain XLA, under any mask."""
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,3 @@ def attend(
         weights = jax.nn.softmax(jnp.where(mask[:, None, None], scores, MASKED), axis=-1)
         output = jnp.einsum("BKgTS,BSKC->BTKgC", weights.astype(value.dtype), value)
         return output.reshape(B, T, H, C).astype(query.dtype)
-
-
-def causal_mask(length: int) -> Bool[Array, "1 T T"]:
-    """Of rows that are padded on the right, where causality alone hides the padding from every real token."""
-    return jnp.tril(jnp.ones((1, length, length), dtype=bool))

@@ -1,4 +1,4 @@
-"""Causal attention within the rollouts of packed rows, for training: XLA, the TPU's splash kernel, cuDNN's, Triton's.
+"""Causal attention within the rollouts of packed rows, and within prompts: XLA, the TPU's splash kernel, cuDNN's, Triton's.
 
 Rollouts of one prompt may share its tokens in a row (``Segments``): all but Triton's attention know that.
 
@@ -73,27 +73,30 @@ def has_triton(device: Any) -> bool:
 
 def attend_rows(
     query: Float[Array, "B T H C"],
-    key: Float[Array, "B T K C"],
-    value: Float[Array, "B T K C"],
+    key: Float[Array, "B S K C"],
+    value: Float[Array, "B S K C"],
     segments: Segments | None = None,
     *,
     kind: RowAttentionKind,
     mesh: Mesh | None = None,
+    start: Any = 0,
     interpret: bool = False,
 ) -> Float[Array, "B T H C"]:
     """Softmax attention of each token over the tokens of its own rollout up to itself.
 
     Queries and keys come after norm and rope; each key serves H/K query heads. Without segments a row is one rollout,
-    and padding comes only after it. Without a mesh the arrays are on one device. ``interpret`` runs the TPU's
-    or Triton's kernel on any platform, slowly. Scores and softmax are float32; the result has the query's dtype.
+    and padding comes only after it; then the queries may be a part of the row, from ``start`` on (an array). Without a
+    mesh the arrays are on one device. ``interpret`` runs the TPU's or Triton's kernel on any platform, slowly. Scores
+    and softmax are float32; the result has the query's dtype.
     """
     mesh = None if mesh is None or mesh.size == 1 else mesh
     is_packed = segments is not None
     if segments is not None and segments.prompts is not None and not shares_prompts(kind):
         raise ValueError(f"model.attention={kind} has no rows whose rollouts share a prompt; use model.attention=xla")
     with jax.named_scope("attention"):
+        queries = keys = segments
         if segments is None and (kind in ("splash", "triton") or mesh is not None):
-            segments = Segments(jnp.ones(query.shape[:2], jnp.int32))
+            queries, keys = (Segments(jnp.ones(x.shape[:2], jnp.int32)) for x in (query, key))
         key, value = (_divisible_heads(x, query.shape[2], mesh) for x in (key, value))
         fns = {
             "xla": _xla,
@@ -101,7 +104,7 @@ def attend_rows(
             "cudnn": functools.partial(_cudnn, is_packed=is_packed),
             "triton": functools.partial(_triton, interpret=interpret),
         }
-        return _on_devices(fns[kind], mesh, query, key, value, segments)
+        return _on_devices(fns[kind], mesh, query, key, value, queries, keys, start)
 
 
 def _divisible_heads(x: Float[Array, "B T K C"], num_query_heads: int, mesh: Mesh | None) -> Float[Array, "B T J C"]:
@@ -113,29 +116,36 @@ def _divisible_heads(x: Float[Array, "B T K C"], num_query_heads: int, mesh: Mes
 
 
 def _on_devices(
-    attend_fn: Any, mesh: Mesh | None, query: Array, key: Array, value: Array, segments: Segments | None
+    attend_fn: Any,
+    mesh: Mesh | None,
+    query: Array,
+    key: Array,
+    value: Array,
+    queries: Segments | None,
+    keys: Segments | None,
+    start: Any,
 ) -> Array:
     """Runs ``attend_fn`` on each device's queries, with the keys and values of its rows and heads.
 
-    It gets the segments of queries and of keys, and the place of the first query in the row (0 where no axis splits
-    it).
+    It gets the segments of queries and of keys, and the place of the first query in the row (the number 0 where the
+    queries are the whole row).
     """
     if mesh is None:
-        return attend_fn(query, key, value, segments, segments, 0)
-    is_split = mesh.shape["context"] > 1
+        return attend_fn(query, key, value, queries, keys, start)
+    is_whole = mesh.shape["context"] == 1 and isinstance(start, int)
 
-    def on_device(query: Array, key: Array, value: Array, query_ids: Any, key_ids: Any) -> Array:
-        start = jax.lax.axis_index("context") * query.shape[1] if is_split else 0
-        return attend_fn(query, key, value, query_ids, key_ids, start)
+    def on_device(query: Array, key: Array, value: Array, query_ids: Any, key_ids: Any, start: Any) -> Array:
+        first = 0 if is_whole else start + jax.lax.axis_index("context") * query.shape[1]
+        return attend_fn(query, key, value, query_ids, key_ids, first)
 
-    queries, keys = P(BATCH_AXES, "context", "tensor"), P(BATCH_AXES, None, "tensor")
+    of_queries, of_keys = P(BATCH_AXES, "context", "tensor"), P(BATCH_AXES, None, "tensor")
     return jax.shard_map(
         on_device,
         mesh=mesh,
-        in_specs=(queries, keys, keys, P(BATCH_AXES, "context"), P(BATCH_AXES)),
-        out_specs=queries,
+        in_specs=(of_queries, of_keys, of_keys, P(BATCH_AXES, "context"), P(BATCH_AXES), P()),
+        out_specs=of_queries,
         check_vma=False,
-    )(query, key, value, segments, segments)
+    )(query, key, value, queries, keys, jnp.asarray(start, jnp.int32))
 
 
 def _xla(query: Array, key: Array, value: Array, query_ids: Any, key_ids: Any, start: Any) -> Array:

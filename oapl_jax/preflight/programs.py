@@ -18,6 +18,7 @@ from oapl_jax.config.commands import SftConfig, TrainConfig
 from oapl_jax.distributed.sharding import platform_of, row_shards
 from oapl_jax.model import qwen
 from oapl_jax.model.logprob import chunk_tokens
+from oapl_jax.sampler.engine import PREFILL_TOKENS
 
 MODELS = pathlib.Path("configs/models")
 """Architectures of models on the Hugging Face hub, so that preflight needs no network."""
@@ -131,6 +132,7 @@ def _sampler_programs(assembly: Assembly) -> list[Program]:
     beside = account.evaluation_weights + (account.learner if account.is_colocated else 0)
     length = engine.padded_length(engine.max_prompt_tokens)
     prefill = forward_flops(architecture, length, length * (length + 1) / 2, 1)
+    parts = math.ceil(length / PREFILL_TOKENS)
     tokens = engine.num_rows * engine.decode_steps
     # Rows are on average half-way through their response, as far as there are pages.
     visible = min(
@@ -147,6 +149,7 @@ def _sampler_programs(assembly: Assembly) -> list[Program]:
             beside=beside + account.kv_cache,
             model_flops=prefill[0],
             kernel_flops=prefill[1],
+            expected_trips=(parts,) if parts > 1 else (),
         ),
         Program(
             "decode",

@@ -39,6 +39,9 @@ LARGE_PARAMS = 2**26
 """Parameters from which on memory is what a CPU is short of: the sampler makes no copy of the layers (they are not
 joined), and its programs take turns with the learner's, so that the temporaries of both are never there at once."""
 
+PREFILL_TOKENS = 1024
+"""Tokens of a prompt that go through the model at once: longer prompts go in parts, and need no more temporaries."""
+
 SHORTEST_DENSE = 64
 """Tokens that dense attention covers at least: longer ones are summed in an order that padding does not change."""
 
@@ -330,13 +333,28 @@ class Engine:
     def _prefill_program(self, params: Params, tokens: Int[Array, "1 P"], length: Int[Array, "1"]) -> Prefix:
         with jax.named_scope("prefill"):
             model = nnx.merge(self._graphdef, params)
-            positions = jnp.arange(tokens.shape[1])[None]
-            cache = kv_cache.make_prompt_kv(self.model_config, tokens.shape[1], self._cache_dtype)
             # Padding comes after the prompt: causal attention never sees it, and decode steps overwrite its keys and
             # values before any query could.
-            hidden, cache = model.hidden(tokens, positions, kv_cache.attend_prompt, cache)
-            last = jnp.take_along_axis(hidden, (length - 1)[:, None, None], axis=1)
-            return Prefix(cache, model.logits(last)[:, 0], length)
+            num_tokens = tokens.shape[1]
+            size = min(num_tokens, PREFILL_TOKENS)
+            tokens = jnp.pad(tokens, ((0, 0), (0, -num_tokens % size)))
+
+            def run(start: Any, cache: PromptKV) -> tuple[Float[Array, "1 D"], PromptKV]:
+                """A part of the prompt; the state of its last token."""
+                part = jax.lax.dynamic_slice_in_dim(tokens, start, size, axis=1)
+                attend = functools.partial(kv_cache.attend_prompt, start=start, mesh=self.mesh)
+                hidden, cache = model.hidden(part, start + jnp.arange(size)[None], attend, cache)
+                return hidden[:, jnp.minimum(length[0] - 1 - start, size - 1)], cache
+
+            cache = kv_cache.make_prompt_kv(self.model_config, tokens.shape[1], self._cache_dtype)
+            if size == num_tokens:
+                last, cache = run(0, cache)
+            else:
+                last = jnp.zeros((1, self.model_config.hidden_size), model.compute_dtype)
+                num_parts = -(-length[0] // size)
+                parts = jax.lax.fori_loop(0, num_parts, lambda i, done: run(i * size, done[1]), (last, cache))
+                last, cache = parts[0], jax.tree.map(lambda kv: kv[:, :, :num_tokens], parts[1])
+            return Prefix(cache, model.logits(last), length)
 
     def _insert_program(self, prefix: Prefix, state: DecodeState, start: Start) -> DecodeState:
         with jax.named_scope("insert"):

@@ -16,10 +16,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from oapl_jax.model import attention
+from oapl_jax.model import row_attention
 from oapl_jax.model.quantized import Int8, dequantize, quantize
 from oapl_jax.model.qwen import QwenConfig
 
@@ -69,12 +70,22 @@ def encode(new: Array, like: MaybeInt8) -> MaybeInt8:
     return quantize(new, (-1,)) if isinstance(like, Int8) else new.astype(like.dtype)
 
 
-def attend_prompt(layer: Any, query: Array, key: Array, value: Array, cache: PromptKV) -> tuple[Array, PromptKV]:
-    """Causal attention within the prompt; keeps keys and values. See ``qwen.Attend``."""
+def attend_prompt(
+    layer: Any, query: Array, key: Array, value: Array, cache: PromptKV, *, start: Any, mesh: Mesh
+) -> tuple[Array, PromptKV]:
+    """Causal attention of a part of the prompt, from ``start`` on; keeps its keys and values. See ``qwen.Attend``.
+
+    The number 0 in place of an array says that the part is the whole prompt.
+    """
     new = PromptKV(encode(key, cache.k), encode(value, cache.v))
-    cache = jax.tree.map(lambda to, new: to.at[layer].set(new), cache, new)
-    key, value = dequantize(new.k, query.dtype), dequantize(new.v, query.dtype)
-    return attention.attend(query, key, value, attention.causal_mask(query.shape[1])), cache
+    place = (layer, 0, start, 0, 0)
+    cache = jax.tree.map(lambda to, new: jax.lax.dynamic_update_slice(to, new[None], place), cache, new)
+    seen = new if isinstance(start, int) else jax.tree.map(lambda of_all: of_all[layer], cache)
+    key, value = dequantize(seen.k, query.dtype), dequantize(seen.v, query.dtype)
+    kind = row_attention.choose(
+        mesh.devices.flat[0], query.dtype, query.shape[1], key.shape[1], query.shape[3], is_packed=False
+    )
+    return row_attention.attend_rows(query, key, value, kind=kind, mesh=mesh, start=start), cache
 
 
 def write_prompt(
