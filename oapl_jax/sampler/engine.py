@@ -27,7 +27,7 @@ from oapl_jax.sampler import kv_cache
 from oapl_jax.sampler.cpu import dense_cache, joined_layers
 from oapl_jax.sampler.draw import Distributions, Draw, draw, uniforms
 from oapl_jax.sampler.kv_cache import KVPages, PromptKV
-from oapl_jax.sampler.paged_attention import choose_implementation, paged_attend
+from oapl_jax.sampler.paged_attention import choose_implementation, joined_heads, paged_attend
 
 Params = Any
 """The state half of ``nnx.split(Qwen(...))``."""
@@ -179,8 +179,10 @@ class Engine:
                 f" of {page_size} tokens, the cache has {self.num_pages}; shorten the limits, or give the cache more"
             )
         platform = mesh.devices.flat[0].platform
-        paged = choose_implementation(mesh.devices.flat[0], cache_dtype, model_config.head_dim)
+        heads = model_config.num_key_value_heads, model_config.head_dim, mesh.shape["tensor"]
+        paged = choose_implementation(mesh.devices.flat[0], cache_dtype, *heads)
         self.attention: AttentionKind = attention or ("dense" if platform == "cpu" else paged)
+        self._joined = max(1, joined_heads(*heads)) if self.attention == "tpu" else 1
         self._is_joined = joins_layers(mesh) if join_layers is None else join_layers
         self._is_joined |= self.attention == "dense"
         self._is_shared = is_large_on_cpu(model_config, mesh) if share_layers is None else share_layers
@@ -211,7 +213,9 @@ class Engine:
         def make() -> DecodeState:
             integers, floats = jnp.zeros(slots, jnp.int32), jnp.zeros(slots, jnp.float32)
             return DecodeState(
-                pages=kv_cache.make_pages(self.model_config, self.num_pages, self.page_size, self._cache_dtype),
+                pages=kv_cache.make_pages(
+                    self.model_config, self.num_pages, self.page_size, self._cache_dtype, self._joined
+                ),
                 token=integers,
                 first=Draw(integers, floats),
                 position=integers,

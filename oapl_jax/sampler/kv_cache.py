@@ -28,10 +28,13 @@ MaybeInt8 = Array | Int8
 
 
 class KVPages(NamedTuple):
-    """Keys (after norm and rope) and values of all layers; "N" is layers x pages, "S" tokens of a page."""
+    """Keys (after norm and rope) and values of all layers; "N" is layers x pages, "S" tokens of a page.
 
-    k: Float[Array, "K N S C"] | Int8
-    v: Float[Array, "K N S C"] | Int8
+    Head K of width C is head J of width W, where several are joined (``paged_attention.joined_heads``).
+    """
+
+    k: Float[Array, "J N S W"] | Int8
+    v: Float[Array, "J N S W"] | Int8
 
 
 class PromptKV(NamedTuple):
@@ -41,9 +44,10 @@ class PromptKV(NamedTuple):
     v: Float[Array, "L 1 P K C"] | Int8
 
 
-def make_pages(config: QwenConfig, num_pages: int, page_size: int, dtype: DTypeLike) -> KVPages:
-    """Empty pages, ``num_pages`` for each layer."""
-    shape = (config.num_key_value_heads, config.num_hidden_layers * num_pages, page_size, config.head_dim)
+def make_pages(config: QwenConfig, num_pages: int, page_size: int, dtype: DTypeLike, joined: int = 1) -> KVPages:
+    """Empty pages, ``num_pages`` for each layer, with ``joined`` kv heads side by side."""
+    num_heads, width = config.num_key_value_heads // joined, config.head_dim * joined
+    shape = (num_heads, config.num_hidden_layers * num_pages, page_size, width)
     return KVPages(_zeros(shape, dtype), _zeros(shape, dtype))
 
 
@@ -109,6 +113,7 @@ def write_prompt(
     tail_start = jnp.minimum(length // page_size * page_size, prompt.k.shape[2] - page_size)
 
     def write(to: Array, new: Array) -> Array:
+        new = new.reshape(*new.shape[:3], to.shape[0], -1)
         whole = new.reshape(num_layers, -1, page_size, *new.shape[3:])
         to = to.at[:, in_layers(full_pages, num_layers, to)].set(jnp.moveaxis(whole, 3, 0), mode="drop")
         tail = jnp.moveaxis(jax.lax.dynamic_slice_in_dim(new[:, 0], tail_start, page_size, axis=1), 2, 0)
@@ -119,7 +124,7 @@ def write_prompt(
 
 
 def put_tokens(
-    pages: Float[Array, "K N S C"] | Int8,
+    pages: Float[Array, "J N S W"] | Int8,
     layer: Any,
     num_layers: int,
     table: Int[Array, "B M"],
@@ -137,9 +142,10 @@ def put_tokens(
     heads = jnp.arange(pages.shape[0])[:, None]
 
     def put(to: Array, new: Array) -> Array:
+        new = jnp.moveaxis(new.reshape(len(new), to.shape[0], -1), 1, 0)
         return to.at[heads, page[None], (positions % page_size)[None]].set(new, mode="drop")
 
-    return jax.tree.map(put, pages, encode(jnp.moveaxis(new[:, 0], 1, 0), pages))
+    return jax.tree.map(put, pages, encode(new[:, 0], pages))
 
 
 def in_layers(ids: Array, num_layers: int, array: MaybeInt8) -> Array:

@@ -3,11 +3,13 @@
 All layers share one pool of pages (``kv_cache.py``). A layer writes its new tokens in place and passes the whole pool
 with ``table + l * (pages per layer)``: a kernel that took one layer's slice would get a copy of it in every step.
 
-Dimension letters beyond the legend: "P" pages of the pool, "S" tokens of a page, "M" entries of a row's page table.
+Dimension letters beyond the legend: "P" pages of the pool, "S" tokens of a page, "M" entries of a row's page table,
+"W" width of a page: that of a head, or of the heads that it joins.
 """
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -33,31 +35,45 @@ TPU_TABLE_ENTRIES = 128 * 1024
 """Entries of a page table in one call of the TPU kernel, which holds the table in 1 MiB of scalar memory."""
 
 TPU_LANES = 128
-"""The TPU kernel takes head widths that are a multiple of this."""
+"""The TPU kernel takes head widths that are a multiple of this; narrower heads are joined (``joined_heads``)."""
 
 GPU_BLOCK_TOKENS, GPU_MAX_SPLITS = 128, 16
 """Tokens of one product in the GPU kernel, and parts of a sequence that it computes side by side; its defaults."""
 
 
-def choose_implementation(device: Any, dtype: DTypeLike, head_dim: int) -> Implementation:
-    """The implementation for a device (``jax.Device``), the dtype of the pages and a head width.
+def choose_implementation(
+    device: Any, dtype: DTypeLike, num_kv_heads: int, head_dim: int, tensor: int
+) -> Implementation:
+    """The implementation for a device (``jax.Device``), the dtype of the pages, the kv heads, and the axis ``tensor``.
 
     A GPU has a kernel for 16 bits and widths that are a power of two; float32 it would round to TF32. It was compiled
     for GPUs and has run interpreted, on no GPU; the parity gate compares what it gives with the learner.
     """
     if jnp.dtype(dtype) == jnp.int8:
         return "xla"
-    if device.platform == "tpu" and head_dim % TPU_LANES == 0:
+    if device.platform == "tpu" and joined_heads(num_kv_heads, head_dim, tensor):
         return "tpu"
     if has_triton(device) and jnp.dtype(dtype).itemsize == 2 and head_dim >= 16 and head_dim.bit_count() == 1:
         return "gpu"
     return "xla"
 
 
+def joined_heads(num_kv_heads: int, head_dim: int, tensor: int) -> int:
+    """How many kv heads lie side by side in a page for the TPU kernel, which then sees fewer and wider heads.
+
+    1 for a width of 128, 2 for 64. 0 where that number does not divide the heads, or where joined heads could not be
+    split over ``tensor`` as the heads themselves can.
+    """
+    joined = math.lcm(head_dim, TPU_LANES) // head_dim
+    if num_kv_heads % joined or (num_kv_heads % tensor == 0 and num_kv_heads // joined % tensor):
+        return 0
+    return joined
+
+
 def paged_attend(
     query: Float[Array, "B H C"],
-    k_pages: Float[Array, "K P S C"] | Int8,
-    v_pages: Float[Array, "K P S C"] | Int8,
+    k_pages: Float[Array, "J P S W"] | Int8,
+    v_pages: Float[Array, "J P S W"] | Int8,
     page_table: Int[Array, "B M"],
     lengths: Int[Array, "B"],
     *,
@@ -76,10 +92,16 @@ def paged_attend(
     well: hidden tokens get weight 0, and 0 * NaN is NaN. The result of a row of length 0 is finite and means nothing.
     ``interpret`` runs the kernel in Pallas's interpreter, for tests on a CPU.
 
+    Pages for ``"tpu"`` may hold several kv heads side by side (``joined_heads``): their width C is then a multiple of
+    the query's. A query is 0 where it meets the other heads, so its scores are those of its own, and of the output its
+    own head's part is kept.
+
     Raises:
         ValueError: heads that the mesh cannot split, or int8 pages for a kernel.
     """
-    _, P, S, C = k_pages.shape
+    (_, H, C), (K, P, S, width) = query.shape, k_pages.shape
+    # Of the heads that are joined, the one that each query head belongs to.
+    is_own = jax.nn.one_hot(jnp.arange(H) * K * (width // C) // H % (width // C), width // C)[:, :, None]
     with jax.named_scope("paged_attention"):
         # The kernels load whole blocks of the table, used or not.
         page_table = jnp.clip(page_table, 0, P - 1).astype(jnp.int32)
@@ -94,7 +116,9 @@ def paged_attend(
             # The kernels do not scale. In float32: for most widths C**-0.5 is no power of two, and
             # bfloat16 would round again.
             scaled = query.astype(jnp.float32) * C**-0.5
-            output = _over_mesh(attend, mesh, scaled, k_pages, v_pages, page_table, lengths)
+            wide = (scaled[:, :, None] * is_own).reshape(-1, H, width)
+            output = _over_mesh(attend, mesh, wide, k_pages, v_pages, page_table, lengths)
+            output = (output.reshape(-1, H, width // C, C) * is_own).sum(2)
         return output.astype(query.dtype)
 
 

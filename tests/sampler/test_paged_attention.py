@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from model import tiny
 from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import make_meshes
-from oapl_jax.sampler import paged_attention
+from oapl_jax.sampler import kv_cache, paged_attention
 from oapl_jax.sampler.paged_attention import choose_implementation, paged_attend
 
 PAGE, WIDTH, NUM_LAYERS, LAYER_PAGES = 4, 8, 2, 9
@@ -58,11 +59,18 @@ def make_attend(implementation, words, interpret, table_entries):
     return jax.jit(functools.partial(paged_attend, mesh=mesh, implementation=implementation, interpret=interpret))
 
 
-def check(implementation, words, num_heads, num_kv_heads, *, lengths=LENGTHS, layer=1, interpret=True):
+def side_by_side(pages, joined):
+    """Pages of which each holds several heads."""
+    _, *shape, width = pages.shape
+    return np.moveaxis(pages.reshape(-1, joined, *shape, width), 1, -2).reshape(-1, *shape, joined * width)
+
+
+def check(implementation, words, num_heads, num_kv_heads, *, lengths=LENGTHS, layer=1, joined=1):
     query, k_pages, v_pages = make_inputs(num_heads, num_kv_heads)
     table = np.asarray(TABLE, np.int32) + layer * LAYER_PAGES
-    attend = make_attend(implementation, words, interpret, paged_attention.TPU_TABLE_ENTRIES)
-    output = np.asarray(attend(query, k_pages, v_pages, table, np.asarray(lengths, np.int32)))
+    attend = make_attend(implementation, words, True, paged_attention.TPU_TABLE_ENTRIES)
+    pages = [side_by_side(pages, joined) for pages in (k_pages, v_pages)]
+    output = np.asarray(attend(query, *pages, table, np.asarray(lengths, np.int32)))
     assert np.isfinite(output).all()
     for row, length in enumerate(lengths):
         if length:
@@ -78,6 +86,39 @@ def check(implementation, words, num_heads, num_kv_heads, *, lengths=LENGTHS, la
 @pytest.mark.parametrize("implementation", ["xla", "gpu", "tpu"])
 def test_rows_see_their_tokens_and_no_others(implementation, group):
     check(implementation, "data=1", 2 * group, 2)
+
+
+@pytest.mark.parametrize(
+    ("words", "num_heads", "num_kv_heads", "joined"),
+    [("data=1", 6, 2, 2), ("data=1", 8, 4, 2), ("tensor=2", 8, 4, 2), ("tensor=2", 8, 2, 2)],
+)
+def test_joined_heads_see_their_own_keys_and_values(words, num_heads, num_kv_heads, joined):
+    check("tpu", words, num_heads, num_kv_heads, joined=joined)
+
+
+def test_pages_of_joined_heads_hold_what_the_heads_have():
+    config = tiny.config("qwen3_tied", num_hidden_layers=NUM_LAYERS, num_key_value_heads=4, head_dim=WIDTH)
+    rng = np.random.default_rng(0)
+    prompt = kv_cache.PromptKV(*jnp.asarray(rng.normal(size=(2, NUM_LAYERS, 1, 2 * PAGE, 4, WIDTH)), jnp.float32))
+    new = jnp.asarray(rng.normal(size=(2, 1, 4, WIDTH)), jnp.float32)
+    full, tails, length = jnp.array([2, LAYER_PAGES]), jnp.array([3, 4]), jnp.int32(6)
+    table, positions, is_live = jnp.array([[2, 3], [2, 4]]), jnp.array([6, 7]), jnp.array([True, True])
+
+    def written(joined):
+        pages = kv_cache.make_pages(config, LAYER_PAGES, PAGE, jnp.float32, joined)
+        pages = kv_cache.write_prompt(pages, prompt, full, length, tails)
+        return [kv_cache.put_tokens(page, 1, NUM_LAYERS, table, positions, is_live, new) for page in pages]
+
+    for joined, apart in zip(written(2), written(1), strict=True):
+        np.testing.assert_array_equal(joined, side_by_side(np.asarray(apart), 2))
+
+
+@pytest.mark.parametrize(
+    ("num_kv_heads", "head_dim", "tensor", "joined"),
+    [(8, 128, 4, 1), (2, 64, 1, 2), (4, 64, 2, 2), (8, 32, 2, 4), (2, 64, 4, 2), (3, 64, 1, 0), (2, 64, 2, 0)],
+)
+def test_heads_are_joined_where_the_kernel_needs_it_and_the_mesh_allows_it(num_kv_heads, head_dim, tensor, joined):
+    assert paged_attention.joined_heads(num_kv_heads, head_dim, tensor) == joined
 
 
 @pytest.mark.parametrize("layer", [0, 1])
@@ -134,7 +175,8 @@ def test_kernels_lower_for_their_platform_with_any_length_of_the_table(implement
     [
         ("tpu", None, "bfloat16", 128, "tpu"),
         ("tpu", None, "float32", 128, "tpu"),
-        ("tpu", None, "bfloat16", 64, "xla"),
+        ("tpu", None, "bfloat16", 64, "tpu"),
+        ("tpu", None, "bfloat16", 40, "xla"),
         ("tpu", None, "int8", 128, "xla"),
         ("gpu", "9.0", "bfloat16", 64, "gpu"),
         ("gpu", "10.0", "bfloat16", 128, "gpu"),
@@ -148,4 +190,4 @@ def test_kernels_lower_for_their_platform_with_any_length_of_the_table(implement
 )
 def test_choice(platform, capability, dtype, head_dim, implementation):
     device = types.SimpleNamespace(platform=platform, compute_capability=capability)
-    assert choose_implementation(device, dtype, head_dim) == implementation
+    assert choose_implementation(device, dtype, 2, head_dim, 1) == implementation
