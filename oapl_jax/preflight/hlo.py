@@ -216,8 +216,11 @@ class _Reader:
         return self._read(inside, parameters[str(operand)])
 
     def _read(self, computation: _Computation, name: str) -> float:
-        """Bytes of a value that a fusion reads: those of slices, or infinity for the whole value."""
-        total = 0.0
+        """Bytes of a value that a fusion reads: those of slices, or infinity for the whole value.
+
+        A fusion may have another one inside that only passes the value on.
+        """
+        total = math.inf if computation[name].is_root else 0.0
         for user in computation.values():
             if name not in user.operands:
                 continue

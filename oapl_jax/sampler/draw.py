@@ -2,8 +2,8 @@
 
 Ids come first, ``[V, B]``: every sum over ids is then one of whole rows of memory.
 
-* The vocabulary is N blocks of W ids. One uniform number picks a block by the blocks' masses, another
-  one a token of that block: the inverse of the distribution function, on two levels.
+* The vocabulary is N blocks of W consecutive ids. One uniform number picks a block by the blocks' masses, another one
+  a token of that block: the inverse of the distribution function, on two levels.
 * Top-k, top-p and min-p each keep the logits from some cut upwards. The cuts of top-k and top-p are
   found by bisection down to neighbouring float32 numbers where need be, so they are exact; each of
   its 10 to 30 steps is a pass. Where no row asks for them there is no pass.
@@ -15,13 +15,18 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
-MOST_BLOCKS = 128
-"""About the square root of a vocabulary; a power of two, so that a sharded vocabulary is split between blocks."""
+NUM_BLOCKS = 128
+"""Blocks of a vocabulary of up to ``NUM_BLOCKS ** 2`` ids; a power of two, so that a sharded one is split between blocks."""
 
 FEWEST_BLOCKS = 32
-"""A vocabulary that no power of two from here on divides is copied with padding; real models have none such."""
+"""A vocabulary that no power of two from here on divides (a large one: that ``NUM_BLOCKS`` does not divide) is copied with
+padding; real models have none such."""
+
+BLOCK_IDS = 16
+"""Ids of a block of a larger vocabulary: those that lie in one tile of the output matrix of a TPU. Blocks that begin inside
+a tile would make XLA copy the matrix in every step, so that the logits come out in blocks."""
 
 RESOLUTION = 1e-5
 """Parts of a mass beyond which one weight more or less stands out from the rounding of a float32 sum."""
@@ -79,7 +84,7 @@ def draw(
         log_mass = jnp.log(mass)
 
         block = _pick(masses, _cumulate(masses), uniform[0] * mass)
-        block = jnp.where(is_greedy | (block < 0), jnp.argmax(block_tops, axis=0), block)
+        block = jnp.where(is_greedy | (block < 0), _first(block_tops == top), block)
         logits_WB = _take_blocks(logits_NWB, block[None], is_sharded=is_sharded)[0]
         weights = jnp.exp(log_weights(logits_WB))
         cumulative = jnp.cumsum(weights, axis=0)
@@ -103,12 +108,13 @@ def uniforms(keys: Key[Array, "B"], positions: Int[Array, "B"]) -> Float[Array, 
 def _to_blocks(logits: Float[Array, "V B"], vocab_size: int) -> Float[Array, "N W B"]:
     """Consecutive ids in blocks; -inf for padding."""
     num_ids = logits.shape[0]
-    num_blocks = math.gcd(num_ids, MOST_BLOCKS)
+    is_large = num_ids > NUM_BLOCKS**2
     if vocab_size < num_ids:
         logits = jnp.where(jnp.arange(num_ids)[:, None] < vocab_size, logits, -jnp.inf)
-    if num_blocks < FEWEST_BLOCKS:
-        num_blocks = MOST_BLOCKS
-        logits = jnp.pad(logits, ((0, -num_ids % num_blocks), (0, 0)), constant_values=-jnp.inf)
+    if math.gcd(num_ids, NUM_BLOCKS) < (NUM_BLOCKS if is_large else FEWEST_BLOCKS):
+        padding = -num_ids % (NUM_BLOCKS * BLOCK_IDS if is_large else NUM_BLOCKS)
+        logits = jnp.pad(logits, ((0, padding), (0, 0)), constant_values=-jnp.inf)
+    num_blocks = len(logits) // BLOCK_IDS if is_large else math.gcd(len(logits), NUM_BLOCKS)
     return logits.reshape(num_blocks, -1, logits.shape[1])
 
 
@@ -122,9 +128,15 @@ def _take_blocks(
 
 
 def _cumulate(masses: Float[Array, "N B"]) -> Float[Array, "N B"]:
-    """Cumulative sums by a product, which takes one reduction over a sharded axis and not one for each doubling."""
-    ones = jnp.tril(jnp.ones((masses.shape[0], masses.shape[0]), jnp.float32))
-    return jnp.matmul(ones, masses, precision=jax.lax.Precision.HIGHEST)
+    """Cumulative sums, within runs of blocks and over the runs.
+
+    Over the runs by a product, which takes one reduction over a sharded axis and not one for each doubling.
+    """
+    num_runs = math.gcd(len(masses), NUM_BLOCKS)
+    within = jnp.cumsum(masses.reshape(num_runs, -1, masses.shape[1]), axis=1)
+    is_before = jnp.tril(jnp.ones((num_runs, num_runs), jnp.float32), -1)
+    before = jnp.matmul(is_before, within[:, -1], precision=jax.lax.Precision.HIGHEST)
+    return (before[:, None] + within).reshape(masses.shape)
 
 
 def _pick(masses: Float[Array, "N B"], cumulative: Float[Array, "N B"], level: Float[Array, "B"]) -> Int[Array, "B"]:
@@ -135,8 +147,13 @@ def _pick(masses: Float[Array, "N B"], cumulative: Float[Array, "N B"], level: F
     """
     index = jnp.arange(masses.shape[0])[:, None]
     has_mass = masses > 0
-    first = jnp.min(jnp.where(has_mass & (cumulative > level), index, masses.shape[0]), axis=0)
-    return jnp.minimum(first, jnp.max(jnp.where(has_mass, index, -1), axis=0))
+    last = jnp.max(jnp.where(has_mass, index, -1), axis=0)
+    return jnp.minimum(_first(has_mass & (cumulative > level)), last)
+
+
+def _first(is_one: Bool[Array, "N B"]) -> Int[Array, "B"]:
+    """The first entry that is one, or N; on a CPU it takes a third of ``argmax``."""
+    return jnp.min(jnp.where(is_one, jnp.arange(len(is_one))[:, None], len(is_one)), axis=0)
 
 
 def _cut(

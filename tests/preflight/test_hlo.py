@@ -150,6 +150,32 @@ def test_an_update_in_place_costs_what_is_updated():
     assert 2 * 100 * FLOAT <= hlo.analyze(text).hbm_bytes < 4 * 100 * FLOAT
 
 
+NESTED_TEXT = """HloModule jit_product
+
+%inner (left: f32[64,128]) -> f32[64,128] {
+  %left = f32[64,128]{1,0} parameter(0)
+  ROOT %same = f32[64,128]{1,0} bitcast(%left)
+}
+
+%outer (left: f32[64,128], right: f32[128,8]) -> f32[64,8] {
+  %left = f32[64,128]{1,0} parameter(0)
+  %right = f32[128,8]{1,0} parameter(1)
+  %passed = f32[64,128]{1,0} fusion(%left), kind=kLoop, calls=%inner
+  ROOT %product = f32[64,8]{1,0} dot(%passed, %right), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+
+ENTRY %main (left: f32[64,128], right: f32[128,8]) -> f32[64,8] {
+  %left = f32[64,128]{1,0} parameter(0)
+  %right = f32[128,8]{1,0} parameter(1)
+  ROOT %result = f32[64,8]{1,0} fusion(%left, %right), kind=kOutput, calls=%outer
+}
+"""
+
+
+def test_what_a_fusion_passes_on_to_a_product_is_read():
+    assert hlo.analyze(NESTED_TEXT).hbm_bytes == (64 * 128 + 128 * 8 + 64 * 8) * FLOAT
+
+
 TPU_TEXT = """HloModule jit_step, is_scheduled=true
 
 %condition (state: (s32[], bf16[8,128])) -> pred[] {
