@@ -39,7 +39,7 @@ def losses(
 
 OBJECTIVE = Objective(
     name="gspo",
-    advantages=grpo.OBJECTIVE.advantages,
+    advantages=lambda rewards, is_correct, options: grpo.advantages(rewards),
     losses=losses,
     options=GspoOptions,
 )
