@@ -19,7 +19,7 @@ from oapl_jax.distributed.sharding import platform_of, row_shards
 from oapl_jax.model import qwen
 from oapl_jax.model.logprob import chunk_tokens
 
-MODELS = pathlib.Path("configs/models")
+MODELS = config_file.SHIPPED / "models"
 """Architectures of models on the Hugging Face hub, so that preflight needs no network."""
 
 
@@ -190,9 +190,9 @@ def _model_config(config: TrainConfig) -> str:
     known = MODELS / f"{local.parent.name.lower().replace('-', '_')}.json"
     for file in (local, known):
         if file.is_file():
-            return str(file)
+            return config_file.from_here(file)
     names = ", ".join(sorted(path.stem for path in MODELS.glob("*.json")))
     raise ValueError(
-        f"model.path={section.path!r} is no folder, and preflight downloads nothing: put its config.json at {known}"
-        f" (there are: {names}), or name a file: model.path=null model.config=FILE model.tokenizer={section.path}"
+        f"model.path={section.path!r} is no folder, and preflight downloads nothing: put its config.json at"
+        f" {config_file.from_here(known)} (there are: {names}), or name a file: model.path=null model.config=FILE model.tokenizer={section.path}"
     )
