@@ -61,7 +61,7 @@ NO_CHECKS: Checks = {}
 _PACKAGE = pathlib.Path(__file__).parents[1]
 SHIPPED = next((folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir()), _PACKAGE)
 """The configs that come with the package: inside an installed wheel, beside the package in a checkout."""
-_INPUTS = {"path", "config", "warm_start", "tokenizer", "folder", "log", "scorer", "imports"}
+INPUTS = {"path", "config", "warm_start", "tokenizer", "folder", "log", "scorer", "imports"}
 """Keys, of any section, whose values may name a file or a folder that is read."""
 SHORTEST_SECRET = 6
 """Characters from which on a value of the environment is left out of messages; shorter ones are parts of words."""
@@ -134,7 +134,7 @@ def _beside(value: Any, folder: pathlib.Path) -> Any:
         return value
     return {
         key: from_here(folder / inner)
-        if key in _INPUTS and isinstance(inner, str) and _is_path(inner) and (folder / inner).exists()
+        if key in INPUTS and isinstance(inner, str) and _is_path(inner) and (folder / inner).exists()
         else _beside(inner, folder)
         for key, inner in value.items()
     }

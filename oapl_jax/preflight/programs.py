@@ -68,7 +68,7 @@ def make_plan(
     Raises:
         ValueError: what the config got wrong; the message names it.
     """
-    source = _model_config(config)
+    source = architecture_file(config)
     architecture = policy.read_config(pathlib.Path(source))
     eos = architecture.eos_token_id
     assembly = make_assembly(
@@ -179,8 +179,12 @@ def forward_flops(model: qwen.QwenConfig, tokens: float, pairs: float, scored: f
     return 2.0 * num_matrix_weights * tokens + 2.0 * embedding * scored + attention, attention
 
 
-def _model_config(config: TrainConfig) -> str:
-    """The ``config.json`` of the model's architecture, from its folder or from ``MODELS``."""
+def architecture_file(config: TrainConfig) -> str:
+    """The ``config.json`` of the model's architecture, from its folder or from ``MODELS``.
+
+    Raises:
+        ValueError: it is in neither; says what to do.
+    """
     section = config.model
     if section.warm_start is not None:
         section = config_file.load(SftConfig, section.warm_start, checks=CHECKS).model
