@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Runs a config on a GKE TPU slice; --dry-run prints the manifest and submits nothing.
+# Runs a config on GKE TPU slices, with detached samplers beside them; --dry-run prints the manifests and submits nothing.
 #
-#   launch/gke_tpu.sh --config configs/x.yaml --topology v5p-64 [--num-slices 2] [--spot] [--queue Q] \
-#                     --image IMG:TAG --name N [--dry-run] [section.key=value ...]
+#   launch/gke_tpu.sh --config configs/x.yaml --topology v5p-64 [--num-slices 2] [--samplers 4 --sampler-topology v5e-4] \
+#                     --bucket BUCKET --image IMG:TAG --name N [--spot] [--queue Q] [--dry-run] [section.key=value ...]
 #
 # All options: launch/gke_tpu.sh --help. How runs end and restart: launch/README.md.
 set -euo pipefail

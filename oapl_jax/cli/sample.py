@@ -9,6 +9,7 @@ import threading
 import yaml
 
 from oapl_jax.io import storage
+from oapl_jax.io.console import ExitCode
 from oapl_jax.sources.sampling_process import ENGINES, SamplingProcess, say
 
 EXIT_SECONDS = 8.0
@@ -16,7 +17,7 @@ EXIT_SECONDS = 8.0
 
 
 def main(argv: list[str]) -> None:
-    """Exit codes: 0 the run is over, or SIGTERM; 1 failed; 2 this process cannot sample for the run."""
+    """Exit codes: 0 the run is over; 1 failed; 2 this process cannot sample for the run; 42 stopped by SIGTERM."""
     parser = argparse.ArgumentParser(prog="oapl-jax sample", description="A detached sampler of a run.")
     parser.add_argument("--run", required=True, help="the run's directory, or its run.shared_dir")
     engines = ", ".join(["jax", *ENGINES])
@@ -59,6 +60,6 @@ def main(argv: list[str]) -> None:
             say("SIGTERM: what is in hand is given back")
             sampler.give_back()
         sys.stdout.flush()
-        os._exit(0)  # a compilation in another thread would be waited for
+        os._exit(ExitCode.PREEMPTED)  # a compilation in another thread would be waited for
     if failures:
         raise failures[0]

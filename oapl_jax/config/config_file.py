@@ -1,5 +1,8 @@
 """Configs from YAML files and dotted overrides, and a report of every mistake in them at once.
 
+A config is named by its file, or as one that comes with the package (``quickstart``). Files and folders that it names
+are looked for beside it first; those of overrides, and those that are not there, from the working directory.
+
 A file is read with OmegaConf (which knows that ``1e-6`` is a number and resolves ``${...}``) and validated by the
 models beside this file. What ``${oc.env:NAME}`` takes from the environment is in memory only: ``written`` has the text
 of the file instead, for all that is saved, shown or compared.
@@ -55,6 +58,11 @@ AnyConfig = TypeVar("AnyConfig", bound=Section)
 MOST_VALUES, MOST_INTERPOLATIONS = 10_000, 24
 NO_CHECKS: Checks = {}
 """For a config that a run has saved: it was checked and completed before."""
+_PACKAGE = pathlib.Path(__file__).parents[1]
+SHIPPED = next((folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if folder.is_dir()), _PACKAGE)
+"""The configs that come with the package: inside an installed wheel, beside the package in a checkout."""
+INPUTS = {"path", "config", "warm_start", "tokenizer", "folder", "log", "scorer", "imports"}
+"""Keys, of any section, whose values may name a file or a folder that is read."""
 SHORTEST_SECRET = 6
 """Characters from which on a value of the environment is left out of messages; shorter ones are parts of words."""
 _FROM_ENVIRONMENT: dict[str, str] = {}
@@ -66,8 +74,17 @@ def load(
     path: str | pathlib.Path,
     overrides: list[str] | None = None,
     checks: Checks = NO_CHECKS,
+    *,
+    is_saved: bool = False,
 ) -> AnyConfig:
     """Reads a YAML file, applies ``section.key=value`` overrides and validates; see ``validate``.
+
+    Args:
+        schema: the command's config.
+        path: a file, or the name of a config that comes with the package.
+        overrides: of the command line.
+        checks: as in ``validate``.
+        is_saved: a run has saved it, so its paths are taken as they stand.
 
     Raises:
         ConfigError: with every mistake: its dotted path, the value, what is allowed.
@@ -84,8 +101,9 @@ def load(
             problems.append(f"override {word!r}: its value cannot be read: {' '.join(str(error).split())}")
     if problems:
         raise ConfigError("\n".join(problems))
-    raw, texts = _read(path, overrides)
-    _add_folder(raw, pathlib.Path(path))
+    path = _find(path)
+    raw, texts = _read(path, overrides, None if is_saved else path.parent)
+    _add_folder(raw, path)
     config = validate(schema, raw, str(path), checks)
     config._texts.update(texts)
     return config
@@ -102,11 +120,46 @@ def _add_folder(section: Any, path: pathlib.Path) -> None:
         section.setdefault("folder", str(path.resolve().parent))
 
 
-def _read(path: str | pathlib.Path, overrides: list[str]) -> tuple[Any, dict[tuple[Any, ...], str]]:
-    """The values of a file; where it uses the environment, its texts for values from there or from other keys too."""
-    path = pathlib.Path(path)
+def _find(path: str | pathlib.Path) -> pathlib.Path:
+    shipped = SHIPPED / f"{path}.yaml"
+    is_shipped = shipped.parent == SHIPPED and shipped.is_file() and not pathlib.Path(path).exists()
+    return shipped if is_shipped else pathlib.Path(path)
+
+
+def _beside(value: Any, folder: pathlib.Path) -> Any:
+    """The values of a file in ``folder``, with the path from here for each input that lies beside the file."""
+    if isinstance(value, list):
+        return [_beside(inner, folder) for inner in value]
+    if not isinstance(value, dict):
+        return value
+    return {
+        key: from_here(folder / inner)
+        if key in INPUTS and isinstance(inner, str) and _is_path(inner) and (folder / inner).exists()
+        else _beside(inner, folder)
+        for key, inner in value.items()
+    }
+
+
+def _is_path(text: str) -> bool:
+    return "://" not in text and text not in ("", "model", "characters")  # two of these name tokenizers
+
+
+def from_here(path: pathlib.Path) -> str:
+    """A path relative to the working directory where it lies in it, else an absolute one."""
+    here, path = pathlib.Path.cwd(), path.absolute()  # links stay: Kubernetes leads those of a ConfigMap elsewhere
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def _read(
+    path: pathlib.Path, overrides: list[str], folder: pathlib.Path | None
+) -> tuple[Any, dict[tuple[Any, ...], str]]:
+    """The values of a file; where it uses the environment, its texts for values from there or from other keys too.
+
+    ``folder``: where files that it names are looked for first; None: nowhere but where they are said to be.
+    """
     if not path.is_file():
-        others = (path.parent if path.parent.is_dir() else pathlib.Path("configs")).glob("*.yaml")
+        others = [*(path.parent if path.parent.is_dir() else pathlib.Path("configs")).glob("*.yaml")]
+        others += [shipped.stem for shipped in SHIPPED.glob("*.yaml")]
         raise ConfigError(f"config file {str(path)!r} does not exist{nearest(str(path), others, cutoff=0.4)}")
     try:
         text = reading.read_text(path)
@@ -114,6 +167,8 @@ def _read(path: str | pathlib.Path, overrides: list[str]) -> tuple[Any, dict[tup
         read = OmegaConf.load(io.StringIO(text))
         if not OmegaConf.is_dict(read):
             raise ValueError("it is not a mapping of sections such as 'run:' and 'model:'")
+        if folder is not None:
+            read = OmegaConf.create(_beside(OmegaConf.to_container(read), folder))
         merged = OmegaConf.merge(read, OmegaConf.from_dotlist(overrides))
         values = OmegaConf.to_container(merged, resolve=True)
         uses_environment = "oc.env" in OmegaConf.to_yaml(merged)
@@ -178,7 +233,8 @@ def load_reward(path: str | pathlib.Path) -> RewardConfig:
     Raises:
         ConfigError: as ``load``; or where the file has no such section.
     """
-    raw, _ = _read(path, [])
+    path = _find(path)
+    raw, _ = _read(path, [], path.parent)
     if not isinstance(raw, dict) or "reward" not in raw:
         raise ConfigError(f"{path}: has no section 'reward'")
     return validate(RewardConfig, raw["reward"], source=f"{path}, section reward")
@@ -267,7 +323,7 @@ def from_command_line(
     """
     summary = (schema.__doc__ or "").splitlines()[0]
     parser = argparse.ArgumentParser(prog=f"oapl-jax {command}", description=summary)
-    parser.add_argument("--config", required=True, help="YAML file, see configs/")
+    parser.add_argument("--config", required=True, help="YAML file, or a shipped one by name: quickstart")
     parser.add_argument("--dry-run", action="store_true", help="load everything, print config and plan, and exit")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="override the file")
     add_options(parser)

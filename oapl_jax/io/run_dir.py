@@ -58,7 +58,8 @@ def read_config(run: SharedPath, schema: type[AnyConfig]) -> AnyConfig:
     """
     check_release(run)
     with tempfile.TemporaryDirectory() as copies:
-        return config_file.load(schema, storage.get_folder(run, [CONFIG_FILE], pathlib.Path(copies)) / CONFIG_FILE)
+        copy = storage.get_folder(run, [CONFIG_FILE], pathlib.Path(copies)) / CONFIG_FILE
+        return config_file.load(schema, copy, is_saved=True)
 
 
 def save_config(run: SharedPath, config: Section) -> None:
@@ -90,7 +91,7 @@ def check_run(config: Any, schema: type[Section]) -> bool:
         check_release(run)
     if not saved.exists():
         return False
-    changes = _differences(_identity(config_file.load(schema, saved)), _identity(config))
+    changes = _differences(_identity(config_file.load(schema, saved, is_saved=is_used)), _identity(config))
     if changes and not config.run.allow_config_change:
         raise ValueError(
             f"run.dir={config.run.dir!r} belongs to a run of another config; these differ:\n  "

@@ -20,7 +20,7 @@ from oapl_jax.model import qwen
 from oapl_jax.model.logprob import chunk_tokens
 from oapl_jax.sampler.engine import PREFILL_TOKENS
 
-MODELS = pathlib.Path("configs/models")
+MODELS = config_file.SHIPPED / "models"
 """Architectures of models on the Hugging Face hub, so that preflight needs no network."""
 
 
@@ -69,7 +69,7 @@ def make_plan(
     Raises:
         ValueError: what the config got wrong; the message names it.
     """
-    source = _model_config(config)
+    source = architecture_file(config)
     architecture = policy.read_config(pathlib.Path(source))
     eos = architecture.eos_token_id
     assembly = make_assembly(
@@ -182,8 +182,12 @@ def forward_flops(model: qwen.QwenConfig, tokens: float, pairs: float, scored: f
     return 2.0 * num_matrix_weights * tokens + 2.0 * embedding * scored + attention, attention
 
 
-def _model_config(config: TrainConfig) -> str:
-    """The ``config.json`` of the model's architecture, from its folder or from ``MODELS``."""
+def architecture_file(config: TrainConfig) -> str:
+    """The ``config.json`` of the model's architecture, from its folder or from ``MODELS``.
+
+    Raises:
+        ValueError: it is in neither; says what to do.
+    """
     section = config.model
     if section.warm_start is not None:
         section = config_file.load(SftConfig, section.warm_start, checks=CHECKS).model
@@ -193,9 +197,9 @@ def _model_config(config: TrainConfig) -> str:
     known = MODELS / f"{local.parent.name.lower().replace('-', '_')}.json"
     for file in (local, known):
         if file.is_file():
-            return str(file)
+            return config_file.from_here(file)
     names = ", ".join(sorted(path.stem for path in MODELS.glob("*.json")))
     raise ValueError(
-        f"model.path={section.path!r} is no folder, and preflight downloads nothing: put its config.json at {known}"
-        f" (there are: {names}), or name a file: model.path=null model.config=FILE model.tokenizer={section.path}"
+        f"model.path={section.path!r} is no folder, and preflight downloads nothing: put its config.json at"
+        f" {config_file.from_here(known)} (there are: {names}), or name a file: model.path=null model.config=FILE model.tokenizer={section.path}"
     )

@@ -15,6 +15,7 @@ from oapl_jax import train
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import SftConfig
 from oapl_jax.io import storage
+from oapl_jax.io.console import ExitCode
 from oapl_jax.io.lease import Leases
 from oapl_jax.rollouts.audit import audit
 from oapl_jax.rollouts.log import RolloutLog
@@ -176,7 +177,7 @@ def test_a_sampler_ends_within_ten_seconds_of_sigterm_and_gives_its_shards_back(
         sampler.send_signal(signal.SIGTERM)
         code, output = finish(sampler)
         assert time.monotonic() - begin < 10
-        assert code == 0, output
+        assert code == ExitCode.PREEMPTED, output
         leases = sorted((directory / "leases" / "shards").iterdir())
         assert all(json.loads(lease.read_text())["is_released"] for lease in leases)
     finally:

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Follows the logs of a job's pods: those of the trainer, or of the samplers.
+#
+#   launch/logs.sh NAME [trainer|sampler] [options of kubectl, such as --namespace N]
+set -euo pipefail
+
+name="${1:?usage: launch/logs.sh NAME [trainer|sampler] [options of kubectl]}"
+shift
+role=trainer
+case "${1:-}" in trainer | sampler) role="$1" && shift ;; esac
+
+labels="jobset.sigs.k8s.io/jobset-name=${name},jobset.sigs.k8s.io/replicatedjob-name=${role}"
+exec kubectl logs --follow --prefix --max-log-requests 100 --container main --selector "${labels}" "$@"
