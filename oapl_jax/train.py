@@ -7,7 +7,6 @@ processes (``sources/``). ``run/run.py`` has what the loop opens, restores and s
 docs/departures.md. The same command again resumes; SIGTERM saves and exits with code 42.
 """
 
-import pathlib
 import signal
 import sys
 import time
@@ -28,6 +27,7 @@ from oapl_jax.distributed.messages import reporting_failures
 from oapl_jax.distributed.team import Team
 from oapl_jax.io import console
 from oapl_jax.io.non_finite import check_finite
+from oapl_jax.io.storage import is_local, shared_path
 from oapl_jax.io.terminal import say
 from oapl_jax.rollouts.source import GroupSource
 from oapl_jax.run.summary import finished, table
@@ -144,7 +144,7 @@ def main(argv: list[str]) -> int | None:
             summary = run(config)
         if not Team.job().is_leader:
             return None
-    say(table(summary, pathlib.Path(config.run.dir)))
+    say(table(summary, shared_path(config.run.dir)))
     return None
 
 
@@ -176,6 +176,7 @@ def _check_single_process(config: TrainConfig) -> None:
         return
     problems = {
         "mode=offline": config.mode == "offline",
+        f"run.dir={config.run.dir}": not is_local(shared_path(config.run.dir)),
         "window.max_groups_ahead": config.window.max_groups_ahead is not None,
         "window.unfinished=finish": config.window.unfinished == "finish",
         "window.imports": config.window.imports is not None,

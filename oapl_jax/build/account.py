@@ -93,10 +93,13 @@ def disk(config: TrainConfig, state: Any, sampler_weights: Any, model: Any) -> s
     if config.mode == "detached":  # one more while it is written
         published = state.params if config.window.publish == "adapters" else sampler_weights
         parts["published policies"] = (kept.keep_policies + 1) * _bytes(published)
-    folder = pathlib.Path(config.run.dir).absolute()
-    free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
     text = ", ".join(f"{name} {size(num_bytes)}" for name, num_bytes in parts.items())
-    return f"{text}; {size(sum(parts.values()))} of {size(free)} that are free"
+    text, place = f"{text}; {size(sum(parts.values()))}", storage.shared_path(config.run.dir)
+    if not storage.is_local(place):
+        return f"{text} in the object store"
+    folder = pathlib.Path(str(place)).absolute()
+    free = shutil.disk_usage(next(parent for parent in (folder, *folder.parents) if parent.exists())).free
+    return f"{text} of {size(free)} that are free"
 
 
 def _bytes(tree: Any) -> int:

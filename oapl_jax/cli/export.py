@@ -5,6 +5,7 @@ import pathlib
 
 import jax
 
+from oapl_jax.io.storage import shared_path
 from oapl_jax.io.terminal import say
 from oapl_jax.run.export import export, push
 
@@ -14,8 +15,14 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="oapl-jax export", description="Writes a checkpoint of a run as a Hugging Face folder."
     )
-    parser.add_argument("run_dir", type=pathlib.Path, metavar="RUN", help="directory of the run")
-    parser.add_argument("out", type=pathlib.Path, metavar="OUT", nargs="?", help="default: RUN/export-STEP")
+    parser.add_argument("run_dir", type=shared_path, metavar="RUN", help="directory of the run")
+    parser.add_argument(
+        "out",
+        type=pathlib.Path,
+        metavar="OUT",
+        nargs="?",
+        help="default: RUN/export-STEP, of a run in a store NAME-export-STEP here",
+    )
     parser.add_argument("--step", type=int, help="step of the checkpoint; default: the newest")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the weights; default: as trained")
     parser.add_argument("--adapter", action="store_true", help="write the trained adapters alone, for peft")

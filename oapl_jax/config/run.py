@@ -11,6 +11,8 @@ class RunDirConfig(Section):
 
     not_identity: ClassVar[tuple[str, ...]] = ("dir", "allow_config_change", "compile_cache")
     """Fields that do not make it another run: it may be moved, and leave to change is no change."""
+    may_be_stored: ClassVar[bool] = False
+    """Whether ``dir`` may be an address of an object store."""
 
     dir: str
     """Run directory: holds the whole state of the run; the same command again resumes from it."""
@@ -35,6 +37,7 @@ class TrainRunConfig(RunConfig):
 
     not_identity: ClassVar[tuple[str, ...]] = (*RunDirConfig.not_identity, "shared_dir", "steps")
     """A finished run may go on with more steps."""
+    may_be_stored: ClassVar[bool] = True
 
     shared_dir: Annotated[str | None, AppliesWhen("mode", condition=one_of("detached"))] = None
     """mode detached: where policies, rollouts and leases are, which samplers need; a folder, ``gs://`` or ``s3://``;

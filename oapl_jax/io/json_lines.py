@@ -1,23 +1,32 @@
-"""Files to which a run appends a JSON object a step: what a crash leaves of them, and what a resumed run keeps."""
+"""Files to which a run appends a JSON object a step: what a crash leaves of them, and what a resumed run keeps.
 
+An object store cannot append. There such a file is a folder of parts, ``metrics.jsonl/000000``, ``000001`` and so on,
+each of whole lines. An object is appended by writing the last part again, which happens at once or not at all; a part
+that has ``PART_BYTES`` is followed by the next one. So a line costs at most that many bytes, however long the run is.
+Parts are found by their numbers, because a listing may be late.
+"""
+
+import contextlib
 import json
+import os
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
 from oapl_jax.io import storage
+from oapl_jax.io.storage import SharedPath
 from oapl_jax.untrusted import reading
 
+PART_BYTES = 2**18
 
-def read(path: pathlib.Path) -> list[dict[str, Any]]:
+
+def read(path: SharedPath) -> list[dict[str, Any]]:
     """The objects of the lines; none where there is no file. A last line that a crash tore in two is left out.
 
     Raises:
         ValueError: any other line is no object with a ``step``; it is named.
     """
-    if not path.exists():
-        return []
-    *whole, last = reading.read_text(path).split("\n")
+    *whole, last = _text(path).split("\n")
     found = []
     for number, line in enumerate([*whole, last] if last else whole, start=1):
         try:
@@ -34,9 +43,74 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
     return found
 
 
-def keep(path: pathlib.Path, is_kept: Callable[[int], bool]) -> list[dict[str, Any]]:
-    """Removes what a crash tore, and the lines of steps that are not kept; returns the others, as ``read`` does."""
-    kept = [record for record in read(path) if is_kept(record["step"])]
-    if path.exists():
-        storage.replace(path, "".join(f"{json.dumps(record)}\n" for record in kept).encode())
-    return kept
+class LineFile:
+    """A file that a run goes on with; one process writes it."""
+
+    def __init__(self, path: SharedPath, is_kept: Callable[[int], bool]):
+        """Removes what a crash tore, and the lines of steps that are not kept; the others are ``kept``, as ``read`` has them.
+
+        Raises:
+            ValueError: as ``read``.
+        """
+        self._path = path
+        self.kept = [record for record in read(path) if is_kept(record["step"])]
+        lines = [_line(record) for record in self.kept]
+        if storage.is_local(path):
+            if storage.exists(path):
+                storage.replace(path, b"".join(lines))
+            return
+        parts = [b""]
+        for line in lines:
+            _add(parts, line)
+        # From the end on: a process that is killed here leaves the first of the lines that there were, without a gap.
+        for number, before in reversed(list(enumerate(_parts(path)))):
+            if number >= len(parts):
+                storage.remove(_part(path, number))
+            elif before != parts[number]:
+                storage.replace(_part(path, number), parts[number])
+        self._number, self._last = len(parts) - 1, parts[-1]
+
+    def append(self, record: dict[str, Any], *, is_durable: bool = False) -> None:
+        """Adds a line. Where it is durable, or in an object store, it survives a crash of the machine when this returns."""
+        if not storage.is_local(self._path):
+            parts = _add([self._last], _line(record))
+            self._number, self._last = self._number + len(parts) - 1, parts[-1]
+            storage.replace(_part(self._path, self._number), self._last)
+            return
+        with pathlib.Path(str(self._path)).open("ab") as file:
+            file.write(_line(record))
+            file.flush()
+            if is_durable:
+                os.fsync(file.fileno())
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    return json.dumps(record).encode() + b"\n"
+
+
+def _add(parts: list[bytes], line: bytes) -> list[bytes]:
+    """Puts a line into the last part, or into a new one after it; returns the parts."""
+    if parts[-1] and len(parts[-1]) + len(line) > PART_BYTES:
+        parts.append(b"")
+    parts[-1] += line
+    return parts
+
+
+def _text(path: SharedPath) -> str:
+    """What is there; a run that was copied from an object store has the folder of parts on a disk."""
+    local = pathlib.Path(str(path))
+    if storage.is_local(path) and not local.is_dir():
+        return reading.read_text(local) if local.exists() else ""
+    return b"".join(_parts(path)).decode()
+
+
+def _parts(path: SharedPath) -> list[bytes]:
+    found: list[bytes] = []
+    with contextlib.suppress(FileNotFoundError):
+        while True:
+            found.append(storage.read(_part(path, len(found))))
+    return found
+
+
+def _part(path: SharedPath, number: int) -> SharedPath:
+    return path / f"{number:06d}"

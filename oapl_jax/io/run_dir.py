@@ -57,9 +57,13 @@ def read_config(run: SharedPath, schema: type[AnyConfig]) -> AnyConfig:
         ValueError: it is no run directory, or of another release, or its config cannot be read.
     """
     check_release(run)
+    return _read_config(run, schema, is_saved=True)
+
+
+def _read_config(run: SharedPath, schema: type[AnyConfig], *, is_saved: bool) -> AnyConfig:
     with tempfile.TemporaryDirectory() as copies:
         copy = storage.get_folder(run, [CONFIG_FILE], pathlib.Path(copies)) / CONFIG_FILE
-        return config_file.load(schema, copy, is_saved=True)
+        return config_file.load(schema, copy, is_saved=is_saved)
 
 
 def save_config(run: SharedPath, config: Section) -> None:
@@ -79,19 +83,19 @@ def check_run(config: Any, schema: type[Section]) -> bool:
     Raises:
         ValueError: it belongs to a run of another config or release; names the keys that differ, or the releases.
     """
-    if "://" in config.run.dir:
+    run = storage.shared_path(config.run.dir)
+    if not storage.is_local(run) and not config.run.may_be_stored:
         raise ValueError(
-            f"run.dir={config.run.dir!r}: object storage cannot be written directly; mount it (Cloud Storage FUSE on"
-            " GKE) and give the mounted path"
+            f"run.dir={config.run.dir!r}: only training runs have their directory in an object store; mount it (Cloud"
+            " Storage FUSE on GKE) and give the mounted path"
         )
-    run = pathlib.Path(config.run.dir)
-    saved = run / CONFIG_FILE
-    is_used = (run / RUN_FILE).exists() or (saved.exists() and len(storage.names(run)) > 1)
+    has_config = storage.exists(run / CONFIG_FILE)
+    is_used = storage.exists(run / RUN_FILE) or (has_config and len(storage.names(run)) > 1)
     if is_used:  # a config.yaml alone is the user's own, of a run that has not begun
         check_release(run)
-    if not saved.exists():
+    if not has_config:
         return False
-    changes = _differences(_identity(config_file.load(schema, saved, is_saved=is_used)), _identity(config))
+    changes = _differences(_identity(_read_config(run, schema, is_saved=is_used)), _identity(config))
     if changes and not config.run.allow_config_change:
         raise ValueError(
             f"run.dir={config.run.dir!r} belongs to a run of another config; these differ:\n  "
@@ -101,14 +105,16 @@ def check_run(config: Any, schema: type[Section]) -> bool:
     return not changes
 
 
-def open_run(config: Any, schema: type[Section]) -> pathlib.Path:
+def open_run(config: Any, schema: type[Section]) -> SharedPath:
     """``check_run``, and saves the resolved config: when all is loaded, so that a start that fails claims no directory.
 
     Raises:
-        ValueError: the directory belongs to a run of another config or release, or cannot be written.
+        ValueError: the directory belongs to a run of another config or release, or cannot be written, or is in a store
+            that does not do what a run relies on.
     """
     check_run(config, schema)
-    run = pathlib.Path(config.run.dir)
+    run = storage.shared_path(config.run.dir)
+    storage.check_creates_once(run)
     try:
         save_config(run, config)
     except OSError as error:

@@ -13,8 +13,10 @@ import pathlib
 import re
 import shutil
 import stat
+import tempfile
 import threading
 import uuid
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import fsspec
@@ -57,14 +59,15 @@ def next_poll(cost: float, waited: float) -> float:
 def create(path: SharedPath, content: bytes, *, is_durable: bool = True) -> bool:
     """Writes a file that is not there yet, whole; False, and nothing changed, where it is there.
 
-    Of several processes that try, one gets True. Where it is durable it survives a crash of the machine when this
-    returns; what only shows that a process is alive need not be.
+    Of several processes that try, at most one gets True. It may get False for its own file, where an object store has
+    written it and the answer was lost. Where it is durable it survives a crash of the machine when this returns; what
+    only shows that a process is alive need not be.
 
     Raises:
         OSError: full disk, no permission, no network.
     """
     if (store := _store(path)) is not None:
-        with contextlib.suppress(FileExistsError):
+        with contextlib.suppress(FileExistsError), _raising_os_errors(path):
             store.pipe_file(str(path), content, mode="create")
             return True
         return False
@@ -91,7 +94,8 @@ def create(path: SharedPath, content: bytes, *, is_durable: bool = True) -> bool
 def replace(path: SharedPath, content: bytes, *, is_durable: bool = True) -> None:
     """Writes a file: readers see the old content or the new one. Durability and errors as in ``create``."""
     if (store := _store(path)) is not None:
-        store.pipe_file(str(path), content)
+        with _raising_os_errors(path):
+            store.pipe_file(str(path), content)
         return
     local = pathlib.Path(str(path))
     local.parent.mkdir(parents=True, exist_ok=True)
@@ -114,7 +118,8 @@ def read(path: SharedPath, most_bytes: int | None = None) -> bytes:
     if (store := _store(path)) is None:
         content = _read_local(path, most_bytes)
     else:
-        content = store.cat_file(str(path), end=None if most_bytes is None else most_bytes + 1)
+        with _raising_os_errors(path):
+            content = store.cat_file(str(path), end=None if most_bytes is None else most_bytes + 1)
     if most_bytes is not None and len(content) > most_bytes:
         raise ValueError(f"{path}: has more than {most_bytes:,} bytes")
     return content
@@ -147,8 +152,10 @@ def read_object(path: SharedPath) -> dict[str, Any]:
 
 def exists(path: SharedPath) -> bool:
     """Whether there is something of this name; in an object store, such a file."""
-    store = _store(path)
-    return os.path.lexists(str(path)) if store is None else store.isfile(str(path))
+    if (store := _store(path)) is None:
+        return os.path.lexists(str(path))
+    with _raising_os_errors(path):
+        return store.isfile(str(path))
 
 
 def names(folder: SharedPath) -> list[str]:
@@ -157,7 +164,8 @@ def names(folder: SharedPath) -> list[str]:
     try:
         if store is None:
             return sorted(entry.name for entry in pathlib.Path(str(folder)).iterdir())
-        return sorted({name.rstrip("/").rpartition("/")[2] for name in store.ls(str(folder), detail=False)})
+        with _raising_os_errors(folder):
+            return sorted({name.rstrip("/").rpartition("/")[2] for name in store.ls(str(folder), detail=False)})
     except (FileNotFoundError, NotADirectoryError):
         return []
 
@@ -171,7 +179,8 @@ def remove(path: SharedPath) -> None:
     """Removes a file, or a folder with what is in it; nothing where there is none."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         if (store := _store(path)) is not None:
-            store.rm(str(path), recursive=True)
+            with _raising_os_errors(path):
+                store.rm(str(path), recursive=True)
         elif (local := pathlib.Path(str(path))).is_dir() and not local.is_symlink():
             shutil.rmtree(local, ignore_errors=True)
         else:
@@ -179,33 +188,76 @@ def remove(path: SharedPath) -> None:
 
 
 def move_aside(path: SharedPath, suffix: str) -> SharedPath:
-    """Gives a file another name, so that nothing reads it again; returns the new one."""
+    """Gives a file, or a local folder, another name, so that nothing reads it again; returns the new one."""
     aside, times = path.with_name(path.name + suffix), itertools.count(2)
     while exists(aside):
         aside = path.with_name(f"{path.name}{suffix}-{next(times)}")
     if (store := _store(path)) is not None:
-        store.copy(str(path), str(aside))
-        store.rm_file(str(path))
+        with _raising_os_errors(path):
+            store.copy(str(path), str(aside))
+            store.rm_file(str(path))
     else:
         pathlib.Path(str(path)).rename(pathlib.Path(str(aside)))
     return aside
 
 
+@contextlib.contextmanager
+def folder_for(target: SharedPath) -> Iterator[pathlib.Path]:
+    """Where the files of a new folder are to be written: in its place, or on this disk and put to the store at the end."""
+    if is_local(target):
+        yield pathlib.Path(str(target))
+        return
+    with tempfile.TemporaryDirectory(prefix="oapl-") as scratch:
+        folder = pathlib.Path(scratch) / target.name
+        yield folder
+        put_folder(folder, target)
+
+
+def files_in(folder: pathlib.Path) -> list[str]:
+    """The names of the files in a local folder and in the folders in it, relative and sorted."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
 def put_folder(local: pathlib.Path, target: SharedPath) -> None:
-    """Moves a finished local folder to an object store, file by file."""
-    for file in sorted(local.iterdir()):
-        _store(target).put_file(str(file), str(target / file.name))
-    shutil.rmtree(local)
+    """Copies the files of a local folder to an object store, several at a time and each in pieces."""
+    found = files_in(local)
+    with _raising_os_errors(target):
+        _store(target).put([str(local / name) for name in found], [str(target / name) for name in found])
 
 
-def get_folder(source: SharedPath, file_names: list[str], target: pathlib.Path) -> pathlib.Path:
+def get_folder(source: SharedPath, file_names: Iterable[str], target: pathlib.Path) -> pathlib.Path:
     """The folder itself where it is local, else a copy of the files in ``target``."""
     if (store := _store(source)) is None:
         return pathlib.Path(str(source))
-    target.mkdir(parents=True, exist_ok=True)
-    for name in file_names:
-        store.get_file(str(source / name), str(target / name))
+    found = list(file_names)
+    for name in found:
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+    with _raising_os_errors(source):
+        store.get([str(source / name) for name in found], [str(target / name) for name in found])
     return target
+
+
+def check_creates_once(folder: SharedPath) -> None:
+    """Refuses an object store in which a file can be created twice: leases and the rollout log rely on that.
+
+    Raises:
+        ValueError: it has no such precondition, or cannot be written.
+    """
+    if is_local(folder):
+        return
+    probe = folder / f".probe-{uuid.uuid4().hex}"
+    try:
+        create(probe, b"1")
+        is_created_twice = create(probe, b"2")
+        is_kept = read(probe) == b"1"
+        remove(probe)
+    except OSError as error:
+        raise ValueError(f"{folder}: cannot be written and read: {error}") from error
+    if is_created_twice or not is_kept:
+        raise ValueError(
+            f"{folder}: this store creates a file that is there already (it ignores ifGenerationMatch or If-None-Match),"
+            " so two processes could do the same work; use another store, or mount one"
+        )
 
 
 def sync_folder(folder: pathlib.Path) -> None:
@@ -237,6 +289,17 @@ def _store(path: SharedPath) -> Any:
             raise ValueError(
                 f"{path}: {error}; pip install 'oapl-jax[gcs]' for gs://, 'oapl-jax[s3]' for s3://"
             ) from error
+
+
+@contextlib.contextmanager
+def _raising_os_errors(path: SharedPath) -> Iterator[None]:
+    """Each store's library has exceptions of its own for what callers know as OSError."""
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{path}: {type(error).__name__}: {error}") from error
 
 
 def _write_beside(path: pathlib.Path, content: bytes, is_durable: bool) -> pathlib.Path:

@@ -2,8 +2,12 @@
 
 import importlib
 import pathlib
+import tempfile
 import uuid
 from typing import Any
+
+from oapl_jax.io import storage
+from oapl_jax.io.storage import SharedPath
 
 TENSORBOARD_FOLDER = "tensorboard"
 
@@ -18,7 +22,7 @@ def start_tensorboard(run_dir: pathlib.Path, first_step: int) -> Any:
     return tensorboardX.SummaryWriter(folder, purge_step=first_step, filename_suffix=suffix)
 
 
-def start_wandb(project: str, run_dir: pathlib.Path, config: dict[str, Any] | None) -> Any:
+def start_wandb(project: str, run_dir: SharedPath, config: dict[str, Any] | None) -> Any:
     """Starts a W&B run, or goes on with the one of this run directory.
 
     Raises:
@@ -32,11 +36,10 @@ def start_wandb(project: str, run_dir: pathlib.Path, config: dict[str, Any] | No
         ) from error
     # The id is kept with the run, so that a resumed run continues the same W&B run.
     id_file = run_dir / "wandb_id.txt"
-    if not id_file.exists():
-        id_file.write_text(uuid.uuid4().hex[:12])
-    run = wandb.init(
-        project=project, id=id_file.read_text(), resume="allow", name=run_dir.name, dir=str(run_dir), config=config
-    )
+    storage.create(id_file, uuid.uuid4().hex[:12].encode())
+    run_id = storage.read(id_file).decode()
+    folder = str(run_dir) if storage.is_local(run_dir) else tempfile.gettempdir()
+    run = wandb.init(project=project, id=run_id, resume="allow", name=run_dir.name, dir=folder, config=config)
     # W&B's own step cannot go back, which a resumed run does.
     run.define_metric("*", step_metric="step")
     return run

@@ -23,10 +23,10 @@ from matplotlib.ticker import MaxNLocator
 from oapl_jax.evaluation.plots import BLUE, GREEN, GREY, ORANGE, STYLE, log_axis
 from oapl_jax.io import storage
 from oapl_jax.io.metrics import METRICS_FILE, read_metrics
+from oapl_jax.io.storage import SharedPath
 from oapl_jax.io.terminal import visible
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.types import Metrics, RolloutGroup, RunError
-from oapl_jax.untrusted import reading
 
 REPORT_FILE = "report.html"
 CURVES_FILE = "curves.png"
@@ -58,7 +58,7 @@ class RunRecord:
     """Why rollouts of these windows could not be read."""
 
 
-def write_report(run_dir: pathlib.Path) -> pathlib.Path:
+def write_report(run_dir: SharedPath) -> SharedPath:
     """Writes ``curves.png`` and ``report.html`` into the run directory and returns the path of the report.
 
     Raises:
@@ -75,15 +75,15 @@ def write_report(run_dir: pathlib.Path) -> pathlib.Path:
     return run_dir / REPORT_FILE
 
 
-def read_run(run_dir: pathlib.Path) -> RunRecord:
+def read_run(run_dir: SharedPath) -> RunRecord:
     """Reads config.yaml, metrics.jsonl, summary.json and a few rollouts."""
-    metrics_file, config, summary = (run_dir / name for name in (METRICS_FILE, "config.yaml", "summary.json"))
+    config, summary = run_dir / "config.yaml", run_dir / "summary.json"
     damaged: list[str] = []
     return RunRecord(
         name=run_dir.resolve().name,
-        config=reading.read_text(config) if config.exists() else "",
-        lines=read_metrics(metrics_file) if metrics_file.exists() else [],
-        summary=reading.read_object(summary) if summary.exists() else {},
+        config=storage.read(config).decode("utf-8-sig") if storage.exists(config) else "",
+        lines=read_metrics(run_dir / METRICS_FILE),
+        summary=storage.read_object(summary) if storage.exists(summary) else {},
         samples=_read_samples(RolloutLog(run_dir / "rollouts"), damaged),
         damaged=damaged,
     )

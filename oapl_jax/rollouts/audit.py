@@ -23,6 +23,7 @@ from oapl_jax.config.commands import TrainConfig
 from oapl_jax.data import tokenizer as tokenizers
 from oapl_jax.io import json_lines, run_dir, storage
 from oapl_jax.io.metrics import METRICS_FILE, read_metrics
+from oapl_jax.io.storage import SharedPath
 from oapl_jax.rollouts.checks import GroupCheck
 from oapl_jax.rollouts.grading import Advantages
 from oapl_jax.rollouts.import_rollouts import IMPORTS_FOLDER
@@ -35,7 +36,7 @@ from oapl_jax.types import RolloutGroup, RunError
 BATCHES_FILE = "batches.jsonl"
 
 
-def audit(run: pathlib.Path) -> str:
+def audit(run: SharedPath) -> str:
     """Checks a run, finished or not; returns what was proved as a sentence.
 
     Raises:
@@ -50,7 +51,8 @@ def audit(run: pathlib.Path) -> str:
     surface, signs = SurfaceWatch(), []
     before, num_steps, step, num_rollouts, num_windows, num_damaged = -1, 0, 0, 0, 0, 0
     oldest = min(log.versions(), default=math.inf) if config.checkpoint.keep_rollouts else 0
-    imported = {int(path.stem) for path in (run / IMPORTS_FOLDER).glob("[0-9]*.json")}
+    records = (pathlib.PurePath(name) for name in storage.names(run / IMPORTS_FOLDER))
+    imported = {int(path.stem) for path in records if path.match("[0-9]*.json")}
     recorded = list(_batches(run))
     for version, window in itertools.groupby(recorded, key=lambda found: found[1]["policy_version"]):
         batches = list(window)
@@ -141,7 +143,7 @@ def _check_order(recorded: list[tuple[str, Any]]) -> None:
         last = places[-1]
 
 
-def _check_metrics(run: pathlib.Path, recorded: list[tuple[str, Any]], most_steps: float, imported: set[int]) -> None:
+def _check_metrics(run: SharedPath, recorded: list[tuple[str, Any]], most_steps: float, imported: set[int]) -> None:
     """Each step has one line, whose version and lag are those of its batch; a killed run lacks the last ones."""
     steps = len(recorded)
     for line, row in enumerate((row for row in read_metrics(run / METRICS_FILE) if row["step"] > 0), start=1):
@@ -170,7 +172,7 @@ def _read(log: RolloutLog, version: int) -> tuple[dict[str, RolloutGroup], list[
     return groups, damaged
 
 
-def _batches(run: pathlib.Path) -> Iterator[tuple[str, Any]]:
+def _batches(run: SharedPath) -> Iterator[tuple[str, Any]]:
     """Each recorded batch with its file and line."""
     try:
         for number, line in enumerate(json_lines.read(run / BATCHES_FILE), start=1):

@@ -4,9 +4,6 @@ import contextlib
 import hashlib
 import io
 import itertools
-import json
-import os
-import pathlib
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,7 +47,11 @@ class RolloutLog:
         (version,) = {group.policy_version for group in groups}
         table, content = schema.to_table(groups, self.sampling, self.engines.get(version)), io.BytesIO()
         pq.write_table(table, content, compression="zstd", write_page_checksum=True)
-        return storage.create(self.path(version, part), content.getvalue())
+        path = self.path(version, part)
+        if storage.create(path, content.getvalue()):
+            return True
+        # The answer to a first attempt may be lost; then these very bytes are there.
+        return not storage.is_local(path) and storage.read(path) == content.getvalue()
 
     def read(self, version: int) -> list[RolloutGroup]:
         """All groups of a policy version, by index; empty where there are none.
@@ -136,14 +137,15 @@ class RolloutLog:
 class BatchRecord:
     """``batches.jsonl``: which groups formed the batch of each step; a resumed run forms the recorded ones again."""
 
-    def __init__(self, path: pathlib.Path, delete_after: int | None = None):
+    def __init__(self, path: SharedPath, delete_after: int | None = None):
         """Reads what a former process recorded; a changed config does the steps after ``delete_after`` in another way.
 
         Raises:
             ValueError: for a damaged line, unless it is the last one, which a crash tore.
         """
         self._path = path
-        kept = json_lines.keep(path, lambda step: delete_after is None or step <= delete_after)
+        self._lines = json_lines.LineFile(path, lambda step: delete_after is None or step <= delete_after)
+        kept = self._lines.kept
         self._recorded = {row["step"]: digests_of(row, f"{path}: step {row['step']}") for row in kept}
         self._digests = {name: digest for batch in self._recorded.values() for name, digest in batch.items()}
 
@@ -182,10 +184,7 @@ class BatchRecord:
                     )
             return
         row = {"step": step, "policy_version": version, "groups": list(digests), "digests": list(digests.values())}
-        with self._path.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._lines.append(row, is_durable=True)
 
 
 def digests_of(row: dict[str, Any], where: str) -> dict[str, str]:

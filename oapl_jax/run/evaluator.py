@@ -61,6 +61,8 @@ class StepLog:
     def flush(self) -> None:
         """Waits for evaluations, and writes everything: a checkpoint must not be ahead of the metrics."""
         self._write(may_wait=True)
+        if self._writer is not None:
+            self._writer.flush()
 
     def _write(self, *, may_wait: bool) -> None:
         while self._waiting:

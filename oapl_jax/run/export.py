@@ -18,11 +18,14 @@ from oapl_jax.build import policy
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import make_meshes
+from oapl_jax.io import storage
 from oapl_jax.io.run_dir import read_config
+from oapl_jax.io.storage import SharedPath
 from oapl_jax.learner.state import TrainState, abstract_state, make_optimizer, make_schedule
 from oapl_jax.model import hf, lora, qwen
 from oapl_jax.run.start import model_path, outline
 from oapl_jax.weights import checkpoints
+from oapl_jax.weights.checkpoint_store import CheckpointStore, checkpoint_folder
 from oapl_jax.weights.model_card import write_card
 from oapl_jax.weights.sync import WeightSync
 
@@ -32,7 +35,7 @@ LEARNER_WEIGHTS = "0/params/"
 
 
 def export(
-    run_dir: pathlib.Path,
+    run_dir: SharedPath,
     out: pathlib.Path | None = None,
     step: int | None = None,
     dtype: str | None = None,
@@ -41,7 +44,7 @@ def export(
 ) -> pathlib.Path:
     """Writes the learner's weights of a checkpoint, with config, tokenizer and generation config; returns the folder.
 
-    By default ``out`` is ``RUN_DIR/export-STEP``, ``step`` that of the newest checkpoint, and ``dtype`` as trained. A
+    By default ``out`` is ``RUN_DIR/export-STEP``, of a run in an object store ``NAME-export-STEP`` here, ``step`` that of the newest checkpoint, and ``dtype`` as trained. A
     model in ``out`` is replaced. ``adapter`` writes the adapters alone.
 
     Raises:
@@ -50,7 +53,9 @@ def export(
     """
     train = read_config(run_dir, TrainConfig)
     step = choose_step(run_dir, step)
-    out = run_dir / f"export-{step}" if out is None else out
+    if out is None:
+        is_here = storage.is_local(run_dir)
+        out = pathlib.Path(str(run_dir / f"export-{step}") if is_here else f"{run_dir.name}-export-{step}")
     if adapter and not train.lora.rank:
         raise ValueError(f"{str(run_dir)!r} trained all weights (lora.rank=0), and has no adapters to export")
     if out.exists() and not any((out / name).is_file() for name in (hf.CONFIG_FILE, hf.ADAPTER_CONFIG_FILE)):
@@ -58,7 +63,8 @@ def export(
     start = model_path(train.model)
     config, tokenizer = outline(train.model)
     mesh, _ = make_meshes(MeshConfig(trainer="fsdp=1"), jax.devices("cpu"))
-    params = _load((run_dir / CHECKPOINTS_FOLDER / str(step)).absolute(), _abstract(config, train, mesh))
+    with checkpoint_folder(run_dir / CHECKPOINTS_FOLDER, step) as checkpoint:
+        params = _load(checkpoint, _abstract(config, train, mesh))
     if adapter:
         return hf.save_adapter(out, config, params, train.lora, str(start))
     if train.lora.rank:
@@ -135,12 +141,15 @@ def _load_array(folder: pathlib.Path, name: str, abstract: jax.ShapeDtypeStruct)
     return array
 
 
-def steps(run_dir: pathlib.Path) -> list[int]:
+def steps(run_dir: SharedPath) -> list[int]:
     """Steps of whole checkpoints: an unfinished or damaged one has more than digits in its name."""
-    return sorted(int(path.name) for path in (run_dir / CHECKPOINTS_FOLDER).glob("*") if path.name.isdigit())
+    folder = run_dir / CHECKPOINTS_FOLDER
+    if not storage.is_local(folder):
+        return CheckpointStore(folder).steps()
+    return sorted(int(name) for name in storage.names(folder) if name.isdigit())
 
 
-def choose_step(run_dir: pathlib.Path, step: int | None) -> int:
+def choose_step(run_dir: SharedPath, step: int | None) -> int:
     """The step of the newest checkpoint, or this one, which must be there."""
     there = steps(run_dir)
     if not there:

@@ -1,10 +1,10 @@
 """What a run leaves at its end: the trained model, its summary, the report."""
 
 import json
-import pathlib
 from typing import Any
 
 from oapl_jax.io import storage
+from oapl_jax.io.storage import SharedPath
 from oapl_jax.run.run import Run
 from oapl_jax.run.summary import SUMMARY_FILE, pass_at
 from oapl_jax.types import Metrics, RunError
@@ -17,7 +17,7 @@ def write_results(run: Run, after: Metrics) -> dict[str, Any]:
     """Writes the model folder, the summary and the report of a run at its last step; returns the summary."""
     from oapl_jax.report import report  # matplotlib takes a second, which a start need not wait for
 
-    config, directory, progress = run.config, pathlib.Path(run.config.run.dir), run.progress
+    config, directory, progress = run.config, run.directory, run.progress
     epochs = progress.epochs
     summary = {
         **({"epochs": epochs} if epochs else {}),
@@ -35,10 +35,13 @@ def write_results(run: Run, after: Metrics) -> dict[str, Any]:
     }
     ended = summary | {"planned_steps": config.run.steps}
     run.bar.note(f"writing {directory / EXPORT_FOLDER} and the report")
-    exported = run.save_folder(directory / EXPORT_FOLDER)
-    if run.setup.trainers.is_leader:
-        _write(directory, summary)
-        write_card(exported, config, directory, progress.step, config.model.param_dtype)
+    is_leader = run.setup.trainers.is_leader
+    with storage.folder_for(directory / EXPORT_FOLDER) as exported:
+        run.save_folder(exported)
+        if is_leader:
+            _write(directory, summary)
+            write_card(exported, config, directory, progress.step, config.model.param_dtype)
+    if is_leader:
         try:
             report.write_report(directory)
         except RunError as error:  # the run itself has ended well
@@ -47,5 +50,5 @@ def write_results(run: Run, after: Metrics) -> dict[str, Any]:
     return ended
 
 
-def _write(directory: pathlib.Path, summary: dict[str, Any]) -> None:
+def _write(directory: SharedPath, summary: dict[str, Any]) -> None:
     storage.replace(directory / SUMMARY_FILE, json.dumps(summary, indent=2).encode() + b"\n")

@@ -22,11 +22,12 @@ from oapl_jax.config.commands import TrainConfig
 from oapl_jax.distributed.memory import trim_heap
 from oapl_jax.distributed.messages import forward_preemption
 from oapl_jax.distributed.sharding import num_processes
-from oapl_jax.io import run_dir
+from oapl_jax.io import run_dir, storage
 from oapl_jax.io.lease import Lease, Leases
 from oapl_jax.io.metrics import MetricsWriter
 from oapl_jax.io.preemption import StopSignals
 from oapl_jax.io.progress_bar import ProgressBar
+from oapl_jax.io.storage import SharedPath
 from oapl_jax.learner import batch as batches
 from oapl_jax.learner import divergence
 from oapl_jax.learner.state import TrainState
@@ -96,6 +97,11 @@ class Run:
     def config(self) -> TrainConfig:
         """The run's."""
         return self.assembly.config
+
+    @property
+    def directory(self) -> SharedPath:
+        """The run directory."""
+        return storage.shared_path(self.config.run.dir)
 
     @property
     def trainer_lock(self) -> AbstractContextManager:
@@ -263,8 +269,9 @@ class Run:
         progress = self.progress
         metrics = self.evaluator.start(self._copy()[0], self.config.evaluation.samples).result()
         number, epoch = progress.policy_version, (progress.step - progress.window_step) // self.plan.epoch_steps
-        folder = pathlib.Path(self.config.run.dir) / EPOCHS_FOLDER / f"{number:02}-{epoch:02}"
-        self.save_folder(folder)
+        folder = self.directory / EPOCHS_FOLDER / f"{number:02}-{epoch:02}"
+        with storage.folder_for(folder) as written:
+            self.save_folder(written)
         done = {"round": number, "epoch": epoch, "step": progress.step, "folder": str(folder)}
         progress.epochs.append({**done, **pass_at(metrics)})
         score = f": pass@1 {metrics['evaluation/pass@1']:.3f}" if metrics else ""
@@ -370,7 +377,7 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
     bar = ProgressBar(config.run.steps, enabled=config.logging.progress)
     with bar.stage("reading what the config names: model, data, graders, devices"):
         assembly, inputs = load(config)
-    directory = pathlib.Path(config.run.dir)
+    directory = storage.shared_path(config.run.dir)
     is_leader = assembly.trainers.is_leader
     if not is_leader:
         bar = ProgressBar(config.run.steps, enabled=False, stream=io.StringIO())
@@ -384,7 +391,7 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
         if is_leader:
             run_dir.open_run(config, TrainConfig)
             lease = _claim_run(stack, setup)
-            (directory / SUMMARY_FILE).unlink(missing_ok=True)  # of a run that goes on
+            storage.remove(directory / SUMMARY_FILE)  # of a run that goes on
         setup.trainers.wait()  # until the leader has the run
         stack.enter_context(bar)
         stop = stack.enter_context(StopSignals())
@@ -501,7 +508,7 @@ def _make_source(
     config = assembly.config
     window = config.window
     if config.mode == "offline":
-        return OfflineRounds(setup, assembly.learner, pathlib.Path(config.run.dir), rollouts, poll, note)
+        return OfflineRounds(setup, assembly.learner, storage.shared_path(config.run.dir), rollouts, poll, note)
     consumption = Consumption(window.order, window.epochs, window.max_uses, window.min_groups, seed=config.run.seed)
     buffer = GroupBuffer(acceptance(config), window.max_groups_ahead, consumption)
     if config.mode == "online" and cluster is None:
@@ -519,7 +526,7 @@ def _make_source(
 
 def _claim_run(stack: contextlib.ExitStack, setup: SamplingSetup) -> Lease:
     """Makes this process the run's one trainer, until it ends, whatever samplers write into ``run.dir``."""
-    folder = pathlib.Path(setup.config.run.dir) / "leases"
+    folder = storage.shared_path(setup.config.run.dir) / "leases"
     leases = stack.enter_context(Leases(folder, setup.config.window.lease_seconds))
     lease = leases.claim_from_the_dead("trainer")
     if lease is None:

@@ -1,11 +1,11 @@
 """``summary.json``, which a run leaves at its end, and which says that it has ended."""
 
 import json
-import pathlib
 from typing import Any
 
 from oapl_jax.config.commands import TrainConfig
-from oapl_jax.io import run_dir
+from oapl_jax.io import run_dir, storage
+from oapl_jax.io.storage import SharedPath
 from oapl_jax.types import Metrics
 
 SUMMARY_FILE = "summary.json"
@@ -13,14 +13,14 @@ SUMMARY_FILE = "summary.json"
 
 def finished(config: TrainConfig) -> dict[str, Any] | None:
     """The summary of a run of this config that is over; None where steps are left, or ``run.dir`` is of another run."""
-    path = pathlib.Path(config.run.dir) / SUMMARY_FILE
+    path = storage.shared_path(config.run.dir) / SUMMARY_FILE
     try:
-        is_this_run = path.exists() and run_dir.check_run(config, TrainConfig)
+        is_this_run = storage.exists(path) and run_dir.check_run(config, TrainConfig)
     except ValueError:  # said when the run starts, with what else is wrong
         return None
     if not is_this_run:
         return None
-    summary = json.loads(path.read_text(encoding="utf-8"))
+    summary = json.loads(storage.read(path))
     return summary if config.run.steps <= summary.get("planned_steps", 0) else None
 
 
@@ -29,7 +29,7 @@ def pass_at(metrics: Metrics) -> dict[str, float]:
     return {name.removeprefix("evaluation/"): value for name, value in metrics.items() if "pass@" in name}
 
 
-def table(summary: dict[str, Any], directory: pathlib.Path) -> str:
+def table(summary: dict[str, Any], directory: SharedPath) -> str:
     """The summary for people."""
     ks = [k for k in summary["after"] if k in summary["before"] and "/" not in k]
     sets = dict.fromkeys(name.rpartition("pass@")[0] for name in summary["after"])  # '' is all, 'NAME/' a held-out set

@@ -67,6 +67,7 @@ class Published:
     def __init__(self, assembly: Assembly, setup: SamplingSetup):
         config, self._assembly, self._setup, self._version = setup.config, assembly, setup, 0
         if setup.trainers.is_leader:
+            storage.check_creates_once(setup.root)
             run_dir.save_config(setup.root, config)
         self._digest = run_dir.digest(config)
         self._store = PolicyStore(setup.root / POLICY_FOLDER)

@@ -14,6 +14,7 @@ from typing import Any
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.io import storage
+from oapl_jax.io.storage import SharedPath
 from oapl_jax.rollouts import import_rollouts
 from oapl_jax.rollouts.buffer import GroupBuffer, Ticket, Window
 from oapl_jax.rollouts.grading import Grading
@@ -94,7 +95,7 @@ class ImportedWindows(BufferedSource):
         self,
         source: GroupSource,
         setup: SamplingSetup,
-        directory: pathlib.Path,
+        directory: SharedPath,
         log: RolloutLog,
         note: Callable[[str], None],
     ):
@@ -157,12 +158,13 @@ class ImportedWindows(BufferedSource):
         """Closes the other source."""
         self._source.close()
 
-    def _record(self, version: int) -> pathlib.Path:
+    def _record(self, version: int) -> SharedPath:
         return self._records / f"{version:06d}.json"
 
     def _next_file(self) -> pathlib.Path | None:
         """The first file, by name, that no record has."""
-        done = {storage.read_object(path)["source"] for path in self._records.glob("*.json")}
+        records = [name for name in storage.names(self._records) if name.endswith(".json")]
+        done = {storage.read_object(self._records / name)["source"] for name in records}
         files = sorted(self._folder.glob("*")) if self._folder.is_dir() else []
         return next((file for file in files if file.name not in done and not file.name.startswith(".")), None)
 

@@ -8,6 +8,7 @@ epoch after epoch.
 import dataclasses
 import json
 import pathlib
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from oapl_jax.build.learner import Learner
 from oapl_jax.config.offline import RoundConfig
 from oapl_jax.io import storage
 from oapl_jax.io.lease import Leases
+from oapl_jax.io.storage import SharedPath
 from oapl_jax.learner import batch as batches
 from oapl_jax.learner.step import make_scorer
 from oapl_jax.objectives.catalogue import OBJECTIVES
@@ -55,7 +57,7 @@ class OfflineRounds(BufferedSource):
         self,
         setup: SamplingSetup,
         learner: Learner,
-        directory: pathlib.Path,
+        directory: SharedPath,
         log: RolloutLog,
         is_stopped: Callable[[], bool],
         note: Callable[[str], None],
@@ -85,7 +87,7 @@ class OfflineRounds(BufferedSource):
         """
         number = window.policy_version
         data, path = self._config.rounds[number], self._path(number)
-        if not path.exists():
+        if not storage.exists(path):
             if taken:
                 raise ValueError(f"{path} is gone, and round {number} has made steps: its data cannot be made again")
             self._make(number, data, weights)
@@ -121,7 +123,7 @@ class OfflineRounds(BufferedSource):
     def close(self) -> None:
         """Nothing runs beside the learner."""
 
-    def _path(self, number: int) -> pathlib.Path:
+    def _path(self, number: int) -> SharedPath:
         return self._directory / ROUNDS_FOLDER / f"{number:06d}.json"
 
     def _make(self, number: int, data: RoundConfig, weights: Weights) -> None:
@@ -131,11 +133,13 @@ class OfflineRounds(BufferedSource):
         if data.log is None:
             work = RolloutLog(self._directory / GENERATED_FOLDER, self._log.sampling) if is_scored else self._log
             self._generate(number, work, weights.sampler)
-            source = self._directory / GENERATED_FOLDER / f"{number:06d}"
-        else:
-            source = pathlib.Path(data.log).expanduser()
-        if data.log is not None or is_scored:
-            record |= self._take_in(number, data, source, weights.learner)
+        if data.log is not None:
+            record |= self._take_in(number, data, pathlib.Path(data.log).expanduser(), weights.learner)
+        elif is_scored:
+            generated = self._directory / GENERATED_FOLDER / f"{number:06d}"
+            with tempfile.TemporaryDirectory() as copies:
+                source = storage.get_folder(generated, storage.names(generated), pathlib.Path(copies))
+                record |= self._take_in(number, data, source, weights.learner)
         else:
             _, counts = filters.apply(self._log.read(number), data.filter, self._setup.config.run.seed)
             record["filter"] = dataclasses.asdict(counts)

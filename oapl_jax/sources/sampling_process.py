@@ -100,6 +100,7 @@ class SamplingProcess:
             if current is None or current.is_finished:
                 return
             config = run_dir.read_config(self._root, TrainConfig)
+            storage.check_creates_once(self._root / follower.LEASES_FOLDER)
             with tempfile.TemporaryDirectory(prefix="oapl-policy-") as cache:
                 self._sample(config, current, pathlib.Path(cache))
 

@@ -4,7 +4,10 @@ import contextlib
 import hashlib
 import logging
 import pathlib
+import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jax
@@ -14,7 +17,9 @@ from jaxtyping import Array, UInt32
 
 from oapl_jax.distributed.team import Team
 from oapl_jax.io import storage
+from oapl_jax.io.storage import SharedPath
 from oapl_jax.types import RunError
+from oapl_jax.weights.checkpoint_store import CheckpointStore
 
 Tree = TypeVar("Tree")
 Meta = dict[str, Any]
@@ -43,21 +48,42 @@ class Checkpoints:
     devices, is saved with them and compared when they are loaded. (Orbax's newer interface, ``v1``, cannot save
     where only some processes of a job have the arrays; it reads what is saved here.)
 
+    Where the run directory is in an object store, Orbax saves to a folder of temporary files, and a thread copies each
+    checkpoint to the store (``checkpoint_store.py``). A killed run goes on with the newest one that was copied whole.
+
     ``team``: the processes that have the arrays, all of which make the same calls; None: this one alone.
+
+    Raises:
+        ValueError: several processes and an object store.
     """
 
-    def __init__(self, directory: pathlib.Path, keep: int, keep_every: Sequence[int] = (), team: Team | None = None):
-        self._directory = directory.absolute()
+    def __init__(self, directory: SharedPath, keep: int, keep_every: Sequence[int] = (), team: Team | None = None):
+        self._place = directory
         self._keep, self._keep_every = keep, keep_every
         self._team = team or Team.alone()
         self.best_step: float | None = None
         """Of a checkpoint that is kept too."""
+        self._store: CheckpointStore | None = None
+        self._stored: list[int] = []
+        """Steps of the checkpoints in the store, ascending."""
+        self._scratch: tempfile.TemporaryDirectory[str] | None = None
+        self._copying = ThreadPoolExecutor(1, "checkpoints")
+        self._copied: Future[None] | None = None
+        if storage.is_local(directory):
+            self._directory = pathlib.Path(str(directory)).absolute()
+        elif self._team.size > 1:
+            raise ValueError(f"{directory}: several processes write a checkpoint in one folder; mount the bucket")
+        else:
+            self._store = CheckpointStore(directory)
+            self._stored = self._store.steps()
+            self._scratch = tempfile.TemporaryDirectory(prefix="oapl-checkpoints-")
+            self._directory = pathlib.Path(self._scratch.name)
         self._manager = self._open()
 
     @property
     def latest_step(self) -> int | None:
         """Step of the newest checkpoint that is being or was saved."""
-        return self._manager.latest_step()
+        return max((*self._stored, *self._manager.all_steps()), default=None)
 
     def save(self, step: int, tree: Any, meta: Meta) -> None:
         """Copies the arrays to host memory and writes them in the background.
@@ -71,15 +97,35 @@ class Checkpoints:
         meta = {**meta, "layout": _layout(arrays), "fingerprint": fingerprint(list(arrays.values()))}
         saved = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), meta=ocp.args.JsonSave(meta))
         with self._explain():
+            self._wait_for_copy()
             self._manager.save(step, args=saved)
             if jax.default_backend() == "cpu":
                 # Here a host "copy" is a view of the very buffer that the next train step donates.
                 self._manager.wait_until_finished()
+            if self._store is not None:
+                self._copied = self._copying.submit(self._copy, self._store, step, self.best_step)
 
     def wait(self) -> None:
-        """Returns when the last save is on disk."""
+        """Returns when the last save is on disk, or in the store."""
         with self._explain():
             self._manager.wait_until_finished()
+            self._wait_for_copy()
+
+    def _wait_for_copy(self) -> None:
+        copied, self._copied = self._copied, None
+        if copied is not None:
+            copied.result()
+
+    def _copy(self, store: CheckpointStore, step: int, best_step: float | None) -> None:
+        """Copies a checkpoint to the store, when Orbax has written it, and removes those that are not kept."""
+        self._manager.wait_until_finished()
+        store.put(step, self._directory / str(step))
+        self._stored = sorted({*self._stored, step})
+        newest = self._stored[-self._keep :]
+        for old in list(self._stored):
+            if old not in (*newest, best_step) and not any(every and old % every == 0 for every in self._keep_every):
+                store.remove(old)
+                self._stored.remove(old)
 
     def restore(self, abstract_tree: Tree, note: Callable[[str], None]) -> tuple[int, Tree, Meta] | None:
         """Loads the newest checkpoint that can be loaded, as ``abstract_tree`` has it; None where there is none.
@@ -90,7 +136,7 @@ class Checkpoints:
             LayoutError: a checkpoint is of another model or optimizer.
             RuntimeError: there are checkpoints and none can be loaded.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
+        steps = sorted(self._manager.all_steps() if self._store is None else self._stored, reverse=True)
         for step in steps:
             loaded, problem = None, None
             try:
@@ -106,14 +152,18 @@ class Checkpoints:
             note(f"checkpoint {step} cannot be loaded ({problem}); moved to {damaged}, trying the one before")
         if steps:
             raise RuntimeError(
-                f"none of the checkpoints {steps} in {self._directory} can be loaded; see the messages above"
+                f"none of the checkpoints {steps} in {self._place} can be loaded; see the messages above"
             )
         return None
 
     def close(self) -> None:
         """Waits for the last save and ends the background threads."""
-        with self._explain():
+        with contextlib.ExitStack() as stack, self._explain():
+            if self._scratch is not None:
+                stack.callback(self._scratch.cleanup)
+            stack.callback(self._copying.shutdown)
             self._manager.close()
+            self._wait_for_copy()
 
     @contextlib.contextmanager
     def _explain(self) -> Iterator[None]:
@@ -121,14 +171,17 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            raise RunError(f"a checkpoint cannot be written to {self._directory}: {_first_line(error)}") from error
+            raise RunError(f"a checkpoint cannot be written to {self._place}: {_first_line(error)}") from error
 
     def _load(self, step: int, abstract_tree: Tree) -> tuple[Tree, Meta]:
         abstract = flatten(abstract_tree)
+        if self._store is not None:
+            self._store.fetch(step, self._directory / str(step))
+            self._manager.reload()
         meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
         if meta["layout"] != _layout(abstract):
             raise LayoutError(
-                f"checkpoint {step} in {self._directory} has arrays of other names, shapes or types than this config's"
+                f"checkpoint {step} in {self._place} has arrays of other names, shapes or types than this config's"
                 " model and optimizer; choose another run.dir for another model"
             )
         wanted = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
@@ -142,7 +195,11 @@ class Checkpoints:
         self._manager.close()
 
         def rename() -> str:
-            return str(storage.move_aside(self._directory / str(step), ".damaged"))
+            if self._store is None:
+                return str(storage.move_aside(self._directory / str(step), ".damaged"))
+            shutil.rmtree(self._directory / str(step), ignore_errors=True)
+            self._stored.remove(step)
+            return self._store.set_aside(step)
 
         target = self._team.agree(rename, PEER_SECONDS)
         self._manager = self._open()
@@ -152,6 +209,8 @@ class Checkpoints:
         managers: Any = ocp.checkpoint_managers  # Orbax's policies do not satisfy Orbax's protocols for a type checker
         every = [managers.EveryNSteps(steps) for steps in self._keep_every if steps]
         kept = [managers.LatestN(self._keep), _Best(self), *every]
+        if self._store is not None:  # this disk has the newest one only
+            kept = [managers.LatestN(1)]
         processes = ocp.options.MultiprocessingOptions()
         if self._team.size > 1:
             members, name = self._team.members, self._team.name

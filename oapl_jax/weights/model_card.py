@@ -1,12 +1,12 @@
 """The README.md of an exported model: what it was made from and with, and what the run measured."""
 
-import json
 import pathlib
-from typing import Any
 
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
+from oapl_jax.io import storage
 from oapl_jax.io.metrics import METRICS_FILE, read_metrics
+from oapl_jax.io.storage import SharedPath
 
 CARD_FILE = "README.md"
 SUMMARY_FILE = "summary.json"
@@ -14,7 +14,7 @@ PAPER = "https://arxiv.org/abs/2602.19362"
 _TAGS = ("reinforcement-learning", "oapl", "jax")
 
 
-def write_card(folder: pathlib.Path, config: TrainConfig, run_dir: pathlib.Path, step: int, dtype: str) -> None:
+def write_card(folder: pathlib.Path, config: TrainConfig, run_dir: SharedPath, step: int, dtype: str) -> None:
     """Writes the card of a checkpoint into its model folder, with what the run has measured so far."""
     name, model, data = config.objective.name, config.model, config.data
     start = model.path or model.warm_start or f"{model.config} (random weights)"
@@ -52,12 +52,12 @@ def _is_hub_name(path: str) -> bool:
     return path.count("/") == 1 and not path.startswith((".", "/", "~")) and not pathlib.Path(path).exists()
 
 
-def _results(config: TrainConfig, run_dir: pathlib.Path, step: int) -> str:
+def _results(config: TrainConfig, run_dir: SharedPath, step: int) -> str:
     """pass@k before the run and at this step, where the run measured it."""
     before, at_step = _measured(run_dir, 0), _measured(run_dir, step)
     summary_file = run_dir / SUMMARY_FILE
-    if summary_file.exists():
-        summary: dict[str, Any] = json.loads(summary_file.read_text(encoding="utf-8"))
+    if storage.exists(summary_file):
+        summary = storage.read_object(summary_file)
         before = summary.get("before") or before
         at_step = summary["after"] if summary.get("steps") == step else at_step
     if not at_step:
@@ -75,7 +75,7 @@ def _results(config: TrainConfig, run_dir: pathlib.Path, step: int) -> str:
     return "\n".join(rows) + f"\n\n{caption}"
 
 
-def _measured(run_dir: pathlib.Path, step: int) -> dict[str, float]:
+def _measured(run_dir: SharedPath, step: int) -> dict[str, float]:
     lines = [line for line in read_metrics(run_dir / METRICS_FILE) if line["step"] == step]
     found = lines[-1] if lines else {}
     return {name.removeprefix("evaluation/"): value for name, value in found.items() if "pass@" in name}

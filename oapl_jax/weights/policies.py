@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import pathlib
-import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -93,18 +92,16 @@ class PolicyStore:
             if writers.is_leader:
                 self._point_to(Current(version, is_finished=False))
             return {"sync/publish_seconds": time.perf_counter() - start, "sync/publish_bytes": 0}
-        staged = pathlib.Path(str(folder)) if local else pathlib.Path(tempfile.gettempdir()) / f".{version:06d}.staged"
-        save(staged, config, params, tokenizer, writers=writers)
-        if not writers.is_leader:
-            return {"sync/publish_seconds": time.perf_counter() - start}
-        with ThreadPoolExecutor(HASHING_THREADS) as pool:
-            files = dict(pool.map(_describe, sorted(staged.iterdir())))
+        with storage.folder_for(folder) as written:
+            save(written, config, params, tokenizer, writers=writers)
+            if not writers.is_leader:
+                return {"sync/publish_seconds": time.perf_counter() - start}
+            with ThreadPoolExecutor(HASHING_THREADS) as pool:
+                files = dict(pool.map(_describe, sorted(written.iterdir())))
         if local:
-            storage.sync_folder(staged.parent)
-        else:
-            storage.put_folder(staged, folder)
-        written = manifest._replace(files=files)._asdict() | {"window": manifest.window._asdict()}
-        storage.replace(folder / MANIFEST_FILE, json.dumps(written, indent=1).encode())
+            storage.sync_folder(written.parent)
+        described = manifest._replace(files=files)._asdict() | {"window": manifest.window._asdict()}
+        storage.replace(folder / MANIFEST_FILE, json.dumps(described, indent=1).encode())
         self._point_to(Current(version, is_finished=False))
         num_bytes = sum(file["bytes"] for file in files.values())
         return {"sync/publish_seconds": time.perf_counter() - start, "sync/publish_bytes": num_bytes}

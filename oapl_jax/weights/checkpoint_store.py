@@ -1,0 +1,83 @@
+"""Checkpoints in an object store: the files of a folder, and a marker that is written last.
+
+    checkpoints/100/...     the files that Orbax wrote on this machine's disk
+    checkpoints/100.json    the size of each; without this marker there is no checkpoint of step 100
+
+Orbax does not write them there itself. It takes an ``s3://`` address for a local path; ``gs://`` it writes through two
+libraries, of which one is TensorFlow's where that is installed, each with its own login and its own retries.
+"""
+
+import contextlib
+import json
+import pathlib
+import re
+import tempfile
+from collections.abc import Iterator
+
+from oapl_jax.io import storage
+from oapl_jax.io.storage import SharedPath
+
+MARKER = re.compile(r"(0|[1-9][0-9]*)\.json")
+
+
+class CheckpointStore:
+    """The folder ``checkpoints`` of a run; one writer."""
+
+    def __init__(self, directory: SharedPath):
+        self._directory = directory
+
+    def steps(self) -> list[int]:
+        """Steps of whole checkpoints, ascending."""
+        matches = map(MARKER.fullmatch, storage.names(self._directory))
+        return sorted(int(match[1]) for match in matches if match)
+
+    def put(self, step: int, folder: pathlib.Path) -> None:
+        """Copies a whole checkpoint; what a killed process has left of this step is replaced.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self.remove(step)
+        storage.put_folder(folder, self._folder(step))
+        sizes = {name: (folder / name).stat().st_size for name in storage.files_in(folder)}
+        storage.replace(self._marker(step), json.dumps({"files": sizes}).encode() + b"\n")
+
+    def fetch(self, step: int, folder: pathlib.Path) -> None:
+        """Copies a checkpoint to this disk.
+
+        Raises:
+            ValueError: it is not what its marker says.
+            OSError: it cannot be read.
+        """
+        sizes = storage.read_object(self._marker(step))["files"]
+        storage.get_folder(self._folder(step), sizes, folder)
+        for name, size in sizes.items():
+            if (found := (folder / name).stat().st_size) != size:
+                raise ValueError(f"{self._folder(step) / name} has {found:,} bytes, its marker says {size:,}")
+
+    def remove(self, step: int) -> None:
+        """The marker first: what is half removed is not there."""
+        storage.remove(self._marker(step))
+        storage.remove(self._folder(step))
+
+    def set_aside(self, step: int) -> str:
+        """Makes it no checkpoint by another name of its marker, which it returns; its files stay until the step is saved again."""
+        return str(storage.move_aside(self._marker(step), ".damaged"))
+
+    def _folder(self, step: int) -> SharedPath:
+        return self._directory / str(step)
+
+    def _marker(self, step: int) -> SharedPath:
+        return self._directory / f"{step}.json"
+
+
+@contextlib.contextmanager
+def checkpoint_folder(directory: SharedPath, step: int) -> Iterator[pathlib.Path]:
+    """The folder of a checkpoint, of which there is a copy here while it is needed if ``directory`` is in a store."""
+    if storage.is_local(directory):
+        yield pathlib.Path(str(directory / str(step))).absolute()
+        return
+    with tempfile.TemporaryDirectory(prefix="oapl-checkpoint-") as scratch:
+        folder = pathlib.Path(scratch) / str(step)
+        CheckpointStore(directory).fetch(step, folder)
+        yield folder
