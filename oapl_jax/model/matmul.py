@@ -64,14 +64,13 @@ matmul.defvjp(_forward, _backward)
 
 
 def ragged_dot(
-    rows: Float[Array, "N D"], weight: nnx.Variable, sizes: Int[Array, "E"], experts: Int[Array, "N"]
+    rows: Float[Array, "N D"], matrices: Float[Array, "E D F"] | Int8, sizes: Int[Array, "E"], experts: Int[Array, "N"]
 ) -> Float[Array, "N F"]:
-    """``jax.lax.ragged_dot`` of rows sorted by expert and their matrices ``[E, D, F]``, float or ``Int8``."""
-    matrix = weight.get_value()
-    if not isinstance(matrix, Int8):
-        return jax.lax.ragged_dot(rows, matrix.astype(rows.dtype), sizes)
-    unscaled = jax.lax.ragged_dot(rows, matrix.values.astype(rows.dtype), sizes)
-    return (unscaled * matrix.scale[experts, 0]).astype(unscaled.dtype)
+    """``jax.lax.ragged_dot`` of rows sorted by expert and the experts' matrices."""
+    if not isinstance(matrices, Int8):
+        return jax.lax.ragged_dot(rows, matrices.astype(rows.dtype), sizes)
+    unscaled = jax.lax.ragged_dot(rows, matrices.values.astype(rows.dtype), sizes)
+    return (unscaled * matrices.scale[experts, 0]).astype(unscaled.dtype)
 
 
 def lookup(table: nnx.Variable, ids: Int[Array, "..."], dtype: DTypeLike) -> Float[Array, "... D"]:

@@ -31,6 +31,7 @@ from oapl_jax.model import lora as low_rank
 from oapl_jax.model import row_attention
 from oapl_jax.model.lora import LowRank
 from oapl_jax.model.matmul import einsum, lookup, ragged_dot
+from oapl_jax.model.quantized import Int8
 from oapl_jax.model.rope import RopeScaling, rope_tables, rotate
 from oapl_jax.model.row_attention import RowAttentionKind
 from oapl_jax.model.segments import Segments
@@ -372,10 +373,14 @@ class Mlp(nnx.Module):
 
 
 class ExpertMlp(nnx.Module):
-    """Mixture of SwiGLU experts: each token goes to its top-k, none is dropped (Qwen3-MoE)."""
+    """Mixture of SwiGLU experts: each token goes to its top-k, none is dropped (Qwen3-MoE).
 
-    def __init__(self, config: QwenConfig, init: _Init) -> None:
-        self.config = config
+    On a mesh each device sorts and multiplies its own tokens, with the columns of all experts that ``tensor`` leaves it,
+    gathered over ``fsdp`` as those of other layers: sorted over all devices, every token would go to each of them.
+    """
+
+    def __init__(self, config: QwenConfig, init: _Init, mesh: Mesh | None) -> None:
+        self.config, self.mesh = config, None if mesh is None or mesh.size == 1 else mesh
         D, E, F = config.hidden_size, config.num_experts, config.moe_intermediate_size
         self.router = init.normal(config.initializer_range, embed=D, experts=E)
         self.gate = init.normal(config.initializer_range, experts=E, embed=D, mlp=F)
@@ -383,23 +388,36 @@ class ExpertMlp(nnx.Module):
         self.down = init.normal(_residual_std(config), experts=E, mlp=F, embed=D)
 
     def __call__(self, x: Array) -> Array:
-        """Sorts the (token, expert) pairs by expert, multiplies each expert's run of rows, sorts back."""
+        """``[B, T, D]`` to the same."""
+        matrices = (param.get_value() for param in (self.router, self.gate, self.up, self.down))
         with jax.named_scope("experts"):
-            rows = x.reshape(-1, x.shape[-1])
-            weights, experts = self._route(rows)
-            k = experts.shape[-1]
-            order = jnp.argsort(experts.ravel(), stable=True)
-            sizes = jnp.bincount(experts.ravel(), length=self.config.num_experts)
-            sorted_rows, sorted_experts = rows[order // k], experts.ravel()[order]
-            gate = ragged_dot(sorted_rows, self.gate, sizes, sorted_experts)
-            up = ragged_dot(sorted_rows, self.up, sizes, sorted_experts)
-            outputs = ragged_dot(jax.nn.silu(gate) * up, self.down, sizes, sorted_experts)
-            outputs = outputs[jnp.argsort(order)].reshape(*experts.shape, -1)
-            return jnp.einsum("NkD,Nk->ND", outputs, weights.astype(x.dtype)).reshape(x.shape)
+            if self.mesh is None:
+                return self._mix(x, *matrices)
+            tokens, columns, rows = P(BATCH_AXES, "context"), P(None, None, "tensor"), P(None, "tensor")
+            return jax.shard_map(
+                lambda *arrays: jax.lax.psum(self._mix(*arrays), "tensor"),
+                mesh=self.mesh,
+                in_specs=(tokens, P(), columns, columns, rows),
+                out_specs=tokens,
+                check_vma=False,
+            )(x, *matrices)
 
-    def _route(self, rows: Array) -> tuple[Array, Array]:
+    def _mix(self, x: Array, router: Array, gate: Array | Int8, up: Array | Int8, down: Array | Int8) -> Array:
+        """Sorts the (token, expert) pairs by expert, multiplies each expert's run of rows, sorts back."""
+        tokens = x.reshape(-1, x.shape[-1])
+        weights, experts = self._route(tokens, router)
+        k = experts.shape[-1]
+        order = jnp.argsort(experts.ravel(), stable=True)
+        sizes = jnp.bincount(experts.ravel(), length=self.config.num_experts)
+        sorted_rows, sorted_experts = tokens[order // k], experts.ravel()[order]
+        gates, ups = (ragged_dot(sorted_rows, matrices, sizes, sorted_experts) for matrices in (gate, up))
+        outputs = ragged_dot(jax.nn.silu(gates) * ups, down, sizes, sorted_experts)
+        outputs = outputs[jnp.argsort(order)].reshape(*experts.shape, -1)
+        return jnp.einsum("NkD,Nk->ND", outputs, weights.astype(x.dtype)).reshape(x.shape)
+
+    def _route(self, rows: Array, router: Array) -> tuple[Array, Array]:
         """Weights (float32) and ids ``[N, k]`` of each row's experts."""
-        scores = jnp.einsum("ND,DE->NE", rows, self.router[...].astype(rows.dtype))
+        scores = jnp.einsum("ND,DE->NE", rows, router.astype(rows.dtype))
         probabilities = jax.nn.softmax(scores.astype(jnp.float32), axis=-1)
         weights, experts = jax.lax.top_k(probabilities, self.config.num_experts_per_tok)
         if self.config.norm_topk_prob:
@@ -415,12 +433,12 @@ def _residual_std(config: QwenConfig) -> float:
 class Layer(nnx.Module):
     """One decoder layer; in ``Qwen`` its parameters are stacked, in the scan they are one layer's."""
 
-    def __init__(self, config: QwenConfig, init: _Init) -> None:
+    def __init__(self, config: QwenConfig, init: _Init, mesh: Mesh | None = None) -> None:
         self.eps = config.rms_norm_eps
         self.attention_norm = init.ones(embed=config.hidden_size)
         self.attention = Attention(config, init)
         self.mlp_norm = init.ones(embed=config.hidden_size)
-        self.mlp = ExpertMlp(config, init) if config.num_experts else Mlp(config, init)
+        self.mlp = ExpertMlp(config, init, mesh) if config.num_experts else Mlp(config, init)
 
     def __call__(
         self, x: Array, rope: tuple[Array, Array], attend: Attend, layer: Any, cache: Cache
@@ -471,7 +489,7 @@ class Qwen(nnx.Module):
         V, D = config.vocab_size, config.hidden_size
         init = _Init(rngs, param_dtype)
         self.embedding = init.normal(config.initializer_range, vocab=V, embed=D)
-        self.layers = Layer(config, _Init(rngs, param_dtype, config.num_hidden_layers))
+        self.layers = Layer(config, _Init(rngs, param_dtype, config.num_hidden_layers), mesh)
         if lora is not None and lora.rank:
             low_rank.adapt(self.layers, lora, rngs)
         self.final_norm = init.ones(embed=D)
