@@ -15,7 +15,7 @@ from oapl_jax.learner.state import TrainState
 from oapl_jax.model import lora
 from oapl_jax.model.logprob import sequence_logprobs
 from oapl_jax.model.segments import Segments
-from oapl_jax.objectives import oapl
+from oapl_jax.objectives import oapl, reference
 from oapl_jax.objectives.objective import Objective, ObjectiveOptions
 from oapl_jax.types import TrainBatch
 
@@ -31,12 +31,14 @@ def make_train_step(
     vocab_size: int,
     mesh: Mesh,
     shardings: TrainState,
+    kl_weight: float = 0.0,
 ) -> Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, Array]]]:
     """Compiles ``(state, batch) -> (state, metrics)``; the state is donated.
 
     The gradients of the batch's micro-batches are summed one after the other, as many as hold anything: each rollout
     weighs 1 / (rollouts of the batch), so the result does not depend on which rows share a micro-batch. Ids from
-    ``vocab_size`` on have no probability; ``schedule`` is for the metrics.
+    ``vocab_size`` on have no probability; ``schedule`` is for the metrics; ``kl_weight`` is that of the divergence from the
+    reference, of batches that have its log-probabilities.
     """
     score = _score_fn(graphdef, temperature, vocab_size)
     beta2 = oapl.options_or_defaults(options).beta2
@@ -49,8 +51,13 @@ def make_train_step(
         tokens_per_rollout: Float[Array, ""],
     ) -> tuple[Array, dict[str, Array]]:
         logprobs, entropy = score(lora.with_trained(policy, trained), rows)
-        losses = jnp.where(rows.segment_mask, objective.losses(logprobs, rows, options, tokens_per_rollout), 0.0)
-        return losses.sum() / num_rollouts, _sums(logprobs, entropy, rows, beta2)
+        losses = objective.losses(logprobs, rows, options, tokens_per_rollout)
+        sums = _sums(logprobs, entropy, rows, beta2)
+        if rows.reference_logprobs is not None:
+            divergences = reference.divergences(logprobs, rows)
+            losses += kl_weight * divergences
+            sums["reference_kl"] = jnp.sum(divergences, where=rows.segment_mask)
+        return jnp.sum(losses, where=rows.segment_mask) / num_rollouts, sums
 
     def step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, Array]]:
         num_rollouts = jnp.maximum(batch.segment_mask.sum(), 1).astype(jnp.float32)
@@ -79,6 +86,8 @@ def make_train_step(
             updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
             params = lora.with_trained(state.params, optax.apply_updates(trained, updates))
         metrics = _metrics(loss, optax.global_norm(gradient), sums, num_rollouts)
+        if "reference_kl" in sums:
+            metrics["learner/reference_kl"] = sums["reference_kl"] / num_rollouts
         metrics["learner/learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
         return TrainState(state.step + 1, params, opt_state), metrics
 
