@@ -177,6 +177,7 @@ def _check_single_process(config: TrainConfig) -> None:
     problems = {
         "mode=offline": config.mode == "offline",
         "window.max_groups_ahead": config.window.max_groups_ahead is not None,
+        "window.max_version_lag": config.window.max_version_lag > 0,
         "window.unfinished=finish": config.window.unfinished == "finish",
         "window.imports": config.window.imports is not None,
     }

@@ -143,16 +143,20 @@ class Run:
         progress, window = self.progress, self.config.window
         self.stop.takes_interrupts = True  # from here to the last step
         steps = min(window.sync_every, self.config.run.steps - progress.window_step, window.sync_every // window.epochs)
+        left = self.config.run.steps - progress.window_step - steps
+        ahead = min(window.sync_every, left) * window.max_version_lag  # steps of the next window
         wanted = Window(
             progress.policy_version,
             progress.window_position,
-            steps * self.setup.groups_per_batch,
+            (steps + ahead) * self.setup.groups_per_batch,
             tuple(progress.asked_again),
         )
         try:
             self.plan = self.source.open_window(wanted, Weights(self.state.params, self.sampler_weights), self._taken())
         except PreemptedError:
             self._save_preempted()
+        if (opened := self.plan.window) is not None:
+            progress.window_position, progress.asked_again = opened.start_position, list(opened.asked_again)
         if self.plan.expected_steps is not None:
             self.bar.expect(min(self.config.run.steps, progress.window_step + self.plan.expected_steps))
 
@@ -214,6 +218,10 @@ class Run:
         metrics = {name: float(value) for name, value in numbers.items()}
         metrics |= divergence.measure(batch, scores, learner.beta2)
         metrics |= batches.describe(groups, self.config.data.sets) | on_surface
+        if self.config.window.max_version_lag:
+            metrics["window/previous_groups"] = sum(
+                group.policy_version < self.progress.policy_version for group in groups
+            )
         metrics["learner/padding"] = batches.padding(batch, learner.rows)
         return metrics, float(batch.response_mask.sum())
 
@@ -286,7 +294,7 @@ class Run:
             self.checkpoints.save(progress.step, (self.state.stored, self.sampler_weights), meta)
         if checkpoint.keep_rollouts and self.setup.trainers.is_leader:
             oldest = min(progress.policy_version + 1 - checkpoint.keep_rollouts, *progress.saved_versions)
-            RolloutLog(self.setup.root / "rollouts").remove_before(oldest)
+            RolloutLog(self.setup.root / "rollouts").remove_before(oldest - self.config.window.max_version_lag)
 
     def finish(self) -> Metrics:
         """Ends the sampling, and evaluates the trained model.
