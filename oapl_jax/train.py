@@ -80,7 +80,10 @@ def _step(run: "oapl_jax.run.run.Run") -> None:
 
     # Train on the batch (paper Eq. 3).
     lag = run.progress.step - run.progress.window_step
-    metrics: Metrics = {"window/version": run.progress.policy_version, "window/lag": lag}
+    version = run.progress.policy_version
+    metrics: Metrics = {"window/version": version, "window/lag": lag}
+    if config.window.max_version_lag:
+        metrics["window/previous_groups"] = sum(group.policy_version < version for group in groups)
     trained, num_tokens = run.train(groups)
     metrics |= trained
     step = run.progress.step

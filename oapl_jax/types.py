@@ -145,6 +145,9 @@ class TrainBatch(NamedTuple):
     """False where the row has no such rollout."""
     prompt_ids: Int[Any, "B T"] | None = None
     """Which prompt of the row a token belongs to or answers, from 1; 0: padding. None: no prompt is shared."""
+    old_logprobs: Float[Any, "B T"] | None = None
+    """By the policy at the start of the batch. None: the objective needs none, or the batch makes one update only, where
+    that is the policy itself."""
 
     @property
     def response_ids(self) -> Any:

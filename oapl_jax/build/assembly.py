@@ -98,7 +98,8 @@ class Assembly:
             if config.offline is None
             else f"at most {config.run.steps:,} steps in {len(config.offline.rounds)} rounds of finished data",
             "batch": f"{config.learner.batch_rollouts} rollouts = {groups} prompts x G={sampler.group_size},"
-            f" at most {config.learner.batch_rollouts * rows.max_tokens:,} tokens a step",
+            f" at most {config.learner.batch_rollouts * rows.max_tokens:,} tokens a step"
+            + (f" of {updates} updates" if (updates := config.learner.updates_per_batch) > 1 else ""),
             "rows": "decoded by other processes of the job"
             if not self.engines
             else f"{len(self.engines)} x {self.engines[0].num_rows}, {self.engines[0].num_pages:,} pages of {PAGE_SIZE}"
@@ -156,6 +157,7 @@ def make_assembly(
         options=options,
         temperature=config.sampler.temperature,
         vocab_size=vocab_size,
+        updates_per_batch=config.learner.updates_per_batch,
     )
     trainers, samplers = Team("trainers", processes_of(trainer_mesh)), Team("samplers", processes_of(sampler_mesh))
     params, chunk_mib = learner.shapes.params, config.window.sync_chunk_mib

@@ -30,10 +30,10 @@ def objective_of(section: ObjectiveConfig) -> tuple[Objective[Any], ObjectiveOpt
     given, lines, own = dict(section.model_extra or {}), [], objective.options.model_fields
     for key in sorted(given.keys() - own.keys()):
         value = given.pop(key)
-        if key not in _OPTIONS:
+        if key not in _DEFAULTS:
             known = [*ObjectiveConfig.model_fields, *own]
             lines.append(f"{key}: unknown key (value {value!r}){did_you_mean(key, known, 'objective.')}")
-        elif value != _OPTIONS[key]:
+        elif value not in _DEFAULTS[key]:
             lines.append(f"{key}: has no effect with name={section.name}; remove it")
     try:
         options = objective.options.model_validate(given)
@@ -44,10 +44,11 @@ def objective_of(section: ObjectiveConfig) -> tuple[Objective[Any], ObjectiveOpt
     return objective, options
 
 
-_OPTIONS = {
-    key: field.default for objective in OBJECTIVES.values() for key, field in objective.options.model_fields.items()
-}
-"""Keys of all objectives, with their defaults."""
+_DEFAULTS: dict[str, list[Any]] = {}
+"""Options of all objectives, with the default of each objective that has it."""
+for _objective in OBJECTIVES.values():
+    for _key, _field in _objective.options.model_fields.items():
+        _DEFAULTS.setdefault(_key, []).append(_field.default)
 
 
 def _with_options(section: ObjectiveConfig) -> ObjectiveConfig:
@@ -84,7 +85,7 @@ def _with_graders(config: TrainConfig) -> TrainConfig:
 
 
 CHECKS: Checks = {
-    ObjectiveConfig: Check(_with_options, tuple(_OPTIONS)),
+    ObjectiveConfig: Check(_with_options, tuple(_DEFAULTS)),
     **{
         section: Check(_with_known_names)
         for section in (DataConfig, SetConfig, SftDataConfig, EvaluationConfig, BenchmarksConfig)

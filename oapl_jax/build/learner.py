@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,7 @@ from oapl_jax.learner.step import make_scorer, make_train_step
 from oapl_jax.model import qwen, row_attention
 from oapl_jax.objectives import oapl
 from oapl_jax.objectives.objective import Objective, ObjectiveOptions
-from oapl_jax.types import TrainBatch
+from oapl_jax.types import RolloutGroup, TrainBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,17 +32,25 @@ class Learner:
     shapes: TrainState
     """With the shardings of the state."""
     rows: batches.RowLayout
+    """Of a mini-batch: what one update takes."""
     train_step: Any
     """``(state, batch on devices) -> (state, metrics, scores)``; the state is donated."""
     temperature: float
     vocab_size: int
     beta2: float
     """For the metrics of every objective."""
+    updates_per_batch: int
+    scores_old: bool
+    """Whether the log-probabilities of the policy at the start of a batch are computed: the objective needs them, and a
+    batch makes several updates."""
 
     @functools.cached_property
     def score(self) -> Any:
         """``(params, batch on devices) -> log-probabilities`` of the response tokens."""
-        return make_scorer(self.graphdef, temperature=self.temperature, vocab_size=self.vocab_size)
+        sharding = batches.shardings(self.rows).tokens
+        return make_scorer(
+            self.graphdef, temperature=self.temperature, vocab_size=self.vocab_size, out_sharding=sharding
+        )
 
     def largest_batch(self) -> TrainBatch:
         """Shapes on the devices, of rows that are full of rollouts of full length."""
@@ -49,11 +58,21 @@ class Learner:
         num_rows = rows.micro_batch_rows or total
         length = rows.row_length(rows.max_tokens)
         shapes = batches.make_batch(jax.ShapeDtypeStruct, (total // num_rows, num_rows), length, rows)
-        return placed(shapes, batches.shardings(rows))
+        largest = placed(shapes, batches.shardings(rows))
+        return largest._replace(old_logprobs=largest.sampler_logprobs) if self.scores_old else largest
+
+    def mini_batches(self, groups: Sequence[RolloutGroup]) -> list[TrainBatch]:
+        """The rows of each update on a batch of groups; a group stays whole."""
+        size = len(groups) // self.updates_per_batch
+        return [batches.from_groups(groups[start : start + size], self.rows) for start in range(0, len(groups), size)]
 
     def place(self, batch: TrainBatch) -> TrainBatch:
         """A batch on the devices."""
         return batches.place(batch, self.rows)
+
+    def with_old(self, params: Any, batch: TrainBatch) -> TrainBatch:
+        """A batch on the devices, with the log-probabilities by these parameters where they have to be computed."""
+        return batch._replace(old_logprobs=self.score(params, batch)) if self.scores_old else batch
 
     def init(self, params: Any) -> TrainState:
         """The state at step 0 with these parameters, which it takes over."""
@@ -75,11 +94,12 @@ def make_learner(
     options: ObjectiveOptions,
     temperature: float,
     vocab_size: int,
+    updates_per_batch: int = 1,
 ) -> Learner:
     """The programs that these sections of a config describe.
 
     ``num_steps`` are those of the whole run, for the learning rate; ``group_size`` are the rollouts of a prompt;
-    ``vocab_size`` is the tokenizer's length.
+    ``vocab_size`` is the tokenizer's length; ``updates_per_batch`` divides ``learner.batch_rollouts``.
 
     Raises:
         ValueError: the rows do not divide over the mesh, the model has no matrix that an adapter is for, or it has too
@@ -87,10 +107,10 @@ def make_learner(
     """
     max_tokens = max_prompt_tokens + max_response_tokens
     architecture.check_positions(max_tokens)
-    if objective.needs_old or objective.needs_reference:
-        raise ValueError(f"objective.name={objective.name}: it needs an old or a reference policy, which no run keeps")
+    if objective.needs_reference:
+        raise ValueError(f"objective.name={objective.name}: it needs a reference policy, which no run keeps")
     rows = batches.RowLayout(
-        learner.batch_rollouts,
+        learner.batch_rollouts // updates_per_batch,
         max_tokens,
         learner.row_tokens,
         learner.micro_batch_rows,
@@ -100,7 +120,7 @@ def make_learner(
         max_response_tokens=max_response_tokens,
     )
     graphdef, params = policy.abstract(model, architecture, mesh, lora)
-    schedule = make_schedule(learner, num_steps)
+    schedule = make_schedule(learner, num_steps, updates_per_batch)
     optimizer = make_optimizer(learner, schedule)
     shapes = abstract_state(params, optimizer)
     state_shardings = shardings(shapes, mesh, TRAINER_RULES)
@@ -116,7 +136,19 @@ def make_learner(
         shardings=state_shardings,
     )
     state, beta2 = placed(shapes, state_shardings), oapl.options_or_defaults(options).beta2
-    return Learner(mesh, graphdef, optimizer, state, rows, train_step, temperature, vocab_size, beta2)
+    return Learner(
+        mesh,
+        graphdef,
+        optimizer,
+        state,
+        rows,
+        train_step,
+        temperature,
+        vocab_size,
+        beta2,
+        updates_per_batch,
+        scores_old=objective.needs_old and updates_per_batch > 1,
+    )
 
 
 def _shares_prompts(model: ModelConfig, learner: LearnerConfig, architecture: qwen.QwenConfig, mesh: Mesh) -> bool:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from oapl_jax.config.applies import AppliesWhen, is_null
 from oapl_jax.config.data import DataConfig, GradedSets, SftDataConfig, SourceConfig, inert_weights
 from oapl_jax.config.evaluation import HELD_OUT, BenchmarksConfig, EvaluationConfig
-from oapl_jax.config.learner import LearnerConfig
+from oapl_jax.config.learner import LearnerConfig, TrainLearnerConfig
 from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.config.model import LoraConfig, ModelConfig
 from oapl_jax.config.objective import ObjectiveConfig
@@ -42,7 +42,7 @@ class TrainConfig(Section):
     sampler: SamplerConfig
     reward: Reward = RewardConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
-    learner: LearnerConfig = LearnerConfig()
+    learner: TrainLearnerConfig = TrainLearnerConfig()
     lora: LoraConfig = LoraConfig()
     window: WindowConfig = WindowConfig()
     offline: OfflineConfig | None = None
@@ -73,6 +73,11 @@ class TrainConfig(Section):
             yield (
                 f"learner.batch_rollouts={batch} is not a multiple of sampler.group_size={group_size};"
                 f" nearest: {max(1, round(batch / group_size)) * group_size}"
+            )
+        elif batch // group_size % self.learner.updates_per_batch:
+            yield (
+                f"learner.updates_per_batch={self.learner.updates_per_batch} does not divide the {batch // group_size} groups"
+                " of a batch (learner.batch_rollouts / sampler.group_size)"
             )
         if self.mode == "detached" and self.sampler.dtype == "int8":
             yield "sampler.dtype=int8: a published policy has float32 or bfloat16; choose one of them"

@@ -33,3 +33,11 @@ class LearnerConfig(Section):
     """Limit of the gradient's global norm."""
     moment_dtype: Literal["float32", "bfloat16"] | None = None
     """Precision of Adam's first moment; null: that of the weights. The second has the weights' always."""
+
+
+class TrainLearnerConfig(LearnerConfig):
+    """The same, and how a batch of groups is used."""
+
+    updates_per_batch: Count = 1
+    """Optimizer steps on a batch: its groups are split, in their order, into this number of mini-batches, and each makes
+    one. An objective that needs the old policy takes that of the batch's start."""

@@ -15,8 +15,10 @@ class ObjectiveConfig(Section):
     model_config = ConfigDict(extra="allow", revalidate_instances="always")
 
     name: str = "oapl"
-    """oapl: the paper's squared regression; grpo: the paper's baseline, with importance sampling; gspo: a clipped ratio of
-    whole sequences. These need no log-probabilities of the sampler: sft: imitate the correct responses; rloo: REINFORCE
-    with the leave-one-out advantage; rloo_grpo: with GRPO's; rloo_exp: with the exponential of GRPO's."""
+    """oapl: the paper's squared regression; kimi: with the mean reward for V*; dro: of each token; grpo: the paper's
+    baseline, with importance sampling; ppo: the clip on the ratio to the sampler; cispo: a limit on that ratio; icepop:
+    grpo without the tokens at which learner and sampler disagree; gspo: a clipped ratio of whole sequences. These need
+    no log-probabilities of the sampler: sft: imitate the correct responses; rloo: REINFORCE with the leave-one-out
+    advantage; rloo_grpo: with GRPO's; rloo_exp: with the exponential of GRPO's. docs/objectives/ has a page of each."""
     drop_equal_reward_groups: bool = False
     """Leave out groups whose rewards are all equal. Not a no-op in OAPL: they pull to the sampler."""

@@ -35,7 +35,7 @@ class RowLayout:
     """How the rollouts of a batch lie in rows."""
 
     num_rollouts: int
-    """Most rollouts of a batch."""
+    """Most rollouts of a batch: of one update."""
     max_tokens: int
     """Limit of a rollout, prompt and response."""
     row_tokens: int | None = None
@@ -67,7 +67,7 @@ class RowLayout:
         if self.micro_batch_rows is not None or self.row_tokens is None:
             rows, shards = self.micro_batch_rows or self.num_rollouts, self._row_shards
             if rows % shards:
-                key = "micro_batch_rows" if self.micro_batch_rows else "batch_rollouts"
+                key = "micro_batch_rows" if self.micro_batch_rows else "batch_rollouts / updates_per_batch"
                 raise ValueError(
                     f"learner.{key}={rows} does not divide over the {shards} row shards (data x fsdp) of mesh.trainer; use"
                     f" a multiple of {shards}"

@@ -21,6 +21,7 @@ class TrainState(NamedTuple):
     """A pytree of arrays."""
 
     step: Int[Array, ""]
+    """Updates so far."""
     params: Any
     """State half of ``nnx.split(Qwen(...))``, what is frozen included."""
     opt_state: Any
@@ -36,8 +37,8 @@ class TrainState(NamedTuple):
         return stored._replace(params=lora.with_trained(self.params, stored.params))
 
 
-def make_schedule(config: LearnerConfig, num_steps: int) -> optax.Schedule:
-    """Learning rate by step: linear warm-up, then constant or cosine."""
+def make_schedule(config: LearnerConfig, num_steps: int, updates_per_step: int = 1) -> optax.Schedule:
+    """Learning rate by update, the same for all updates of a step: linear warm-up, then constant or cosine."""
     warmup = optax.linear_schedule(0.0, config.learning_rate, config.warmup_steps)
     if config.schedule == "constant":
         after = optax.constant_schedule(config.learning_rate)
@@ -45,7 +46,12 @@ def make_schedule(config: LearnerConfig, num_steps: int) -> optax.Schedule:
         decay_steps = max(1, num_steps - config.warmup_steps - 1)  # from the first of them to the last update
         after = optax.cosine_decay_schedule(config.learning_rate, decay_steps, alpha=FINAL_FRACTION)
     # The first update is step 0; a warm-up from exactly 0 would waste it.
-    return optax.join_schedules([lambda step: warmup(step + 1), after], [config.warmup_steps])
+    by_step = optax.join_schedules([lambda step: warmup(step + 1), after], [config.warmup_steps])
+
+    def by_update(update: Any) -> Any:
+        return by_step(update // updates_per_step)
+
+    return by_update
 
 
 def make_optimizer(config: LearnerConfig, schedule: optax.Schedule) -> optax.GradientTransformation:

@@ -105,9 +105,12 @@ def make_train_step(
 
 
 def make_scorer(
-    graphdef: nnx.GraphDef, *, temperature: float, vocab_size: int
+    graphdef: nnx.GraphDef, *, temperature: float, vocab_size: int, out_sharding: NamedSharding | None = None
 ) -> Callable[[Any, TrainBatch], Float[Array, "A B T"]]:
-    """Compiles ``(params, batch) -> log-probabilities`` of the response tokens, of the micro-batches that hold anything."""
+    """Compiles ``(params, batch) -> log-probabilities`` of the response tokens, of the micro-batches that hold anything.
+
+    ``out_sharding``: of the result; None: the compiler's choice.
+    """
     score = _score_fn(graphdef, temperature, vocab_size)
 
     def scores(params: Any, batch: TrainBatch) -> Float[Array, "A B T"]:
@@ -117,7 +120,7 @@ def make_scorer(
         nothing = jnp.zeros_like(batch.sampler_logprobs)
         return add(0, nothing) if len(nothing) == 1 else jax.lax.fori_loop(0, _num_used(batch), add, nothing)
 
-    return jax.jit(scores)
+    return jax.jit(scores, out_shardings=out_sharding)
 
 
 def _micro_batch(batch: TrainBatch, index: Any) -> TrainBatch:

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float
 from oapl_jax.config.section import Positive
 from oapl_jax.objectives import grpo
 from oapl_jax.objectives.objective import Objective, ObjectiveOptions
-from oapl_jax.objectives.segments import segment_sums, tokens_of
+from oapl_jax.objectives.segments import at_tokens, segment_sums
 from oapl_jax.types import TrainBatch
 
 
@@ -35,7 +35,7 @@ def losses(
 def clipped(logprobs: Float[Array, "B T"], rows: TrainBatch, options: GspoOptions) -> Bool[Array, "B T"]:
     """The tokens of the rollouts whose clip binds: the share that its section 5.2 reports."""
     plain, bounded = _gains(logprobs, rows, options)
-    return tokens_of(bounded < plain, rows.response_ids)
+    return at_tokens(bounded - plain, rows.response_ids) < 0
 
 
 def _gains(
@@ -52,7 +52,7 @@ def _gains(
 
 OBJECTIVE = Objective(
     name="gspo",
-    advantages=grpo.OBJECTIVE.advantages,
+    advantages=lambda rewards, is_correct, options: grpo.advantages(rewards),
     losses=losses,
     options=GspoOptions,
     clipped=clipped,

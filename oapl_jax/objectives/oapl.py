@@ -11,18 +11,27 @@ from oapl_jax.objectives.segments import segment_sums
 from oapl_jax.types import TrainBatch
 
 
-class OaplOptions(ObjectiveOptions):
-    """The two temperatures."""
+class RegressionOptions(ObjectiveOptions):
+    """Of a regression of the log-ratio of whole responses."""
 
-    beta1: Positive = 1.0
-    """Temperature of V* (Eq. 2)."""
     beta2: Positive = 1e-3
     """Weight of the log-ratio (Eq. 3); shrinks with response length: about 0.1 for 6 tokens, 1e-3 for thousands."""
 
 
+class OaplOptions(RegressionOptions):
+    """The two temperatures."""
+
+    beta1: Positive = 1.0
+    """Temperature of V* (Eq. 2)."""
+
+
 def options_or_defaults(options: ObjectiveOptions) -> OaplOptions:
-    """The options of OAPL, for the V* of the log and the residual of the metrics, which every objective reports."""
-    return options if isinstance(options, OaplOptions) else OaplOptions()
+    """The temperatures for the V* of the log and the residual of the metrics, which every objective reports.
+
+    Those that the objective has itself, and OAPL's defaults for the others.
+    """
+    names = OaplOptions.model_fields.keys() & type(options).model_fields.keys()
+    return OaplOptions(**{name: getattr(options, name) for name in names})
 
 
 def optimal_value(rewards: Float[np.ndarray, "G"], beta1: float) -> float:
@@ -62,7 +71,7 @@ def log_ratios(
 
 
 def losses(
-    logprobs: Float[Array, "B T"], rows: TrainBatch, options: OaplOptions, tokens_per_rollout: Float[Array, ""]
+    logprobs: Float[Array, "B T"], rows: TrainBatch, options: RegressionOptions, tokens_per_rollout: Float[Array, ""]
 ) -> Float[Array, "B M"]:
     """(beta2 * log(pi / pi_sampler) - A*)^2 of each rollout, Eq. 3."""
     with jax.named_scope("oapl"):

@@ -42,6 +42,6 @@ class Objective(Generic[AnyOptions]):
     needs_sampler_logprobs: bool = True
     """Data without the sampler's log-probabilities have to be scored first."""
     needs_old: bool = False
-    """Needs log-probabilities of the learner before the update."""
+    """Needs log-probabilities of the learner at the start of a batch, which may make several updates."""
     needs_reference: bool = False
     """Needs log-probabilities of the model that the run started from."""

@@ -4,4 +4,6 @@ import dataclasses
 
 from oapl_jax.objectives import grpo, rloo
 
-OBJECTIVE = dataclasses.replace(rloo.OBJECTIVE, name="rloo_grpo", advantages=grpo.OBJECTIVE.advantages)
+OBJECTIVE = dataclasses.replace(
+    rloo.OBJECTIVE, name="rloo_grpo", advantages=lambda rewards, is_correct, options: grpo.advantages(rewards)
+)

@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 import jax
+import numpy as np
 
 from oapl_jax.build import policy
 from oapl_jax.build.assembly import Assembly
@@ -197,33 +198,31 @@ class Run:
         return taken.groups
 
     def train(self, groups: list[RolloutGroup]) -> tuple[Metrics, float]:
-        """One learner step on a batch of groups (paper Eq. 3); its metrics, and the number of response tokens."""
-        learner = self.assembly.learner
-        batch = batches.from_groups(groups, learner.rows)
+        """The updates of one batch of groups (paper Eq. 3); their metrics, and the number of response tokens."""
+        learner, of_updates = self.assembly.learner, []
+        parts = learner.mini_batches(groups)
         compiling = self.bar.stage("compiling learner program 2 of 2: the train step")
         with self.trainer_lock, contextlib.nullcontext() if self.has_trained else compiling:
-            placed = learner.place(batch)
+            placed = [learner.with_old(self.state.params, learner.place(part)) for part in parts]
             if not self.has_trained:
-                learner.train_step.lower(self.state, placed).compile()  # the call below finds it
+                learner.train_step.lower(self.state, placed[0]).compile()  # the call below finds it
                 trim_heap()  # before the temporaries of the step are there too
             self.has_trained = True
-            self.state, *on_device = learner.train_step(self.state, placed)
-            numbers, scores = jax.device_get(on_device)
+            for part in placed:
+                self.state, *on_device = learner.train_step(self.state, part)
+                of_updates.append(jax.device_get(on_device))
             jax.block_until_ready(self.state)  # on all devices, before the lock is left
         self.progress.step += 1
-        self.progress.num_rollouts += int(batch.segment_mask.sum())
+        self.progress.num_rollouts += sum(int(part.segment_mask.sum()) for part in parts)
         on_surface, signs = self.surface.add(groups)
         for sign in signs:
             self.bar.note(sign)
-        metrics = {name: float(value) for name, value in numbers.items()}
-        metrics |= divergence.measure(batch, scores, learner.beta2)
+        numbers, scores = zip(*of_updates, strict=True)
+        metrics = mean_of_updates(numbers)
+        metrics |= divergence.measure(list(zip(parts, scores, strict=True)), learner.beta2)
         metrics |= batches.describe(groups, self.config.data.sets) | on_surface
-        if self.config.window.max_version_lag:
-            metrics["window/previous_groups"] = sum(
-                group.policy_version < self.progress.policy_version for group in groups
-            )
-        metrics["learner/padding"] = batches.padding(batch, learner.rows)
-        return metrics, float(batch.response_mask.sum())
+        metrics["learner/padding"] = float(np.mean([batches.padding(part, learner.rows) for part in parts]))
+        return metrics, float(sum(part.response_mask.sum() for part in parts))
 
     def sync(self) -> Metrics:
         """New weights for the sampler, and a new version; the next window is to be opened."""
@@ -534,6 +533,15 @@ def _claim_run(stack: contextlib.ExitStack, setup: SamplingSetup) -> Lease:
             " Two would overwrite each other: stop it, or choose another run.dir"
         )
     return lease
+
+
+def mean_of_updates(of_updates: Sequence[Metrics]) -> Metrics:
+    """The metrics of a step from those of its updates: the mean, of ``*_min`` the least and of ``*_max`` the most."""
+    found = {}
+    for name in of_updates[0]:
+        combine = {"_min": np.min, "_max": np.max}.get(name[-4:], np.mean)
+        found[name] = float(combine([metrics[name] for metrics in of_updates]))
+    return found
 
 
 def indices(group_ids: list[str] | None) -> list[int] | None:

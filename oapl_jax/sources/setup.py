@@ -108,10 +108,11 @@ class SamplingSetup:
             sampler.warm_up(lengths, self.config.sampler.group_size)
 
     def draw(self, weights: Any) -> list[Drawn]:
-        """A batch of rollouts, or as many as are decoded at once, with these weights."""
+        """The rollouts of an update, or as many as are decoded at once, with these weights."""
         assert self.turns is not None
         size, seed = self.config.sampler.group_size, self.config.run.seed
-        number = min(self.groups_per_batch, self.config.sampler.groups_in_flight)
+        of_update = self.groups_per_batch // self.config.learner.updates_per_batch
+        number = min(of_update, self.config.sampler.groups_in_flight)
         prompts = [self.prompts[i].token_ids for i in range(number)]
         requests = [
             Request(ids, ids, size, (seed, PARITY_STREAM, i), self.distribution) for i, ids in enumerate(prompts)

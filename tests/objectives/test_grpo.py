@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from oapl_jax.objectives import grpo
-from oapl_jax.objectives.objective import ObjectiveOptions
 from objectives.rows import make_rows
 
 
@@ -16,7 +15,7 @@ def test_gradient_is_the_importance_weighted_policy_gradient():
     advantages = np.array([[1.0], [-0.5], [0.25], [0.0]], np.float32)
     gradient = jax.grad(
         lambda lp: grpo.OBJECTIVE.losses(
-            lp, make_rows(sampler, mask, advantages), ObjectiveOptions(), jnp.float32(1)
+            lp, make_rows(sampler, mask, advantages), grpo.GrpoOptions(), jnp.float32(1)
         ).sum()
     )(jnp.asarray(logprobs))
     expected = np.zeros((4, 5))

@@ -1,0 +1,98 @@
+"""Several updates on a batch: mini-batches, the old policy of the batch's start, learning rate, metrics."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from model import tiny
+from oapl_jax.build.learner import make_learner
+from oapl_jax.config.learner import LearnerConfig
+from oapl_jax.config.mesh import MeshConfig
+from oapl_jax.config.model import LoraConfig, ModelConfig
+from oapl_jax.distributed.sharding import make_meshes
+from oapl_jax.learner.state import make_schedule
+from oapl_jax.objectives.catalogue import OBJECTIVES
+from oapl_jax.run.run import mean_of_updates
+from rollouts.groups import group
+
+CONFIG = tiny.config("qwen3_tied")
+GROUPS = [group(index) for index in range(4)]
+CLIP = 0.05
+
+
+def make(updates_per_batch, objective="grpo", mesh="fsdp=1", **options):
+    objective = OBJECTIVES[objective]
+    learner = make_learner(
+        ModelConfig(path="tiny"),
+        LoraConfig(),
+        LearnerConfig(batch_rollouts=8, micro_batch_rows=2, learning_rate=1e-2, clip_norm=1.0),
+        CONFIG,
+        make_meshes(MeshConfig(trainer=mesh))[0],
+        num_steps=3,
+        max_prompt_tokens=4,
+        max_response_tokens=4,
+        group_size=2,
+        objective=objective,
+        options=objective.options(**options),
+        temperature=1.0,
+        vocab_size=45,
+        updates_per_batch=updates_per_batch,
+    )
+    places = jax.tree.map(lambda shape: shape.sharding, learner.shapes.params)
+    return learner, learner.init(jax.device_put(jax.tree.map(jnp.copy, tiny.split(CONFIG)[1]), places))
+
+
+def test_a_batch_is_split_by_groups_in_their_order():
+    learner, _ = make(2)
+    parts = learner.mini_batches(GROUPS)
+    assert [int(part.segment_mask.sum()) for part in parts] == [4, 4]
+    prompts = [source.prompt.token_ids.tolist() for source in GROUPS]
+    found = [part.tokens[row, :3].tolist() for part in parts for row in (0, 2)]
+    assert found == prompts
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mesh", ["fsdp=1", "fsdp=2"])
+def test_the_second_update_is_clipped_against_the_policy_of_the_start(mesh):
+    """Its loss is the transcription of section 2 with pi_old from before the first update."""
+    learner, state = make(2, mesh=mesh, clip_low=CLIP, clip_high=CLIP)
+    parts = learner.mini_batches(GROUPS)
+    placed = [learner.with_old(state.params, learner.place(part)) for part in parts]
+    old = np.asarray(placed[1].old_logprobs)
+    state, first, _ = learner.train_step(state, placed[0])
+    new = np.asarray(learner.score(state.params, placed[1]))
+    state, metrics, _ = learner.train_step(state, placed[1])
+
+    part, losses, num_clipped = parts[1], [], 0
+    for row in range(4):
+        places = np.flatnonzero(part.response_mask[row])
+        log_old, log_new = (np.float64(x.reshape(part.tokens.shape)[row, places]) for x in (old, new))
+        a, ratio = float(part.advantages[row, 0]), np.exp(log_new - log_old)
+        gains = np.minimum(ratio * a, np.clip(ratio, 1 - CLIP, 1 + CLIP) * a)
+        num_clipped += int((gains < ratio * a - 1e-9).sum())
+        losses.append(-np.mean(np.exp(log_old - part.sampler_logprobs[row, places]) * gains))
+    assert num_clipped > 1
+    assert float(metrics["learner/loss"]) == pytest.approx(np.mean(losses), rel=1e-4)
+    assert float(first["learner/learning_rate"]) == float(metrics["learner/learning_rate"])
+    assert int(state.step) == 2
+
+
+def test_the_old_policy_is_scored_only_where_it_differs():
+    assert [make(*which)[0].scores_old for which in [(1, "grpo"), (2, "grpo"), (2, "oapl")]] == [False, True, False]
+
+
+def test_the_learning_rate_is_that_of_the_step():
+    config = LearnerConfig(learning_rate=1.0, warmup_steps=2, schedule="cosine")
+    by_step = make_schedule(config, 4)
+    rates = [float(make_schedule(config, 4, 3)(update)) for update in range(12)]
+    assert rates == [float(by_step(step)) for step in range(4) for _ in range(3)]
+    assert rates[0] == 0.5
+
+
+def test_the_metrics_of_a_step_are_means_and_extremes_of_its_updates():
+    of_updates = [
+        {"learner/loss": 1.0, "learner/log_ratio_min": -3.0},
+        {"learner/loss": 2.0, "learner/log_ratio_min": -1},
+    ]
+    assert mean_of_updates(of_updates) == {"learner/loss": 1.5, "learner/log_ratio_min": -3.0}

@@ -1,0 +1,27 @@
+"""A run with several updates a batch: the same after a resume, and proved by the audit."""
+
+import pytest
+
+from oapl_jax import train
+from oapl_jax.rollouts import audit
+from runs import assert_same_run, make_config, read_lines
+
+pytestmark = pytest.mark.slow
+
+
+def test_two_updates_a_batch_resume_within_a_window(tmp_path):
+    sections = {
+        "objective": {"name": "grpo", "beta2": 1e-3, "clip_low": 0.01, "clip_high": 0.01},
+        "learner": {"updates_per_batch": 2},
+        "evaluation": {"every": 0, "prompts": 0},
+    }
+    for name, steps in (("whole", (4,)), ("parts", (3, 4))):
+        for number in steps:
+            summary = train.run(
+                make_config(tmp_path / name, run={"steps": number}, window={"sync_every": 2}, **sections)
+            )
+            assert summary["steps"] == number
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert "4 steps, 2 windows, 16 groups, 128 rollouts" in audit.audit(tmp_path / "parts")
+    rows = read_lines(tmp_path / "whole/metrics.jsonl")
+    assert rows[1]["learner/log_ratio_abs"] > 1e-4, "the second update of a step has left the sampler"
