@@ -80,7 +80,10 @@ def _step(run: "oapl_jax.run.run.Run") -> None:
 
     # Train on the batch (paper Eq. 3).
     lag = run.progress.step - run.progress.window_step
-    metrics: Metrics = {"window/version": run.progress.policy_version, "window/lag": lag}
+    version = run.progress.policy_version
+    metrics: Metrics = {"window/version": version, "window/lag": lag}
+    if config.window.max_version_lag:
+        metrics["window/previous_groups"] = sum(group.policy_version < version for group in groups)
     trained, num_tokens = run.train(groups)
     metrics |= trained
     step = run.progress.step
@@ -178,6 +181,7 @@ def _check_single_process(config: TrainConfig) -> None:
         "mode=offline": config.mode == "offline",
         f"run.dir={config.run.dir}": not is_local(shared_path(config.run.dir)),
         "window.max_groups_ahead": config.window.max_groups_ahead is not None,
+        "window.max_version_lag": config.window.max_version_lag > 0,
         "window.unfinished=finish": config.window.unfinished == "finish",
         "window.imports": config.window.imports is not None,
     }

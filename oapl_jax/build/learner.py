@@ -16,12 +16,8 @@ from oapl_jax.distributed.sharding import TRAINER_RULES, placed, shardings
 from oapl_jax.learner import batch as batches
 from oapl_jax.learner.state import TrainState, abstract_state, init_state, make_optimizer, make_schedule
 from oapl_jax.learner.step import make_scorer, make_train_step
-<<<<<<< HEAD
-from oapl_jax.model import qwen, row_attention
-from oapl_jax.objectives import oapl
-=======
 from oapl_jax.model import lora, qwen, row_attention
->>>>>>> 77fa97a0d98494047c6fb738e79164d08b8a68c3
+from oapl_jax.objectives import oapl
 from oapl_jax.objectives.objective import Objective, ObjectiveOptions
 from oapl_jax.types import RolloutGroup, TrainBatch
 
@@ -41,14 +37,12 @@ class Learner:
     """``(state, batch on devices) -> (state, metrics, scores)``; the state is donated."""
     temperature: float
     vocab_size: int
+    beta2: float
+    """For the metrics of every objective."""
     updates_per_batch: int
     scores_old: bool
     """Whether the log-probabilities of the policy at the start of a batch are computed: the objective needs them, and a
     batch makes several updates."""
-<<<<<<< HEAD
-    beta2: float
-    """For the metrics of every objective."""
-=======
     scores_reference: bool
     """Whether those of the model that the run started from are."""
 
@@ -56,7 +50,6 @@ class Learner:
     def keeps_reference(self) -> bool:
         """Whether that model is a copy of its own; a policy with adapters has it as its base."""
         return self.scores_reference and not lora.has_adapters(self.shapes.params)
->>>>>>> 77fa97a0d98494047c6fb738e79164d08b8a68c3
 
     @functools.cached_property
     def score(self) -> Any:
@@ -173,13 +166,10 @@ def make_learner(
         train_step,
         temperature,
         vocab_size,
+        beta2,
         updates_per_batch,
         scores_old=objective.needs_old and updates_per_batch > 1,
-<<<<<<< HEAD
-        beta2=beta2,
-=======
         scores_reference=objective.needs_reference or kl_weight > 0,
->>>>>>> 77fa97a0d98494047c6fb738e79164d08b8a68c3
     )
 
 

@@ -93,6 +93,9 @@ class TrainConfig(Section):
             yield f"window.epochs={window.epochs} does not divide window.sync_every={window.sync_every}"
         if window.epochs > 1 and window.max_uses > 1:
             yield f"window.epochs={window.epochs} and max_uses={window.max_uses}: set one of them"
+        others = {"epochs": window.epochs > 1, "max_uses": window.max_uses > 1, "imports": window.imports is not None}
+        for name in (name for name, is_set in others.items() if is_set and window.max_version_lag):
+            yield f"window.max_version_lag={window.max_version_lag} and {name}={getattr(window, name)}: set one of them"
         fresh = window.sync_every // window.epochs * groups_per_step
         if window.min_groups > min(fresh, fresh if ahead is None else ahead):
             yield (

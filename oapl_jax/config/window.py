@@ -17,6 +17,9 @@ class WindowConfig(Section):
     order: Annotated[Literal["index", "ready"], WITH_SAMPLER] = "index"
     """index: the learner takes groups in the order of their prompts, so that a run depends on its seed only and slow
     groups are not left behind; ready: as they are finished, so that it never waits for a slow one."""
+    max_version_lag: Annotated[Literal[0, 1], IN_PROCESS] = 0
+    """0: the groups of a window are of its own policy version. 1: the sampler goes on for the next window too, which takes
+    first what the last one left; so the sampler never waits for the learner. The paper's GRPO, with ``sync_every`` 1."""
     epochs: Annotated[Count, WITH_SAMPLER] = 1
     """Passes over a window's groups: the first ``sync_every / epochs`` steps take new groups, each later pass the same
     ones in another order."""

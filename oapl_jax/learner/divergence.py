@@ -1,6 +1,7 @@
 """How far the learner is from the sampler on a batch, and how well it fits the advantages; on the host, in float64."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Float
@@ -12,14 +13,50 @@ TOKEN_PERCENTILES, ROLLOUT_PERCENTILES, RESIDUAL_PERCENTILES = (1, 50, 99), (5, 
 """A batch has many tokens and some dozens of rollouts, which the sign of the advantage halves."""
 
 
-def measure(batch: TrainBatch, scores: TokenScores, beta2: float) -> Metrics:
+class _Values(NamedTuple):
+    """Of an update, without what fills its rows."""
+
+    token_ratios: Float[np.ndarray, "_N"]
+    is_clipped: Float[np.ndarray, "_N"]
+    """Empty where the objective has no clip."""
+    log_ratios: Float[np.ndarray, "_R"]
+    advantages: Float[np.ndarray, "_R"]
+    entropies: Float[np.ndarray, "_R"]
+    """Sums over the tokens of a rollout."""
+
+
+def measure(updates: Sequence[tuple[TrainBatch, TokenScores]], beta2: float) -> Metrics:
     """The ``learner/*`` metrics of the log-probabilities of a batch (docs/metrics.md has the formulas).
 
     Args:
-        batch: on the host, ``[B, ...]``.
-        scores: of the train step on it, on the host.
+        updates: the rows of each update, ``[B, ...]``, and the scores of the train step on them; both on the host.
         beta2: weight of the log-ratio in the residual (paper Eq. 3).
     """
+    of_updates = [_values(batch, scores) for batch, scores in updates]
+    token_ratios, is_clipped, log_ratios, advantages, entropies = map(np.concatenate, zip(*of_updates, strict=True))
+    residuals = beta2 * log_ratios - advantages
+    metrics = {
+        **_spread("learner/token_log_ratio", token_ratios, TOKEN_PERCENTILES),
+        **_spread("learner/log_ratio", log_ratios, ROLLOUT_PERCENTILES),
+        "learner/log_ratio_abs": np.abs(log_ratios).mean(),
+        "learner/log_ratio_min": log_ratios.min(),
+        "learner/effective_sample_size": _effective_sample_size(log_ratios),
+        "learner/sequence_entropy": entropies.mean(),
+        "learner/advantage_abs": np.abs(advantages).mean(),
+        "learner/residual": np.abs(residuals).mean(),
+        **_percentiles("learner/residual_positive", residuals[advantages > 0], RESIDUAL_PERCENTILES),
+        **_percentiles("learner/residual_negative", residuals[advantages < 0], RESIDUAL_PERCENTILES),
+        **_fit(advantages, beta2 * log_ratios),
+    }
+    if len(token_ratios):
+        with np.errstate(over="ignore"):
+            metrics["learner/kl"] = (np.expm1(token_ratios) - token_ratios).mean()
+    if len(is_clipped):
+        metrics["learner/clipped"] = is_clipped.mean()
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _values(batch: TrainBatch, scores: TokenScores) -> _Values:
     num_places, is_rollout = batch.segment_mask.shape[1], batch.segment_mask.ravel()
     places = np.flatnonzero(batch.response_mask)
     owners = places // batch.tokens.shape[1] * num_places + batch.segment_ids.ravel()[places] - 1
@@ -31,28 +68,13 @@ def measure(batch: TrainBatch, scores: TokenScores, beta2: float) -> Metrics:
         return np.bincount(owners, values, len(is_rollout))[is_rollout].astype(np.float64)  # integers of no tokens
 
     token_ratios = of_tokens(scores.logprobs) - of_tokens(batch.sampler_logprobs)
-    log_ratios = of_rollouts(token_ratios)
-    advantages = batch.advantages.ravel()[is_rollout].astype(np.float64)
-    residuals = beta2 * log_ratios - advantages
-    metrics = {
-        **_spread("learner/token_log_ratio", token_ratios, TOKEN_PERCENTILES),
-        **_spread("learner/log_ratio", log_ratios, ROLLOUT_PERCENTILES),
-        "learner/log_ratio_abs": np.abs(log_ratios).mean(),
-        "learner/log_ratio_min": log_ratios.min(),
-        "learner/effective_sample_size": _effective_sample_size(log_ratios),
-        "learner/sequence_entropy": of_rollouts(of_tokens(scores.entropy)).mean(),
-        "learner/advantage_abs": np.abs(advantages).mean(),
-        "learner/residual": np.abs(residuals).mean(),
-        **_percentiles("learner/residual_positive", residuals[advantages > 0], RESIDUAL_PERCENTILES),
-        **_percentiles("learner/residual_negative", residuals[advantages < 0], RESIDUAL_PERCENTILES),
-        **_fit(advantages, beta2 * log_ratios),
-    }
-    if len(token_ratios):
-        with np.errstate(over="ignore"):
-            metrics["learner/kl"] = (np.expm1(token_ratios) - token_ratios).mean()
-        if scores.is_clipped is not None:
-            metrics["learner/clipped"] = of_tokens(scores.is_clipped).mean()
-    return {name: float(value) for name, value in metrics.items()}
+    return _Values(
+        token_ratios,
+        np.zeros(0) if scores.is_clipped is None else of_tokens(scores.is_clipped),
+        of_rollouts(token_ratios),
+        batch.advantages.ravel()[is_rollout].astype(np.float64),
+        of_rollouts(of_tokens(scores.entropy)),
+    )
 
 
 def _effective_sample_size(log_ratios: Float[np.ndarray, "_R"]) -> float:

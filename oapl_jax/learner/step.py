@@ -15,10 +15,7 @@ from oapl_jax.learner.state import TrainState
 from oapl_jax.model import lora
 from oapl_jax.model.logprob import sequence_logprobs
 from oapl_jax.model.segments import Segments
-<<<<<<< HEAD
-=======
-from oapl_jax.objectives import oapl, reference
->>>>>>> 77fa97a0d98494047c6fb738e79164d08b8a68c3
+from oapl_jax.objectives import reference
 from oapl_jax.objectives.objective import Objective, ObjectiveOptions
 from oapl_jax.types import TrainBatch
 
@@ -45,24 +42,14 @@ def make_train_step(
     vocab_size: int,
     mesh: Mesh,
     shardings: TrainState,
-<<<<<<< HEAD
+    kl_weight: float = 0.0,
 ) -> Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, Array], TokenScores]]:
     """Compiles ``(state, batch) -> (state, metrics, scores)``; the state is donated.
 
     The gradients of the batch's micro-batches are summed one after the other, as many as hold anything: each rollout
     weighs 1 / (rollouts of the batch), so the result does not depend on which rows share a micro-batch. Ids from
-    ``vocab_size`` on have no probability; ``schedule`` is for the metrics. Metrics and scores are whole on
-    every device.
-=======
-    kl_weight: float = 0.0,
-) -> Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, Array]]]:
-    """Compiles ``(state, batch) -> (state, metrics)``; the state is donated.
-
-    The gradients of the batch's micro-batches are summed one after the other, as many as hold anything: each rollout
-    weighs 1 / (rollouts of the batch), so the result does not depend on which rows share a micro-batch. Ids from
     ``vocab_size`` on have no probability; ``schedule`` is for the metrics; ``kl_weight`` is that of the divergence from the
-    reference, of batches that have its log-probabilities.
->>>>>>> 77fa97a0d98494047c6fb738e79164d08b8a68c3
+    reference, of batches that have its log-probabilities. Metrics and scores are whole on every device.
     """
     score = _score_fn(graphdef, temperature, vocab_size)
 
@@ -74,19 +61,12 @@ def make_train_step(
         tokens_per_rollout: Float[Array, ""],
     ) -> tuple[Array, TokenScores]:
         logprobs, entropy = score(lora.with_trained(policy, trained), rows)
-<<<<<<< HEAD
-        losses = jnp.where(rows.segment_mask, objective.losses(logprobs, rows, options, tokens_per_rollout), 0.0)
-        is_clipped = None if objective.clipped is None else objective.clipped(logprobs, rows, options)
-        return losses.sum() / num_rollouts, TokenScores(logprobs, entropy, is_clipped)
-=======
         losses = objective.losses(logprobs, rows, options, tokens_per_rollout)
-        sums = _sums(logprobs, entropy, rows, beta2)
         if rows.reference_logprobs is not None:
-            divergences = reference.divergences(logprobs, rows)
-            losses += kl_weight * divergences
-            sums["reference_kl"] = jnp.sum(divergences, where=rows.segment_mask)
-        return jnp.sum(losses, where=rows.segment_mask) / num_rollouts, sums
->>>>>>> 77fa97a0d98494047c6fb738e79164d08b8a68c3
+            losses += kl_weight * reference.divergences(logprobs, rows)
+        is_clipped = None if objective.clipped is None else objective.clipped(logprobs, rows, options)
+        loss = jnp.sum(losses, where=rows.segment_mask) / num_rollouts
+        return loss, TokenScores(logprobs, entropy, is_clipped)
 
     def step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, Array], TokenScores]:
         num_rollouts = jnp.maximum(batch.segment_mask.sum(), 1).astype(jnp.float32)
@@ -117,21 +97,16 @@ def make_train_step(
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
             params = lora.with_trained(state.params, optax.apply_updates(trained, updates))
-<<<<<<< HEAD
         metrics = {
             "learner/loss": loss,
             "learner/grad_norm": optax.global_norm(gradient),
             "learner/entropy": scores.entropy.sum() / jnp.maximum(batch.response_mask.sum(), 1),
             "learner/learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
+        if batch.reference_logprobs is not None:
+            divergences = jax.vmap(reference.divergences)(scores.logprobs, batch)
+            metrics["learner/reference_kl"] = jnp.sum(divergences, where=batch.segment_mask) / num_rollouts
         return TrainState(state.step + 1, params, opt_state), metrics, scores
-=======
-        metrics = _metrics(loss, optax.global_norm(gradient), sums, num_rollouts)
-        if "reference_kl" in sums:
-            metrics["learner/reference_kl"] = sums["reference_kl"] / num_rollouts
-        metrics["learner/learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
-        return TrainState(state.step + 1, params, opt_state), metrics
->>>>>>> 77fa97a0d98494047c6fb738e79164d08b8a68c3
 
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated, replicated))

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from oapl_jax.config.section import Positive
 from oapl_jax.objectives import grpo
@@ -34,4 +34,11 @@ def losses(
         return rollout_losses(-weights * logprobs, rows, options, tokens_per_rollout)
 
 
-OBJECTIVE = Objective(name="cispo", advantages=grpo.group_advantages, losses=losses, options=CispoOptions)
+def clipped(logprobs: Float[Array, "B T"], rows: TrainBatch, options: CispoOptions) -> Bool[Array, "B T"]:
+    """Where the limit binds."""
+    return ratios(logprobs, rows.sampler_logprobs, rows) > options.max_ratio
+
+
+OBJECTIVE = Objective(
+    name="cispo", advantages=grpo.group_advantages, losses=losses, options=CispoOptions, clipped=clipped
+)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Bool, Float
 
 from oapl_jax.config.section import Positive
 from oapl_jax.objectives.objective import Objective
-from oapl_jax.objectives.surrogate import ClipOptions, TokenOptions, clipped_losses, old_logprobs, ratios
+from oapl_jax.objectives.surrogate import ClipOptions, TokenOptions, clipped_losses, is_clipped, old_logprobs, ratios
 from oapl_jax.types import TrainBatch
 
 STD_FLOOR = 1e-4
@@ -51,10 +51,20 @@ def losses(
         return clipped_losses(ratios(logprobs, old, rows), importance, rows, options, tokens_per_rollout)
 
 
+def clipped(logprobs: Float[Array, "B T"], rows: TrainBatch, options: GrpoOptions) -> Bool[Array, "B T"]:
+    """Where the clip binds, or the limit of the importance ratio."""
+    old = old_logprobs(logprobs, rows)
+    binds = is_clipped(ratios(logprobs, old, rows), rows, options)
+    if options.importance_limit is not None:
+        binds |= ratios(old, rows.sampler_logprobs, rows) > options.importance_limit
+    return binds
+
+
 OBJECTIVE = Objective(
     name="grpo",
     advantages=group_advantages,
     losses=losses,
     options=GrpoOptions,
+    clipped=clipped,
     needs_old=True,
 )

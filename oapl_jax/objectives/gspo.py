@@ -35,7 +35,7 @@ def losses(
 def clipped(logprobs: Float[Array, "B T"], rows: TrainBatch, options: GspoOptions) -> Bool[Array, "B T"]:
     """The tokens of the rollouts whose clip binds: the share that its section 5.2 reports."""
     plain, bounded = _gains(logprobs, rows, options)
-    return at_tokens(bounded < plain, rows.response_ids)
+    return at_tokens(bounded - plain, rows.response_ids) < 0
 
 
 def _gains(

@@ -2,12 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from oapl_jax.config.section import Positive
 from oapl_jax.objectives import grpo
 from oapl_jax.objectives.objective import Objective
-from oapl_jax.objectives.surrogate import ClipOptions, clipped_losses, old_logprobs, ratios
+from oapl_jax.objectives.surrogate import ClipOptions, clipped_losses, is_clipped, old_logprobs, ratios
 from oapl_jax.types import TrainBatch
 
 
@@ -31,11 +31,26 @@ def losses(
     with jax.named_scope("icepop"):
         old = old_logprobs(logprobs, rows)
         importance = ratios(old, rows.sampler_logprobs, rows)
-        is_within = (options.mask_low <= importance) & (importance <= options.mask_high)
-        weights = jnp.where(is_within, importance, 0.0)
+        weights = jnp.where(_is_within(importance, options), importance, 0.0)
         return clipped_losses(ratios(logprobs, old, rows), weights, rows, options, tokens_per_rollout)
 
 
+def clipped(logprobs: Float[Array, "B T"], rows: TrainBatch, options: IcepopOptions) -> Bool[Array, "B T"]:
+    """The tokens that are left out, and those where the clip binds."""
+    old = old_logprobs(logprobs, rows)
+    is_within = _is_within(ratios(old, rows.sampler_logprobs, rows), options)
+    return ~is_within | is_clipped(ratios(logprobs, old, rows), rows, options)
+
+
+def _is_within(importance: Float[Array, "B T"], options: IcepopOptions) -> Bool[Array, "B T"]:
+    return (options.mask_low <= importance) & (importance <= options.mask_high)
+
+
 OBJECTIVE = Objective(
-    name="icepop", advantages=grpo.group_advantages, losses=losses, options=IcepopOptions, needs_old=True
+    name="icepop",
+    advantages=grpo.group_advantages,
+    losses=losses,
+    options=IcepopOptions,
+    clipped=clipped,
+    needs_old=True,
 )

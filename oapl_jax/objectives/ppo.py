@@ -1,11 +1,11 @@
 """PPO's clip on the ratio to the sampler (arXiv 1707.06347, Eq. 7), with GRPO's advantage and no critic."""
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from oapl_jax.objectives import grpo
 from oapl_jax.objectives.objective import Objective
-from oapl_jax.objectives.surrogate import ClipOptions, clipped_losses, ratios
+from oapl_jax.objectives.surrogate import ClipOptions, clipped_losses, is_clipped, ratios
 from oapl_jax.types import TrainBatch
 
 
@@ -18,4 +18,9 @@ def losses(
         return clipped_losses(ratio, 1.0, rows, options, tokens_per_rollout)
 
 
-OBJECTIVE = Objective(name="ppo", advantages=grpo.group_advantages, losses=losses, options=ClipOptions)
+def clipped(logprobs: Float[Array, "B T"], rows: TrainBatch, options: ClipOptions) -> Bool[Array, "B T"]:
+    """Where the clip binds."""
+    return is_clipped(ratios(logprobs, rows.sampler_logprobs, rows), rows, options)
+
+
+OBJECTIVE = Objective(name="ppo", advantages=grpo.group_advantages, losses=losses, options=ClipOptions, clipped=clipped)

@@ -1,7 +1,7 @@
-"""From the tokens of a row to the rollouts that are packed in it, and back."""
+"""Sums over the rollouts that are packed in a row, and values of a rollout at its tokens."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int
 
 
 def segment_sums(values: Float[Array, "B T"], segment_ids: Int[Array, "B T"], num_segments: int) -> Float[Array, "B M"]:
@@ -13,6 +13,6 @@ def segment_sums(values: Float[Array, "B T"], segment_ids: Int[Array, "B T"], nu
     return jnp.sum(jnp.where(is_member, values.astype(jnp.float32)[..., None], 0.0), axis=-2)
 
 
-def at_tokens(values: Shaped[Array, "B M"], segment_ids: Int[Array, "B T"]) -> Shaped[Array, "B T"]:
+def at_tokens(values: Float[Array, "B M"], segment_ids: Int[Array, "B T"]) -> Float[Array, "B T"]:
     """At each token the value of its segment; ids from 1, at id 0 the first segment's."""
     return jnp.take_along_axis(values, jnp.maximum(segment_ids - 1, 0), axis=-1)

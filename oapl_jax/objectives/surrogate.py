@@ -4,7 +4,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from oapl_jax.config.section import Count, Fraction, Positive
 from oapl_jax.objectives.objective import ObjectiveOptions
@@ -55,10 +55,22 @@ def clipped_losses(
 
     Where the clip binds the gradient is zero: above it for A > 0, below it for A < 0.
     """
+    return rollout_losses(-weights * jnp.minimum(*_gains(ratio, rows, options)), rows, options, tokens_per_rollout)
+
+
+def is_clipped(ratio: Float[Array, "B T"], rows: TrainBatch, options: ClipOptions) -> Bool[Array, "B T"]:
+    """Where the clip binds."""
+    plain, bounded = _gains(ratio, rows, options)
+    return bounded < plain
+
+
+def _gains(
+    ratio: Float[Array, "B T"], rows: TrainBatch, options: ClipOptions
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """The terms of the minimum: r A, and the same with the clipped r."""
     advantages = at_tokens(rows.advantages, rows.response_ids)
-    clipped = jnp.clip(ratio, 1 - options.clip_low, 1 + options.clip_high)
-    gains = weights * jnp.minimum(ratio * advantages, clipped * advantages)
-    return rollout_losses(-gains, rows, options, tokens_per_rollout)
+    bounded = jnp.clip(ratio, 1 - options.clip_low, 1 + options.clip_high)
+    return ratio * advantages, bounded * advantages
 
 
 def rollout_losses(

@@ -3,10 +3,10 @@
     python -m oapl_jax audit RUN
 
 Reads the rollout log, the record of the batches and the metrics, and checks every step: its groups are in the
-log, are those that were trained on, complete, of the one policy version of its window, with tokens of the vocabulary
-up to a stop or the limit, log-probabilities, and the advantages that their rewards give (``checks.py``); none was
-trained on more often than the config says; the lag is below ``sync_every``. It also says where what was rewarded looks
-as if the grader was gamed (``surface.py``).
+log, are those that were trained on, complete, of the policy version of its window or as far before it as
+``window.max_version_lag`` says, with tokens of the vocabulary up to a stop or the limit, log-probabilities, and the
+advantages that their rewards give (``checks.py``); none was trained on more often than the config says; the lag is below
+``sync_every``. It also says where what was rewarded looks as if the grader was gamed (``surface.py``).
 Exit code 1 names the first mistake and the file and line that it is in. It needs no devices and changes nothing.
 """
 
@@ -65,13 +65,15 @@ def audit(run: SharedPath) -> str:
             f" window.sync_every is {config.window.sync_every}",
         )
         groups, damaged = _read(log, version)
+        if config.window.max_version_lag:
+            groups |= _read(log, version - 1)[0]
         before, num_steps, num_windows, num_damaged = version, len(batches), num_windows + 1, num_damaged + len(damaged)
         for lag, (where, line) in enumerate(batches):
             step += 1
             _require(line["step"] == step, where, f"step {line['step']} follows step {step - 1}")
             most = math.inf if version in imported else most_steps
             _require(lag < most, where, f"step {step} lags {lag}, not below {most:g}")
-            if version < oldest:
+            if min((int(name.partition("-")[0]) for name in line["groups"]), default=version) < oldest:
                 continue  # its rollouts were removed
             absent = [name for name in line["groups"] if name not in groups]
             _require(not absent or not damaged, where, f"group {absent[:1]} was trained on, and {'; '.join(damaged)}")
@@ -101,14 +103,16 @@ def _check_batch(
     config = check.config
     wanted = config.learner.batch_rollouts // config.sampler.group_size
     _require(len(names) == wanted, where, f"{len(names)} groups; a batch has {wanted}")
+    folders = [f"rollouts/{version - lag:06d}" for lag in range(config.window.max_version_lag + 1)]
     for name in names:
-        _require(name in groups, where, f"group {name} is not in rollouts/{version:06d}")
+        _require(name in groups, where, f"group {name} is not in {' or '.join(folders)}")
         group = groups[name]
-        which = f"rollouts/{version:06d}, group {name}"
+        folder = f"rollouts/{group.policy_version:06d}"
+        which = f"{folder}, group {name}"
         try:
             check.check(group)
         except ValueError as error:
-            raise RunError(f"rollouts/{version:06d}, {error}") from error
+            raise RunError(f"{folder}, {error}") from error
         _require(len(group.usable) > 1, which, "has fewer than two usable rollouts and was trained on")
         _require(digest(group) == names[name], which, "is not the one that was trained on: its digest is another")
 

@@ -7,12 +7,13 @@ on once, or several times (``Consumption``).
 
 The prompt of group ``i`` is ``asked_again[i]`` while there is one, and then the next of the prompt stream.
 The next window starts after the last group that was consumed, and asks first what was passed by before it
-(``left_over``): the prompt of a dropped group is asked again under the new policy.
+(``left_over``): the prompt of a dropped group is asked again under the new policy. With ``window.max_version_lag``
+groups of the version before are carried into a window instead; they come first in its batches.
 """
 
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -36,7 +37,7 @@ class Window(NamedTuple):
     start_position: int
     """Place in the prompt stream of the first group whose prompt is not asked again."""
     num_groups: int
-    """New accepted groups that the learner wants."""
+    """Accepted groups that the learner wants, those that are carried into it included."""
     asked_again: tuple[int, ...] = ()
     """Places in the prompt stream of the first groups."""
 
@@ -44,6 +45,12 @@ class Window(NamedTuple):
         """Place in the prompt stream of a group's prompt."""
         again = len(self.asked_again)
         return self.asked_again[index] if index < again else self.start_position + index - again
+
+    def without(self, positions: Collection[int]) -> "Window":
+        """The same window, which does not ask the prompts at these places of the stream."""
+        end = max([self.start_position, *(position + 1 for position in positions)])
+        asked = (*self.asked_again, *range(self.start_position, end))
+        return self._replace(start_position=end, asked_again=tuple(place for place in asked if place not in positions))
 
 
 class Consumption(NamedTuple):
@@ -109,6 +116,7 @@ class GroupBuffer(Changes):
 
     def _begin(self, window: Window) -> None:
         self._window, self._needed = window, window.num_groups
+        self._carried: dict[int, RolloutGroup] = {}  # by place in the prompt stream, in the order of taking
         self._fresh: dict[int, RolloutGroup] = {}  # as they came
         self._taken: dict[int, RolloutGroup | None] = {}  # in the order of taking; None: it will not be taken again
         self._uses: dict[int, tuple[int, int]] = {}  # how often a group was taken, and the last batch that took it
@@ -116,22 +124,31 @@ class GroupBuffer(Changes):
         self._is_ungraded = np.zeros(64, bool)
         self._next_index, self._num_batches = 0, 0
         self.cursor = 0
-        """Index after the last group that was taken."""
+        """Index after the last group of this version that was taken."""
 
     def open_window(
-        self, window: Window, logged: Iterable[RolloutGroup] = (), batches: Sequence[Sequence[int]] = ()
+        self,
+        window: Window,
+        logged: Iterable[RolloutGroup] = (),
+        batches: Sequence[Sequence[int]] = (),
+        carried: Mapping[int, RolloutGroup] = {},
     ) -> None:
         """Starts a window: clears the buffer, drops and counts what the last window left.
 
-        After a restart ``logged`` are the groups that the rollout log has of this version, and ``batches`` the indices
-        of the groups of each batch that the window has given.
+        ``carried`` are groups of the version before, as of ``ready``, which are taken first. After a restart ``logged``
+        are the groups that the rollout log has of this version, and ``batches`` the indices of the groups of each batch
+        that the window has given.
 
         Raises:
-            ValueError: groups are to be taken again, and ``logged`` lacks one of ``batches``.
+            ValueError: groups are to be taken again, and ``logged`` lacks one of ``batches``; ``batches`` do not begin
+                with ``carried``.
         """
         with self._changed:
-            self.num_dropped += self._num_in_flight() + len(self._fresh) + self._num_passed_over()
+            kept = sum(self._fresh.get(group.index) is group for group in carried.values())
+            self.num_dropped += self._num_in_flight() + self.num_ready + self._num_passed_over() - kept
             self._begin(window)
+            self._carried = dict(carried)
+            self._needed -= len(carried)
             for group in logged:
                 self._add(group)
             for indices in batches:
@@ -221,11 +238,12 @@ class GroupBuffer(Changes):
         """Places in the prompt stream that the next window has to ask before it goes on with the stream.
 
         Those of groups before the cursor that were not consumed, which there are in the order ``ready`` only,
-        and those that this window itself should have asked again and did not.
+        those that this window itself should have asked again and did not, and those of carried groups.
         """
         with self._changed:
             skipped = np.flatnonzero(self._states[: self.cursor] <= FRESH).tolist()
-            return [self._window.position(i) for i in [*skipped, *range(self.cursor, len(self._window.asked_again))]]
+            skipped += range(self.cursor, len(self._window.asked_again))
+            return [*self._carried, *map(self._window.position, skipped)]
 
     @property
     def policy_version(self) -> int:
@@ -242,7 +260,13 @@ class GroupBuffer(Changes):
     def num_ready(self) -> int:
         """Accepted groups that wait for the learner."""
         with self._changed:
-            return len(self._fresh)
+            return len(self._carried) + len(self._fresh)
+
+    @property
+    def ready(self) -> dict[int, RolloutGroup]:
+        """Accepted groups of this version that wait for the learner, by index, by their place in the prompt stream."""
+        with self._changed:
+            return {self._window.position(index): self._fresh[index] for index in sorted(self._fresh)}
 
     def _make_room(self, index: int) -> None:
         while index >= len(self._states) - 1:
@@ -291,7 +315,7 @@ class GroupBuffer(Changes):
         if self._consumption.epochs > 1 and number > 0:
             draw = np.random.default_rng((self._consumption.seed, self.policy_version, number))
             return draw.permutation(list(self._taken)).tolist()[batch * num_groups : (batch + 1) * num_groups]
-        takeable = self._takeable()
+        takeable = [*(group.index for group in self._carried.values()), *self._takeable()]
         if self._num_batches == 0 and len(takeable) < min(self._consumption.min_groups, self._window.num_groups):
             return None
         chosen = takeable[:num_groups]
@@ -308,13 +332,14 @@ class GroupBuffer(Changes):
         return (self.cursor + np.flatnonzero(finished == FRESH)).tolist()
 
     def _all_there(self, recorded: Sequence[int]) -> list[int] | None:
-        self._make_room(max(recorded))
-        if unusable := [index for index in recorded if self._states[index] == PASSED_OVER]:
+        own = recorded[len(self._carried) :]
+        self._make_room(max(own, default=0))
+        if unusable := [index for index in own if self._states[index] == PASSED_OVER]:
             raise ValueError(
                 f"batches.jsonl has group {min(unusable)} of policy version {self.policy_version} in a batch, and it is"
                 " not usable now; the rollout log or the config was changed in between"
             )
-        return None if self._absent(recorded) else list(recorded)
+        return None if self._absent(own) else list(recorded)
 
     def _absent(self, recorded: Sequence[int]) -> list[int]:
         return [index for index in recorded if index not in self._fresh and self._taken.get(index) is None]
@@ -323,33 +348,45 @@ class GroupBuffer(Changes):
         """Moves the groups on, and returns those that are there: all of them but after a restart."""
         groups = []
         for index in indices:
+            if self._carried:
+                groups.append(self._take_carried(index))
+                continue
             self._make_room(index)
             group = self._fresh.pop(index, None) or self._taken.get(index)
             uses = self._uses.get(index, (0, 0))[0] + 1
             self._uses[index] = uses, self._num_batches
             self._taken[index] = group if uses < self._consumption.limit else None
             self._states[index] = TAKEN
+            self._needed = max(0, self._needed - 1)
             self.cursor = max(self.cursor, index + 1)
             if group is not None:
                 groups.append(group)
         if self._consumption.order == "index":
             self._next_index = max(self._next_index, self.cursor)
-        self._needed = max(0, self._needed - len(indices))
         self._num_batches += 1
         self._notify()
         return groups
+
+    def _take_carried(self, index: int) -> RolloutGroup:
+        group = self._carried.pop(next(iter(self._carried)))
+        if group.index != index:
+            raise ValueError(
+                f"batches.jsonl has group {index} of policy version {group.policy_version} in a batch of version"
+                f" {self.policy_version}, and group {group.index} was carried into that window: one of the files was changed"
+            )
+        return group
 
     def _explain(self, num_groups: int, deadline: float, recorded: Sequence[int] | None) -> str:
         passed_over = self._num_passed_over()
         num_started = self._num_in_flight() + sum(index >= self.cursor for index in self._fresh) + passed_over
         what = f"{num_groups} groups of policy version {self.policy_version}"
         if recorded is not None:
-            gone = self._absent(recorded)
+            gone = self._absent(recorded[len(self._carried) :])
             what = f"groups {gone} of policy version {self.policy_version}, which batches.jsonl has in this batch"
         elif self._num_batches == 0 and self._consumption.min_groups > num_groups:
             what += f" (window.min_groups={self._consumption.min_groups} before the first batch)"
         return (
-            f"waited {deadline:g} s for {what}: {len(self._takeable())} are ready,"
+            f"waited {deadline:g} s for {what}: {len(self._carried) + len(self._takeable())} are ready,"
             f" group {self._first_unknown(self.cursor)} is not finished, {num_started} were started,"
             f" {passed_over} were finished but passed over as unusable. Responses may take longer than window.deadline, or"
             " nearly all groups are filtered out, or the sampler hangs"

@@ -33,6 +33,8 @@ class WindowPlan(NamedTuple):
     """The next window takes long to open: the run is saved before."""
     expected_steps: int | None = None
     """Learner steps of this window and of those to come, as far as the source knows."""
+    window: Window | None = None
+    """The window, where it asks other prompts than it was to: some have groups already (``window.max_version_lag``)."""
 
     def ends_epoch(self, step: int) -> bool:
         """Whether an epoch is over after this step of the window, counted from 1."""
@@ -54,7 +56,7 @@ class GroupSource(Protocol):
     """Fills windows with graded groups. The loop calls one method at a time, from one thread."""
 
     def open_window(self, window: Window, weights: Weights, taken: Sequence[Sequence[int]]) -> WindowPlan:
-        """Begins a window: the sampler gets its weights, groups of older versions are dropped.
+        """Begins a window: the sampler gets its weights, groups of older versions are dropped, or carried into it.
 
         ``taken``: after a restart, the indices of the groups of each batch that was trained on in this window.
 

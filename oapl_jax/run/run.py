@@ -152,16 +152,20 @@ class Run:
         progress, window = self.progress, self.config.window
         self.stop.takes_interrupts = True  # from here to the last step
         steps = min(window.sync_every, self.config.run.steps - progress.window_step, window.sync_every // window.epochs)
+        left = self.config.run.steps - progress.window_step - steps
+        ahead = min(window.sync_every, left) * window.max_version_lag  # steps of the next window
         wanted = Window(
             progress.policy_version,
             progress.window_position,
-            steps * self.setup.groups_per_batch,
+            (steps + ahead) * self.setup.groups_per_batch,
             tuple(progress.asked_again),
         )
         try:
             self.plan = self.source.open_window(wanted, Weights(self.state.params, self.sampler_weights), self._taken())
         except PreemptedError:
             self._save_preempted()
+        if (opened := self.plan.window) is not None:
+            progress.window_position, progress.asked_again = opened.start_position, list(opened.asked_again)
         if self.plan.expected_steps is not None:
             self.bar.expect(min(self.config.run.steps, progress.window_step + self.plan.expected_steps))
 
@@ -212,17 +216,18 @@ class Run:
                 learner.train_step.lower(self.state, placed[0]).compile()  # the call below finds it
                 trim_heap()  # before the temporaries of the step are there too
             self.has_trained = True
-            for part, on_devices in zip(parts, placed, strict=True):
-                self.state, *results = learner.train_step(self.state, on_devices)
-                numbers, scores = jax.device_get(results)
-                of_updates.append(numbers | divergence.measure(part, scores, learner.beta2))
+            for part in placed:
+                self.state, *on_device = learner.train_step(self.state, part)
+                of_updates.append(jax.device_get(on_device))
             jax.block_until_ready(self.state)  # on all devices, before the lock is left
-        metrics = mean_of_updates(of_updates)
         self.progress.step += 1
         self.progress.num_rollouts += sum(int(part.segment_mask.sum()) for part in parts)
         on_surface, signs = self.surface.add(groups)
         for sign in signs:
             self.bar.note(sign)
+        numbers, scores = zip(*of_updates, strict=True)
+        metrics = mean_of_updates(numbers)
+        metrics |= divergence.measure(list(zip(parts, scores, strict=True)), learner.beta2)
         metrics |= batches.describe(groups, self.config.data.sets) | on_surface
         metrics["learner/padding"] = float(np.mean([batches.padding(part, learner.rows) for part in parts]))
         return metrics, float(sum(part.response_mask.sum() for part in parts))
@@ -297,7 +302,7 @@ class Run:
             self.checkpoints.save(progress.step, (self.state.stored, self.sampler_weights), meta)
         if checkpoint.keep_rollouts and self.setup.trainers.is_leader:
             oldest = min(progress.policy_version + 1 - checkpoint.keep_rollouts, *progress.saved_versions)
-            RolloutLog(self.setup.root / "rollouts").remove_before(oldest)
+            RolloutLog(self.setup.root / "rollouts").remove_before(oldest - self.config.window.max_version_lag)
 
     def finish(self) -> Metrics:
         """Ends the sampling, and evaluates the trained model.
@@ -549,9 +554,9 @@ def _claim_run(stack: contextlib.ExitStack, setup: SamplingSetup) -> Lease:
 def mean_of_updates(of_updates: Sequence[Metrics]) -> Metrics:
     """The metrics of a step from those of its updates: the mean, of ``*_min`` the least and of ``*_max`` the most."""
     found = {}
-    for name in {name: None for metrics in of_updates for name in metrics}:
+    for name in of_updates[0]:
         combine = {"_min": np.min, "_max": np.max}.get(name[-4:], np.mean)
-        found[name] = float(combine([metrics[name] for metrics in of_updates if name in metrics]))
+        found[name] = float(combine([metrics[name] for metrics in of_updates]))
     return found
 
 

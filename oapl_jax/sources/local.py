@@ -1,13 +1,18 @@
 """Windows that this process fills itself: a sampling loop beside the learner."""
 
+import json
 from collections.abc import Callable, Sequence
 
 from oapl_jax.config.window import WindowConfig
+from oapl_jax.io import storage
 from oapl_jax.rollouts.buffer import GroupBuffer, Window
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.source import Taken, Weights, WindowPlan
 from oapl_jax.sources.sampling_loop import SamplingLoop
-from oapl_jax.types import Metrics
+from oapl_jax.types import Metrics, RolloutGroup
+
+CARRIED_FILE = "carried.json"
+"""Beside the rollouts of a version: which groups of the version before its window takes, and where its prompts begin."""
 
 
 class BufferedSource:
@@ -37,11 +42,40 @@ class LocalSource(BufferedSource):
 
     def open_window(self, window: Window, weights: Weights, taken: Sequence[Sequence[int]]) -> WindowPlan:
         """Groups of this version that a killed run has logged are used again."""
+        carried: dict[int, RolloutGroup] = {}
+        if self._limits.max_version_lag:
+            window, carried = self._carry(window)
         self._loop.set_weights(window.policy_version, weights.sampler)
         logged = self._log.read(window.policy_version)
-        self._buffer.open_window(window, logged=logged, batches=taken)
+        self._buffer.open_window(window, logged, taken, carried)
         self._loop.start()
-        return WindowPlan(self._limits.sync_every)
+        return WindowPlan(self._limits.sync_every, window=window)
+
+    def _carry(self, window: Window) -> tuple[Window, dict[int, RolloutGroup]]:
+        """The window without the prompts of the groups that are carried into it, and these by place in the stream.
+
+        Which groups these are depends on timing. So it is recorded before the window begins, and a restart takes them
+        again from the log of the version before.
+
+        Raises:
+            ValueError: the log lacks one of them.
+        """
+        path, before = self._log.folder(window.policy_version) / CARRIED_FILE, window.policy_version - 1
+        ready = self._buffer.ready if self._buffer.policy_version == before else {}
+        window = window.without(ready)
+        places = [[position, group.index] for position, group in ready.items()]
+        new = {"start_position": window.start_position, "asked_again": window.asked_again, "carried": places}
+        storage.create(path, json.dumps(new).encode() + b"\n")
+        record = storage.read_object(path)
+        window = window._replace(start_position=record["start_position"], asked_again=tuple(record["asked_again"]))
+        groups, wanted = {group.index: group for group in ready.values()}, dict(record["carried"])
+        if not groups.keys() >= set(wanted.values()):
+            groups = {group.index: group for group in self._log.read(before)}
+        if lacking := sorted(set(wanted.values()) - groups.keys()):
+            raise ValueError(
+                f"{path}: the rollout log has no group {lacking[0]} of version {before}; put its files back"
+            )
+        return window, {position: groups[index] for position, index in wanted.items()}
 
     def report(self) -> Metrics:
         """``sampler/*`` and ``window/*``."""

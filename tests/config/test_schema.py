@@ -54,10 +54,20 @@ def mistakes(load, *args, **options):
         ("window.epochs=3", "window.epochs=3 does not divide window.sync_every=50"),
         ("window.min_groups=201", "window.min_groups=201 is more than the window's 200 new groups"),
         ("window.order=random", "window.order"),
+        ("window.max_version_lag=2", "window.max_version_lag"),
+        ("window={max_version_lag: 1, max_uses: 2}", "max_version_lag=1 and max_uses=2: set one of them"),
+        ("window={max_version_lag: 1, epochs: 2}", "max_version_lag=1 and epochs=2: set one of them"),
+        ("window={max_version_lag: 1, imports: x}", "max_version_lag=1 and imports=x: set one of them"),
     ],
 )
 def test_windows_that_cannot_be_are_refused(load, override, message):
     assert message in only_mistake(load, TOY, override)
+
+
+def test_groups_of_the_version_before_are_for_a_process_that_samples(load):
+    assert load(TOY, "window.max_version_lag=1").window.max_version_lag == 1
+    (line,) = mistakes(load, TOY, "window.max_version_lag=1", "mode=detached")
+    assert line == "window.max_version_lag: has no effect with mode=detached; remove it"
 
 
 @pytest.mark.parametrize(("text", "schema"), [(TOY, TrainConfig), (SFT, SftConfig)])

@@ -30,7 +30,7 @@ def make_batch(log_ratios=LOG_RATIOS, advantages=ADVANTAGES, is_clipped=None):
 
 def test_all_metrics_by_hand():
     is_clipped = np.array([[1, 1, 0, 1, 0], [1, 1, 0, 0, 1]], bool)
-    assert measure(*make_batch(is_clipped=is_clipped), beta2=0.5) == pytest.approx(
+    assert measure([make_batch(is_clipped=is_clipped)], beta2=0.5) == pytest.approx(
         {
             "learner/token_log_ratio": LN2 / 6,
             "learner/token_log_ratio_std": LN2 * math.sqrt(3 / 6 - 1 / 36),
@@ -62,15 +62,27 @@ def test_all_metrics_by_hand():
 
 def test_a_fitted_regression_has_slope_one_and_no_residual():
     log_ratios = np.array([[0, 1, 0.5, -1, -2], [0, 0, 0, 0.5, 0]])
-    metrics = measure(*make_batch(log_ratios, np.array([[0.75, -1.5], [0.25, 0]])), beta2=0.5)
+    metrics = measure([make_batch(log_ratios, np.array([[0.75, -1.5], [0.25, 0]]))], beta2=0.5)
     for name, value in {"fit_slope": 1, "fit_r2": 1, "residual": 0, "residual_negative_p50": 0}.items():
         assert metrics[f"learner/{name}"] == pytest.approx(value, abs=1e-6), name
     assert "learner/clipped" not in metrics
 
 
 def test_what_is_not_defined_is_left_out():
-    at_sync = measure(*make_batch(0 * LOG_RATIOS), beta2=0.5)
+    at_sync = measure([make_batch(0 * LOG_RATIOS)], beta2=0.5)
     assert (at_sync["learner/fit_slope"], at_sync["learner/effective_sample_size"], at_sync["learner/kl"]) == (0, 1, 0)
     assert "learner/fit_r2" not in at_sync
-    equal_rewards = measure(*make_batch(advantages=0 * ADVANTAGES), beta2=0.5)
+    equal_rewards = measure([make_batch(advantages=0 * ADVANTAGES)], beta2=0.5)
     assert not [name for name in equal_rewards if "fit" in name or "positive" in name or "negative" in name]
+
+
+def test_the_updates_of_a_batch_are_measured_together():
+    first, second = make_batch(), make_batch(2 * LOG_RATIOS, -ADVANTAGES)
+    metrics = measure([first, second], beta2=0.5)
+    # Three rollouts with log-ratios 2, -1, 0 and three with 4, -2, 0, in units of ln 2.
+    assert metrics["learner/log_ratio_p50"] == pytest.approx(0, abs=1e-6)
+    assert metrics["learner/log_ratio_min"] == pytest.approx(-2 * LN2)
+    assert metrics["learner/log_ratio"] == pytest.approx(3 / 6 * LN2)
+    assert metrics["learner/effective_sample_size"] == pytest.approx(
+        (5.5 + 17.25) ** 2 / (6 * (17.25 + 256 + 1 / 16 + 1))
+    )

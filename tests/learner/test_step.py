@@ -91,7 +91,7 @@ def run(batch, num_steps=1, num_micro_batches=1, **options):
     for _ in range(num_steps):
         state, *on_device = step(state, placed)
     metrics, scores = jax.device_get(on_device)
-    return state, {name: float(value) for name, value in metrics.items()} | measure(batch, scores, BETA2)
+    return state, {name: float(value) for name, value in metrics.items()} | measure([(batch, scores)], BETA2)
 
 
 def gradient(state):

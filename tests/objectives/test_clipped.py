@@ -31,8 +31,8 @@ def draw():
 
 
 def transcription(name, options, logprobs, old, sampler):
-    """Losses of the rollouts, the gradient of their sum, and how many tokens the clip, the limit or the mask met."""
-    losses, gradient, met = np.zeros(ADVANTAGES.shape), np.zeros(IDS.shape), 0
+    """Losses of the rollouts, the gradient of their sum, and which tokens the clip, the limit or the mask met."""
+    losses, gradient, met = np.zeros(ADVANTAGES.shape), np.zeros(IDS.shape), np.zeros(IDS.shape, bool)
     for row, rollout in np.ndindex(ADVANTAGES.shape):
         tokens = [t for t in range(IDS.shape[1]) if IDS[row, t] == rollout + 1]
         a = float(ADVANTAGES[row, rollout])
@@ -41,7 +41,7 @@ def transcription(name, options, logprobs, old, sampler):
             weight = np.exp(old[row, t] - sampler[row, t])
             r = np.exp(logprobs[row, t] - (sampler if name in ("ppo", "cispo") else old)[row, t])
             if name == "cispo":
-                met += r > options.max_ratio
+                met[row, t] = r > options.max_ratio
                 factor = min(r, options.max_ratio) * a
                 losses[row, rollout] -= factor * logprobs[row, t] / by
                 gradient[row, t] = -factor / by
@@ -50,16 +50,16 @@ def transcription(name, options, logprobs, old, sampler):
                 weight = 1.0
             elif name == "icepop":
                 is_out = not options.mask_low <= weight <= options.mask_high
-                met, weight = met + is_out, 0.0 if is_out else weight
+                met[row, t], weight = is_out, 0.0 if is_out else weight
             elif options.importance_limit is not None:
-                met += weight > options.importance_limit
+                met[row, t] = weight > options.importance_limit
                 weight = min(weight, options.importance_limit)
             clipped = min(max(r, 1 - options.clip_low), 1 + options.clip_high)
             losses[row, rollout] -= weight * min(r * a, clipped * a) / by
             if r * a <= clipped * a:
                 gradient[row, t] = -weight * r * a / by
             else:
-                met += 1
+                met[row, t] = True
     return losses, gradient, met
 
 
@@ -75,7 +75,9 @@ def test_values_and_gradients_equal_the_transcription(name, given):
 
     found, pull = jax.vjp(losses, jnp.asarray(logprobs + outside))
     expected, gradient, met = transcription(name, options, logprobs, old, sampler)
-    assert met > 1
+    assert 1 < met.sum() < (IDS > 0).sum()
+    clipped = objective.clipped(jnp.asarray(logprobs + outside), rows, options)
+    np.testing.assert_array_equal(np.asarray(clipped)[IDS > 0], met[IDS > 0])
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(pull(jnp.ones_like(found))[0], gradient, rtol=2e-5, atol=1e-6)
 
@@ -92,7 +94,7 @@ def test_two_steps_on_one_batch_keep_the_old_policy_of_its_start(name, given):
         found = found - rate * gradient(found)
         _, slope, number = transcription(name, options, expected, old, sampler)
         expected = expected - rate * slope
-        met.append(number)
+        met.append(number.sum())
     assert met[1] > 1
     assert met[1] != met[0]
     np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-5)

@@ -115,6 +115,21 @@ def test_a_wrong_record_is_found(run, line, values, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_groups_of_the_version_before_are_allowed_as_far_as_the_config_says(run):
+    """The second window begins with a group that the first one left, and the third with one of the first."""
+    config = config_file.validate(TrainConfig, CONFIG | {"window": {"sync_every": 2, "max_version_lag": 1}}, "test")
+    run_dir.save_config(run, config)
+    known = {item.id: digest(item) for version in (0, 1) for item in RolloutLog(run / "rollouts").read(version)}
+    batch = ["000000-00000004", "000001-00000000"]
+    edit_line(run / "batches.jsonl", 3, groups=batch, digests=[known[name] for name in batch])
+    assert audit(run).startswith("4 steps, 2 windows, 8 groups")
+    RolloutLog(run / "rollouts").append([sound(index, 2) for index in range(5)])
+    for number in (3, 4):
+        edit_line(run / "batches.jsonl", number, policy_version=2)
+    with pytest.raises(RunError, match="group 000000-00000004 is not in rollouts/000002 or rollouts/000001"):
+        audit(run)
+
+
 def test_metrics_of_another_version_or_lag_are_found(run):
     edit_line(run / "metrics.jsonl", 3, **{"window/version": 0})
     with pytest.raises(RunError, match="step 3: is of version 0, its batch of 1"):

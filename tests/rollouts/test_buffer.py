@@ -224,6 +224,60 @@ def test_a_restart_from_the_log_gives_the_batches_of_an_uninterrupted_run(seed):
     assert resumed.admit(0) is None, "the window has all it wants"
 
 
+def names(groups):
+    return [(item.policy_version, item.index, item.prompt.id) for item in groups]
+
+
+def carry(buffer, num_groups=6):
+    """Opens the next window, into which the ready groups of this one are carried."""
+    ready = buffer.ready
+    window = Window(buffer.policy_version + 1, buffer.cursor, num_groups, tuple(buffer.left_over)).without(ready)
+    buffer.open_window(window, carried=ready)
+    return window
+
+
+def test_groups_that_are_carried_into_the_next_window_come_first_and_oldest_first():
+    buffer = make_buffer(6)
+    tickets = [buffer.admit(0) for _ in range(6)]
+    for i in (5, 0, 4, 2, 1):
+        finish(buffer, tickets[i], is_usable=i != 4)
+    buffer.take(1, DEADLINE)
+    window = carry(buffer)
+    assert window == Window(1, 6, 6, asked_again=(3, 4)), "in flight, and unusable: asked again, as at any sync"
+    assert (buffer.num_dropped, buffer.num_ready) == (2, 3)
+    tickets = [buffer.admit(1) for _ in range(4)]
+    assert [ticket.position for ticket in tickets] == [3, 4, 6, 7]
+    for ticket in tickets[:3]:
+        assert buffer.wants_groups(1)
+        finish(buffer, ticket)
+    assert not buffer.wants_groups(1), "six are wanted, and three were carried"
+    assert names(buffer.take(2, DEADLINE)) == [(0, 1, "test/1"), (0, 2, "test/2")]
+    assert buffer.cursor == 0
+    assert names(buffer.take(2, DEADLINE)) == [(0, 5, "test/5"), (1, 0, "test/3")]
+    assert names(buffer.take(2, DEADLINE)) == [(1, 1, "test/4"), (1, 2, "test/6")]
+
+
+def test_no_group_is_carried_twice_and_its_prompt_is_asked_again():
+    buffer = make_buffer(6)
+    for _ in range(3):
+        finish(buffer, buffer.admit(0))
+    carry(buffer)
+    buffer.take(1, DEADLINE)
+    assert buffer.left_over == [1, 2]
+    buffer.open_window(Window(2, 3, 6, tuple(buffer.left_over)))
+    assert [buffer.admit(2).position for _ in range(3)] == [1, 2, 3]
+    assert buffer.num_ready == 0
+    assert buffer.num_dropped == 2
+
+
+def test_after_a_restart_the_batches_of_a_window_begin_with_what_was_carried_into_it():
+    carried = {4: group(4), 5: group(5), 7: group(7)}
+    resumed = make_buffer(6, version=1, logged=[group(0, 1), group(1, 1)], batches=[[4, 5]], carried=carried)
+    assert names(resumed.take(2, DEADLINE, recorded=[7, 1])) == [(0, 7, "test/7"), (1, 1, "test/1")]
+    with pytest.raises(ValueError, match=r"batches\.jsonl has group 5 of policy version 0 .* and group 4 was carried"):
+        make_buffer(6, version=1, batches=[[5, 4]], carried=carried)
+
+
 def test_after_a_restart_a_gap_in_the_log_is_filled_first():
     """Group 0 was in flight at the kill, the two after it were logged: enough by number, but not in order."""
     buffer = make_buffer(2, logged=[group(1), group(2)])

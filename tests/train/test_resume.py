@@ -9,6 +9,7 @@ import pytest
 
 from oapl_jax import train
 from oapl_jax.cli import commands
+from oapl_jax.rollouts.audit import audit
 from runs import assert_same_run, finish, make_config, read_lines, signal_after, start, weights, write_config
 
 pytestmark = pytest.mark.slow
@@ -32,9 +33,11 @@ def test_killed_four_times_and_resumed(calm, tmp_path):
     assert_same_run(calm, directory)
 
 
-def test_batches_that_depend_on_timing_are_replayed_from_the_log(tmp_path):
+@pytest.mark.parametrize(
+    "window", [{"order": "ready", "max_uses": 2}, {"max_version_lag": 1, "sync_every": 2}], ids=["ready", "lag"]
+)
+def test_batches_that_depend_on_timing_are_replayed_from_the_log(tmp_path, window):
     """From the first checkpoint, in one process, with nothing of what came after it but log and record."""
-    window = {"order": "ready", "max_uses": 2}
     first, again = tmp_path / "first", tmp_path / "again"
     train.run(make_config(first, window=window, checkpoint={"keep": 9}))
     shutil.copytree(first, again)
@@ -47,7 +50,16 @@ def test_batches_that_depend_on_timing_are_replayed_from_the_log(tmp_path):
     train.run(config)
     for name, tensor in weights(first).items():
         np.testing.assert_array_equal(tensor, weights(again)[name], err_msg=name)
-    assert read_lines(first / "batches.jsonl") == read_lines(again / "batches.jsonl")
+    batches = read_lines(first / "batches.jsonl")
+    assert batches == read_lines(again / "batches.jsonl")
+    if "max_version_lag" in window:
+        assert "10 steps, 5 windows, 40 groups" in audit(again)
+        versions = [[int(name.partition("-")[0]) for name in row["groups"]] for row in batches]
+        previous = [
+            sum(v < row["policy_version"] for v in of_batch) for of_batch, row in zip(versions, batches, strict=True)
+        ]
+        assert [row["window/previous_groups"] for row in read_lines(first / "metrics.jsonl")[1:]] == previous
+        assert sum(previous) > 0
 
 
 def test_sigterm_saves_and_exits_with_42(calm, tmp_path, capsys):
