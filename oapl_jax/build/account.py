@@ -9,6 +9,7 @@ import jax
 
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.distributed.sharding import device_bytes
+from oapl_jax.io import storage
 
 TOKEN_BYTES = 12
 """Of a token in the rollout log before it is compressed: id, log-probability, text."""
