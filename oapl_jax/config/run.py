@@ -15,7 +15,8 @@ class RunDirConfig(Section):
     """Whether ``dir`` may be an address of an object store."""
 
     dir: str
-    """Run directory: holds the whole state of the run; the same command again resumes from it."""
+    """Run directory: holds the whole state of the run; the same command again resumes from it. For ``train`` also an
+    address, ``gs://`` or ``s3://``."""
     seed: CountOrZero = 0
     """Root of every random stream: weights, prompt order, sampling. An evaluation with the same seed draws the same
     random numbers for every policy."""
@@ -40,8 +41,8 @@ class TrainRunConfig(RunConfig):
     may_be_stored: ClassVar[bool] = True
 
     shared_dir: Annotated[str | None, AppliesWhen("mode", condition=one_of("detached"))] = None
-    """mode detached: where policies, rollouts and leases are, which samplers need; a folder, ``gs://`` or ``s3://``;
-    null: in ``dir``."""
+    """mode detached: where policies, rollouts and leases are, for samplers that must not or cannot write in ``dir``; a
+    folder, ``gs://`` or ``s3://``; null: in ``dir``."""
 
 
 class EvaluateRunConfig(RunDirConfig):

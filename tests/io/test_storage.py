@@ -1,17 +1,14 @@
-"""Shared files behave alike in a folder and in an object store: moto's S3 server, through s3fs."""
+"""Shared files behave alike in a folder and in object stores: S3 through s3fs, Google's through gcsfs (``stores.py``)."""
 
-import contextlib
 import errno
 import os
-import socket
-import subprocess
-import sys
 import threading
 import time
 import uuid
 
 import pytest
 
+import stores
 from oapl_jax.io import storage
 from oapl_jax.io.lease import Leases
 from oapl_jax.rollouts.log import RolloutLog
@@ -19,45 +16,23 @@ from rollouts.groups import bits, group
 
 
 @pytest.fixture(scope="module")
-def bucket():
-    """The address of a bucket in an S3 server of this test's own."""
-    pytest.importorskip("s3fs")
-    pytest.importorskip("moto.server")
-    with contextlib.closing(socket.socket()) as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    settings = {
-        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
-        "AWS_ACCESS_KEY_ID": "test",
-        "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in settings.items():
-            patch.setenv(name, value)
-        end = time.monotonic() + 60
-        while True:
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
-                break
-            assert server.poll() is None
-            assert time.monotonic() < end, "the S3 server does not start"
-            time.sleep(0.1)
-        import s3fs
-
-        s3fs.S3FileSystem().mkdir("runs")
-        yield "s3://runs"
-        server.terminate()
-        server.wait(20)
+def s3():
+    with stores.s3() as address:
+        yield address
 
 
-@pytest.fixture(params=["folder", "object store"])
+@pytest.fixture(scope="module")
+def gcs():
+    with stores.gcs(stores.Weather()) as address:
+        yield address
+
+
+@pytest.fixture(params=["folder", "s3", "gcs"])
 def place(request, tmp_path):
-    """An empty place of either kind."""
+    """An empty place of each kind."""
     if request.param == "folder":
         return storage.shared_path(tmp_path / "run")
-    return storage.shared_path(f"{request.getfixturevalue('bucket')}/{uuid.uuid4().hex}")
+    return storage.shared_path(f"{request.getfixturevalue(request.param)}/{uuid.uuid4().hex}")
 
 
 def test_a_file_is_created_by_one_of_those_who_try(place):

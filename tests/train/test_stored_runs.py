@@ -1,0 +1,108 @@
+"""Runs whose whole directory is in an object store: killed in bad weather and resumed, they are the undisturbed run."""
+
+import contextlib
+import signal
+import time
+
+import pytest
+
+import stores
+from oapl_jax import train
+from oapl_jax.io import json_lines, storage
+from oapl_jax.report.report import write_report
+from oapl_jax.rollouts.audit import audit
+from oapl_jax.run.export import export
+from oapl_jax.weights.checkpoint_store import CheckpointStore
+from runs import assert_same_run, finish, make_config, start, start_sampler, write_config
+
+pytestmark = pytest.mark.slow
+
+STORMY = {
+    "rates": {"429": 0.01, "503": 0.01, "cut before": 0.01, "cut after": 0.01, "cut answer": 0.005},
+    "seconds": 0.0,
+    "listing_lag": 1.0,
+}
+DETACHED = {"shard_groups": 2, "lease_seconds": 10.0}
+
+
+@contextlib.contextmanager
+def place(name):
+    """The address of an empty run directory; ``GCS`` in bad weather."""
+    if name == "S3":
+        with stores.s3() as address:
+            yield f"{address}/toy/run"
+    else:
+        weather = stores.Weather(**STORMY)
+        with stores.gcs(weather) as address:
+            yield f"{address}/toy/run"
+        assert weather.num_faults > 0
+
+
+def wait_for_step(process, address, step, deadline=300):
+    """Returns when the batch of a step is recorded."""
+    end, path = time.monotonic() + deadline, storage.shared_path(address) / "batches.jsonl"
+    while not any(row["step"] >= step for row in json_lines.read(path)):
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+def check(address, online, folder):
+    """Nothing lost, nothing twice: weights, batches and metrics of the online run on a disk; what looks at runs works."""
+    run = storage.shared_path(address)
+    assert audit(run) == audit(online) == "10 steps, 3 windows, 40 groups, 320 rollouts: all as recorded"
+    assert CheckpointStore(run / "checkpoints").steps() == [9, 10]
+    assert str(write_report(run)) == f"{address}/report.html"
+    assert b"<html" in storage.read(run / "report.html")
+    copy = stores.copied(address, folder / "copy")
+    published = ("publish_seconds", "publish_bytes", "sampler/processes", "damaged_files", "idle_seconds")
+    assert_same_run(online, copy, but=published)
+    return copy
+
+
+@pytest.mark.parametrize("store", ["GCS", pytest.param("S3", marks=pytest.mark.long)])
+def test_an_online_run_that_is_killed_goes_on_from_the_store(store, finished, tmp_path):
+    with place(store) as address:
+        config = make_config(address, logging={"tensorboard": True, "progress": False})
+        trainer = start(write_config(tmp_path / "config.yaml", config))
+        try:
+            wait_for_step(trainer, address, 5)
+        finally:
+            trainer.kill()
+            trainer.communicate()
+        summary = train.run(config)
+        assert summary["steps"] == 10
+        assert train.run(config) == summary, "it has ended"
+        copy = check(address, finished[0], tmp_path)
+        assert len(list((copy / "tensorboard").iterdir())) >= 3, "a file a checkpoint"
+        exported = export(storage.shared_path(address), tmp_path / "exported", 9)
+        assert (exported / "model.safetensors").stat().st_size > 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("store", ["GCS", "S3"])
+def test_a_detached_run_outlives_a_kill_of_each_role(store, finished, tmp_path):
+    with place(store) as address, contextlib.ExitStack() as stack:
+
+        def started(process):
+            stack.callback(process.communicate)
+            stack.callback(process.kill)
+            return process
+
+        config = make_config(address, mode="detached", window=DETACHED)
+        path = write_config(tmp_path / "config.yaml", config)
+        samplers = [started(start_sampler(address)) for _ in range(2)]
+        trainer = started(start(path))
+        wait_for_step(trainer, address, 2)
+        samplers[0].kill()
+        samplers.append(started(start_sampler(address)))
+        wait_for_step(trainer, address, 5)
+        trainer.send_signal(signal.SIGKILL)
+        trainer.communicate()
+        trainer = started(start(path))
+        code, output = finish(trainer, 400)
+        assert code == 0, output
+        for sampler in samplers[1:]:
+            code, output = finish(sampler)
+            assert code == 0, output
+        check(address, finished[0], tmp_path)
