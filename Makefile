@@ -7,12 +7,13 @@ RUN_STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 TORCH_STAMP := $(VENV)/.installed-torch
 TPU_STAMP := $(VENV)/.installed-tpu
+DOCS_STAMP := $(VENV)/.installed-docs
 SANDBOX_STAMP := $(VENV)/.installed-sandbox
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-fast test-long lint format setup tpu clean
+.PHONY: help quickstart test test-fast test-long lint format docs setup tpu clean
 
 help: ## show the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -23,7 +24,7 @@ quickstart: $(RUN_STAMP) ## train a small model with OAPL on this machine and wr
 # Files keep the order of tests/conftest.py: those that take long come first.
 PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
-test: lint $(TORCH_STAMP) $(TPU_STAMP) ## lint, types and every test but the longest
+test: lint docs $(TORCH_STAMP) $(TPU_STAMP) ## lint, types, docs and every test but the longest
 	$(PYTEST) -m "not long"
 
 test-fast: $(DEV_STAMP) ## the tests that take seconds
@@ -41,12 +42,16 @@ format: $(DEV_STAMP) ## format and fix what can be fixed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+docs: $(DOCS_STAMP) ## build the documentation in docs/_build/site; a warning is an error
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs/site . docs/_build/site
+	@echo "docs/_build/site/docs/index.html"
+
 tpu: $(RUN_STAMP) $(TPU_STAMP) ## install the compiler for TPUs, which preflight needs
 
-setup: $(DEV_STAMP) $(TORCH_STAMP) $(TPU_STAMP) ## install everything and run nothing
+setup: $(DEV_STAMP) $(DOCS_STAMP) $(TORCH_STAMP) $(TPU_STAMP) ## install everything and run nothing
 
 clean: ## remove the virtual environment and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache
+	rm -rf $(VENV) docs/_build .pytest_cache .ruff_cache
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
@@ -73,6 +78,11 @@ $(SANDBOX_STAMP): | $(BIN)/python
 	       && apt-get -qq update && apt-get -qq install -y --no-install-recommends bubblewrap libseccomp2 >/dev/null; } \
 	  || echo "bubblewrap is not installed, so code rewards are refused and their tests skipped (docs/rewards.md);" \
 	       "on Debian and Ubuntu: sudo apt-get install bubblewrap"
+	@touch $@
+
+$(DOCS_STAMP): requirements-docs.txt $(RUN_STAMP)
+	@echo "installing requirements-docs.txt into $(VENV)"
+	$(PIP) install -q -r requirements-docs.txt
 	@touch $@
 
 # PyTorch is for comparisons only: where it cannot be installed, those tests skip.

@@ -1,5 +1,6 @@
 """When a field of the configuration has an effect: data on the field, and the one check that reads it."""
 
+import functools
 import operator
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -10,15 +11,21 @@ NO_EFFECT = "has no effect with"
 """In a message: the field is no mistake by itself."""
 
 
+def are_set(*values: Any) -> bool:
+    """For ``AppliesWhen``: the other fields are given, and not zero."""
+    return all(values)
+
+
 class AppliesWhen:
     """Metadata of a field: it has an effect only where other fields have certain values.
 
     Args:
         keys: fields of the same section, or dotted paths from the root of the file.
-        condition: gets the values of these fields; by default all have to be given and not zero.
+        condition: gets the values of these fields; by default all have to be given and not zero. The first sentence of
+            its docstring stands in the configuration reference (``docs/site/reference.py``).
     """
 
-    def __init__(self, *keys: str, condition: Callable[..., Any] = lambda *values: all(values)):
+    def __init__(self, *keys: str, condition: Callable[..., Any] = are_set):
         self.keys, self.condition = keys, condition
 
     def problem(self, owner: BaseModel) -> str | None:
@@ -35,7 +42,7 @@ is_null = operator.not_
 
 def one_of(*accepted: Any) -> Callable[[Any], bool]:
     """For ``AppliesWhen``: the other field has one of these values."""
-    return lambda value: value in accepted
+    return functools.partial(operator.contains, accepted)
 
 
 def changed(model: BaseModel) -> set[str]:

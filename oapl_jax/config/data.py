@@ -15,12 +15,13 @@ NOT_OF_DATASETS = AppliesWhen("dataset", condition=is_null)
 
 
 def has_splits(*names: str | None) -> bool:
-    """For ``AppliesWhen``: whether data come in splits, by the names of data sets, where given, and the format."""
+    """``dataset`` is given, or ``format`` is ``datasets`` or ``tfds``."""
     *datasets, file_format = names
     return any(name is not None for name in datasets) or file_format in ("datasets", "tfds")
 
 
 def _has_configurations(dataset: str | None, file_format: str) -> bool:
+    """``dataset`` is given, or ``format`` is ``datasets``."""
     return dataset is not None or file_format == "datasets"
 
 

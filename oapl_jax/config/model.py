@@ -15,6 +15,11 @@ SavedName = Literal["layer_input", "query", "key", "value", "attention", "gate",
 """A value of a layer that the backward pass may find saved."""
 
 
+def _has_template(tokenizer: str) -> bool:
+    """``tokenizer`` is not ``characters``."""
+    return tokenizer != "characters"
+
+
 class ModelConfig(Section):
     """Which policy is trained. Exactly one of ``path``, ``config`` and ``warm_start``."""
 
@@ -26,9 +31,9 @@ class ModelConfig(Section):
     """Config of ``oapl-jax sft``; its model is the start. It is trained first where it does not exist yet."""
     tokenizer: str = "model"
     """``model``: the tokenizer in ``path``; ``characters``: the toy tasks' own; else a folder or hub name."""
-    chat_template_kwargs: Annotated[
-        dict[str, Any], AppliesWhen("tokenizer", condition=lambda tokenizer: tokenizer != "characters")
-    ] = Field(default={})
+    chat_template_kwargs: Annotated[dict[str, Any], AppliesWhen("tokenizer", condition=_has_template)] = Field(
+        default={}
+    )
     """Options of the chat template, such as ``enable_thinking: false``. They become defaults of the template itself, so
     published policies, exports, and what is served or evaluated from them render with them too."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"

@@ -1,12 +1,12 @@
 """How responses are graded."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from oapl_jax.config.applies import AppliesWhen
+from oapl_jax.config.applies import AppliesWhen, one_of
 from oapl_jax.config.section import Count, CountOrZero, Positive, PositiveOrZero, Section
 
 CodeStatus = Literal[
@@ -20,9 +20,25 @@ CodeStatus = Literal[
 ]
 """What may become of a program on a test."""
 
-OF_MATH = AppliesWhen("functions", condition=lambda functions: "math" in functions)
-OF_USER = AppliesWhen("functions", condition=lambda functions: any(":" in name for name in functions))
-OF_CODE = AppliesWhen("functions", condition=lambda functions: "code" in functions)
+
+def _has_math(functions: Iterable[str]) -> bool:
+    """``functions`` has ``math``."""
+    return "math" in functions
+
+
+def _has_code(functions: Iterable[str]) -> bool:
+    """``functions`` has ``code``."""
+    return "code" in functions
+
+
+def _has_user(functions: Iterable[str]) -> bool:
+    """``functions`` has one of yours, ``MODULE:FUNCTION``."""
+    return any(":" in name for name in functions)
+
+
+OF_MATH = AppliesWhen("functions", condition=_has_math)
+OF_CODE = AppliesWhen("functions", condition=_has_code)
+OF_USER = AppliesWhen("functions", condition=_has_user)
 
 
 class RewardConfig(Section):
@@ -56,7 +72,7 @@ class RewardConfig(Section):
     code_reward: Annotated[Literal["all", "fraction", "status"], OF_CODE] = "all"
     """code: 1 where all tests pass, else 0; the fraction that passes; or by what became of the first that does not."""
     status_rewards: Annotated[
-        dict[CodeStatus, float], OF_CODE, AppliesWhen("code_reward", condition=lambda reward: reward == "status")
+        dict[CodeStatus, float], OF_CODE, AppliesWhen("code_reward", condition=one_of("status"))
     ] = Field(default={"accepted": 1.0})
     """code, with ``code_reward: status``: the reward of each outcome; 0 for those that are not named."""
     cpu_seconds: Annotated[Positive, OF_CODE] = 6.0

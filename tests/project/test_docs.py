@@ -1,17 +1,21 @@
-"""The pages say what is there: the log's columns, the files that they link to, the configs that they name."""
+"""The pages say what is there: the log's columns, files and configs, the code and the messages that they quote."""
 
+import importlib
 import pathlib
 import re
+from typing import Annotated
 
 import pyarrow as pa
 import pytest
 
+from oapl_jax.config.applies import AppliesWhen
+from oapl_jax.config.section import Section
 from oapl_jax.rollouts import schema
 from oapl_jax.rollouts.schema import COLUMNS
 from test_layers import BOTTOM_FLOOR, MIDDLE_FLOORS, TOP_FLOOR
 
 ROOT = pathlib.Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "benchmarks/README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def test_the_columns_of_the_rollout_log_are_those_of_the_schema():
@@ -60,3 +64,72 @@ def test_the_modules_that_a_page_names_exist(page):
     files = re.findall(r"`((?:oapl_jax|tests|launch|benchmarks|docs|notebooks)/[\w/.]+\.\w+)`", text)
     paths = [*(module.replace(".", "/") + ".py" for module in modules), *files]
     assert not [path for path in paths if not (ROOT / path).exists()]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    """What makes the tables of docs/configuration.md."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "docs/site"))
+        return importlib.import_module("reference")
+
+
+def test_the_configuration_reference_has_every_field(reference):
+    tables = re.split(r"^### ", reference.markdown(), flags=re.MULTILINE)
+    fields = {
+        re.sub("`", "", table.partition("\n")[0]): re.findall(r"^\| `(\w+)`", table, re.MULTILINE) for table in tables
+    }
+    for config in reference.CONFIGS.values():
+        assert config.model_fields.keys() <= set(fields[reference.TOP])
+        for name, field in config.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+                assert field.annotation.model_fields.keys() <= set(fields[name])
+    assert {"beta1", "beta2"} <= set(fields["objective"])
+    assert "task" in fields["data.sets.NAME"]
+    assert "epochs" in fields["offline.rounds.NAME"]
+
+
+def test_a_row_of_the_reference_says_type_default_meaning_and_condition(reference):
+    rows = {
+        row.split(" | ")[0]: row.split(" | ")[1:] for row in reference.markdown().splitlines() if row.startswith("| ")
+    }
+    kind, default, text, applies = rows["| `sync_every`"]
+    assert (kind, default) == ("whole number from 1", "`50`")
+    assert text == "Learner steps in a window (the paper's L)."
+    assert applies == "`mode` is `online` or `detached` |"
+    assert rows["| `beta2`"][1] == "`0.001`"
+    assert rows["| `beta2`"][3].startswith("`name` is `oapl`")
+    assert rows["| `gold`"][3].startswith("`functions` has `math`")
+    assert rows["| `alpha`"][3].startswith("`rank` is set")
+
+
+def test_a_condition_without_words_is_refused(reference):
+    class Silent(Section):
+        name: Annotated[str, AppliesWhen("other", condition=lambda other: other == 2)] = ""
+
+    with pytest.raises(ValueError, match="docstring"):
+        list(reference._conditions(Silent.model_fields["name"]))
+
+
+def test_the_code_on_the_page_of_the_algorithm_is_that_of_the_program():
+    page = (ROOT / "docs/algorithm.md").read_text()
+    source = (ROOT / "oapl_jax/objectives/oapl.py").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    assert not [block for block in blocks if block not in source]
+
+
+def test_the_messages_on_the_page_of_troubles_are_those_of_the_program():
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    source = "".join(path.read_text() for path in (ROOT / "oapl_jax").rglob("*.py"))
+    quoted = re.findall(r"^(?:\| )?`(?!oapl-jax)([^`/=]+ [^`/=]+)`", page, re.MULTILINE)
+    assert len(quoted) > 15
+    assert not [message for message in quoted if message not in source]
+
+
+def test_every_page_opens_with_what_it_is_for():
+    for page in PAGES:
+        title, text = page.read_text().split("\n\n")[:2]
+        assert title.startswith("# "), page
+        assert re.match(r"\S", text), page
+        assert not text.startswith(("#", "```", "- ", "|")), page
