@@ -212,6 +212,26 @@ def test_sharded_equals_unsharded(name):
 
 
 @pytest.mark.slow
+def test_experts_of_a_device_see_its_own_tokens_only():
+    """Of eight times the tokens on eight devices, each has the temporaries of its share."""
+    config = tiny.config("moe")
+
+    def temporaries(words, num_rows):
+        mesh, _ = sharding.make_meshes(MeshConfig(trainer=words))
+        graphdef, params = qwen.abstract(config, mesh=mesh)
+        params = sharding.placed(params, sharding.shardings(params, mesh, sharding.TRAINER_RULES))
+        rows = jax.ShapeDtypeStruct((num_rows, 512), jnp.int32, sharding=NamedSharding(mesh, P(sharding.BATCH_AXES)))
+
+        def mixed(params, tokens):
+            return nnx.merge(graphdef, params).hidden(tokens, tiny.positions(tokens))[0].sum()
+
+        compiled = jax.jit(jax.grad(mixed)).lower(params, rows).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries("fsdp=8", 8) < 1.5 * temporaries("fsdp=1", 1)
+
+
+@pytest.mark.slow
 def test_random_weights_do_not_depend_on_the_mesh():
     config = tiny.config(DENSE)
     trees = []
