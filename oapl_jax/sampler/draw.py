@@ -84,7 +84,8 @@ def draw(
         log_mass = jnp.log(mass)
 
         block = _pick(masses, _cumulate(masses), uniform[0] * mass)
-        block = jnp.where(is_greedy | (block < 0), _first(block_tops == top), block)
+        highest = _first(block_tops == top) % len(block_tops)  # a NaN equals nothing
+        block = jnp.where(is_greedy | (block < 0), highest, block)
         logits_WB = _take_blocks(logits_NWB, block[None], is_sharded=is_sharded)[0]
         weights = jnp.exp(log_weights(logits_WB))
         cumulative = jnp.cumsum(weights, axis=0)
