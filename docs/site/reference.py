@@ -71,10 +71,8 @@ def _rows(config: type[BaseModel]) -> Iterator[tuple[str, Row]]:
 
 def _row(name: str, field: FieldInfo) -> Row:
     nested = _nested(field.annotation)
-    is_section = nested is not None and nested is _alone(field)
-    kind = "section" if is_section else _type(field.annotation, field.metadata)
-    text = field.description or (inspect.getdoc(nested).partition("\n\n")[0] if is_section else "")
-    return Row(name, kind, _default(field), _line(text), "; ".join(_conditions(field)))
+    kind = "section" if nested is not None and nested is _alone(field) else _type(field.annotation, field.metadata)
+    return Row(name, kind, _default(field), _line(field.description or ""), "; ".join(_conditions(field)))
 
 
 def _objective_rows() -> Iterator[Row]:
