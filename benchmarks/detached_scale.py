@@ -274,19 +274,26 @@ def measure(folder: Any, times: int = 20, megabytes: int = 64) -> dict[str, floa
     return found
 
 
+def measured_limits(costs: dict[str, float]) -> StoreLimits:
+    """A store that does one request after the other, each as it was measured."""
+    read, create = costs["read"] / 1e3, costs["create"] / 1e3
+    return StoreLimits(1 / read, 1 / create, (read + create) / 2, costs["read MB/s"] * 1e6)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--samplers", type=int, nargs="+", default=[1, 64, 1000])
-    parser.add_argument("--store", choices=STORES, default="gs")
+    parser.add_argument("--store", choices=[*STORES, "folder", "moto"], default="gs", help="folder, moto: as measured")
     parser.add_argument("--json", action="store_true", help="one JSON object, and no table")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         measured = {"folder": measure(pathlib.Path(folder))}
     with stores.s3() as address:
         measured["moto"] = measure(storage.shared_path(f"{address}/{uuid.uuid4().hex}"))
+    limits = STORES | {name: measured_limits(costs) for name, costs in measured.items()}
     rows = [
         {"samplers": number, "policy": policy, "design": design}
-        | Window(STORES[arguments.store], DESIGNS[design], POLICY_BYTES[policy], number).run()
+        | Window(limits[arguments.store], DESIGNS[design], POLICY_BYTES[policy], number).run()
         for policy in POLICY_BYTES
         for design in DESIGNS
         for number in arguments.samplers
