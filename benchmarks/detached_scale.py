@@ -83,6 +83,8 @@ class Design:
     is_indexed: bool
     """The trainer writes one file that says which shards are written, and samplers begin at a place of their own."""
     report_seconds: float
+    num_readers: int
+    """Files that the trainer reads at once."""
 
     def claim(self, num_files: int, num_unseen: int, num_held: int) -> tuple[int, int]:
         """Reads and writes, one after the other, until a sampler has the next shard.
@@ -105,7 +107,7 @@ class Design:
         return pointer + beats, beats + 1 / self.report_seconds
 
 
-DESIGNS = {"today": Design(False, REPORT_SECONDS), "indexed": Design(True, LEASE_SECONDS)}
+DESIGNS = {"today": Design(False, REPORT_SECONDS, 1), "changed": Design(True, LEASE_SECONDS, 32)}
 
 
 class Store:
@@ -116,12 +118,14 @@ class Store:
         self.reads = self.writes = self.bytes_out = self.bytes_in = 0.0
         self._free = {"reads": 0.0, "writes": 0.0, "bytes": 0.0}
 
-    def serial(self, now: float, reads: float, writes: float, bytes_out: float = 0.0, bytes_in: float = 0.0) -> float:
-        """When a client that sends these one after the other has the last answer."""
+    def serial(
+        self, now: float, reads: float, writes: float, bytes_out: float = 0.0, bytes_in: float = 0.0, at_once: int = 1
+    ) -> float:
+        """When a client that sends these one after the other, or some at once, has the last answer."""
         limits = self.limits
         self.reads, self.writes = self.reads + reads, self.writes + writes
         self.bytes_out, self.bytes_in = self.bytes_out + bytes_out, self.bytes_in + bytes_in
-        own = now + (reads + writes) * limits.seconds + (bytes_out + bytes_in) / CLIENT_BYTES_PER_SECOND
+        own = now + -(-(reads + writes) // at_once) * limits.seconds + (bytes_out + bytes_in) / CLIENT_BYTES_PER_SECOND
         served = [
             self._serve("reads", now, reads / limits.reads_per_second),
             self._serve("writes", now, writes / limits.writes_per_second),
@@ -165,13 +169,14 @@ class Window:
         return self._summary(published, self.written[-1])
 
     def _sampler(self, now: float) -> Process:
+        now = yield now
         now = yield from self._fetch(now)
         self.fetched.append(now)
-        next_preemption, seen = now + self._lifetime(), 0
+        next_preemption, seen, own = now + self._lifetime(), 0, 0
         reads, writes = self.design.background(self.store.limits)
         while self.num_claimed < self.num_shards:
-            begin, num_unseen = now, self.num_written - seen
-            seen = self.num_written
+            begin, num_unseen = now, self.num_written - seen - own
+            seen, own = self.num_written, 0
             requests = self.design.claim(seen, num_unseen, self.num_held)
             self.num_claimed, self.num_held = self.num_claimed + 1, self.num_held + 1
             now = yield self.store.serial(
@@ -182,7 +187,8 @@ class Window:
             if end > next_preemption:
                 self.lost += max(0.0, next_preemption - now)
                 self.num_claimed, self.num_held = self.num_claimed - 1, self.num_held - 1  # another samples it
-                back = yield from self._fetch(next_preemption + RESTART_SECONDS)
+                now = yield next_preemption + RESTART_SECONDS
+                back = yield from self._fetch(now)
                 self.down += back - next_preemption
                 now, next_preemption = back, back + self._lifetime()
                 continue
@@ -190,7 +196,7 @@ class Window:
             self.store.serial(now, reads * self.shard_seconds, writes * self.shard_seconds)
             now = yield self.store.serial(now, 2, 2, bytes_in=self.shard_bytes)  # the file, and the lease is finished
             self.busy += self.shard_seconds
-            self.num_held, self.num_written = self.num_held - 1, self.num_written + 1
+            self.num_held, self.num_written, own = self.num_held - 1, self.num_written + 1, 1
             self.written.append(now)
 
     def _trainer(self) -> Process:
@@ -201,12 +207,14 @@ class Window:
             found = self.num_written
             pages = 1 if self.design.is_indexed else -(-max(1, found) // LIST_PAGE)
             now = yield self.store.serial(now, pages, 0)
-            for i in range(seen, found):
-                now = yield self.store.serial(now, 1, 0, bytes_out=self.shard_bytes)
-                self.delays.append(now - self.written[i])
+            at_once = self.design.num_readers
+            for i in range(seen, found, at_once):
+                some = self.written[i : min(i + at_once, found)]
+                now = yield self.store.serial(now, len(some), 0, len(some) * self.shard_bytes, at_once=at_once)
+                self.delays += [now - written for written in some]
             seen = found
             if now >= next_report:
-                now = yield self.store.serial(now, 1 + self.num_samplers, 0)
+                now = yield self.store.serial(now, 1 + self.num_samplers, 0, at_once=at_once)
                 next_report = now + self.design.report_seconds
             now = yield now + storage.next_poll(self.store.limits.seconds * pages, 10.0)
 
@@ -266,19 +274,26 @@ def measure(folder: Any, times: int = 20, megabytes: int = 64) -> dict[str, floa
     return found
 
 
+def measured_limits(costs: dict[str, float]) -> StoreLimits:
+    """A store that does one request after the other, each as it was measured."""
+    read, create = costs["read"] / 1e3, costs["create"] / 1e3
+    return StoreLimits(1 / read, 1 / create, (read + create) / 2, costs["read MB/s"] * 1e6)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
     parser.add_argument("--samplers", type=int, nargs="+", default=[1, 64, 1000])
-    parser.add_argument("--store", choices=STORES, default="gs")
+    parser.add_argument("--store", choices=[*STORES, "folder", "moto"], default="gs", help="folder, moto: as measured")
     parser.add_argument("--json", action="store_true", help="one JSON object, and no table")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         measured = {"folder": measure(pathlib.Path(folder))}
     with stores.s3() as address:
         measured["moto"] = measure(storage.shared_path(f"{address}/{uuid.uuid4().hex}"))
+    limits = STORES | {name: measured_limits(costs) for name, costs in measured.items()}
     rows = [
         {"samplers": number, "policy": policy, "design": design}
-        | Window(STORES[arguments.store], DESIGNS[design], POLICY_BYTES[policy], number).run()
+        | Window(limits[arguments.store], DESIGNS[design], POLICY_BYTES[policy], number).run()
         for policy in POLICY_BYTES
         for design in DESIGNS
         for number in arguments.samplers

@@ -15,7 +15,7 @@ from oapl_jax.run.export import export
 from oapl_jax.weights.checkpoint_store import CheckpointStore
 from runs import assert_same_run, finish, make_config, start, start_sampler, write_config
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 STORMY = {
     "rates": {"429": 0.01, "503": 0.01, "cut before": 0.01, "cut after": 0.01, "cut answer": 0.005},
@@ -44,7 +44,7 @@ def wait_for_step(process, address, step, deadline=300):
     while not any(row["step"] >= step for row in json_lines.read(path)):
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end
-        time.sleep(0.1)
+        time.sleep(0.5)
 
 
 def check(address, online, folder):
