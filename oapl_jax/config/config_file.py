@@ -134,14 +134,15 @@ def _beside(value: Any, folder: pathlib.Path) -> Any:
         return value
     return {
         key: from_here(folder / inner)
-        if key in INPUTS and isinstance(inner, str) and _is_path(inner) and (folder / inner).exists()
+        if key in INPUTS and isinstance(inner, str) and _is_relative_path(inner) and (folder / inner).exists()
         else _beside(inner, folder)
         for key, inner in value.items()
     }
 
 
-def _is_path(text: str) -> bool:
-    return "://" not in text and text not in ("", "model", "characters")  # two of these name tokenizers
+def _is_relative_path(text: str) -> bool:
+    is_path = "://" not in text and text not in ("", "model", "characters")  # two of these name tokenizers
+    return is_path and not pathlib.Path(text).is_absolute()
 
 
 def from_here(path: pathlib.Path) -> str:

@@ -185,6 +185,8 @@ def loaded(name: str, config: str, overrides: tuple[str, ...]) -> str | None:
 
 
 def config_problem(name: str, config: str, overrides: list[str]) -> str | None:
+    by_name = f"configs/{config}.yaml"
+    config = by_name if (ROOT / by_name).is_file() else config
     if not (ROOT / config).is_file():
         return f"{config} does not exist"
     return loaded(name, config, tuple(overrides))
