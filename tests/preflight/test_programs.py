@@ -123,11 +123,19 @@ def test_forward_flops_by_hand():
         ("qwen2.5_0.5b_instruct", 494_032_768),
         ("qwen2.5_1.5b_instruct", 1_543_714_304),
         ("qwen3_4b", 4_022_468_096),
+        ("qwen3_30b_a3b", 30_532_122_624),
         ("deepseek_r1_distill_qwen_14b", 14_770_033_664),
     ],
 )
 def test_parameters_of_the_known_models(name, num_params):
     assert policy.read_config(programs.MODELS / f"{name}.json").num_params == num_params
+
+
+def test_a_token_costs_the_experts_that_it_goes_to():
+    """Qwen3-30B-A3B is published as 3.3B active parameters, embeddings included."""
+    model = policy.read_config(programs.MODELS / "qwen3_30b_a3b.json")
+    in_products = programs.forward_flops(model, tokens=1, pairs=0, scored=1)[0] / 2
+    assert in_products + model.vocab_size * model.hidden_size == pytest.approx(3.35e9, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["math_qwen3_4b", "math_r1_distill_14b", "math_qwen2.5_0.5b"])
