@@ -148,6 +148,8 @@ class TrainBatch(NamedTuple):
     old_logprobs: Float[Any, "B T"] | None = None
     """By the policy at the start of the batch. None: the objective needs none, or the batch makes one update only, where
     that is the policy itself."""
+    reference_logprobs: Float[Any, "B T"] | None = None
+    """By the model that the run started from. None: neither the objective nor ``objective.kl_weight`` needs them."""
 
     @property
     def response_ids(self) -> Any:

@@ -24,6 +24,8 @@ class Account:
     optimizer: float
     gradient: float
     """While a train step runs, at least."""
+    reference: float
+    """The frozen copy of the weights that the run started from, where the objective needs one."""
     sampler_weights: float
     prepared_weights: float
     """The sampler's own copy of the layers, where its programs read one (``sampler/cpu``)."""
@@ -34,8 +36,13 @@ class Account:
 
     @property
     def learner(self) -> float:
-        """Weights and optimizer state of the learner."""
+        """Weights and optimizer state of the learner: what the train step takes and gives."""
         return self.weights + self.optimizer
+
+    @property
+    def trainer(self) -> float:
+        """All that the trainer holds between two steps."""
+        return self.learner + self.reference
 
     @property
     def sampler(self) -> float:
@@ -45,16 +52,18 @@ class Account:
     @property
     def beside_train_step(self) -> float:
         """What lies on a trainer's device while the train step runs, and is not its argument."""
-        return self.sampler if self.is_colocated else 0
+        return self.reference + (self.sampler if self.is_colocated else 0)
 
     def shortage(self, usable: float) -> float:
         """Bytes that a device lacks before anything is compiled; negative: left over."""
-        trainer = self.learner + self.gradient
+        trainer = self.trainer + self.gradient
         return (trainer + self.sampler if self.is_colocated else max(trainer, self.sampler)) - usable
 
     def describe(self) -> dict[str, str]:
         """Lines for people."""
         trainer = f"weights {size(self.weights)}, optimizer {size(self.optimizer)}, gradient {size(self.gradient)}"
+        if self.reference:
+            trainer += f", reference {size(self.reference)}"
         sampler = [f"weights {size(self.sampler_weights)}", f"KV cache {size(self.kv_cache)}"]
         if self.prepared_weights:
             sampler.append(f"prepared layers {size(self.prepared_weights)}")

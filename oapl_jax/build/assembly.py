@@ -158,6 +158,7 @@ def make_assembly(
         temperature=config.sampler.temperature,
         vocab_size=vocab_size,
         updates_per_batch=config.learner.updates_per_batch,
+        kl_weight=config.objective.kl_weight,
     )
     trainers, samplers = Team("trainers", processes_of(trainer_mesh)), Team("samplers", processes_of(sampler_mesh))
     params, chunk_mib = learner.shapes.params, config.window.sync_chunk_mib
@@ -167,6 +168,7 @@ def make_assembly(
 
     usable = usable_bytes(sampler_mesh) if usable is None else usable
     weights, optimizer, gradient = learner_bytes(learner.shapes)
+    reference = weights if learner.keeps_reference else 0
     is_colocated = trainer_mesh is sampler_mesh
     has_second_policy = evaluates_within_windows(config)
     replicas = replica_meshes(sampler_mesh)
@@ -184,7 +186,7 @@ def make_assembly(
             stop_ids=stop_ids,
             max_prompt_tokens=config.data.max_prompt_tokens,
             others=[SamplingDistribution.of(config.sampler, config.evaluation)],
-            free=usable - (weights + optimizer if is_colocated else 0),
+            free=usable - (weights + optimizer + reference if is_colocated else 0),
             num_copies=2 if has_second_policy else 1,
             meshes=None if devices is None else replicas[:1],
         )
@@ -197,6 +199,7 @@ def make_assembly(
         weights=weights,
         optimizer=optimizer,
         gradient=gradient,
+        reference=reference,
         sampler_weights=copy,
         prepared_weights=copy * num_prepared(architecture, replicas[0]) / architecture.num_params,
         evaluation_weights=copy if has_second_policy else 0,

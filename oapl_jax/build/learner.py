@@ -16,7 +16,7 @@ from oapl_jax.distributed.sharding import TRAINER_RULES, placed, shardings
 from oapl_jax.learner import batch as batches
 from oapl_jax.learner.state import TrainState, abstract_state, init_state, make_optimizer, make_schedule
 from oapl_jax.learner.step import make_scorer, make_train_step
-from oapl_jax.model import qwen, row_attention
+from oapl_jax.model import lora, qwen, row_attention
 from oapl_jax.objectives import oapl
 from oapl_jax.objectives.objective import Objective, ObjectiveOptions
 from oapl_jax.types import RolloutGroup, TrainBatch
@@ -43,6 +43,13 @@ class Learner:
     scores_old: bool
     """Whether the log-probabilities of the policy at the start of a batch are computed: the objective needs them, and a
     batch makes several updates."""
+    scores_reference: bool
+    """Whether those of the model that the run started from are."""
+
+    @property
+    def keeps_reference(self) -> bool:
+        """Whether that model is a copy of its own; a policy with adapters has it as its base."""
+        return self.scores_reference and not lora.has_adapters(self.shapes.params)
 
     @functools.cached_property
     def score(self) -> Any:
@@ -59,7 +66,11 @@ class Learner:
         length = rows.row_length(rows.max_tokens)
         shapes = batches.make_batch(jax.ShapeDtypeStruct, (total // num_rows, num_rows), length, rows)
         largest = placed(shapes, batches.shardings(rows))
-        return largest._replace(old_logprobs=largest.sampler_logprobs) if self.scores_old else largest
+        logprobs = largest.sampler_logprobs
+        return largest._replace(
+            old_logprobs=logprobs if self.scores_old else None,
+            reference_logprobs=logprobs if self.scores_reference else None,
+        )
 
     def mini_batches(self, groups: Sequence[RolloutGroup]) -> list[TrainBatch]:
         """The rows of each update on a batch of groups; a group stays whole."""
@@ -70,9 +81,18 @@ class Learner:
         """A batch on the devices."""
         return batches.place(batch, self.rows)
 
-    def with_old(self, params: Any, batch: TrainBatch) -> TrainBatch:
-        """A batch on the devices, with the log-probabilities by these parameters where they have to be computed."""
-        return batch._replace(old_logprobs=self.score(params, batch)) if self.scores_old else batch
+    def prepare(self, batch: TrainBatch, params: Any, reference: Any = None) -> TrainBatch:
+        """A mini-batch on the devices, with the log-probabilities by other policies that the objective needs.
+
+        ``params`` are those at the start of the batch, ``reference`` the copy of ``keeps_reference``.
+        """
+        placed = self.place(batch)
+        if self.scores_old:
+            placed = placed._replace(old_logprobs=self.score(params, placed))
+        if self.scores_reference:
+            base = reference if self.keeps_reference else lora.base_policy(params)
+            placed = placed._replace(reference_logprobs=self.score(base, placed))
+        return placed
 
     def init(self, params: Any) -> TrainState:
         """The state at step 0 with these parameters, which it takes over."""
@@ -81,7 +101,7 @@ class Learner:
 
 def make_learner(
     model: ModelConfig,
-    lora: LoraConfig,
+    adapters: LoraConfig,
     learner: LearnerConfig,
     architecture: qwen.QwenConfig,
     mesh: Mesh,
@@ -95,11 +115,13 @@ def make_learner(
     temperature: float,
     vocab_size: int,
     updates_per_batch: int = 1,
+    kl_weight: float = 0.0,
 ) -> Learner:
     """The programs that these sections of a config describe.
 
     ``num_steps`` are those of the whole run, for the learning rate; ``group_size`` are the rollouts of a prompt;
-    ``vocab_size`` is the tokenizer's length; ``updates_per_batch`` divides ``learner.batch_rollouts``.
+    ``vocab_size`` is the tokenizer's length; ``updates_per_batch`` divides ``learner.batch_rollouts``;
+    ``kl_weight`` is ``objective.kl_weight``.
 
     Raises:
         ValueError: the rows do not divide over the mesh, the model has no matrix that an adapter is for, or it has too
@@ -107,8 +129,6 @@ def make_learner(
     """
     max_tokens = max_prompt_tokens + max_response_tokens
     architecture.check_positions(max_tokens)
-    if objective.needs_reference:
-        raise ValueError(f"objective.name={objective.name}: it needs a reference policy, which no run keeps")
     rows = batches.RowLayout(
         learner.batch_rollouts // updates_per_batch,
         max_tokens,
@@ -119,7 +139,7 @@ def make_learner(
         group_size=group_size,
         max_response_tokens=max_response_tokens,
     )
-    graphdef, params = policy.abstract(model, architecture, mesh, lora)
+    graphdef, params = policy.abstract(model, architecture, mesh, adapters)
     schedule = make_schedule(learner, num_steps, updates_per_batch)
     optimizer = make_optimizer(learner, schedule)
     shapes = abstract_state(params, optimizer)
@@ -134,6 +154,7 @@ def make_learner(
         vocab_size=vocab_size,
         mesh=mesh,
         shardings=state_shardings,
+        kl_weight=kl_weight,
     )
     state, beta2 = placed(shapes, state_shardings), oapl.options_or_defaults(options).beta2
     return Learner(
@@ -148,6 +169,7 @@ def make_learner(
         beta2,
         updates_per_batch,
         scores_old=objective.needs_old and updates_per_batch > 1,
+        scores_reference=objective.needs_reference or kl_weight > 0,
     )
 
 

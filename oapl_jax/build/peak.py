@@ -37,10 +37,10 @@ class Peak:
         """While the train step runs, or at a sync, when the sampler has its old weights until the new ones are complete."""
         account = self.account
         if not account.is_colocated:
-            return account.learner + self.train_step
+            return account.trainer + self.train_step
         trainer = max(self.train_step, account.sampler_weights)
         both = max(trainer, self.sampler) if self.takes_turns else trainer + self.sampler
-        return account.learner + account.sampler + both
+        return account.trainer + account.sampler + both
 
     @property
     def sampler_device(self) -> float:

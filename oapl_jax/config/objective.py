@@ -2,7 +2,7 @@
 
 from pydantic import ConfigDict
 
-from oapl_jax.config.section import Section
+from oapl_jax.config.section import PositiveOrZero, Section
 
 
 class ObjectiveConfig(Section):
@@ -20,5 +20,8 @@ class ObjectiveConfig(Section):
     grpo without the tokens at which learner and sampler disagree; gspo: a clipped ratio of whole sequences. These need
     no log-probabilities of the sampler: sft: imitate the correct responses; rloo: REINFORCE with the leave-one-out
     advantage; rloo_grpo: with GRPO's; rloo_exp: with the exponential of GRPO's. docs/objectives/ has a page of each."""
+    kl_weight: PositiveOrZero = 0.0
+    """Weight of a penalty on the KL divergence from the model that the run starts from, in nats a token; 0: none. Without
+    ``lora.rank`` a frozen copy of the weights is kept for it."""
     drop_equal_reward_groups: bool = False
     """Leave out groups whose rewards are all equal. Not a no-op in OAPL: they pull to the sampler."""

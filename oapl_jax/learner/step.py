@@ -15,6 +15,7 @@ from oapl_jax.learner.state import TrainState
 from oapl_jax.model import lora
 from oapl_jax.model.logprob import sequence_logprobs
 from oapl_jax.model.segments import Segments
+from oapl_jax.objectives import reference
 from oapl_jax.objectives.objective import Objective, ObjectiveOptions
 from oapl_jax.types import TrainBatch
 
@@ -41,13 +42,14 @@ def make_train_step(
     vocab_size: int,
     mesh: Mesh,
     shardings: TrainState,
+    kl_weight: float = 0.0,
 ) -> Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, Array], TokenScores]]:
     """Compiles ``(state, batch) -> (state, metrics, scores)``; the state is donated.
 
     The gradients of the batch's micro-batches are summed one after the other, as many as hold anything: each rollout
     weighs 1 / (rollouts of the batch), so the result does not depend on which rows share a micro-batch. Ids from
-    ``vocab_size`` on have no probability; ``schedule`` is for the metrics. Metrics and scores are whole on
-    every device.
+    ``vocab_size`` on have no probability; ``schedule`` is for the metrics; ``kl_weight`` is that of the divergence from the
+    reference, of batches that have its log-probabilities. Metrics and scores are whole on every device.
     """
     score = _score_fn(graphdef, temperature, vocab_size)
 
@@ -59,9 +61,11 @@ def make_train_step(
         tokens_per_rollout: Float[Array, ""],
     ) -> tuple[Array, TokenScores]:
         logprobs, entropy = score(lora.with_trained(policy, trained), rows)
-        losses = jnp.where(rows.segment_mask, objective.losses(logprobs, rows, options, tokens_per_rollout), 0.0)
+        losses = objective.losses(logprobs, rows, options, tokens_per_rollout)
+        if rows.reference_logprobs is not None:
+            losses += kl_weight * reference.divergences(logprobs, rows)
         is_clipped = None if objective.clipped is None else objective.clipped(logprobs, rows, options)
-        return losses.sum() / num_rollouts, TokenScores(logprobs, entropy, is_clipped)
+        return jnp.sum(losses, where=rows.segment_mask) / num_rollouts, TokenScores(logprobs, entropy, is_clipped)
 
     def step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, Array], TokenScores]:
         num_rollouts = jnp.maximum(batch.segment_mask.sum(), 1).astype(jnp.float32)
@@ -98,6 +102,9 @@ def make_train_step(
             "learner/entropy": scores.entropy.sum() / jnp.maximum(batch.response_mask.sum(), 1),
             "learner/learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
+        if batch.reference_logprobs is not None:
+            divergences = jax.vmap(reference.divergences)(scores.logprobs, batch)
+            metrics["learner/reference_kl"] = jnp.sum(divergences, where=batch.segment_mask) / num_rollouts
         return TrainState(state.step + 1, params, opt_state), metrics, scores
 
     replicated = NamedSharding(mesh, PartitionSpec())

@@ -74,6 +74,11 @@ def with_trained(params: Any, new: Any) -> Any:
     return nnx.merge_state(nnx.split_state(params, nnx.LoRAParam, ...)[1], new) if has_adapters(params) else new
 
 
+def base_policy(params: Any) -> Any:
+    """The policy that training started from, of one with adapters: theirs are zero, and it shares what is frozen."""
+    return with_trained(params, jax.tree.map(jnp.zeros_like, trained(params)))
+
+
 def attached(base: Any, adapters: Any) -> Any:
     """The parameters of a policy with adapters, of those without and ``trained`` ones."""
     adapted = {path[:-1] for path, _ in nnx.to_flat_state(adapters)}

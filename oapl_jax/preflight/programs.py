@@ -128,7 +128,7 @@ def _learner_programs(assembly: Assembly) -> list[Program]:
 def _sampler_programs(assembly: Assembly) -> list[Program]:
     config, architecture, account = assembly.config, assembly.architecture, assembly.account
     engine, replica_params = assembly.engines[0], assembly.replica_shapes
-    beside = account.evaluation_weights + (account.learner if account.is_colocated else 0)
+    beside = account.evaluation_weights + (account.trainer if account.is_colocated else 0)
     length = engine.padded_length(engine.max_prompt_tokens)
     prefill = forward_flops(architecture, length, length * (length + 1) / 2, 1)
     tokens = engine.num_rows * engine.decode_steps

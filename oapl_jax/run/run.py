@@ -69,6 +69,8 @@ class Run:
     state: TrainState
     sampler_weights: Any
     """The lagged weights that the sampler holds: version ``progress.policy_version``."""
+    reference: Any
+    """The weights that the run started from, where the objective needs a copy of them; else None."""
     source: GroupSource
     evaluator: Evaluator
     checkpoints: Checkpoints
@@ -203,7 +205,7 @@ class Run:
         parts = learner.mini_batches(groups)
         compiling = self.bar.stage("compiling learner program 2 of 2: the train step")
         with self.trainer_lock, contextlib.nullcontext() if self.has_trained else compiling:
-            placed = [learner.with_old(self.state.params, learner.place(part)) for part in parts]
+            placed = [learner.prepare(part, self.state.params, self.reference) for part in parts]
             if not self.has_trained:
                 learner.train_step.lower(self.state, placed[0]).compile()  # the call below finds it
                 trim_heap()  # before the temporaries of the step are there too
@@ -404,6 +406,7 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
         poll = is_preempted if cluster is None else cluster.poll
         with bar.stage(f"loading {'the weights' if checkpoints.latest_step is None else 'the newest checkpoint'}"):
             progress, state, weights, is_changed = _restore(assembly, setup, checkpoints, rollouts, bar)
+            reference = _load_params(assembly) if assembly.learner.keeps_reference else None
         is_new = checkpoints.latest_step is None
         record = writer = None
         if is_leader:
@@ -433,6 +436,7 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
             progress,
             state,
             weights,
+            reference,
             source,
             evaluator,
             checkpoints,
@@ -459,9 +463,7 @@ def _restore(
     config, learner = assembly.config, assembly.learner
     state, weights, progress, is_changed = None, None, RunProgress(), False
     if config.lora.rank or checkpoints.latest_step is None:  # else a checkpoint holds all of it
-        path, mesh = model_path(config.model), assembly.trainer_mesh
-        params = policy.load_params(config.model, path, assembly.architecture, mesh, config.run.seed, config.lora)
-        state = learner.init(params)
+        state = learner.init(_load_params(assembly))
     restored = checkpoints.restore((learner.shapes.stored, assembly.sampler_shapes), bar.note)
     if restored is not None:
         _, (stored, weights), meta = restored
@@ -482,6 +484,13 @@ def _restore(
         newest = setup.trainers.agree(lambda: max([0, *rollouts.versions(), *policies.versions()]), PEER_SECONDS)
         progress.next_window(max(progress.policy_version, newest) + 1)
     return progress, state, weights, is_changed
+
+
+def _load_params(assembly: Assembly) -> Any:
+    """The weights that the run starts from, with new adapters where it trains some."""
+    config, mesh = assembly.config, assembly.trainer_mesh
+    path = model_path(config.model)
+    return policy.load_params(config.model, path, assembly.architecture, mesh, config.run.seed, config.lora)
 
 
 def serve(config: TrainConfig) -> int:

@@ -101,6 +101,23 @@ def test_a_second_policy_is_counted_where_an_evaluation_falls_within_a_window():
         assert account.evaluation_weights == copies * account.sampler_weights
 
 
+def test_a_reference_is_counted_where_it_is_a_copy():
+    """And the cache has that much less room; adapters have it in their base."""
+    architecture = read_config(QWEN_05B)
+
+    def account(*overrides):
+        sizes = architecture, architecture.vocab_size, (0,)
+        return make_assembly(load(*overrides), *sizes, devices=jax.devices(), usable=USABLE).account
+
+    without, copied = account(), account("objective.kl_weight=0.1")
+    assert without.reference == 0
+    assert copied.reference == copied.weights == without.weights
+    assert copied.beside_train_step == copied.reference + copied.sampler
+    assert without.kv_cache - copied.kv_cache == pytest.approx(load().sampler.kv_memory * copied.reference, rel=0.01)
+    assert f"reference {size(copied.reference)}" in copied.describe()["trainer"]
+    assert account("objective.kl_weight=0.1", "lora.rank=4").reference == 0
+
+
 def test_published_adapters_take_no_more_of_the_disk_than_adapters():
     architecture = read_config(QWEN_05B)
     for publish in ("model", "adapters"):

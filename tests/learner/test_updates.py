@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from model import tiny
 from oapl_jax.build.learner import make_learner
@@ -12,6 +13,8 @@ from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.config.model import LoraConfig, ModelConfig
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.learner.state import make_schedule
+from oapl_jax.model import qwen
+from oapl_jax.model.lora import attached, trained
 from oapl_jax.objectives.catalogue import OBJECTIVES
 from oapl_jax.run.run import mean_of_updates
 from rollouts.groups import group
@@ -19,13 +22,15 @@ from rollouts.groups import group
 CONFIG = tiny.config("qwen3_tied")
 GROUPS = [group(index) for index in range(4)]
 CLIP = 0.05
+KL_WEIGHT = 10.0
+NO_ADAPTERS = LoraConfig()
 
 
-def make(updates_per_batch, objective="grpo", mesh="fsdp=1", **options):
+def make(updates_per_batch, objective="grpo", mesh="fsdp=1", lora=NO_ADAPTERS, kl_weight=0.0, **options):
     objective = OBJECTIVES[objective]
     learner = make_learner(
         ModelConfig(path="tiny"),
-        LoraConfig(),
+        lora,
         LearnerConfig(batch_rollouts=8, micro_batch_rows=2, learning_rate=1e-2, clip_norm=1.0),
         CONFIG,
         make_meshes(MeshConfig(trainer=mesh))[0],
@@ -38,9 +43,17 @@ def make(updates_per_batch, objective="grpo", mesh="fsdp=1", **options):
         temperature=1.0,
         vocab_size=45,
         updates_per_batch=updates_per_batch,
+        kl_weight=kl_weight,
     )
-    places = jax.tree.map(lambda shape: shape.sharding, learner.shapes.params)
-    return learner, learner.init(jax.device_put(jax.tree.map(jnp.copy, tiny.split(CONFIG)[1]), places))
+    return learner, learner.init(start(learner, lora))
+
+
+def start(learner, lora=NO_ADAPTERS):
+    """The weights of step 0: those of the tiny model, with new adapters if any."""
+    params = jax.tree.map(jnp.copy, tiny.split(CONFIG)[1])
+    if lora.rank:
+        params = attached(params, trained(nnx.split(qwen.Qwen(CONFIG, rngs=nnx.Rngs(0), lora=lora))[1]))
+    return jax.device_put(params, jax.tree.map(lambda shape: shape.sharding, learner.shapes.params))
 
 
 def test_a_batch_is_split_by_groups_in_their_order():
@@ -58,7 +71,7 @@ def test_the_second_update_is_clipped_against_the_policy_of_the_start(mesh):
     """Its loss is the transcription of section 2 with pi_old from before the first update."""
     learner, state = make(2, mesh=mesh, clip_low=CLIP, clip_high=CLIP)
     parts = learner.mini_batches(GROUPS)
-    placed = [learner.with_old(state.params, learner.place(part)) for part in parts]
+    placed = [learner.prepare(part, state.params) for part in parts]
     old = np.asarray(placed[1].old_logprobs)
     state, first, _ = learner.train_step(state, placed[0])
     new = np.asarray(learner.score(state.params, placed[1]))
@@ -76,6 +89,33 @@ def test_the_second_update_is_clipped_against_the_policy_of_the_start(mesh):
     assert float(metrics["learner/loss"]) == pytest.approx(np.mean(losses), rel=1e-4)
     assert float(first["learner/learning_rate"]) == float(metrics["learner/learning_rate"])
     assert int(state.step) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [NO_ADAPTERS, LoraConfig(rank=2)], ids=["copy", "adapters"])
+def test_the_penalty_is_the_divergence_from_the_model_of_the_start(lora):
+    """In the second update, when the policy has moved; adapters need no copy of that model."""
+    learner, state = make(2, "kimi", mesh="fsdp=2", lora=lora, kl_weight=KL_WEIGHT, beta2=0.1)
+    assert learner.keeps_reference == (not lora.rank)
+    reference = start(learner) if learner.keeps_reference else None
+    parts = learner.mini_batches(GROUPS)
+    state, first, _ = learner.train_step(state, learner.prepare(parts[0], state.params, reference))
+    placed = learner.prepare(parts[1], state.params, reference)
+    new, base = (np.asarray(learner.score(params, placed)) for params in (state.params, start(learner, lora)))
+    _, metrics, _ = learner.train_step(state, placed)
+
+    part, regressions, divergences = parts[1], [], []
+    for row in range(4):
+        places = np.flatnonzero(part.response_mask[row])
+        log_new, log_base = (np.float64(x.reshape(part.tokens.shape)[row, places]) for x in (new, base))
+        log_ratio = (log_new - part.sampler_logprobs[row, places]).sum()
+        regressions.append((0.1 * log_ratio - float(part.advantages[row, 0])) ** 2)
+        divergences.append(np.mean(np.exp(log_base - log_new) - (log_base - log_new) - 1))
+    assert float(first["learner/reference_kl"]) == pytest.approx(0, abs=1e-7)
+    assert float(metrics["learner/reference_kl"]) == pytest.approx(np.mean(divergences), rel=1e-3)
+    expected = np.mean(regressions) + KL_WEIGHT * np.mean(divergences)
+    assert float(metrics["learner/loss"]) == pytest.approx(expected, rel=1e-4)
+    assert KL_WEIGHT * np.mean(divergences) > 1e-3 * expected, "the penalty must count"
 
 
 def test_the_old_policy_is_scored_only_where_it_differs():

@@ -1,4 +1,4 @@
-"""A run with several updates a batch: the same after a resume, and proved by the audit."""
+"""A run with several updates a batch and a reference: the same after a resume, and proved by the audit."""
 
 import pytest
 
@@ -11,7 +11,7 @@ pytestmark = pytest.mark.slow
 
 def test_two_updates_a_batch_resume_within_a_window(tmp_path):
     sections = {
-        "objective": {"name": "grpo", "beta2": 1e-3, "clip_low": 0.01, "clip_high": 0.01},
+        "objective": {"name": "grpo", "beta2": 1e-3, "clip_low": 0.01, "clip_high": 0.01, "kl_weight": 0.1},
         "learner": {"updates_per_batch": 2},
         "evaluation": {"every": 0, "prompts": 0},
     }
@@ -24,4 +24,5 @@ def test_two_updates_a_batch_resume_within_a_window(tmp_path):
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
     assert "4 steps, 2 windows, 16 groups, 128 rollouts" in audit.audit(tmp_path / "parts")
     rows = read_lines(tmp_path / "whole/metrics.jsonl")
+    assert 0 < rows[1]["learner/reference_kl"] < rows[4]["learner/reference_kl"]
     assert rows[1]["learner/log_ratio_abs"] > 1e-4, "the second update of a step has left the sampler"
