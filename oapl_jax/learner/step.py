@@ -65,8 +65,7 @@ def make_train_step(
         if rows.reference_logprobs is not None:
             losses += kl_weight * reference.divergences(logprobs, rows)
         is_clipped = None if objective.clipped is None else objective.clipped(logprobs, rows, options)
-        loss = jnp.sum(losses, where=rows.segment_mask) / num_rollouts
-        return loss, TokenScores(logprobs, entropy, is_clipped)
+        return jnp.sum(losses, where=rows.segment_mask) / num_rollouts, TokenScores(logprobs, entropy, is_clipped)
 
     def step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, Array], TokenScores]:
         num_rollouts = jnp.maximum(batch.segment_mask.sum(), 1).astype(jnp.float32)

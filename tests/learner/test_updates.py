@@ -99,10 +99,10 @@ def test_the_penalty_is_the_divergence_from_the_model_of_the_start(lora):
     assert learner.keeps_reference == (not lora.rank)
     reference = start(learner) if learner.keeps_reference else None
     parts = learner.mini_batches(GROUPS)
-    state, first = learner.train_step(state, learner.prepare(parts[0], state.params, reference))
+    state, first, _ = learner.train_step(state, learner.prepare(parts[0], state.params, reference))
     placed = learner.prepare(parts[1], state.params, reference)
     new, base = (np.asarray(learner.score(params, placed)) for params in (state.params, start(learner, lora)))
-    _, metrics = learner.train_step(state, placed)
+    _, metrics, _ = learner.train_step(state, placed)
 
     part, regressions, divergences = parts[1], [], []
     for row in range(4):
