@@ -55,7 +55,7 @@ run: {dir: %s, steps: 4}
 model: {path: %s, remat: layer}
 data: {task: countdown, max_prompt_tokens: 96}
 sampler: {group_size: 8, max_response_tokens: 96, groups_in_flight: 8}
-learner: {batch_rollouts: 64, micro_batch_rows: 8, learning_rate: 1.0e-6}
+learner: {batch_rollouts: 64, micro_batch_rows: 4, learning_rate: 1.0e-6}
 objective: {beta2: 0.1}
 window: {sync_every: 2, parity_tolerance: 0.01}
 checkpoint: {every: 2}
