@@ -4,8 +4,8 @@ A config is named by its file, or as one that comes with the package (``quicksta
 are looked for beside it first; those of overrides, and those that are not there, from the working directory.
 
 A file is read with OmegaConf (which knows that ``1e-6`` is a number and resolves ``${...}``) and validated by the
-models beside this file. What ``${oc.env:NAME}`` takes from the environment is in memory only: ``written`` has the text
-of the file instead, for all that is saved, shown or compared.
+models beside this file. A file may stand on another one beside it: its key ``base``. What ``${oc.env:NAME}`` takes from
+the environment is in memory only: ``written`` has the text of the file instead, for all that is saved, shown or compared.
 """
 
 import argparse
@@ -163,11 +163,7 @@ def _read(
         others += [shipped.stem for shipped in SHIPPED.glob("*.yaml")]
         raise ConfigError(f"config file {str(path)!r} does not exist{nearest(str(path), others, cutoff=0.4)}")
     try:
-        text = reading.read_text(path)
-        _check_size(text)
-        read = OmegaConf.load(io.StringIO(text))
-        if not OmegaConf.is_dict(read):
-            raise ValueError("it is not a mapping of sections such as 'run:' and 'model:'")
+        read = _with_base(path)
         if folder is not None:
             read = OmegaConf.create(_beside(OmegaConf.to_container(read), folder))
         merged = OmegaConf.merge(read, OmegaConf.from_dotlist(overrides))
@@ -180,6 +176,32 @@ def _read(
         reason = " ".join(str(error).split())
         raise ConfigError(f"config file {str(path)!r} cannot be read: {reason}") from error
     return values, texts
+
+
+def _with_base(path: pathlib.Path) -> Any:
+    """The sections of a file, over those of the file beside it that its key ``base`` names.
+
+    An ``objective`` with a name takes the place of the whole section: the options belong to the name.
+    """
+    read = _parse(path)
+    base = read.pop("base", None)
+    if base is None:
+        return read
+    below = _parse(path.with_name(str(base)))
+    if "base" in below:
+        raise ValueError(f"base={base}: that file has a base itself; name its base, or write the sections out")
+    if "name" in (read.get("objective") or {}):
+        below.pop("objective", None)
+    return OmegaConf.merge(below, read)
+
+
+def _parse(path: pathlib.Path) -> Any:
+    text = reading.read_text(path)
+    _check_size(text)
+    read = OmegaConf.load(io.StringIO(text))
+    if not OmegaConf.is_dict(read):
+        raise ValueError("it is not a mapping of sections such as 'run:' and 'model:'")
+    return read
 
 
 def _texts(value: Any, raw: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], str]]:

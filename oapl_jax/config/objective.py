@@ -15,11 +15,12 @@ class ObjectiveConfig(Section):
     model_config = ConfigDict(extra="allow", revalidate_instances="always")
 
     name: str = "oapl"
-    """oapl: the paper's squared regression; kimi: with the mean reward for V*; dro: of each token; grpo: the paper's
-    baseline, with importance sampling; ppo: the clip on the ratio to the sampler; cispo: a limit on that ratio; icepop:
-    grpo without the tokens at which learner and sampler disagree; gspo: a clipped ratio of whole sequences. These need
-    no log-probabilities of the sampler: sft: imitate the correct responses; rloo: REINFORCE with the leave-one-out
-    advantage; rloo_grpo: with GRPO's; rloo_exp: with the exponential of GRPO's. docs/objectives/ has a page of each."""
+    """oapl: the paper's squared regression; a_star_po: with a fixed reference for the sampler; kimi: with the mean reward
+    for V*; dro: of each token; grpo: the paper's baseline, with importance sampling; ppo: the clip on the ratio to the
+    sampler; cispo: a limit on that ratio; icepop: grpo without the tokens at which learner and sampler disagree; gspo: a
+    clipped ratio of whole sequences. These are REINFORCE on given responses: rloo: with the leave-one-out advantage;
+    rloo_grpo: with GRPO's; rloo_exp: with the exponential of GRPO's; sft: imitates the correct responses. docs/objectives/
+    has a page of each."""
     kl_weight: PositiveOrZero = 0.0
     """Weight of a penalty on the KL divergence from the model that the run starts from, in nats a token; 0: none. Without
     ``lora.rank`` a frozen copy of the weights is kept for it."""

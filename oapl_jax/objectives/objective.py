@@ -45,3 +45,5 @@ class Objective(Generic[AnyOptions]):
     """Needs log-probabilities of the learner at the start of a batch, which may make several updates."""
     needs_reference: bool = False
     """Needs log-probabilities of the model that the run started from."""
+    needs_values: bool = False
+    """Takes V* from samples of that model (the option ``values``); it is subtracted from what ``advantages`` gives."""

@@ -13,6 +13,7 @@ Exit code 1 names the first mistake and the file and line that it is in. It need
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 import pathlib
@@ -31,6 +32,7 @@ from oapl_jax.rollouts.log import RolloutLog, digest, digests_of
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.rollouts.stops import Stops
 from oapl_jax.rollouts.surface import SurfaceWatch
+from oapl_jax.rollouts.values import read_values
 from oapl_jax.types import RolloutGroup, RunError
 
 BATCHES_FILE = "batches.jsonl"
@@ -126,10 +128,12 @@ def _group_check(config: TrainConfig) -> GroupCheck:
     own = objective.options.model_fields
     options = objective.options.model_validate({name: value for name, value in given.items() if name in own})
     beta1 = oapl.options_or_defaults(options).beta1
+    value = functools.partial(oapl.optimal_value, beta1=beta1)
     advantages = Advantages(
         lambda rewards, is_correct: objective.advantages(rewards, is_correct, options),
-        lambda rewards: oapl.optimal_value(rewards, beta1),
+        value,
         config.sampler.truncated,
+        read_values(pathlib.Path(given["values"]), value) if objective.needs_values else None,
     )
     stops = None
     with contextlib.suppress(OSError, ValueError):  # the tokenizer may be gone, or on another machine

@@ -115,8 +115,8 @@ def one_of(kind: type[enum.StrEnum], name: str, value: Any) -> Any:
         raise BadRowError("unknown word", f"{name} is {value!r:.80}, not one of {', '.join(list(kind))}") from None
 
 
-Advantages = Callable[[Sequence[GradedRollout]], tuple[list[float], float]]
-"""Advantages of the rollouts of a group, and its value: what a run's ``Grading`` computes."""
+Advantages = Callable[[str, Sequence[GradedRollout]], tuple[list[float], float]]
+"""Advantages of the rollouts of a group, by the prompt's id, and its value: what a run's ``Grading`` computes."""
 
 
 class GroupCheck(NamedTuple):
@@ -153,7 +153,7 @@ class GroupCheck(NamedTuple):
         for index, item in enumerate(group.rollouts):
             with _within(f", rollout {index}: "):
                 self._check_rollout(own, item)
-        advantages, value = self.advantages(group.rollouts)
+        advantages, value = self.advantages(own.id, group.rollouts)
         scale = max(1.0, *(abs(item.grade.reward) for item in group.rollouts))
         own_advantages = [item.advantage for item in group.rollouts]
         for name, given, right in (("value", [group.value], [value]), ("advantages", own_advantages, advantages)):

@@ -4,7 +4,7 @@ import collections
 import dataclasses
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -26,15 +26,28 @@ class Advantages:
     of_rewards: AdvantageFn
     value: Callable[[Float[np.ndarray, "G"]], float]
     truncated: str
+    values: Mapping[str, float] | None = None
+    """V* of each prompt by its id, which is then subtracted from the advantages; None: ``value`` of the rewards."""
 
-    def __call__(self, graded: Sequence[GradedRollout]) -> tuple[list[float], float]:
-        """Computed over the usable rollouts."""
+    def __call__(self, prompt_id: str, graded: Sequence[GradedRollout]) -> tuple[list[float], float]:
+        """Computed over the usable rollouts.
+
+        Raises:
+            RunError: ``values`` lacks the prompt.
+        """
         is_usable = np.array([self._is_usable(item) for item in graded])
         advantages, value = np.full(len(graded), np.nan), math.nan
         if is_usable.any():
             rewards = np.array([item.grade.reward for item in graded], np.float64)[is_usable]
             is_correct = np.array([item.grade.verdict is Verdict.CORRECT for item in graded])[is_usable]
-            advantages[is_usable], value = self.of_rewards(rewards, is_correct), self.value(rewards)
+            advantages[is_usable] = self.of_rewards(rewards, is_correct)
+            if self.values is None:
+                value = self.value(rewards)
+            elif prompt_id in self.values:
+                value = self.values[prompt_id]
+                advantages -= value
+            else:
+                raise RunError(f"prompt {prompt_id}: objective.values has no sample of it; generate more of them")
         return advantages.tolist(), value
 
     def _is_usable(self, item: GradedRollout) -> bool:
@@ -51,7 +64,7 @@ INVALID_IN_A_ROW = 64
 class Grading:
     """Decodes, grades and gives advantages; owns the grader and a thread.
 
-    ``value``: rewards of a group to V*(x); ``truncated``: see ``SamplerConfig``.
+    ``value``: rewards of a group to V*(x); ``truncated``: see ``SamplerConfig``; ``values``: see ``Advantages``.
     """
 
     def __init__(
@@ -61,13 +74,25 @@ class Grading:
         advantages: AdvantageFn,
         value: Callable[[Float[np.ndarray, "G"]], float],
         truncated: str = "wrong",
+        values: Mapping[str, float] | None = None,
     ):
         self.decode, self._grader, self._truncated = decode, grader, truncated
-        self.advantages = Advantages(advantages, value, truncated)
+        self.advantages = Advantages(advantages, value, truncated, values)
         self._is_grading = threading.Lock()
         self._invalid: list[str] = []
         """Reasons of the invalid verdicts since the last valid one."""
         self._thread = ThreadPoolExecutor(1, "grading")
+
+    def check_values(self, prompts: Iterable[Prompt]) -> None:
+        """Looks for V* of all prompts before the run, where it is taken from samples of a reference.
+
+        Raises:
+            ValueError: some lack it.
+        """
+        values = self.advantages.values
+        missing = [] if values is None else [prompt.id for prompt in prompts if prompt.id not in values]
+        if missing:
+            raise ValueError(f"objective.values: has no sample of {len(missing):,} prompts, such as {missing[0]}")
 
     def grade(self, items: Sequence[tuple[Prompt, Sequence[Rollout]]]) -> list[tuple[list[str], list[Grade]]]:
         """Texts and grades of the rollouts of several prompts at once; callers wait for each other.
@@ -112,7 +137,7 @@ class Grading:
 
     def group(self, ticket: Ticket, prompt: Prompt, graded: Sequence[GradedRollout]) -> RolloutGroup:
         """A group with its value and advantages."""
-        advantages, value = self.advantages(graded)
+        advantages, value = self.advantages(prompt.id, graded)
         rollouts = [
             dataclasses.replace(item, advantage=advantage) for item, advantage in zip(graded, advantages, strict=True)
         ]

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+import pathlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -26,6 +28,7 @@ from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.sampling import Request, SamplingDistribution, run
 from oapl_jax.rollouts.shards import ShardQueue
 from oapl_jax.rollouts.stops import Stops
+from oapl_jax.rollouts.values import read_values
 from oapl_jax.sampler.sampler import JaxSampler
 from oapl_jax.sources.sampling_loop import SamplingLoop
 from oapl_jax.sources.turns import SamplerTurns
@@ -163,6 +166,7 @@ def make_setup(assembly: Assembly, inputs: Inputs, say: Callable[[str], None] = 
         turns, lock = SamplerTurns(sampler), sampler.device_lock
     tokenizer, prompts, held_out, grader = inputs
     grading = make_grading(config, tokenizer, grader)
+    grading.check_values(prompts.items)
     teams = assembly.trainers, assembly.samplers
     return SamplingSetup(config, tokenizer, prompts, held_out, grading, turns, lock, *teams, assembly.transfer)
 
@@ -170,13 +174,14 @@ def make_setup(assembly: Assembly, inputs: Inputs, say: Callable[[str], None] = 
 def make_grading(config: TrainConfig, tokenizer: Tokenizer, grader: Grader) -> Grading:
     """Grades rollouts, with the objective's advantages."""
     objective, options = objective_of(config.objective)
-    beta1 = oapl.options_or_defaults(options).beta1
+    value = functools.partial(oapl.optimal_value, beta1=oapl.options_or_defaults(options).beta1)
     return Grading(
         Stops(tokenizer, SamplingDistribution.of(config.sampler)).text,
         grader,
         lambda rewards, is_correct: objective.advantages(rewards, is_correct, options),
-        lambda rewards: oapl.optimal_value(rewards, beta1=beta1),
+        value,
         config.sampler.truncated,
+        read_values(pathlib.Path(options.model_dump()["values"]), value) if objective.needs_values else None,
     )
 
 

@@ -29,7 +29,7 @@ def command_of(path):
         return "generate"
     if "benchmarks" in sections:
         return "evaluate"
-    return "train" if "sampler" in sections else "sft"
+    return "train" if sections.keys() & {"sampler", "base"} else "sft"
 
 
 def schema_of(path):
@@ -76,6 +76,33 @@ def test_it_begins_with_a_comment_that_names_its_command(path):
     words = shlex.split(commands[0].strip("`.,;").replace("oapl_jax.train", "oapl_jax train"))
     assert words[:6] == ["python", "-m", "oapl_jax", command_of(path), "--config", f"configs/{path.name}"]
     config_file.load(schema_of(path), path, [word for word in words[6:] if "=" in word], CHECKS)
+
+
+@pytest.mark.parametrize("path", **names([path for path in TRAIN_FILES if path.stem.endswith("_grpo")]))
+def test_a_grpo_config_differs_from_its_oapl_config_in_the_method_alone(path):
+    """Same model, data, sampler, evaluations and optimizer."""
+    grpo, other = (
+        config_file.load(TrainConfig, file, checks=CHECKS).model_dump()
+        for file in (path, path.with_name(path.name.replace("_grpo", "")))
+    )
+    assert (grpo["objective"]["name"], other["objective"]["name"]) == ("grpo", "oapl")
+    changed = {
+        f"{name}.{key}"
+        for name in grpo.keys() - {"mode", "offline", "objective"}
+        for key, value in grpo[name].items()
+        if other[name][key] != value
+    }
+    assert changed == {"run.dir", "learner.updates_per_batch", "window.sync_every"}
+
+
+def test_every_online_oapl_config_has_a_grpo_config_beside_it():
+    oapl = [
+        path
+        for path in TRAIN_FILES
+        if (config := config_file.load(TrainConfig, path, checks=CHECKS)).objective.name == "oapl"
+        and config.mode != "offline"
+    ]
+    assert [path.stem for path in oapl if not path.with_name(f"{path.stem}_grpo.yaml").exists()] == []
 
 
 def test_run_directories_differ():

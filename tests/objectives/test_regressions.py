@@ -1,4 +1,4 @@
-"""The squared regressions beside OAPL: DRO of tokens, Kimi of sequences, against transcriptions with loops."""
+"""The squared regressions beside OAPL: DRO of tokens, Kimi and A*-PO of sequences, against transcriptions with loops."""
 
 import jax
 import jax.numpy as jnp
@@ -7,11 +7,21 @@ import pytest
 
 from oapl_jax.objectives import oapl
 from oapl_jax.objectives.catalogue import OBJECTIVES
+from oapl_jax.rollouts.grading import Advantages
+from oapl_jax.types import FinishReason, Grade, GradedRollout, Rollout, Verdict
 from objectives.rows import make_rows
 
 IDS = np.array([[0, 1, 1, 0, 2, 2, 2], [0, 0, 1, 0, 0, 2, 0]])
 REWARDS = np.array([1.0, 0.0, 0.25, 0.0])
 BETA2 = 0.3
+GRADED = [
+    GradedRollout(Rollout(np.ones(1, np.int32), np.zeros(1, np.float32), FinishReason.STOP), "", grade)
+    for grade in (Grade(Verdict.CORRECT if reward == 1 else Verdict.WRONG, reward) for reward in REWARDS)
+]
+
+
+VALUE = 0.4
+"""Of the prompt, from samples of the reference."""
 
 
 def drop_positions_outside(array):
@@ -19,13 +29,13 @@ def drop_positions_outside(array):
 
 
 def transcription(name, logprobs, sampler, normalise_by=1):
-    """Losses of the rollouts and the gradient of their sum; A is the reward less the group's mean."""
+    """Losses of the rollouts and the gradient of their sum; A is the reward less the group's mean, or less V*."""
     losses, gradient = np.zeros((2, 2)), np.zeros(IDS.shape)
     for row, rollout in np.ndindex(2, 2):
         tokens = [t for t in range(IDS.shape[1]) if IDS[row, t] == rollout + 1]
-        a = REWARDS[2 * row + rollout] - sum(REWARDS) / 4
+        a = REWARDS[2 * row + rollout] - (VALUE if name == "a_star_po" else sum(REWARDS) / 4)
         log_ratios = {t: logprobs[row, t] - sampler[row, t] for t in tokens}
-        if name == "kimi":
+        if name in ("kimi", "a_star_po"):
             residual = BETA2 * sum(log_ratios.values()) - a
             losses[row, rollout] = residual**2
             gradient[row, tokens] = 2 * BETA2 * residual
@@ -37,19 +47,30 @@ def transcription(name, logprobs, sampler, normalise_by=1):
     return losses, gradient
 
 
-@pytest.mark.parametrize(("name", "given"), [("kimi", {}), ("dro", {}), ("dro", {"normalise_by": "response"})])
+CASES = [("kimi", {}), ("dro", {}), ("dro", {"normalise_by": "response"}), ("a_star_po", {"values": "generated"})]
+
+
+@pytest.mark.parametrize(("name", "given"), CASES)
 def test_values_gradients_and_two_steps_equal_the_transcription(name, given):
     objective, rng = OBJECTIVES[name], np.random.default_rng(6)
     options = objective.options(beta2=BETA2, **given)
-    advantages = objective.advantages(REWARDS, REWARDS == 1, options).reshape(2, 2).astype(np.float32)
+    grading = Advantages(
+        lambda rewards, is_correct: objective.advantages(rewards, is_correct, options),
+        lambda rewards: 0.0,
+        "wrong",
+        {"prompt": VALUE} if objective.needs_values else None,
+    )
+    advantages = np.array(grading("prompt", GRADED)[0], np.float32).reshape(2, 2)
     sampler = -rng.exponential(1.0, IDS.shape)
     rows = make_rows(drop_positions_outside(sampler), IDS, advantages)
+    if objective.needs_reference:  # in the place of the sampler, which must not matter
+        rows = make_rows(np.full(IDS.shape, np.nan), IDS, advantages)._replace(reference_logprobs=rows.sampler_logprobs)
     found = jnp.asarray(drop_positions_outside(sampler + 0.5 * rng.normal(size=IDS.shape)))
     expected = np.asarray(found, np.float64)
     for _ in range(2):
         losses, pull = jax.vjp(lambda lp: objective.losses(lp, rows, options, jnp.float32(1)), found)
         slope = pull(jnp.ones_like(losses))[0]
-        expected_losses, expected_slope = transcription(name, expected, sampler, **given)
+        expected_losses, expected_slope = transcription(name, expected, sampler, given.get("normalise_by", 1))
         np.testing.assert_allclose(losses, expected_losses, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(slope, expected_slope, rtol=1e-5, atol=1e-6)
         found, expected = found - slope, expected - expected_slope

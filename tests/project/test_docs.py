@@ -10,6 +10,7 @@ import pytest
 
 from oapl_jax.config.applies import AppliesWhen
 from oapl_jax.config.section import Section
+from oapl_jax.objectives.catalogue import OBJECTIVES
 from oapl_jax.rollouts import schema
 from oapl_jax.rollouts.schema import COLUMNS
 from test_layers import BOTTOM_FLOOR, MIDDLE_FLOORS, TOP_FLOOR
@@ -49,6 +50,19 @@ def test_the_floors_of_the_architecture_page_are_those_of_the_test():
     floors = [tuple(re.findall(r"`(\w+)`", rooms)) for _, rooms in rows]
     assert floors == [BOTTOM_FLOOR, *MIDDLE_FLOORS, TOP_FLOOR]
     assert [int(floor) for floor, _ in rows] == list(range(len(floors)))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_each_objective_has_a_page_with_its_options(name):
+    index = (ROOT / "docs/objectives/README.md").read_text()
+    (page,) = [
+        link for names, link in re.findall(r"^\| \[(.+?)\]\((\w+\.md)\)", index, re.MULTILINE) if f"`{name}`" in names
+    ]
+    text = (ROOT / "docs/objectives" / page).read_text()
+    parts = ["Metrics", "Details", "Departures", "Results"]
+    assert re.findall(rf"^\*\*({'|'.join(parts)})\.\*\*", text, re.MULTILINE) == parts
+    options = OBJECTIVES[name].options.model_fields
+    assert [option for option in options if f"`objective.{option}`" not in text] == []
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
