@@ -28,6 +28,7 @@ def cluster():
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    environment["RAY_worker_niceness"] = "0"  # else the actors starve beside other work
     ray = [sys.executable, "-m", "ray.scripts.scripts"]
     options = [
         "--head",
