@@ -73,7 +73,7 @@ def _pack(value: Any, bundle: Bundle) -> None:
         if any(":" in str(name) for name in value.get("functions") or ()):
             _pack_functions(value, bundle)
         for key, inner in value.items():
-            if key in config_file.INPUTS and isinstance(inner, str):
+            if key in config_file.INPUTS and isinstance(inner, str) and inner != bundle.at:
                 value[key] = _pack_file(key, inner, bundle)
             else:
                 _pack(inner, bundle)
@@ -108,7 +108,11 @@ def _modules(folder: pathlib.Path, name: str, seen: set[str]) -> Iterator[pathli
     seen.add(name)
     for path in filter(pathlib.Path.is_file, paths):
         yield path
-        for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        try:
+            tree = ast.parse(path.read_text(), str(path))
+        except SyntaxError as error:
+            raise ValueError(f"reward.functions: {error}") from None
+        for node in ast.walk(tree):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             if isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 names = [node.module]

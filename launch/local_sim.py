@@ -89,7 +89,7 @@ class Cluster:
         environment = os.environ | given | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
         with (self.folder / f"{role}-{index}.log").open("ab") as log:
             process = subprocess.Popen(
-                [replaced.get(word, word) for word in container["command"]],
+                [str(replaced.get(word, word)) for word in container["command"]],
                 cwd=self.folder / "data", env=environment, stdout=log, stderr=log,
             )  # fmt: skip
         return Pod(role, index, process)

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.experimental.pallas.ops.gpu import attention as triton
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
@@ -32,7 +31,7 @@ MOST_BLOCKS = 8
 SHORTEST_BLOCK = 128
 """XLA: queries of a block at least, so that its products are large."""
 
-TRITON_BLOCKS = triton.BlockSizes(128, 64, 64, 64, 64, 64)
+TRITON_BLOCKS = (128, 64, 64, 64, 64, 64)
 """Queries and keys of a block in the forward pass, and twice in the backward pass: the most that all GPUs have room for."""
 
 TRITON_CAPABILITY = 8
@@ -54,7 +53,7 @@ def choose(
         is_whole = num_queries == num_keys
         if is_whole and not is_packed:
             return "cudnn"
-        if num_keys % TRITON_BLOCKS.block_q == 0:
+        if num_keys % TRITON_BLOCKS[0] == 0:
             return "triton" if is_whole else "cudnn"
     return "xla"
 
@@ -188,12 +187,14 @@ def _cudnn(
 def _triton(
     query: Array, key: Array, value: Array, query_ids: Any, key_ids: Any, start: Any, *, interpret: bool
 ) -> Array:
-    T, S, size = query.shape[1], key.shape[1], TRITON_BLOCKS.block_q
+    T, S, size = query.shape[1], key.shape[1], TRITON_BLOCKS[0]
     if T != S or T % size:
         raise ValueError(
             f"model.attention=triton needs rows of a multiple of {size} tokens that no axis context splits, not {T} of"
             f" {S} tokens a device; set learner.row_tokens, or model.attention=null"
         )
+    from jax.experimental.pallas.ops.gpu import attention as triton  # JAX 0.12 warns of it, which concerns GPUs only
+
     del key_ids, start
     # It has one key and value head for each query head.
     key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
@@ -205,6 +206,6 @@ def _triton(
         query_ids.rollouts,
         sm_scale=scale,
         causal=True,
-        block_sizes=TRITON_BLOCKS,
+        block_sizes=triton.BlockSizes(*TRITON_BLOCKS),
         interpret=interpret,
     )

@@ -16,7 +16,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
-from jax.experimental.pallas.ops.gpu import paged_attention as gpu_kernel
 from jax.experimental.pallas.ops.tpu import paged_attention as tpu_kernel
 from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
@@ -163,6 +162,8 @@ def _attend_tpu(
 def _attend_gpu(
     query: Array, k_pages: Array, v_pages: Array, page_table: Array, lengths: Array, *, interpret: bool
 ) -> Array:
+    from jax.experimental.pallas.ops.gpu import paged_attention as gpu_kernel  # as in row_attention.py
+
     pages_per_block = max(1, GPU_BLOCK_TOKENS // k_pages.shape[2])
     num_splits = min(GPU_MAX_SPLITS, -(-page_table.shape[1] // pages_per_block))
     return gpu_kernel.paged_attention(

@@ -11,6 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_two_trainers_and_two_samplers_end_their_run_although_one_of_each_is_stopped(tmp_path):

@@ -17,6 +17,7 @@ def run(*words, cwd, env=None):
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(3600)
 def test_the_quickstart_runs_from_the_wheel_in_an_empty_environment_and_an_empty_folder(tmp_path):
