@@ -97,7 +97,7 @@ overrides = [f"model.path={SMOLLM2}", f"run.steps={STEPS}", "run.dir=runs/notebo
 smoke = os.environ.get("OAPL_SMOKE")  # a test names a folder with a tiny model and a few questions
 if smoke:
     overrides += [f"model.path={smoke}/model", "data.max_prompt_tokens=64", "run.steps=2", "window.sync_every=1"]
-    overrides += ["learner.batch_rollouts=8", "sampler.groups_in_flight=2"]
+    overrides += ["learner.batch_rollouts=8", "sampler.groups_in_flight=1"]
     overrides += ["evaluation.every=2", "evaluation.prompts=4", "evaluation.samples=1", "evaluation.final_samples=1"]
 
 sums = config_file.load(TrainConfig, "configs/sums_smollm2.yaml", overrides, CHECKS)
@@ -187,9 +187,9 @@ chosen = runtime() if RUNTIME == "auto" else RUNTIME
 overrides = [f"model.path={QWEN}", f"run.steps={GSM8K_STEPS}", "run.dir=runs/notebook_gsm8k", *SETTINGS[chosen]]
 if smoke:
     overrides += [f"model.path={smoke}/model", f"data.path={smoke}/gsm8k.jsonl", "data.format=jsonl", "data.name=null"]
-    overrides += [f"evaluation.path={smoke}/gsm8k.jsonl", "data.max_prompt_tokens=256"]
-    overrides += ["sampler.max_response_tokens=16", "sampler.groups_in_flight=2", "learner.batch_rollouts=16"]
-    overrides += ["learner.row_tokens=512", "learner.micro_batch_rows=1", "window.sync_every=1", "run.steps=1"]
+    overrides += [f"evaluation.path={smoke}/gsm8k.jsonl", "data.max_prompt_tokens=128"]
+    overrides += ["sampler.max_response_tokens=16", "sampler.groups_in_flight=1", "learner.batch_rollouts=8"]
+    overrides += ["learner.row_tokens=256", "learner.micro_batch_rows=1", "window.sync_every=1", "run.steps=1"]
     overrides += ["evaluation.prompts=2", "evaluation.samples=1", "evaluation.final_samples=1", "reward.workers=1"]
 
 gsm8k = config_file.load(TrainConfig, "configs/math_qwen2.5_0.5b.yaml", overrides, CHECKS)

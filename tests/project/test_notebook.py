@@ -65,7 +65,7 @@ def executed(name, folder, smoke, monkeypatch):
     # One device, as on a laptop; the tests' eight would only be slower.
     monkeypatch.setenv("XLA_FLAGS", "")
     notebook = nbformat.read(ROOT / f"notebooks/{name}.ipynb", as_version=4)
-    client = nbclient.NotebookClient(notebook, timeout=500, resources={"metadata": {"path": str(folder)}})
+    client = nbclient.NotebookClient(notebook, timeout=1000, resources={"metadata": {"path": str(folder)}})
     client.execute(env=dict(os.environ))
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     return "".join(output.get("text", "") for output in outputs), {kind for o in outputs for kind in o.get("data", {})}
@@ -82,6 +82,7 @@ def test_the_quickstart_runs_to_the_end_and_shows_its_curves(tmp_path, smoke_fol
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_the_real_model_trains_on_sums_and_on_questions(tmp_path, smoke_folder, monkeypatch):
     text, _ = executed("real_model", tmp_path, smoke_folder, monkeypatch)
     assert "step 2/2" in text
