@@ -99,7 +99,7 @@ def test_the_rollout_log_has_each_number_once(place):
 
 
 def test_a_lease_is_held_by_one_and_taken_over_when_it_is_silent(place):
-    with Leases(place / "leases", expires=60) as first, Leases(place / "leases", expires=0.3) as second:
+    with Leases(place / "leases", expires=60) as first, Leases(place / "leases", expires=3.0) as second:
         held = first.claim("x")
         assert held is not None
         assert second.claim("x") is None

@@ -22,7 +22,7 @@ STORMY = {
     "seconds": 0.0,
     "listing_lag": 1.0,
 }
-DETACHED = {"shard_groups": 2, "lease_seconds": 10.0}
+DETACHED = {"shard_groups": 2, "lease_seconds": 60.0}  # a request that is tried again takes seconds
 
 
 @contextlib.contextmanager
@@ -85,7 +85,7 @@ def test_a_detached_run_outlives_a_kill_of_each_role(store, finished, tmp_path):
     with place(store) as address, contextlib.ExitStack() as stack:
 
         def started(process):
-            stack.callback(process.communicate)
+            stack.callback(process.wait)
             stack.callback(process.kill)
             return process
 
