@@ -139,7 +139,7 @@ for group in log.read(log.versions()[-1])[:4]:
 # | `train_step` | 0.70 | 2.44 | 1.11 | 4.29 | 27% |
 # | `score` | 0.23 | 1.18 | 1.57 | 2.99 | 19% |
 # | `prefill` | 0.92 | 0.00 | 0.88 | 1.81 | 11% |
-# | `decode` | 1.11 | 0.89 | 0.69 | 2.69 | 17% |
+# | `decode` | 1.11 | 0.08 | 0.69 | 1.88 | 12% |
 # | `sync` | 0.23 | 0.75 | 1.57 | 3.47 | 22% |
 #
 # v5e-1, with `learner.micro_batch_rows=4`:
@@ -149,7 +149,7 @@ for group in log.read(log.versions()[-1])[:4]:
 # | `train_step` | 5.53 | 6.80 | 2.42 | 14.77 | 94% |
 # | `score` | 1.85 | 1.21 | 6.10 | 9.17 | 58% |
 # | `prefill` | 0.92 | 0.00 | 7.02 | 7.95 | 50% |
-# | `decode` | 2.42 | 4.49 | 5.52 | 12.44 | 79% |
+# | `decode` | 2.42 | 0.08 | 5.52 | 8.02 | 51% |
 # | `sync` | 1.84 | 0.00 | 6.10 | 8.86 | 56% |
 #
 # We had none of these runtimes: the TPU programs were compiled for these chips and not run, the T4's settings were only checked.
