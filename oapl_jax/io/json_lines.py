@@ -2,36 +2,49 @@
 
 import json
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from oapl_jax.io import storage
 from oapl_jax.untrusted import reading
 
 
-def read(path: pathlib.Path) -> list[dict[str, Any]]:
-    """The objects of the lines; none where there is no file. A last line that a crash tore in two is left out.
+def stream(path: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """The objects of the lines, one at a time; none where there is no file. A last line that a crash tore is left out.
 
     Raises:
         ValueError: any other line is no object with a ``step``; it is named.
     """
     if not path.exists():
-        return []
-    *whole, last = reading.read_text(path).split("\n")
-    found = []
-    for number, line in enumerate([*whole, last] if last else whole, start=1):
-        try:
-            record = reading.parse_json(line, "it")
-            if not isinstance(record, dict) or type(record.get("step")) is not int:
-                raise ValueError("it has no step")
-        except ValueError as error:
-            if number > len(whole):
-                break  # no newline after it: the process was killed while it wrote
-            raise ValueError(
-                f"{path}: line {number} is damaged ({error}): {line[:80]!r}; remove it and the lines after it"
-            ) from None
-        found.append(record)
-    return found
+        return
+    if not path.is_file():
+        raise ValueError(f"{path}: is not a regular file; give one")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            is_whole = line.endswith(b"\n")
+            try:
+                record = reading.parse_json(line.removesuffix(b"\n").decode("utf-8-sig"), "it")
+                if not isinstance(record, dict) or type(record.get("step")) is not int:
+                    raise ValueError("it has no step")
+            except ValueError as error:
+                if not is_whole:
+                    break  # the process was killed while it wrote
+                shown = line[:80].decode(errors="replace").rstrip("\n")
+                raise ValueError(
+                    f"{path}: line {number} is damaged ({error}): {shown!r}; remove it and the lines after it"
+                ) from None
+            yield record
+
+
+def read(path: pathlib.Path) -> list[dict[str, Any]]:
+    """All of ``stream``."""
+    return list(stream(path))
+
+
+def append(path: pathlib.Path, record: dict[str, Any]) -> None:
+    """Writes one line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(record, allow_nan=False) + "\n")
 
 
 def keep(path: pathlib.Path, is_kept: Callable[[int], bool]) -> list[dict[str, Any]]:

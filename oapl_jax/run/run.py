@@ -21,7 +21,7 @@ from oapl_jax.config.commands import TrainConfig
 from oapl_jax.distributed.memory import trim_heap
 from oapl_jax.distributed.messages import forward_preemption
 from oapl_jax.distributed.sharding import num_processes
-from oapl_jax.io import run_dir
+from oapl_jax.io import json_lines, run_dir
 from oapl_jax.io.lease import Lease, Leases
 from oapl_jax.io.metrics import MetricsWriter
 from oapl_jax.io.preemption import StopSignals
@@ -224,7 +224,9 @@ class Run:
     def evaluate(self, num_samples: int) -> "Future[Metrics]":
         """Begins to evaluate the learner's weights of now."""
         is_synced = self.progress.step == self.progress.window_step
-        return self.evaluator.start(self.sampler_weights if is_synced else self._copy()[0], num_samples)
+        return self.evaluator.start(
+            self.sampler_weights if is_synced else self._copy()[0], num_samples, self.progress.step
+        )
 
     def is_best(self, metrics: Metrics) -> bool:
         """Whether an evaluation of this step is the best so far, by ``checkpoint.keep_best``.
@@ -256,7 +258,7 @@ class Run:
         assert self.plan is not None
         assert self.plan.epoch_steps is not None
         progress = self.progress
-        metrics = self.evaluator.start(self._copy()[0], self.config.evaluation.samples).result()
+        metrics = self.evaluator.start(self._copy()[0], self.config.evaluation.samples, self.progress.step).result()
         number, epoch = progress.policy_version, (progress.step - progress.window_step) // self.plan.epoch_steps
         folder = pathlib.Path(self.config.run.dir) / EPOCHS_FOLDER / f"{number:02}-{epoch:02}"
         self.save_folder(folder)
@@ -314,7 +316,7 @@ class Run:
         if not num_prompts:
             return {}
         with self.bar.stage(f"evaluating: {num_prompts:,} held-out prompts, {num_samples} samples each"):
-            return self.evaluator.start(weights, num_samples).result()
+            return self.evaluator.start(weights, num_samples, self.progress.step).result()
 
     def _copy(self) -> tuple[Any, Metrics]:
         """The learner's weights of now, as the sampler takes them."""
@@ -401,6 +403,9 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
             resume_step, written = None if is_new else progress.step, config_file.written(config)
             writer = MetricsWriter(directory, config.logging, resume_step=resume_step, config=written)
             stack.enter_context(writer)
+            json_lines.keep(directory / run_dir.EVALUATIONS_FILE, lambda step: not is_new and step <= progress.step)
+            json_lines.keep(directory / run_dir.STARTS_FILE, lambda step: True)
+            json_lines.append(directory / run_dir.STARTS_FILE, {"step": progress.step})
         if cluster is None and setup.turns is not None and config.mode == "online":
             start = time.perf_counter()
             with bar.stage("compiling the sampler"):
@@ -414,7 +419,8 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
         if config.window.imports is not None:
             source = ImportedWindows(source, setup, directory, rollouts, bar.note)
         count = setup.count_held_out if cluster is None else cluster.evaluate
-        evaluator = Evaluator(count, setup.held_out, has_thread=cluster is None)
+        counts_file = directory / run_dir.EVALUATIONS_FILE if is_leader else None
+        evaluator = Evaluator(count, setup.held_out, counts_file, has_thread=cluster is None)
         stack.callback(source.close)
         stack.callback(evaluator.close)
         run = Run(

@@ -1,0 +1,147 @@
+"""The metrics of a run as curves of bounded size, and the panels that show them."""
+
+import math
+import pathlib
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from oapl_jax.io import json_lines
+
+MOST_POINTS = 800
+RULE = (
+    f"A curve has at most {MOST_POINTS} points. Where a run has more steps, neighbouring steps share a point: their mean,"
+    " with the lowest and the highest value as a band."
+)
+SYNC = "sync/seconds"
+"""Is in the lines of sync steps only."""
+
+
+class Bucket(NamedTuple):
+    """Neighbouring steps that share a point."""
+
+    count: int
+    steps: float
+    """Sum of the steps, as ``values`` of the values."""
+    values: float
+    low: float
+    high: float
+
+    def merge(self, other: "Bucket") -> "Bucket":
+        """Both of them as one."""
+        sums = self.count + other.count, self.steps + other.steps, self.values + other.values
+        return Bucket(*sums, min(self.low, other.low), max(self.high, other.high))
+
+
+class Curve:
+    """The values of one metric. The width of the buckets, in steps, doubles when there are too many."""
+
+    def __init__(self, points: Iterable[tuple[int, float]] = ()):
+        self._width, self._buckets = 1, dict[int, Bucket]()
+        for step, value in points:
+            self.add(step, value)
+
+    def add(self, step: int, value: float) -> None:
+        """A value; of a step that has one already, both count."""
+        self._put(step // self._width, Bucket(1, step, value, value, value))
+        if len(self._buckets) > MOST_POINTS:
+            before, self._buckets, self._width = self._buckets, {}, 2 * self._width
+            for key, bucket in before.items():
+                self._put(key // 2, bucket)
+
+    def points(self) -> dict[str, list[float]]:
+        """Mean step and mean value of each bucket, and the bounds of the values where buckets have several steps."""
+        buckets = [self._buckets[key] for key in sorted(self._buckets)]
+        means = {
+            "x": [item.steps / item.count for item in buckets],
+            "y": [item.values / item.count for item in buckets],
+        }
+        bounds = {"low": [item.low for item in buckets], "high": [item.high for item in buckets]}
+        return {name: [float(f"{v:.6g}") for v in found] for name, found in {**means, **bounds}.items()} | (
+            {} if self._width > 1 else {"low": [], "high": []}
+        )
+
+    def ends(self) -> tuple[float, float]:
+        """Means over the first and the last tenth of the points; NaN where there are none."""
+        buckets = [self._buckets[key] for key in sorted(self._buckets)]
+        tenth = max(1, len(buckets) // 10)
+        first, last = (
+            sum(item.values for item in part) / max(1, sum(item.count for item in part))
+            for part in (buckets[:tenth], buckets[-tenth:])
+        )
+        return (first, last) if buckets else (math.nan, math.nan)
+
+    @property
+    def total(self) -> float:
+        """Sum of all values."""
+        return sum(bucket.values for bucket in self._buckets.values())
+
+    def _put(self, key: int, bucket: Bucket) -> None:
+        there = self._buckets.get(key)
+        self._buckets[key] = bucket if there is None else there.merge(bucket)
+
+
+class Metrics(NamedTuple):
+    """What is read of a metrics.jsonl."""
+
+    curves: dict[str, Curve]
+    syncs: list[int]
+    """Steps at whose end the sampler got new weights."""
+    last_step: int | None
+
+
+def read_metrics(path: pathlib.Path) -> Metrics:
+    """Reads the file line by line; null, a value that is not finite, is left out.
+
+    Raises:
+        ValueError: a line is damaged, or a value is no number.
+    """
+    curves, syncs, last_step = dict[str, Curve](), [], None
+    for line in json_lines.stream(path):
+        step = last_step = line.pop("step")
+        for name, value in line.items():
+            if value is None:
+                continue
+            if type(value) not in (int, float):
+                raise ValueError(f"{path}: step {step}: {name} is {value!r:.40}, not a number")
+            if math.isfinite(value):
+                curves.setdefault(name, Curve()).add(step, value)
+        if SYNC in line:
+            syncs.append(step)
+    return Metrics(curves, syncs, last_step)
+
+
+class Panel(NamedTuple):
+    """Metrics that share axes."""
+
+    title: str
+    unit: str
+    metrics: dict[str, str]
+    """By their short names."""
+
+
+PANELS = (
+    Panel("Reward of training rollouts", "mean over a batch", {
+        "reward": "rollouts/reward", "pass rate": "rollouts/pass_rate", "finished ones": "rollouts/finished_reward",
+        "V*": "rollouts/value",
+    }),
+    Panel("Held-out pass@k", "share of prompts", {f"k = {k}": f"evaluation/pass@{k}" for k in (1, 4, 16)}),
+    Panel("Residual of the regression", "mean |·|, reward units", {
+        "residual": "learner/residual", "advantage": "learner/advantage_abs",
+    }),
+    Panel("Log-ratio, learner to sampler", "nats per response", {
+        "mean": "learner/log_ratio", "mean |·|": "learner/log_ratio_abs",
+    }),
+    Panel("Entropy of the policy", "nats per token", {"entropy": "learner/entropy"}),
+    Panel("Lag of the sampler", "learner steps since the sync", {"lag": "window/lag"}),
+    Panel("Response length", "tokens", {"training": "rollouts/response_tokens", "held-out": "evaluation/response_tokens"}),
+    Panel("Responses and verdicts", "share of rollouts", {
+        "truncated": "rollouts/truncated", "invalid": "rollouts/invalid", "equal-reward groups": "rollouts/equal_reward_groups",
+    }),
+    Panel("Time of a learner step", "seconds", {"whole step": "learner/seconds", "waiting": "learner/wait_seconds"}),
+    Panel("Look of the correct responses", "share of the correct ones", {
+        "copied from the prompt": "rollouts/copied", "most frequent form": "rollouts/same_form",
+    }),
+    Panel("Lowest log-ratio of a batch", "nats", {"lowest": "learner/log_ratio_min"}),
+)  # fmt: skip
+"""The first nine are also in the picture. The page gives every other metric a panel of its own."""
+PICTURED = 9
