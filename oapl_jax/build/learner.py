@@ -16,6 +16,7 @@ from oapl_jax.learner import batch as batches
 from oapl_jax.learner.state import TrainState, abstract_state, init_state, make_optimizer, make_schedule
 from oapl_jax.learner.step import make_scorer, make_train_step
 from oapl_jax.model import qwen, row_attention
+from oapl_jax.objectives import oapl
 from oapl_jax.objectives.objective import Objective, ObjectiveOptions
 from oapl_jax.types import TrainBatch
 
@@ -31,9 +32,11 @@ class Learner:
     """With the shardings of the state."""
     rows: batches.RowLayout
     train_step: Any
-    """``(state, batch on devices) -> (state, metrics)``; the state is donated."""
+    """``(state, batch on devices) -> (state, metrics, scores)``; the state is donated."""
     temperature: float
     vocab_size: int
+    beta2: float
+    """For the metrics of every objective."""
 
     @functools.cached_property
     def score(self) -> Any:
@@ -112,8 +115,8 @@ def make_learner(
         mesh=mesh,
         shardings=state_shardings,
     )
-    state = placed(shapes, state_shardings)
-    return Learner(mesh, graphdef, optimizer, state, rows, train_step, temperature, vocab_size)
+    state, beta2 = placed(shapes, state_shardings), oapl.options_or_defaults(options).beta2
+    return Learner(mesh, graphdef, optimizer, state, rows, train_step, temperature, vocab_size, beta2)
 
 
 def _shares_prompts(model: ModelConfig, learner: LearnerConfig, architecture: qwen.QwenConfig, mesh: Mesh) -> bool:

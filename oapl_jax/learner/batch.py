@@ -283,14 +283,22 @@ def describe(groups: Sequence[RolloutGroup], sets: Iterable[str] = ()) -> Metric
     """``rollouts/*`` metrics of a batch, and ``rollouts/NAME/*`` of the data sets with a usable rollout in it."""
     usable = [item for group in groups for item in group.usable]
     num_rollouts = sum(len(group.rollouts) for group in groups)
+    lengths = [len(item.rollout.token_ids) for item in usable]
+    verdicts = [{item.grade.verdict for item in group.usable} for group in groups]
+    mean_rewards = [np.mean([item.grade.reward for item in group.usable]) for group in groups]
     metrics = {
         "rollouts/reward": float(np.mean([item.grade.reward for item in usable])),
         "rollouts/pass_rate": float(np.mean([item.grade.verdict is Verdict.CORRECT for item in usable])),
-        "rollouts/response_tokens": float(np.mean([len(item.rollout.token_ids) for item in usable])),
+        "rollouts/response_tokens": float(np.mean(lengths)),
+        "rollouts/response_tokens_p50": float(np.percentile(lengths, 50)),
+        "rollouts/response_tokens_p95": float(np.percentile(lengths, 95)),
         "rollouts/truncated": float(np.mean([item.rollout.finish_reason is FinishReason.LENGTH for item in usable])),
         "rollouts/equal_reward_groups": float(np.mean([has_equal_rewards(group) for group in groups])),
+        "rollouts/all_correct": float(np.mean([found == {Verdict.CORRECT} for found in verdicts])),
+        "rollouts/all_wrong": float(np.mean([Verdict.CORRECT not in found for found in verdicts])),
         "rollouts/invalid": 1 - len(usable) / num_rollouts,
         "rollouts/value": float(np.mean([group.value for group in groups])),
+        "rollouts/value_gap": float(np.mean([group.value for group in groups]) - np.mean(mean_rewards)),
     }
     if finished := [item for item in usable if item.rollout.finish_reason is not FinishReason.LENGTH]:
         metrics["rollouts/finished_reward"] = float(np.mean([item.grade.reward for item in finished]))

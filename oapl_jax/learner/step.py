@@ -2,22 +2,32 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from oapl_jax.learner.state import TrainState
 from oapl_jax.model import lora
 from oapl_jax.model.logprob import sequence_logprobs
 from oapl_jax.model.segments import Segments
-from oapl_jax.objectives import oapl
 from oapl_jax.objectives.objective import Objective, ObjectiveOptions
 from oapl_jax.types import TrainBatch
+
+
+class TokenScores(NamedTuple):
+    """What a train step finds at the response tokens of its batch, by the parameters before the update."""
+
+    logprobs: Float[Any, "A B T"]
+    """0 at other tokens, as the entropy."""
+    entropy: Float[Any, "A B T"]
+    """Of the distribution that scores the token, in nats."""
+    is_clipped: Bool[Any, "A B T"] | None
+    """Of ``Objective.clipped``, where the objective has it."""
 
 
 def make_train_step(
@@ -31,15 +41,15 @@ def make_train_step(
     vocab_size: int,
     mesh: Mesh,
     shardings: TrainState,
-) -> Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, Array]]]:
-    """Compiles ``(state, batch) -> (state, metrics)``; the state is donated.
+) -> Callable[[TrainState, TrainBatch], tuple[TrainState, dict[str, Array], TokenScores]]:
+    """Compiles ``(state, batch) -> (state, metrics, scores)``; the state is donated.
 
     The gradients of the batch's micro-batches are summed one after the other, as many as hold anything: each rollout
     weighs 1 / (rollouts of the batch), so the result does not depend on which rows share a micro-batch. Ids from
-    ``vocab_size`` on have no probability; ``schedule`` is for the metrics.
+    ``vocab_size`` on have no probability; ``schedule`` is for the metrics. Metrics and scores are whole on
+    every device.
     """
     score = _score_fn(graphdef, temperature, vocab_size)
-    beta2 = oapl.options_or_defaults(options).beta2
 
     def micro_loss(
         trained: Any,
@@ -47,12 +57,13 @@ def make_train_step(
         policy: Any,
         num_rollouts: Float[Array, ""],
         tokens_per_rollout: Float[Array, ""],
-    ) -> tuple[Array, dict[str, Array]]:
+    ) -> tuple[Array, TokenScores]:
         logprobs, entropy = score(lora.with_trained(policy, trained), rows)
         losses = jnp.where(rows.segment_mask, objective.losses(logprobs, rows, options, tokens_per_rollout), 0.0)
-        return losses.sum() / num_rollouts, _sums(logprobs, entropy, rows, beta2)
+        is_clipped = None if objective.clipped is None else objective.clipped(logprobs, rows, options)
+        return losses.sum() / num_rollouts, TokenScores(logprobs, entropy, is_clipped)
 
-    def step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, Array]]:
+    def step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, Array], TokenScores]:
         num_rollouts = jnp.maximum(batch.segment_mask.sum(), 1).astype(jnp.float32)
         tokens_per_rollout = jnp.maximum(batch.response_mask.sum(), 1) / num_rollouts
         trained = lora.trained(state.params)
@@ -62,28 +73,35 @@ def make_train_step(
         gradient_fn = jax.value_and_grad(whole, has_aux=True)
 
         def add(index: Array, total: Any) -> Any:
-            (loss, sums), gradient = gradient_fn(trained, _micro_batch(batch, index))
-            lowest = jnp.minimum(total[0][1]["log_ratio_min"], sums["log_ratio_min"])
-            (loss, sums), gradient = jax.tree.map(jnp.add, total, ((loss, sums), gradient))
-            return (loss, {**sums, "log_ratio_min": lowest}), gradient
+            *sums, scores = total
+            (loss, found), gradient = gradient_fn(trained, _micro_batch(batch, index))
+            scores = jax.tree.map(lambda whole, part: whole.at[index].set(part), scores, found)
+            return *jax.tree.map(jnp.add, sums, [loss, gradient]), scores
 
-        if batch.tokens.shape[0] == 1:
-            (loss, sums), gradient = gradient_fn(trained, _micro_batch(batch, 0))
+        num_micro_batches = batch.tokens.shape[0]
+        if num_micro_batches == 1:
+            (loss, found), gradient = gradient_fn(trained, _micro_batch(batch, 0))
+            scores = jax.tree.map(lambda x: x[None], found)
         else:
-            shapes = jax.eval_shape(gradient_fn, trained, _micro_batch(batch, 0))
-            (loss, sums), gradient = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
+            (_, found), shapes = jax.eval_shape(gradient_fn, trained, _micro_batch(batch, 0))
+            gradient = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
             gradient = jax.lax.with_sharding_constraint(gradient, lora.trained(shardings.params))
-            nothing = (loss, {**sums, "log_ratio_min": jnp.float32(jnp.inf)}), gradient
-            (loss, sums), gradient = jax.lax.fori_loop(0, _num_used(batch), add, nothing)
+            scores = jax.tree.map(lambda x: jnp.zeros((num_micro_batches, *x.shape), x.dtype), found)
+            nothing = jnp.float32(0), gradient, scores
+            loss, gradient, scores = jax.lax.fori_loop(0, _num_used(batch), add, nothing)
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
             params = lora.with_trained(state.params, optax.apply_updates(trained, updates))
-        metrics = _metrics(loss, optax.global_norm(gradient), sums, num_rollouts)
-        metrics["learner/learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        metrics = {
+            "learner/loss": loss,
+            "learner/grad_norm": optax.global_norm(gradient),
+            "learner/entropy": scores.entropy.sum() / jnp.maximum(batch.response_mask.sum(), 1),
+            "learner/learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
+        }
+        return TrainState(state.step + 1, params, opt_state), metrics, scores
 
     replicated = NamedSharding(mesh, PartitionSpec())
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated, replicated))
 
 
 def make_scorer(
@@ -129,34 +147,3 @@ def _score_fn(graphdef: nnx.GraphDef, temperature: float, vocab_size: int) -> Ca
         )
 
     return score
-
-
-def _sums(
-    logprobs: Float[Array, "B T"], entropy: Float[Array, "B T"], rows: TrainBatch, beta2: float
-) -> dict[str, Array]:
-    """Sums over rollouts (one is a minimum), so that micro-batches can be put together."""
-    num_segments = rows.segment_mask.shape[1]
-    log_ratio = oapl.log_ratios(logprobs, rows.sampler_logprobs, rows.response_ids, num_segments)
-    residual = jnp.where(rows.segment_mask, beta2 * log_ratio - rows.advantages, 0.0)
-    return {
-        "log_ratio": log_ratio.sum(),
-        "log_ratio_abs": jnp.abs(log_ratio).sum(),
-        "log_ratio_min": log_ratio.min(initial=jnp.inf, where=rows.segment_mask),
-        "residual": jnp.abs(residual).sum(),
-        "advantage_abs": jnp.abs(rows.advantages).sum(),
-        "entropy": jnp.where(rows.response_mask, entropy, 0.0).sum(),
-        "tokens": rows.response_mask.sum().astype(jnp.float32),
-    }
-
-
-def _metrics(loss: Array, grad_norm: Array, sums: dict[str, Array], num_rollouts: Array) -> dict[str, Array]:
-    return {
-        "learner/loss": loss,
-        "learner/grad_norm": grad_norm,
-        "learner/log_ratio": sums["log_ratio"] / num_rollouts,
-        "learner/log_ratio_abs": sums["log_ratio_abs"] / num_rollouts,
-        "learner/log_ratio_min": sums["log_ratio_min"],
-        "learner/residual": sums["residual"] / num_rollouts,
-        "learner/advantage_abs": sums["advantage_abs"] / num_rollouts,
-        "learner/entropy": sums["entropy"] / jnp.maximum(sums["tokens"], 1),
-    }

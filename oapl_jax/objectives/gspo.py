@@ -2,12 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from oapl_jax.config.section import Positive
 from oapl_jax.objectives import grpo
 from oapl_jax.objectives.objective import Objective, ObjectiveOptions
-from oapl_jax.objectives.segments import segment_sums
+from oapl_jax.objectives.segments import segment_sums, tokens_of
 from oapl_jax.types import TrainBatch
 
 
@@ -29,12 +29,25 @@ def losses(
     the clip binds the gradient is zero.
     """
     with jax.named_scope("gspo"):
-        ids, num_rollouts = rows.response_ids, rows.advantages.shape[1]
-        lengths = segment_sums((ids > 0).astype(jnp.float32), ids, num_rollouts)
-        log_ratios = segment_sums(logprobs - rows.sampler_logprobs, ids, num_rollouts)
-        ratios = jnp.exp(log_ratios / jnp.maximum(lengths, 1))
-        clipped = jnp.clip(ratios, 1 - options.clip_low, 1 + options.clip_high)
-        return -jnp.minimum(ratios * rows.advantages, clipped * rows.advantages)
+        return -jnp.minimum(*_gains(logprobs, rows, options))
+
+
+def clipped(logprobs: Float[Array, "B T"], rows: TrainBatch, options: GspoOptions) -> Bool[Array, "B T"]:
+    """The tokens of the rollouts whose clip binds: the share that its section 5.2 reports."""
+    plain, bounded = _gains(logprobs, rows, options)
+    return tokens_of(bounded < plain, rows.response_ids)
+
+
+def _gains(
+    logprobs: Float[Array, "B T"], rows: TrainBatch, options: GspoOptions
+) -> tuple[Float[Array, "B M"], Float[Array, "B M"]]:
+    """The terms of the minimum: s A, and the same with the clipped s."""
+    ids, num_rollouts = rows.response_ids, rows.advantages.shape[1]
+    lengths = segment_sums((ids > 0).astype(jnp.float32), ids, num_rollouts)
+    log_ratios = segment_sums(logprobs - rows.sampler_logprobs, ids, num_rollouts)
+    ratios = jnp.exp(log_ratios / jnp.maximum(lengths, 1))
+    bounded = jnp.clip(ratios, 1 - options.clip_low, 1 + options.clip_high)
+    return ratios * rows.advantages, bounded * rows.advantages
 
 
 OBJECTIVE = Objective(
@@ -42,4 +55,5 @@ OBJECTIVE = Objective(
     advantages=grpo.OBJECTIVE.advantages,
     losses=losses,
     options=GspoOptions,
+    clipped=clipped,
 )

@@ -34,6 +34,11 @@ class Objective(Generic[AnyOptions]):
     """
     options: type[AnyOptions]
     """Declares the keys of the section ``objective`` that belong to it, with their defaults."""
+    clipped: Callable[[Float[Array, "B T"], TrainBatch, AnyOptions], Bool[Array, "B T"]] | None = None
+    """Response tokens whose gradient its clip or mask removes or bounds, for ``learner/clipped``; None: it has neither.
+
+    Its arguments are the first three of ``losses``; values outside the responses are ignored.
+    """
     needs_sampler_logprobs: bool = True
     """Data without the sampler's log-probabilities have to be scored first."""
     needs_old: bool = False

@@ -1,7 +1,7 @@
-"""Sums over the rollouts that are packed in a row."""
+"""From the tokens of a row to the rollouts that are packed in it, and back."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
 def segment_sums(values: Float[Array, "B T"], segment_ids: Int[Array, "B T"], num_segments: int) -> Float[Array, "B M"]:
@@ -11,3 +11,9 @@ def segment_sums(values: Float[Array, "B T"], segment_ids: Int[Array, "B T"], nu
     """
     is_member = segment_ids[..., None] == jnp.arange(1, num_segments + 1)
     return jnp.sum(jnp.where(is_member, values.astype(jnp.float32)[..., None], 0.0), axis=-2)
+
+
+def tokens_of(is_chosen: Bool[Array, "B M"], segment_ids: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Whether a token belongs to a chosen segment; ids from 1."""
+    is_member = segment_ids[..., None] == jnp.arange(1, is_chosen.shape[-1] + 1)
+    return jnp.any(is_member & is_chosen[..., None, :], axis=-1)

@@ -27,6 +27,7 @@ from oapl_jax.io.metrics import MetricsWriter
 from oapl_jax.io.preemption import StopSignals
 from oapl_jax.io.progress_bar import ProgressBar
 from oapl_jax.learner import batch as batches
+from oapl_jax.learner import divergence
 from oapl_jax.learner.state import TrainState
 from oapl_jax.model import hf, lora
 from oapl_jax.rollouts.buffer import Consumption, GroupBuffer, Window
@@ -202,14 +203,16 @@ class Run:
                 learner.train_step.lower(self.state, placed).compile()  # the call below finds it
                 trim_heap()  # before the temporaries of the step are there too
             self.has_trained = True
-            self.state, on_device = learner.train_step(self.state, placed)
-            metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
+            self.state, *on_device = learner.train_step(self.state, placed)
+            numbers, scores = jax.device_get(on_device)
             jax.block_until_ready(self.state)  # on all devices, before the lock is left
         self.progress.step += 1
         self.progress.num_rollouts += int(batch.segment_mask.sum())
         on_surface, signs = self.surface.add(groups)
         for sign in signs:
             self.bar.note(sign)
+        metrics = {name: float(value) for name, value in numbers.items()}
+        metrics |= divergence.measure(batch, scores, learner.beta2)
         metrics |= batches.describe(groups, self.config.data.sets) | on_surface
         metrics["learner/padding"] = batches.padding(batch, learner.rows)
         return metrics, float(batch.response_mask.sum())

@@ -88,7 +88,7 @@ def run(config: SftConfig) -> pathlib.Path:
             start = time.perf_counter()
             taken = [pairs[i] for i in range((step - 1) * num_pairs, step * num_pairs)]
             batch = from_pairs([(pair.prompt_ids, pair.response_ids) for pair in taken], learner.rows)
-            state, device_metrics = learner.train_step(state, learner.place(batch))
+            state, device_metrics, _ = learner.train_step(state, learner.place(batch))
             metrics = {name: float(device_metrics[name]) for name in SHOWN}
             check_finite(step, metrics, SHOWN)
             metrics["learner/seconds"] = time.perf_counter() - start

@@ -105,10 +105,15 @@ def test_metrics_of_a_batch_are_what_they_are_by_hand():
             "rollouts/finished_reward": 3 / 4,
             "rollouts/pass_rate": 4 / 6,
             "rollouts/response_tokens": (2 + 4 + 6 + 1 + 3 + 8) / 6,
+            "rollouts/response_tokens_p50": 3.5,
+            "rollouts/response_tokens_p95": 6 + 0.75 * (8 - 6),
             "rollouts/truncated": 2 / 6,
             "rollouts/equal_reward_groups": 1 / 2,
+            "rollouts/all_correct": 1 / 2,
+            "rollouts/all_wrong": 0.0,
             "rollouts/invalid": 2 / 8,
             "rollouts/value": 0.85,
+            "rollouts/value_gap": ((0.7 - 1 / 3) + (1.0 - 1.0)) / 2,
         }
     )
 
@@ -153,3 +158,4 @@ def test_each_data_set_has_the_same_metrics_of_its_groups():
         }
     )
     assert metrics["rollouts/a/response_tokens"] == 2
+    assert (metrics["rollouts/all_correct"], metrics["rollouts/all_wrong"]) == pytest.approx((1 / 3, 2 / 3))

@@ -12,10 +12,11 @@ from oapl_jax.config.learner import LearnerConfig
 from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import TRAINER_RULES, make_meshes, shardings
 from oapl_jax.learner.batch import RowLayout, from_pairs, place
+from oapl_jax.learner.divergence import measure
 from oapl_jax.learner.state import init_state, make_optimizer, make_schedule
 from oapl_jax.learner.step import make_train_step
 from oapl_jax.model import qwen
-from oapl_jax.objectives import grpo, oapl, supervised
+from oapl_jax.objectives import grpo, gspo, oapl, supervised
 
 CONFIG = tiny.config("qwen3_tied")
 BETA2, TEMPERATURE, VOCAB = 0.3, 0.8, 45
@@ -24,6 +25,7 @@ CLIPPED = LearnerConfig(learning_rate=3e-3, clip_norm=1e-2, weight_decay=0.0)
 OBJECTIVES = {
     "oapl": (oapl.OBJECTIVE, oapl.OaplOptions(beta2=BETA2)),
     "grpo": (grpo.OBJECTIVE, grpo.OBJECTIVE.options()),
+    "gspo": (gspo.OBJECTIVE, gspo.OBJECTIVE.options(clip_low=0.1, clip_high=0.1)),
     "supervised": (supervised.OBJECTIVE, supervised.OBJECTIVE.options()),
 }
 
@@ -87,8 +89,9 @@ def run(batch, num_steps=1, num_micro_batches=1, **options):
     placed = place(batch, layout)
     state = init()
     for _ in range(num_steps):
-        state, metrics = step(state, placed)
-    return state, {name: float(value) for name, value in metrics.items()}
+        state, *on_device = step(state, placed)
+    metrics, scores = jax.device_get(on_device)
+    return state, {name: float(value) for name, value in metrics.items()} | measure(batch, scores, BETA2)
 
 
 def gradient(state):
@@ -131,21 +134,18 @@ def test_metrics_equal_numpy():
     ratio = ((logprobs - batch.sampler_logprobs) * batch.response_mask).sum(axis=1)[rows]
     advantages = batch.advantages[rows, 0].astype(np.float64)
     loss, reference = reference_gradient(batch)
-    assert metrics == pytest.approx(
-        {
-            "learner/loss": np.mean((BETA2 * ratio - advantages) ** 2),
-            "learner/grad_norm": norm(reference),
-            "learner/log_ratio": ratio.mean(),
-            "learner/log_ratio_abs": np.abs(ratio).mean(),
-            "learner/log_ratio_min": ratio.min(),
-            "learner/residual": np.abs(BETA2 * ratio - advantages).mean(),
-            "learner/advantage_abs": np.abs(advantages).mean(),
-            "learner/entropy": entropy[batch.response_mask].mean(),
-            "learner/learning_rate": 1e-4,
-        },
-        rel=1e-4,
-        abs=1e-6,
-    )
+    expected = {
+        "learner/loss": np.mean((BETA2 * ratio - advantages) ** 2),
+        "learner/grad_norm": norm(reference),
+        "learner/log_ratio": ratio.mean(),
+        "learner/log_ratio_abs": np.abs(ratio).mean(),
+        "learner/log_ratio_min": ratio.min(),
+        "learner/residual": np.abs(BETA2 * ratio - advantages).mean(),
+        "learner/advantage_abs": np.abs(advantages).mean(),
+        "learner/entropy": entropy[batch.response_mask].mean(),
+        "learner/learning_rate": 1e-4,
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-4, abs=1e-6)
     assert metrics["learner/loss"] == pytest.approx(float(loss), rel=1e-5)
     assert abs(ratio).min() > 1e-3, "the test must have something to compare"
 
@@ -218,6 +218,19 @@ def test_micro_batches_equal_the_whole_batch(objective, num_pairs):
     assert_close(gradient(split), gradient(whole), atol=2e-6 * norm(gradient(whole)))
     assert_close(split.params, whole.params, atol=1e-6)
     assert split_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+    assert "learner/clipped" not in metrics
+
+
+@pytest.mark.slow
+def test_the_clipped_share_is_that_of_the_tokens_of_all_micro_batches():
+    batch = make_batch()
+    lengths, advantages = batch.response_mask.sum(axis=1), batch.advantages[:, 0]
+    log_ratios = ((learner_logprobs(batch) - batch.sampler_logprobs) * batch.response_mask).sum(axis=1)
+    ratios = np.exp(log_ratios / np.maximum(lengths, 1))
+    is_clipped = ((advantages > 0) & (ratios > 1.1)) | ((advantages < 0) & (ratios < 0.9))
+    assert 0 < (is_clipped * lengths).sum() < lengths.sum()
+    metrics = run(batch, objective="gspo", num_micro_batches=4)[1]
+    assert metrics["learner/clipped"] == pytest.approx((is_clipped * lengths).sum() / lengths.sum())
 
 
 @pytest.mark.slow
@@ -227,7 +240,10 @@ def test_rows_that_fill_the_batch_do_not_matter():
     filled, metrics = run(batch)
     exact, exact_metrics = run(bare)
     assert_close(gradient(filled), gradient(exact), atol=2e-6 * norm(gradient(exact)))
-    assert metrics == pytest.approx(exact_metrics, rel=1e-5, abs=1e-6)
+    # A percentile is the value of one token or rollout, with the rounding of its row.
+    whole = {name: value for name, value in exact_metrics.items() if not name[-1].isdigit()}
+    assert {name: metrics[name] for name in whole} == pytest.approx(whole, rel=1e-5, abs=1e-6)
+    assert metrics == pytest.approx(exact_metrics, rel=1e-4, abs=1e-5)
     tokens = batch.tokens.copy()
     tokens[8:] = 17
     assert_close(gradient(run(batch._replace(tokens=tokens))[0]), gradient(filled), atol=0)

@@ -19,7 +19,7 @@ def test_values_and_gradients_equal_the_transcription():
     losses = gspo.OBJECTIVE.losses(jnp.asarray(logprobs), *args)
     gradient = jax.grad(lambda lp: gspo.OBJECTIVE.losses(lp, *args).sum())(jnp.asarray(logprobs))
 
-    expected, expected_gradient, num_clipped = np.zeros((3, 2)), np.zeros(IDS.shape), 0
+    expected, expected_gradient, is_clipped = np.zeros((3, 2)), np.zeros(IDS.shape), np.zeros(IDS.shape, bool)
     for row in range(3):
         for rollout in range(2):
             tokens = [t for t in range(IDS.shape[1]) if IDS[row, t] == rollout + 1]
@@ -31,10 +31,12 @@ def test_values_and_gradients_equal_the_transcription():
                 for t in tokens:
                     expected_gradient[row, t] = -s * a / len(tokens)
             else:
-                num_clipped += 1
-    assert 0 < num_clipped < 6
+                is_clipped[row, tokens] = True
+    assert 0 < is_clipped.sum() < (IDS > 0).sum()
     np.testing.assert_allclose(losses, expected, rtol=1e-5)
     np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-5, atol=1e-7)
+    clipped = gspo.OBJECTIVE.clipped(jnp.asarray(logprobs), *args[:2])
+    np.testing.assert_array_equal(np.asarray(clipped)[IDS > 0], is_clipped[IDS > 0])
 
 
 def test_its_advantages_are_grpos_and_its_clip_is_its_own():
