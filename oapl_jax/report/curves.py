@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import statistics
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -16,33 +17,19 @@ SYNC = "sync/seconds"
 """Is in the lines of sync steps only."""
 
 
-class Bucket(NamedTuple):
-    """Neighbouring steps that share a point."""
-
-    count: int
-    steps: float
-    """Sum of the steps, as ``values`` of the values."""
-    values: float
-    low: float
-    high: float
-
-    def merge(self, other: "Bucket") -> "Bucket":
-        """Both of them as one."""
-        sums = self.count + other.count, self.steps + other.steps, self.values + other.values
-        return Bucket(*sums, min(self.low, other.low), max(self.high, other.high))
-
-
 class Curve:
-    """The values of one metric. The width of the buckets, in steps, doubles when there are too many."""
+    """The values of one metric, in buckets of steps. Their width doubles when there are too many."""
 
     def __init__(self, points: Iterable[tuple[int, float]] = ()):
-        self._width, self._buckets = 1, dict[int, Bucket]()
+        self._width = 1
+        self._buckets: dict[int, list[float]] = {}
+        """Of each the number of values, the sum of their steps, their sum, the lowest and the highest."""
         for step, value in points:
             self.add(step, value)
 
     def add(self, step: int, value: float) -> None:
         """A value; of a step that has one already, both count."""
-        self._put(step // self._width, Bucket(1, step, value, value, value))
+        self._put(step // self._width, [1, step, value, value, value])
         if len(self._buckets) > MOST_POINTS:
             before, self._buckets, self._width = self._buckets, {}, 2 * self._width
             for key, bucket in before.items():
@@ -50,34 +37,29 @@ class Curve:
 
     def points(self) -> dict[str, list[float]]:
         """Mean step and mean value of each bucket, and the bounds of the values where buckets have several steps."""
-        buckets = [self._buckets[key] for key in sorted(self._buckets)]
-        means = {
-            "x": [item.steps / item.count for item in buckets],
-            "y": [item.values / item.count for item in buckets],
-        }
-        bounds = {"low": [item.low for item in buckets], "high": [item.high for item in buckets]}
-        return {name: [float(f"{v:.6g}") for v in found] for name, found in {**means, **bounds}.items()} | (
-            {} if self._width > 1 else {"low": [], "high": []}
-        )
+        buckets = [bucket for _, bucket in sorted(self._buckets.items())]
+        columns = {"x": [steps / n for n, steps, *_ in buckets], "y": [values / n for n, _, values, *_ in buckets]}
+        for i, name in ((3, "low"), (4, "high")):
+            columns[name] = [bucket[i] for bucket in buckets] if self._width > 1 else []
+        return {name: [float(f"{value:.6g}") for value in found] for name, found in columns.items()}
 
     def ends(self) -> tuple[float, float]:
         """Means over the first and the last tenth of the points; NaN where there are none."""
-        buckets = [self._buckets[key] for key in sorted(self._buckets)]
-        tenth = max(1, len(buckets) // 10)
-        first, last = (
-            sum(item.values for item in part) / max(1, sum(item.count for item in part))
-            for part in (buckets[:tenth], buckets[-tenth:])
-        )
-        return (first, last) if buckets else (math.nan, math.nan)
+        values = self.points()["y"]
+        tenth = max(1, len(values) // 10)
+        return (statistics.fmean(values[:tenth]), statistics.fmean(values[-tenth:])) if values else (math.nan, math.nan)
 
     @property
     def total(self) -> float:
         """Sum of all values."""
-        return sum(bucket.values for bucket in self._buckets.values())
+        return sum(bucket[2] for bucket in self._buckets.values())
 
-    def _put(self, key: int, bucket: Bucket) -> None:
-        there = self._buckets.get(key)
-        self._buckets[key] = bucket if there is None else there.merge(bucket)
+    def _put(self, key: int, bucket: list[float]) -> None:
+        there = self._buckets.setdefault(key, bucket)
+        if there is not bucket:
+            for i in range(3):
+                there[i] += bucket[i]
+            there[3:] = min(there[3], bucket[3]), max(there[4], bucket[4])
 
 
 class Metrics(NamedTuple):
@@ -141,7 +123,21 @@ PANELS = (
     Panel("Look of the correct responses", "share of the correct ones", {
         "copied from the prompt": "rollouts/copied", "most frequent form": "rollouts/same_form",
     }),
-    Panel("Lowest log-ratio of a batch", "nats", {"lowest": "learner/log_ratio_min"}),
+    Panel("Log-ratio: its spread", "nats per response", {
+        "lowest": "learner/log_ratio_min", "5 %": "learner/log_ratio_p05", "median": "learner/log_ratio_p50",
+        "95 %": "learner/log_ratio_p95",
+    }),
+    Panel("KL of sampler and learner", "nats per token", {"KL": "learner/kl"}),
+    Panel("Effective sample size", "share of the rollouts, by weights exp(log-ratio)", {
+        "effective sample size": "learner/effective_sample_size",
+    }),
+    Panel("Calibration", "of beta2 · log-ratio against the advantage", {"slope": "learner/fit_slope", "R²": "learner/fit_r2"}),
+    Panel("Residual where A > 0", "quantiles, reward units", {
+        f"{p} %": f"learner/residual_positive_p{p}" for p in (10, 50, 90)
+    }),
+    Panel("Residual where A < 0", "quantiles, reward units", {
+        f"{p} %": f"learner/residual_negative_p{p}" for p in (10, 50, 90)
+    }),
 )  # fmt: skip
 """The first nine are also in the picture. The page gives every other metric a panel of its own."""
 PICTURED = 9

@@ -87,7 +87,7 @@ def score(evaluations: list[Evaluation], summary: dict[str, Any], curves: dict[s
         ends = {name.partition("/")[2]: curve.points()["y"] for name, curve in curves.items() if "/pass@" in name}
         rows = {"before": {name: values[0] for name, values in ends.items()}}
         rows["newest"] = {name: values[-1] for name, values in ends.items() if len(values) > 1}
-    return [_without_interval(label, values) for label, values in rows.items() if _by_k(values)]
+    return [_without_interval(label, values) for label, values in rows.items() if by_k(values)]
 
 
 def gain(evaluations: list[Evaluation], scores: list[Scores]) -> Gain | None:
@@ -126,11 +126,11 @@ def _score(item: Evaluation) -> Scores:
 
 
 def _without_interval(label: str, values: dict[str, float]) -> Scores:
-    by_k = sorted(_by_k(values).items())
-    return Scores(label, [k for k, _ in by_k], [value for _, value in by_k], [], [])
+    found = sorted(by_k(values).items())
+    return Scores(label, [k for k, _ in found], [value for _, value in found], [], [])
 
 
-def _by_k(values: dict[str, float]) -> dict[int, float]:
+def by_k(values: dict[str, float]) -> dict[int, float]:
     """Values by k, without those of single data sets; raises a ValueError where a name or value is none."""
     if not isinstance(values, dict):
         raise ValueError(f"pass@k is {values!r:.40}, not an object")

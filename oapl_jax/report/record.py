@@ -11,7 +11,7 @@ from oapl_jax.io import json_lines, storage
 from oapl_jax.io.metrics import METRICS_FILE
 from oapl_jax.io.run_dir import CONFIG_FILE, EVALUATIONS_FILE, STARTS_FILE
 from oapl_jax.report import curves, reservoir
-from oapl_jax.report.evaluations import Evaluation, Scores, read_evaluations, score
+from oapl_jax.report.evaluations import Evaluation, Scores, by_k, read_evaluations, score
 from oapl_jax.rollouts.log import digests_of
 from oapl_jax.untrusted import reading
 
@@ -49,6 +49,7 @@ def read_run(run_dir: pathlib.Path, most_rollouts: int = reservoir.MOST_ROLLOUTS
     settings = _settings(config)
     summary = reading.read_object(summary_file) if summary_file.exists() else {}
     metrics = curves.read_metrics(run_dir / METRICS_FILE)
+    _add_ends(metrics.curves, summary)
     evaluated = read_evaluations(run_dir / EVALUATIONS_FILE)
     shared = settings.get("run.shared_dir", "None")
     rollouts_dir = storage.shared_path(run_dir if shared == "None" else shared) / "rollouts"
@@ -75,6 +76,13 @@ def differences(records: list[RunRecord]) -> list[tuple[str, list[str]]]:
     keys = dict.fromkeys(itertools.chain.from_iterable(record.settings for record in records))
     rows = [(key, [record.settings.get(key, "-") for record in records]) for key in keys if key != "run.dir"]
     return [(key, values) for key, values in rows if len(set(values)) > 1]
+
+
+def _add_ends(of_run: dict[str, curves.Curve], summary: dict[str, Any]) -> None:
+    """Adds the evaluations before and after the run, which are in summary.json, to those of metrics.jsonl."""
+    for when, step in (("before", 0), ("after", summary.get("steps"))):
+        for k, value in by_k(summary.get(when, {})).items() if type(step) is int else ():
+            of_run.setdefault(f"evaluation/pass@{k}", curves.Curve()).add(step, value)
 
 
 def _settings(config: str) -> dict[str, str]:

@@ -367,7 +367,7 @@ function rolloutsPart(run) {
 function openGroup(group, chosen) {
   const dialog = document.querySelector("dialog");
   const learned = group.steps === null || group.steps === undefined ? "" : group.steps.length ? ` · trained on in step ${group.steps.join(", ")}` : " · not trained on";
-  dialog.replaceChildren(
+  dialog.replaceChildren(...[
     el("div", { class: "bar" }, el("b", {}, `Group ${group.id}`), el("span", { class: "soft" }, `${group.name} · policy version ${group.version} · V* ${number(group.value, 3)}${learned}`),
       el("button", { class: "close", type: "button", autofocus: true, onclick: () => dialog.close() }, "close")),
     el("pre", {}, group.prompt || "(no text)"), group.answer ? el("p", {}, "gold answer: ", el("code", {}, group.answer)) : null,
@@ -375,7 +375,7 @@ function openGroup(group, chosen) {
       el("p", { class: "meta" }, el("span", { class: r.verdict }, r.verdict), ` · reward ${number(r.reward, 3)} · advantage ${number(r.advantage, 3)}`),
       el("pre", {}, r.text || "(empty)"),
       el("p", { class: "meta" }, `${number(r.logprob, 4)} nats · ${r.tokens} tokens · ${r.finish === "length" ? "cut at the limit" : "ended by itself"}`),
-      r.detail ? el("p", { class: "meta" }, `grader: ${r.detail}`) : null, r.extra ? el("pre", {}, r.extra) : null))));
+      r.detail ? el("p", { class: "meta" }, `grader: ${r.detail}`) : null, r.extra ? el("pre", {}, r.extra) : null)))].filter(Boolean));
   dialog.showModal();
 }
 
@@ -383,7 +383,8 @@ function openGroup(group, chosen) {
 
 function runPart(run) {
   const whole = run.seconds["learner/seconds"] || 0, wait = run.seconds["learner/wait_seconds"] || 0, sync = run.seconds["sync/seconds"] || 0;
-  const split = [["training and the rest of the steps", Math.max(0, whole - wait - sync)], ["waiting for rollouts", wait], ["syncs", sync]];
+  const total = Math.max(whole, run.facts.seconds || 0);
+  const split = [["training and the rest of the steps", Math.max(0, whole - wait - sync)], ["waiting for rollouts", wait], ["syncs", sync], ["outside of steps: start, last evaluation, saving", total - whole]];
   const sampled = run.counts.reduce((sum, item) => sum + item.groups, 0);
   const dropped = run.curves["window/dropped_groups"]?.y.at(-1);
   const notes = [
@@ -395,7 +396,7 @@ function runPart(run) {
   return [
     el("h2", {}, "Time"),
     whole ? [el("div", { class: "split", role: "img", "aria-label": "shares of the time" }, split.map(([, seconds], i) => { const part = el("div", { colour: COLOURS[i] }); part.style.flexGrow = seconds; return part; })),
-      el("p", { class: "legend" }, split.map(([name, seconds], i) => el("span", { colour: COLOURS[i] }, el("i"), `${name} ${duration(seconds)}, ${(100 * seconds / whole).toFixed(1)} %`))),
+      el("p", { class: "legend" }, split.map(([name, seconds], i) => el("span", { colour: COLOURS[i] }, el("i"), `${name} ${duration(seconds)}, ${(100 * seconds / total).toFixed(1)} %`))),
       run.seconds["evaluation/seconds"] ? el("p", { class: "soft" }, `Evaluations took ${duration(run.seconds["evaluation/seconds"])}, in part beside these steps.`) : null] : el("p", { class: "soft" }, "Not recorded: learner/seconds"),
     el("h2", {}, "Restarts and drops"), notes.map((text) => text && el("p", {}, text)),
     page.runs.length > 1 ? [el("h2", {}, "Differences between the configs"), el("div", { class: "scroll" }, el("table", {}, el("tr", {}, el("th"), page.runs.map((item) => el("th", {}, item.name))), differ))] : null,

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import heapq
 import itertools
 import math
@@ -14,6 +15,7 @@ import pyarrow as pa
 
 from oapl_jax.io.storage import SharedPath
 from oapl_jax.rollouts.log import RolloutLog
+from oapl_jax.rollouts.schema import COLUMNS, is_kind
 from oapl_jax.types import FinishReason, RolloutGroup, Verdict
 from oapl_jax.untrusted.parquet import Limits
 
@@ -86,10 +88,10 @@ class LogRecord:
 
 class _Row(NamedTuple):
     group_id: str
-    verdict: Verdict
+    verdict: str
     detail: str
     reward: float | None
-    finish: FinishReason
+    finish: str
     value: float | None
 
 
@@ -108,8 +110,8 @@ def read_log(directory: SharedPath, most_rollouts: int = MOST_ROLLOUTS) -> LogRe
             for name, members in itertools.groupby(table, key=lambda row: row.group_id):
                 rows = list(members)
                 _count(counts, rows)
-                reasons.update((row.verdict, re.sub(r"\d+", "#", row.detail[:160])) for row in rows)
-                candidate = Candidate(-zlib.crc32(name.encode()), name, len(rows), place)
+                reasons.update((row.verdict, _kind(row.detail)) for row in rows)
+                candidate = Candidate(-zlib.crc32(str(name).encode()), name, len(rows), place)
                 for stratum in {(i * _RANGES // len(versions), row.verdict, _bin(row.reward)) for row in rows}:
                     push = heapq.heappush if len(strata[stratum]) < _KEPT else heapq.heappushpop
                     push(strata[stratum], candidate)
@@ -140,36 +142,38 @@ def _choose(strata: list[list[Candidate]], most_rollouts: int) -> dict[Place, se
 
 def _rows(log: RolloutLog, place: Place) -> list[_Row]:
     """The columns that are counted, of a file; raises a ValueError where a value is not what the schema says."""
-    table: pa.Table = log.read_columns(*place, _COLUMNS, LIMITS)
-    rows = zip(*(table[name].to_pylist() for name in _COLUMNS), strict=True)
-    return [
-        _Row(str(name), Verdict(verdict), str(detail), _number(reward), FinishReason(finish), _number(value))
-        for name, verdict, detail, reward, finish, value in rows
-    ]
+    table = log.read_columns(*place, _COLUMNS, LIMITS)
+    for name in _COLUMNS:
+        if not (is_kind(table[name].type, COLUMNS[name].type) or pa.types.is_null(table[name].type)):
+            raise ValueError(f"column {name} is {table[name].type}")
+    columns = {name: table[name].to_pylist() for name in _COLUMNS}
+    if not ({*columns["verdict"]} <= {*Verdict} and {*columns["finish_reason"]} <= {*FinishReason}):
+        raise ValueError("has unknown verdicts or finish reasons")
+    return list(itertools.starmap(_Row, zip(*columns.values(), strict=True)))
 
 
-def _number(value: Any) -> float | None:
-    if value is not None and not isinstance(value, int | float):
-        raise ValueError(f"has {value!r:.40} for a number")
-    return float(value) if value is not None and math.isfinite(value) else None
+@functools.lru_cache(maxsize=4096)
+def _kind(detail: str | None) -> str:
+    """The reason of a verdict with each number as ``#``."""
+    return re.sub(r"\d+", "#", (detail or "")[:160])
 
 
 def _bin(reward: float | None) -> int:
-    return -2 if reward is None else max(-1, min(4, math.floor(4 * reward)))
+    return -2 if reward is None or math.isnan(reward) else int(max(-1, min(4, 4 * reward)) // 1)
 
 
 def _count(counts: Counts, rows: list[_Row]) -> None:
     """Adds a group."""
-    correct = sum(row.verdict is Verdict.CORRECT for row in rows)
+    correct = sum(row.verdict == Verdict.CORRECT for row in rows)
     counts.groups += 1
     counts.none_correct += correct == 0
     counts.all_correct += correct == len(rows)
     counts.rollouts += len(rows)
     counts.correct += correct
-    counts.invalid += sum(row.verdict is Verdict.INVALID for row in rows)
-    counts.truncated += sum(row.finish is FinishReason.LENGTH for row in rows)
-    counts.reward += sum(row.reward for row in rows if row.reward is not None)
-    if rows[0].value is not None:
+    counts.invalid += sum(row.verdict == Verdict.INVALID for row in rows)
+    counts.truncated += sum(row.finish == FinishReason.LENGTH for row in rows)
+    counts.reward += sum(row.reward for row in rows if row.reward is not None and math.isfinite(row.reward))
+    if rows[0].value is not None and math.isfinite(rows[0].value):
         counts.value += rows[0].value
         counts.num_values += 1
 

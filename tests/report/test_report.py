@@ -108,6 +108,8 @@ def test_the_report_is_one_file_that_fetches_nothing(run_dir):
 def test_the_report_shows_the_numbers_of_the_summary_and_the_config(run_dir):
     run = shown(run_dir)
     assert "Held-out pass@1 went from 0.270 to 0.920 (+65.0 points; no interval" in run["verdict"]
+    held_out = run["curves"]["evaluation/pass@1"]
+    assert (held_out["x"], held_out["y"][0]) == ([0, 25, 50, 75, 100], 0.27)
     assert run["facts"] == {"steps": 100, "rollouts": 12_800, "seconds": 4000.4}
     assert run["scores"][1]["k"] == [1, 2, 4, 8, 16, 32, 64]
     assert "dir: runs/demo" in run["config"]
