@@ -13,8 +13,12 @@ from oapl_jax.report.server import ReportServer
 def main(argv: list[str]) -> None:
     """Exit code 2 where there is no such run."""
     parser = argparse.ArgumentParser(prog="oapl-jax report", description="Writes the report of a run.")
-    parser.add_argument("runs", type=pathlib.Path, nargs="+", metavar="RUN", help="run directory, such as runs/quickstart; the page is written into the first, and compares it with the others")  # fmt: skip
-    parser.add_argument("--serve", action="store_true", help="write nothing; serve the page to this machine's browser, follow the run, and page through all its rollouts")  # fmt: skip
+    runs = (
+        "run directories, such as runs/quickstart; the page is written into the first, and compares it with the others"
+    )
+    serve = "write nothing; show the page to this machine's browser, follow the run, and page through all its rollouts"
+    parser.add_argument("runs", type=pathlib.Path, nargs="+", metavar="RUN", help=runs)
+    parser.add_argument("--serve", action="store_true", help=serve)
     parser.add_argument("--port", type=int, default=8722, help="of --serve; 0: any free one")
     arguments = parser.parse_args(argv)
     for run in arguments.runs:

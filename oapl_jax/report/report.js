@@ -431,7 +431,7 @@ nav.addEventListener("keydown", (event) => {
 const runs = document.getElementById("runs");
 runs.hidden = page.runs.length < 2;
 runs.querySelector("select").append(...page.runs.map((run, i) => el("option", { value: i }, run.name)));
-runs.addEventListener("change", (event) => { view.run = Number(event.target.value); view.domain = null; view.file = null; show(); });
+runs.addEventListener("change", (event) => { view.run = Number(event.target.value); view.domain = null; view.file = null; document.querySelector("h1").textContent = page.runs[view.run].name; show(); });
 
 const prefersDark = matchMedia("(prefers-color-scheme: dark)"), themes = ["system", "light", "dark"];
 let theme = "system";

@@ -95,49 +95,60 @@ class _Row(NamedTuple):
     value: float | None
 
 
+class Reservoir:
+    """Candidates by stratum, of each the groups with the smallest CRC-32."""
+
+    def __init__(self):
+        self._strata: dict[tuple, list[Candidate]] = collections.defaultdict(list)
+
+    def add(self, rows: list[_Row], place: Place, position: float) -> None:
+        """A group; ``position`` from 0 to 1 is that of its version among all."""
+        name = str(rows[0].group_id)
+        candidate = Candidate(-zlib.crc32(name.encode()), name, len(rows), place)
+        for stratum in {(int(position * _RANGES), row.verdict, _bin(row.reward)) for row in rows}:
+            heap = self._strata[stratum]
+            (heapq.heappush if len(heap) < _KEPT else heapq.heappushpop)(heap, candidate)
+
+    def choose(self, most_rollouts: int) -> dict[Place, set[str]]:
+        """Ids of the chosen groups by file: the strata take turns."""
+        chosen: dict[Place, set[str]] = collections.defaultdict(set)
+        num_rollouts, is_chosen = 0, set[str]()
+        queues = collections.deque(iter(sorted(self._strata[key], reverse=True)) for key in sorted(self._strata))
+        while queues:
+            queue = queues.popleft()
+            for item in queue:
+                if item.id not in is_chosen and num_rollouts + item.size <= most_rollouts:
+                    chosen[item.place].add(item.id)
+                    is_chosen.add(item.id)
+                    num_rollouts += item.size
+                    queues.append(queue)
+                    break
+        return chosen
+
+
 def read_log(directory: SharedPath, most_rollouts: int = MOST_ROLLOUTS) -> LogRecord:
     """Counts all rollouts of a log, and reads those to be shown; a file that cannot be read is left out and named."""
     log, damaged = RolloutLog(directory), list[str]()
+    reservoir, reasons, spans = Reservoir(), collections.Counter[tuple[str, str]](), dict[int, Counts]()
     versions = _try(directory, log.versions, damaged) or []
-    reasons, strata = collections.Counter[tuple[str, str]](), collections.defaultdict[tuple, list[Candidate]](list)
-    spans = dict[int, Counts]()
-    for i, version in enumerate(versions):
-        span = i * _SPANS // len(versions) if len(versions) > _SPANS else i
-        counts = spans.setdefault(span, Counts((version, version)))
-        counts.versions = (counts.versions[0], version)
-        for place in (Place(version, part) for part in log.parts(version)):
-            table = _try(log.path(*place), lambda place=place: _rows(log, place), damaged) or []
-            for name, members in itertools.groupby(table, key=lambda row: row.group_id):
-                rows = list(members)
-                _count(counts, rows)
-                reasons.update((row.verdict, _kind(row.detail)) for row in rows)
-                candidate = Candidate(-zlib.crc32(str(name).encode()), name, len(rows), place)
-                for stratum in {(i * _RANGES // len(versions), row.verdict, _bin(row.reward)) for row in rows}:
-                    push = heapq.heappush if len(strata[stratum]) < _KEPT else heapq.heappushpop
-                    push(strata[stratum], candidate)
-            if len(reasons) > _MOST_REASONS:
-                reasons = collections.Counter(dict(reasons.most_common(_MOST_REASONS // 10)))
-    chosen, groups = _choose([sorted(strata[key], reverse=True) for key in sorted(strata)], most_rollouts), []
-    for place, names in sorted(chosen.items()):
-        found = _try(log.path(*place), lambda place=place: log.read_part(*place, LIMITS), damaged) or []
+    places = [(Place(v, part), i / len(versions)) for i, v in enumerate(versions) for part in log.parts(v)]
+    for place, position in places:
+        table = _try(log.path(*place), functools.partial(_rows, log, place), damaged) or []
+        counts = spans.setdefault(int(position * _SPANS), Counts((place.version, place.version)))
+        counts.versions = (counts.versions[0], place.version)
+        for _, members in itertools.groupby(table, key=lambda row: row.group_id):
+            rows = list(members)
+            _count(counts, rows)
+            reasons.update((row.verdict, _kind(row.detail)) for row in rows)
+            reservoir.add(rows, place, position)
+        if len(reasons) > _MOST_REASONS:
+            reasons = collections.Counter(dict(reasons.most_common(_MOST_REASONS // 10)))
+    groups = []
+    for place, names in sorted(reservoir.choose(most_rollouts).items()):
+        found = _try(log.path(*place), functools.partial(log.read_part, *place, LIMITS), damaged) or []
         groups += [group for group in found if group.id in names]
     counted = [(*reason, count) for reason, count in reasons.most_common(_SHOWN_REASONS)]
     return LogRecord([counts for counts in spans.values() if counts.groups], counted, groups, damaged)
-
-
-def _choose(strata: list[list[Candidate]], most_rollouts: int) -> dict[Place, set[str]]:
-    """Ids of the chosen groups by file."""
-    chosen: dict[Place, set[str]] = collections.defaultdict(set)
-    num_rollouts, queues = 0, collections.deque(map(iter, strata))
-    while queues:
-        queue = queues.popleft()
-        for item in queue:
-            if item.id not in chosen[item.place] and num_rollouts + item.size <= most_rollouts:
-                chosen[item.place].add(item.id)
-                num_rollouts += item.size
-                queues.append(queue)
-                break
-    return {place: names for place, names in chosen.items() if names}
 
 
 def _rows(log: RolloutLog, place: Place) -> list[_Row]:
