@@ -1,7 +1,6 @@
 """Writes ``report.html`` and ``curves.png`` into a run directory, or serves the page of a run that goes on."""
 
 import argparse
-import contextlib
 import pathlib
 
 from oapl_jax.io.run_dir import check_release
@@ -11,7 +10,7 @@ from oapl_jax.report.server import ReportServer
 
 
 def main(argv: list[str]) -> None:
-    """Exit code 2 where there is no such run."""
+    """Exit code 2 where there is no such run, or the port is taken."""
     parser = argparse.ArgumentParser(prog="oapl-jax report", description="Writes the report of a run.")
     runs = (
         "run directories, such as runs/quickstart; the page is written into the first, and compares it with the others"
@@ -26,6 +25,10 @@ def main(argv: list[str]) -> None:
     if not arguments.serve:
         say(write_report(*arguments.runs))
         return
-    with ReportServer(arguments.runs, arguments.port) as server, contextlib.suppress(KeyboardInterrupt):
+    try:
+        server = ReportServer(arguments.runs, arguments.port)
+    except OSError as error:
+        raise ValueError(f"--port {arguments.port}: {error.strerror}; give another one") from None
+    with server:
         say(f"{server.address} (Ctrl-C ends it)")
         server.serve_forever()

@@ -49,7 +49,7 @@ def read_run(run_dir: pathlib.Path, most_rollouts: int = reservoir.MOST_ROLLOUTS
     settings = _settings(config)
     summary = reading.read_object(summary_file) if summary_file.exists() else {}
     metrics = curves.read_metrics(run_dir / METRICS_FILE)
-    _add_ends(metrics.curves, summary)
+    _add_ends(metrics, summary)
     evaluated = read_evaluations(run_dir / EVALUATIONS_FILE)
     shared = settings.get("run.shared_dir", "None")
     rollouts_dir = storage.shared_path(run_dir if shared == "None" else shared) / "rollouts"
@@ -78,11 +78,11 @@ def differences(records: list[RunRecord]) -> list[tuple[str, list[str]]]:
     return [(key, values) for key, values in rows if len(set(values)) > 1]
 
 
-def _add_ends(of_run: dict[str, curves.Curve], summary: dict[str, Any]) -> None:
+def _add_ends(metrics: curves.Metrics, summary: dict[str, Any]) -> None:
     """Adds the evaluations before and after the run, which are in summary.json, to those of metrics.jsonl."""
-    for when, step in (("before", 0), ("after", summary.get("steps"))):
-        for k, value in by_k(summary.get(when, {})).items() if type(step) is int else ():
-            of_run.setdefault(f"evaluation/pass@{k}", curves.Curve()).add(step, value)
+    for when, step in (("before", 0), ("after", metrics.last_step or 0)):
+        for k, value in by_k(summary.get(when, {})).items():
+            metrics.curves.setdefault(f"evaluation/pass@{k}", curves.Curve()).add(step, value)
 
 
 def _settings(config: str) -> dict[str, str]:

@@ -271,6 +271,9 @@ def test_the_server_follows_a_run_and_pages_through_all_rollouts(tmp_path, monke
         thread = Thread(target=served.serve_forever)
         thread.start()
         try:
+            (run_dir / RUN_FILE).write_text(json.dumps({"layout": LAYOUT, "version": "0"}))
+            words = ["report", str(run_dir), "--serve", "--port", str(served.server_port)]
+            assert commands.main(words) == ExitCode.USAGE
             assert data_in(get(served.address))["served"]
             with metrics.MetricsWriter(run_dir, LoggingConfig(tensorboard=False), resume_step=3) as writer:
                 writer.write(4, {"rollouts/reward": 0.125})
