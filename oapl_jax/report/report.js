@@ -305,7 +305,7 @@ function matrix(solved) {
   const wide = Math.max(6, Math.min(56, Math.min(main.clientWidth, 680) / solved.steps.length)), tall = Math.max(3, Math.min(9, 900 / solved.prompts.length)), top = 18;
   const cells = solved.shares.flatMap((row, y) => row.map((share, x) => svg("rect", { x: x * wide, y: top + y * tall, width: wide - 1, height: tall - (tall > 4 ? 1 : 0.3), fill: "var(--c2)", "fill-opacity": share === null ? 0 : 0.06 + 0.94 * share },
     svg("title", {}, `${solved.prompts[y]}, step ${solved.steps[x]}: ${share === null ? "not asked" : number(share, 2)}`))));
-  const labels = solved.steps.map((step, x) => (x % Math.ceil(34 / wide) ? null : svg("text", { x: x * wide + wide / 2, y: 12, "text-anchor": "middle" }, String(step))));
+  const labels = solved.steps.map((step, x) => (x % Math.ceil((12 + 7 * String(solved.steps.at(-1)).length) / wide) ? null : svg("text", { x: x * wide + wide / 2, y: 12, "text-anchor": "middle" }, String(step))));
   const size = [solved.steps.length * wide, top + solved.prompts.length * tall];
   return el("div", {},
     el("p", {}, `Of ${solved.prompts.length} prompts ${count(true, true)} are solved at both ends, ${count(false, true)} were gained, ${count(true, false)} lost, ${count(false, false)} are solved at neither. Solved: at least half of the samples are correct.`),
