@@ -124,16 +124,22 @@ def write_run(folder: pathlib.Path) -> None:
             for s in range(1, 9)
         ],
     )
+    counts = {"prompts": ["a", "b"], "graded": [4, 4]}
+    write_lines(
+        folder / "evaluations.jsonl",
+        [{"step": 0, **counts, "correct": [0, 1]}, {"step": 8, **counts, "correct": [2, 4]}],
+    )
+    write_lines(folder / "starts.jsonl", [{"step": 0}, {"step": 4}])
     (folder / "summary.json").write_text(json.dumps({"before": {"pass@1": 0.1}, "after": {"pass@1": 0.2}}))
     RolloutLog(folder / "rollouts").append([group(0), group(1)])
 
 
 def read_run(folder: pathlib.Path) -> object:
-    from oapl_jax.report import report
+    from oapl_jax.report import page, record
 
     run_dir.read_config(folder, TrainConfig)
     BatchRecord(folder / "batches.jsonl")
-    return report.read_run(folder)
+    return page.render([record.read_run(folder)])
 
 
 def read_model_config(folder: pathlib.Path) -> object:

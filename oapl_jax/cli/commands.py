@@ -39,7 +39,7 @@ COMMANDS: dict[str, tuple[Command, ...]] = {
         Command("check-sandbox", "which sandbox this machine offers to graded programs", "--level namespaces"),
     ),
     "Look at a run": (
-        Command("report", "curves and responses of a run as one page", "runs/NAME"),
+        Command("report", "verdict, curves and responses of runs as one page", "runs/NAME [--serve]"),
         Command("audit", "check from its files what a run was trained on", "runs/NAME"),
     ),
     "Use a trained model": (

@@ -10,7 +10,7 @@ import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from oapl_jax.io import storage
@@ -20,27 +20,30 @@ from oapl_jax.untrusted import reading
 PART_BYTES = 2**18
 
 
-def read(path: SharedPath) -> list[dict[str, Any]]:
-    """The objects of the lines; none where there is no file. A last line that a crash tore in two is left out.
+def stream(path: SharedPath) -> Iterator[dict[str, Any]]:
+    """The objects of the lines, one at a time; none where there is no file. A last line that a crash tore is left out.
 
     Raises:
         ValueError: any other line is no object with a ``step``; it is named.
     """
-    *whole, last = _text(path).split("\n")
-    found = []
-    for number, line in enumerate([*whole, last] if last else whole, start=1):
+    for number, line in enumerate(_lines(path), start=1):
         try:
-            record = reading.parse_json(line, "it")
+            record = reading.parse_json(line.removesuffix(b"\n").decode("utf-8-sig"), "it")
             if not isinstance(record, dict) or type(record.get("step")) is not int:
                 raise ValueError("it has no step")
         except ValueError as error:
-            if number > len(whole):
-                break  # no newline after it: the process was killed while it wrote
+            if not line.endswith(b"\n"):
+                break  # the process was killed while it wrote
+            shown = line[:80].decode(errors="replace").rstrip("\n")
             raise ValueError(
-                f"{path}: line {number} is damaged ({error}): {line[:80]!r}; remove it and the lines after it"
+                f"{path}: line {number} is damaged ({error}): {shown!r}; remove it and the lines after it"
             ) from None
-        found.append(record)
-    return found
+        yield record
+
+
+def read(path: SharedPath) -> list[dict[str, Any]]:
+    """All of ``stream``."""
+    return list(stream(path))
 
 
 class LineFile:
@@ -96,12 +99,17 @@ def _add(parts: list[bytes], line: bytes) -> list[bytes]:
     return parts
 
 
-def _text(path: SharedPath) -> str:
+def _lines(path: SharedPath) -> Iterator[bytes]:
     """What is there; a run that was copied from an object store has the folder of parts on a disk."""
     local = pathlib.Path(str(path))
-    if storage.is_local(path) and not local.is_dir():
-        return reading.read_text(local) if local.exists() else ""
-    return b"".join(_parts(path)).decode()
+    if not storage.is_local(path) or local.is_dir():
+        for part in _parts(path):
+            yield from part.splitlines(keepends=True)
+    elif local.exists():
+        if not local.is_file():
+            raise ValueError(f"{path}: is not a regular file; give one")
+        with local.open("rb") as file:
+            yield from file
 
 
 def _parts(path: SharedPath) -> list[bytes]:

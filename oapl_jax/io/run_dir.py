@@ -17,6 +17,11 @@ CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
 """Layout and release of the program that wrote the directory."""
 
+EVALUATIONS_FILE = "evaluations.jsonl"
+"""A line for each evaluation: its step, the ids of the held-out prompts, and of each the graded and correct samples."""
+STARTS_FILE = "starts.jsonl"
+"""A line for each start of the trainer: the step from which it went on."""
+
 LAYOUT = 2
 """Number of what the files of a run directory are and mean; raised by a change that another release cannot read."""
 

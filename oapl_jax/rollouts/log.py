@@ -109,14 +109,16 @@ class RolloutLog:
                 raise ValueError(f"{path}: has group {group.id}, of another policy version than its folder")
         return groups
 
-    def read_columns(self, version: int, part: int, columns: list[str]) -> pa.Table:
+    def read_columns(
+        self, version: int, part: int, columns: list[str], limits: parquet.Limits | None = None
+    ) -> pa.Table:
         """Some columns of one file, without its other ones.
 
         Raises:
-            ValueError: the file cannot be read, is of a newer schema, or lacks a required column.
+            ValueError: the file cannot be read, is beyond ``limits`` or of a newer schema, or lacks a required column.
         """
         path = self.path(version, part)
-        return schema.select(_read_table(path, columns), columns, str(path))
+        return schema.select(_read_table(path, columns, limits), columns, str(path))
 
     def count(self, version: int) -> dict[str, float]:
         """Groups and rollouts of a version that has any, and the means over its rollouts; decodes no tokens."""

@@ -7,6 +7,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from oapl_jax.evaluation.held_out import Counts, summarize
+from oapl_jax.io.json_lines import LineFile
 from oapl_jax.io.metrics import MetricsWriter
 from oapl_jax.types import Metrics, Prompt
 
@@ -16,18 +17,26 @@ class Evaluator:
 
     ``count`` samples and grades with some weights, as ``SamplingSetup.count_held_out``. A collective of several
     processes must not be called from a thread of its own: without one, evaluations are over when they are started.
+    ``record`` is the file that gets the counts of each prompt; None in a process that another one leads.
     """
 
-    def __init__(self, count: Callable[[Any, int], Counts], prompts: list[Prompt], *, has_thread: bool):
-        self._count, self._prompts = count, prompts
+    def __init__(
+        self,
+        count: Callable[[Any, int], Counts],
+        prompts: list[Prompt],
+        record: LineFile | None = None,
+        *,
+        has_thread: bool,
+    ):
+        self._count, self._prompts, self._record = count, prompts, record
         self._thread = ThreadPoolExecutor(1, "evaluation") if has_thread else None
 
-    def start(self, weights: Any, num_samples: int) -> "Future[Metrics]":
+    def start(self, weights: Any, num_samples: int, step: int) -> "Future[Metrics]":
         """Begins to evaluate these weights, which must not change; without prompts there are no metrics."""
         if self._thread is not None:
-            return self._thread.submit(self._evaluate, weights, num_samples)
+            return self._thread.submit(self._evaluate, weights, num_samples, step)
         done: Future[Metrics] = Future()
-        done.set_result(self._evaluate(weights, num_samples))
+        done.set_result(self._evaluate(weights, num_samples, step))
         return done
 
     def close(self) -> None:
@@ -35,11 +44,16 @@ class Evaluator:
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
 
-    def _evaluate(self, weights: Any, num_samples: int) -> Metrics:
+    def _evaluate(self, weights: Any, num_samples: int, step: int) -> Metrics:
         if not self._prompts:
             return {}
         start = time.perf_counter()
-        metrics = summarize(self._count(weights, num_samples), self._prompts)
+        counts = self._count(weights, num_samples)
+        if self._record is not None:
+            of_prompts = {"graded": counts.graded.tolist(), "correct": counts.correct.tolist()}
+            ids = [prompt.id for prompt in self._prompts]
+            self._record.append({"step": step, "prompts": ids, **of_prompts})
+        metrics = summarize(counts, self._prompts)
         return {**metrics, "evaluation/seconds": time.perf_counter() - start}
 
 

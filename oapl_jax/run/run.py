@@ -23,6 +23,7 @@ from oapl_jax.distributed.memory import trim_heap
 from oapl_jax.distributed.messages import forward_preemption
 from oapl_jax.distributed.sharding import num_processes
 from oapl_jax.io import run_dir, storage
+from oapl_jax.io.json_lines import LineFile
 from oapl_jax.io.lease import Lease, Leases
 from oapl_jax.io.metrics import MetricsWriter
 from oapl_jax.io.preemption import StopSignals
@@ -242,7 +243,9 @@ class Run:
     def evaluate(self, num_samples: int) -> "Future[Metrics]":
         """Begins to evaluate the learner's weights of now."""
         is_synced = self.progress.step == self.progress.window_step
-        return self.evaluator.start(self.sampler_weights if is_synced else self._copy()[0], num_samples)
+        return self.evaluator.start(
+            self.sampler_weights if is_synced else self._copy()[0], num_samples, self.progress.step
+        )
 
     def is_best(self, metrics: Metrics) -> bool:
         """Whether an evaluation of this step is the best so far, by ``checkpoint.keep_best``.
@@ -274,7 +277,7 @@ class Run:
         assert self.plan is not None
         assert self.plan.epoch_steps is not None
         progress = self.progress
-        metrics = self.evaluator.start(self._copy()[0], self.config.evaluation.samples).result()
+        metrics = self.evaluator.start(self._copy()[0], self.config.evaluation.samples, self.progress.step).result()
         number, epoch = progress.policy_version, (progress.step - progress.window_step) // self.plan.epoch_steps
         folder = self.directory / EPOCHS_FOLDER / f"{number:02}-{epoch:02}"
         with storage.folder_for(folder) as written:
@@ -333,7 +336,7 @@ class Run:
         if not num_prompts:
             return {}
         with self.bar.stage(f"evaluating: {num_prompts:,} held-out prompts, {num_samples} samples each"):
-            return self.evaluator.start(weights, num_samples).result()
+            return self.evaluator.start(weights, num_samples, self.progress.step).result()
 
     def _copy(self) -> tuple[Any, Metrics]:
         """The learner's weights of now, as the sampler takes them."""
@@ -415,12 +418,16 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
             progress, state, weights, is_changed = _restore(assembly, setup, checkpoints, rollouts, bar)
             reference = _load_params(assembly) if assembly.learner.keeps_reference else None
         is_new = checkpoints.latest_step is None
-        record = writer = None
+        record = writer = evaluations = None
         if is_leader:
             record = BatchRecord(directory / "batches.jsonl", delete_after=progress.step if is_changed else None)
             resume_step, written = None if is_new else progress.step, config_file.written(config)
             writer = MetricsWriter(directory, config.logging, resume_step=resume_step, config=written)
             stack.enter_context(writer)
+            evaluations = LineFile(
+                directory / run_dir.EVALUATIONS_FILE, lambda step: not is_new and step <= progress.step
+            )
+            LineFile(directory / run_dir.STARTS_FILE, lambda step: True).append({"step": progress.step})
         if cluster is None and setup.turns is not None and config.mode == "online":
             start = time.perf_counter()
             with bar.stage("compiling the sampler"):
@@ -434,7 +441,7 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
         if config.window.imports is not None:
             source = ImportedWindows(source, setup, directory, rollouts, bar.note)
         count = setup.count_held_out if cluster is None else cluster.evaluate
-        evaluator = Evaluator(count, setup.held_out, has_thread=cluster is None)
+        evaluator = Evaluator(count, setup.held_out, evaluations, has_thread=cluster is None)
         stack.callback(source.close)
         stack.callback(evaluator.close)
         run = Run(

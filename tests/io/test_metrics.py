@@ -12,7 +12,7 @@ import pytest
 
 from oapl_jax.config.run import LoggingConfig
 from oapl_jax.io import metrics, progress_bar
-from oapl_jax.report import report
+from oapl_jax.report import curves, findings
 
 
 def write_steps(run_dir, steps, **options):
@@ -87,6 +87,7 @@ def test_the_metrics_page_names_each_metric_once_and_describes_it():
         assert re.fullmatch(r"(learner|rollouts|window|sync|sampler|evaluation)/[a-z]+([_@][a-z0-9]+)*", name), name
         assert len(row) == 5, name
         assert all(row), name
-    shown = re.findall(r'"((?:learner|rollouts|window|sync|sampler|evaluation)/\w+)"', inspect.getsource(report))
+    shown = re.findall(r'"((?:learner|rollouts|window|sync|sampler|evaluation)/\w+)"', inspect.getsource(findings))
+    shown += [name for panel in curves.PANELS for name in panel.metrics.values()]
     shown += [name for name, _, _ in progress_bar._SHOWN]
     assert set(shown) <= set(names)

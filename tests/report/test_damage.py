@@ -12,7 +12,7 @@ from oapl_jax.io import console
 from oapl_jax.report import report
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, RolloutGroup, Verdict
-from test_report import make_group, make_run
+from test_report import make_group, make_run, shown
 
 
 def damage(path):
@@ -37,9 +37,9 @@ def test_a_report_is_written_whatever_lies_there(tmp_path):
     damage(run / "rollouts/000003/part-000000.parquet")
     for name in ("report.html", "curves.png"):
         link_elsewhere(run / name)
-    html = report.write_report(run).read_text()
-    for fact in ("Left out: ", "000000/part-000000.parquet: is not a readable Parquet file", r"whole \x1b[2J 0"):
-        assert fact in html
+    found = shown(report.write_report(run).parent)
+    assert "rollouts/000000/part-000000.parquet: is not a readable Parquet file" in found["damaged"][0]
+    assert [group["rollouts"][0]["text"] for group in found["groups"]] == [r"whole \x1b[2J 0"]
     assert not (run / "report.html").is_symlink()
     assert not (run / "no").exists()
 
@@ -50,6 +50,8 @@ def test_a_report_is_written_whatever_lies_there(tmp_path):
         ("summary.json", "[1]"),
         ("summary.json", '{"after": {"pass@x": 1}}'),
         ("metrics.jsonl", '{"step": 1, "rollouts/reward": "high"}\n{"step": 2}\n'),
+        ("evaluations.jsonl", '{"step": 1, "prompts": ["a"], "graded": [4], "correct": [5]}\n'),
+        ("evaluations.jsonl", '{"step": 1, "prompts": ["a"], "graded": [4, 4], "correct": [1]}\n'),
     ],
 )
 def test_a_damaged_record_is_one_line(tmp_path, capsys, name, content):

@@ -65,7 +65,13 @@ def test_metrics_are_those_of_the_page(finished):
 
 
 def test_the_run_leaves_what_people_look_at(finished):
-    directory, _ = finished
+    directory, summary = finished
+    assert read_lines(directory / "starts.jsonl") == [{"step": 0}]
+    evaluations = read_lines(directory / "evaluations.jsonl")
+    assert [line["step"] for line in evaluations] == [0, 5, 10]
+    assert [len(line["prompts"]) for line in evaluations] == [8, 8, 8]
+    for line, when in ((evaluations[0], "before"), (evaluations[-1], "after")):
+        assert summary[when]["pass@1"] == pytest.approx(np.mean(np.divide(line["correct"], line["graded"])))
     assert (directory / "report.html").stat().st_size > 10_000
     assert (directory / "export" / "config.json").exists()
     assert (directory / "config.yaml").exists()

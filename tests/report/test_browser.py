@@ -1,0 +1,168 @@
+"""The page in headless Chromium, opened from disk; skipped where Chromium, its driver or Selenium is missing."""
+
+import dataclasses
+import shutil
+
+import pytest
+
+from oapl_jax.report import report
+from oapl_jax.rollouts.log import RolloutLog
+from test_report import add_evaluations, make_group, make_run
+
+webdriver = pytest.importorskip("selenium.webdriver", reason="needs Selenium (requirements-dev.txt)")
+CHROMIUM, DRIVER = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs Chromium: apt-get install chromium chromium-driver"),
+]
+TABS = ["Overview", "Curves", "Held-out", "Rollouts", "Run"]
+HOSTILE = "</script><img src=x onerror='window.pwned=1'><b>bold</b>\x1b[31m\u202e"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for word in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars"):
+        options.add_argument(word)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    run_dir = make_run(tmp_path_factory.mktemp("browser") / "demo")
+    add_evaluations(run_dir, [0, 1, 2, 3], [4, 1, 4, 4])
+    group = make_group(7, 5, HOSTILE)
+    without_answer = dataclasses.replace(group, prompt=dataclasses.replace(group.prompt, answer=""))
+    RolloutLog(run_dir / "rollouts").append([without_answer])
+    return report.write_report(run_dir).as_uri()
+
+
+@pytest.fixture
+def page(browser, address):
+    """The page as it opens; nothing may have been written to the console in the end."""
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size(1280))
+    browser.get("about:blank")
+    browser.get(address)
+    yield browser
+    assert [entry["message"] for entry in browser.get_log("browser")] == []
+
+
+def size(width):
+    return {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": False}
+
+
+def all_of(page, selector):
+    return page.find_elements("css selector", selector)
+
+
+def click(page, selector, text):
+    """Clicks the one element with this text."""
+    (found,) = (element for element in all_of(page, selector) if element.text == text)
+    found.click()
+
+
+def rollouts(page):
+    click(page, "nav button", "Rollouts")
+    return all_of(page, ".rows button")
+
+
+def press(page, *keys):
+    webdriver.ActionChains(page).send_keys(*keys).perform()
+
+
+def test_every_part_is_drawn(page):
+    for tab, selector, least in (
+        ("Overview", "figure svg .line", 3),
+        ("Curves", "figure svg .line", 12),
+        ("Held-out", "svg.matrix rect", 8),
+        ("Rollouts", ".rows button", 8),
+        ("Run", ".split div", 3),
+    ):
+        click(page, "nav button", tab)
+        assert len(all_of(page, f"main {selector}")) >= least, tab
+    assert "oapl-jax sft --config" in page.find_element("tag name", "main").text
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_nothing_is_wider_than_a_phone(page, theme):
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size(400))
+    while page.execute_script("return document.documentElement.dataset.theme") != theme:
+        page.find_element("id", "theme").click()
+    for tab in TABS:
+        click(page, "nav button", tab)
+        assert page.execute_script("return document.documentElement.scrollWidth") <= 400, tab
+    rollouts(page)[0].click()
+    assert page.execute_script("return document.querySelector('dialog').getBoundingClientRect().right") <= 400
+
+
+def test_texts_of_rollouts_stay_texts(page):
+    (first, *_) = rollouts(page)  # of the newest version
+    first.click()
+    dialog = page.find_element("css selector", "dialog[open]")
+    for_people = HOSTILE.replace("\x1b", r"\x1b").replace("\u202e", r"\u202e")
+    assert [element.text for element in dialog.find_elements("css selector", ".group pre")] == [
+        f"{for_people} 0",
+        f"{for_people} 1",
+    ]
+    assert "null" not in dialog.text
+    assert not all_of(page, "main b > *, dialog img, dialog .group b, main img")
+    assert page.execute_script("return window.pwned") is None
+    click(page, "dialog button", "close")
+    assert not all_of(page, "dialog[open]")
+
+
+def test_rollouts_are_searched_filtered_and_sorted(page):
+    assert len(rollouts(page)) == 8
+    search = page.find_element("css selector", "input[type=search]")
+    search.send_keys("ONERROR")
+    assert len(all_of(page, ".rows button")) == 2
+    search.clear()
+    search.send_keys(" ")  # of every prompt and response
+    page.find_element("css selector", "select option[value=wrong]").click()
+    found = all_of(page, ".rows button")
+    assert len(found) == 4
+    assert all(element.text.startswith("wrong") for element in found)
+    versions = [element.text.partition("version ")[2][0] for element in found]
+    assert versions == ["5", "3", "0", "0"]
+    page.find_element("css selector", "input[type=checkbox]").click()
+    assert all_of(page, ".rows button")[0].text.partition("version ")[2][0] == "0"
+
+
+def test_a_cursor_is_shared_and_a_drag_zooms_all_charts(page):
+    click(page, "nav button", "Curves")
+    first, *_ = charts = all_of(page, "figure svg")
+    webdriver.ActionChains(page).move_to_element(first).perform()
+    assert len(all_of(page, "svg .cursor")) >= 8
+    (tip,) = (element for element in all_of(page, ".tip") if element.is_displayed())
+    assert tip.text.startswith("step ")
+    labels = [chart.find_elements("css selector", "text") for chart in charts[:1]]
+    before = [label.text for label in labels[0]]
+    webdriver.ActionChains(page).move_to_element(first).click_and_hold().move_by_offset(60, 0).release().perform()
+    assert [label.text for label in first.find_elements("css selector", "text")] != before
+    click(page, "main button", "whole run")
+    assert [label.text for label in first.find_elements("css selector", "text")] == before
+
+
+def test_the_keyboard_reaches_everything(page):
+    from selenium.webdriver.common.keys import Keys
+
+    page.find_element("css selector", "nav button").send_keys(Keys.ARROW_RIGHT)
+    assert page.find_element("css selector", "[aria-selected=true]").text == "Curves"
+    first = page.find_element("css selector", "figure svg")
+    page.execute_script("arguments[0].focus()", first)
+    press(page, Keys.ARROW_LEFT)
+    assert "step 99" in page.find_element("css selector", ".tip").text
+    press(page, "+")
+    assert page.find_element("css selector", ".unzoom").is_enabled()
+    press(page, "0")
+    assert not page.find_element("css selector", ".unzoom").is_enabled()
+    rollouts(page)
+    page.execute_script("document.querySelector('.rows button').focus()")
+    press(page, Keys.ENTER)
+    assert page.switch_to.active_element.text == "close"
+    press(page, Keys.ESCAPE)
+    assert not all_of(page, "dialog[open]")
