@@ -179,7 +179,10 @@ def s3():
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    with environment(settings):
+    with contextlib.ExitStack() as stack:
+        stack.callback(server.wait)
+        stack.callback(server.terminate)
+        stack.enter_context(environment(settings))
         end = time.monotonic() + 60
         while True:
             with contextlib.suppress(OSError), socket.create_connection((HOST, port), 1):
@@ -191,8 +194,6 @@ def s3():
 
         s3fs.S3FileSystem().mkdir("runs")
         yield "s3://runs"
-        server.terminate()
-        server.wait(20)
 
 
 @contextlib.contextmanager
@@ -204,13 +205,14 @@ def gcs(weather):
     port = free_port()
     server = emulator.create_server(HOST, port, in_memory=True, default_bucket="runs")
     server.start()
-    with Proxy(port, weather) as proxy:
+    with contextlib.ExitStack() as stack:
+        stack.callback(server.stop)
+        proxy = stack.enter_context(Proxy(port, weather))
         settings = {"STORAGE_EMULATOR_HOST": proxy.url, "GOOGLE_CLOUD_PROJECT": "test", "NO_GCE_CHECK": "true"}
         with environment(settings):
             core.GCSFileSystem.clear_instance_cache()
             fsspec.register_implementation("gs", core.GCSFileSystem, clobber=True)
             yield "gs://runs"
-    server.stop()
 
 
 def copied(address, folder):
