@@ -10,6 +10,7 @@ package, and see the run directory. Needs the extra ``ray``.
 """
 
 import argparse
+import logging
 import os
 import subprocess
 import sys
@@ -73,13 +74,14 @@ def run(name: str, number: int, options: dict[str, Any], words: list[str]) -> No
     Raises:
         RuntimeError: a process has failed; its output has the reason.
     """
-    target = ray.remote(num_cpus=0)(Target).options(name=name).remote(number)
-    make = ray.remote(max_restarts=-1, max_task_retries=-1, max_concurrency=2, **options)(Worker)
+    remote: Any = ray.remote  # typed for classes that are decorated
+    target = remote(num_cpus=0)(Target).options(name=name).remote(number)
+    make = remote(max_restarts=-1, max_task_retries=-1, max_concurrency=2, **options)(Worker)
     workers: list[Any] = []
     ends: dict[Any, Any] = {}  # the result of ``wait`` -> its worker
     is_done, deadline = False, float("inf")
     while not (is_done and not ends):
-        wanted = 0 if time.monotonic() > deadline else len(workers) if is_done else ray.get(target.get.remote())
+        wanted = 0 if time.monotonic() > deadline else len(workers) if is_done else int(ray.get(target.get.remote()))
         while len(workers) < wanted:
             worker = make.remote(words)
             workers.append(worker)
@@ -126,7 +128,7 @@ def _parse_arguments(argv: list[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: list[str]) -> int:
     """The command line; exit codes: 0 the work is done, 1 a process failed."""
     arguments, words = _parse_arguments(argv)
-    ray.init(address=arguments.address, namespace=NAMESPACE, log_to_driver=True, logging_level="warning")
+    ray.init(address=arguments.address, namespace=NAMESPACE, log_to_driver=True, logging_level=logging.WARNING)
     if arguments.action == "scale":
         ray.get(ray.get_actor(arguments.name).set.remote(arguments.number))
         return 0

@@ -92,7 +92,7 @@ def test_a_grpo_config_differs_from_its_oapl_config_in_the_method_alone(path):
         for key, value in grpo[name].items()
         if other[name][key] != value
     }
-    assert changed == {"run.dir", "learner.updates_per_batch", "window.sync_every"}
+    assert changed == {"run.dir", "learner.updates_per_batch", "window.sync_every", "window.max_version_lag"}
 
 
 def test_every_online_oapl_config_has_a_grpo_config_beside_it():
