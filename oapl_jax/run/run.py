@@ -227,7 +227,7 @@ class Run:
         for sign in signs:
             self.bar.note(sign)
         numbers, scores = zip(*of_updates, strict=True)
-        metrics = mean_of_updates(numbers)
+        metrics = {name: float(np.mean([update[name] for update in numbers])) for name in numbers[0]}
         metrics |= divergence.measure(list(zip(parts, scores, strict=True)), learner.beta2)
         metrics |= batches.describe(groups, self.config.data.sets) | on_surface
         metrics["learner/padding"] = float(np.mean([batches.padding(part, learner.rows) for part in parts]))
@@ -556,15 +556,6 @@ def _claim_run(stack: contextlib.ExitStack, setup: SamplingSetup) -> Lease:
             " Two would overwrite each other: stop it, or choose another run.dir"
         )
     return lease
-
-
-def mean_of_updates(of_updates: Sequence[Metrics]) -> Metrics:
-    """The metrics of a step from those of its updates: the mean, of ``*_min`` the least and of ``*_max`` the most."""
-    found = {}
-    for name in of_updates[0]:
-        combine = {"_min": np.min, "_max": np.max}.get(name[-4:], np.mean)
-        found[name] = float(combine([metrics[name] for metrics in of_updates]))
-    return found
 
 
 def indices(group_ids: list[str] | None) -> list[int] | None:

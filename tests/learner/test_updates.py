@@ -16,7 +16,6 @@ from oapl_jax.learner.state import make_schedule
 from oapl_jax.model import qwen
 from oapl_jax.model.lora import attached, trained
 from oapl_jax.objectives.catalogue import OBJECTIVES
-from oapl_jax.run.run import mean_of_updates
 from rollouts.groups import group
 
 CONFIG = tiny.config("qwen3_tied")
@@ -128,11 +127,3 @@ def test_the_learning_rate_is_that_of_the_step():
     rates = [float(make_schedule(config, 4, 3)(update)) for update in range(12)]
     assert rates == [float(by_step(step)) for step in range(4) for _ in range(3)]
     assert rates[0] == 0.5
-
-
-def test_the_metrics_of_a_step_are_means_and_extremes_of_its_updates():
-    of_updates = [
-        {"learner/loss": 1.0, "learner/log_ratio_min": -3.0},
-        {"learner/loss": 2.0, "learner/log_ratio_min": -1},
-    ]
-    assert mean_of_updates(of_updates) == {"learner/loss": 1.5, "learner/log_ratio_min": -3.0}
