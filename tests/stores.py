@@ -221,7 +221,7 @@ def copied(address, folder):
     store = fsspec.filesystem(address.partition("://")[0], use_listings_cache=False)
     names = [name.partition(f"{path.name}/")[2] for name in store.find(address)]
     storage.get_folder(path, names, folder)
-    for name in ("metrics.jsonl", "batches.jsonl"):
+    for name in ("metrics.jsonl", "batches.jsonl", "evaluations.jsonl", "starts.jsonl"):
         parts = folder / name
         text = "".join(part.read_text() for part in sorted(parts.iterdir()))
         parts.rename(folder / f"{name}.parts")

@@ -18,7 +18,11 @@ def test_more_steps_go_on_as_if_the_run_had_not_ended(finished, tmp_path):
     for steps in (4, 6, 10):
         summary = train.run(make_config(tmp_path, run={"steps": steps}))
         assert (summary["steps"], summary["planned_steps"]) == (steps, steps)
-    assert_same_run(finished[0], tmp_path, but=("sync/bytes",))  # the sync of step 4 was that of the next start
+    # The sync of step 4 was that of the next start, and each end had an evaluation.
+    assert_same_run(finished[0], tmp_path, but=("sync/bytes", "evaluations.jsonl"))
+    of_whole, of_parts = (read_lines(run / "evaluations.jsonl") for run in (finished[0], tmp_path))
+    assert [line for line in of_parts if line in of_whole] == of_whole
+    assert [line["step"] for line in of_parts if line not in of_whole] == [4, 6]
     audit.audit(tmp_path)
     before = (tmp_path / "metrics.jsonl").stat().st_mtime_ns
     assert train.run(make_config(tmp_path, run={"steps": 10})) == summary
