@@ -591,7 +591,9 @@ def test_the_skypilot_task_runs_what_is_here(programs, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SKYPILOT_NODE_RANK", "1")
     monkeypatch.setenv("OVERRIDES", "run.steps=3 run.seed=1")
-    subprocess.run(["bash", "-c", task["run"].replace("cd /runs", f"cd {tmp_path}")], check=True)
+    assert "${PWD}/.venv/bin:" in task["run"]  # where setup installs; here the program is that of the test
+    shell = task["run"].replace("cd /runs", f"cd {tmp_path}").replace("${PWD}/.venv/bin:", "")
+    subprocess.run(["bash", "-c", shell], check=True)
     assert called.read_text().split() == [
         *("oapl-jax", "train", "--config", str(ROOT / "configs/gsm8k_qwen2.5.yaml")),
         *("--coordinator", "10.0.0.1:8476", "--num-processes", "2", "--process-id", "1", "run.steps=3", "run.seed=1"),
