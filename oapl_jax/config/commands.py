@@ -72,7 +72,7 @@ class TrainConfig(Section):
         if batch % group_size:
             yield (
                 f"learner.batch_rollouts={batch} is not a multiple of sampler.group_size={group_size};"
-                f" nearest: {max(1, round(batch / group_size)) * group_size}"
+                f" nearest: {max(1, (batch + (group_size - 1) // 2) // group_size) * group_size}"
             )
         elif batch // group_size % self.learner.updates_per_batch:
             yield (

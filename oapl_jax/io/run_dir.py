@@ -40,7 +40,7 @@ def check_release(run: SharedPath) -> None:
     """
     if storage.exists(run / RUN_FILE):
         try:
-            mark = json.loads(storage.read(run / RUN_FILE))
+            mark = storage.read_object(run / RUN_FILE)
             layout, version = mark["layout"], mark["version"]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{run / RUN_FILE}: has no layout and version; restore the file") from None

@@ -83,10 +83,14 @@ def read_metrics(path: SharedPath) -> Metrics:
         for name, value in line.items():
             if value is None:
                 continue
-            if type(value) not in (int, float):
-                raise ValueError(f"{path}: step {step}: {name} is {value!r:.40}, not a number")
-            if math.isfinite(value):
-                curves.setdefault(name, Curve()).add(step, value)
+            try:
+                if type(value) not in (int, float):
+                    raise TypeError
+                place, number = float(step), float(value)
+            except (TypeError, OverflowError):
+                raise ValueError(f"{path}: step {step!r:.40}: {name} is {value!r:.40}, not a number") from None
+            if math.isfinite(place + number):
+                curves.setdefault(name, Curve()).add(step, number)
         if SYNC in line:
             syncs.append(step)
     return Metrics(curves, syncs, last_step)

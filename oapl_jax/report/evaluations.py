@@ -135,7 +135,10 @@ def by_k(values: dict[str, float]) -> dict[int, float]:
     if not isinstance(values, dict):
         raise ValueError(f"pass@k is {values!r:.40}, not an object")
     found = {name: value for name, value in values.items() if name.startswith("pass@")}
-    return {int(name.removeprefix("pass@")): float(value) for name, value in found.items()}
+    try:
+        return {int(name.removeprefix("pass@")): float(value) for name, value in found.items()}
+    except (TypeError, OverflowError):
+        raise ValueError(f"pass@k is {found!r:.80}, not numbers") from None
 
 
 def _spread(length: int, most: int) -> list[int]:
