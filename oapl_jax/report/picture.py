@@ -7,7 +7,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from oapl_jax.evaluation.plots import BLUE, COLOURS, GREEN, GREY, ORANGE, STYLE
+from oapl_jax.evaluation.plots import COLOURS, GREY, STYLE
 from oapl_jax.report.curves import PANELS, PICTURED, Metrics, Panel
 
 _STYLE: Any = STYLE | {"axes.edgecolor": GREY, "legend.fontsize": 9, "lines.linewidth": 1.6}
@@ -30,7 +30,7 @@ def draw(metrics: Metrics) -> bytes:
 
 
 def _draw(axes: Axes, panel: Panel, metrics: Metrics) -> None:
-    for (label, name), colour in zip(panel.metrics.items(), (BLUE, ORANGE, GREEN, *COLOURS), strict=False):
+    for (label, name), colour in zip(panel.metrics.items(), COLOURS, strict=False):
         if name in metrics.curves:
             points = metrics.curves[name].points()
             axes.plot(
