@@ -78,7 +78,7 @@ def draw_seconds(page: pathlib.Path) -> float | None:
 def make_run(run: pathlib.Path, num_steps: int, num_rollouts: int) -> None:
     rng = np.random.default_rng(0)
     run.mkdir(parents=True)
-    evaluations, batches = (LineFile(run / f"{name}.jsonl", lambda _: True) for name in ("evaluations", "batches"))
+    evaluations, batches = (LineFile(run / f"{name}.jsonl") for name in ("evaluations", "batches"))
     with MetricsWriter(run, LoggingConfig(tensorboard=False)) as writer:
         for step in range(1, num_steps + 1):
             values = rng.normal(step / num_steps, 0.1, NUM_METRICS)

@@ -47,31 +47,11 @@ def read(path: SharedPath) -> list[dict[str, Any]]:
 
 
 class LineFile:
-    """A file that a run goes on with; one process writes it."""
+    """A file that a run appends to, of ``open_lines``; one process writes it."""
 
-    def __init__(self, path: SharedPath, is_kept: Callable[[int], bool]):
-        """Removes what a crash tore, and the lines of steps that are not kept; the others are ``kept``, as ``read`` has them.
-
-        Raises:
-            ValueError: as ``read``.
-        """
-        self._path = path
-        self.kept = [record for record in read(path) if is_kept(record["step"])]
-        lines = [_line(record) for record in self.kept]
-        if storage.is_local(path):
-            if storage.exists(path):
-                storage.replace(path, b"".join(lines))
-            return
-        parts = [b""]
-        for line in lines:
-            _add(parts, line)
-        # From the end on: a process that is killed here leaves the first of the lines that there were, without a gap.
-        for number, before in reversed(list(enumerate(_parts(path)))):
-            if number >= len(parts):
-                storage.remove(_part(path, number))
-            elif before != parts[number]:
-                storage.replace(_part(path, number), parts[number])
-        self._number, self._last = len(parts) - 1, parts[-1]
+    def __init__(self, path: SharedPath, last: bytes = b"", number: int = 0):
+        """In an object store, ``last`` is the content of the last part, and ``number`` its number."""
+        self._path, self._last, self._number = path, last, number
 
     def append(self, record: dict[str, Any], *, is_durable: bool = False) -> None:
         """Adds a line. Where it is durable, or in an object store, it survives a crash of the machine when this returns."""
@@ -85,6 +65,33 @@ class LineFile:
             file.flush()
             if is_durable:
                 os.fsync(file.fileno())
+
+
+def open_lines(path: SharedPath, is_kept: Callable[[int], bool]) -> tuple[LineFile, list[dict[str, Any]]]:
+    """Removes what a crash tore, and the lines of steps that are not kept.
+
+    Returns:
+        The file, to go on with, and the objects of the lines that were kept.
+
+    Raises:
+        ValueError: as ``stream``.
+    """
+    kept = [record for record in stream(path) if is_kept(record["step"])]
+    lines = [_line(record) for record in kept]
+    if storage.is_local(path):
+        if storage.exists(path):
+            storage.replace(path, b"".join(lines))
+        return LineFile(path), kept
+    parts = [b""]
+    for line in lines:
+        _add(parts, line)
+    # From the end on: a process that is killed here leaves the first of the lines that there were, without a gap.
+    for number, before in reversed(list(enumerate(_parts(path)))):
+        if number >= len(parts):
+            storage.remove(_part(path, number))
+        elif before != parts[number]:
+            storage.replace(_part(path, number), parts[number])
+    return LineFile(path, parts[-1], len(parts) - 1), kept
 
 
 def _line(record: dict[str, Any]) -> bytes:

@@ -42,7 +42,7 @@ class MetricsWriter:
         last_kept = -1 if resume_step is None else resume_step
         project, self._run_dir = logging.wandb_project, run_dir
         self._wandb = None if project is None else trackers.start_wandb(project, run_dir, config)
-        self._lines = json_lines.LineFile(run_dir / METRICS_FILE, lambda step: step <= last_kept)
+        self._lines, _ = json_lines.open_lines(run_dir / METRICS_FILE, lambda step: step <= last_kept)
         self._scratch = None if storage.is_local(run_dir) else tempfile.TemporaryDirectory(prefix="oapl-tensorboard-")
         self._has_tensorboard = logging.tensorboard
         self._tensorboard = self._start_tensorboard(last_kept + 1)

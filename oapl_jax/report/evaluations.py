@@ -142,7 +142,7 @@ def by_k(values: dict[str, float]) -> dict[int, float]:
 
 
 def _spread(length: int, most: int) -> list[int]:
-    """Indices from the first to the last, evenly, at most so many."""
+    """Indices from the first to the last, evenly; ``most`` of them, where there are more."""
     return sorted({round(i * (length - 1) / max(1, min(most, length) - 1)) for i in range(min(most, length))})
 
 

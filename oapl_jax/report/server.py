@@ -17,7 +17,7 @@ from oapl_jax.rollouts.log import RolloutLog
 HOST = "127.0.0.1"
 """The loopback address: rollouts are shown to nobody else."""
 _SHORTEST, _SHARE = 3.0, 10
-"""Seconds between two readings of the runs, and at least so many times what a reading took."""
+"""Least seconds between two readings of the runs, and in units of what a reading took."""
 
 
 class ReportServer(ThreadingHTTPServer):

@@ -146,8 +146,7 @@ class BatchRecord:
             ValueError: for a damaged line, unless it is the last one, which a crash tore.
         """
         self._path = path
-        self._lines = json_lines.LineFile(path, lambda step: delete_after is None or step <= delete_after)
-        kept = self._lines.kept
+        self._lines, kept = json_lines.open_lines(path, lambda step: delete_after is None or step <= delete_after)
         self._recorded = {row["step"]: digests_of(row, f"{path}: step {row['step']}") for row in kept}
         self._digests = {name: digest for batch in self._recorded.values() for name, digest in batch.items()}
 

@@ -23,7 +23,7 @@ from oapl_jax.distributed.memory import trim_heap
 from oapl_jax.distributed.messages import forward_preemption
 from oapl_jax.distributed.sharding import num_processes
 from oapl_jax.io import run_dir, storage
-from oapl_jax.io.json_lines import LineFile
+from oapl_jax.io.json_lines import open_lines
 from oapl_jax.io.lease import Lease, Leases
 from oapl_jax.io.metrics import MetricsWriter
 from oapl_jax.io.preemption import StopSignals
@@ -424,10 +424,11 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
             resume_step, written = None if is_new else progress.step, config_file.written(config)
             writer = MetricsWriter(directory, config.logging, resume_step=resume_step, config=written)
             stack.enter_context(writer)
-            evaluations = LineFile(
+            evaluations, _ = open_lines(
                 directory / run_dir.EVALUATIONS_FILE, lambda step: not is_new and step <= progress.step
             )
-            LineFile(directory / run_dir.STARTS_FILE, lambda step: True).append({"step": progress.step})
+            starts, _ = open_lines(directory / run_dir.STARTS_FILE, lambda step: True)
+            starts.append({"step": progress.step})
         if cluster is None and setup.turns is not None and config.mode == "online":
             start = time.perf_counter()
             with bar.stage("compiling the sampler"):

@@ -104,12 +104,12 @@ def test_a_file_of_lines_in_parts_loses_nothing_and_repeats_nothing(place, monke
     monkeypatch.setattr(json_lines, "PART_BYTES", 100)
     path, records = folder / "batches.jsonl", [{"step": step, "text": "x" * (step % 7)} for step in range(24)]
     weather.rates, weather.listing_lag = {"503": 0.05, "cut after": 0.05}, 5.0
-    lines = json_lines.LineFile(path, lambda step: True)
+    lines, _ = json_lines.open_lines(path, lambda step: True)
     for record in records[:18]:
         lines.append(record)
     assert json_lines.read(path) == records[:18]
-    again = json_lines.LineFile(path, lambda step: step <= 11)
-    assert again.kept == records[:12]
+    again, kept = json_lines.open_lines(path, lambda step: step <= 11)
+    assert kept == records[:12]
     assert json_lines.read(path) == records[:12]
     for record in records[12:]:
         again.append(record)
@@ -120,11 +120,11 @@ def test_a_file_of_lines_in_parts_loses_nothing_and_repeats_nothing(place, monke
 
 
 def test_a_killed_process_leaves_the_first_lines_without_a_gap(place, monkeypatch):
-    """``LineFile`` removes lines from the end on, so it may be killed after any of its writes."""
+    """``open_lines`` removes lines from the end on, so it may be killed after any of its writes."""
     folder, _ = place
     monkeypatch.setattr(json_lines, "PART_BYTES", 60)
     path, records = folder / "metrics.jsonl", [{"step": step} for step in range(30)]
-    lines = json_lines.LineFile(path, lambda step: True)
+    lines, _ = json_lines.open_lines(path, lambda step: True)
     for record in records:
         lines.append(record)
     remove, left = storage.remove, [2]
@@ -137,7 +137,7 @@ def test_a_killed_process_leaves_the_first_lines_without_a_gap(place, monkeypatc
 
     monkeypatch.setattr(storage, "remove", killed)
     with pytest.raises(KeyboardInterrupt):
-        json_lines.LineFile(path, lambda step: step < 3)
+        json_lines.open_lines(path, lambda step: step < 3)
     found = json_lines.read(path)
     assert 3 < len(found) < 30
     assert found == records[: len(found)]

@@ -72,7 +72,7 @@ def make_run(run_dir, steps=100, sync_every=25):
 
 def add_evaluations(run_dir, *correct):
     """Evaluations after steps 0, 10, ...: of each prompt the number of its four samples that are correct."""
-    file = LineFile(run_dir / "evaluations.jsonl", lambda step: True)
+    file = LineFile(run_dir / "evaluations.jsonl")
     for i, counts in enumerate(correct):
         ids = [f"chain/test/{j}" for j in range(len(counts))]
         file.append({"step": 10 * i, "prompts": ids, "graded": [4] * len(counts), "correct": counts})
@@ -242,7 +242,7 @@ def test_runs_are_compared_by_what_differs_in_their_configs(tmp_path):
 
 def test_groups_say_when_they_were_trained_on(tmp_path):
     run_dir = make_run(tmp_path / "demo", steps=3)
-    file = LineFile(run_dir / "batches.jsonl", lambda step: True)
+    file = LineFile(run_dir / "batches.jsonl")
     for step, names in ((1, ["000000-00000001"]), (2, ["000000-00000001", "000003-00000000"])):
         file.append({"step": step, "policy_version": 0, "groups": names, "digests": ["0"] * len(names)})
     found = record.read_run(run_dir)
