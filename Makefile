@@ -13,10 +13,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test test-fast test-long lint format docs setup tpu clean
+.PHONY: help quickstart test test-fast test-long lint format docs setup paper paper-fast paper-smollm2 tpu clean
 
 help: ## show the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 quickstart: $(RUN_STAMP) ## train a small model with OAPL on this machine and write its report
 	$(BIN)/python -m oapl_jax.train --config configs/quickstart.yaml
@@ -45,6 +45,15 @@ format: $(DEV_STAMP) ## format and fix what can be fixed
 docs: $(DOCS_STAMP) ## build the documentation in docs/_build/site; a warning is an error
 	$(BIN)/python -m sphinx -q -W --keep-going -c docs/site . docs/_build/site
 	@echo "docs/_build/site/docs/index.html"
+
+paper: $(RUN_STAMP) ## the paper's claims in miniature: tables and figures in runs/paper (hours, resumable)
+	$(BIN)/python -m experiments experiments/paper.yaml --out runs/paper
+
+paper-fast: $(RUN_STAMP) ## a part of it, in runs/paper_fast (20 minutes)
+	$(BIN)/python -m experiments experiments/paper_fast.yaml --out runs/paper_fast
+
+paper-smollm2: $(RUN_STAMP) ## three objectives at three lags on SmolLM2-135M (a day; MODEL=FOLDER, or from the hub)
+	$(BIN)/python -m experiments experiments/paper_smollm2.yaml --out runs/paper_smollm2 --processes 1 $(if $(MODEL),model.path=$(MODEL))
 
 tpu: $(RUN_STAMP) $(TPU_STAMP) ## install the compiler for TPUs, which preflight needs
 

@@ -45,7 +45,7 @@ SCHEMAS = {
 }
 NAMES = {command.name for group in COMMANDS.values() for command in group}
 EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-TARGETS = set(re.findall(r"^([a-z][a-z-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+TARGETS = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 PYTHON = r"(?:(?:\S*/)?python3?)"
 BEGINNINGS = (
     rf"make(?: |$)|(?:\S*/)?oapl-jax |{PYTHON} -m (?:oapl_jax|pytest|venv)|{PYTHON} (?:benchmarks|tests)/|"

@@ -14,7 +14,7 @@ import sys
 from project.test_layers import MODULES, PACKAGE, imports_of
 
 ROOT = pathlib.Path(__file__).parents[2]
-FOLDERS = [ROOT / name for name in ("oapl_jax", "tests", "benchmarks", "launch")]
+FOLDERS = [ROOT / name for name in ("oapl_jax", "tests", "benchmarks", "experiments", "launch")]
 
 
 def undefined_names(*paths: pathlib.Path) -> list[str]:
