@@ -92,7 +92,7 @@ class Grid(Section):
     tasks: dict[str, Task]
     methods: dict[str, Settings]
     searches: dict[str, Search] = Field(default={})
-    arms: dict[str, Arm]
+    arms: dict[str, Arm] = Field(default={})
     pairs: list[tuple[int, int]]
     """Seed of the warm start, seed of the run; in the order in which they are trained."""
     search_prompts: Count = 64

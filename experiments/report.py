@@ -22,7 +22,7 @@ class Choice(NamedTuple):
 
     settings: Settings
     values: list[tuple[Settings, float]]
-    """pass@1 at the end of each run, on the prompts of the search; NaN: the run has failed."""
+    """pass@1 at the end of each run, on the prompts of the search; of a run that diverged, in its last evaluation."""
 
 
 def choose(grid: Grid, name: str, out: pathlib.Path) -> Choice | None:
@@ -93,7 +93,8 @@ def _arms(grid: Grid, found: Mapping[str, Mapping[Pair, Record]]) -> str:
         cells = [name, arm.task, str(arm.lag or ""), str(len(members)), f"{first.rollouts[-1]:,}"]
         for metric in _SHOWN:
             start, end = ([r.value(metric, at) for r in members.values()] for at in ("start", "final"))
-            cells.append(f"{np.mean(start):.3f} -> {_summary(end)}" if np.isfinite(end).all() else "")
+            is_known = np.isfinite(start).all() and np.isfinite(end).all()
+            cells.append(f"{np.mean(start):.3f} -> {_summary(end)}" if is_known else "")
         cells.append(_summary([r.value("pass@1", "best") for r in members.values()]))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"

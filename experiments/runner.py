@@ -17,6 +17,8 @@ from oapl_jax.types import RunError
 
 ENDED = {"train": "summary.json", "sft": "export"}
 """What a command leaves at its end."""
+NON_FINITE = "the run stops here and its last checkpoint is kept"
+"""Of the message of ``oapl_jax/io/non_finite.py``."""
 
 
 class Runner:
@@ -48,7 +50,7 @@ class Runner:
                 print(
                     f"[{i}/{len(left)}] {run.name}: {seconds:.0f} s{f', exit code {code}' if code else ''}", flush=True
                 )
-                failed += [run] if code else []
+                failed += [] if is_over(run, self.out) else [run]
         except BaseException:
             self._pool.shutdown(cancel_futures=True)  # the children have got the signal too
             raise
@@ -83,8 +85,14 @@ class Runner:
 
 
 def is_over(run: Run, out: pathlib.Path) -> bool:
-    """Whether a run has ended."""
-    return (out / run.name / ENDED[run.command]).exists()
+    """Whether a run has ended, or has diverged."""
+    return (out / run.name / ENDED[run.command]).exists() or has_diverged(run, out)
+
+
+def has_diverged(run: Run, out: pathlib.Path) -> bool:
+    """Whether a loss that was not finite has stopped a run: that is a result, its last evaluation its last state."""
+    log = _log_path(run, out)
+    return log.is_file() and NON_FINITE in log.read_text(errors="replace")
 
 
 def cpu_seconds() -> float:

@@ -5,9 +5,11 @@ import json
 import numpy as np
 import pytest
 
-from experiments import claims, records
+from experiments import claims, records, runner
 from experiments.claims import Difference
-from experiments.grid import Claim, Side
+from experiments.grid import Claim, Run, Side
+from oapl_jax.io.non_finite import check_finite
+from oapl_jax.types import RunError
 
 
 def difference(*values: float) -> Difference:
@@ -84,3 +86,16 @@ def test_a_record_is_of_some_prompts_of_the_files_of_a_run(tmp_path):
     assert run.curve("pass@2") == pytest.approx([1 / 4, (5 / 6 + 1) / 2])  # 1 - C(n-c, 2) / C(n, 2)
     assert np.isnan(run.curve("pass@8")).all()
     assert run.entropies.tolist() == [0.1, 0.2, 0.3, 0.4, 0.5]
+
+
+def test_a_loss_that_is_not_finite_is_a_result_and_another_failure_is_none(tmp_path):
+    run = Run("arms/a", {})
+    assert not runner.is_over(run, tmp_path)
+    (tmp_path / "logs").mkdir()
+    log = tmp_path / "logs/arms.a.log"
+    log.write_text("the disk: no space left")
+    assert not runner.is_over(run, tmp_path)
+    with pytest.raises(RunError) as raised:
+        check_finite(7, {"learner/loss": float("nan")}, ["learner/loss"])
+    log.write_text(f"step 6\nerror: {raised.value}\n")
+    assert runner.is_over(run, tmp_path)
