@@ -75,7 +75,7 @@ def test_a_name_that_nothing_has_is_refused_with_those_that_there_are(tmp_path):
 def test_two_tasks_cannot_give_one_warm_start_different_settings(tmp_path):
     text = (ROOT / "experiments/paper.yaml").read_text()
     (tmp_path / "wrong.yaml").write_text(
-        text.replace("warm_settings: {run.steps: 300", "warm_settings: {run.steps: 301", 1)
+        text.replace("warm_settings: {run.steps: 400", "warm_settings: {run.steps: 401", 1)
     )
     with pytest.raises(ConfigError, match="another task has other ones"):
         grids.load(tmp_path / "wrong.yaml")

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import pytest
 from packaging.requirements import InvalidRequirement, Requirement
 
+from experiments import grid as grids
 from oapl_jax.build.checks import CHECKS
 from oapl_jax.cli.commands import COMMANDS
 from oapl_jax.config import config_file
@@ -31,7 +32,7 @@ from oapl_jax.config.commands import EvaluateConfig, GenerateConfig, SftConfig, 
 ROOT = pathlib.Path(__file__).parents[2]
 PAGES = sorted(
     path
-    for pattern in ("*.md", "docs/**/*.md", "launch/*.md", "benchmarks/*.md", "configs/models/*.md")
+    for pattern in ("*.md", "docs/**/*.md", "launch/*.md", "benchmarks/*.md", "experiments/*.md", "configs/models/*.md")
     for path in ROOT.glob(pattern)
     if "_build" not in path.parts
 )
@@ -48,7 +49,7 @@ EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["option
 TARGETS = set(re.findall(r"^([a-z][a-z0-9-]*):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 PYTHON = r"(?:(?:\S*/)?python3?)"
 BEGINNINGS = (
-    rf"make(?: |$)|(?:\S*/)?oapl-jax |{PYTHON} -m (?:oapl_jax|pytest|venv)|{PYTHON} (?:benchmarks|tests)/|"
+    rf"make(?: |$)|(?:\S*/)?oapl-jax |{PYTHON} -m (?:oapl_jax|experiments|pytest|venv)|{PYTHON} (?:benchmarks|tests)/|"
     r"(?:\S*/)?(?:pip|pytest|pre-commit) |(?:launch|benchmarks)/\S|srun |git |docker |kubectl |gcloud |gsutil |sbatch |sky |ray |"
     r"curl |apt-get |sudo |source |\. "
 )
@@ -271,7 +272,19 @@ def nothing(_: list[str]) -> None:
     return None
 
 
+def experiments_problem(words: list[str]) -> str | None:
+    """The grid loads with the overrides."""
+    if unknown := {word for word in words if word.startswith("--")} - options_of(ROOT / "experiments/__main__.py"):
+        return f"python -m experiments has no {', '.join(unknown)}"
+    try:
+        grids.load(ROOT / words[0], [word for word in words[1:] if "=" in word])
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
+
+
 OTHERS = {
+    "experiments": experiments_problem,
     "make": make_problem,
     "pip": pip_problem,
     "pytest": pytest_problem,
@@ -303,6 +316,8 @@ def test_the_commands_of_a_page_work_or_are_marked(page):
         ("`python -m oapl_jax tarin --config configs/quickstart.yaml`", "no command 'tarin'"),
         ("`make absent`", "no target absent"),
         ("`python benchmarks/rewards.py --absent`", "has no --absent"),
+        ("`python -m experiments experiments/paper.yaml --absent`", "has no --absent"),
+        ("`python -m experiments experiments/absent.yaml --out runs/x`", "No such file"),
         ("```\nlaunch/gke_tpu.sh --config configs/quickstart.yaml\n```", "--dry-run"),
         ('`pip install "oapl-jax[absent]"`', "no extra absent"),
         ("`python -m pytest tests/absent.py`", "no such tests"),
