@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
+from jaxtyping import Float
 
 from oapl_jax.build import policy
 from oapl_jax.config.learner import LearnerConfig
@@ -74,8 +76,20 @@ class Learner:
 
     def mini_batches(self, groups: Sequence[RolloutGroup]) -> list[TrainBatch]:
         """The rows of each update on a batch of groups; a group stays whole."""
+        return [batches.from_groups(part, self.rows) for part in self._parts(groups)]
+
+    def of_groups(
+        self, groups: Sequence[RolloutGroup], parts: Sequence[TrainBatch], values: Sequence[Float[np.ndarray, "A B T"]]
+    ) -> list[list[Float[np.ndarray, "_R"]]]:
+        """Values at the tokens of each mini-batch, as those of the usable rollouts of each group."""
+        found = []
+        for of_part, part, of_tokens in zip(self._parts(groups), parts, values, strict=True):
+            found += batches.of_groups(of_tokens.reshape(part.tokens.shape), part, of_part, self.rows)
+        return found
+
+    def _parts(self, groups: Sequence[RolloutGroup]) -> list[Sequence[RolloutGroup]]:
         size = len(groups) // self.updates_per_batch
-        return [batches.from_groups(groups[start : start + size], self.rows) for start in range(0, len(groups), size)]
+        return [groups[start : start + size] for start in range(0, len(groups), size)]
 
     def place(self, batch: TrainBatch) -> TrainBatch:
         """A batch on the devices."""

@@ -79,6 +79,7 @@ def open_lines(path: SharedPath, is_kept: Callable[[int], bool]) -> tuple[LineFi
     kept = [record for record in stream(path) if is_kept(record["step"])]
     lines = [_line(record) for record in kept]
     if storage.is_local(path):
+        pathlib.Path(str(path)).parent.mkdir(parents=True, exist_ok=True)
         if storage.exists(path):
             storage.replace(path, b"".join(lines))
         return LineFile(path), kept

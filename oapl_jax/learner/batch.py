@@ -215,6 +215,15 @@ def of_pairs(
     return found
 
 
+def of_groups(
+    values: Float[np.ndarray, "B T"], batch: TrainBatch, groups: Sequence[RolloutGroup], layout: RowLayout
+) -> list[list[Float[np.ndarray, "_R"]]]:
+    """The values of the response tokens of each group's usable rollouts, where ``from_groups`` made the batch of them."""
+    pairs = [(group.prompt.token_ids, item.rollout.token_ids) for group in groups for item in group.usable]
+    found = iter(of_pairs(values, batch, pairs, layout))
+    return [[next(found) for _ in group.usable] for group in groups]
+
+
 def _rows(pairs: Sequence[tuple[np.ndarray, np.ndarray]], layout: RowLayout) -> list[list[tuple[int, list[int]]]]:
     """The rows; of each, its prompts: how many tokens of the prompt are shared, and the indices of its pairs."""
     if layout.row_tokens is None:

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import pathlib
@@ -15,12 +16,16 @@ import jinja2
 from oapl_jax.io.terminal import visible
 from oapl_jax.report import curves, evaluations, findings, reservoir
 from oapl_jax.report.record import RunRecord, differences
+from oapl_jax.rollouts.diagnostics import TokenLogprobs
 from oapl_jax.types import RolloutGroup
 
 MOST_BYTES = 8_000_000
 """Of the JSON."""
 LONGEST_TEXT = 3000
 """Characters of a text of a rollout; fewer, where the JSON would be too long."""
+
+CHARACTERS_PER_TOKEN = 4
+"""What a token of a heat map takes of the characters of its rollout."""
 
 
 def render(records: Sequence[RunRecord], *, is_served: bool = False) -> str:
@@ -63,6 +68,8 @@ def dump(value: Any) -> str:
 
 def group(found: RolloutGroup, record: RunRecord, longest: int = LONGEST_TEXT) -> dict[str, Any]:
     """A group with its rollouts, the middle of long texts left out."""
+    found_logprobs = record.token_logprobs.get(found.id)
+    of_tokens = [] if found_logprobs is None else found_logprobs.rollouts
     rollouts = [
         {
             "text": _shorten(item.text, longest),
@@ -74,8 +81,9 @@ def group(found: RolloutGroup, record: RunRecord, longest: int = LONGEST_TEXT) -
             "tokens": len(item.rollout.token_ids),
             "finish": item.rollout.finish_reason.value,
             "extra": "" if item.extra == "{}" else _shorten(item.extra, longest),
+            "heat": _heat(logprobs, longest // CHARACTERS_PER_TOKEN),
         }
-        for item in found.rollouts
+        for item, logprobs in itertools.zip_longest(found.rollouts, of_tokens[: len(found.rollouts)])
     ]
     return {
         "id": found.id,
@@ -85,8 +93,14 @@ def group(found: RolloutGroup, record: RunRecord, longest: int = LONGEST_TEXT) -
         "answer": _shorten(found.prompt.answer, longest),
         "value": found.value,
         "steps": record.trained_at.get(found.id),
+        "heat_step": None if found_logprobs is None else found_logprobs.step,
         "rollouts": rollouts,
     }
+
+
+def _heat(found: TokenLogprobs | None, most_tokens: int) -> list[tuple[str, float, float]] | None:
+    """Text and log-probabilities, of learner and sampler, of the first tokens of a response."""
+    return None if found is None else list(zip(*(column[:most_tokens] for column in found), strict=True))
 
 
 def _run(record: RunRecord) -> dict[str, Any]:

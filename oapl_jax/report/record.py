@@ -12,7 +12,12 @@ from oapl_jax.io.run_dir import CONFIG_FILE, EVALUATIONS_FILE, STARTS_FILE
 from oapl_jax.io.storage import SharedPath
 from oapl_jax.report import curves, reservoir
 from oapl_jax.report.evaluations import Evaluation, Scores, by_k, read_evaluations, score
+from oapl_jax.rollouts import diagnostics
+from oapl_jax.rollouts.diagnostics import GroupLogprobs
 from oapl_jax.rollouts.log import digests_of
+
+MOST_WINDOWS = 20
+"""Whose token log-probabilities are read."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +40,8 @@ class RunRecord:
     """Groups that were trained on; None where this is not recorded."""
     starts: list[int]
     """The step from which each start of the trainer went on."""
+    token_logprobs: dict[str, GroupLogprobs]
+    """Of some groups, by id."""
 
 
 def read_run(run_dir: SharedPath, most_rollouts: int = reservoir.MOST_ROLLOUTS) -> RunRecord:
@@ -52,7 +59,9 @@ def read_run(run_dir: SharedPath, most_rollouts: int = reservoir.MOST_ROLLOUTS) 
     evaluated = read_evaluations(run_dir / EVALUATIONS_FILE)
     shared = settings.get("run.shared_dir", "None")
     rollouts_dir = storage.shared_path(run_dir if shared == "None" else shared) / "rollouts"
-    log = reservoir.read_log(rollouts_dir, most_rollouts)
+    token_logprobs, problem = _read_token_logprobs(run_dir)
+    log = reservoir.read_log(rollouts_dir, most_rollouts, token_logprobs)
+    log.damaged += problem
     trained_at, num_trained = _read_batches(run_dir / "batches.jsonl", log)
     return RunRecord(
         directory=run_dir,
@@ -67,6 +76,7 @@ def read_run(run_dir: SharedPath, most_rollouts: int = reservoir.MOST_ROLLOUTS) 
         trained_at=trained_at,
         num_trained=num_trained,
         starts=[line["step"] for line in json_lines.stream(run_dir / STARTS_FILE)],
+        token_logprobs=token_logprobs,
     )
 
 
@@ -94,6 +104,14 @@ def _settings(config: str) -> dict[str, str]:
         for key, value in values.items() if isinstance(values, dict) else [("", values)]:
             found[f"{section}.{key}".rstrip(".")] = str(value)
     return found
+
+
+def _read_token_logprobs(run_dir: SharedPath) -> tuple[dict[str, GroupLogprobs], list[str]]:
+    """Of some windows; and why they cannot be read."""
+    try:
+        return diagnostics.read(run_dir / diagnostics.TOKEN_LOGPROBS_FILE, MOST_WINDOWS), []
+    except ValueError as error:  # the page has more than this file
+        return {}, [str(error)]
 
 
 def _read_batches(path: SharedPath, log: reservoir.LogRecord) -> tuple[dict[str, list[int]], int | None]:

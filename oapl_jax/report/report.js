@@ -315,7 +315,8 @@ function matrix(solved) {
 
 // ---------------------------------------------------------------- rollouts
 
-const SORTS = { "policy version": (r) => r.group.version, reward: (r) => r.reward, advantage: (r) => r.advantage, "log-probability": (r) => r.logprob, tokens: (r) => r.tokens };
+const SORTS = { "policy version": (r) => r.group.version, reward: (r) => r.reward, advantage: (r) => r.advantage, "log-probability": (r) => r.logprob, tokens: (r) => r.tokens,
+  "log-ratio": (r) => r.heat && r.heat.reduce((sum, [, learner, sampler]) => sum + learner - sampler, 0) };
 const filters = { text: "", version: "", verdict: "", finish: "", sort: "policy version", isDescending: true, limit: 60 };
 
 function rolloutsPart(run) {
@@ -332,7 +333,7 @@ function rolloutsPart(run) {
     found.sort((a, b) => sign * ((key(a) ?? -Infinity) - (key(b) ?? -Infinity)) || (a.group.id < b.group.id ? -1 : a.group.id > b.group.id ? 1 : a.index - b.index));
     status.textContent = `${number(found.length)} of ${number(rows.length)} rollouts`;
     list.replaceChildren(...found.slice(0, filters.limit).map((r) => el("li", {}, el("button", { type: "button", onclick: () => openGroup(r.group, r.index) },
-      el("span", { class: "meta" }, el("span", { class: r.verdict }, r.verdict), ` · reward ${number(r.reward, 3)} · advantage ${number(r.advantage, 3)} · ${number(r.logprob, 4)} nats · ${r.tokens} tokens · version ${r.group.version} · ${r.group.name}`),
+      el("span", { class: "meta" }, el("span", { class: r.verdict }, r.verdict), ` · reward ${number(r.reward, 3)} · advantage ${number(r.advantage, 3)} · ${number(r.logprob, 4)} nats · ${r.tokens} tokens · version ${r.group.version} · ${r.group.name}${r.heat ? " · with log-ratios of its tokens" : ""}`),
       el("span", { class: "text" }, r.text || "(empty)")))));
     more.hidden = found.length <= filters.limit;
   }
@@ -373,10 +374,35 @@ function openGroup(group, chosen) {
     el("pre", {}, group.prompt || "(no text)"), group.answer ? el("p", {}, "gold answer: ", el("code", {}, group.answer)) : null,
     el("div", { class: "group" }, group.rollouts.map((r, i) => el("section", { class: i === chosen ? "chosen" : null },
       el("p", { class: "meta" }, el("span", { class: r.verdict }, r.verdict), ` · reward ${number(r.reward, 3)} · advantage ${number(r.advantage, 3)}`),
-      el("pre", {}, r.text || "(empty)"),
+      r.heat ? heatMap(r, group.heat_step) : el("pre", {}, r.text || "(empty)"),
       el("p", { class: "meta" }, `${number(r.logprob, 4)} nats · ${r.tokens} tokens · ${r.finish === "length" ? "cut at the limit" : "ended by itself"}`),
       r.detail ? el("p", { class: "meta" }, `grader: ${r.detail}`) : null, r.extra ? el("pre", {}, r.extra) : null)))].filter(Boolean));
   dialog.showModal();
+}
+
+// The tokens of a response, coloured by how much likelier the learner makes them than the sampler did.
+const FULL_COLOUR = 1;  // nats
+function heatMap(rollout, step) {
+  const explanation = `Colour: log-ratio of a token before step ${step}; blue, the learner makes it likelier than the sampler did; orange, less likely; full from ${FULL_COLOUR} nat on. Arrow keys move from token to token.`;
+  const status = el("p", { class: "meta", "aria-live": "polite" }, explanation);
+  const cells = rollout.heat.map(([text, learner, sampler], i) => {
+    const ratio = learner - sampler, words = `log-ratio ${ratio > 0 ? "+" : ""}${ratio.toFixed(3)}: learner ${learner.toFixed(3)}, sampler ${sampler.toFixed(3)} nats`;
+    const say = () => { status.textContent = `Token ${i + 1}, ${JSON.stringify(text)}: ${words}`; };
+    const cell = el("span", { class: "token", colour: ratio > 0 ? "var(--c0)" : "var(--c1)", title: words, tabindex: i ? -1 : 0, onfocus: say, onpointerenter: say }, text.replaceAll("\n", "↵\n") || "·");
+    cell.style.setProperty("--share", Math.min(1, Math.abs(ratio) / FULL_COLOUR));
+    return cell;
+  });
+  const map = el("pre", { class: "heat", role: "group", "aria-label": "log-ratio of each token" }, cells, rollout.tokens > cells.length ? ` … ${number(rollout.tokens - cells.length)} further tokens` : null);
+  map.addEventListener("keydown", (event) => {
+    const at = cells.indexOf(document.activeElement), to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: cells.length - 1 }[event.key];
+    if (at < 0 || to === undefined) return;
+    event.preventDefault();
+    cells[at].tabIndex = -1;
+    const next = cells[Math.max(0, Math.min(cells.length - 1, to))];
+    next.tabIndex = 0;
+    next.focus();
+  });
+  return el("div", {}, map, status);
 }
 
 // ---------------------------------------------------------------- the run

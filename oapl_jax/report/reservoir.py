@@ -8,7 +8,7 @@ import itertools
 import math
 import re
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -32,7 +32,7 @@ _MOST_REASONS, _SHOWN_REASONS = 10_000, 12
 RULE = (
     f"Shown are at most {MOST_ROLLOUTS:,} rollouts, in whole groups. The strata are {_RANGES} equal parts of the policy"
     " versions, each split by verdict and by reward (below 0, quarters of 0 to 1, 1 and above). They take turns; each gives"
-    " the group with one of its rollouts whose id has the smallest CRC-32, so that the same log gives the same choice."
+    " the group with one of its rollouts whose id has the smallest CRC-32, so that the same log gives the same choice. Groups whose token log-probabilities are recorded come first."
 )
 
 
@@ -98,13 +98,17 @@ class _Row(NamedTuple):
 class Reservoir:
     """Candidates by stratum, of each the groups with the smallest CRC-32."""
 
-    def __init__(self):
+    def __init__(self, wanted: Collection[str] = ()):
+        """``wanted``: ids of groups that are chosen first, up to half of the rollouts."""
+        self._wanted, self._found = wanted, list[Candidate]()
         self._strata: dict[tuple, list[Candidate]] = collections.defaultdict(list)
 
     def add(self, rows: list[_Row], place: Place, position: float) -> None:
         """A group; ``position`` from 0 to 1 is that of its version among all."""
         name = str(rows[0].group_id)
         candidate = Candidate(-zlib.crc32(name.encode()), name, len(rows), place)
+        if name in self._wanted:
+            self._found.append(candidate)
         for stratum in {(int(position * _RANGES), row.verdict, _bin(row.reward)) for row in rows}:
             heap = self._strata[stratum]
             (heapq.heappush if len(heap) < _KEPT else heapq.heappushpop)(heap, candidate)
@@ -113,6 +117,11 @@ class Reservoir:
         """Ids of the chosen groups by file: the strata take turns."""
         chosen: dict[Place, set[str]] = collections.defaultdict(set)
         num_rollouts, is_chosen = 0, set[str]()
+        for item in sorted(self._found, reverse=True):
+            if num_rollouts + item.size <= most_rollouts // 2:
+                chosen[item.place].add(item.id)
+                is_chosen.add(item.id)
+                num_rollouts += item.size
         queues = collections.deque(iter(sorted(self._strata[key], reverse=True)) for key in sorted(self._strata))
         while queues:
             queue = queues.popleft()
@@ -126,10 +135,13 @@ class Reservoir:
         return chosen
 
 
-def read_log(directory: SharedPath, most_rollouts: int = MOST_ROLLOUTS) -> LogRecord:
-    """Counts all rollouts of a log, and reads those to be shown; a file that cannot be read is left out and named."""
+def read_log(directory: SharedPath, most_rollouts: int = MOST_ROLLOUTS, wanted: Collection[str] = ()) -> LogRecord:
+    """Counts all rollouts of a log, and reads those to be shown; a file that cannot be read is left out and named.
+
+    ``wanted`` are ids of groups that are shown first.
+    """
     log, damaged = RolloutLog(directory), list[str]()
-    reservoir, reasons, spans = Reservoir(), collections.Counter[tuple[str, str]](), dict[int, Counts]()
+    reservoir, reasons, spans = Reservoir(wanted), collections.Counter[tuple[str, str]](), dict[int, Counts]()
     versions = _try(directory, log.versions, damaged) or []
     places = [(Place(v, part), i / len(versions)) for i, v in enumerate(versions) for part in log.parts(v)]
     for place, position in places:

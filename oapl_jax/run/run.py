@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
+from jaxtyping import Float
 
 from oapl_jax.build import policy
 from oapl_jax.build.assembly import Assembly
@@ -23,7 +24,7 @@ from oapl_jax.distributed.memory import trim_heap
 from oapl_jax.distributed.messages import forward_preemption
 from oapl_jax.distributed.sharding import num_processes
 from oapl_jax.io import run_dir, storage
-from oapl_jax.io.json_lines import open_lines
+from oapl_jax.io.json_lines import LineFile, open_lines
 from oapl_jax.io.lease import Lease, Leases
 from oapl_jax.io.metrics import MetricsWriter
 from oapl_jax.io.preemption import StopSignals
@@ -33,6 +34,7 @@ from oapl_jax.learner import batch as batches
 from oapl_jax.learner import divergence
 from oapl_jax.learner.state import TrainState
 from oapl_jax.model import hf, lora
+from oapl_jax.rollouts import diagnostics
 from oapl_jax.rollouts.buffer import Consumption, GroupBuffer, Window
 from oapl_jax.rollouts.checks import GroupCheck, ShardCheck
 from oapl_jax.rollouts.log import BatchRecord, RolloutLog, digest
@@ -78,7 +80,8 @@ class Run:
     checkpoints: Checkpoints
     log: StepLog
     record: BatchRecord | None
-    """None, as the lease, in a process that another one leads."""
+    """None, as the lease and the next file, in a process that another one leads."""
+    token_logprobs: LineFile | None
     bar: ProgressBar
     lease: Lease | None
     """On the run directory: one trainer at a time."""
@@ -230,6 +233,9 @@ class Run:
         metrics = {name: float(np.mean([update[name] for update in numbers])) for name in numbers[0]}
         metrics |= divergence.measure(list(zip(parts, scores, strict=True)), learner.beta2)
         metrics |= batches.describe(groups, self.config.data.sets) | on_surface
+        if self.token_logprobs is not None and (self.ends_window or self.is_over):
+            learned = learner.of_groups(groups, parts, [score.logprobs for score in scores])
+            self._write_token_logprobs(self.token_logprobs, groups, learned)
         metrics["learner/padding"] = float(np.mean([batches.padding(part, learner.rows) for part in parts]))
         return metrics, float(sum(part.response_mask.sum() for part in parts))
 
@@ -338,6 +344,16 @@ class Run:
         with self.bar.stage(f"evaluating: {num_prompts:,} held-out prompts, {num_samples} samples each"):
             return self.evaluator.start(weights, num_samples, self.progress.step).result()
 
+    def _write_token_logprobs(
+        self, file: LineFile, groups: list[RolloutGroup], learned: list[list[Float[np.ndarray, "_R"]]]
+    ) -> None:
+        """Of the first groups of a batch, those first that have an advantage."""
+        order = sorted(range(len(groups)), key=lambda i: batches.has_equal_rewards(groups[i]))
+        chosen = order[: diagnostics.NUM_GROUPS]
+        decode = self.setup.tokenizer.decode
+        of_groups = [groups[i] for i in chosen], [learned[i] for i in chosen]
+        file.append(diagnostics.line(self.progress.step, *of_groups, decode))
+
     def _copy(self) -> tuple[Any, Metrics]:
         """The learner's weights of now, as the sampler takes them."""
         with self.setup.device_lock:
@@ -418,14 +434,15 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
             progress, state, weights, is_changed = _restore(assembly, setup, checkpoints, rollouts, bar)
             reference = _load_params(assembly) if assembly.learner.keeps_reference else None
         is_new = checkpoints.latest_step is None
-        record = writer = evaluations = None
+        record = writer = evaluations = token_logprobs = None
         if is_leader:
             record = BatchRecord(directory / "batches.jsonl", delete_after=progress.step if is_changed else None)
             resume_step, written = None if is_new else progress.step, config_file.written(config)
             writer = MetricsWriter(directory, config.logging, resume_step=resume_step, config=written)
             stack.enter_context(writer)
-            evaluations, _ = open_lines(
-                directory / run_dir.EVALUATIONS_FILE, lambda step: not is_new and step <= progress.step
+            evaluations, token_logprobs = (
+                open_lines(directory / name, lambda step: not is_new and step <= progress.step)[0]
+                for name in (run_dir.EVALUATIONS_FILE, diagnostics.TOKEN_LOGPROBS_FILE)
             )
             starts, _ = open_lines(directory / run_dir.STARTS_FILE, lambda step: True)
             starts.append({"step": progress.step})
@@ -457,6 +474,7 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
             checkpoints,
             StepLog(writer),
             record,
+            token_logprobs,
             bar,
             lease,
             poll,

@@ -3,9 +3,12 @@
 import dataclasses
 import shutil
 
+import numpy as np
 import pytest
 
+from oapl_jax.io.json_lines import LineFile
 from oapl_jax.report import report
+from oapl_jax.rollouts import diagnostics
 from oapl_jax.rollouts.log import RolloutLog
 from test_report import add_evaluations, make_group, make_run
 
@@ -38,6 +41,10 @@ def address(tmp_path_factory):
     group = make_group(7, 5, HOSTILE)
     without_answer = dataclasses.replace(group, prompt=dataclasses.replace(group.prompt, answer=""))
     RolloutLog(run_dir / "rollouts").append([without_answer])
+    learned = [np.array([-0.5, -3, -0.25], np.float32), np.array([-0.4, -0.5, 2], np.float32)]
+    (run_dir / "diagnostics").mkdir()
+    line = diagnostics.line(100, [make_group(0, 3)], [learned], lambda ids: ["<b>", "\n", ""][ids[0]])
+    LineFile(run_dir / diagnostics.TOKEN_LOGPROBS_FILE).append(line)
     return report.write_report(run_dir).as_uri()
 
 
@@ -97,6 +104,45 @@ def test_nothing_is_wider_than_a_phone(page, theme):
         assert page.execute_script("return document.documentElement.scrollWidth") <= 400, tab
     rollouts(page)[0].click()
     assert page.execute_script("return document.querySelector('dialog').getBoundingClientRect().right") <= 400
+
+
+CONTRAST = """
+const channels = (text) => { const c = document.createElement("canvas").getContext("2d"); c.fillStyle = text; c.fillRect(0, 0, 1, 1);
+  return [...c.getImageData(0, 0, 1, 1).data]; };
+const over = (top, ground) => top.slice(0, 3).map((v, i) => (v * top[3] + ground[i] * (255 - top[3])) / 255);
+const light = (rgb) => [0.2126, 0.7152, 0.0722].reduce((sum, w, i) => { const v = rgb[i] / 255; return sum + w * (v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4); }, 0);
+return [...document.querySelectorAll(".token")].map((token) => {
+  const ground = channels(getComputedStyle(token.parentNode).backgroundColor), style = getComputedStyle(token);
+  const pair = [light(over(channels(style.backgroundColor), ground)), light(channels(style.color))].sort((a, b) => b - a);
+  return (pair[0] + 0.05) / (pair[1] + 0.05); });
+"""
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_log_ratios_of_tokens_are_a_heat_map(page, theme):
+    from selenium.webdriver.common.keys import Keys
+
+    while page.execute_script("return document.documentElement.dataset.theme") != theme:
+        page.find_element("id", "theme").click()
+    (first, *_) = (row for row in rollouts(page) if "with log-ratios" in row.text)
+    first.click()
+    tokens = all_of(page, "dialog .token")
+    assert [token.text for token in tokens] == ["<b>", "↵", "·"] * 2
+    assert tokens[1].get_attribute("title") == "log-ratio -2.500: learner -3.000, sampler -0.500 nats"
+    backgrounds = [token.value_of_css_property("background-color") for token in tokens]
+    assert backgrounds[0] == backgrounds[4] != backgrounds[3] != backgrounds[2] != backgrounds[1]
+    contrasts = page.execute_script(CONTRAST)
+    assert len(contrasts) == 6
+    assert min(contrasts) >= 4.5
+    assert max(contrasts) > min(contrasts) + 1
+    page.execute_script("arguments[0].focus()", tokens[0])
+    press(page, Keys.ARROW_RIGHT)
+    assert page.switch_to.active_element == tokens[1]
+    assert 'Token 2, "\\n": log-ratio -2.500' in page.find_element("css selector", "dialog").text
+    press(page, Keys.END)
+    assert page.switch_to.active_element == tokens[2]
+    press(page, Keys.TAB, Keys.HOME)
+    assert page.switch_to.active_element == tokens[3]
 
 
 def test_texts_of_rollouts_stay_texts(page):

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 from oapl_jax.build.checks import CHECKS
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
+from oapl_jax.rollouts.diagnostics import TOKEN_LOGPROBS_FILE
 
 ROOT = pathlib.Path(__file__).parents[2]
 BASE = {
@@ -91,7 +92,7 @@ def assert_same_run(first, second, but=()):
     """Two finished runs are one: weights bit for bit, batches, rollouts that were trained on, metrics but for time and ``but``."""
     for name, tensor in weights(first).items():
         np.testing.assert_array_equal(tensor, weights(second)[name], err_msg=name)
-    for name in {"batches.jsonl", "evaluations.jsonl"} - {*but}:
+    for name in {"batches.jsonl", "evaluations.jsonl", TOKEN_LOGPROBS_FILE} - {*but}:
         assert read_lines(first / name) == read_lines(second / name), name
     timed = (
         "seconds",

@@ -11,7 +11,9 @@ from oapl_jax import train
 from oapl_jax.cli import commands
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
+from oapl_jax.rollouts import diagnostics
 from oapl_jax.rollouts.log import RolloutLog
+from oapl_jax.run import export
 from oapl_jax.types import RunError
 from runs import BASE, ROOT, make_config, read_lines, write_config
 
@@ -62,6 +64,38 @@ def test_metrics_are_those_of_the_page(finished):
         re.findall(r"^\| `([a-z]+/[a-z0-9_@]+)` \| (?:mode detached|several processes|with `)", page, re.MULTILINE)
     )
     assert {n for n in documented - of_others if not n.startswith("evaluation/")} <= written
+
+
+def test_token_logprobs_are_those_of_transformers_with_the_model_before_the_step(finished, tmp_path):
+    """Windows end at the steps 4, 8 and 10; a checkpoint has the model before step 10."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    directory, _ = finished
+    path = directory / diagnostics.TOKEN_LOGPROBS_FILE
+    batches = {row["step"]: row["groups"] for row in read_lines(directory / "batches.jsonl")}
+    lines = {row["step"]: row["groups"] for row in read_lines(path)}
+    assert {step: len(groups) for step, groups in lines.items()} == {4: 2, 8: 2, 10: 2}
+    assert all(set(groups) <= set(batches[step]) for step, groups in lines.items())
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        export.export(directory, tmp_path / "model", step=9), dtype=torch.float32
+    )
+    log = RolloutLog(directory / "rollouts")
+    groups = {group.id: group for version in log.versions() for group in log.read(version)}
+    found = diagnostics.read(path, 9)
+    num_tokens = 0
+    for name in lines[10]:
+        prompt = groups[name].prompt.token_ids
+        for item, of_tokens in zip(groups[name].rollouts, found[name].rollouts, strict=True):
+            ids = item.rollout.token_ids
+            with torch.no_grad():
+                logits = model(torch.tensor(np.concatenate([prompt, ids])[None], dtype=torch.long)).logits[0]
+            scores = torch.log_softmax(logits, -1)[len(prompt) - 1 : -1].numpy()
+            np.testing.assert_allclose(of_tokens.learner, scores[np.arange(len(ids)), ids], atol=1e-4)
+            np.testing.assert_allclose(of_tokens.sampler, item.rollout.logprobs, atol=1e-6)
+            assert "".join(of_tokens.tokens) == item.text
+            num_tokens += len(ids)
+        shown = [np.subtract(one.learner, one.sampler) for one in found[name].rollouts]
+        assert np.abs(np.concatenate(shown)).max() > 1e-3, "the learner has left the sampler"
+    assert num_tokens > 60
 
 
 def test_the_run_leaves_what_people_look_at(finished):

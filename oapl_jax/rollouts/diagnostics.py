@@ -1,0 +1,121 @@
+"""The log-probabilities of single tokens, by the learner and by the sampler, of a few groups of each window.
+
+``diagnostics/token_logprobs.jsonl`` has a line for the last step of each window, with two groups of its batch. The
+learner's values are those of the train step: by the parameters before the update that learned from the group.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from oapl_jax.io import json_lines
+from oapl_jax.io.storage import SharedPath
+from oapl_jax.types import RolloutGroup
+
+TOKEN_LOGPROBS_FILE = "diagnostics/token_logprobs.jsonl"
+NUM_GROUPS = 2
+"""Groups of a window."""
+MOST_TOKENS = 1024
+"""Of a response; the file has the first ones of a longer one."""
+_DECIMALS = 6
+_MOST_BYTES_OF_CHARACTER = 4
+"""In UTF-8, and so the most tokens that a character is split into."""
+_REPLACEMENT = "\ufffd"
+
+
+class TokenLogprobs(NamedTuple):
+    """Of a response, in nats, token by token."""
+
+    tokens: list[str]
+    """Decoded."""
+    learner: list[float]
+    sampler: list[float]
+
+
+class GroupLogprobs(NamedTuple):
+    """Of a group."""
+
+    step: int
+    """The learner step that learned from it."""
+    rollouts: list[TokenLogprobs | None]
+    """None for a rollout that is not usable."""
+
+
+def line(
+    step: int,
+    groups: Sequence[RolloutGroup],
+    learner: Sequence[Sequence[Float[np.ndarray, "_R"]]],
+    decode: Callable[[Sequence[int]], str],
+) -> dict[str, Any]:
+    """The line of a step. ``learner`` has of each group the log-probabilities of its usable rollouts."""
+    return {"step": step, "groups": {g.id: _rollouts(g, of, decode) for g, of in zip(groups, learner, strict=True)}}
+
+
+def read(path: SharedPath, most_lines: int) -> dict[str, GroupLogprobs]:
+    """The groups of at most ``most_lines`` + 1 windows, by id: windows at equal distances, and the newest.
+
+    Raises:
+        ValueError: a line that is needed is damaged.
+    """
+    kept, every, newest = list[dict[str, Any]](), 1, None
+    for i, newest in enumerate(json_lines.stream(path)):
+        if i % every == 0:
+            kept.append(newest)
+        if len(kept) > most_lines:
+            kept, every = kept[::2], 2 * every
+    if newest is not None and kept[-1] is not newest:
+        kept.append(newest)
+    return {name: group for found in kept for name, group in _groups(found, str(path)).items()}
+
+
+def token_texts(ids: Sequence[int] | Int[np.ndarray, "_R"], decode: Callable[[Sequence[int]], str]) -> list[str]:
+    """The text of each token. Where several tokens make up a character, the last of them has it and the others ''."""
+    texts, begun = list[str](), list[int]()
+    for i in ids:
+        begun.append(int(i))
+        texts.append(decode(begun))
+        if texts[-1].endswith(_REPLACEMENT) and len(begun) < _MOST_BYTES_OF_CHARACTER and len(texts) < len(ids):
+            texts[-1] = ""
+        else:
+            begun.clear()
+    return texts
+
+
+def _rollouts(
+    group: RolloutGroup, learner: Sequence[Float[np.ndarray, "_R"]], decode: Callable[[Sequence[int]], str]
+) -> list[dict[str, Any] | None]:
+    of_usable, found = iter(learner), list[dict[str, Any] | None]()
+    for item in group.rollouts:
+        if not item.is_usable:
+            found.append(None)
+            continue
+        both = {"learner": next(of_usable), "sampler": item.rollout.logprobs}
+        numbers = {name: [round(float(x), _DECIMALS) for x in of[:MOST_TOKENS]] for name, of in both.items()}
+        found.append({"tokens": token_texts(item.rollout.token_ids[:MOST_TOKENS], decode), **numbers})
+    return found
+
+
+def _groups(found: dict[str, Any], where: str) -> dict[str, GroupLogprobs]:
+    """The groups of a line that others may have written."""
+    step = found["step"]
+    try:
+        return {
+            str(name): GroupLogprobs(step, [None if item is None else _parse(item) for item in rollouts])
+            for name, rollouts in found["groups"].items()
+        }
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{where}: step {step}: is damaged ({type(error).__name__}: {error!s:.80})") from None
+
+
+def _parse(item: dict[str, Any]) -> TokenLogprobs:
+    parsed = TokenLogprobs(
+        [str(text) for text in item["tokens"]],
+        [float(x) for x in item["learner"]],
+        [float(x) for x in item["sampler"]],
+    )
+    if len({len(column) for column in parsed}) != 1 or not all(map(math.isfinite, parsed.learner + parsed.sampler)):
+        raise ValueError("tokens, learner and sampler differ in length, or a number is not finite")
+    return parsed
