@@ -257,6 +257,35 @@ def row_shards(mesh: Mesh) -> int:
     return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
+def on_devices(function: Callable[..., Any], mesh: Mesh, in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """A function of the parts of its arguments that each device has (``jax.shard_map``).
+
+    Inside another ``shard_map`` over some axes of the mesh it is over the others: the specs may name all of them.
+    """
+    context = jax.sharding.get_abstract_mesh()
+    in_specs, out_specs = jax.tree.map(free_spec, (in_specs, out_specs), is_leaf=lambda x: isinstance(x, P))
+    return jax.shard_map(
+        function, mesh=mesh if context.empty else None, in_specs=in_specs, out_specs=out_specs, check_vma=False
+    )
+
+
+def constrain(x: jax.Array, mesh: Mesh, spec: P) -> jax.Array:
+    """``x`` in a sharding, of which axes of a surrounding ``shard_map`` are left out."""
+    context = jax.sharding.get_abstract_mesh()
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh if context.empty else context, free_spec(spec)))
+
+
+def free_axes(axes: Sequence[str]) -> tuple[str, ...]:
+    """Mesh axes without those of a surrounding ``shard_map``, of which the code inside sees one part only."""
+    taken = jax.sharding.get_abstract_mesh().manual_axes
+    return tuple(axis for axis in axes if axis not in taken)
+
+
+def free_spec(spec: P) -> P:
+    """A spec with ``free_axes`` alone."""
+    return P(*(None if part is None else free_axes((part,) if isinstance(part, str) else part) for part in spec))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """A full copy on every device of the mesh."""
     return NamedSharding(mesh, P())

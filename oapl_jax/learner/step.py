@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float
 
+from oapl_jax.distributed.sharding import constrain
 from oapl_jax.learner.state import TrainState
 from oapl_jax.model import lora
 from oapl_jax.model.logprob import sequence_logprobs
@@ -50,6 +51,10 @@ def make_train_step(
     weighs 1 / (rollouts of the batch), so the result does not depend on which rows share a micro-batch. Ids from
     ``vocab_size`` on have no probability; ``schedule`` is for the metrics; ``kl_weight`` is that of the divergence from the
     reference, of batches that have its log-probabilities. Metrics and scores are whole on every device.
+
+    With several micro-batches each part of the axis ``data`` sums its own gradients, and they cross it once a step: it
+    may be the network between slices. The gradient of a single one is left to the compiler, which sums it layer by layer
+    while the backward pass goes on.
     """
     score = _score_fn(graphdef, temperature, vocab_size)
 
@@ -67,14 +72,20 @@ def make_train_step(
         is_clipped = None if objective.clipped is None else objective.clipped(logprobs, rows, options)
         return jnp.sum(losses, where=rows.segment_mask) / num_rollouts, TokenScores(logprobs, entropy, is_clipped)
 
-    def step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, Array], TokenScores]:
-        num_rollouts = jnp.maximum(batch.segment_mask.sum(), 1).astype(jnp.float32)
-        tokens_per_rollout = jnp.maximum(batch.response_mask.sum(), 1) / num_rollouts
-        trained = lora.trained(state.params)
+    def sums(policy: Any, batch: TrainBatch, *counts: Array) -> tuple[Array, Any, TokenScores]:
+        """Loss and gradient over the micro-batches, and the scores of each.
+
+        ``counts``: micro-batches that hold anything, rollouts of the batch, tokens of a rollout.
+        """
+        num_used, num_rollouts, tokens_per_rollout = counts
+        trained, num_micro_batches = lora.trained(policy), batch.tokens.shape[0]
         whole = functools.partial(
-            micro_loss, policy=state.params, num_rollouts=num_rollouts, tokens_per_rollout=tokens_per_rollout
+            micro_loss, policy=policy, num_rollouts=num_rollouts, tokens_per_rollout=tokens_per_rollout
         )
         gradient_fn = jax.value_and_grad(whole, has_aux=True)
+        if num_micro_batches == 1:
+            (loss, found), gradient = gradient_fn(trained, _micro_batch(batch, 0))
+            return loss, gradient, jax.tree.map(lambda x: x[None], found)
 
         def add(index: Array, total: Any) -> Any:
             *sums, scores = total
@@ -82,17 +93,22 @@ def make_train_step(
             scores = jax.tree.map(lambda whole, part: whole.at[index].set(part), scores, found)
             return *jax.tree.map(jnp.add, sums, [loss, gradient]), scores
 
-        num_micro_batches = batch.tokens.shape[0]
-        if num_micro_batches == 1:
-            (loss, found), gradient = gradient_fn(trained, _micro_batch(batch, 0))
-            scores = jax.tree.map(lambda x: x[None], found)
-        else:
-            (_, found), shapes = jax.eval_shape(gradient_fn, trained, _micro_batch(batch, 0))
-            gradient = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), shapes)
-            gradient = jax.lax.with_sharding_constraint(gradient, lora.trained(shardings.params))
-            scores = jax.tree.map(lambda x: jnp.zeros((num_micro_batches, *x.shape), x.dtype), found)
-            nothing = jnp.float32(0), gradient, scores
-            loss, gradient, scores = jax.lax.fori_loop(0, _num_used(batch), add, nothing)
+        (_, found), shapes = jax.eval_shape(gradient_fn, trained, _micro_batch(batch, 0))
+        gradient = jax.tree.map(
+            lambda x, place: constrain(jnp.zeros(x.shape, jnp.float32), mesh, place.spec),
+            shapes,
+            lora.trained(shardings.params),
+        )
+        scores = jax.tree.map(lambda x: jnp.zeros((num_micro_batches, *x.shape), x.dtype), found)
+        return jax.lax.fori_loop(0, num_used, add, (jnp.float32(0), gradient, scores))
+
+    def step(state: TrainState, batch: TrainBatch) -> tuple[TrainState, dict[str, Array], TokenScores]:
+        num_rollouts = jnp.maximum(batch.segment_mask.sum(), 1).astype(jnp.float32)
+        tokens_per_rollout = jnp.maximum(batch.response_mask.sum(), 1) / num_rollouts
+        trained = lora.trained(state.params)
+        is_local = mesh.shape["data"] > 1 and batch.tokens.shape[0] > 1
+        sum_fn = _over_data(sums, mesh) if is_local else sums
+        loss, gradient, scores = sum_fn(state.params, batch, _num_used(batch), num_rollouts, tokens_per_rollout)
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
             params = lora.with_trained(state.params, optax.apply_updates(trained, updates))
@@ -109,6 +125,24 @@ def make_train_step(
 
     replicated = NamedSharding(mesh, PartitionSpec())
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated, replicated))
+
+
+def _over_data(sums: Callable[..., tuple[Array, Any, TokenScores]], mesh: Mesh) -> Callable[..., Any]:
+    """The same sums, where each part of the axis ``data`` adds up its own rows first."""
+
+    def run(*arguments: Any) -> tuple[Array, Any, TokenScores]:
+        loss, gradient, scores = sums(*arguments)
+        return *jax.lax.psum((loss, gradient), "data"), scores
+
+    whole, rows = PartitionSpec(), PartitionSpec(None, "data")
+    return jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(whole, rows, whole, whole, whole),
+        out_specs=(whole, whole, rows),
+        axis_names={"data"},
+        check_vma=False,
+    )
 
 
 def make_scorer(

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from oapl_jax.distributed.sharding import BATCH_AXES, platform_of
+from oapl_jax.distributed.sharding import BATCH_AXES, free_axes, on_devices, platform_of
 from oapl_jax.model.segments import Segments
 
 CHUNK_TOKENS = {"cpu": 128, "tpu": 512, "gpu": 2048}
@@ -98,7 +98,8 @@ def token_logprobs(
     platform = platform_of(mesh)
     mesh = None if mesh is None or mesh.size == 1 else mesh
     num_ids = unembedding.shape[letters.index("V")] // (1 if mesh is None else mesh.shape["tensor"])
-    scoring = _Scoring(letters, temperature, vocab_size, chunk or chunk_tokens(num_ids, platform), mesh)
+    chunk = chunk or chunk_tokens(num_ids, platform)
+    scoring = _Scoring(letters, temperature, vocab_size, chunk, mesh, free_axes((*BATCH_AXES, "context")))
     logprobs, entropy = _score(scoring, hidden, unembedding, targets, mask)  # pyright: ignore[reportGeneralTypeIssues]
     return logprobs, jax.lax.stop_gradient(entropy)
 
@@ -117,6 +118,8 @@ class _Scoring:
     vocab_size: int
     chunk: int
     mesh: Mesh | None
+    row_axes: tuple[str, ...]
+    """Mesh axes that the tokens are split over."""
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -152,9 +155,7 @@ def _spec(scoring: _Scoring, of_embed: str | None) -> P:
 def _on_devices(scoring: _Scoring, run: Any, in_specs: list[P], out_specs: tuple[P, ...]) -> Any:
     """``run`` with the scoring as its first argument, on the part of the arrays that each device has."""
     run = functools.partial(run, scoring)
-    if scoring.mesh is None:
-        return run
-    return jax.shard_map(run, mesh=scoring.mesh, in_specs=tuple(in_specs), out_specs=out_specs, check_vma=False)
+    return run if scoring.mesh is None else on_devices(run, scoring.mesh, tuple(in_specs), out_specs)
 
 
 def _forward(scoring: _Scoring, hidden: Array, weight: Array, targets: Array, mask: Array) -> tuple[Array, ...]:
@@ -210,7 +211,7 @@ def _backward(
         nothing = jnp.zeros((mask.size, D), hidden.dtype), jnp.zeros((D, V), jnp.float32)
         for_hidden, for_weight = jax.lax.fori_loop(0, num_chunks, add, nothing)
         if scoring.mesh is not None:
-            for_weight = jax.lax.psum(for_weight, ("data", "context"))
+            for_weight = jax.lax.psum(for_weight, [axis for axis in scoring.row_axes if axis != "fsdp"])
             for_weight = jax.lax.psum_scatter(for_weight, "fsdp", scatter_dimension=0, tiled=True)
         return for_hidden.reshape(hidden.shape), for_weight if scoring.letters == "DV" else for_weight.T
 
@@ -225,7 +226,7 @@ def _places(scoring: _Scoring, mask: Array) -> tuple[Int[Array, "A N"], Array]:
     places = jnp.nonzero(mask.ravel(), size=num_places, fill_value=mask.size)[0]
     num_chunks = -(-mask.sum() // size)
     if scoring.mesh is not None:
-        num_chunks = jax.lax.pmax(num_chunks, (*BATCH_AXES, "context"))
+        num_chunks = jax.lax.pmax(num_chunks, scoring.row_axes)
     return places.reshape(-1, size), num_chunks
 
 

@@ -20,13 +20,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from oapl_jax.config.model import LoraConfig
-from oapl_jax.distributed.sharding import BATCH_AXES
+from oapl_jax.distributed.sharding import BATCH_AXES, constrain, free_axes, on_devices
 from oapl_jax.model import lora as low_rank
 from oapl_jax.model import row_attention
 from oapl_jax.model.lora import LowRank
@@ -394,13 +394,13 @@ class ExpertMlp(nnx.Module):
             if self.mesh is None:
                 return self._mix(x, *matrices)
             tokens, columns, rows = P(BATCH_AXES, "context"), P(None, None, "tensor"), P(None, "tensor")
-            return jax.shard_map(
+            mix = on_devices(
                 lambda *arrays: jax.lax.psum(self._mix(*arrays), "tensor"),
-                mesh=self.mesh,
-                in_specs=(tokens, P(), columns, columns, rows),
-                out_specs=tokens,
-                check_vma=False,
-            )(x, *matrices)
+                self.mesh,
+                (tokens, P(), columns, columns, rows),
+                tokens,
+            )
+            return mix(x, *matrices)
 
     def _mix(self, x: Array, router: Array, gate: Array | Int8, up: Array | Int8, down: Array | Int8) -> Array:
         """Sorts the (token, expert) pairs by expert, multiplies each expert's run of rows, sorts back."""
@@ -510,7 +510,7 @@ class Qwen(nnx.Module):
         are used in place of the model's own, one by one, on one device.
         """
         with jax.named_scope("embedding"):
-            x = self._constrain(lookup(self.embedding, tokens, self.compute_dtype))
+            x = self._constrain(self._embed(tokens))
         config = self.config
         rope = rope_tables(positions, config.head_dim, config.rope_theta, config.rope_scaling)
         attend = self.attend_rows() if attend is None else attend
@@ -569,10 +569,23 @@ class Qwen(nnx.Module):
             carry, _ = run_layer(carry, (params, index))
         return carry
 
+    def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+        if self.mesh is None or free_axes(BATCH_AXES) == BATCH_AXES:
+            return lookup(self.embedding, tokens, self.compute_dtype)
+
+        # Inside a shard_map over ``data`` XLA's partitioner cannot split a gather over two axes: it aborts.
+        def look_up(table: Float[Array, "_V _D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T _D"]:
+            ids = tokens - jax.lax.axis_index("tensor") * len(table)
+            is_here = (ids >= 0) & (ids < len(table))
+            found = table[jnp.clip(ids, 0, len(table) - 1)].astype(self.compute_dtype)
+            return jax.lax.psum(jnp.where(is_here[..., None], found, 0), "tensor")
+
+        columns = P(None, "context", "fsdp")
+        look_up_fn = on_devices(look_up, self.mesh, (P("tensor", "fsdp"), P(None, "context")), columns)
+        return look_up_fn(self.embedding.get_value(), tokens)
+
     def _constrain(self, x: Array) -> Array:
-        if self.mesh is None:
-            return x
-        return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, P(BATCH_AXES, "context")))
+        return x if self.mesh is None else constrain(x, self.mesh, P(BATCH_AXES, "context"))
 
 
 def layer_params(stacked: Any, index: int) -> Any:

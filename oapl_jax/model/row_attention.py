@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from oapl_jax.distributed.sharding import BATCH_AXES
+from oapl_jax.distributed.sharding import BATCH_AXES, on_devices
 from oapl_jax.model import splash
 from oapl_jax.model.attention import attend
 from oapl_jax.model.segments import Segments, may_see
@@ -138,13 +138,9 @@ def _on_devices(
         return attend_fn(query, key, value, query_ids, key_ids, first)
 
     of_queries, of_keys = P(BATCH_AXES, "context", "tensor"), P(BATCH_AXES, None, "tensor")
-    return jax.shard_map(
-        on_device,
-        mesh=mesh,
-        in_specs=(of_queries, of_keys, of_keys, P(BATCH_AXES, "context"), P(BATCH_AXES), P()),
-        out_specs=of_queries,
-        check_vma=False,
-    )(query, key, value, queries, keys, jnp.asarray(start, jnp.int32))
+    in_specs = of_queries, of_keys, of_keys, P(BATCH_AXES, "context"), P(BATCH_AXES), P()
+    mapped = on_devices(on_device, mesh, in_specs, of_queries)
+    return mapped(query, key, value, queries, keys, jnp.asarray(start, jnp.int32))
 
 
 def _xla(query: Array, key: Array, value: Array, query_ids: Any, key_ids: Any, start: Any) -> Array:

@@ -16,7 +16,7 @@ import functools
 import math
 import re
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -358,14 +358,32 @@ def _product_flops(instruction: _Instruction, computation: _Computation) -> floa
 
 
 def _groups(attributes: str, num_devices: int) -> list[list[int]]:
-    """The groups of devices in a collective, which the text lists or gives as a transposed range."""
+    """The groups of devices in a collective, which the text lists, or gives as a transposed range or as axes of a mesh."""
     if found := re.search(r"(?:replica_groups|source_target_pairs)=\{(\{[\d,{} ]*\})\}", attributes):
         return [[int(i) for i in re.findall(r"\d+", group)] for group in re.findall(r"\{([^}]*)\}", found[1])]
     if found := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):
-        shape, counted, order = ([int(i) for i in part.split(",")] if part else None for part in found.groups())
-        ids: Any = np.arange(math.prod(counted or ())).reshape(counted).transpose(order)
-        return ids.reshape(shape).tolist()
+        return _counted(found[2], found[3]).reshape(_integers(found[1])).tolist()
+    order = r"(?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))?"
+    if found := re.search(rf"replica_groups=mesh\[([^\]]*)\]{order} \{{([^}}]*)\}}", attributes):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+        chosen = [list(sizes).index(name) for name in re.findall(r"'(\w+)'", found[4])]
+        ids = _counted(found[2] or str(math.prod(sizes.values())), found[3]).reshape(list(sizes.values()))
+        members = math.prod(ids.shape[axis] for axis in chosen)
+        return np.moveaxis(ids, chosen, range(-len(chosen), 0)).reshape(-1, members).tolist()
+    if re.search(r"replica_groups=(?!\{\})", attributes):
+        raise ValueError(f"the groups of a collective are written in an unknown way: {attributes[:200]}")
     return [list(range(num_devices))]
+
+
+def _counted(shape: str, order: str | None) -> np.ndarray:
+    """The numbers from 0 in a shape, transposed."""
+    return (
+        np.arange(math.prod(_integers(shape))).reshape(_integers(shape)).transpose(_integers(order) if order else None)
+    )
+
+
+def _integers(text: str) -> list[int]:
+    return [int(number) for number in text.split(",")]
 
 
 def _received(kind: str, group: int) -> float:

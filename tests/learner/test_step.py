@@ -17,6 +17,7 @@ from oapl_jax.learner.state import init_state, make_optimizer, make_schedule
 from oapl_jax.learner.step import make_train_step
 from oapl_jax.model import qwen
 from oapl_jax.objectives import grpo, gspo, oapl, supervised
+from oapl_jax.preflight import hlo
 
 CONFIG = tiny.config("qwen3_tied")
 BETA2, TEMPERATURE, VOCAB = 0.3, 0.8, 45
@@ -290,7 +291,13 @@ def test_supervised_loss_is_the_mean_over_tokens():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("mesh", "num_pairs", "num_rows", "num_micro_batches"), [("fsdp=8", 12, 16, 2), ("data=2,fsdp=2,tensor=2", 6, 8, 1)]
+    ("mesh", "num_pairs", "num_rows", "num_micro_batches"),
+    [
+        ("fsdp=8", 12, 16, 2),
+        ("data=2,fsdp=2,tensor=2", 6, 8, 1),
+        ("data=2,fsdp=2,tensor=2", 12, 16, 4),
+        ("data=2,fsdp=2,context=2", 12, 16, 2),
+    ],
 )
 def test_sharded_trainers_equal_a_single_device(mesh, num_pairs, num_rows, num_micro_batches):
     batch = make_batch(num_pairs, num_rows)
@@ -300,6 +307,22 @@ def test_sharded_trainers_equal_a_single_device(mesh, num_pairs, num_rows, num_m
     assert_close(gradient(sharded), gradient(single), atol=2e-6 * norm(gradient(single)))
     assert_close(sharded.params, single.params, atol=2e-6)
     assert sharded_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("mesh", "is_once_a_step"), [("data=2,fsdp=2,tensor=2", True), ("fsdp=8", False)])
+def test_gradients_cross_the_axis_data_once_a_step(mesh, is_once_a_step):
+    """The halves of the devices are slices, which ``data`` joins, or ``fsdp``: what crosses does so in a loop or not."""
+    step, init, devices = make_step(mesh=mesh)
+    placed = place(make_batch(12, 16), RowLayout(16, 16, None, 8, devices))
+    text = step.lower(init(), placed).compile().as_text()
+    one, many = (hlo.analyze(text, expected_trips=[n], slices=[0] * 4 + [1] * 4) for n in (1, 100))
+    assert many.network_bytes("ICI") > 50 * one.network_bytes("ICI") or not is_once_a_step
+    assert (many.network_bytes("DCN") == one.network_bytes("DCN") > 0) == is_once_a_step
+    if is_once_a_step:
+        # Each device receives its part of the gradient once from the other slice; loss, counts and scores are small.
+        gradient = sum(leaf.size for leaf in jax.tree.leaves(init().params)) / 4 * 4
+        assert gradient <= one.network_bytes("DCN") < 1.5 * gradient
 
 
 @pytest.mark.slow

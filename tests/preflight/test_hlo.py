@@ -244,6 +244,24 @@ def test_groups_that_are_counted_with_a_transpose(tpu):
     assert hlo.Collective("all-gather", "DCN", 4, 4 * (1 / 2) * 16 * 128 * 2) in tpu.collectives
 
 
+def test_groups_that_are_axes_of_a_mesh():
+    """Axis b of [a=2, b=4] joins devices 0 to 3, which are one slice, or, if these are counted by columns, 0, 2, 4, 6."""
+    for groups, network, size in [
+        ("mesh['a'=2,'b'=4] {'b'}", "ICI", 4),
+        ("mesh['a'=2,'b'=4], device_ids=([4,2]T(1,0)) {'b'}", "DCN", 4),
+        ("mesh['a'=2,'b'=4] {'a','b'}", "DCN", 8),
+    ]:
+        text = TPU_TEXT.replace("[4,2]<=[2,4]T(1,0)", groups)
+        found = hlo.analyze(text, slices=[0] * 4 + [1] * 4)
+        num_bytes = 4 * (size - 1) / size * 16 * 128 * 2
+        assert hlo.Collective("all-gather", network, 4, num_bytes) in found.collectives
+
+
+def test_groups_in_an_unknown_notation_are_refused():
+    with pytest.raises(ValueError, match="written in an unknown way"):
+        hlo.analyze(TPU_TEXT.replace("[4,2]<=[2,4]T(1,0)", "torus[4,2]"), slices=[0] * 4 + [1] * 4)
+
+
 def test_an_all_reduce_of_which_a_part_is_kept_is_a_reduce_scatter(tpu):
     assert hlo.Collective("reduce-scatter", "DCN", 1, 7 / 8 * 64 * 128 * FLOAT) in tpu.collectives
 
