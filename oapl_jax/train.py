@@ -155,6 +155,7 @@ def describe(config: TrainConfig) -> Iterator[str]:
     """The plan of a run for people, then its peak of memory: everything is checked and compiled, and nothing is trained."""
     import oapl_jax.run.run  # noqa: F401 - what it loads is of the process's memory
     from oapl_jax.build.account import size
+    from oapl_jax.build.advice import advice
     from oapl_jax.build.peak import expected_peak
     from oapl_jax.distributed.memory import usable_bytes
     from oapl_jax.run.start import load
@@ -162,6 +163,7 @@ def describe(config: TrainConfig) -> Iterator[str]:
     assembly, inputs = load(config)
     inputs.grader.close()
     yield _lines(assembly.describe() | inputs.describe(config))
+    yield from (f"{'advice':>14}  {text}" for text in advice(config))
     shortage = assembly.account.shortage(usable_bytes(assembly.trainer_mesh))
     if shortage > 0:
         yield _lines({"peak": f"a device lacks {size(shortage)} before a program runs, so none is compiled"})

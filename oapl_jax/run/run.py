@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from oapl_jax.build import policy
+from oapl_jax.build.advice import advice
 from oapl_jax.build.assembly import Assembly
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
@@ -409,6 +410,8 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
         bar = ProgressBar(config.run.steps, enabled=False, stream=io.StringIO())
     for name, text in inputs.describe(config).items():
         bar.note(f"{name}: {text}")
+    for text in advice(config):
+        bar.note(f"advice: {text}")
     with contextlib.ExitStack() as stack:
         setup = make_setup(assembly, inputs, bar.note)
         stack.callback(setup.grading.close)
