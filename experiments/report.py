@@ -73,7 +73,7 @@ def _claims(grid: Grid, found: Mapping[str, Mapping[Pair, Record]]) -> str:
             first = (what, f"**{claims.verdict(differences)}**") if i == 0 else ("", "")
             low, high = item.interval
             above = f"{sum(d > 0 for d in item.differences)} of {len(item.differences)}"
-            interval = f"{item.mean:+.3f} [{low:+.3f}, {high:+.3f}]"
+            interval = f"{item.mean:+.3f}" + (f" [{low:+.3f}, {high:+.3f}]" if math.isfinite(low) else "")
             cells = (*first, item.metric, _value(*item.left), _value(*item.right), interval, above)
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
@@ -109,7 +109,7 @@ def _searches(grid: Grid, out: pathlib.Path) -> str:
         if choice := choose(grid, name, out):
             tried = (
                 f"{'**' if settings == choice.settings else ''}"
-                f"{', '.join(f'{key}={value:g}' for key, value in settings.items())}: {result:.3f}"
+                f"{_short(settings)}: {result:.3f}"
                 f"{'**' if settings == choice.settings else ''}"
                 for settings, result in choice.values
             )
@@ -123,6 +123,10 @@ def _read(run: Run, out: pathlib.Path, prompts: slice) -> Record:
 
 def _side(side: Side) -> str:
     return f"`{side.arm}` {side.at}"
+
+
+def _short(settings: Settings) -> str:
+    return ", ".join(f"{key.rpartition('.')[2]} {value:g}" for key, value in settings.items())
 
 
 def _summary(values: list[float]) -> str:

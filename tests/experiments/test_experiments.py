@@ -75,7 +75,7 @@ def test_a_grid_is_trained_reported_and_not_trained_again(tmp_path):
     assert "[2/2] arms/" in first.stdout
     text = (out / "results.md").read_text()
     assert "| A (B): `ours` final above `theirs` final | **not resolvable** | pass@1 |" in text
-    assert "learner.learning_rate=0.0001: " in text
+    assert "learning_rate 0.0001: " in text
     for name in ("curves", "tail"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     (saved,) = (out / "arms/theirs").glob("*/config.yaml")
