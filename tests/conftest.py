@@ -19,8 +19,13 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# LLVM's optimisation takes a third of the CPU seconds (docs/tests.md); the programs are small and run a few times.
-_FLAGS = {"xla_force_host_platform_device_count": 8, "xla_backend_optimization_level": 0}
+# Compiling is most of the work, and the programs are small and run a few times: no optimisation by LLVM, and kernels from
+# the older of XLA's two code generators (docs/tests.md).
+_FLAGS = {
+    "xla_force_host_platform_device_count": 8,
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_use_fusion_emitters": "false",
+}
 for _name, _value in _FLAGS.items():
     if _name not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_name}={_value}".strip()

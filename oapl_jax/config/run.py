@@ -23,7 +23,8 @@ class RunDirConfig(Section):
     allow_config_change: bool = False
     """Go on in a run directory that was started with another config; what is there is kept."""
     compile_cache: str | None = "~/.cache/oapl_jax"
-    """Folder of compiled programs, for all runs on GPUs and TPUs: a second start compiles nothing again; null: none."""
+    """Folder of compiled programs, for all runs on GPUs, TPUs and AMD's CPUs: a second start compiles nothing again;
+    null: none."""
 
 
 class RunConfig(RunDirConfig):

@@ -1,5 +1,6 @@
 import itertools
 import math
+import operator
 from fractions import Fraction
 
 import numpy as np
@@ -42,12 +43,11 @@ def test_all_ks_of_256_samples_equal_fractions():
     n = 256
     table = passk.pass_at_ks(np.full(n + 1, n), np.arange(n + 1), n)
     for c in range(n + 1):
-        all_wrong = Fraction(1)
-        for k in range(1, n + 1):
-            all_wrong *= Fraction(max(n - c - k + 1, 0), n - k + 1)
-            # the complement is what is computed: near 1 it, and not pass@k, is exact to many digits
-            assert 1 - table[c, k - 1] == pytest.approx(float(all_wrong), rel=1e-12, abs=1e-15)
-            assert table[c, k - 1] == pytest.approx(float(1 - all_wrong), rel=1e-12)
+        factors = [Fraction(max(n - c - k + 1, 0), n - k + 1) for k in range(1, n + 1)]
+        all_wrong = list(itertools.accumulate(factors, operator.mul))
+        # the complement is what is computed: near 1 it, and not pass@k, is exact to many digits
+        np.testing.assert_allclose(1 - table[c], [float(share) for share in all_wrong], rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(table[c], [float(1 - share) for share in all_wrong], rtol=1e-12)
 
 
 def test_problems_with_too_few_samples_have_no_value_there():

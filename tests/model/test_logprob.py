@@ -34,8 +34,9 @@ def naive(hidden, unembedding, targets, temperature, vocab_size):
 
 
 # 21 tokens: no loop; 4 chunks of 2 x 3 rows with one token of padding; 7 of one token; more rows than the chunk.
-@pytest.mark.parametrize("chunk", [21, 6, 5, 2])
-@pytest.mark.parametrize(("temperature", "vocab_size"), [(1.0, V), (0.7, 30)])
+@pytest.mark.parametrize(
+    ("chunk", "temperature", "vocab_size"), [(21, 0.7, 30), (21, 1.0, V), (6, 0.7, 30), (5, 1.0, V), (2, 0.7, 30)]
+)
 def test_chunked_equals_naive(chunk, temperature, vocab_size):
     hidden, unembedding, targets = inputs()
     scored = score(hidden, unembedding, targets, temperature=temperature, vocab_size=vocab_size, chunk=chunk)
@@ -131,7 +132,7 @@ def test_padding_on_the_right_changes_nothing():
 
 def test_a_later_token_changes_no_earlier_logprob():
     graphdef, params = tiny.split(tiny.config("qwen3_wide_heads"))
-    tokens, mask = tiny.rows(1, 8), jnp.ones((1, 8), bool)
+    tokens, mask = tiny.rows(2, 9), jnp.ones((2, 9), bool)
     changed = tokens.at[0, 5].set((tokens[0, 5] + 1) % 48)
     before, after = (
         tiny.sequence_logprobs(graphdef, params, rows, mask, temperature=1.0, vocab_size=48)[0]
@@ -152,8 +153,10 @@ def test_tokens_outside_the_mask_are_not_scored_and_a_tied_unembedding_scores_th
         np.testing.assert_allclose(found, jnp.where(mask, expected, 0.0), atol=1e-5)
 
 
-@pytest.mark.parametrize("words", ["fsdp=2,context=2,tensor=2", "data=4,tensor=2"])
-@pytest.mark.parametrize("letters", ["DV", "VD"])
+@pytest.mark.parametrize(
+    ("words", "letters"),
+    [("fsdp=2,context=2,tensor=2", "DV"), ("fsdp=2,context=2,tensor=2", "VD"), ("data=4,tensor=2", "DV")],
+)
 def test_logprobs_and_gradients_do_not_depend_on_the_mesh(words, letters):
     rng = np.random.default_rng(2)
     mesh, _ = make_meshes(MeshConfig(trainer=words))

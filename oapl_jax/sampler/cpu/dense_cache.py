@@ -32,7 +32,8 @@ def gather(pages: KVPages, table: Int[Array, "B M"], num_layers: int, dtype: DTy
     K, _, page_size, C = pages.k.shape
 
     def layer_of(from_: MaybeInt8, layer: int) -> Array:
-        return dequantize(jax.tree.map(lambda array: array[:, ids[layer]], from_), dtype)
+        pages_of = lambda array: array.at[:, ids[layer]].get(mode="clip", wrap_negative_indices=False)  # noqa: E731
+        return dequantize(jax.tree.map(pages_of, from_), dtype)
 
     with jax.named_scope("gather_pages"):
         # [K, B, M, page, C] -> [B, K, C, M, page] and [B, K, M, page, C]
@@ -84,16 +85,18 @@ def scatter(
     positions = start[:, None] + jnp.arange(new.v[0].shape[2])
     column = jnp.minimum(positions // page_size, table.shape[1] - 1)
     page = jnp.where(positions < end[:, None], jnp.take_along_axis(table, column, axis=1), pages.k.shape[1])
-    ids, k, v = in_layers(page, num_layers, pages.k), pages.k, pages.v
+    ids = in_layers(page, num_layers, pages.k)
+
+    def write(to: Array, *layers: Array, axes: tuple[int, ...]) -> Array:
+        """All layers at once, ``axes`` in the order ``[K, L, B, T, C]``: a scatter a layer is slow to compile."""
+        new = jnp.transpose(jnp.stack(layers), axes)
+        return to.at[:, ids, positions % page_size].set(new, mode="drop")
+
     with jax.named_scope("scatter_pages"):
-        for i in range(num_layers):
-
-            def write(to: Array, new: Array, axes: tuple[int, ...], i: int = i) -> Array:
-                return to.at[:, ids[i], positions % page_size].set(jnp.transpose(new, axes), mode="drop")
-
-            k = jax.tree.map(functools.partial(write, axes=(1, 0, 3, 2)), k, new.k[i])
-            v = jax.tree.map(functools.partial(write, axes=(1, 0, 2, 3)), v, new.v[i])
-        return KVPages(k, v)
+        return KVPages(
+            jax.tree.map(functools.partial(write, axes=(2, 0, 1, 4, 3)), pages.k, *new.k),
+            jax.tree.map(functools.partial(write, axes=(2, 0, 1, 3, 4)), pages.v, *new.v),
+        )
 
 
 def attend_two(
