@@ -61,9 +61,10 @@ def make_train_step(
         tokens_per_rollout: Float[Array, ""],
     ) -> tuple[Array, TokenScores]:
         logprobs, entropy = score(lora.with_trained(policy, trained), rows)
-        losses = objective.losses(logprobs, rows, options, tokens_per_rollout)
-        if rows.reference_logprobs is not None:
-            losses += kl_weight * reference.divergences(logprobs, rows)
+        with jax.named_scope("loss"):
+            losses = objective.losses(logprobs, rows, options, tokens_per_rollout)
+            if rows.reference_logprobs is not None:
+                losses += kl_weight * reference.divergences(logprobs, rows)
         is_clipped = None if objective.clipped is None else objective.clipped(logprobs, rows, options)
         return jnp.sum(losses, where=rows.segment_mask) / num_rollouts, TokenScores(logprobs, entropy, is_clipped)
 
@@ -93,7 +94,7 @@ def make_train_step(
             scores = jax.tree.map(lambda x: jnp.zeros((num_micro_batches, *x.shape), x.dtype), found)
             nothing = jnp.float32(0), gradient, scores
             loss, gradient, scores = jax.lax.fori_loop(0, _num_used(batch), add, nothing)
-        with jax.named_scope("update"):
+        with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
             params = lora.with_trained(state.params, optax.apply_updates(trained, updates))
         metrics = {
