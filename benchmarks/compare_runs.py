@@ -16,9 +16,9 @@ from typing import Any
 RENAMED: dict[str, str] = {}
 """Name of a metric in OLD -> its name in NEW."""
 
-NOT_COMPARED = ("window/ready_groups", "window/dropped_groups")
+NOT_COMPARED = ("window/ready_groups", "window/dropped_groups", "learner/mfu", "learner/peak_bytes")
 NOT_COMPARED_STARTS, NOT_COMPARED_ENDS = ("sampler/",), ("seconds", "per_second")
-"""Metrics of time, and of how far the sampler happened to be."""
+"""Metrics of time and memory, and of how far the sampler happened to be."""
 
 MOST_SHOWN = 10
 

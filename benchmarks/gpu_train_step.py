@@ -11,7 +11,7 @@ there is room: ours with the results of its products saved (``ours``), the peer 
 (``transformers_kept``).
 
 Each measurement is a process that has the card for itself; contenders take turns. MFU is the model's arithmetic
-(``programs.forward_flops``, times three: nothing computed twice counts) over the time and the card's dense bfloat16 rate.
+(``model.flops.forward_flops``, times three: nothing computed twice counts) over the time and the card's dense bfloat16 rate.
 ``speedup`` is the best of the peer's times over the best of ours.
 It was never run on a GPU: none was at hand. ``--models tiny --lengths 64 --peak-tflops 0.1`` runs it anywhere. What XLA
 makes of the step on an H200 is counted by ``aot_gpu.py``.
@@ -116,7 +116,7 @@ def summary(reports: list[Report], flops: float, tokens: int, peak_tflops: float
 def step_flops(model: str, lengths: np.ndarray) -> tuple[float, int]:
     """Floating point operations of a step's mathematics, and its tokens."""
     from oapl_jax.build.policy import read_config
-    from oapl_jax.preflight.programs import forward_flops
+    from oapl_jax.model.flops import forward_flops
 
     config, total = read_config(ROOT / MODELS[model]), lengths.sum(axis=1)
     pairs = float((total * (total + 1) / 2).sum())

@@ -5,8 +5,8 @@ import math
 import re
 from typing import Literal
 
-from oapl_jax.preflight.topology import GENERATIONS as PREFLIGHT
-from oapl_jax.preflight.topology import GIB
+from oapl_jax.distributed.chips import GENERATIONS as PREFLIGHT
+from oapl_jax.distributed.chips import GIB
 
 CHIPS_PER_HOST = 4
 """Of a TPU slice; a slice of one chip is a host of one."""

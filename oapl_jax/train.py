@@ -67,7 +67,8 @@ def run(config: TrainConfig, make_source: Callable[[Any], GroupSource] | None = 
             elif opened.ends_window:  # the run was over here, and goes on with more steps
                 opened.sync()
             else:
-                _step(opened)
+                with opened.profiler.step(opened.progress.step + 1):
+                    _step(opened)
         after = opened.finish()
         return write_results(opened, after)
 

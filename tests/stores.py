@@ -21,6 +21,7 @@ import fsspec
 import pytest
 
 from oapl_jax.io import storage
+from oapl_jax.rollouts.diagnostics import TOKEN_LOGPROBS_FILE
 
 HOST = "127.0.0.1"
 FAULTS = ("403", "429", "503", "cut before", "cut after", "cut answer")
@@ -221,7 +222,7 @@ def copied(address, folder):
     store = fsspec.filesystem(address.partition("://")[0], use_listings_cache=False)
     names = [name.partition(f"{path.name}/")[2] for name in store.find(address)]
     storage.get_folder(path, names, folder)
-    for name in ("metrics.jsonl", "batches.jsonl", "evaluations.jsonl", "starts.jsonl"):
+    for name in ("metrics.jsonl", "batches.jsonl", "evaluations.jsonl", "starts.jsonl", TOKEN_LOGPROBS_FILE):
         parts = folder / name
         text = "".join(part.read_text() for part in sorted(parts.iterdir()))
         parts.rename(folder / f"{name}.parts")

@@ -19,6 +19,7 @@ from oapl_jax.learner import batch as batches
 from oapl_jax.learner.state import TrainState, abstract_state, init_state, make_optimizer, make_schedule
 from oapl_jax.learner.step import make_scorer, make_train_step
 from oapl_jax.model import lora, qwen, row_attention
+from oapl_jax.model.flops import forward_flops, update_flops
 from oapl_jax.objectives import oapl
 from oapl_jax.objectives.objective import Objective, ObjectiveOptions
 from oapl_jax.types import RolloutGroup, TrainBatch
@@ -29,6 +30,7 @@ class Learner:
     """What trains a model; the arrays are in a ``TrainState``."""
 
     mesh: Mesh
+    architecture: qwen.QwenConfig
     graphdef: Any
     optimizer: optax.GradientTransformation
     shapes: TrainState
@@ -108,6 +110,15 @@ class Learner:
             placed = placed._replace(reference_logprobs=self.score(base, placed))
         return placed
 
+    def flops(self, parts: Sequence[TrainBatch]) -> float:
+        """Of the model's mathematics: the updates on mini-batches, and the scores that ``prepare`` adds."""
+        total, num_scores = 0.0, self.scores_old + self.scores_reference
+        for part in parts:
+            work = self.architecture, *batches.work(part)
+            total += update_flops(*work, has_frozen_weights=lora.has_adapters(self.shapes.params))
+            total += num_scores * forward_flops(*work)[0]
+        return total
+
     def init(self, params: Any) -> TrainState:
         """The state at step 0 with these parameters, which it takes over."""
         return init_state(params, self.optimizer, self.mesh)[0]
@@ -173,6 +184,7 @@ def make_learner(
     state, beta2 = placed(shapes, state_shardings), oapl.options_or_defaults(options).beta2
     return Learner(
         mesh,
+        architecture,
         graphdef,
         optimizer,
         state,

@@ -16,6 +16,7 @@ from oapl_jax.config.run import (
     CheckpointConfig,
     EvaluateRunConfig,
     LoggingConfig,
+    ProfileConfig,
     ProgressConfig,
     RunConfig,
     RunDirConfig,
@@ -49,6 +50,7 @@ class TrainConfig(Section):
     mesh: MeshConfig = MeshConfig()
     checkpoint: TrainCheckpointConfig = TrainCheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
+    profile: ProfileConfig = ProfileConfig()
     logging: LoggingConfig = LoggingConfig()
 
     def graded_sets(self) -> GradedSets:
@@ -67,6 +69,8 @@ class TrainConfig(Section):
             for i, data in enumerate(self.offline.rounds):
                 if data.log is None and data.prompts is None:
                     yield f"offline.rounds.{i}.prompts: how many? {whose} no end"
+        if self.profile.steps and self.profile.steps[-1] > self.run.steps:
+            yield f"profile.steps: step {self.profile.steps[-1]} is after the last one, run.steps={self.run.steps}"
         yield from _rounding_problems(self.model, self.lora)
         batch, group_size = self.learner.batch_rollouts, self.sampler.group_size
         if batch % group_size:

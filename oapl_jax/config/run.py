@@ -1,5 +1,6 @@
 """What a run is called, how long it lasts, and what it writes."""
 
+from collections.abc import Iterator
 from typing import Annotated, ClassVar
 
 from oapl_jax.config.applies import AppliesWhen, one_of
@@ -55,6 +56,18 @@ class EvaluateRunConfig(RunDirConfig):
     """Checkpoint, where ``model.path`` is a run directory; null: the newest."""
     watch_deadline: Positive = 3600.0
     """With ``--watch``: seconds to wait for the next version of a run that has not ended."""
+
+
+class ProfileConfig(Section):
+    """A trace of some learner steps, which XProf and Perfetto open."""
+
+    steps: tuple[Count, Count] | None = None
+    """The first and the last step of the trace, which is written to ``profile/`` in the run directory; null: none."""
+
+    def find_mistakes(self) -> Iterator[str]:
+        """An order."""
+        if self.steps is not None and self.steps[0] > self.steps[1]:
+            yield f"steps: {list(self.steps)} ends before it begins"
 
 
 class CheckpointConfig(Section):

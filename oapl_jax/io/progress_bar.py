@@ -24,6 +24,8 @@ _SHOWN = (
     ("learner/residual", "residual", 3),
 )
 _SHOWN_WITHOUT_ROLLOUTS = (("learner/loss", "loss", 3),)
+_WIDE = 100
+"""Characters of a terminal with room for one more column."""
 _SECONDS_BETWEEN_LINES = (2.0, 60.0)
 _TASK = rich.progress.TaskID(0)
 SECONDS_OF_DRAINING = 0.3
@@ -67,7 +69,8 @@ class ProgressBar:
         now = time.monotonic()
         # The first step compiles: the pace is measured from its end.
         self._first = self._first or (step, now)
-        shown, left = _describe(self._shown), _time_left(self._first, (step, now), self._total)
+        is_wide = self._bar is None or self._bar.console.width >= _WIDE
+        shown, left = _describe(self._shown, is_wide=is_wide), _time_left(self._first, (step, now), self._total)
         if self._bar is not None:
             self._bar.update(_TASK, completed=step, shown=" ".join(shown), left=left)
         elif step >= self._total or now - self._last_line >= self._pause(now):
@@ -187,14 +190,16 @@ def _make_bar(stream: Any) -> rich.progress.Progress:
     )
 
 
-def _describe(metrics: Metrics) -> list[str]:
-    """One word group a column; together with step and time left they fit 80 characters."""
+def _describe(metrics: Metrics, *, is_wide: bool) -> list[str]:
+    """One word group a column; unless it is wide, they fit 80 characters together with step and time left."""
     columns = [column for column in _SHOWN if column[0] in metrics]
     columns = columns or [column for column in _SHOWN_WITHOUT_ROLLOUTS if column[0] in metrics]
     words = [f"{label} {float(metrics[name]):.{decimals}f}" for name, label, decimals in columns]
     if "learner/tokens_per_second" in metrics:
         speed = float(metrics["learner/tokens_per_second"])
         words.append(f"{speed:.0f} tok/s" if speed < 1e3 else f"{speed / 1e3:.1f}k tok/s")
+    if is_wide and "learner/mfu" in metrics:
+        words.append(f"mfu {float(metrics['learner/mfu']):.2f}")
     return words
 
 

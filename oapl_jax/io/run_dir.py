@@ -28,7 +28,7 @@ LAYOUT = 2
 UNMARKED = {"layout": 1, "version": "0.1.0 (commit 29ded25 or before)"}
 """What wrote a run directory that has no ``RUN_FILE``."""
 
-NOT_IDENTITY = {"reward": ("folder",)}
+NOT_IDENTITY = {"reward": ("folder",), "profile": ("steps",)}
 """Keys of further sections, as ``run.not_identity``."""
 
 

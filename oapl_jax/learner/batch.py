@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from oapl_jax.distributed.sharding import BATCH_AXES, row_shards, to_devices
 from oapl_jax.types import FinishReason, Metrics, RolloutGroup, TrainBatch, Verdict
@@ -265,8 +265,17 @@ def padding(batch: TrainBatch, layout: RowLayout) -> float:
     """Fraction of the positions which the train step computes that hold no token."""
     rows = layout.micro_batch_rows or len(batch.tokens)
     num_computed = _round_up(int(batch.segment_mask.any(axis=1).sum()), rows) * batch.tokens.shape[1]
-    ids = batch.segment_ids if batch.prompt_ids is None else batch.prompt_ids
-    return 1 - float((ids > 0).sum()) / num_computed
+    return 1 - float(_holds_token(batch).sum()) / num_computed
+
+
+def work(batch: TrainBatch) -> tuple[int, int, int]:
+    """Tokens of a batch on the host, pairs of a token and one that it sees, and response tokens."""
+    is_token = _holds_token(batch)
+    return int(is_token.sum()), int(np.sum(batch.positions + 1, where=is_token)), int(batch.response_mask.sum())
+
+
+def _holds_token(batch: TrainBatch) -> Bool[np.ndarray, "B T"]:
+    return (batch.segment_ids if batch.prompt_ids is None else batch.prompt_ids) > 0
 
 
 def make_batch(make: Any, rows: tuple[int, ...], length: int, layout: RowLayout) -> TrainBatch:

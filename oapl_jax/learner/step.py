@@ -66,9 +66,10 @@ def make_train_step(
         tokens_per_rollout: Float[Array, ""],
     ) -> tuple[Array, TokenScores]:
         logprobs, entropy = score(lora.with_trained(policy, trained), rows)
-        losses = objective.losses(logprobs, rows, options, tokens_per_rollout)
-        if rows.reference_logprobs is not None:
-            losses += kl_weight * reference.divergences(logprobs, rows)
+        with jax.named_scope("loss"):
+            losses = objective.losses(logprobs, rows, options, tokens_per_rollout)
+            if rows.reference_logprobs is not None:
+                losses += kl_weight * reference.divergences(logprobs, rows)
         is_clipped = None if objective.clipped is None else objective.clipped(logprobs, rows, options)
         return jnp.sum(losses, where=rows.segment_mask) / num_rollouts, TokenScores(logprobs, entropy, is_clipped)
 
@@ -109,7 +110,7 @@ def make_train_step(
         is_local = mesh.shape["data"] > 1 and batch.tokens.shape[0] > 1
         sum_fn = _over_data(sums, mesh) if is_local else sums
         loss, gradient, scores = sum_fn(state.params, batch, _num_used(batch), num_rollouts, tokens_per_rollout)
-        with jax.named_scope("update"):
+        with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(gradient, state.opt_state, trained)
             params = lora.with_trained(state.params, optax.apply_updates(trained, updates))
         metrics = {

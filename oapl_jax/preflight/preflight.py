@@ -15,11 +15,12 @@ import jax
 from oapl_jax.build.account import size
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
+from oapl_jax.distributed.chips import GIB, Chip
 from oapl_jax.distributed.sharding import row_shards
 from oapl_jax.io.terminal import say
 from oapl_jax.preflight import hlo, topology
 from oapl_jax.preflight.programs import Plan, Program, make_plan, rollout_bytes
-from oapl_jax.preflight.topology import GIB, Chip, Topology
+from oapl_jax.preflight.topology import Topology
 
 TOO_LARGE = "RESOURCE_EXHAUSTED"
 """The compiler's message for a program that needs more memory than a device has contains this."""

@@ -16,7 +16,7 @@ from oapl_jax.build.sampler import PAGE_SIZE, kv_shards
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import SftConfig, TrainConfig
 from oapl_jax.distributed.sharding import platform_of, row_shards
-from oapl_jax.model import qwen
+from oapl_jax.model.flops import forward_flops, update_flops
 from oapl_jax.model.logprob import chunk_tokens
 from oapl_jax.sampler.engine import PREFILL_TOKENS
 
@@ -100,7 +100,8 @@ def _learner_programs(assembly: Assembly) -> list[Program]:
     batch, full = learner.largest_batch(), rows.full
     num_rows = batch.tokens.shape[1]
     num_used = math.ceil(full.rows / num_rows)
-    forward, attention = forward_flops(assembly.architecture, full.tokens, full.pairs, full.scored)
+    work = assembly.architecture, full.tokens, full.pairs, full.scored
+    forward, attention = forward_flops(*work)
     chunk = chunk_tokens(assembly.architecture.vocab_size // mesh.shape["tensor"], platform_of(mesh))
     chunks = math.ceil(full.scored / num_used / row_shards(mesh) / mesh.shape["context"] / chunk)
     micro_batches = (num_used,) if len(batch.tokens) > 1 else ()
@@ -110,8 +111,7 @@ def _learner_programs(assembly: Assembly) -> list[Program]:
             "train_step",
             functools.partial(learner.train_step.lower, learner.shapes, batch),
             beside=account.beside_train_step,
-            # The backward pass has two products for each one of the forward pass, one where the weights are frozen.
-            model_flops=(2 if config.lora.rank else 3) * (forward - attention) + 3 * attention,
+            model_flops=update_flops(*work, has_frozen_weights=config.lora.rank > 0),
             kernel_flops=3 * attention,
             expected_trips=(*micro_batches, chunks),
         ),
@@ -169,21 +169,6 @@ def _sampler_programs(assembly: Assembly) -> list[Program]:
         lower = functools.partial(copy[0].lower, copy[1])
         programs.append(Program("sync", lower, assembly.trainer_mesh, taken))
     return programs
-
-
-def forward_flops(model: qwen.QwenConfig, tokens: float, pairs: float, scored: float) -> tuple[float, float]:
-    """FLOPs of a forward pass, and of its attention alone; additions and multiplications count.
-
-    ``pairs`` are (token, token that it sees), over all sequences; ``scored`` are tokens whose logits are computed. Of a
-    mixture's experts those count that a token goes to.
-    """
-    embedding = model.vocab_size * model.hidden_size
-    num_matrix_weights = model.num_params - embedding * (1 if model.tie_word_embeddings else 2)
-    if model.num_experts:
-        expert = 3 * model.hidden_size * model.moe_intermediate_size
-        num_matrix_weights -= model.num_hidden_layers * (model.num_experts - model.num_experts_per_tok) * expert
-    attention = 4.0 * model.num_hidden_layers * model.num_attention_heads * model.head_dim * pairs
-    return 2.0 * num_matrix_weights * tokens + 2.0 * embedding * scored + attention, attention
 
 
 def architecture_file(config: TrainConfig) -> str:

@@ -123,10 +123,16 @@ PANELS = (
     Panel("Responses and verdicts", "share of rollouts", {
         "truncated": "rollouts/truncated", "invalid": "rollouts/invalid", "equal-reward groups": "rollouts/equal_reward_groups",
     }),
-    Panel("Time of a learner step", "seconds", {"whole step": "learner/seconds", "waiting": "learner/wait_seconds"}),
+    Panel("Time of a learner step", "seconds", {
+        "whole step": "learner/seconds", "waiting": "learner/wait_seconds", "training": "learner/train_seconds",
+    }),
     Panel("Look of the correct responses", "share of the correct ones", {
         "copied from the prompt": "rollouts/copied", "most frequent form": "rollouts/same_form",
     }),
+    Panel("Work beside the learner", "seconds for each learner step", {
+        "sampling": "sampler/seconds", "grading": "grader/seconds",
+    }),
+    Panel("Use of the device in training", "share of its peak FLOPs", {"MFU": "learner/mfu"}),
     Panel("Log-ratio: its spread", "nats per response", {
         "lowest": "learner/log_ratio_min", "5 %": "learner/log_ratio_p05", "median": "learner/log_ratio_p50",
         "95 %": "learner/log_ratio_p95",

@@ -408,9 +408,10 @@ function heatMap(rollout, step) {
 // ---------------------------------------------------------------- the run
 
 function runPart(run) {
-  const whole = run.seconds["learner/seconds"] || 0, wait = run.seconds["learner/wait_seconds"] || 0, sync = run.seconds["sync/seconds"] || 0;
-  const total = Math.max(whole, run.facts.seconds || 0);
-  const split = [["training and the rest of the steps", Math.max(0, whole - wait - sync)], ["waiting for rollouts", wait], ["syncs", sync], ["outside of steps: start, last evaluation, saving", total - whole]];
+  const [whole, wait, train, sync, publish, save] = ["learner/seconds", "learner/wait_seconds", "learner/train_seconds", "sync/seconds", "sync/publish_seconds", "checkpoint/seconds"].map((name) => run.seconds[name] || 0);
+  const total = Math.max(whole + save, run.facts.seconds || 0);
+  const split = [["training", train], ["waiting for rollouts", wait], ["syncs", sync + publish], ["saving", save], ["the rest of the steps", Math.max(0, whole - train - wait - sync - publish)], ["outside of steps: start, first and last evaluation", total - whole - save]];
+  const beside = [["sampling", "sampler/seconds"], ["grading", "grader/seconds"], ["evaluations", "evaluation/seconds"]].filter(([, name]) => run.seconds[name]);
   const sampled = run.counts.reduce((sum, item) => sum + item.groups, 0);
   const dropped = run.curves["window/dropped_groups"]?.y.at(-1);
   const notes = [
@@ -423,7 +424,7 @@ function runPart(run) {
     el("h2", {}, "Time"),
     whole ? [el("div", { class: "split", role: "img", "aria-label": "shares of the time" }, split.map(([, seconds], i) => { const part = el("div", { colour: COLOURS[i] }); part.style.flexGrow = seconds; return part; })),
       el("p", { class: "legend" }, split.map(([name, seconds], i) => el("span", { colour: COLOURS[i] }, el("i"), `${name} ${duration(seconds)}, ${(100 * seconds / total).toFixed(1)} %`))),
-      run.seconds["evaluation/seconds"] ? el("p", { class: "soft" }, `Evaluations took ${duration(run.seconds["evaluation/seconds"])}, in part beside these steps.`) : null] : el("p", { class: "soft" }, "Not recorded: learner/seconds"),
+      beside.length ? el("p", { class: "soft" }, `Beside these steps: ${beside.map(([name, key]) => `${name} ${duration(run.seconds[key])}`).join(", ")}. Evaluations of several processes or of offline epochs are a part of the steps.`) : null] : el("p", { class: "soft" }, "Not recorded: learner/seconds"),
     el("h2", {}, "Restarts and drops"), notes.map((text) => text && el("p", {}, text)),
     page.runs.length > 1 ? [el("h2", {}, "Differences between the configs"), el("div", { class: "scroll" }, el("table", {}, el("tr", {}, el("th"), page.runs.map((item) => el("th", {}, item.name))), differ))] : null,
     el("h2", {}, "Launch again"), run.command ? [el("pre", {}, run.command), el("p", { class: "soft" }, "The same run.dir goes on with the run; another one begins it again.")] : el("p", { class: "soft" }, "Not recorded: config.yaml is missing, or of no training."),

@@ -21,6 +21,7 @@ from oapl_jax.build.advice import advice
 from oapl_jax.build.assembly import Assembly
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
+from oapl_jax.distributed.chips import peak_bytes, peak_flops
 from oapl_jax.distributed.memory import trim_heap
 from oapl_jax.distributed.messages import forward_preemption
 from oapl_jax.distributed.sharding import num_processes
@@ -44,6 +45,7 @@ from oapl_jax.rollouts.stops import Stops
 from oapl_jax.rollouts.surface import SurfaceWatch
 from oapl_jax.run.evaluator import Evaluator, StepLog
 from oapl_jax.run.parity import check_parity
+from oapl_jax.run.profile import Profiler, traced_as
 from oapl_jax.run.progress import RunProgress
 from oapl_jax.run.start import load, make_warm_start, model_path
 from oapl_jax.run.summary import SUMMARY_FILE, pass_at
@@ -53,7 +55,7 @@ from oapl_jax.sources.imported import ImportedWindows
 from oapl_jax.sources.local import LocalSource
 from oapl_jax.sources.offline import OfflineRounds
 from oapl_jax.sources.setup import Drawn, SamplingSetup, acceptance, make_setup
-from oapl_jax.types import Metrics, PreemptedError, RolloutGroup
+from oapl_jax.types import Metrics, PreemptedError, RolloutGroup, TrainBatch
 from oapl_jax.weights.checkpoints import Checkpoints
 from oapl_jax.weights.policies import PolicyStore
 
@@ -89,6 +91,9 @@ class Run:
     poll: Callable[[], bool]
     """Sees to what runs beside the learner; whether a process of the run is to stop."""
     stop: StopSignals
+    profiler: Profiler
+    peak_flops: float | None
+    """A second, of the trainer's devices together; None where it is not known."""
     started: float
     """Time up to which ``progress.seconds`` does not count yet."""
     num_dropped_before: int
@@ -99,6 +104,8 @@ class Run:
     """Whether this process has compiled the train step."""
     surface: SurfaceWatch = dataclasses.field(default_factory=SurfaceWatch)
     """Of the responses that were learnt from."""
+    save_seconds: float = 0.0
+    """What saving took since the last report."""
 
     @property
     def config(self) -> TrainConfig:
@@ -174,6 +181,7 @@ class Run:
         if self.plan.expected_steps is not None:
             self.bar.expect(min(self.config.run.steps, progress.window_step + self.plan.expected_steps))
 
+    @traced_as("wait")
     def take(self) -> list[RolloutGroup]:
         """The groups of the next step's batch, recorded. Of several processes the leader chooses.
 
@@ -210,9 +218,10 @@ class Run:
         self.progress.cursor, self.progress.left_over = taken.cursor, taken.left_over
         return taken.groups
 
+    @traced_as("train")
     def train(self, groups: list[RolloutGroup]) -> tuple[Metrics, float]:
         """The updates of one batch of groups (paper Eq. 3); their metrics, and the number of response tokens."""
-        learner, of_updates = self.assembly.learner, []
+        start, learner, of_updates = time.perf_counter(), self.assembly.learner, []
         parts = learner.mini_batches(groups)
         compiling = self.bar.stage("compiling learner program 2 of 2: the train step")
         with self.trainer_lock, contextlib.nullcontext() if self.has_trained else compiling:
@@ -225,6 +234,7 @@ class Run:
                 self.state, *on_device = learner.train_step(self.state, part)
                 of_updates.append(jax.device_get(on_device))
             jax.block_until_ready(self.state)  # on all devices, before the lock is left
+        speed = self._speed(parts, time.perf_counter() - start)
         self.progress.step += 1
         self.progress.num_rollouts += sum(int(part.segment_mask.sum()) for part in parts)
         on_surface, signs = self.surface.add(groups)
@@ -233,13 +243,28 @@ class Run:
         numbers, scores = zip(*of_updates, strict=True)
         metrics = {name: float(np.mean([update[name] for update in numbers])) for name in numbers[0]}
         metrics |= divergence.measure(list(zip(parts, scores, strict=True)), learner.beta2)
-        metrics |= batches.describe(groups, self.config.data.sets) | on_surface
+        metrics |= batches.describe(groups, self.config.data.sets) | on_surface | speed
         if self.token_logprobs is not None and (self.ends_window or self.is_over):
             learned = learner.of_groups(groups, parts, [score.logprobs for score in scores])
             self._write_token_logprobs(self.token_logprobs, groups, learned)
         metrics["learner/padding"] = float(np.mean([batches.padding(part, learner.rows) for part in parts]))
         return metrics, float(sum(part.response_mask.sum() for part in parts))
 
+    def _speed(self, parts: list[TrainBatch], seconds: float) -> Metrics:
+        """How fast the updates on mini-batches were, and what memory a device has had in use at most."""
+        mesh = self.assembly.trainer_mesh
+        num_tokens = sum(batches.work(part)[0] for part in parts)
+        metrics = {
+            "learner/train_seconds": seconds,
+            "learner/chip_tokens_per_second": num_tokens / seconds / mesh.size,
+        }
+        if self.peak_flops is not None:
+            metrics["learner/mfu"] = self.assembly.learner.flops(parts) / seconds / self.peak_flops
+        if (used := peak_bytes(mesh)) is not None:
+            metrics["learner/peak_bytes"] = used
+        return metrics
+
+    @traced_as("sync")
     def sync(self) -> Metrics:
         """New weights for the sampler, and a new version; the next window is to be opened."""
         self.sampler_weights, metrics = self._copy()
@@ -247,6 +272,7 @@ class Run:
         self.plan = None
         return metrics
 
+    @traced_as("evaluate")
     def evaluate(self, num_samples: int) -> "Future[Metrics]":
         """Begins to evaluate the learner's weights of now."""
         is_synced = self.progress.step == self.progress.window_step
@@ -274,10 +300,11 @@ class Run:
         return False
 
     def report(self) -> Metrics:
-        """Metrics of the source; dropped groups are counted over all restarts."""
+        """Metrics of the source, and what saving took; dropped groups are counted over all restarts."""
         metrics = self.source.report()
         self.progress.num_dropped = self.num_dropped_before + int(metrics.get("window/dropped_groups", 0))
-        return {**metrics, "window/dropped_groups": self.progress.num_dropped}
+        seconds, self.save_seconds = self.save_seconds, 0.0
+        return {**metrics, "window/dropped_groups": self.progress.num_dropped, "checkpoint/seconds": seconds}
 
     def end_epoch(self) -> Metrics:
         """Offline: evaluates the model after an epoch, writes it as a folder, and notes both."""
@@ -300,9 +327,11 @@ class Run:
         params, writers = lora.merged(self.state.params), self.setup.trainers
         return hf.save_folder(folder, self.assembly.architecture, params, self.setup.tokenizer, writers=writers)
 
+    @traced_as("save")
     def save(self) -> None:
         """Begins to save the arrays and the progress, when all metrics up to here are written."""
         self.log.flush()
+        start = time.perf_counter()
         self.count_seconds()
         progress, checkpoint = self.progress, self.config.checkpoint
         progress.saved_versions = [*progress.saved_versions, progress.policy_version][-checkpoint.keep :]
@@ -313,6 +342,7 @@ class Run:
         if checkpoint.keep_rollouts and self.setup.trainers.is_leader:
             oldest = min(progress.policy_version + 1 - checkpoint.keep_rollouts, *progress.saved_versions)
             RolloutLog(self.setup.root / "rollouts").remove_before(oldest - self.config.window.max_version_lag)
+        self.save_seconds += time.perf_counter() - start
 
     def finish(self) -> Metrics:
         """Ends the sampling, and evaluates the trained model.
@@ -462,6 +492,8 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
         if config.window.imports is not None:
             source = ImportedWindows(source, setup, directory, rollouts, bar.note)
         count = setup.count_held_out if cluster is None else cluster.evaluate
+        profiler = Profiler(directory, config.profile.steps if is_leader else None, bar.note)
+        stack.callback(profiler.close)
         evaluator = Evaluator(count, setup.held_out, evaluations, has_thread=cluster is None)
         stack.callback(source.close)
         stack.callback(evaluator.close)
@@ -482,6 +514,8 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
             lease,
             poll,
             stop,
+            profiler,
+            peak_flops(assembly.trainer_mesh),
             started,
             progress.num_dropped,
         )

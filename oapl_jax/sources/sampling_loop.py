@@ -78,7 +78,9 @@ class SamplingLoop:
         ]
         self._stats, self._num_live, self._idle_seconds = Stats(), 0, 0.0
         """Sums of this loop alone: evaluations use the same sampler."""
-        self._last_report = (time.perf_counter(), Stats(), 0.0)
+        self._work_seconds = {"sampler": 0.0, "grader": 0.0}
+        """Of each thread."""
+        self._last_report = (time.perf_counter(), Stats(), 0.0, dict(self._work_seconds))
 
     def set_weights(self, policy_version: int, weights: Any) -> None:
         """New weights, taken up at the end of the chunk in flight; call before the queue opens their window."""
@@ -119,9 +121,9 @@ class SamplingLoop:
 
     def report(self) -> Metrics:
         """Metrics since the last report."""
-        now, stats, idle = time.perf_counter(), self._stats, self._idle_seconds
-        then, before, idle_then = self._last_report
-        self._last_report = (now, stats, idle)
+        now, stats, idle, work = time.perf_counter(), self._stats, self._idle_seconds, dict(self._work_seconds)
+        then, before, idle_then, work_then = self._last_report
+        self._last_report = (now, stats, idle, work)
         done = stats - before
         seconds = max(now - then, 1e-9)
         return {
@@ -132,6 +134,7 @@ class SamplingLoop:
             "sampler/preemptions": done.preemptions,
             "sampler/host_gap_seconds": done.host_gap_seconds,
             "sampler/idle_seconds": idle - idle_then,
+            **{f"{name}/seconds": seconds - work_then[name] for name, seconds in work.items()},
         }
 
     def _guard(self, loop: Callable[[], None]) -> None:
@@ -171,7 +174,10 @@ class SamplingLoop:
                 self._groups.wait_for_change(num_changes, REST_SECONDS)
                 self._idle_seconds += time.perf_counter() - start
                 continue
-            for (ticket, prompt), rollouts in sampler.step():
+            start = time.perf_counter()
+            finished = sampler.step()
+            self._work_seconds["sampler"] += time.perf_counter() - start
+            for (ticket, prompt), rollouts in finished:
                 self._remember(prompt, rollouts)
                 self._groups.mark_sampled(ticket)
                 self._hand_over((ticket, prompt, rollouts))
@@ -211,7 +217,9 @@ class SamplingLoop:
             items = self._drain()
             if not items:
                 continue
+            start = time.perf_counter()
             groups = self._grading.groups(items)
+            self._work_seconds["grader"] += time.perf_counter() - start
             for version in sorted({group.policy_version for group in groups}):
                 self._log.append([group for group in groups if group.policy_version == version])
             for group in groups:

@@ -143,6 +143,19 @@ def test_an_unknown_key_names_the_nearest_here_else_the_same_elsewhere_else_all(
 
 
 @pytest.mark.parametrize(
+    ("steps", "message"),
+    [
+        ("[3,2]", "profile.steps: [3, 2] ends before it begins"),
+        ("[2,11]", "profile.steps: step 11 is after the last one, run.steps=10"),
+        ("[0,2]", "profile.steps.0: "),
+        ("[2]", "profile.steps.1: "),
+    ],
+)
+def test_the_steps_of_a_trace_are_steps_of_the_run(load, steps, message):
+    assert only_mistake(load, TOY, f"profile.steps={steps}").startswith(message)
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("learner.batch_rollouts=16.5", "learner.batch_rollouts"),

@@ -84,7 +84,9 @@ def test_the_metrics_page_names_each_metric_once_and_describes_it():
     assert len(names) >= 30
     assert len(names) == len(set(names))
     for name, row in zip(names, rows, strict=True):
-        assert re.fullmatch(r"(learner|rollouts|window|sync|sampler|evaluation)/[a-z]+([_@][a-z0-9]+)*", name), name
+        assert re.fullmatch(
+            r"(learner|rollouts|window|sync|sampler|grader|checkpoint|evaluation)/[a-z]+([_@][a-z0-9]+)*", name
+        ), name
         assert len(row) == 5, name
         assert all(row), name
     shown = re.findall(r'"((?:learner|rollouts|window|sync|sampler|evaluation)/\w+)"', inspect.getsource(findings))

@@ -44,6 +44,19 @@ def test_a_terminal_gets_a_bar_that_fits_80_columns(monkeypatch):
         assert part in last
 
 
+def test_mfu_is_shown_where_there_is_room(monkeypatch):
+    for columns, is_shown in ((80, False), (120, True)):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        stream = io.StringIO()
+        stream.isatty = lambda: True
+        with ProgressBar(200, stream=stream) as progress:
+            progress.update(3, {**SHOWN, "learner/mfu": 0.314})
+        assert ("mfu 0.31" in stream.getvalue()) == is_shown
+    stream = io.StringIO()
+    ProgressBar(10, stream=stream).update(1, {**SHOWN, "learner/mfu": 0.314})
+    assert "12.3k tok/s  mfu 0.31  left" in stream.getvalue()
+
+
 def test_disabled_progress_prints_notes_only():
     stream = io.StringIO()
     with ProgressBar(10, enabled=False, stream=stream) as progress:

@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from oapl_jax.learner.batch import RowLayout, describe, from_groups, from_pairs, has_equal_rewards
+from oapl_jax.learner.batch import RowLayout, describe, from_groups, from_pairs, has_equal_rewards, work
 from oapl_jax.types import FinishReason, Grade, GradedRollout, Rollout, RolloutGroup, Verdict
 from rollouts.groups import group, prompt, rollout
 
@@ -38,6 +38,24 @@ def test_rows_hold_prompt_then_response_then_padding():
         assert not array[4:].any(), "rows that only fill the batch are empty"
     assert batch.prompt_ids is None
     assert [array.dtype for array in batch[:7]] == [np.int32] * 3 + [bool, np.float32, np.float32, bool]
+
+
+@pytest.mark.parametrize("row_tokens", [None, 12])
+def test_the_work_of_a_batch_is_that_of_its_tokens(row_tokens):
+    """Rollouts of 5 and 3 tokens, each of which sees itself and those before it; 3 + 1 of them are responses."""
+    pairs = [
+        (np.array([4, 5], np.int32), np.array([6, 7, 1], np.int32)),
+        (np.array([4, 6], np.int32), np.array([1], np.int32)),
+    ]
+    assert work(from_pairs(pairs, RowLayout(4, 12, row_tokens))) == (8, 15 + 6, 4)
+
+
+def test_a_shared_prompt_is_computed_once():
+    """Of three prompt tokens two lie in the row once; the third begins each response, and sees the first two."""
+    question = np.array([4, 5, 6], np.int32)
+    pairs = [(question, np.array([7, 1], np.int32)), (question, np.array([1], np.int32))]
+    batch = from_pairs(pairs, RowLayout(4, 16, 16, shares_prompts=True))
+    assert work(batch) == (2 + 3 + 2, (1 + 2) + (3 + 4 + 5) + (3 + 4), 3)
 
 
 def test_rollouts_that_cannot_be_used_are_no_rows():

@@ -326,6 +326,14 @@ def test_gradients_cross_the_axis_data_once_a_step(mesh, is_once_a_step):
 
 
 @pytest.mark.slow
+def test_the_parts_of_the_step_have_names_in_the_compiled_program():
+    step, init, mesh = make_step()
+    program = step.lower(init(), place(make_batch(), RowLayout(8, 16, mesh=mesh)))
+    parts = {"embedding", "qkv", "attention", "attention_output", "mlp", "token_logprobs", "loss", "optimizer"}
+    assert parts - tiny.scopes(program) == set()
+
+
+@pytest.mark.slow
 def test_steps_bring_the_log_ratio_to_its_target():
     """The minimum of the loss: beta2 * log-ratio = advantage (paper Eq. 3)."""
     batch = make_batch()

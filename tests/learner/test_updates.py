@@ -12,6 +12,7 @@ from oapl_jax.config.learner import LearnerConfig
 from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.config.model import LoraConfig, ModelConfig
 from oapl_jax.distributed.sharding import make_meshes
+from oapl_jax.learner.batch import work
 from oapl_jax.learner.state import make_schedule
 from oapl_jax.model import qwen
 from oapl_jax.model.lora import attached, trained
@@ -62,6 +63,24 @@ def test_a_batch_is_split_by_groups_in_their_order():
     prompts = [source.prompt.token_ids.tolist() for source in GROUPS]
     found = [part.tokens[row, :3].tolist() for part in parts for row in (0, 2)]
     assert found == prompts
+
+
+def test_the_flops_of_a_batch_are_those_of_its_tokens_however_it_is_split():
+    """Six for each weight and token, and twelve for each pair of tokens, head and channel of it (forward and backward)."""
+    whole, halves = make(1)[0], make(2)[0]
+    parts = whole.mini_batches(GROUPS)
+    tokens, pairs, scored = work(parts[0])
+    embedding = CONFIG.vocab_size * CONFIG.hidden_size
+    weights = CONFIG.num_params - embedding
+    attention = 4 * CONFIG.num_hidden_layers * CONFIG.num_attention_heads * CONFIG.head_dim * pairs
+    forward = 2 * weights * tokens + 2 * embedding * scored + attention
+    assert whole.flops(parts) == pytest.approx(3 * forward)
+    assert halves.flops(halves.mini_batches(GROUPS)) == pytest.approx(4 * forward), "the old policy is scored too"
+    adapted = make(1, lora=LoraConfig(rank=2))[0]
+    trained_weights = adapted.architecture.num_params - embedding
+    assert adapted.flops(parts) == pytest.approx(
+        2 * (forward - attention) + 3 * attention + 4 * (trained_weights - weights) * tokens
+    )
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ Made in NumPy, so that the expectations in ``tests/golden`` need to hold token i
 import dataclasses
 import functools
 import pathlib
+import re
 import zlib
 from typing import Any
 
@@ -102,6 +103,18 @@ def split(model_config: qwen.QwenConfig) -> tuple[Any, Any]:
         return jnp.asarray(1 + 0.3 * values if "norm" in jax.tree_util.keystr(path) else 0.2 * values, leaf.dtype)
 
     return graphdef, jax.tree_util.tree_map_with_path(draw, params)
+
+
+def scopes(lowered: jax.stages.Lowered) -> set[str]:
+    """The names of ``jax.named_scope`` in a program once it is compiled, among others."""
+    option = "jax_compilation_cache_include_metadata_in_key"  # else a cache has the names of former code
+    before = getattr(jax.config, option)
+    jax.config.update(option, True)
+    try:
+        text = lowered.compile().as_text()
+    finally:
+        jax.config.update(option, before)
+    return {part for name in re.findall(r'op_name="([^"]*)"', text) for part in re.split(r"[/()]", name)}
 
 
 @functools.partial(jax.jit, static_argnums=0)

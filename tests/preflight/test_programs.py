@@ -11,6 +11,7 @@ from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed.sharding import make_meshes
+from oapl_jax.model import flops
 from oapl_jax.preflight import programs
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -110,7 +111,7 @@ def test_forward_flops_by_hand():
     model = policy.read_config(QWEN_05B)
     D, F, L, V, H, K, C = 896, 4864, 24, 151_936, 14, 2, 64
     layer = D * (H + 2 * K) * C + H * C * D + 3 * D * F
-    whole, attention = programs.forward_flops(model, tokens=100, pairs=5050, scored=100)
+    whole, attention = flops.forward_flops(model, tokens=100, pairs=5050, scored=100)
     assert attention == 2 * 2 * L * H * C * 5050
     # Norms and biases, which the count of weights includes, are 0.01 % of them.
     assert whole == pytest.approx(2 * 100 * (L * layer + V * D) + attention, rel=3e-4)
@@ -134,7 +135,7 @@ def test_parameters_of_the_known_models(name, num_params):
 def test_a_token_costs_the_experts_that_it_goes_to():
     """Qwen3-30B-A3B is published as 3.3B active parameters, embeddings included."""
     model = policy.read_config(programs.MODELS / "qwen3_30b_a3b.json")
-    in_products = programs.forward_flops(model, tokens=1, pairs=0, scored=1)[0] / 2
+    in_products = flops.forward_flops(model, tokens=1, pairs=0, scored=1)[0] / 2
     assert in_products + model.vocab_size * model.hidden_size == pytest.approx(3.35e9, rel=0.01)
 
 

@@ -6,9 +6,10 @@ import math
 import pytest
 
 from oapl_jax.config.mesh import MeshConfig
+from oapl_jax.distributed.chips import GENERATIONS
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.preflight import topology
-from oapl_jax.preflight.topology import GENERATIONS, parse
+from oapl_jax.preflight.topology import parse
 from preflight.tpu_compiler import needs_libtpu
 
 

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 
 PROGRAM = pathlib.Path(__file__).parents[2] / "benchmarks/compare_runs.py"
 LINE = {"learner/loss": 0.1, "rollouts/reward": 0.0, "evaluation/pass@1": None}
-TIMES = ("learner/seconds", "learner/tokens_per_second", "sampler/rows", "window/ready_groups")
+TIMES = ("learner/seconds", "learner/tokens_per_second", "learner/mfu", "sampler/rows", "window/ready_groups")
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def compare(runs, *options):
 def test_equal_runs_are_equal_whatever_their_times(runs):
     code, output = compare(runs)
     assert code == 0
-    assert "3 lines; 4 metrics compared bit for bit, 4 not compared: learner/seconds," in output
+    assert "3 lines; 4 metrics compared bit for bit, 5 not compared: learner/mfu, learner/seconds," in output
     assert "export: 2 tensors compared by SHA-256\nequal\n" in output
 
 

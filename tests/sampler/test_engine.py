@@ -96,6 +96,14 @@ def sample(engine, prompts=PROMPTS, num_rollouts=4, seed=7, order=None, params=P
     return [done[i] for i in sorted(done)]
 
 
+@pytest.mark.slow
+def test_the_parts_of_the_programs_have_names_in_the_compiled_programs():
+    engine = make_engine()
+    layers = {"qkv", "attention", "attention_output", "mlp"}
+    assert layers | {"prefill", "embedding", "logits"} <= tiny.scopes(engine.lower_prefill(PARAMS))
+    assert layers | {"decode", "logits", "draw"} <= tiny.scopes(engine.lower_generate(PARAMS))
+
+
 def learner_logprobs(prompt, rollouts, temperature=1.0):
     batch = from_pairs([(prompt, r.token_ids) for r in rollouts], RowLayout(len(rollouts), MAX_PROMPT + MAX_RESPONSE))
     logprobs, _ = sequence_logprobs(

@@ -102,6 +102,7 @@ def assert_same_run(first, second, but=()):
         "slot_use",
         "live_rollouts",
         "preemptions",
+        "mfu",
         *but,
     )
     for one, other in zip(read_lines(first / "metrics.jsonl"), read_lines(second / "metrics.jsonl"), strict=True):

@@ -1,5 +1,7 @@
 """How a run ends and goes on: more steps, the best checkpoint, patience, what is kept, no evaluation, Ctrl-C."""
 
+import gzip
+import json
 import signal
 
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from oapl_jax import train
 from oapl_jax.io.storage import shared_path
 from oapl_jax.rollouts import audit
+from oapl_jax.rollouts.diagnostics import TOKEN_LOGPROBS_FILE
 from oapl_jax.rollouts.log import RolloutLog
 from runs import assert_same_run, finish, make_config, read_lines, signal_after, start, write_config
 
@@ -15,17 +18,24 @@ pytestmark = pytest.mark.slow
 
 def test_more_steps_go_on_as_if_the_run_had_not_ended(finished, tmp_path):
     """Step 4 is the last of a window, step 6 is within one."""
-    for steps in (4, 6, 10):
-        summary = train.run(make_config(tmp_path, run={"steps": steps}))
+    for steps in (4, 6, 10):  # the trace of steps 9 and 10 changes nothing
+        profile = {} if steps < 10 else {"steps": [9, 10]}
+        summary = train.run(make_config(tmp_path, run={"steps": steps}, profile=profile))
         assert (summary["steps"], summary["planned_steps"]) == (steps, steps)
     # The sync of step 4 was that of the next start, and each end had an evaluation.
-    assert_same_run(finished[0], tmp_path, but=("sync/bytes", "evaluations.jsonl"))
-    of_whole, of_parts = (read_lines(run / "evaluations.jsonl") for run in (finished[0], tmp_path))
-    assert [line for line in of_parts if line in of_whole] == of_whole
-    assert [line["step"] for line in of_parts if line not in of_whole] == [4, 6]
+    assert_same_run(finished[0], tmp_path, but=("sync/bytes", "evaluations.jsonl", TOKEN_LOGPROBS_FILE))
+    for name, steps in (("evaluations.jsonl", [4, 6]), (TOKEN_LOGPROBS_FILE, [6])):
+        of_whole, of_parts = (read_lines(run / name) for run in (finished[0], tmp_path))
+        assert [line for line in of_parts if line in of_whole] == of_whole
+        assert [line["step"] for line in of_parts if line not in of_whole] == steps
+    (trace,) = tmp_path.glob("profile/plugins/profile/*/*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    assert [event["args"]["step_num"] for event in events if event.get("name") == "learner_step"] == ["9", "10"]
+    assert {"wait", "train", "save"} <= {event.get("name") for event in events}
+    assert list(trace.parent.glob("*.xplane.pb"))
     audit.audit(tmp_path)
     before = (tmp_path / "metrics.jsonl").stat().st_mtime_ns
-    assert train.run(make_config(tmp_path, run={"steps": 10})) == summary
+    assert train.run(make_config(tmp_path, run={"steps": 10})) == summary, "the trace is not of the run's identity"
     assert (tmp_path / "metrics.jsonl").stat().st_mtime_ns == before, "a finished run is left alone"
 
 
