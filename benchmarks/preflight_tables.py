@@ -21,6 +21,9 @@ CASES = {
         "4b_v5p-32": "configs/math_qwen3_4b.yaml --topology v5p-32",
         "4b_v6e-64": "configs/math_qwen3_4b.yaml --topology v6e-64 mesh.trainer=fsdp=16,tensor=4",
     },
+    "Qwen3-30B-A3B, 16,384 tokens, 128 rollouts": {
+        "30b_v5p-64": "configs/math_qwen3_4b.yaml --topology v5p-64 model.path=Qwen/Qwen3-30B-A3B mesh.trainer=fsdp=8,tensor=4",
+    },
     "DeepSeek-R1-Distill-Qwen-14B, 32,000 tokens, 256 rollouts": {
         "14b_v5p-64": "configs/math_r1_distill_14b.yaml --topology v5p-64",
         "14b_v5p-128": "configs/math_r1_distill_14b.yaml --topology v5p-128",
@@ -40,16 +43,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--reports", type=pathlib.Path, default=pathlib.Path("runs/preflight"))
     folder = parser.parse_args().reports
-    folder.mkdir(parents=True, exist_ok=True)
     for title, cases in CASES.items():
         print(f"### {title}\n")
         for name, words in cases.items():
-            report = folder / f"{name}.json"
-            if not report.is_file():
-                command = f"{sys.executable} -m oapl_jax preflight --config {words} --json {report}"
-                subprocess.run(shlex.split(command), stdout=sys.stderr, check=False)
             print(f"`python -m oapl_jax preflight --config {words}`\n")
-            print(table(json.loads(report.read_text())) + "\n", flush=True)
+            print(table(read_report(folder, name, words)) + "\n", flush=True)
+
+
+def read_report(folder: pathlib.Path, name: str, words: str) -> dict[str, Any]:
+    """The report of a case; makes it where the folder has none."""
+    report = folder / f"{name}.json"
+    if not report.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        command = f"{sys.executable} -m oapl_jax preflight --config {words} --json {report}"
+        subprocess.run(shlex.split(command), stdout=sys.stderr, check=False)
+    return json.loads(report.read_text())
 
 
 def table(report: dict[str, Any]) -> str:

@@ -38,7 +38,7 @@ def attend(
         ValueError: the queries do not divide into blocks.
     """
     T, S = query.shape[1], key.shape[1]
-    size = math.gcd(T, LONGEST_BLOCK if keys.prompts is None else shared_block(S))
+    size = block_size(T, S, shares_prompts=keys.prompts is not None)
     if size % LANES:
         raise ValueError(
             f"model.attention=splash needs rows of a multiple of {LANES * S // T} tokens (context={S // T}), not {S};"
@@ -68,6 +68,11 @@ def attend(
         return output.swapaxes(0, 1)
 
     return jax.lax.map(one_row, (query * query.shape[-1] ** -0.5, key, value, queries, keys))
+
+
+def block_size(num_queries: int, row_tokens: int, *, shares_prompts: bool) -> int:
+    """Tokens of a block, where a device has these queries of a row; below ``LANES`` it is none."""
+    return math.gcd(num_queries, shared_block(row_tokens) if shares_prompts else LONGEST_BLOCK)
 
 
 def shared_block(row_tokens: int) -> int:

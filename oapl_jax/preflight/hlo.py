@@ -4,10 +4,10 @@ XLA's ``cost_analysis`` counts the body of a loop once; here it is multiplied by
 device, because an SPMD module is the program of one device.
 
 * **FLOPs** are those of matrix products (``dot``, and ``convolution``, which a TPU uses for them); additions and
-  multiplications count. What a kernel (Pallas, ``tpu_custom_call``) computes is not in the text: its calls are counted.
+  multiplications count. Of kernels (Pallas, ``tpu_custom_call``) see ``kernels.py``; their calls are counted, too.
 * **HBM bytes** are the operands and results of each instruction that runs by itself. Values inside a fusion and values
-  in fast memory cost nothing, and a slice counts with its own size. Kernels and the padding of tiles are not counted,
-  so the number is a lower bound.
+  in fast memory cost nothing, and a slice counts with its own size. Those of a kernel are in its own module
+  (``kernels.py``). The padding of tiles is counted in kernels only, so the number is a lower bound.
 * **Collectives** are counted in bytes that a device has to receive by the best algorithm.
 """
 
@@ -19,6 +19,8 @@ from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import numpy as np
+
+from oapl_jax.preflight import kernels
 
 BITS = {"pred": 8, "bf16": 16, "token": 0, "opaque": 0, "f8e4m3fn": 8, "f8e5m2": 8}
 """Bits of element types whose names do not end in their width."""
@@ -82,14 +84,20 @@ _HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*?) ([a-z][\w\-]*)\((.*)$")
 
 
-def analyze(text: str, *, expected_trips: Sequence[float] = (), slices: Sequence[int] = ()) -> Cost:
+def analyze(
+    text: str,
+    *,
+    expected_trips: Sequence[float] = (),
+    slices: Sequence[int] = (),
+    scalars: kernels.Scalars | None = None,
+) -> Cost:
     """Adds up the cost of a module, given as ``compiled.as_text()``.
 
     ``expected_trips`` are the trip counts of loops whose count is known only at run time, by nesting depth among such
     loops; 1 for deeper loops. ``slices`` has the TPU slice of each device of the program, or nothing if all are in
-    one.
+    one. ``scalars`` are those that kernels read.
     """
-    reader = _Reader(text, expected_trips, slices)
+    reader = _Reader(text, expected_trips, slices, scalars or kernels.Scalars())
     reader.run(reader.entry, 1)
     found = [Collective(*key, *value) for key, value in reader.collectives.items()]
     found.sort(key=lambda collective: -collective.num_bytes)
@@ -99,9 +107,11 @@ def analyze(text: str, *, expected_trips: Sequence[float] = (), slices: Sequence
 class _Reader:
     """Walks over the computations of a module and adds up their cost."""
 
-    def __init__(self, text: str, expected_trips: Sequence[float], slices: Sequence[int]) -> None:
+    def __init__(
+        self, text: str, expected_trips: Sequence[float], slices: Sequence[int], scalars: kernels.Scalars
+    ) -> None:
         self.computations, self.entry = _parse(text)
-        self.expected_trips, self.slices = expected_trips, slices
+        self.expected_trips, self.slices, self.scalars = expected_trips, slices, scalars
         self.flops = self.hbm_bytes = self.num_kernels = 0.0
         self.collectives: dict[tuple[str, Network], list[float]] = collections.defaultdict(lambda: [0.0, 0.0])
 
@@ -117,7 +127,9 @@ class _Reader:
                 self.flops += times * _product_flops(instruction, computation)
             elif opcode in COLLECTIVES or opcode == "recv":
                 self._add_collective(instruction, name, times)
-            self.num_kernels += times * ("tpu_custom_call" in instruction.attributes)
+            if "tpu_custom_call" in instruction.attributes:
+                self.num_kernels += times
+                self._add_kernel(instruction, computation, times)
             if not is_fused:
                 self.hbm_bytes += times * self._traffic(instruction, computation)
             self._run_called(instruction, computation, times, depth, is_fused)
@@ -208,6 +220,16 @@ class _Reader:
             written = min(written, self._written(instruction, computation))
             operands = [min(size, self._read_by_fusion(instruction, i)) for i, size in enumerate(operands)]
         return written + sum(operands)
+
+    def _add_kernel(self, call: _Instruction, computation: _Computation, times: float) -> None:
+        body = re.search(r'"body":"([^"]+)"', call.attributes)
+        if body is None:
+            return
+        operands = (_arrays(computation[operand].type)[0] for operand in call.operands)
+        in_hbm = [array.is_in_hbm for array in (*operands, *_arrays(call.type))]
+        work = kernels.work(body[1], self.scalars, in_hbm)
+        self.flops += times * work.flops
+        self.hbm_bytes += times * work.hbm_bytes
 
     def _read_by_fusion(self, fusion: _Instruction, operand: int) -> float:
         """Bytes that a fusion reads of an operand."""

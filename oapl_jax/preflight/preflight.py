@@ -88,10 +88,11 @@ def compile_program(program: Program, slices: Topology) -> Result:
         )
     seconds = time.perf_counter() - start
     slice_ids = [topology.slice_of(device) for device in program.mesh.devices.flat]
-    cost = hlo.analyze(compiled.as_text(), expected_trips=program.expected_trips, slices=slice_ids)
-    has_kernels = cost.num_kernels > 0
-    flops = cost.flops + has_kernels * program.kernel_flops / program.mesh.size
-    least = roofline(flops, cost.hbm_bytes + has_kernels * program.kernel_bytes, cost, chip)
+    cost = hlo.analyze(
+        compiled.as_text(), expected_trips=program.expected_trips, slices=slice_ids, scalars=program.scalars()
+    )
+    flops = cost.flops + (cost.num_kernels > 0) * program.kernel_flops / program.mesh.size
+    least = roofline(flops, cost, chip)
     memory = compiled.memory_analysis()
     sizes = {
         "arguments": memory.argument_size_in_bytes,
@@ -114,11 +115,11 @@ def compile_program(program: Program, slices: Topology) -> Result:
     )
 
 
-def roofline(flops: float, hbm_bytes: float, cost: hlo.Cost, chip: Chip) -> dict[str, float]:
+def roofline(flops: float, cost: hlo.Cost, chip: Chip) -> dict[str, float]:
     """Work divided by the chip's peak rates; no program is faster."""
     return {
         "compute": flops / chip.flops,
-        "hbm": hbm_bytes / chip.hbm_bandwidth,
+        "hbm": cost.hbm_bytes / chip.hbm_bandwidth,
         "ici": cost.network_bytes("ICI") / chip.ici_bandwidth,
         "dcn": cost.network_bytes("DCN") / chip.dcn_bandwidth,
     }

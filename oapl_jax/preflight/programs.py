@@ -7,6 +7,9 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from oapl_jax.build import policy
@@ -16,8 +19,12 @@ from oapl_jax.build.sampler import PAGE_SIZE, kv_shards
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import SftConfig, TrainConfig
 from oapl_jax.distributed.sharding import platform_of, row_shards
+from oapl_jax.learner.batch import RowLayout, from_pairs
+from oapl_jax.model import splash
 from oapl_jax.model.flops import forward_flops, update_flops
 from oapl_jax.model.logprob import chunk_tokens
+from oapl_jax.model.segments import Segments
+from oapl_jax.preflight import kernels
 from oapl_jax.sampler.engine import PREFILL_TOKENS
 
 MODELS = config_file.SHIPPED / "models"
@@ -38,8 +45,8 @@ class Program:
     """Of the model's mathematics, over all devices: nothing computed twice, attention to visible tokens only."""
     kernel_flops: float = 0
     """The share of attention in them, which is not in the program's text where kernels do it."""
-    kernel_bytes: float = 0
-    """Bytes that attention kernels read on a device: of the cache, in decode steps."""
+    scalars: Callable[[], kernels.Scalars] = kernels.Scalars
+    """What attention kernels are given, in a batch of full length."""
     expected_trips: tuple[float, ...] = ()
     """Of loops whose end only the run knows, the outer ones first."""
 
@@ -114,6 +121,7 @@ def _learner_programs(assembly: Assembly) -> list[Program]:
             model_flops=update_flops(*work, has_frozen_weights=config.lora.rank > 0),
             kernel_flops=3 * attention,
             expected_trips=(*micro_batches, chunks),
+            scalars=functools.partial(splash_scalars, rows),
         ),
         make(
             "score",
@@ -122,6 +130,7 @@ def _learner_programs(assembly: Assembly) -> list[Program]:
             model_flops=forward,
             kernel_flops=attention,
             expected_trips=(*micro_batches, chunks),
+            scalars=functools.partial(splash_scalars, rows),
         ),
     ]
 
@@ -140,7 +149,6 @@ def _sampler_programs(assembly: Assembly) -> list[Program]:
         engine.num_pages * PAGE_SIZE / engine.num_rows,
     )
     decode = forward_flops(architecture, tokens, tokens * visible, tokens)
-    kv_token = account.kv_cache / engine.num_pages / PAGE_SIZE
     programs = [
         Program(
             "prefill",
@@ -158,7 +166,7 @@ def _sampler_programs(assembly: Assembly) -> list[Program]:
             beside=beside,
             model_flops=decode[0],
             kernel_flops=decode[1],
-            kernel_bytes=tokens * visible * kv_token,
+            scalars=functools.partial(kernels.Scalars, live_tokens=visible),
             expected_trips=(engine.decode_steps,),
         ),
     ]
@@ -169,6 +177,28 @@ def _sampler_programs(assembly: Assembly) -> list[Program]:
         lower = functools.partial(copy[0].lower, copy[1])
         programs.append(Program("sync", lower, assembly.trainer_mesh, taken))
     return programs
+
+
+def splash_scalars(rows: RowLayout) -> kernels.Scalars:
+    """The tables of splash attention for the first row of a batch of full length, on the device with its last tokens."""
+    prompt, response = (
+        np.zeros(n, np.int32) for n in (rows.max_tokens - rows.max_response_tokens, rows.max_response_tokens)
+    )
+    batch = from_pairs([(prompt, response)] * rows.num_rollouts, rows)
+    ids = batch.segment_ids if rows.row_tokens else np.ones_like(batch.tokens)
+    keys = Segments(jnp.asarray(ids[0]), None if batch.prompt_ids is None else jnp.asarray(batch.prompt_ids[0]))
+    total = batch.tokens.shape[1]
+    num_queries = total // (1 if rows.mesh is None else rows.mesh.shape["context"])
+    size = splash.block_size(num_queries, total, shares_prompts=keys.prompts is not None)
+    if size % splash.LANES:
+        return kernels.Scalars()
+    start = total - num_queries
+    queries = jax.tree.map(lambda ids: ids[start:], keys)
+    by_query, by_key = (
+        [np.asarray(table) for table in (info.data_next, info.block_mask, info.mask_next) if table is not None]
+        for info in splash.find_blocks(queries, keys, start, size)
+    )
+    return kernels.Scalars({f"splash_mha_{name}": by_query for name in ("fwd", "dq")} | {"splash_mha_dkv": by_key})
 
 
 def architecture_file(config: TrainConfig) -> str:

@@ -43,14 +43,14 @@ def test_the_slowest_resource_is_the_bound():
     chip = topology.parse("v5e-8").chip
     cost = preflight.hlo.Cost(
         0,
-        0,
+        4 * chip.hbm_bandwidth,
         (
             preflight.hlo.Collective("all-gather", "ICI", 1, 2 * chip.ici_bandwidth),
             preflight.hlo.Collective("all-reduce", "DCN", 1, 5 * chip.dcn_bandwidth),
         ),
         0,
     )
-    least = preflight.roofline(3 * chip.flops, 4 * chip.hbm_bandwidth, cost, chip)
+    least = preflight.roofline(3 * chip.flops, cost, chip)
     assert least == {"compute": 3, "hbm": 4, "ici": 2, "dcn": 5}
     assert preflight.Result("train_step", 1, seconds=least).bound == ("dcn", 5)
 
@@ -148,7 +148,7 @@ slices = topology.parse("v5e-1")
 mesh = jax.sharding.Mesh([device], "x")
 place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
 matrix = jax.ShapeDtypeStruct((65536, 65536), "float32", sharding=place)
-program = Program("square", lambda: jax.jit(lambda x: x @ x).lower(matrix), mesh, 0, 2.0 * 65536**3, 0, 0)
+program = Program("square", lambda: jax.jit(lambda x: x @ x).lower(matrix), mesh, 0, 2.0 * 65536**3, 0)
 result = preflight.compile_program(program, slices)
 print(json.dumps({"fits": result.fits, "refusal": result.refusal, "temporaries": result.temporaries}))
 """
