@@ -81,7 +81,7 @@ def run(config: SftConfig) -> pathlib.Path:
             first = resume_step = restored[0]
             state = state.restored(restored[1])
             progress.note(f"resumed supervised training at step {first}")
-        tracker = trackers.start(directory, config.run, first, config_file.written(config))
+        tracker = trackers.start(directory, config.run, first + 1, config_file.written(config))
         writer = stack.enter_context(MetricsWriter(directory, tracker, resume_step=resume_step))
         for step in range(first + 1, config.run.steps + 1):
             start = time.perf_counter()
