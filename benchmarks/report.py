@@ -21,7 +21,6 @@ import time
 
 import numpy as np
 
-from oapl_jax.config.run import LoggingConfig
 from oapl_jax.io.json_lines import LineFile
 from oapl_jax.io.metrics import MetricsWriter
 from oapl_jax.rollouts.log import RolloutLog
@@ -79,7 +78,7 @@ def make_run(run: pathlib.Path, num_steps: int, num_rollouts: int) -> None:
     rng = np.random.default_rng(0)
     run.mkdir(parents=True)
     evaluations, batches = (LineFile(run / f"{name}.jsonl") for name in ("evaluations", "batches"))
-    with MetricsWriter(run, LoggingConfig(tensorboard=False)) as writer:
+    with MetricsWriter(run) as writer:
         for step in range(1, num_steps + 1):
             values = rng.normal(step / num_steps, 0.1, NUM_METRICS)
             line = {f"learner/metric_{i}": value for i, value in enumerate(values)} | {"rollouts/reward": values[0]}

@@ -32,7 +32,7 @@ OPTIONS = [
         "model.tokenizer=characters",
     ),
     *("mesh.trainer=fsdp=2", f"run.dir=runs/{NAME}", "run.steps=12", "window.sync_every=4", "checkpoint.every=4"),
-    *("learner.batch_rollouts=32", "window.lease_seconds=5", "evaluation.prompts=0", "logging.tensorboard=false"),
+    *("learner.batch_rollouts=32", "window.lease_seconds=5", "evaluation.prompts=0", "run.tracker=null"),
 ]
 DEADLINE = 1800.0
 """Seconds for each of the things that are waited for."""

@@ -107,7 +107,7 @@ def _step(run: "oapl_jax.run.run.Run") -> None:
     metrics |= run.report() | {"learner/wait_seconds": wait_seconds}
     metrics["learner/seconds"] = time.perf_counter() - start
     metrics["learner/tokens_per_second"] = num_tokens / metrics["learner/seconds"]
-    run.log.add(step, metrics, evaluation)
+    run.log.add(step, metrics, evaluation, run.distributions)
     run.bar.update(step, metrics)
 
     is_kept = config.window.keep_checkpoints and step == run.progress.window_step

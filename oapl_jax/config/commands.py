@@ -15,7 +15,6 @@ from oapl_jax.config.reward import RewardConfig
 from oapl_jax.config.run import (
     CheckpointConfig,
     EvaluateRunConfig,
-    LoggingConfig,
     ProfileConfig,
     ProgressConfig,
     RunConfig,
@@ -51,7 +50,7 @@ class TrainConfig(Section):
     checkpoint: TrainCheckpointConfig = TrainCheckpointConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     profile: ProfileConfig = ProfileConfig()
-    logging: LoggingConfig = LoggingConfig()
+    logging: ProgressConfig = ProgressConfig()
 
     def graded_sets(self) -> GradedSets:
         """All data sets, with how they are graded."""
@@ -164,7 +163,7 @@ class SftConfig(Section):
     lora: LoraConfig = LoraConfig()
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
-    logging: LoggingConfig = LoggingConfig()
+    logging: ProgressConfig = ProgressConfig()
 
     def find_mistakes(self) -> Iterator[str]:
         """Weights that cannot learn."""

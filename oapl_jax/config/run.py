@@ -1,7 +1,7 @@
 """What a run is called, how long it lasts, and what it writes."""
 
 from collections.abc import Iterator
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
 from oapl_jax.config.applies import AppliesWhen, one_of
 from oapl_jax.config.section import Count, CountOrZero, Positive, Section
@@ -29,16 +29,23 @@ class RunDirConfig(Section):
 
 
 class RunConfig(RunDirConfig):
-    """The same, and how long the run lasts."""
+    """The same, how long the run lasts, and what else shows it."""
+
+    not_identity: ClassVar[tuple[str, ...]] = (*RunDirConfig.not_identity, "tracker", "project")
 
     steps: Count
     """Learner steps in all."""
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None = "tensorboard"
+    """What gets the metrics besides ``metrics.jsonl``, the config, and of each window histograms and samples:
+    TensorBoard's files in the run directory; Weights & Biases or trackio, which need the extra of that name. null: none."""
+    project: Annotated[str, AppliesWhen("tracker", condition=one_of("wandb", "trackio"))] = "oapl-jax"
+    """Where Weights & Biases or trackio show the run."""
 
 
 class TrainRunConfig(RunConfig):
     """The same, and what other processes share."""
 
-    not_identity: ClassVar[tuple[str, ...]] = (*RunDirConfig.not_identity, "shared_dir", "steps")
+    not_identity: ClassVar[tuple[str, ...]] = (*RunConfig.not_identity, "shared_dir", "steps")
     """A finished run may go on with more steps."""
     may_be_stored: ClassVar[bool] = True
 
@@ -101,12 +108,3 @@ class ProgressConfig(Section):
 
     progress: bool = True
     """A live progress bar on a terminal; one line a step elsewhere."""
-
-
-class LoggingConfig(ProgressConfig):
-    """The same, and where metrics go besides ``metrics.jsonl``."""
-
-    tensorboard: bool = True
-    """Write TensorBoard event files."""
-    wandb_project: str | None = None
-    """Weights & Biases project; needs the extra ``wandb``."""

@@ -315,8 +315,7 @@ function matrix(solved) {
 
 // ---------------------------------------------------------------- rollouts
 
-const SORTS = { "policy version": (r) => r.group.version, reward: (r) => r.reward, advantage: (r) => r.advantage, "log-probability": (r) => r.logprob, tokens: (r) => r.tokens,
-  "log-ratio": (r) => r.heat && r.heat.reduce((sum, [, learner, sampler]) => sum + learner - sampler, 0) };
+const SORTS = { "policy version": (r) => r.group.version, reward: (r) => r.reward, advantage: (r) => r.advantage, "log-probability": (r) => r.logprob, tokens: (r) => r.tokens, "log-ratio": (r) => logRatio(r) };
 const filters = { text: "", version: "", verdict: "", finish: "", sort: "policy version", isDescending: true, limit: 60 };
 
 function rolloutsPart(run) {
@@ -372,9 +371,10 @@ function openGroup(group, chosen) {
     el("div", { class: "bar" }, el("b", {}, `Group ${group.id}`), el("span", { class: "soft" }, `${group.name} · policy version ${group.version} · V* ${number(group.value, 3)}${learned}`),
       el("button", { class: "close", type: "button", autofocus: true, onclick: () => dialog.close() }, "close")),
     el("pre", {}, group.prompt || "(no text)"), group.answer ? el("p", {}, "gold answer: ", el("code", {}, group.answer)) : null,
+    group.rollouts.some((r) => r.heat) ? el("p", { class: "soft" }, explanation(group.heat_step)) : null,
     el("div", { class: "group" }, group.rollouts.map((r, i) => el("section", { class: i === chosen ? "chosen" : null },
       el("p", { class: "meta" }, el("span", { class: r.verdict }, r.verdict), ` · reward ${number(r.reward, 3)} · advantage ${number(r.advantage, 3)}`),
-      r.heat ? heatMap(r, group.heat_step) : el("pre", {}, r.text || "(empty)"),
+      r.heat ? heatMap(r) : el("pre", {}, r.text || "(empty)"),
       el("p", { class: "meta" }, `${number(r.logprob, 4)} nats · ${r.tokens} tokens · ${r.finish === "length" ? "cut at the limit" : "ended by itself"}`),
       r.detail ? el("p", { class: "meta" }, `grader: ${r.detail}`) : null, r.extra ? el("pre", {}, r.extra) : null)))].filter(Boolean));
   dialog.showModal();
@@ -382,9 +382,10 @@ function openGroup(group, chosen) {
 
 // The tokens of a response, coloured by how much likelier the learner makes them than the sampler did.
 const FULL_COLOUR = 1;  // nats
-function heatMap(rollout, step) {
-  const explanation = `Colour: log-ratio of a token before step ${step}; blue, the learner makes it likelier than the sampler did; orange, less likely; full from ${FULL_COLOUR} nat on. Arrow keys move from token to token.`;
-  const status = el("p", { class: "meta", "aria-live": "polite" }, explanation);
+const explanation = (step) => `Colours: log-ratio of each token before the update of step ${step}. Blue: the learner makes it likelier than the sampler did; orange: less likely; full from ${FULL_COLOUR} nat on. Arrow keys move from token to token.`;
+const logRatio = (rollout) => rollout.heat && rollout.heat.reduce((sum, [, learner, sampler]) => sum + learner - sampler, 0);
+function heatMap(rollout) {
+  const status = el("p", { class: "meta", "aria-live": "polite" }, `log-ratio ${number(logRatio(rollout), 3)} nats`);
   const cells = rollout.heat.map(([text, learner, sampler], i) => {
     const ratio = learner - sampler, words = `log-ratio ${ratio > 0 ? "+" : ""}${ratio.toFixed(3)}: learner ${learner.toFixed(3)}, sampler ${sampler.toFixed(3)} nats`;
     const say = () => { status.textContent = `Token ${i + 1}, ${JSON.stringify(text)}: ${words}`; };

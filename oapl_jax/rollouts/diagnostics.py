@@ -4,6 +4,7 @@
 learner's values are those of the train step: by the parameters before the update that learned from the group.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -13,11 +14,14 @@ from jaxtyping import Float, Int
 
 from oapl_jax.io import json_lines
 from oapl_jax.io.storage import SharedPath
+from oapl_jax.io.trackers import Distributions, Sample
 from oapl_jax.types import RolloutGroup
 
 TOKEN_LOGPROBS_FILE = "diagnostics/token_logprobs.jsonl"
 NUM_GROUPS = 2
 """Groups of a window."""
+NUM_SAMPLES = 4
+"""Responses of a group that a tracker shows."""
 MOST_TOKENS = 1024
 """Of a response; the file has the first ones of a longer one."""
 _DECIMALS = 6
@@ -48,10 +52,32 @@ def line(
     step: int,
     groups: Sequence[RolloutGroup],
     learner: Sequence[Sequence[Float[np.ndarray, "_R"]]],
+    chosen: Sequence[int],
     decode: Callable[[Sequence[int]], str],
 ) -> dict[str, Any]:
     """The line of a step. ``learner`` has of each group the log-probabilities of its usable rollouts."""
-    return {"step": step, "groups": {g.id: _rollouts(g, of, decode) for g, of in zip(groups, learner, strict=True)}}
+    return {"step": step, "groups": {groups[i].id: _rollouts(groups[i], learner[i], decode) for i in chosen}}
+
+
+def distributions(
+    groups: Sequence[RolloutGroup], learner: Sequence[Sequence[Float[np.ndarray, "_R"]]], chosen: Sequence[int]
+) -> Distributions:
+    """What a tracker shows of a batch: values of all usable rollouts, and responses of the chosen groups."""
+    usable = [item for group in groups for item in group.usable]
+    pairs = zip(usable, itertools.chain.from_iterable(learner), strict=True)
+    ratios = [of.astype(np.float64) - item.rollout.logprobs for item, of in pairs]
+    histograms = {
+        "rollouts/reward": np.array([item.grade.reward for item in usable]),
+        "rollouts/response_tokens": np.array([len(item.rollout.token_ids) for item in usable]),
+        "learner/token_log_ratio": np.concatenate(ratios),
+        "learner/log_ratio": np.array([of_tokens.sum() for of_tokens in ratios]),
+    }
+    samples = [
+        Sample(groups[i].prompt.text, item.text, item.grade.verdict.value, item.grade.reward)
+        for i in chosen
+        for item in groups[i].usable[:NUM_SAMPLES]
+    ]
+    return Distributions(histograms, samples)
 
 
 def read(path: SharedPath, most_lines: int) -> dict[str, GroupLogprobs]:

@@ -9,6 +9,7 @@ from typing import Any
 from oapl_jax.evaluation.held_out import Counts, summarize
 from oapl_jax.io.json_lines import LineFile
 from oapl_jax.io.metrics import MetricsWriter
+from oapl_jax.io.trackers import Distributions
 from oapl_jax.types import Metrics, Prompt
 
 
@@ -65,11 +66,18 @@ class StepLog:
 
     def __init__(self, writer: MetricsWriter | None):
         self._writer = writer
-        self._waiting: collections.deque[tuple[int, Metrics, Future[Metrics] | None]] = collections.deque()
+        self._waiting: collections.deque[tuple[int, Metrics, Future[Metrics] | None, Distributions | None]]
+        self._waiting = collections.deque()
 
-    def add(self, step: int, metrics: Metrics, evaluation: "Future[Metrics] | None" = None) -> None:
-        """Takes a step's metrics, and writes what is complete."""
-        self._waiting.append((step, metrics, evaluation))
+    def add(
+        self,
+        step: int,
+        metrics: Metrics,
+        evaluation: "Future[Metrics] | None" = None,
+        distributions: Distributions | None = None,
+    ) -> None:
+        """Takes what a step has, and writes what is complete."""
+        self._waiting.append((step, metrics, evaluation, distributions))
         self._write(may_wait=False)
 
     def flush(self) -> None:
@@ -80,11 +88,11 @@ class StepLog:
 
     def _write(self, *, may_wait: bool) -> None:
         while self._waiting:
-            step, metrics, evaluation = self._waiting[0]
+            step, metrics, evaluation, distributions = self._waiting[0]
             if evaluation is not None:
                 if not may_wait and not evaluation.done():
                     return
                 metrics = metrics | evaluation.result()
             self._waiting.popleft()
             if self._writer is not None:
-                self._writer.write(step, metrics)
+                self._writer.write(step, metrics, distributions)

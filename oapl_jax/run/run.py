@@ -14,7 +14,6 @@ from typing import Any, NoReturn
 
 import jax
 import numpy as np
-from jaxtyping import Float
 
 from oapl_jax.build import policy
 from oapl_jax.build.advice import advice
@@ -25,13 +24,14 @@ from oapl_jax.distributed.chips import peak_bytes, peak_flops
 from oapl_jax.distributed.memory import trim_heap
 from oapl_jax.distributed.messages import forward_preemption
 from oapl_jax.distributed.sharding import num_processes
-from oapl_jax.io import run_dir, storage
+from oapl_jax.io import run_dir, storage, trackers
 from oapl_jax.io.json_lines import LineFile, open_lines
 from oapl_jax.io.lease import Lease, Leases
 from oapl_jax.io.metrics import MetricsWriter
 from oapl_jax.io.preemption import StopSignals
 from oapl_jax.io.progress_bar import ProgressBar
 from oapl_jax.io.storage import SharedPath
+from oapl_jax.io.trackers import Distributions
 from oapl_jax.learner import batch as batches
 from oapl_jax.learner import divergence
 from oapl_jax.learner.state import TrainState
@@ -104,6 +104,8 @@ class Run:
     """Whether this process has compiled the train step."""
     surface: SurfaceWatch = dataclasses.field(default_factory=SurfaceWatch)
     """Of the responses that were learnt from."""
+    distributions: Distributions | None = None
+    """Of the last batch, where it ended a window: for the tracker."""
     save_seconds: float = 0.0
     """What saving took since the last report."""
 
@@ -244,9 +246,14 @@ class Run:
         metrics = {name: float(np.mean([update[name] for update in numbers])) for name in numbers[0]}
         metrics |= divergence.measure(list(zip(parts, scores, strict=True)), learner.beta2)
         metrics |= batches.describe(groups, self.config.data.sets) | on_surface | speed
+        self.distributions = None
         if self.token_logprobs is not None and (self.ends_window or self.is_over):
             learned = learner.of_groups(groups, parts, [score.logprobs for score in scores])
-            self._write_token_logprobs(self.token_logprobs, groups, learned)
+            order = sorted(range(len(groups)), key=lambda i: batches.has_equal_rewards(groups[i]))
+            chosen = order[: diagnostics.NUM_GROUPS]
+            line = diagnostics.line(self.progress.step, groups, learned, chosen, self.setup.tokenizer.decode)
+            self.token_logprobs.append(line)
+            self.distributions = diagnostics.distributions(groups, learned, chosen)
         metrics["learner/padding"] = float(np.mean([batches.padding(part, learner.rows) for part in parts]))
         return metrics, float(sum(part.response_mask.sum() for part in parts))
 
@@ -375,16 +382,6 @@ class Run:
         with self.bar.stage(f"evaluating: {num_prompts:,} held-out prompts, {num_samples} samples each"):
             return self.evaluator.start(weights, num_samples, self.progress.step).result()
 
-    def _write_token_logprobs(
-        self, file: LineFile, groups: list[RolloutGroup], learned: list[list[Float[np.ndarray, "_R"]]]
-    ) -> None:
-        """Of the first groups of a batch, those first that have an advantage."""
-        order = sorted(range(len(groups)), key=lambda i: batches.has_equal_rewards(groups[i]))
-        chosen = order[: diagnostics.NUM_GROUPS]
-        decode = self.setup.tokenizer.decode
-        of_groups = [groups[i] for i in chosen], [learned[i] for i in chosen]
-        file.append(diagnostics.line(self.progress.step, *of_groups, decode))
-
     def _copy(self) -> tuple[Any, Metrics]:
         """The learner's weights of now, as the sampler takes them."""
         with self.setup.device_lock:
@@ -471,7 +468,8 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
         if is_leader:
             record = BatchRecord(directory / "batches.jsonl", delete_after=progress.step if is_changed else None)
             resume_step, written = None if is_new else progress.step, config_file.written(config)
-            writer = MetricsWriter(directory, config.logging, resume_step=resume_step, config=written)
+            tracker = trackers.start(directory, config.run, 0 if is_new else progress.step + 1, written)
+            writer = MetricsWriter(directory, tracker, resume_step=resume_step)
             stack.enter_context(writer)
             evaluations, token_logprobs = (
                 open_lines(directory / name, lambda step: not is_new and step <= progress.step)[0]

@@ -10,7 +10,7 @@ from oapl_jax.config import config_file
 from oapl_jax.config.commands import SftConfig
 from oapl_jax.data.pairs import load_pairs
 from oapl_jax.distributed.sharding import make_meshes
-from oapl_jax.io import run_dir
+from oapl_jax.io import run_dir, trackers
 from oapl_jax.io.metrics import MetricsWriter
 from oapl_jax.io.non_finite import check_finite
 from oapl_jax.io.progress_bar import ProgressBar
@@ -81,9 +81,8 @@ def run(config: SftConfig) -> pathlib.Path:
             first = resume_step = restored[0]
             state = state.restored(restored[1])
             progress.note(f"resumed supervised training at step {first}")
-        writer = stack.enter_context(
-            MetricsWriter(directory, config.logging, resume_step=resume_step, config=config_file.written(config))
-        )
+        tracker = trackers.start(directory, config.run, first + 1, config_file.written(config))
+        writer = stack.enter_context(MetricsWriter(directory, tracker, resume_step=resume_step))
         for step in range(first + 1, config.run.steps + 1):
             start = time.perf_counter()
             taken = [pairs[i] for i in range((step - 1) * num_pairs, step * num_pairs)]

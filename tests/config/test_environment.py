@@ -29,16 +29,16 @@ def load(tmp_path, monkeypatch):
 
 
 PLACES = {
-    "a value": ("logging: {wandb_project: '${oc.env:SECRET}'}", []),
-    "a part of a value": ("logging: {wandb_project: 'a-${oc.env:SECRET}-b'}", []),
-    "with a default": ("logging: {wandb_project: '${oc.env:SECRET,other}'}", []),
+    "a value": ("reward: {functions: {code: 1.0}, python: '${oc.env:SECRET}'}", []),
+    "a part of a value": ("reward: {functions: {code: 1.0}, python: 'a-${oc.env:SECRET}-b'}", []),
+    "with a default": ("reward: {functions: {code: 1.0}, python: '${oc.env:SECRET,other}'}", []),
     "by another key": (
-        "logging: {wandb_project: '${oc.env:SECRET}'}\nreward: {functions: {code: 1.0}, packages: ['${logging.wandb_project}']}",
+        "reward: {functions: {code: 1.0}, python: '${oc.env:SECRET}', packages: ['${reward.python}']}",
         [],
     ),
     "in a list": ("reward: {functions: {code: 1.0}, packages: [numpy, '${oc.env:SECRET}']}", []),
-    "decoded": ("logging: {wandb_project: '${oc.decode:${oc.env:SECRET}}'}", []),
-    "an override": ("", ["logging.wandb_project=${oc.env:SECRET}"]),
+    "decoded": ("reward: {functions: {code: 1.0}, python: '${oc.decode:${oc.env:SECRET}}'}", []),
+    "an override": ("", ["run.project=${oc.env:SECRET}", "run.tracker=trackio"]),
 }
 
 
@@ -79,7 +79,7 @@ def test_a_variable_that_is_not_there_is_named_in_one_line(load):
     with pytest.raises(
         ConfigError, match=r"^config file '.*' cannot be read: .*Environment variable 'NOT_THERE' not found.*$"
     ):
-        load("logging: {wandb_project: '${oc.env:NOT_THERE}'}")
+        load("reward: {functions: {code: 1.0}, python: '${oc.env:NOT_THERE}'}")
 
 
 def test_functions_of_the_user_are_looked_for_beside_the_config(load, tmp_path):

@@ -10,13 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from oapl_jax.config.run import LoggingConfig
 from oapl_jax.io import metrics, progress_bar
 from oapl_jax.report import curves, findings
 
 
 def write_steps(run_dir, steps, **options):
-    with metrics.MetricsWriter(run_dir, LoggingConfig(tensorboard=False), **options) as writer:
+    with metrics.MetricsWriter(run_dir, **options) as writer:
         for step in steps:
             writer.write(step, {"learner/loss": step / 2})
 
@@ -26,14 +25,14 @@ def steps_in(run_dir):
 
 
 def test_each_write_is_one_json_line_that_is_on_disk_at_once(tmp_path):
-    with metrics.MetricsWriter(tmp_path, LoggingConfig(tensorboard=False)) as writer:
+    with metrics.MetricsWriter(tmp_path) as writer:
         writer.write(1, {"learner/loss": jnp.float32(0.5), "rollouts/reward": np.float64(0.25), "window/lag": 3})
         (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line) == {"step": 1, "learner/loss": 0.5, "rollouts/reward": 0.25, "window/lag": 3.0}
 
 
 def test_nan_is_written_as_json_null_and_read_back_as_nan(tmp_path):
-    with metrics.MetricsWriter(tmp_path, LoggingConfig(tensorboard=False)) as writer:
+    with metrics.MetricsWriter(tmp_path) as writer:
         writer.write(1, {"learner/loss": math.nan, "learner/grad_norm": math.inf})
     assert '"learner/loss": null' in (tmp_path / "metrics.jsonl").read_text()
     (record,) = metrics.read_metrics(tmp_path / "metrics.jsonl")

@@ -13,9 +13,9 @@ from packaging.requirements import Requirement
 
 import oapl_jax
 from oapl_jax.cli import serve
-from oapl_jax.config.run import LoggingConfig
+from oapl_jax.config.run import RunConfig
 from oapl_jax.data import rows
-from oapl_jax.io import metrics
+from oapl_jax.io import trackers
 from test_layers import PACKAGE, ROOT, libraries_of, normal, providers_of, real_modules
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -36,6 +36,7 @@ OPTIONAL_LIBRARIES = {
     "torch",
     "vllm",
     "wandb",
+    "trackio",
     "gcsfs",
     "s3fs",
 }
@@ -101,6 +102,10 @@ def test_no_command_imports_an_optional_library():
     assert not set(done.stdout.split()) & OPTIONAL_LIBRARIES
 
 
+def tracked_by(tracker):
+    return RunConfig(dir="demo", steps=1, tracker=tracker)
+
+
 @pytest.mark.parametrize(
     ("library", "use", "extra"),
     [
@@ -108,7 +113,8 @@ def test_no_command_imports_an_optional_library():
         ("tensorflow_datasets", lambda folder: rows.read("mnist", "tfds", ["label"]), "data"),
         ("jetstream", lambda folder: serve.main(["--ask", "1+1="]), "serve"),
         ("grpc", lambda folder: serve.main(["--model", str(folder)]), "serve"),
-        ("wandb", lambda folder: metrics.MetricsWriter(folder, LoggingConfig(wandb_project="demo")), "wandb"),
+        ("wandb", lambda folder: trackers.start(folder, tracked_by("wandb"), 0, {}), "wandb"),
+        ("trackio", lambda folder: trackers.start(folder, tracked_by("trackio"), 0, {}), "trackio"),
     ],
 )
 def test_a_library_that_is_missing_is_named_with_its_extra(library, use, extra, tmp_path, monkeypatch):

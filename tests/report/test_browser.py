@@ -43,7 +43,7 @@ def address(tmp_path_factory):
     RolloutLog(run_dir / "rollouts").append([without_answer])
     learned = [np.array([-0.5, -3, -0.25], np.float32), np.array([-0.4, -0.5, 2], np.float32)]
     (run_dir / "diagnostics").mkdir()
-    line = diagnostics.line(100, [make_group(0, 3)], [learned], lambda ids: ["<b>", "\n", ""][ids[0]])
+    line = diagnostics.line(100, [make_group(0, 3)], [learned], [0], lambda ids: ["<b>", "\n", ""][ids[0]])
     LineFile(run_dir / diagnostics.TOKEN_LOGPROBS_FILE).append(line)
     return report.write_report(run_dir).as_uri()
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from oapl_jax.cli import commands
-from oapl_jax.config.run import LoggingConfig
 from oapl_jax.io import metrics
 from oapl_jax.io.console import ExitCode
 from oapl_jax.io.json_lines import LineFile
@@ -35,7 +34,7 @@ def make_run(run_dir, steps=100, sync_every=25):
     rng = np.random.default_rng(0)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text("run:\n  dir: runs/demo\n  steps: 100\n")
-    with metrics.MetricsWriter(run_dir, LoggingConfig(tensorboard=False)) as writer:
+    with metrics.MetricsWriter(run_dir) as writer:
         for step in range(1, steps + 1):
             done, lag = step / steps, (step - 1) % sync_every
             reward = 0.27 + 0.65 * done**0.7 + rng.normal(0, 0.04)
@@ -170,7 +169,7 @@ def test_an_empty_run_directory_gets_a_report(tmp_path):
 
 
 def test_a_single_step_and_values_that_are_not_finite_are_drawn(tmp_path):
-    with metrics.MetricsWriter(tmp_path, LoggingConfig(tensorboard=False)) as writer:
+    with metrics.MetricsWriter(tmp_path) as writer:
         writer.write(1, {"rollouts/reward": 0.5, "learner/entropy": float("nan"), "learner/seconds": 0.0})
     assert set(shown(tmp_path)["curves"]) == {"rollouts/reward", "learner/seconds"}
 
@@ -224,7 +223,7 @@ def lines(start, end, **changes):
     ],
 )
 def test_what_is_suspicious_is_said(tmp_path, changes, warning):
-    with metrics.MetricsWriter(tmp_path, LoggingConfig(tensorboard=False)) as writer:
+    with metrics.MetricsWriter(tmp_path) as writer:
         for step, line in enumerate(lines(10, 10, **changes)):
             writer.write(step, line)
     found = shown(tmp_path)["warnings"]
@@ -276,7 +275,7 @@ def test_the_server_follows_a_run_and_pages_through_all_rollouts(tmp_path, monke
             words = ["report", str(run_dir), "--serve", "--port", str(served.server_port)]
             assert commands.main(words) == ExitCode.USAGE
             assert data_in(get(served.address))["served"]
-            with metrics.MetricsWriter(run_dir, LoggingConfig(tensorboard=False), resume_step=3) as writer:
+            with metrics.MetricsWriter(run_dir, resume_step=3) as writer:
                 writer.write(4, {"rollouts/reward": 0.125})
             assert json.loads(get(f"{served.address}data"))["runs"][0]["curves"]["rollouts/reward"]["y"][-1] == 0.125
             pages = [json.loads(get(f"{served.address}rollouts?run=0&number={i}")) for i in range(2)]

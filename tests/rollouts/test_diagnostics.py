@@ -36,7 +36,7 @@ def test_what_is_written_is_read_without_rollouts_that_are_not_usable(tmp_path):
     group = make_group(0.5, np.nan, -0.5)
     learned = [np.array([-1, -2, -3.25], np.float32), np.array([-4, -5, -6], np.float32)]
     file = tmp_path / "file.jsonl"
-    LineFile(file).append(diagnostics.line(4, [group], [learned], decode))
+    LineFile(file).append(diagnostics.line(4, [group], [learned], [0], decode))
     first = diagnostics.TokenLogprobs(["A", "B", "C"], [-1.0, -2.0, -3.25], [-0.5, -0.5, -0.5])
     last = diagnostics.TokenLogprobs(["A", "B", "C"], [-4.0, -5.0, -6.0], [-0.5, -0.5, -0.5])
     assert diagnostics.read(file, 1) == {"000002-00000007": diagnostics.GroupLogprobs(4, [first, None, last])}
@@ -44,8 +44,21 @@ def test_what_is_written_is_read_without_rollouts_that_are_not_usable(tmp_path):
 
 def test_the_beginning_of_a_long_response_is_written(monkeypatch):
     monkeypatch.setattr(diagnostics, "MOST_TOKENS", 2)
-    (written,) = diagnostics.line(1, [make_group(0.5, num_tokens=5)], [[np.zeros(5)]], decode)["groups"].values()
+    (written,) = diagnostics.line(1, [make_group(0.5, num_tokens=5)], [[np.zeros(5)]], [0], decode)["groups"].values()
     assert written == [{"tokens": ["A", "B"], "learner": [0.0, 0.0], "sampler": [-0.5, -0.5]}]
+
+
+def test_a_tracker_gets_the_distributions_of_the_usable_rollouts():
+    group = make_group(0.5, np.nan, -0.5)
+    learned = [np.array([-1, -2, -3.25], np.float32), np.array([-4, -5, -6], np.float32)]
+    shown = diagnostics.distributions([group], [learned], [0])
+    assert {name: values.tolist() for name, values in shown.histograms.items()} == {
+        "rollouts/reward": [0.0, 0.0],
+        "rollouts/response_tokens": [3, 3],
+        "learner/token_log_ratio": [-0.5, -1.5, -2.75, -3.5, -4.5, -5.5],
+        "learner/log_ratio": [-4.75, -13.5],
+    }
+    assert shown.samples == [("?", "", "wrong", 0.0)] * 2
 
 
 def test_of_many_windows_some_at_equal_distances_and_the_newest_are_read(tmp_path):

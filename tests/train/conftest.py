@@ -47,7 +47,7 @@ def train_toy_model(run_dir):
             f"model.config={runs.ROOT / 'configs/toy_qwen3.json'}",
             "learner.warmup_steps=10",
             "mesh.trainer=fsdp=1",
-            "logging.tensorboard=false",
+            "run.tracker=null",
             "logging.progress=false",
         ],
     )

@@ -18,7 +18,7 @@ from oapl_jax.rollouts.diagnostics import TOKEN_LOGPROBS_FILE
 
 ROOT = pathlib.Path(__file__).parents[2]
 BASE = {
-    "run": {"steps": 10, "seed": 3},
+    "run": {"steps": 10, "seed": 3, "tracker": None},
     "model": {"path": "set by conftest.py"},
     "data": {"task": "chain", "max_prompt_tokens": 12},
     "sampler": {"group_size": 8, "max_response_tokens": 6, "groups_in_flight": 4, "decode_steps": 3},
@@ -28,7 +28,7 @@ BASE = {
     "mesh": {"trainer": "fsdp=1"},
     "checkpoint": {"every": 3},
     "evaluation": {"every": 5, "prompts": 8, "samples": 4, "final_samples": 8},
-    "logging": {"progress": False, "tensorboard": False},
+    "logging": {"progress": False},
 }
 
 

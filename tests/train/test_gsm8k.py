@@ -113,7 +113,7 @@ def overrides(run_dir, model_folder, questions):
         *("sampler.decode_steps=8", "learner.batch_rollouts=8", "learner.micro_batch_rows=4"),
         *("window.sync_every=2", "checkpoint.every=1", "reward.workers=1", "reward.timeout=60"),
         *("model.compute_dtype=float32", "sampler.dtype=float32", "window.parity_tolerance=1e-4"),
-        *("learner.learning_rate=1e-3", "learner.clip_norm=1.0", "logging.progress=false", "logging.tensorboard=false"),
+        *("learner.learning_rate=1e-3", "learner.clip_norm=1.0", "logging.progress=false", "run.tracker=null"),
     ]
 
 

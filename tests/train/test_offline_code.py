@@ -57,7 +57,7 @@ def test_people_s_programs_train_a_model_and_nothing_is_scored(tmp_path):
         "mesh": {"trainer": "fsdp=1"},
         "checkpoint": {"every": 10},
         "evaluation": {"prompts": 0},
-        "logging": {"progress": False, "tensorboard": False},
+        "logging": {"progress": False},
     }
     train.run(config_file.validate(TrainConfig, config, source="tests"))
     lines = [line for line in read_metrics(tmp_path / "run" / "metrics.jsonl") if line["step"] > 0]

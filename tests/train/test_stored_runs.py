@@ -63,7 +63,7 @@ def check(address, online, folder):
 @pytest.mark.parametrize("store", ["GCS", pytest.param("S3", marks=pytest.mark.long)])
 def test_an_online_run_that_is_killed_goes_on_from_the_store(store, finished, tmp_path):
     with place(store) as address:
-        config = make_config(address, logging={"tensorboard": True, "progress": False})
+        config = make_config(address, run={"tracker": "tensorboard"})
         trainer = start(write_config(tmp_path / "config.yaml", config))
         try:
             wait_for_step(trainer, address, 5)
