@@ -23,7 +23,15 @@ project = "oapl_jax"
 version = release = oapl_jax.__version__
 author = copyright = "the oapl_jax authors"  # noqa: A001 - Sphinx's name
 root_doc = "docs/index"
-include_patterns = ["*.md", "docs/*.md", "docs/*/*.md", "launch/*.md", "benchmarks/*.md", "experiments/*.md", "configs/models/*.md"]
+include_patterns = [
+    "*.md",
+    "docs/*.md",
+    "docs/*/*.md",
+    "launch/*.md",
+    "benchmarks/*.md",
+    "experiments/*.md",
+    "configs/models/*.md",
+]
 exclude_patterns = [".*", "runs", "tests", "oapl_jax", "docs/_build"]
 extensions = ["myst_parser", "sphinx.ext.autodoc"]
 html_theme = "furo"

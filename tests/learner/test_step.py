@@ -216,12 +216,12 @@ def test_micro_batches_equal_the_whole_batch(objective, num_pairs):
     batch = make_batch(num_pairs)
     whole, metrics = run(batch, objective=objective)
     split, split_metrics = run(batch, objective=objective, num_micro_batches=4)
-    tolerance = 2e-6 * norm(gradient(whole))
-    assert_close(gradient(split), gradient(whole), atol=tolerance)
-    # Adam's first step divides each gradient by its size: those near the tolerance may go anywhere.
-    is_clear = jax.tree.map(lambda g: np.abs(g) > 100 * tolerance, gradient(whole))
-    assert np.mean([mask.mean() for mask in jax.tree.leaves(is_clear)]) > 0.5
-    clear = [jax.tree.map(lambda p, m: np.where(m, p, 0), state.params, is_clear) for state in (split, whole)]
+    g = gradient(whole)
+    assert_close(gradient(split), g, atol=2e-6 * norm(g))
+    # Adam's first step is a gradient over its own size: of one that is little more than rounding errors, so is the step.
+    is_clear = jax.tree.map(lambda g: (np.abs(g) > 1e-6) | (g == 0), g)
+    assert np.mean(np.concatenate([leaf.ravel() for leaf in jax.tree.leaves(is_clear)])) > 0.99
+    clear = [jax.tree.map(lambda p, keep: np.asarray(p) * keep, state.params, is_clear) for state in (split, whole)]
     assert_close(*clear, atol=1e-6)
     assert split_metrics == pytest.approx(metrics, rel=1e-4, abs=1e-6)
     assert "learner/clipped" not in metrics
