@@ -48,7 +48,7 @@ class Distributions(NamedTuple):
 
 @runtime_checkable
 class Tracker(Protocol):
-    """What is told the progress of a run."""
+    """What shows a run."""
 
     def write(self, step: int, metrics: Mapping[str, float], distributions: Distributions | None) -> None:
         """Takes a step's metrics; of most steps these are all."""

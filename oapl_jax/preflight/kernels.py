@@ -10,8 +10,9 @@ What the module does not say:
   for a kernel that is not there, each step is assumed to need another block.
 * A kernel that copies by itself is assumed to do so for each step of the grid once a block of ``Scalars.live_tokens``,
   as paged attention does for a sequence of that length. The bytes of a block, and its tokens, are the module's.
-* The TPU compiler's own kernels for ``ragged_dot`` are assumed to have rows for all groups in equal parts.
-* Products are counted that are done in every step of the grid: those of ``ragged_dot``, not those of attention.
+* A grid of a length that only the run knows belongs to products of groups of rows (XLA's kernels for ``ragged_dot``,
+  and megablox), with the groups' tables as scalars. All groups are assumed to be equal. Of these kernels alone the
+  products are counted: attention skips steps.
 """
 
 import base64
@@ -28,9 +29,6 @@ from jaxlib.mosaic.python import tpu
 
 SUBLANES, LANES = 8, 128
 """Numbers of a tile."""
-
-RAGGED = "lhs_transform_indices"
-"""An index map of the compiler's kernels for ``ragged_dot``."""
 
 VERSION = "stable_mosaic.version"
 """An attribute of modules that are written in a form of their own, which this pass turns back:"""
@@ -92,7 +90,8 @@ def work(body: str, scalars: Scalars, is_in_hbm: Sequence[bool] | None = None) -
     num_scalars = ir.IntegerAttr(kernel.attributes["scalar_prefetch"]).value
     arguments = list(kernel.regions[0].blocks[0].arguments)[len(grid) :]
     values = next((v for prefix, v in scalars.of_kernels.items() if name.startswith(prefix)), None)
-    if RAGGED in functions:
+    is_grouped = min(grid, default=0) < 0
+    if is_grouped:
         values = _equal_groups(*(ir.MemRefType(argument.type).shape[0] for argument in arguments[:2]))
         grid = [len(values[1]) if size < 0 else size for size in grid]
     steps = [axis.ravel() for axis in np.indices(grid)]
@@ -108,7 +107,7 @@ def work(body: str, scalars: Scalars, is_in_hbm: Sequence[bool] | None = None) -
             num_blocks = 1 + int((blocks[:, 1:] != blocks[:, :-1]).any(axis=0).sum())
         shape = list(ir.DenseI64ArrayAttr(window["window_bounds"]))
         total += num_blocks * _padded_bytes(shape, ir.MemRefType(arguments[num_scalars + i].type).element_type)
-    return Work(math.prod(grid) * _product_flops(kernel), total)
+    return Work(math.prod(grid) * _product_flops(kernel) if is_grouped else 0, total)
 
 
 @functools.lru_cache(maxsize=64)
@@ -164,15 +163,18 @@ def _equal_groups(num_offsets: int, num_steps: int) -> list[np.ndarray]:
 
 
 def _product_flops(kernel: Any) -> float:
-    """Of the products of a step that no condition and no loop is around."""
-    total = 0.0
-    for wrapped in kernel.regions[0].blocks[0].operations:
-        operation = wrapped.operation
+    """Of the products in the code of a step, each done once."""
+    flops = []
+
+    def visit(operation: Any) -> Any:
         if operation.name == "tpu.matmul":
-            left, right = (math.prod(ir.VectorType(value.type).shape) for value in list(operation.operands)[:2])
-            # M K, K N and M N numbers are in the operands and in the result.
-            total += 2.0 * math.sqrt(left * right * math.prod(ir.VectorType(operation.results[0].type).shape))
-    return total
+            arrays = [*list(operation.operands)[:2], operation.results[0]]
+            # They have M K, K N and M N numbers.
+            flops.append(2 * math.sqrt(math.prod(math.prod(ir.VectorType(array.type).shape) for array in arrays)))
+        return ir.WalkResult.ADVANCE
+
+    kernel.operation.walk(visit)
+    return sum(flops)
 
 
 def _copied(kernel: Any, live_tokens: float) -> float:

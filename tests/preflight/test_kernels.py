@@ -8,7 +8,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from oapl_jax.model import splash
+from oapl_jax.model import matmul, splash
 from oapl_jax.model.segments import Segments
 from oapl_jax.preflight import kernels
 
@@ -144,3 +144,16 @@ def splash_scalars(ids, size):
     by_query, _ = splash.find_blocks(ids, ids, 0, size)
     tables = [by_query.data_next, by_query.block_mask, by_query.mask_next]
     return kernels.Scalars({"splash_mha_fwd": [np.asarray(table) for table in tables if table is not None]})
+
+
+def test_products_of_groups_count_once():
+    """Four groups in 16 tiles of rows: the gradient of the matrices, whose columns are read in one piece."""
+    N, D, F, E, tile = 2048, 256, 128, 4, 128
+    arrays = [jax.ShapeDtypeStruct((N, width), jnp.bfloat16) for width in (D, F)]
+    (body,) = bodies(matmul.products_of_groups, *arrays, jax.ShapeDtypeStruct((E,), jnp.int32))
+    found = kernels.work(body, kernels.Scalars())
+    assert found.flops == 2 * N * D * F
+    assert found.hbm_bytes == N * (D + F) * 2 + E * D * F * 4
+    # Five equal groups share tiles: each of the four tiles between two groups is computed twice, and read once.
+    (body,) = bodies(matmul.products_of_groups, *arrays, jax.ShapeDtypeStruct((5,), jnp.int32))
+    assert kernels.work(body, kernels.Scalars()).flops == (N + 4 * tile) / N * 2 * N * D * F
