@@ -12,6 +12,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 OURS, THEIRS = "oapl_100_chain_fast", "grpo_100_chain_fast"
 
 
+@pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.timeout(3000)
 def test_oapl_learns_at_a_lag_and_a_rate_at_which_grpo_collapses(tmp_path):
