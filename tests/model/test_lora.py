@@ -145,9 +145,9 @@ def test_gradients_are_those_of_the_merged_weights():
         flat_down, flat_up = down.reshape(len(down), -1, 3), up.reshape(len(up), 3, -1)
         for_down = 5 / 3 * np.einsum("lio,lro->lir", slots, flat_up).reshape(down.shape)
         for_up = 5 / 3 * np.einsum("lio,lir->lro", slots, flat_down).reshape(up.shape)
-        scale = np.abs(for_up).max()
-        np.testing.assert_allclose(found["layers"][module][name]["down"].get_value(), for_down, atol=1e-5 * scale)
-        np.testing.assert_allclose(found["layers"][module][name]["up"].get_value(), for_up, atol=1e-5 * scale)
+        for part, expected in (("down", for_down), ("up", for_up)):
+            tolerance = 1e-5 * np.abs(expected).max()
+            np.testing.assert_allclose(found["layers"][module][name][part].get_value(), expected, atol=tolerance)
 
 
 @pytest.mark.slow
