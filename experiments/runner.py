@@ -65,8 +65,6 @@ class Runner:
             folder.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(run.config, sort_keys=False))
         cores = self._shares.get()
-        # Programs are the same for many runs, and on one machine: here the cache on disk is safe on a CPU too.
-        environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(self.out / "programs")}
         command = [sys.executable, "-m", "oapl_jax", run.command, "--config", str(path)]
         start = time.monotonic()
         try:
@@ -75,7 +73,6 @@ class Runner:
                     command,
                     stdout=output,
                     stderr=subprocess.STDOUT,
-                    env=environment | {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2"},
                     preexec_fn=lambda: os.sched_setaffinity(0, cores),
                     check=False,
                 )

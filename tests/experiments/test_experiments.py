@@ -11,11 +11,11 @@ import yaml
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 SMALL = {
-    "run.steps": 4,
+    "run.steps": 2,
     "data.max_prompt_tokens": 12,
     "learner.batch_rollouts": 16,
     "sampler.groups_in_flight": 2,
-    "evaluation.every": 2,
+    "evaluation.every": 0,
     "evaluation.samples": 2,
     "evaluation.final_samples": 2,
 }
@@ -30,9 +30,7 @@ GRID = {
         }
     },
     "methods": {"oapl": {}, "grpo": {"objective": {"name": "grpo"}}},
-    "searches": {
-        "rates": {"task": "chain", "method": "oapl", "lag": 2, "values": {"learner.learning_rate": [1e-4, 1e-3]}}
-    },
+    "searches": {"rates": {"task": "chain", "method": "oapl", "lag": 2, "values": {"learner.learning_rate": [1e-4]}}},
     "arms": {
         "ours": {"task": "chain", "method": "oapl", "lag": 2, "search": "rates"},
         "theirs": {"task": "chain", "method": "grpo", "lag": 1},
