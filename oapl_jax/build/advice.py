@@ -8,7 +8,7 @@ from oapl_jax.objectives.oapl import RegressionOptions
 
 MAX_TARGET = 20.0
 """Nats a token that an advantage of 1 may ask a regression for."""
-MAX_MOVEMENT = 0.05
+MAX_MOVEMENT = 0.04
 """How far AdamW may move each parameter between two syncs, where importance weights correct for it."""
 
 
