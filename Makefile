@@ -49,7 +49,7 @@ docs: $(DOCS_STAMP) ## build the documentation in docs/_build/site; a warning is
 paper: $(RUN_STAMP) ## the paper's claims in miniature: tables and figures in runs/paper (hours, resumable)
 	$(BIN)/python -m experiments experiments/paper.yaml --out runs/paper
 
-paper-fast: $(RUN_STAMP) ## a part of it, in runs/paper_fast (10 minutes)
+paper-fast: $(RUN_STAMP) ## a part of it, in runs/paper_fast (15 minutes)
 	$(BIN)/python -m experiments experiments/paper_fast.yaml --out runs/paper_fast
 
 paper-smollm2: $(RUN_STAMP) ## three objectives at three lags on SmolLM2-135M (a day; MODEL=FOLDER, or from the hub)
