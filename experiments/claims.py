@@ -27,7 +27,7 @@ class Difference(NamedTuple):
     @property
     def interval(self) -> tuple[float, float]:
         """95 % of the mean difference, by Student's t over the pairs; infinite with one pair."""
-        mean, error = _mean_and_error(self.differences)
+        mean, error = mean_and_error(self.differences)
         half = float(stats.t.ppf(0.975, len(self.differences) - 1)) * error if math.isfinite(error) else math.inf
         return mean - half, mean + half
 
@@ -56,7 +56,7 @@ def examine(claim: Claim, records: Mapping[str, Mapping[Pair, Record]]) -> list[
         ours = [left[pair].value(metric, claim.left.at) for pair in pairs]
         theirs = [right[pair].value(metric, claim.right.at) for pair in pairs]
         differences = tuple(float(a - b) for a, b in zip(ours, theirs, strict=True))
-        found.append(Difference(metric, _mean_and_error(ours), _mean_and_error(theirs), differences))
+        found.append(Difference(metric, mean_and_error(ours), mean_and_error(theirs), differences))
     return found
 
 
@@ -70,7 +70,7 @@ def verdict(differences: Sequence[Difference]) -> Verdict:
     return "reproduced" if len(verdicts) == 1 else "partly"
 
 
-def _mean_and_error(values: Sequence[float]) -> tuple[float, float]:
+def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     """Mean and its standard error; infinite for one value."""
     error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
     return float(np.mean(values)), error

@@ -19,9 +19,9 @@ from oapl_jax.config.section import Count, Section
 Settings = dict[str, Any]
 """Values of a config by dotted keys; a key without a dot takes the place of a whole section."""
 
-Moment = Literal["start", "middle", "third", "final", "best", "mean"]
+Moment = Literal["start", "middle", "third", "final", "best"]
 """Which evaluation of a run: before training; the last one within half or a third of its steps; the last; the best of
-those after the start; the mean of those after the start."""
+those after the start."""
 
 
 class Task(Section):
@@ -207,7 +207,7 @@ def config_path(run: Run, out: pathlib.Path) -> pathlib.Path:
 
 
 def _config(path: str, *layers: Settings) -> dict[str, Any]:
-    """A config file with settings over it, later ones over earlier ones; files that it names become absolute paths."""
+    """A config file with settings over it, later ones over earlier ones; an architecture beside it gets its whole path."""
     file = pathlib.Path(path)
     config: Any = OmegaConf.to_container(OmegaConf.load(file))
     for key, value in (item for layer in layers for item in layer.items()):
@@ -216,7 +216,7 @@ def _config(path: str, *layers: Settings) -> dict[str, Any]:
         for section in sections:
             inner = inner.setdefault(section, {})
         inner[last] = copy.deepcopy(value)
-    for name, value in config.get("model", {}).items():
-        if name == "config" and (file.parent / value).is_file():
-            config["model"][name] = str(file.parent / value)
+    architecture = config["model"].get("config")
+    if architecture is not None and (file.parent / architecture).is_file():
+        config["model"]["config"] = str(file.parent / architecture)
     return config

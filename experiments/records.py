@@ -34,9 +34,8 @@ class Record(NamedTuple):
         if metric == "entropy":
             return self._entropy(moment)
         values = self.curve(metric)
-        after = values[1:] if len(values) > 1 else values
-        if moment in ("best", "mean"):
-            return float(np.nanmax(after) if moment == "best" else np.nanmean(after))
+        if moment == "best":
+            return float(np.nanmax(values[1:] if len(values) > 1 else values))
         return float(values[self._index(moment)])
 
     def curve(self, metric: str) -> Float[np.ndarray, "E"]:
@@ -52,7 +51,7 @@ class Record(NamedTuple):
 
     def _entropy(self, moment: Moment) -> float:
         part = max(len(self.entropies) // SHARE, 1)
-        at = {"start": self.entropies[:part], "final": self.entropies[-part:], "mean": self.entropies}
+        at = {"start": self.entropies[:part], "final": self.entropies[-part:]}
         if moment not in at:
             raise ValueError(f"at={moment}: entropy has {', '.join(at)}")
         return float(np.mean(at[moment]))

@@ -130,8 +130,7 @@ def _short(settings: Settings) -> str:
 
 
 def _summary(values: list[float]) -> str:
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values)) if len(values) > 1 else math.inf
-    return _value(float(np.mean(values)), error)
+    return _value(*claims.mean_and_error(values))
 
 
 def _value(mean: float, error: float) -> str:
