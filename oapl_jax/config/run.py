@@ -36,7 +36,7 @@ class RunConfig(RunDirConfig):
     steps: Count
     """Learner steps in all."""
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = "tensorboard"
-    """What gets the metrics besides ``metrics.jsonl``, the config, and of each window histograms and samples:
+    """What gets the metrics besides ``metrics.jsonl``, the config, and of some windows histograms and samples:
     TensorBoard's files in the run directory; Weights & Biases or trackio, which need the extra of that name. null: none."""
     project: Annotated[str, AppliesWhen("tracker", condition=one_of("wandb", "trackio"))] = "oapl-jax"
     """Where Weights & Biases or trackio show the run."""

@@ -1,7 +1,8 @@
 """Trackers: what shows a run outside of its own files. TensorBoard, Weights & Biases, trackio.
 
-Each gets the metrics of every step under the names of docs/metrics.md, the config as hyperparameters, and of a window's
-last step histograms and samples. A resumed run goes on with the tracker's run; its id is in ``RUN/tracker_id.txt``.
+Each gets the metrics of every step under the names of docs/metrics.md, the config as hyperparameters, and histograms
+and samples of the windows that ``rollouts/diagnostics.py`` records. A resumed run goes on with the tracker's run; its id
+is in ``RUN/tracker_id.txt``.
 """
 
 import importlib

@@ -1,7 +1,7 @@
-"""The log-probabilities of single tokens, by the learner and by the sampler, of a few groups of each window.
+"""The log-probabilities of single tokens, by the learner and by the sampler, of a few groups of some windows.
 
-``diagnostics/token_logprobs.jsonl`` has a line for the last step of each window, with two groups of its batch. The
-learner's values are those of the train step: by the parameters before the update that learned from the group.
+``diagnostics/token_logprobs.jsonl`` has a line for the last step of a window (``is_recorded``), with two groups of its
+batch. The learner's values are those of the train step: by the parameters before the update that learned from the group.
 """
 
 import itertools
@@ -22,6 +22,8 @@ NUM_GROUPS = 2
 """Groups of a window."""
 NUM_SAMPLES = 4
 """Responses of a group that a tracker shows."""
+DENSE_WINDOWS = 64
+"""Windows that are all recorded; of twice as many the second half by every second one, and so on."""
 MOST_TOKENS = 1024
 """Of a response; the file has the first ones of a longer one."""
 _DECIMALS = 6
@@ -46,6 +48,11 @@ class GroupLogprobs(NamedTuple):
     """The learner step that learned from it."""
     rollouts: list[TokenLogprobs | None]
     """None for a rollout that is not usable."""
+
+
+def is_recorded(version: int) -> bool:
+    """Whether the window of a policy version is: of 100,000 windows some 400, so that a run of short ones stays small."""
+    return version % (1 << (version // DENSE_WINDOWS).bit_length()) == 0
 
 
 def line(
@@ -81,7 +88,7 @@ def distributions(
 
 
 def read(path: SharedPath, most_lines: int) -> dict[str, GroupLogprobs]:
-    """The groups of at most ``most_lines`` + 1 windows, by id: windows at equal distances, and the newest.
+    """The groups of at most ``most_lines`` + 1 windows, by id: lines at equal distances, and the newest.
 
     Raises:
         ValueError: a line that is needed is damaged.

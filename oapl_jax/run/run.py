@@ -247,7 +247,8 @@ class Run:
         metrics |= divergence.measure(list(zip(parts, scores, strict=True)), learner.beta2)
         metrics |= batches.describe(groups, self.config.data.sets) | on_surface | speed
         self.distributions = None
-        if self.token_logprobs is not None and (self.ends_window or self.is_over):
+        is_recorded = self.is_over or (self.ends_window and diagnostics.is_recorded(self.progress.policy_version))
+        if self.token_logprobs is not None and is_recorded:
             learned = learner.of_groups(groups, parts, [score.logprobs for score in scores])
             order = sorted(range(len(groups)), key=lambda i: batches.has_equal_rewards(groups[i]))
             chosen = order[: diagnostics.NUM_GROUPS]

@@ -48,6 +48,14 @@ def test_the_beginning_of_a_long_response_is_written(monkeypatch):
     assert written == [{"tokens": ["A", "B"], "learner": [0.0, 0.0], "sampler": [-0.5, -0.5]}]
 
 
+def test_later_windows_are_recorded_ever_less_often():
+    recorded = [version for version in range(1000) if diagnostics.is_recorded(version)]
+    assert recorded[:64] == list(range(64))
+    assert recorded[64:96] == list(range(64, 128, 2))
+    assert recorded[96:128] == list(range(128, 256, 4))
+    assert sum(map(diagnostics.is_recorded, range(100_000))) < 450
+
+
 def test_a_tracker_gets_the_distributions_of_the_usable_rollouts():
     group = make_group(0.5, np.nan, -0.5)
     learned = [np.array([-1, -2, -3.25], np.float32), np.array([-4, -5, -6], np.float32)]
