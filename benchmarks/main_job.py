@@ -7,8 +7,8 @@ Steps of the first window hold the compilations and are not measured. There is n
 one: the sampler fills the buffer while it goes on.
 
 With ``--peer trl`` TRL's GRPOTrainer does the same job, with ``--peer tunix`` google-tunix's GRPOLearner: the same
-weights, prompts in the same order, rollouts, limits, precision, optimizer and reward, each with its own loss. Only
-built-in tasks, whose rewards the peer can import. Each turn is a process of ours and then one of the peer, with another
+weights, prompts in the same order, rollouts, limits, precision, optimizer and reward, each with its own loss. The job is
+a built-in task with one stop string, or, with TRL, math problems without one: rewards that the peer can import. Each turn is a process of ours and then one of the peer, with another
 seed. What counts is CPU seconds, those of grading processes included:
 
 * ``cpu_seconds_per_step``, ``peak_mib``: of the median turn.
@@ -309,8 +309,13 @@ def make_job(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, A
     from oapl_jax.data.prompts import load_prompts
 
     config = load(arguments.config, overrides)
-    if config.data.task is None or config.model.path is None or len(config.sampler.stop_strings) != 1:
-        raise SystemExit("--peer: needs data.task, whose reward the peer imports, model.path, and one stop string")
+    num_stops = len(config.sampler.stop_strings)
+    is_task = config.data.task is not None and num_stops == 1
+    is_math = arguments.peer == "trl" and config.reward.functions == {"math": 1.0} and not num_stops
+    if config.model.path is None or not (is_task or is_math):
+        raise SystemExit(
+            "--peer: needs model.path, and data.task with one stop string (or, with trl, math without one)"
+        )
     tokenizer = tokenizers.load(config.model.tokenizer, config.model.path)
     prompts = load_prompts(config.data, tokenizer, config.run.seed)
     groups = config.learner.batch_rollouts // config.sampler.group_size
@@ -320,7 +325,7 @@ def make_job(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, A
         "dtype": config.model.compute_dtype,
         "task": config.data.task,
         "prompts": [
-            {"text": prompt.text, "token_ids": prompt.token_ids.tolist()}
+            {"text": tokenizer.decode(prompt.token_ids), "token_ids": prompt.token_ids.tolist(), "gold": prompt.answer}
             for prompt in (prompts[position] for position in range(config.run.steps * groups))
         ],
         "group_size": sampler.group_size,
@@ -328,7 +333,7 @@ def make_job(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, A
         "steps": config.run.steps,
         "first_steps": config.window.sync_every,
         "max_response_tokens": sampler.max_response_tokens,
-        "stop": sampler.stop_strings[0],
+        "stop": next(iter(sampler.stop_strings), None),
         "temperature": sampler.temperature,
         "seed": config.run.seed,
         "threads": arguments.threads,

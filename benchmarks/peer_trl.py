@@ -3,12 +3,14 @@
     python benchmarks/peer_trl.py JOB.json REPORT.json
 
 TRL knows no stop strings: a response ends at the tokens in which the string is whole, which for a newline is the same.
+Other prompts than those of built-in tasks are mathematical, and end as the model ends them.
 """
 
 import json
 import pathlib
 import sys
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from main_job import cpu_seconds, figures
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
+from oapl_jax.rewards.math.answers import grade_answer
 from oapl_jax.rewards.toy import TOY_GRADERS
 from sampler import versions
 
@@ -28,6 +31,14 @@ SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": 8,
 }
 """One batch of 32 did not fit beside other programs (benchmarks/README.md)."""
+
+
+def grader(job: dict[str, Any]) -> Callable[[str, str], bool]:
+    """Whether a response to a prompt is right: the built-in task's rule, or that of mathematical answers."""
+    if job["task"] is not None:
+        return TOY_GRADERS[job["task"]]
+    golds = {prompt["text"]: prompt["gold"] for prompt in job["prompts"]}
+    return lambda prompt, response: grade_answer(golds[prompt], response).is_correct
 
 
 class Steps(TrainerCallback):
@@ -52,20 +63,23 @@ def main(source: str, target: str) -> None:
     torch.set_num_threads(job["threads"])
     tokenizer = AutoTokenizer.from_pretrained(job["model"], padding_side="left")
     tokenizer.chat_template = None
-    stops = [i for i in range(len(tokenizer)) if job["stop"] in tokenizer.decode([i])]
+    stop = job["stop"]
+    stops = [i for i in range(len(tokenizer)) if stop in tokenizer.decode([i])] if stop else []
     for prompt in job["prompts"]:
         assert tokenizer(prompt["text"])["input_ids"] == prompt["token_ids"], prompt["text"]
     model = AutoModelForCausalLM.from_pretrained(
         job["model"], dtype=getattr(torch, job["dtype"]), attn_implementation=settings.pop("attn_implementation")
     )
-    model.generation_config.eos_token_id = [tokenizer.eos_token_id, *stops]
+    ends = [tokenizer.eos_token_id, *stops]
+    model.generation_config.eos_token_id = ends
     batch_rollouts = job["groups"] * job["group_size"]
-    steps, grade = Steps(batch_rollouts), TOY_GRADERS[job["task"]]
+    steps, grade = Steps(batch_rollouts), grader(job)
 
     def reward(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **_: Any) -> list[float]:
-        texts = [tokenizer.decode(ids).partition(job["stop"]) for ids in completion_ids]
+        texts = [tokenizer.decode(ids, skip_special_tokens=True) for ids in completion_ids]
         rewards = [
-            float(bool(end) and grade(prompt, text)) for prompt, (text, end, _) in zip(prompts, texts, strict=True)
+            float(ids[-1] in ends and grade(prompt, text.partition(stop)[0] if stop else text))
+            for prompt, text, ids in zip(prompts, texts, completion_ids, strict=True)
         ]
         steps.rewards += rewards
         return rewards

@@ -403,8 +403,8 @@ def headline(reports: dict[str, Report]) -> Report:
         "speedup_uniform_transformers": ratio("uniform", "transformers"),
         "speedup_grouped_transformers": ratio("grouped", "transformers"),
         "slot_use": grouped and statistics.median(turn["slot_use"] for turn in grouped["turns"]),
-        "floor_ratio": over_floor("uniform"),
-        "floor_ratio_grouped": over_floor("grouped"),
+        "sampler_floor_ratio": over_floor("uniform"),
+        "sampler_floor_ratio_grouped": over_floor("grouped"),
     }
 
 
