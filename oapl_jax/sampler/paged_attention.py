@@ -27,8 +27,8 @@ from oapl_jax.model.row_attention import has_triton
 
 Implementation = Literal["tpu", "gpu", "xla"]
 
-TPU_BLOCK_TOKENS = 512
-"""Tokens that the TPU kernel loads at a time: 0.5 MiB of its fast memory at head width 128 in bf16."""
+TPU_BLOCK_TOKENS = 128, 512
+"""Fewest and most tokens that the TPU kernel loads at a time; 512 are 0.5 MiB of its fast memory at head width 128 in bf16."""
 
 TPU_TABLE_ENTRIES = 128 * 1024
 """Entries of a page table in one call of the TPU kernel, which holds the table in 1 MiB of scalar memory."""
@@ -140,7 +140,7 @@ def _attend_xla(query: Array, k_pages: Any, v_pages: Any, page_table: Array, len
 def _attend_tpu(
     query: Array, k_pages: Array, v_pages: Array, page_table: Array, lengths: Array, *, interpret: bool
 ) -> Array:
-    pages_per_block = max(1, min(page_table.shape[1], TPU_BLOCK_TOKENS // k_pages.shape[2]))
+    pages_per_block = tpu_block_pages(page_table.shape[1], k_pages.shape[2])
     page_table = _pad_table(page_table, pages_per_block)
     num_rows = max(1, TPU_TABLE_ENTRIES // page_table.shape[1])
     with pltpu.force_tpu_interpret_mode() if interpret else contextlib.nullcontext():
@@ -157,6 +157,13 @@ def _attend_tpu(
             for start in range(0, query.shape[0], num_rows)
         ]
     return jnp.concatenate(outputs)
+
+
+def tpu_block_pages(num_entries: int, page_size: int) -> int:
+    """Pages of a block. The kernel loads whole blocks, so that short tables have four small ones or more."""
+    fewest, most = TPU_BLOCK_TOKENS
+    quarter = 2 ** (num_entries * page_size // 4 - 1).bit_length()
+    return max(1, min(num_entries, max(fewest, min(most, quarter)) // page_size))
 
 
 def _attend_gpu(
