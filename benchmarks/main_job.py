@@ -325,7 +325,7 @@ def make_job(arguments: argparse.Namespace, overrides: list[str]) -> dict[str, A
         "dtype": config.model.compute_dtype,
         "task": config.data.task,
         "prompts": [
-            {"text": tokenizer.decode(prompt.token_ids), "token_ids": prompt.token_ids.tolist(), "gold": prompt.answer}
+            {"text": prompt.text, "token_ids": prompt.token_ids.tolist(), "gold": prompt.answer}
             for prompt in (prompts[position] for position in range(config.run.steps * groups))
         ],
         "group_size": sampler.group_size,

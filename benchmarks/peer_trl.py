@@ -66,6 +66,9 @@ def main(source: str, target: str) -> None:
     stop = job["stop"]
     stops = [i for i in range(len(tokenizer)) if stop in tokenizer.decode([i])] if stop else []
     for prompt in job["prompts"]:
+        prompt["text"] = tokenizer.decode(
+            prompt["token_ids"], clean_up_tokenization_spaces=False
+        )  # with the chat's marks
         assert tokenizer(prompt["text"])["input_ids"] == prompt["token_ids"], prompt["text"]
     model = AutoModelForCausalLM.from_pretrained(
         job["model"], dtype=getattr(torch, job["dtype"]), attn_implementation=settings.pop("attn_implementation")

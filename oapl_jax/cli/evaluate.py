@@ -28,7 +28,8 @@ from oapl_jax.data.prompts import HeldOut, dropped
 from oapl_jax.distributed.compile_cache import use_compile_cache
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.evaluation import benchmarks, plots, sampling, scores, tables, tally
-from oapl_jax.io import run_dir
+from oapl_jax.io import run_dir, storage
+from oapl_jax.io.storage import SharedPath
 from oapl_jax.io.terminal import say
 from oapl_jax.rollouts.grading import Grading
 from oapl_jax.rollouts.log import RolloutLog
@@ -56,11 +57,12 @@ def evaluate(config: EvaluateConfig, *, watch: bool = False) -> str:
         TimeoutError: with ``watch``, no new version came in time.
     """
     run_dir.check_run(config, EvaluateConfig)
-    log = pathlib.Path(config.run.dir) / ROLLOUTS
+    log = storage.shared_path(config.run.dir) / ROLLOUTS
     label = config.run.label or _label(str(config.model.path or config.model.config or config.model.warm_start))
     distribution, sampler = SamplingDistribution.of(config.sampler), None
     with contextlib.ExitStack() as stack:
-        for version, path in _versions(config, watch):
+        scratch = stack.enter_context(_scratch_folder(log.parent))
+        for version, path in _versions(config, scratch, watch):
             architecture, tokenizer = policy.outline(config.model, path)
             mesh, sampler_mesh = make_meshes(config.mesh)
             if sampler is None:  # with the first policy; the next ones have its shapes
@@ -80,6 +82,13 @@ def evaluate(config: EvaluateConfig, *, watch: bool = False) -> str:
             if watch:
                 say(f"\nversion {version}:\n{table}")
     return table
+
+
+def _scratch_folder(directory: SharedPath) -> contextlib.AbstractContextManager[pathlib.Path]:
+    """Where weights are that a run's checkpoint or published policy becomes: in the directory, or here."""
+    if storage.is_local(directory):
+        return contextlib.nullcontext(pathlib.Path(str(directory)))
+    return storage.scratch_folder("policies")
 
 
 def _label(path: str) -> str:
@@ -103,7 +112,7 @@ def _describe(prompts: HeldOut, stops: Stops) -> str:
     return "\n".join([f"responses {stops}", *left_out])
 
 
-def _versions(config: EvaluateConfig, watch: bool) -> Iterator[tuple[int, str | None]]:
+def _versions(config: EvaluateConfig, scratch: pathlib.Path, watch: bool) -> Iterator[tuple[int, str | None]]:
     """Each policy to evaluate, with its version: of a run the step of the checkpoint, else 0."""
     path = config.model.path
     if not is_run(path):
@@ -111,17 +120,17 @@ def _versions(config: EvaluateConfig, watch: bool) -> Iterator[tuple[int, str | 
             raise ValueError(f"{'--watch' if watch else 'run.step'} needs a run directory; model.path={path!r} is none")
         yield 0, model_path(config.model)
         return
-    source = pathlib.Path(str(path))
+    source = storage.shared_path(str(path))
     run_dir.check_release(source)
     if watch:
-        yield from _followed(config, source)
+        yield from _followed(config, source, scratch)
     else:
-        yield from _exported(config, source, export.choose_step(source, config.run.step))
+        yield from _exported(source, export.choose_step(source, config.run.step), scratch)
 
 
-def _exported(config: EvaluateConfig, source: pathlib.Path, step: int) -> Iterator[tuple[int, str]]:
+def _exported(source: SharedPath, step: int, scratch: pathlib.Path) -> Iterator[tuple[int, str]]:
     """The checkpoint as a folder, for as long as it is sampled."""
-    folder = pathlib.Path(config.run.dir) / f"policy-{step}"
+    folder = scratch / f"policy-{step}"
     export.export(source, folder, step)
     try:
         yield step, str(folder)
@@ -129,21 +138,21 @@ def _exported(config: EvaluateConfig, source: pathlib.Path, step: int) -> Iterat
         shutil.rmtree(folder)
 
 
-def _followed(config: EvaluateConfig, source: pathlib.Path) -> Iterator[tuple[int, str]]:
+def _followed(config: EvaluateConfig, source: SharedPath, scratch: pathlib.Path) -> Iterator[tuple[int, str]]:
     """The versions of a run as they appear, until the run has ended: its published policies, else its checkpoints."""
-    store = PolicyStore(source / POLICY_FOLDER) if (source / POLICY_FOLDER).is_dir() else None
+    store = PolicyStore(source / POLICY_FOLDER) if storage.names(source / POLICY_FOLDER) else None
     seen: set[int] = set()
     last = time.monotonic()
     while True:
-        has_ended = (source / SUMMARY_FILE).exists()  # before the look at the steps, or the last could be missed
+        has_ended = storage.exists(source / SUMMARY_FILE)  # before the look at the steps, or the last could be missed
         new = [version for version in _present(source, store) if version not in seen]
         for version in new:
             seen.add(version)
             try:
                 if store is None:
-                    yield from _exported(config, source, version)
+                    yield from _exported(source, version, scratch)
                 else:
-                    yield version, str(store.fetch(version, pathlib.Path(config.run.dir) / "fetched"))
+                    yield version, str(store.fetch(version, scratch / "fetched"))
             except (ValueError, PolicyGoneError):
                 if version in _present(source, store):
                     raise
@@ -161,7 +170,7 @@ def _followed(config: EvaluateConfig, source: pathlib.Path) -> Iterator[tuple[in
         time.sleep(POLL_SECONDS)
 
 
-def _present(source: pathlib.Path, store: PolicyStore | None) -> list[int]:
+def _present(source: SharedPath, store: PolicyStore | None) -> list[int]:
     """Versions that a run has now, without published ones that are not whole."""
     if store is None:
         return export.steps(source)
@@ -173,7 +182,7 @@ def _present(source: pathlib.Path, store: PolicyStore | None) -> list[int]:
     return found
 
 
-def report(logs: Sequence[tuple[str, pathlib.Path]], out: pathlib.Path) -> str:
+def report(logs: Sequence[tuple[str, SharedPath]], out: SharedPath) -> str:
     """Reads rollout logs, writes tables and pictures into ``out``, and returns the table.
 
     Args:
@@ -221,11 +230,11 @@ def _plan(config: EvaluateConfig) -> str:
     )
 
 
-def _parse_log(word: str) -> tuple[str, pathlib.Path]:
+def _parse_log(word: str) -> tuple[str, SharedPath]:
     """``LABEL=LOG`` or ``LOG``, which may also be the directory of a run or of an evaluation."""
     label, equals, rest = word.partition("=")
-    path = pathlib.Path(rest if equals else word)
-    log = path / ROLLOUTS if (path / ROLLOUTS).is_dir() else path
+    path = storage.shared_path(rest if equals else word)
+    log = path / ROLLOUTS if storage.names(path / ROLLOUTS) else path
     return (label if equals else path.name), log
 
 
@@ -234,7 +243,7 @@ def main(argv: list[str]) -> None:
     if "--log" in argv:
         parser = argparse.ArgumentParser(prog="oapl-jax evaluate", description="Evaluates rollout logs.")
         parser.add_argument("--log", action="append", required=True, metavar="[LABEL=]LOG", help="a log, or a run")
-        parser.add_argument("--out", type=pathlib.Path, required=True, help="folder of tables and pictures")
+        parser.add_argument("--out", type=storage.shared_path, required=True, help="folder of tables and pictures")
         arguments = parser.parse_args(argv)
         say(report([_parse_log(word) for word in arguments.log], arguments.out))
         return

@@ -31,6 +31,7 @@ from oapl_jax.io import run_dir, storage
 from oapl_jax.io.lease import Leases
 from oapl_jax.io.preemption import StopSignals
 from oapl_jax.io.progress_bar import ProgressBar
+from oapl_jax.io.storage import SharedPath
 from oapl_jax.io.terminal import say
 from oapl_jax.objectives import oapl
 from oapl_jax.rewards.grader import Grader, make_grader
@@ -66,7 +67,7 @@ def main(argv: list[str]) -> None:
     summary = run(config)
     if summary is None:
         raise PreemptedError
-    say(describe(summary, pathlib.Path(config.run.dir) / "rollouts"))
+    say(describe(summary, storage.shared_path(config.run.dir) / "rollouts"))
 
 
 def run(config: GenerateConfig) -> dict[str, Any] | None:
@@ -77,12 +78,12 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
         TimeoutError: see ``generation.generate``.
     """
     run_dir.check_run(config, GenerateConfig)
-    directory, deadline = pathlib.Path(config.run.dir), config.generation.deadline
+    directory, deadline = storage.shared_path(config.run.dir), config.generation.deadline
     with contextlib.ExitStack() as stack:
         leases = stack.enter_context(Leases(directory / LEASES_FOLDER, config.generation.lease_seconds))
         is_stopped = stack.enter_context(StopSignals()).is_set
         with _alone(leases, "policy", deadline):
-            path = _start(config, directory)
+            path = _start(config, stack.enter_context(_policy_folder(directory)))
         trainer_mesh, mesh = make_meshes(config.mesh)
         architecture, tokenizer = policy.outline(config.model, path)
         prompts, grader, stops, lines = _load(config, tokenizer)
@@ -147,15 +148,21 @@ def _load(config: GenerateConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], G
     return prompts, grader, stops, [f"responses {stops}", *lines]
 
 
-def _start(config: GenerateConfig, directory: pathlib.Path) -> str | None:
+def _policy_folder(directory: SharedPath) -> contextlib.AbstractContextManager[pathlib.Path]:
+    """Where a checkpoint is exported to: in the run directory, for all processes; here, where that is in a store."""
+    if storage.is_local(directory):
+        return contextlib.nullcontext(pathlib.Path(str(directory)) / POLICY_FOLDER)
+    return storage.scratch_folder(POLICY_FOLDER)
+
+
+def _start(config: GenerateConfig, folder: pathlib.Path) -> str | None:
     """The folder of the weights, None: random ones; those of a run's checkpoint and of a warm start are made first."""
     path = config.model.path
     if not is_run(path):
         make_warm_start(config)
         return model_path(config.model)
-    folder = directory / POLICY_FOLDER
     if not folder.exists():
-        export.export(pathlib.Path(str(path)), folder)
+        export.export(storage.shared_path(str(path)), folder)
     return str(folder)
 
 
@@ -175,7 +182,7 @@ def _choose(source: Any, config: GenerateConfig) -> list[Prompt]:
     return [prompt for prompt in source.items if prompt.id in chosen]
 
 
-def _check_work(path: pathlib.Path, work: Generation) -> None:
+def _check_work(path: SharedPath, work: Generation) -> None:
     """Ties the directory to the prompts: data that was changed in between would mix two works.
 
     Raises:
@@ -186,20 +193,20 @@ def _check_work(path: pathlib.Path, work: Generation) -> None:
         for part in (prompt.id.encode(), prompt.answer.encode(), np.asarray(prompt.token_ids, np.int32).tobytes()):
             checksum = zlib.crc32(part, checksum)
     now = {"prompts": len(work.prompts), "groups_per_file": work.groups_per_file, "checksum": checksum}
-    if not path.exists():
+    if not storage.exists(path):
         storage.replace(path, json.dumps(now).encode() + b"\n")
-    elif (before := json.loads(path.read_text())) != now:
+    elif (before := storage.read_object(path)) != now:
         raise ValueError(
             f"{path}: this directory was begun with other prompts ({before}, now {now}); the data or its order was"
             " changed. Choose another run.dir"
         )
 
 
-def _summarize(config: GenerateConfig, directory: pathlib.Path, work: Generation) -> dict[str, Any]:
+def _summarize(config: GenerateConfig, directory: SharedPath, work: Generation) -> dict[str, Any]:
     """Counts of the log, and of what the filters would leave; writes the published layout where it is wanted."""
     path, is_filtered = directory / SUMMARY_FILE, changed(config.filter) or config.generation.published
-    if path.exists() and not is_filtered:  # another process was the first to end
-        return json.loads(path.read_text())
+    if storage.exists(path) and not is_filtered:  # another process was the first to end
+        return storage.read_object(path)
     summary: dict[str, Any] = work.log.count(work.version)
     if is_filtered:
         kept, counts = filters.apply(work.log.read(work.version), config.filter, config.run.seed)
@@ -224,7 +231,7 @@ def _alone(leases: Leases, name: str, deadline: float) -> Iterator[None]:
         lease.release()
 
 
-def describe(summary: dict[str, Any], log: pathlib.Path) -> str:
+def describe(summary: dict[str, Any], log: SharedPath) -> str:
     """The summary for people."""
     lines = [
         f"{summary['groups']:,} groups, {summary['rollouts']:,} responses in {log}",

@@ -12,12 +12,12 @@ class RunDirConfig(Section):
 
     not_identity: ClassVar[tuple[str, ...]] = ("dir", "allow_config_change", "compile_cache")
     """Fields that do not make it another run: it may be moved, and leave to change is no change."""
-    may_be_stored: ClassVar[bool] = False
+    may_be_stored: ClassVar[bool] = True
     """Whether ``dir`` may be an address of an object store."""
 
     dir: str
-    """Run directory: holds the whole state of the run; the same command again resumes from it. For ``train`` also an
-    address, ``gs://`` or ``s3://``."""
+    """Run directory: holds the whole state of the run; the same command again resumes from it. For all commands but
+    ``sft`` also an address, ``gs://`` or ``s3://``."""
     seed: CountOrZero = 0
     """Root of every random stream: weights, prompt order, sampling. An evaluation with the same seed draws the same
     random numbers for every policy."""
@@ -32,6 +32,7 @@ class RunConfig(RunDirConfig):
     """The same, how long the run lasts, and what else shows it."""
 
     not_identity: ClassVar[tuple[str, ...]] = (*RunDirConfig.not_identity, "tracker", "project")
+    may_be_stored: ClassVar[bool] = False  # of sft, whose model others load from its directory
 
     steps: Count
     """Learner steps in all."""

@@ -1,7 +1,7 @@
 """Plots of scores: pass@k over k, differences from a baseline, and pass@k over the versions of a run; their style."""
 
 import contextlib
-import pathlib
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator, PercentFormatter
 
 from oapl_jax.evaluation.scores import Score, Value, shown_ks
+from oapl_jax.io import storage
+from oapl_jax.io.storage import SharedPath
 from oapl_jax.io.terminal import visible
 
 PASS_FILE, DIFFERENCE_FILE, VERSIONS_FILE = "passk.png", "difference.png", "versions.png"
@@ -39,20 +41,20 @@ _MARKERS = "osD^vPX"
 _COLUMNS = 3
 
 
-def draw_pass(path: pathlib.Path, scores: Sequence[Score]) -> None:
+def draw_pass(path: SharedPath, scores: Sequence[Score]) -> None:
     """Draws pass@k over k: a panel for each benchmark and the average, a line with its interval for each policy."""
     curves = {(item.benchmark, item.label): item.of("pass") for item in scores}
     _draw(path, curves, "pass@k: chance that one of k samples is correct; band: 95 % over problems")
 
 
-def draw_differences(path: pathlib.Path, comparisons: Sequence[Score]) -> None:
+def draw_differences(path: SharedPath, comparisons: Sequence[Score]) -> None:
     """Draws the paired difference of pass@k from the baseline, over k."""
     curves = {(item.benchmark, item.label): list(item.values) for item in comparisons}
     title = f"pass@k minus that of {name(comparisons[0].baseline)}; band: 95 %, paired over problems"
     _draw(path, curves, title, is_difference=True)
 
 
-def draw_versions(path: pathlib.Path, scores: Mapping[int, Sequence[Score]]) -> None:
+def draw_versions(path: SharedPath, scores: Mapping[int, Sequence[Score]]) -> None:
     """Draws pass@1 and pass@k of the largest k over the versions of a run: a panel for each benchmark."""
     benchmarks = list(dict.fromkeys(item.benchmark for members in scores.values() for item in members))
     title = "pass@k over the versions of the run; bars: 95 % over problems"
@@ -74,7 +76,7 @@ def draw_versions(path: pathlib.Path, scores: Mapping[int, Sequence[Score]]) -> 
 
 
 def _draw(
-    path: pathlib.Path, curves: dict[tuple[str, str], list[Value]], title: str, *, is_difference: bool = False
+    path: SharedPath, curves: dict[tuple[str, str], list[Value]], title: str, *, is_difference: bool = False
 ) -> None:
     benchmarks, labels = (list(dict.fromkeys(key[i] for key in curves)) for i in (0, 1))
     with _panels(path, benchmarks, title) as (figure, panels):
@@ -109,7 +111,7 @@ def _curve(axes: Axes, values: Sequence[Value], label: str, i: int) -> None:
 
 
 @contextlib.contextmanager
-def _panels(path: pathlib.Path, benchmarks: Sequence[str], title: str) -> Iterator[tuple[Figure, list[Axes]]]:
+def _panels(path: SharedPath, benchmarks: Sequence[str], title: str) -> Iterator[tuple[Figure, list[Axes]]]:
     """A figure with one panel for each benchmark, which is saved when they are drawn."""
     columns = min(len(benchmarks), _COLUMNS)
     rows = -(-len(benchmarks) // columns)
@@ -123,7 +125,9 @@ def _panels(path: pathlib.Path, benchmarks: Sequence[str], title: str) -> Iterat
             panel.set_title(name(benchmark))
             panel.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         yield figure, axes[: len(benchmarks)]
-        figure.savefig(path)
+        content = io.BytesIO()
+        figure.savefig(content, format="png")
+        storage.replace(path, content.getvalue())
 
 
 def name(text: str) -> str:

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import pathlib
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 from oapl_jax.evaluation.scores import AVERAGE, Score, Value, shown_ks
 from oapl_jax.evaluation.tally import Tally
 from oapl_jax.io import storage
+from oapl_jax.io.storage import SharedPath
 from oapl_jax.io.terminal import visible
 
 JSON_FILE, CSV_FILE = "results.json", "results.csv"
@@ -20,7 +20,7 @@ FORMULA = re.compile(r"[\s=+@\-\uff1d\uff0b\uff20\uff0d]")
 _CSV = ("label", "benchmark", "baseline", "metric", "k", "value", "low", "high", "problems", "short")
 
 
-def write(directory: pathlib.Path, scores: Sequence[Score], comparisons: Sequence[Score]) -> None:
+def write(directory: SharedPath, scores: Sequence[Score], comparisons: Sequence[Score]) -> None:
     """Writes both files, each of them atomically."""
     records = {
         "scores": [_record(item, {"counts": item.counts}) for item in scores],

@@ -91,7 +91,7 @@ def check_run(config: Any, schema: type[Section]) -> bool:
     run = storage.shared_path(config.run.dir)
     if not storage.is_local(run) and not config.run.may_be_stored:
         raise ValueError(
-            f"run.dir={config.run.dir!r}: only training runs have their directory in an object store; mount it (Cloud"
+            f"run.dir={config.run.dir!r}: the directory of supervised training cannot be in an object store; mount it (Cloud"
             " Storage FUSE on GKE) and give the mounted path"
         )
     has_config = storage.exists(run / CONFIG_FILE)

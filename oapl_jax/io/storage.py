@@ -207,10 +207,16 @@ def folder_for(target: SharedPath) -> Iterator[pathlib.Path]:
     if is_local(target):
         yield pathlib.Path(str(target))
         return
-    with tempfile.TemporaryDirectory(prefix="oapl-") as scratch:
-        folder = pathlib.Path(scratch) / target.name
+    with scratch_folder(target.name) as folder:
         yield folder
         put_folder(folder, target)
+
+
+@contextlib.contextmanager
+def scratch_folder(name: str) -> Iterator[pathlib.Path]:
+    """A folder of this name on this disk, not made yet, that is deleted at the end."""
+    with tempfile.TemporaryDirectory(prefix="oapl-") as scratch:
+        yield pathlib.Path(scratch) / name
 
 
 def files_in(folder: pathlib.Path) -> list[str]:

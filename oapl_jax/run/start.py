@@ -1,6 +1,5 @@
 """What a run starts from: model, data, graders and devices, read and checked; a warm start, which is made first."""
 
-import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,7 +13,7 @@ from oapl_jax.config.model import ModelConfig
 from oapl_jax.data.prompts import held_out, load_prompts
 from oapl_jax.data.tokenizer import CharacterTokenizer, Tokenizer
 from oapl_jax.distributed.sharding import make_meshes, num_processes
-from oapl_jax.io import run_dir
+from oapl_jax.io import run_dir, storage
 from oapl_jax.model import qwen
 from oapl_jax.rewards.grader import make_grader
 from oapl_jax.rollouts.sampling import SamplingDistribution
@@ -115,7 +114,7 @@ def outline(model: ModelConfig) -> tuple[qwen.QwenConfig, Tokenizer]:
 def sampled_outline(model: ModelConfig) -> tuple[qwen.QwenConfig, Tokenizer]:
     """The same where ``model.path`` may also be a run: of what that started from."""
     if is_run(model.path):
-        start = run_dir.read_config(pathlib.Path(str(model.path)), TrainConfig).model
+        start = run_dir.read_config(storage.shared_path(str(model.path)), TrainConfig).model
         options = start.chat_template_kwargs | model.chat_template_kwargs
         model = start.model_copy(update={"chat_template_kwargs": options})
     return outline(model)
@@ -127,4 +126,4 @@ def _warm_start(model: ModelConfig) -> SftConfig | None:
 
 def is_run(path: str | None) -> bool:
     """Whether a model path is the directory of a run."""
-    return path is not None and (pathlib.Path(path) / run_dir.CONFIG_FILE).is_file()
+    return path is not None and storage.exists(storage.shared_path(path) / run_dir.CONFIG_FILE)

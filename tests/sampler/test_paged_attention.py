@@ -170,7 +170,9 @@ def test_kernels_lower_for_their_platform_with_any_length_of_the_table(implement
     assert "custom_call" in traced.lower(lowering_platforms=(platform,)).as_text()
 
 
-@pytest.mark.parametrize(("tokens", "block"), [(64, 64), (512, 128), (704, 256), (1024, 256), (2048, 512), (32768, 512)])
+@pytest.mark.parametrize(
+    ("tokens", "block"), [(64, 64), (512, 128), (704, 256), (1024, 256), (2048, 512), (32768, 512)]
+)
 def test_the_tpu_kernel_loads_short_sequences_in_smaller_blocks(tokens, block):
     assert paged_attention.tpu_block_pages(tokens // 64, 64) * 64 == block
 

@@ -7,10 +7,14 @@ import time
 import pytest
 
 import stores
+import test_evaluate
+import test_generate
 from oapl_jax import train
+from oapl_jax.cli import evaluate, generate
 from oapl_jax.io import json_lines, storage
 from oapl_jax.report.report import write_report
 from oapl_jax.rollouts.audit import audit
+from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.run.export import export
 from oapl_jax.weights.checkpoint_store import CheckpointStore
 from runs import assert_same_run, finish, make_config, start, start_sampler, write_config
@@ -27,14 +31,14 @@ DETACHED = {"shard_groups": 2, "lease_seconds": 60.0}  # a request that is tried
 
 @contextlib.contextmanager
 def place(name):
-    """The address of an empty run directory; ``GCS`` in bad weather."""
+    """The address of an empty run directory, and the weather: ``GCS`` in bad weather."""
     if name == "S3":
         with stores.s3() as address:
-            yield f"{address}/toy/run"
+            yield f"{address}/toy/run", stores.Weather()
     else:
         weather = stores.Weather(**STORMY)
         with stores.gcs(weather) as address:
-            yield f"{address}/toy/run"
+            yield f"{address}/toy/run", weather
         assert weather.num_faults > 0
 
 
@@ -60,9 +64,30 @@ def check(address, online, folder):
     return copy
 
 
+def check_sampling(address, online, folder):
+    """Responses and scores of the run in the store, written into the store, are those of a run on a disk."""
+    found = []
+    for root, model in ((str(folder), str(online)), (address, address)):
+        policy = {"path": model, "tokenizer": "model"}
+        config = test_generate.make_config(f"{root}/generated", model=policy, generation={"prompts": 4})
+        summary = generate.run(config)
+        assert summary is not None
+        assert generate.run(config) == summary, "it has ended"
+        table = evaluate.evaluate(test_evaluate.make_config(f"{root}/evaluated", {"path": model}, label="run"))
+        generated = RolloutLog(storage.shared_path(root) / "generated" / "rollouts").read(0)
+        samples = [[item.rollout.token_ids.tolist() for item in group.rollouts] for group in generated]
+        found.append((summary, table, samples))
+    assert found[0] == found[1]
+    evaluated, generated = (storage.shared_path(address) / name for name in ("evaluated", "generated"))
+    assert storage.read(evaluated / "passk.png").startswith(b"\x89PNG")
+    no_weights = {"config.yaml", "passk.png", "results.csv", "results.json", "rollouts", "run.json"}
+    assert set(storage.names(evaluated)) == no_weights
+    assert "policy" not in storage.names(generated)
+
+
 @pytest.mark.parametrize("store", ["GCS", pytest.param("S3", marks=pytest.mark.long)])
 def test_an_online_run_that_is_killed_goes_on_from_the_store(store, finished, tmp_path):
-    with place(store) as address:
+    with place(store) as (address, weather):
         config = make_config(address, run={"tracker": "tensorboard"})
         trainer = start(write_config(tmp_path / "config.yaml", config))
         try:
@@ -77,12 +102,14 @@ def test_an_online_run_that_is_killed_goes_on_from_the_store(store, finished, tm
         assert len(list((copy / "tensorboard").iterdir())) >= 3, "a file a checkpoint"
         exported = export(storage.shared_path(address), tmp_path / "exported", 9)
         assert (exported / "model.safetensors").stat().st_size > 0
+        weather.listing_lag = 0.0  # as of today's stores; generate and evaluate rely on it
+        check_sampling(address, finished[0], tmp_path)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("store", ["GCS", "S3"])
 def test_a_detached_run_outlives_a_kill_of_each_role(store, finished, tmp_path):
-    with place(store) as address, contextlib.ExitStack() as stack:
+    with place(store) as (address, _), contextlib.ExitStack() as stack:
 
         def started(process):
             stack.callback(process.wait)
