@@ -26,7 +26,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from oapl_jax.config.model import LoraConfig
-from oapl_jax.distributed.sharding import BATCH_AXES, constrain, free_axes, on_devices
+from oapl_jax.distributed.sharding import BATCH_AXES, SAMPLER_RULES, constrain, free_axes, on_devices, shardings
 from oapl_jax.model import lora as low_rank
 from oapl_jax.model import row_attention
 from oapl_jax.model.lora import LowRank
@@ -521,7 +521,7 @@ class Qwen(nnx.Module):
         def run_layer(carry: tuple[Array, Cache], xs: tuple[Any, Any]) -> tuple[Any, None]:
             x, cache = carry
             params, layer = xs
-            x, cache = nnx.merge(graphdef, params)(x, rope, attend, layer, cache)
+            x, cache = nnx.merge(graphdef, self._gathered(params))(x, rope, attend, layer, cache)
             return (self._constrain(x), cache), None
 
         if layers is None:
@@ -568,6 +568,17 @@ class Qwen(nnx.Module):
         for index, params in enumerate([layer_params(stacked, i) for i in range(num_layers)]):
             carry, _ = run_layer(carry, (params, index))
         return carry
+
+    def _gathered(self, params: Any) -> Any:
+        """A layer's parameters, split over ``tensor`` alone.
+
+        Left to itself, XLA multiplies by one part of a matrix after the other as they arrive, and reads and writes the
+        sum of the products, which is as large as the activations, each time.
+        """
+        if self.mesh is None or self.mesh.shape["fsdp"] == 1:
+            return params
+        places = shardings(nnx.split(self.layers)[1], self.mesh, SAMPLER_RULES)
+        return jax.tree.map(lambda x, place: constrain(x, place.mesh, P(*place.spec[1:])), params, places)
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         if self.mesh is None or free_axes(BATCH_AXES) == BATCH_AXES:

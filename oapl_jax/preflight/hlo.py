@@ -216,6 +216,10 @@ class _Reader:
         if opcode == "copy-start":
             # Its result has the target and the source.
             return written
+        if opcode == "slice-start":
+            # Its result has the source, of which it reads as much as the target holds, and the target.
+            source, target, *_ = _arrays(instruction.type)
+            return target.num_bytes * (source.is_in_hbm + target.is_in_hbm)
         if opcode == "fusion":
             written = min(written, self._written(instruction, computation))
             operands = [min(size, self._read_by_fusion(instruction, i)) for i, size in enumerate(operands)]

@@ -232,6 +232,20 @@ def test_experts_of_a_device_see_its_own_tokens_only():
 
 
 @pytest.mark.slow
+def test_a_layer_is_gathered_before_it_is_used():
+    """Each of its matrices is to be whole but for ``tensor``, so that no product is left to XLA to take apart."""
+    mesh, _ = sharding.make_meshes(MeshConfig(trainer="fsdp=4,tensor=2"))
+    graphdef, params = qwen.abstract(EIGHT_HEADS, mesh=mesh)
+    params = sharding.placed(params, sharding.shardings(params, mesh, sharding.TRAINER_RULES))
+    rows = jax.ShapeDtypeStruct((4, 16), jnp.int32, sharding=NamedSharding(mesh, P(sharding.BATCH_AXES)))
+    forward = jax.jit(lambda params, tokens: nnx.merge(graphdef, params).hidden(tokens, tokens)[0])
+    lowered = forward.lower(params, rows).as_text()
+    width, columns = EIGHT_HEADS.hidden_size, EIGHT_HEADS.intermediate_size
+    for spec, shape in (('{}, {"tensor"}', (width, columns)), ('{"tensor"}, {}', (columns, width))):
+        wanted = f"sdy.sharding_constraint .* <@mesh, \\[{spec}\\]> : tensor<{shape[0]}x{shape[1]}xf32>"
+        assert re.search(wanted, lowered), wanted
+
+
 def test_random_weights_do_not_depend_on_the_mesh():
     config = tiny.config(DENSE)
     trees = []

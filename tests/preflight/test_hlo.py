@@ -192,6 +192,8 @@ TPU_TEXT = """HloModule jit_step, is_scheduled=true
   %after = token[] after-all()
   %send.1 = (bf16[8,128]{1,0}, u32[], token[]) send(%x, %after), channel_id=4, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
   %recv.1 = (bf16[8,128]{1,0}, u32[], token[]) recv(%after), channel_id=5, is_host_transfer=true, frontend_attributes={_xla_megascale_transfer_type="ALL_REDUCE"}
+  %fetched = ((bf16[8,128]{1,0:T(8,128)(2,1)}), bf16[2,128]{1,0:T(8,128)(2,1)S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:2], [0:128]}
+  %fetched.1 = bf16[2,128]{1,0:T(8,128)(2,1)S(1)} slice-done(%fetched)
   %kernel = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} custom-call(%x), custom_call_target="tpu_custom_call"
   %gathered = bf16[16,128]{1,0} all-gather(%x), channel_id=1, replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}, use_global_device_ids=true
   %two = s32[]{:T(128)} constant(2)
@@ -267,9 +269,14 @@ def test_an_all_reduce_of_which_a_part_is_kept_is_a_reduce_scatter(tpu):
 
 
 def test_what_stays_in_fast_memory_costs_nothing(tpu):
-    """The loop's body moves nothing but what it gathers; the fusion reads and writes, and the counter is copied."""
-    gathered, scattered, counter = 4 * (8 + 16) * 128 * 2, (64 + 8) * 128 * FLOAT, 2 * 4 + 4 * (4 + 4)
-    assert tpu.hbm_bytes == gathered + scattered + counter
+    """The loop's body moves what it gathers and two rows that it fetches; the fusion reads and writes, the counter is copied."""
+    gathered, fetched, scattered, counter = (
+        4 * (8 + 16) * 128 * 2,
+        4 * 2 * 128 * 2,
+        (64 + 8) * 128 * FLOAT,
+        2 * 4 + 4 * (4 + 4),
+    )
+    assert tpu.hbm_bytes == gathered + fetched + scattered + counter
 
 
 def test_batched_products_are_convolutions_on_a_tpu():
