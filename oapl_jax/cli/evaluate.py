@@ -61,7 +61,7 @@ def evaluate(config: EvaluateConfig, *, watch: bool = False) -> str:
     label = config.run.label or _label(str(config.model.path or config.model.config or config.model.warm_start))
     distribution, sampler = SamplingDistribution.of(config.sampler), None
     with contextlib.ExitStack() as stack:
-        scratch = stack.enter_context(_scratch_folder(log.parent))
+        scratch = stack.enter_context(storage.local_folder(log.parent))
         for version, path in _versions(config, scratch, watch):
             architecture, tokenizer = policy.outline(config.model, path)
             mesh, sampler_mesh = make_meshes(config.mesh)
@@ -82,13 +82,6 @@ def evaluate(config: EvaluateConfig, *, watch: bool = False) -> str:
             if watch:
                 say(f"\nversion {version}:\n{table}")
     return table
-
-
-def _scratch_folder(directory: SharedPath) -> contextlib.AbstractContextManager[pathlib.Path]:
-    """Where weights are that a run's checkpoint or published policy becomes: in the directory, or here."""
-    if storage.is_local(directory):
-        return contextlib.nullcontext(pathlib.Path(str(directory)))
-    return storage.scratch_folder("policies")
 
 
 def _label(path: str) -> str:

@@ -83,7 +83,7 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
         leases = stack.enter_context(Leases(directory / LEASES_FOLDER, config.generation.lease_seconds))
         is_stopped = stack.enter_context(StopSignals()).is_set
         with _alone(leases, "policy", deadline):
-            path = _start(config, stack.enter_context(_policy_folder(directory)))
+            path = _start(config, stack.enter_context(storage.local_folder(directory / POLICY_FOLDER)))
         trainer_mesh, mesh = make_meshes(config.mesh)
         architecture, tokenizer = policy.outline(config.model, path)
         prompts, grader, stops, lines = _load(config, tokenizer)
@@ -146,13 +146,6 @@ def _load(config: GenerateConfig, tokenizer: Tokenizer) -> tuple[list[Prompt], G
     described = describe_prompts(config.data, source).items()
     lines = [f"prompts{' of ' if name else ''}{name}: {text}" for name, text in described]
     return prompts, grader, stops, [f"responses {stops}", *lines]
-
-
-def _policy_folder(directory: SharedPath) -> contextlib.AbstractContextManager[pathlib.Path]:
-    """Where a checkpoint is exported to: in the run directory, for all processes; here, where that is in a store."""
-    if storage.is_local(directory):
-        return contextlib.nullcontext(pathlib.Path(str(directory)) / POLICY_FOLDER)
-    return storage.scratch_folder(POLICY_FOLDER)
 
 
 def _start(config: GenerateConfig, folder: pathlib.Path) -> str | None:

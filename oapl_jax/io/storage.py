@@ -204,19 +204,20 @@ def move_aside(path: SharedPath, suffix: str) -> SharedPath:
 @contextlib.contextmanager
 def folder_for(target: SharedPath) -> Iterator[pathlib.Path]:
     """Where the files of a new folder are to be written: in its place, or on this disk and put to the store at the end."""
-    if is_local(target):
-        yield pathlib.Path(str(target))
-        return
-    with scratch_folder(target.name) as folder:
+    with local_folder(target) as folder:
         yield folder
-        put_folder(folder, target)
+        if not is_local(target):
+            put_folder(folder, target)
 
 
 @contextlib.contextmanager
-def scratch_folder(name: str) -> Iterator[pathlib.Path]:
-    """A folder of this name on this disk, not made yet, that is deleted at the end."""
+def local_folder(folder: SharedPath) -> Iterator[pathlib.Path]:
+    """The folder itself, or one of its name on this disk, not made yet, that is deleted at the end."""
+    if is_local(folder):
+        yield pathlib.Path(str(folder))
+        return
     with tempfile.TemporaryDirectory(prefix="oapl-") as scratch:
-        yield pathlib.Path(scratch) / name
+        yield pathlib.Path(scratch) / folder.name
 
 
 def files_in(folder: pathlib.Path) -> list[str]:
