@@ -136,8 +136,8 @@ for group in log.read(log.versions()[-1])[:4]:
 #
 # | program | arguments | temporaries | beside | total | of usable |
 # |---|---|---|---|---|---|
-# | `train_step` | 0.70 | 2.44 | 1.11 | 4.29 | 27% |
-# | `score` | 0.23 | 1.18 | 1.57 | 2.99 | 19% |
+# | `train_step` | 0.70 | 2.14 | 1.11 | 3.98 | 25% |
+# | `score` | 0.23 | 1.18 | 1.57 | 3.00 | 19% |
 # | `prefill` | 0.92 | 0.00 | 0.88 | 1.81 | 11% |
 # | `decode` | 1.11 | 0.08 | 0.69 | 1.88 | 12% |
 # | `sync` | 0.23 | 0.75 | 1.57 | 3.47 | 22% |
