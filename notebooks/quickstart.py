@@ -15,7 +15,7 @@
 # %% [markdown]
 # # OAPL in ten minutes: a model that learns while you watch
 #
-# A small Qwen3 model learns left-to-right arithmetic modulo 10 by online, asynchronous OAPL ([arXiv 2602.19362](https://arxiv.org/abs/2602.19362)): a sampler thread draws and grades groups of rollouts with frozen weights while the learner trains, and every 50 learner steps the sampler gets the new weights. It takes a few minutes on any runtime, also without an accelerator.
+# A small Qwen3 model learns left-to-right arithmetic modulo 10 by online, asynchronous OAPL ([arXiv 2602.19362](https://arxiv.org/abs/2602.19362)): a sampler thread draws and grades groups of rollouts with frozen weights while the learner trains, and every 50 learner steps the sampler gets the new weights. It takes a few minutes on any runtime, also without an accelerator. The outputs that are kept here are those of a run on two busy CPU cores (2026-11-30).
 
 # %%
 # @title Install
