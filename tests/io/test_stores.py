@@ -99,6 +99,7 @@ def test_the_proxy_lists_late_and_reads_at_once(place):
     assert storage.names(folder) == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_a_file_of_lines_in_parts_loses_nothing_and_repeats_nothing(place, monkeypatch):
     folder, weather = place
     monkeypatch.setattr(json_lines, "PART_BYTES", 100)
@@ -143,6 +144,7 @@ def test_a_killed_process_leaves_the_first_lines_without_a_gap(place, monkeypatc
     assert found == records[: len(found)]
 
 
+@pytest.mark.slow
 def test_a_group_whose_answer_was_lost_is_in_the_log_once(place):
     folder, weather = place
     log = RolloutLog(folder / "rollouts")

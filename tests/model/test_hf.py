@@ -107,6 +107,7 @@ def test_tensors_without_a_meaning_are_ignored(tmp_path):
         np.testing.assert_array_equal(leaf, expected)
 
 
+@pytest.mark.slow
 def test_a_tied_config_with_another_head_in_the_file_loads_untied_as_in_transformers(tmp_path, caplog):
     head = np.random.default_rng(0).normal(size=(48, 32)).astype(np.float32)
     write(tmp_path, "qwen2_tied", **{"lm_head.weight": head})

@@ -113,6 +113,7 @@ def test_a_full_disk_for_the_results(tmp_path, capsys):
     assert "No space left on device" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_grader_that_is_stopped_for_a_while(pool):
     worker = pids_of(pool)[0]
 

@@ -66,6 +66,7 @@ TROUBLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("body", TROUBLE.values(), ids=TROUBLE)
 def test_a_program_cannot_have_itself_excused(make, body):
     """Whatever it makes the grader read, show or send, its verdict is wrong and never invalid."""

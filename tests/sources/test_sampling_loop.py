@@ -140,6 +140,7 @@ def test_a_grader_that_raises_stops_the_learners_wait_with_its_message(tmp_path)
     assert time.monotonic() - start < DEADLINE
 
 
+@pytest.mark.slow
 def test_weights_that_are_not_finite_give_no_usable_group_and_the_deadline_says_so(tmp_path):
     buffer = GroupBuffer(lambda group: len(group.usable) >= 2, 3)
     broken = jax.tree.map(lambda x: x * jnp.nan, weights(0)[1])
