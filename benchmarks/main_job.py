@@ -8,8 +8,9 @@ one: the sampler fills the buffer while it goes on.
 
 With ``--peer trl`` TRL's GRPOTrainer does the same job, with ``--peer tunix`` google-tunix's GRPOLearner: the same
 weights, prompts in the same order, rollouts, limits, precision, optimizer and reward, each with its own loss. The job is
-a built-in task with one stop string, or, with TRL, math problems without one: rewards that the peer can import. Each turn is a process of ours and then one of the peer, with another
-seed. What counts is CPU seconds, those of grading processes included:
+a built-in task with one stop string, or, with TRL, math problems without one: rewards that the peer can import. Each turn
+is a process of ours and then one of the peer, with another seed. What counts is CPU seconds, those of grading processes
+included:
 
 * ``cpu_seconds_per_step``, ``peak_mib``: of the median turn.
 * ``reward_after_rollouts``: the mean reward of a quarter of the run's rollouts, those before this number.

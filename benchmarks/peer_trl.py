@@ -66,9 +66,8 @@ def main(source: str, target: str) -> None:
     stop = job["stop"]
     stops = [i for i in range(len(tokenizer)) if stop in tokenizer.decode([i])] if stop else []
     for prompt in job["prompts"]:
-        prompt["text"] = tokenizer.decode(
-            prompt["token_ids"], clean_up_tokenization_spaces=False
-        )  # with the chat's marks
+        # With the marks of the chat template, which the text for people lacks.
+        prompt["text"] = tokenizer.decode(prompt["token_ids"], clean_up_tokenization_spaces=False)
         assert tokenizer(prompt["text"])["input_ids"] == prompt["token_ids"], prompt["text"]
     model = AutoModelForCausalLM.from_pretrained(
         job["model"], dtype=getattr(torch, job["dtype"]), attn_implementation=settings.pop("attn_implementation")

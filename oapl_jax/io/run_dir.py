@@ -91,8 +91,8 @@ def check_run(config: Any, schema: type[Section]) -> bool:
     run = storage.shared_path(config.run.dir)
     if not storage.is_local(run) and not config.run.may_be_stored:
         raise ValueError(
-            f"run.dir={config.run.dir!r}: the directory of supervised training cannot be in an object store; mount it (Cloud"
-            " Storage FUSE on GKE) and give the mounted path"
+            f"run.dir={config.run.dir!r}: the directory of supervised training cannot be in an object store; mount it"
+            " (Cloud Storage FUSE on GKE) and give the mounted path"
         )
     has_config = storage.exists(run / CONFIG_FILE)
     is_used = storage.exists(run / RUN_FILE) or (has_config and len(storage.names(run)) > 1)

@@ -578,7 +578,7 @@ class Qwen(nnx.Module):
         if self.mesh is None or self.mesh.shape["fsdp"] == 1:
             return params
         places = shardings(nnx.split(self.layers)[1], self.mesh, SAMPLER_RULES)
-        return jax.tree.map(lambda x, place: constrain(x, place.mesh, P(*place.spec[1:])), params, places)
+        return jax.tree.map(lambda x, place: constrain(x, self.mesh, P(*place.spec[1:])), params, places)
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         if self.mesh is None or free_axes(BATCH_AXES) == BATCH_AXES:

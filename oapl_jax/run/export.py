@@ -44,8 +44,8 @@ def export(
 ) -> pathlib.Path:
     """Writes the learner's weights of a checkpoint, with config, tokenizer and generation config; returns the folder.
 
-    By default ``out`` is ``RUN_DIR/export-STEP``, of a run in an object store ``NAME-export-STEP`` here, ``step`` that of the newest checkpoint, and ``dtype`` as trained. A
-    model in ``out`` is replaced. ``adapter`` writes the adapters alone.
+    By default ``out`` is ``RUN_DIR/export-STEP``, of a run in an object store ``NAME-export-STEP`` here, ``step`` that of
+    the newest checkpoint, and ``dtype`` as trained. A model in ``out`` is replaced. ``adapter`` writes the adapters alone.
 
     Raises:
         ValueError: there is no run or no such checkpoint, it is damaged or of another model, ``out`` is something else,

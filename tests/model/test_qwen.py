@@ -231,7 +231,6 @@ def test_experts_of_a_device_see_its_own_tokens_only():
     assert temporaries("fsdp=8", 8) < 1.5 * temporaries("fsdp=1", 1)
 
 
-@pytest.mark.slow
 def test_a_layer_is_gathered_before_it_is_used():
     """Each of its matrices is to be whole but for ``tensor``, so that no product is left to XLA to take apart."""
     mesh, _ = sharding.make_meshes(MeshConfig(trainer="fsdp=4,tensor=2"))
@@ -246,6 +245,7 @@ def test_a_layer_is_gathered_before_it_is_used():
         assert re.search(wanted, lowered), wanted
 
 
+@pytest.mark.slow
 def test_random_weights_do_not_depend_on_the_mesh():
     config = tiny.config(DENSE)
     trees = []
