@@ -575,10 +575,11 @@ class Qwen(nnx.Module):
         Left to itself, XLA multiplies by one part of a matrix after the other as they arrive, and reads and writes the
         sum of the products, which is as large as the activations, each time.
         """
-        if self.mesh is None or self.mesh.shape["fsdp"] == 1:
+        mesh = self.mesh
+        if mesh is None or mesh.shape["fsdp"] == 1:
             return params
-        places = shardings(nnx.split(self.layers)[1], self.mesh, SAMPLER_RULES)
-        return jax.tree.map(lambda x, place: constrain(x, self.mesh, P(*place.spec[1:])), params, places)
+        places = shardings(nnx.split(self.layers)[1], mesh, SAMPLER_RULES)
+        return jax.tree.map(lambda x, place: constrain(x, mesh, P(*place.spec[1:])), params, places)
 
     def _embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
         if self.mesh is None or free_axes(BATCH_AXES) == BATCH_AXES:
