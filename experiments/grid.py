@@ -55,6 +55,8 @@ class Arm(Section):
     settings: Settings = Field(default={})
     pairs: Count | None = None
     """How many of the grid's pairs are trained, the first ones; null: all."""
+    sampler: tuple[str, ...] = ()
+    """The words after ``oapl-jax sample --run RUN``, of a detached sampler beside each run; none: it samples itself."""
 
 
 class Side(Section):
@@ -129,6 +131,8 @@ class Run(NamedTuple):
     config: dict[str, Any]
     """The whole config of ``oapl-jax train``, or of ``oapl-jax sft`` where it is a warm start."""
     command: Literal["train", "sft"] = "train"
+    sampler: tuple[str, ...] = ()
+    """Of its arm."""
 
 
 def load(path: pathlib.Path, overrides: Sequence[str] = ()) -> Grid:
@@ -177,9 +181,12 @@ def search_runs(grid: Grid, name: str, out: pathlib.Path) -> list[tuple[Settings
 def arm_runs(grid: Grid, name: str, chosen: Settings, out: pathlib.Path) -> dict[tuple[int, int], Run]:
     """The runs of an arm by their pairs; ``chosen`` are the settings of its search."""
     arm = grid.arms[name]
-    settings = arm.settings | chosen | {"evaluation.prompts": grid.search_prompts + grid.test_prompts}
+    detached = {"mode": "detached"} if arm.sampler else {}
+    settings = detached | arm.settings | chosen | {"evaluation.prompts": grid.search_prompts + grid.test_prompts}
     return {
-        pair: _run(grid, arm, settings, pair, f"arms/{name}/warm{pair[0]}-seed{pair[1]}", out)
+        pair: _run(grid, arm, settings, pair, f"arms/{name}/warm{pair[0]}-seed{pair[1]}", out)._replace(
+            sampler=arm.sampler
+        )
         for pair in grid.pairs[: arm.pairs]
     }
 

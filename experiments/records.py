@@ -1,4 +1,4 @@
-"""What the files of a run say: pass@k of each evaluation, and the entropy of each step."""
+"""What the files of a run say: pass@k of each evaluation; entropy, and the sampler's difference, of each step."""
 
 import pathlib
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from oapl_jax.io import json_lines
 from oapl_jax.io.metrics import METRICS_FILE, read_metrics
 from oapl_jax.io.run_dir import EVALUATIONS_FILE
 
-ENTROPY = "learner/sequence_entropy"
+ENTROPY, LOG_RATIO = "learner/sequence_entropy", "learner/log_ratio_abs"
 SHARE = 10
 """A mean of the entropy is over this part of the steps."""
 
@@ -28,6 +28,8 @@ class Record(NamedTuple):
     """pass@1, pass@2, ... of each evaluation, over the prompts of this record."""
     entropies: Float[np.ndarray, "T"]
     """Nats a response, of each step."""
+    mismatches: Float[np.ndarray, "W"]
+    """Mean |log pi - log pi_sampler| of a response, in nats, of the steps with the weights that the sampler has."""
 
     def value(self, metric: str, moment: Moment) -> float:
         """A metric at a moment; NaN where the run has none."""
@@ -72,4 +74,5 @@ def read(folder: pathlib.Path, batch_rollouts: int, prompts: slice) -> Record:
         pass_at.append(pass_at_ks(graded, correct, int(graded.min())).mean(axis=0))
     steps = np.array([line["step"] for line in evaluations])
     entropies = np.array([line[ENTROPY] for line in metrics if ENTROPY in line])
-    return Record(steps, steps * batch_rollouts, pass_at, entropies)
+    mismatches = np.array([line[LOG_RATIO] for line in metrics if line.get("window/lag") == 0])
+    return Record(steps, steps * batch_rollouts, pass_at, entropies, mismatches)

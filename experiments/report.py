@@ -82,9 +82,10 @@ def _claims(grid: Grid, found: Mapping[str, Mapping[Pair, Record]]) -> str:
 def _arms(grid: Grid, found: Mapping[str, Mapping[Pair, Record]]) -> str:
     lines = [
         "## Arms\n",
-        "Mean +- standard error over the pairs of a warm start and a seed, before -> after.\n",
-        f"| arm | task | lag | pairs | rollouts | {' | '.join(_SHOWN)} | best pass@1 |",
-        f"|---|---|---|---|---|{'---|' * len(_SHOWN)}---|",
+        "Mean +- standard error over the pairs of a warm start and a seed, before -> after. Mismatch: the mean"
+        " |log pi - log pi_sampler| of a response in nats while both have the same weights, its smallest and largest batch.\n",
+        f"| arm | task | lag | pairs | rollouts | {' | '.join(_SHOWN)} | best pass@1 | mismatch |",
+        f"|---|---|---|---|---|{'---|' * len(_SHOWN)}---|---|",
     ]
     for name, members in found.items():
         if not members:
@@ -96,6 +97,8 @@ def _arms(grid: Grid, found: Mapping[str, Mapping[Pair, Record]]) -> str:
             is_known = np.isfinite(start).all() and np.isfinite(end).all()
             cells.append(f"{np.mean(start):.3f} -> {_summary(end)}" if is_known else "")
         cells.append(_summary([r.value("pass@1", "best") for r in members.values()]))
+        mismatches = np.concatenate([r.mismatches for r in members.values()])
+        cells.append(f"{mismatches.min():.1e} to {mismatches.max():.1e}" if mismatches.size else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 

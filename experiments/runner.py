@@ -65,20 +65,27 @@ class Runner:
             folder.mkdir(parents=True, exist_ok=True)
         path.write_text(yaml.safe_dump(run.config, sort_keys=False))
         cores = self._shares.get()
-        command = [sys.executable, "-m", "oapl_jax", run.command, "--config", str(path)]
+        words = [[run.command, "--config", str(path)]]
+        words += [["sample", "--run", str(self.out / run.name), *run.sampler]] if run.sampler else []
         start = time.monotonic()
-        try:
-            with log.open("ab") as output:
-                child = subprocess.run(
-                    command,
+        with log.open("ab") as output:
+            children = [
+                subprocess.Popen(
+                    [sys.executable, "-m", "oapl_jax", *each],
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     preexec_fn=lambda: os.sched_setaffinity(0, cores),
-                    check=False,
                 )
+                for each in words
+            ]
+        try:
+            code = children[0].wait()
         finally:
+            for sampler in children[1:]:
+                sampler.terminate()  # it has ended by itself, unless the run has failed
+                sampler.wait()
             self._shares.put(cores)
-        return child.returncode, time.monotonic() - start
+        return code, time.monotonic() - start
 
 
 def is_over(run: Run, out: pathlib.Path) -> bool:

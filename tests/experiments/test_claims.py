@@ -18,7 +18,9 @@ def difference(*values: float) -> Difference:
 
 def record(*pass_at_1: float, entropies: tuple[float, ...] = (1.0,)) -> records.Record:
     steps = np.arange(len(pass_at_1)) * 10
-    return records.Record(steps, steps * 8, [np.array([value]) for value in pass_at_1], np.array(entropies))
+    return records.Record(
+        steps, steps * 8, [np.array([value]) for value in pass_at_1], np.array(entropies), np.zeros(0)
+    )
 
 
 def test_the_interval_is_students_over_the_pairs():
@@ -77,7 +79,15 @@ def test_a_record_is_of_some_prompts_of_the_files_of_a_run(tmp_path):
         {"step": 0, "prompts": ["a", "b", "c"], "graded": [4, 4, 4], "correct": [4, 0, 1]},
         {"step": 5, "prompts": ["a", "b", "c"], "graded": [4, 4, 4], "correct": [0, 2, 4]},
     ]
-    metrics = [{"step": step, "learner/sequence_entropy": step / 10} for step in range(1, 6)]
+    metrics = [
+        {
+            "step": step,
+            "learner/sequence_entropy": step / 10,
+            "learner/log_ratio_abs": step / 100,
+            "window/lag": step % 2,
+        }
+        for step in range(1, 6)
+    ]
     for name, lines in (("evaluations.jsonl", evaluations), ("metrics.jsonl", metrics)):
         (tmp_path / name).write_text("".join(json.dumps(line) + "\n" for line in lines))
     run = records.read(tmp_path, 16, slice(1, 3))
@@ -86,6 +96,7 @@ def test_a_record_is_of_some_prompts_of_the_files_of_a_run(tmp_path):
     assert run.curve("pass@2") == pytest.approx([1 / 4, (5 / 6 + 1) / 2])  # 1 - C(n-c, 2) / C(n, 2)
     assert np.isnan(run.curve("pass@8")).all()
     assert run.entropies.tolist() == [0.1, 0.2, 0.3, 0.4, 0.5]
+    assert run.mismatches.tolist() == [0.02, 0.04]
 
 
 def test_a_loss_that_is_not_finite_is_a_result_and_another_failure_is_none(tmp_path):

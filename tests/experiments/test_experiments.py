@@ -8,6 +8,8 @@ import sys
 import pytest
 import yaml
 
+from oapl_jax.rollouts.audit import audit
+
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 SMALL = {
@@ -33,7 +35,7 @@ GRID = {
     "searches": {"rates": {"task": "chain", "method": "oapl", "lag": 2, "values": {"learner.learning_rate": [1e-4]}}},
     "arms": {
         "ours": {"task": "chain", "method": "oapl", "lag": 2, "search": "rates"},
-        "theirs": {"task": "chain", "method": "grpo", "lag": 1},
+        "theirs": {"task": "chain", "method": "grpo", "lag": 1, "sampler": ["--mesh", "data=1"]},
     },
     "pairs": [[0, 3]],
     "search_prompts": 2,
@@ -77,7 +79,9 @@ def test_a_grid_is_trained_reported_and_not_trained_again(tmp_path):
     for name in ("curves", "tail"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     (saved,) = (out / "arms/theirs").glob("*/config.yaml")
-    assert yaml.safe_load(saved.read_text())["objective"]["name"] == "grpo"
+    theirs = yaml.safe_load(saved.read_text())
+    assert (theirs["objective"]["name"], theirs["mode"]) == ("grpo", "detached")
+    assert audit(saved.parent).startswith("2 steps, 2 windows")
 
     written = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")}
     again = run(grid, out)

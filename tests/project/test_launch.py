@@ -577,10 +577,25 @@ def test_a_slurm_job_is_queued_again_when_it_was_saved(code, is_requeued, progra
     assert rest == (["scontrol requeue 7"] if is_requeued else [])
 
 
-def test_the_skypilot_task_is_one_that_skypilot_reads():
-    sky = pytest.importorskip("sky")
-    task = sky.Task.from_yaml(str(ROOT / "launch/sky.yaml"))
-    assert task.envs["CONFIG"] == "configs/gsm8k_qwen2.5.yaml"
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+def test_the_skypilot_task_is_one_that_skypilot_reads(tmp_path):
+    """In an environment of its own: SkyPilot brings half a gigabyte of packages."""
+    python = tmp_path / "environment/bin/python"
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "environment"], check=True)
+    subprocess.run([python, "-m", "pip", "install", "-q", "skypilot"], check=True)
+    alone = {"HOME": str(tmp_path), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
+
+    program = """
+import json, sky
+task = sky.Task.from_yaml("launch/sky.yaml")
+print(json.dumps([sorted(str(r.accelerators) for r in task.resources), task.envs["CONFIG"], [*task.storage_mounts]]))
+"""
+    done = subprocess.run([python, "-c", program], cwd=ROOT, env=alone, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    read = json.loads(done.stdout.splitlines()[-1])
+    assert read == [["{'A100-80GB': 8}", "{'H100': 8}"], "configs/gsm8k_qwen2.5.yaml", ["/runs"]]
 
 
 def test_the_skypilot_task_runs_what_is_here(programs, tmp_path, monkeypatch):
