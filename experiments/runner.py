@@ -17,6 +17,7 @@ from oapl_jax.types import RunError
 
 ENDED = {"train": "summary.json", "sft": "export"}
 """What a command leaves at its end."""
+POLL_SECONDS = 0.1
 NON_FINITE = "the run stops here and its last checkpoint is kept"
 """Of the message of ``oapl_jax/io/non_finite.py``."""
 
@@ -78,14 +79,17 @@ class Runner:
                 )
                 for each in words
             ]
+        trainer, *samplers = children
         try:
-            code = children[0].wait()
+            # A run whose sampler has failed would wait for another one.
+            while trainer.poll() is None and not any(sampler.poll() for sampler in samplers):
+                time.sleep(POLL_SECONDS)
         finally:
-            for sampler in children[1:]:
-                sampler.terminate()  # it has ended by itself, unless the run has failed
-                sampler.wait()
+            for child in children:
+                child.terminate()  # does nothing to one that has ended
+                child.wait()
             self._shares.put(cores)
-        return code, time.monotonic() - start
+        return trainer.returncode, time.monotonic() - start
 
 
 def is_over(run: Run, out: pathlib.Path) -> bool:

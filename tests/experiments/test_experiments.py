@@ -103,3 +103,13 @@ def test_a_run_that_fails_is_named_with_its_log(tmp_path):
     log = out / "logs/arms.theirs.warm0-seed3.log"
     assert str(log) in ended.stderr
     assert "absent.yaml" in log.read_text()
+
+
+@pytest.mark.slow
+def test_a_run_whose_sampler_fails_does_not_wait_for_another(tmp_path):
+    grid, out = tmp_path / "grid.yaml", tmp_path / "out"
+    arm = GRID["arms"]["theirs"] | {"sampler": ["--engine", "no.such:engine"]}
+    grid.write_text(yaml.safe_dump(GRID | {"searches": {}, "arms": {"theirs": arm}, "claims": [], "figures": {}}))
+    ended = run(grid, out)
+    assert ended.returncode == 1
+    assert "no.such" in (out / "logs/arms.theirs.warm0-seed3.log").read_text()
