@@ -61,7 +61,6 @@ def make_engines(
         return ()
     computed = compute_dtype if sampler.dtype == "int8" else sampler.dtype
     rows, cached = num_rows // num_replicas, jnp.dtype(sampler.kv_dtype or computed)
-    graphdef = qwen.abstract(model, compute_dtype=computed)[0]
     max_pages = -(-(max_prompt_tokens + sampler.max_response_tokens) // PAGE_SIZE)
     num_weights = num_copies * model.num_params + num_prepared(model, meshes[0])
     weights = num_weights * jnp.dtype(sampler.dtype).itemsize
@@ -75,7 +74,8 @@ def make_engines(
         )
     return tuple(
         Engine(
-            graphdef,
+            # Experts' kernels are called for each device's part; the other products XLA splits.
+            qwen.abstract(model, compute_dtype=computed, mesh=replica if model.num_experts else None)[0],
             model,
             vocab_size=vocab_size,
             stop_ids=stop_ids,

@@ -30,8 +30,7 @@ from oapl_jax.distributed.sharding import BATCH_AXES, SAMPLER_RULES, constrain, 
 from oapl_jax.model import lora as low_rank
 from oapl_jax.model import row_attention
 from oapl_jax.model.lora import LowRank
-from oapl_jax.model.matmul import einsum, lookup, ragged_dot
-from oapl_jax.model.quantized import Int8
+from oapl_jax.model.matmul import Experts, InStack, einsum, lookup, ragged_dot
 from oapl_jax.model.rope import RopeScaling, rope_tables, rotate
 from oapl_jax.model.row_attention import RowAttentionKind
 from oapl_jax.model.segments import Segments
@@ -389,20 +388,28 @@ class ExpertMlp(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """``[B, T, D]`` to the same."""
-        matrices = (param.get_value() for param in (self.router, self.gate, self.up, self.down))
+        router, *matrices = (param.get_value() for param in (self.router, self.gate, self.up, self.down))
         with jax.named_scope("experts"):
             if self.mesh is None:
-                return self._mix(x, *matrices)
-            tokens, columns, rows = P(BATCH_AXES, "context"), P(None, None, "tensor"), P(None, "tensor")
+                return self._mix(x, router, *matrices)
+            tokens, columns, rows = P(BATCH_AXES, "context"), (None, None, "tensor"), (None, "tensor", None)
+            split = [
+                InStack(P(None, *spec), P()) if isinstance(each, InStack) else P(*spec)
+                for each, spec in zip(matrices, (columns, columns, rows), strict=True)
+            ]
             mix = on_devices(
-                lambda *arrays: jax.lax.psum(self._mix(*arrays), "tensor"),
-                self.mesh,
-                (tokens, P(), columns, columns, rows),
-                tokens,
+                lambda *arrays: jax.lax.psum(self._mix(*arrays), "tensor"), self.mesh, (tokens, P(), *split), tokens
             )
-            return mix(x, *matrices)
+            return mix(x, router, *matrices)
 
-    def _mix(self, x: Array, router: Array, gate: Array | Int8, up: Array | Int8, down: Array | Int8) -> Array:
+    def read_in(self, stacked: "ExpertMlp", layer: Array) -> None:
+        """Lets the products read a layer's matrices in their stack; quantised ones stay those of the scan."""
+        for name in ("gate", "up", "down"):
+            param = getattr(stacked, name)
+            if isinstance(param.get_value(), Array):
+                setattr(self, name, param.replace(InStack(param.get_value(), layer)))
+
+    def _mix(self, x: Array, router: Array, gate: Experts, up: Experts, down: Experts) -> Array:
         """Sorts the (token, expert) pairs by expert, multiplies each expert's run of rows, sorts back."""
         tokens = x.reshape(-1, x.shape[-1])
         weights, experts = self._route(tokens, router)
@@ -520,8 +527,11 @@ class Qwen(nnx.Module):
 
         def run_layer(carry: tuple[Array, Cache], xs: tuple[Any, Any]) -> tuple[Any, None]:
             x, cache = carry
-            params, layer = xs
-            x, cache = nnx.merge(graphdef, self._gathered(params))(x, rope, attend, layer, cache)
+            params, index = xs
+            layer = nnx.merge(graphdef, self._gathered(params))
+            if cache is not None and isinstance(layer.mlp, ExpertMlp):  # with a cache nothing has a gradient
+                layer.mlp.read_in(self.layers.mlp, index)
+            x, cache = layer(x, rope, attend, index, cache)
             return (self._constrain(x), cache), None
 
         if layers is None:

@@ -51,3 +51,23 @@ def test_the_kernel_of_the_tpu():
     rows, _, slope = arrays()
     found = matmul.products_of_groups(rows, slope, jnp.asarray(SIZES), interpret=True)
     np.testing.assert_allclose(found, by_loop(rows, slope), atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layer", "num_rows", "depth", "tile"),
+    # 24 and 40 are a whole block and a part of one; where 128 numbers are summed, the matrices are turned.
+    [(0, 256, 24, (128, 16, 16 * 16)), (2, 250, 24, (128, 16, 16 * 16)), (2, 250, 128, (128, 64, 64 * 32))],
+)
+def test_the_kernel_that_reads_one_layer_of_a_stack(layer, num_rows, depth, tile, monkeypatch):
+    monkeypatch.setattr(matmul, "IN_STACK_TILE", tile)
+    rng = np.random.default_rng(1)
+    rows = jnp.asarray(rng.normal(size=(num_rows, depth)), jnp.float32)
+    stack = jnp.asarray(rng.normal(size=(3, 4, depth, 40)), jnp.float32)
+    sizes = jnp.asarray(SIZES - [0, 0, 0, 256 - num_rows])
+    matrices = matmul.InStack(stack, jnp.asarray(layer))
+    found = matmul.products_in_stack(rows, matrices, sizes, interpret=True)
+    of_row = np.asarray(stack[layer], np.float64)[np.repeat(np.arange(4), sizes)]
+    np.testing.assert_allclose(found, np.einsum("ND,NDF->NF", rows, of_row), atol=1e-4)
+    by_xla = jax.jit(matmul.ragged_dot)(rows, matrices, sizes, jnp.repeat(jnp.arange(4), sizes))
+    np.testing.assert_allclose(by_xla, found, atol=1e-4)

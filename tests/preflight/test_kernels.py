@@ -5,6 +5,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
@@ -157,3 +158,17 @@ def test_products_of_groups_count_once():
     # Five equal groups share tiles: each of the four tiles between two groups is computed twice, and read once.
     (body,) = bodies(matmul.products_of_groups, *arrays, jax.ShapeDtypeStruct((5,), jnp.int32))
     assert kernels.work(body, kernels.Scalars()).flops == (N + 4 * tile) / N * 2 * N * D * F
+
+
+@pytest.mark.parametrize(("D", "F"), [(256, 128), (256, 192), (192, 128)])
+def test_products_of_experts_read_one_layer_of_the_stack_without_padding(D, F):
+    """Two groups in 16 tiles of rows; of 192 columns, or 192 summed numbers, none is padded to 256."""
+    N, L, E = 2048, 3, 2
+    shapes = (N, D), (L, E, D, F)
+    rows, stack = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
+    integers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (E,))]
+    product = lambda rows, stack, layer, sizes: matmul.products_in_stack(rows, matmul.InStack(stack, layer), sizes)  # noqa: E731
+    (body,) = bodies(product, rows, stack, *integers)
+    lanes = lambda size: -(-size // 128) * 128  # noqa: E731
+    moved = N * (lanes(D) + lanes(F)) + E * D * F
+    assert kernels.work(body, kernels.Scalars()).hbm_bytes == 2 * moved

@@ -228,12 +228,17 @@ def test_sharded_replicas_draw_the_same_tokens_and_share_the_requests():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["qwen2_tied", "moe"])
-def test_other_architectures_sample_as_they_score(name):
+@pytest.mark.parametrize(("name", "tensor"), [("qwen2_tied", 1), ("moe", 1), ("moe", 2)])
+def test_other_architectures_sample_as_they_score(name, tensor):
+    """Over two devices the mixture reads its experts in the stack of all layers, as on a TPU."""
     config = tiny.config(name)
     graphdef, params = tiny.split(config)
     options = {"max_prompt_tokens": 8, "max_response_tokens": 6, "decode_steps": 3, "page_size": 4}
-    mesh = make_meshes(MeshConfig(trainer="tensor=1"))[0]
+    mesh = make_meshes(MeshConfig(trainer=f"tensor={tensor}"))[0]
+    if tensor > 1:
+        graphdef, shapes = qwen.abstract(config, mesh=mesh)
+        params = reshard(params, shardings(shapes, mesh, SAMPLER_RULES))
+        options["attention"] = "xla"
     engine = Engine(graphdef, config, vocab_size=48, stop_ids=(0,), num_rows=4, mesh=mesh, **options)
     prompt = np.arange(1, 8, dtype=np.int32)
     rollouts = run(Scheduler(engine, contextlib.nullcontext()), [Request("", prompt, 3, (0, 0, 0))], params)[""]
