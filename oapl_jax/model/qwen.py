@@ -29,8 +29,9 @@ from oapl_jax.config.model import LoraConfig
 from oapl_jax.distributed.sharding import BATCH_AXES, SAMPLER_RULES, constrain, free_axes, on_devices, shardings
 from oapl_jax.model import lora as low_rank
 from oapl_jax.model import row_attention
+from oapl_jax.model.grouped_matmul import Experts, InStack, ragged_dot
 from oapl_jax.model.lora import LowRank
-from oapl_jax.model.matmul import Experts, InStack, einsum, lookup, ragged_dot
+from oapl_jax.model.matmul import einsum, lookup
 from oapl_jax.model.rope import RopeScaling, rope_tables, rotate
 from oapl_jax.model.row_attention import RowAttentionKind
 from oapl_jax.model.segments import Segments

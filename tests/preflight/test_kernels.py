@@ -9,7 +9,8 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from oapl_jax.model import matmul, splash
+from oapl_jax.model import grouped_matmul as grouped
+from oapl_jax.model import splash
 from oapl_jax.model.segments import Segments
 from oapl_jax.preflight import kernels
 
@@ -151,12 +152,12 @@ def test_products_of_groups_count_once():
     """Four groups in 16 tiles of rows: the gradient of the matrices, whose columns are read in one piece."""
     N, D, F, E, tile = 2048, 256, 128, 4, 128
     arrays = [jax.ShapeDtypeStruct((N, width), jnp.bfloat16) for width in (D, F)]
-    (body,) = bodies(matmul.products_of_groups, *arrays, jax.ShapeDtypeStruct((E,), jnp.int32))
+    (body,) = bodies(grouped.multiply_transposed, *arrays, jax.ShapeDtypeStruct((E,), jnp.int32))
     found = kernels.work(body, kernels.Scalars())
     assert found.flops == 2 * N * D * F
     assert found.hbm_bytes == N * (D + F) * 2 + E * D * F * 4
     # Five equal groups share tiles: each of the four tiles between two groups is computed twice, and read once.
-    (body,) = bodies(matmul.products_of_groups, *arrays, jax.ShapeDtypeStruct((5,), jnp.int32))
+    (body,) = bodies(grouped.multiply_transposed, *arrays, jax.ShapeDtypeStruct((5,), jnp.int32))
     assert kernels.work(body, kernels.Scalars()).flops == (N + 4 * tile) / N * 2 * N * D * F
 
 
@@ -164,11 +165,10 @@ def test_products_of_groups_count_once():
 def test_products_of_experts_read_one_layer_of_the_stack_without_padding(D, F):
     """Two groups in 16 tiles of rows; of 192 columns, or 192 summed numbers, none is padded to 256."""
     N, L, E = 2048, 3, 2
-    shapes = (N, D), (L, E, D, F)
+    shapes = (N, D), (L * E, D, F)
     rows, stack = (jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes)
-    integers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((), (E,))]
-    product = lambda rows, stack, layer, sizes: matmul.products_in_stack(rows, matmul.InStack(stack, layer), sizes)  # noqa: E731
-    (body,) = bodies(product, rows, stack, *integers)
+    integers = [jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((E,), ())]
+    (body,) = bodies(grouped.multiply_groups, rows, stack, *integers)
     lanes = lambda size: -(-size // 128) * 128  # noqa: E731
     moved = N * (lanes(D) + lanes(F)) + E * D * F
     assert kernels.work(body, kernels.Scalars()).hbm_bytes == 2 * moved
