@@ -12,6 +12,7 @@ prompts and decode steps over any kind of cache run through the same layers.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -395,15 +396,15 @@ class ExpertMlp(nnx.Module):
                 return self._mix(x, router, *matrices)
             tokens, columns, rows = P(BATCH_AXES, "context"), (None, None, "tensor"), (None, "tensor", None)
             split = [
-                InStack(P(None, *spec), P()) if isinstance(each, InStack) else P(*spec)
-                for each, spec in zip(matrices, (columns, columns, rows), strict=True)
+                jax.tree.map(functools.partial(_matrix_spec, axes=axes), each)
+                for each, axes in zip(matrices, (columns, columns, rows), strict=True)
             ]
             mix = on_devices(
                 lambda *arrays: jax.lax.psum(self._mix(*arrays), "tensor"), self.mesh, (tokens, P(), *split), tokens
             )
             return mix(x, router, *matrices)
 
-    def read_in(self, stacked: "ExpertMlp", layer: Array) -> None:
+    def read_in(self, stacked: Any, layer: Array) -> None:
         """Lets the products read a layer's matrices in their stack; quantised ones stay those of the scan."""
         for name in ("gate", "up", "down"):
             param = getattr(stacked, name)
@@ -431,6 +432,12 @@ class ExpertMlp(nnx.Module):
         if self.config.norm_topk_prob:
             weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
         return weights, experts
+
+
+def _matrix_spec(array: Array, axes: tuple[str | None, ...]) -> P:
+    """Of experts' matrices, or a stack of them, or their scales, which are not split along dimensions of size 1."""
+    axes = (*[None] * (array.ndim - len(axes)), *axes)
+    return P(*(axis if size > 1 else None for axis, size in zip(axes, array.shape, strict=False)))
 
 
 def _residual_std(config: QwenConfig) -> float:

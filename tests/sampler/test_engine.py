@@ -16,6 +16,7 @@ from oapl_jax.distributed.sharding import SAMPLER_RULES, make_meshes, reshard, s
 from oapl_jax.learner.batch import RowLayout, from_pairs
 from oapl_jax.model import qwen
 from oapl_jax.model.logprob import sequence_logprobs
+from oapl_jax.model.quantized import dequantize, quantize_weights
 from oapl_jax.rollouts import sampling
 from oapl_jax.rollouts.sampling import Request, SamplingDistribution
 from oapl_jax.sampler.engine import Engine
@@ -228,23 +229,32 @@ def test_sharded_replicas_draw_the_same_tokens_and_share_the_requests():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "tensor"), [("qwen2_tied", 1), ("moe", 1), ("moe", 2)])
-def test_other_architectures_sample_as_they_score(name, tensor):
-    """Over two devices the mixture reads its experts in the stack of all layers, as on a TPU."""
+@pytest.mark.parametrize(
+    ("name", "tensor", "is_int8"),
+    [("qwen2_tied", 1, False), ("moe", 1, False), ("moe", 2, False), ("moe", 2, True)],
+)
+def test_other_architectures_sample_as_they_score(name, tensor, is_int8):
+    """Over two devices the mixture reads its experts in the stack of all layers, unless they are integers."""
     config = tiny.config(name)
     graphdef, params = tiny.split(config)
     options = {"max_prompt_tokens": 8, "max_response_tokens": 6, "decode_steps": 3, "page_size": 4}
     mesh = make_meshes(MeshConfig(trainer=f"tensor={tensor}"))[0]
     if tensor > 1:
-        graphdef, shapes = qwen.abstract(config, mesh=mesh)
-        params = reshard(params, shardings(shapes, mesh, SAMPLER_RULES))
+        graphdef = qwen.abstract(config, mesh=mesh)[0]
+        params = quantize_weights(params) if is_int8 else params
+        params = reshard(params, shardings(jax.eval_shape(lambda: params), mesh, SAMPLER_RULES))
         options["attention"] = "xla"
     engine = Engine(graphdef, config, vocab_size=48, stop_ids=(0,), num_rows=4, mesh=mesh, **options)
     prompt = np.arange(1, 8, dtype=np.int32)
     rollouts = run(Scheduler(engine, contextlib.nullcontext()), [Request("", prompt, 3, (0, 0, 0))], params)[""]
     batch = from_pairs([(prompt, r.token_ids) for r in rollouts], RowLayout(3, 14))
+    floats = jax.tree.map(
+        lambda param: param.replace(dequantize(param.get_value(), jnp.float32)),
+        params,
+        is_leaf=lambda leaf: isinstance(leaf, nnx.Variable),
+    )
     logprobs, _ = tiny.sequence_logprobs(
-        graphdef, params, batch.tokens, batch.response_mask, temperature=1.0, vocab_size=48
+        graphdef, floats, batch.tokens, batch.response_mask, temperature=1.0, vocab_size=48
     )
     for rollout, row, mask in zip(rollouts, np.asarray(logprobs), batch.response_mask, strict=True):
         np.testing.assert_allclose(rollout.logprobs, row[mask], atol=1e-5)
