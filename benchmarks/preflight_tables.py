@@ -32,7 +32,7 @@ CASES = {
     },
     "Qwen2.5-0.5B, 640 tokens, 128 rollouts": {
         "05b_v5e-8": "configs/math_qwen2.5_0.5b.yaml --topology v5e-8",
-        "05b_v5e-1": "configs/math_qwen2.5_0.5b.yaml --topology v5e-1 learner.micro_batch_rows=4",
+        "05b_v5e-1": "configs/math_qwen2.5_0.5b.yaml --topology v5e-1 learner.micro_batch_rows=1",
     },
 }
 

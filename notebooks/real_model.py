@@ -142,7 +142,7 @@ for group in log.read(log.versions()[-1])[:4]:
 # | `decode` | 1.11 | 0.08 | 0.69 | 1.88 | 12% |
 # | `sync` | 0.23 | 0.75 | 1.57 | 3.47 | 22% |
 #
-# v5e-1, with `learner.micro_batch_rows=4`:
+# v5e-1, with `learner.micro_batch_rows=1`:
 #
 # | program | arguments | temporaries | beside | total | of usable |
 # |---|---|---|---|---|---|
@@ -161,9 +161,11 @@ GSM8K_STEPS = 50  # @param {type:"integer"}
 
 SETTINGS = {
     "v5e-8": [],
-    "v5e-1": ["learner.micro_batch_rows=4"],
+    "v5e-1": ["learner.micro_batch_rows=1"],
     "T4": [
         "model.compute_dtype=float32",
+        "model.remat=layer",
+        "model.remat_names=[]",
         "sampler.dtype=float32",
         "lora.rank=16",
         "learner.learning_rate=2e-4",
