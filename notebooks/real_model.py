@@ -136,7 +136,7 @@ for group in log.read(log.versions()[-1])[:4]:
 #
 # | program | arguments | temporaries | beside | total | of usable |
 # |---|---|---|---|---|---|
-# | `train_step` | 0.70 | 2.14 | 1.11 | 3.98 | 25% |
+# | `train_step` | 0.70 | 3.92 | 1.11 | 5.77 | 37% |
 # | `score` | 0.23 | 1.18 | 1.57 | 3.00 | 19% |
 # | `prefill` | 0.92 | 0.00 | 0.88 | 1.81 | 11% |
 # | `decode` | 1.11 | 0.08 | 0.69 | 1.88 | 12% |
@@ -146,7 +146,7 @@ for group in log.read(log.versions()[-1])[:4]:
 #
 # | program | arguments | temporaries | beside | total | of usable |
 # |---|---|---|---|---|---|
-# | `train_step` | 5.53 | 6.80 | 2.42 | 14.77 | 94% |
+# | `train_step` | 5.53 | 7.39 | 2.42 | 15.36 | 98% |
 # | `score` | 1.85 | 1.21 | 6.10 | 9.17 | 58% |
 # | `prefill` | 0.92 | 0.00 | 7.02 | 7.95 | 50% |
 # | `decode` | 2.42 | 0.08 | 5.52 | 8.02 | 51% |
