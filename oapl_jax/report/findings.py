@@ -27,7 +27,8 @@ def verdict(record: RunRecord) -> str:
     data = f"the task {data}" if data != "None" else settings.get("data.path", "its prompts")
     name = settings.get("objective.name", "oapl")
     models = [settings.get(f"model.{key}", "None") for key in ("path", "warm_start", "config")]
-    model = next((pathlib.PurePath(text).stem for text in models if text != "None"), "A model")
+    model = next((pathlib.PurePath(text).name for text in models if text != "None"), "A model")
+    model = model.removesuffix(".yaml").removesuffix(".json")
     length = f"{step:,} steps" + (f", {summary['rollouts']:,} rollouts" if "rollouts" in summary else "")
     end = "" if summary else f"Not finished: the last recorded step is {step}, and summary.json is missing. "
     text = f"{end}{model} was trained on {data} by {name} for {length}."

@@ -14,7 +14,7 @@ from oapl_jax.io import metrics
 from oapl_jax.io.console import ExitCode
 from oapl_jax.io.json_lines import LineFile
 from oapl_jax.io.run_dir import LAYOUT, RUN_FILE
-from oapl_jax.report import curves, page, picture, record, report, server
+from oapl_jax.report import curves, findings, page, picture, record, report, server
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, RolloutGroup, Verdict
 
@@ -181,6 +181,20 @@ def test_the_middle_of_long_texts_is_omitted_the_more_the_longer_the_page_would_
     assert "7,008 characters omitted" in html
     monkeypatch.setattr(page, "MOST_BYTES", 5000)
     assert len(json.dumps(data_in(render(tmp_path)))) < 6000
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        ("path: /models/Qwen2.5-Coder-0.5B-Instruct", "Qwen2.5-Coder-0.5B-Instruct"),
+        ("warm_start: configs/chain_sft.yaml", "chain_sft"),
+    ],
+)
+def test_the_verdict_names_the_model(model, name, tmp_path):
+    make_run(tmp_path / "run", steps=4)
+    (tmp_path / "run/config.yaml").write_text(f"run:\n  dir: runs/demo\nmodel:\n  {model}\n")
+    (read,) = report.read_runs([tmp_path / "run"])
+    assert findings.verdict(read).startswith(f"{name} was trained on")
 
 
 def test_the_verdict_gives_the_gain_with_its_interval_over_prompts(tmp_path):
