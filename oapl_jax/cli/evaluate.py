@@ -37,16 +37,13 @@ from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.rollouts.stops import Stops
 from oapl_jax.run import export
 from oapl_jax.run.start import is_run, model_path, sampled_outline
+from oapl_jax.sources.follower import POLICY_FOLDER
 from oapl_jax.types import Prompt
 from oapl_jax.weights.policies import PolicyGoneError, PolicyStore
 from oapl_jax.weights.sync import WeightSync
 
 ROLLOUTS = "rollouts"
-POLICY_FOLDER = "policy"
-"""Of a run whose samplers are other processes."""
 POLL_SECONDS = 2.0
-SUMMARY_FILE = "summary.json"
-"""Of a training run: it has ended."""
 
 
 def evaluate(config: EvaluateConfig, *, watch: bool = False) -> str:
@@ -137,7 +134,9 @@ def _followed(config: EvaluateConfig, source: SharedPath, scratch: pathlib.Path)
     seen: set[int] = set()
     last = time.monotonic()
     while True:
-        has_ended = storage.exists(source / SUMMARY_FILE)  # before the look at the steps, or the last could be missed
+        has_ended = storage.exists(
+            source / run_dir.SUMMARY_FILE
+        )  # before the look at the steps, or the last could be missed
         new = [version for version in _present(source, store) if version not in seen]
         for version in new:
             seen.add(version)
@@ -158,7 +157,7 @@ def _followed(config: EvaluateConfig, source: SharedPath, scratch: pathlib.Path)
         if has_ended:
             raise ValueError(f"{str(source)!r} has ended and has no checkpoint; there is nothing to evaluate")
         if time.monotonic() > last + config.run.watch_deadline:
-            problem = f"within run.watch_deadline={config.run.watch_deadline:g} s, and no {SUMMARY_FILE}"
+            problem = f"within run.watch_deadline={config.run.watch_deadline:g} s, and no {run_dir.SUMMARY_FILE}"
             raise TimeoutError(f"{source}: no new version {problem}")
         time.sleep(POLL_SECONDS)
 

@@ -24,6 +24,7 @@ from oapl_jax.config.commands import TrainConfig
 from oapl_jax.data import tokenizer as tokenizers
 from oapl_jax.io import json_lines, run_dir, storage
 from oapl_jax.io.metrics import METRICS_FILE, read_metrics
+from oapl_jax.io.run_dir import BATCHES_FILE
 from oapl_jax.io.storage import SharedPath
 from oapl_jax.rollouts.checks import GroupCheck
 from oapl_jax.rollouts.grading import Advantages
@@ -34,8 +35,6 @@ from oapl_jax.rollouts.stops import Stops
 from oapl_jax.rollouts.surface import SurfaceWatch
 from oapl_jax.rollouts.values import read_values
 from oapl_jax.types import RolloutGroup, RunError
-
-BATCHES_FILE = "batches.jsonl"
 
 
 def audit(run: SharedPath) -> str:

@@ -48,7 +48,7 @@ from oapl_jax.run.parity import check_parity
 from oapl_jax.run.profile import Profiler, traced_as
 from oapl_jax.run.progress import RunProgress
 from oapl_jax.run.start import load, make_warm_start, model_path
-from oapl_jax.run.summary import SUMMARY_FILE, pass_at
+from oapl_jax.run.summary import pass_at
 from oapl_jax.sources.cluster import Cluster
 from oapl_jax.sources.follower import POLICY_FOLDER, LogFollower, Published
 from oapl_jax.sources.imported import ImportedWindows
@@ -448,7 +448,7 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
         if is_leader:
             run_dir.open_run(config, TrainConfig)
             lease = _claim_run(stack, setup)
-            storage.remove(directory / SUMMARY_FILE)  # of a run that goes on
+            storage.remove(directory / run_dir.SUMMARY_FILE)  # of a run that goes on
         setup.trainers.wait()  # until the leader has the run
         stack.enter_context(bar)
         stop = stack.enter_context(StopSignals())
@@ -467,7 +467,7 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
         is_new = checkpoints.latest_step is None
         record = writer = evaluations = token_logprobs = None
         if is_leader:
-            record = BatchRecord(directory / "batches.jsonl", delete_after=progress.step if is_changed else None)
+            record = BatchRecord(directory / run_dir.BATCHES_FILE, delete_after=progress.step if is_changed else None)
             resume_step, written = None if is_new else progress.step, config_file.written(config)
             tracker = trackers.start(directory, config.run, 0 if is_new else progress.step + 1, written)
             writer = MetricsWriter(directory, tracker, resume_step=resume_step)
