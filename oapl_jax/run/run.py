@@ -196,7 +196,7 @@ class Run:
 
         def choose() -> dict[str, Any] | None:
             assert self.record is not None
-            recorded = indices(self.record.groups(step))  # by a run that was killed after this step
+            recorded = self.record.indices(step)  # by a run that was killed after this step
             taken = self.source.take(self.setup.groups_per_batch, self.poll, recorded)
             if taken is None or self.poll():
                 return None
@@ -394,7 +394,7 @@ class Run:
         def read() -> list[list[int]]:
             assert self.record is not None
             steps = range(self.progress.window_step + 1, self.progress.step + 1)
-            return [indices(self.record.groups(step)) or [] for step in steps]
+            return [self.record.indices(step) or [] for step in steps]
 
         return self.setup.trainers.agree(read, PEER_SECONDS)
 
@@ -611,8 +611,3 @@ def _claim_run(stack: contextlib.ExitStack, setup: SamplingSetup) -> Lease:
             " Two would overwrite each other: stop it, or choose another run.dir"
         )
     return lease
-
-
-def indices(group_ids: list[str] | None) -> list[int] | None:
-    """Indices in their window of groups by id."""
-    return None if group_ids is None else [int(group_id.rpartition("-")[2]) for group_id in group_ids]
