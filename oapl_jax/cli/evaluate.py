@@ -31,7 +31,7 @@ from oapl_jax.evaluation import benchmarks, plots, sampling, scores, tables, tal
 from oapl_jax.io import run_dir, storage
 from oapl_jax.io.storage import SharedPath
 from oapl_jax.io.terminal import say
-from oapl_jax.rollouts.grading import Grading
+from oapl_jax.rollouts.grading import Advantages, Grading
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.rollouts.stops import Stops
@@ -65,7 +65,8 @@ def evaluate(config: EvaluateConfig, *, watch: bool = False) -> str:
             if sampler is None:  # with the first policy; the next ones have its shapes
                 prompts, grader = benchmarks.load(config, tokenizer)
                 stops = Stops(tokenizer, distribution)
-                grading = Grading(stops.text, grader, _none, lambda rewards: math.nan, config.sampler.truncated)
+                untrained = Advantages(_none, lambda rewards: math.nan, config.sampler.truncated)
+                grading = Grading(stops.text, grader, untrained)
                 stack.callback(grading.close)
                 say(_describe(prompts, stops))
                 sampler = make_sampler(config, architecture, sampler_mesh, tokenizer, _longest(prompts))

@@ -36,7 +36,7 @@ from oapl_jax.io.terminal import say
 from oapl_jax.objectives import oapl
 from oapl_jax.rewards.grader import Grader, make_grader
 from oapl_jax.rollouts import filters, published
-from oapl_jax.rollouts.grading import Grading
+from oapl_jax.rollouts.grading import Advantages, Grading
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.rollouts.stops import Stops
@@ -90,9 +90,11 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
         grading = Grading(
             stops.text,
             grader,
-            lambda rewards, _: oapl.advantages(rewards, BETA1),
-            functools.partial(oapl.optimal_value, beta1=BETA1),
-            config.sampler.truncated,
+            Advantages(
+                lambda rewards, _: oapl.advantages(rewards, BETA1),
+                functools.partial(oapl.optimal_value, beta1=BETA1),
+                config.sampler.truncated,
+            ),
         )
         stack.callback(grading.close)
         sampler = make_sampler(config, architecture, mesh, tokenizer, config.data.max_prompt_tokens)
