@@ -144,13 +144,9 @@ def make_assembly(
         check_processes(config.mesh, trainer_mesh, sampler_mesh)
     objective, options = objective_of(config.objective)
     learner = make_learner(
-        config.model,
-        config.lora,
-        config.learner,
+        config,
         architecture,
         trainer_mesh,
-        num_steps=config.run.steps,
-        max_prompt_tokens=config.data.max_prompt_tokens,
         max_response_tokens=config.sampler.max_response_tokens,
         group_size=config.sampler.group_size,
         objective=objective,
@@ -178,10 +174,9 @@ def make_assembly(
         replicas = [Mesh(np.array(described, dtype=object).reshape(first.devices.shape), first.axis_names)]
     try:
         engines = make_engines(
-            config.sampler,
+            config,
             architecture,
             sampler_mesh,
-            compute_dtype=config.model.compute_dtype,
             vocab_size=vocab_size,
             stop_ids=stop_ids,
             max_prompt_tokens=config.data.max_prompt_tokens,

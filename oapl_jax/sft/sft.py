@@ -52,13 +52,9 @@ def run(config: SftConfig) -> pathlib.Path:
     architecture, tokenizer = policy.outline(config.model, config.model.path)
     pairs = load_pairs(config.data, tokenizer, config.run.seed)
     learner = make_learner(
-        config.model,
-        config.lora,
-        config.learner,
+        config,
         architecture,
         mesh,
-        num_steps=config.run.steps,
-        max_prompt_tokens=config.data.max_prompt_tokens,
         max_response_tokens=config.data.max_response_tokens,
         group_size=1,
         objective=supervised.OBJECTIVE,
