@@ -17,7 +17,7 @@ import itertools
 import operator
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
@@ -220,6 +220,12 @@ def written(config: Section) -> dict[str, Any]:
     for place, text in config._texts.items():
         functools.reduce(operator.getitem, place[:-1], values)[place[-1]] = text
     return values
+
+
+def flat(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """The values of a config by ``section.key``."""
+    sections = {name: value if isinstance(value, dict) else {"": value} for name, value in values.items()}
+    return {f"{name}.{key}".rstrip("."): value for name, section in sections.items() for key, value in section.items()}
 
 
 def hide(message: str) -> str:

@@ -155,11 +155,5 @@ def _identity(config: Any) -> dict[str, Any]:
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Lines ``section.key: old -> new``."""
-    old, new = _flat(before), _flat(after)
+    old, new = config_file.flat(before), config_file.flat(after)
     return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in {**new, **old} if old.get(key) != new.get(key)]
-
-
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Values by ``section.key``."""
-    sections = {section: value if isinstance(value, dict) else {"": value} for section, value in config.items()}
-    return {f"{section}.{key}".rstrip("."): item for section in sections for key, item in sections[section].items()}

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Shaped
 
+from oapl_jax.config.config_file import flat
 from oapl_jax.config.run import RunConfig
 from oapl_jax.io import storage
 from oapl_jax.io.storage import SharedPath
@@ -136,7 +137,11 @@ class TensorBoard:
             str(self._folder), purge_step=first_step, filename_suffix=f".from-{first_step}"
         )
         assert writer.file_writer is not None  # it writes
-        for summary in hparams(_flat(self._settings), dict.fromkeys(RESULTS))[:2]:  # the third is for the end of a run
+        shown = {
+            key: value if isinstance(value, bool | str | float | int) else str(value)
+            for key, value in flat(self._settings).items()
+        }
+        for summary in hparams(shown, dict.fromkeys(RESULTS))[:2]:  # the third is for the end of a run
             writer.file_writer.add_summary(summary)
         return writer
 
@@ -183,13 +188,6 @@ class HostedRun:
     def close(self) -> None:
         """As ``Tracker``; waits until all is written or sent."""
         self._run.finish()
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, bool | str | float | int]:
-    """Values by ``section.key``, as TensorBoard takes them."""
-    sections = {name: value if isinstance(value, dict) else {"": value} for name, value in settings.items()}
-    found = {f"{name}.{key}".rstrip("."): value for name, of in sections.items() for key, value in of.items()}
-    return {key: value if isinstance(value, bool | str | float | int) else str(value) for key, value in found.items()}
 
 
 def _markdown(sample: Sample) -> str:

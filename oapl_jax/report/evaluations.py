@@ -87,7 +87,8 @@ def score(evaluations: list[Evaluation], summary: dict[str, Any], curves: dict[s
         ends = {name.partition("/")[2]: curve.points()["y"] for name, curve in curves.items() if "/pass@" in name}
         rows = {"before": {name: values[0] for name, values in ends.items()}}
         rows["newest"] = {name: values[-1] for name, values in ends.items() if len(values) > 1}
-    return [_without_interval(label, values) for label, values in rows.items() if by_k(values)]
+    found = {label: dict(sorted(by_k(values).items())) for label, values in rows.items()}
+    return [Scores(label, list(rates), list(rates.values()), [], []) for label, rates in found.items() if rates]
 
 
 def gain(evaluations: list[Evaluation], scores: list[Scores]) -> Gain | None:
@@ -123,11 +124,6 @@ def _score(item: Evaluation) -> Scores:
     low, high = passk.interval(passk.resampled_means(values, np.random.default_rng(_SEED)))
     label = "before" if item.step == 0 else f"step {item.step}"
     return Scores(label, ks, values.mean(axis=0).tolist(), low.tolist(), high.tolist())
-
-
-def _without_interval(label: str, values: dict[str, float]) -> Scores:
-    found = sorted(by_k(values).items())
-    return Scores(label, [k for k, _ in found], [value for _, value in found], [], [])
 
 
 def by_k(values: dict[str, float]) -> dict[int, float]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from oapl_jax.config.config_file import flat
 from oapl_jax.io import json_lines, storage
 from oapl_jax.io.metrics import METRICS_FILE
 from oapl_jax.io.run_dir import BATCHES_FILE, CONFIG_FILE, EVALUATIONS_FILE, STARTS_FILE, SUMMARY_FILE
@@ -99,11 +100,7 @@ def _settings(config: str) -> dict[str, str]:
         sections = yaml.safe_load(config)
     except (yaml.YAMLError, ValueError, RecursionError):  # it is shown as it is
         return {}
-    found = {}
-    for section, values in sections.items() if isinstance(sections, dict) else ():
-        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
-            found[f"{section}.{key}".rstrip(".")] = str(value)
-    return found
+    return {key: str(value) for key, value in flat(sections).items()} if isinstance(sections, dict) else {}
 
 
 def _read_token_logprobs(run_dir: SharedPath) -> tuple[dict[str, GroupLogprobs], list[str]]:
