@@ -26,6 +26,7 @@ from oapl_jax.io.metrics import METRICS_FILE, read_metrics
 from oapl_jax.io.run_dir import BATCHES_FILE
 from oapl_jax.io.storage import SharedPath
 from oapl_jax.rollouts.checks import GroupCheck
+from oapl_jax.rollouts.filters import FEWEST_ROLLOUTS
 from oapl_jax.rollouts.grading import advantages_of
 from oapl_jax.rollouts.import_rollouts import IMPORTS_FOLDER
 from oapl_jax.rollouts.log import RolloutLog, digest, digests_of
@@ -112,7 +113,7 @@ def _check_batch(
             check.check(group)
         except ValueError as error:
             raise RunError(f"{folder}, {error}") from error
-        _require(len(group.usable) > 1, which, "has fewer than two usable rollouts and was trained on")
+        _require(len(group.usable) >= FEWEST_ROLLOUTS, which, "has fewer than two usable rollouts and was trained on")
         _require(digest(group) == names[name], which, "is not the one that was trained on: its digest is another")
 
 

@@ -281,7 +281,7 @@ class LogFollower(BufferedSource):
         """Frees the place of what does not pass; a disk that cannot be written is tried again."""
         with contextlib.suppress(OSError):  # or somebody was first
             if self._is_leader:
-                aside = storage.move_aside(path, ".damaged")
+                aside = storage.move_aside(path)
                 self._num_damaged += 1
                 again = ", its groups are sampled again" if path.name.endswith(".parquet") else ""
                 self._note(f"{path}: {problem}; moved to {aside.name}{again}")

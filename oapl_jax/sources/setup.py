@@ -19,6 +19,7 @@ from oapl_jax.io.storage import SharedPath, shared_path
 from oapl_jax.learner import batch as batches
 from oapl_jax.rewards.grader import Grader
 from oapl_jax.rollouts.buffer import GroupBuffer
+from oapl_jax.rollouts.filters import FEWEST_ROLLOUTS
 from oapl_jax.rollouts.grading import Grading, advantages_of
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.sampling import Request, SamplingDistribution, run
@@ -29,8 +30,6 @@ from oapl_jax.sources.sampling_loop import SamplingLoop
 from oapl_jax.sources.turns import SamplerTurns
 from oapl_jax.types import RolloutGroup
 
-FEWEST_USABLE = 2
-"""Usable rollouts that a group must have: V* of one rollout is its own reward."""
 PARITY_STREAM = 2**32 - 2
 """Stream of the sampling keys, see ``evaluation.held_out.EVALUATION_STREAM``."""
 
@@ -177,6 +176,6 @@ def acceptance(config: TrainConfig) -> Callable[[RolloutGroup], bool]:
     drop_equal = config.objective.drop_equal_reward_groups
 
     def is_accepted(group: RolloutGroup) -> bool:
-        return len(group.usable) >= FEWEST_USABLE and not (drop_equal and batches.has_equal_rewards(group))
+        return len(group.usable) >= FEWEST_ROLLOUTS and not (drop_equal and batches.has_equal_rewards(group))
 
     return is_accepted
