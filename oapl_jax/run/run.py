@@ -468,12 +468,11 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
         record = writer = evaluations = token_logprobs = None
         if is_leader:
             record = BatchRecord(directory / run_dir.BATCHES_FILE, delete_after=progress.step if is_changed else None)
-            resume_step, written = None if is_new else progress.step, config_file.written(config)
-            tracker = trackers.start(directory, config.run, 0 if is_new else progress.step + 1, written)
-            writer = MetricsWriter(directory, tracker, resume_step=resume_step)
-            stack.enter_context(writer)
+            resume_step = -1 if is_new else progress.step
+            tracker = trackers.start(directory, config.run, resume_step + 1, config_file.written(config))
+            writer = stack.enter_context(MetricsWriter(directory, tracker, resume_step=resume_step))
             evaluations, token_logprobs = (
-                open_lines(directory / name, lambda step: not is_new and step <= progress.step)[0]
+                open_lines(directory / name, lambda step: step <= resume_step)[0]
                 for name in (run_dir.EVALUATIONS_FILE, diagnostics.TOKEN_LOGPROBS_FILE)
             )
             starts, _ = open_lines(directory / run_dir.STARTS_FILE, lambda step: True)

@@ -72,13 +72,13 @@ def run(config: SftConfig) -> pathlib.Path:
         progress = stack.enter_context(ProgressBar(config.run.steps, enabled=config.logging.progress))
         checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep, [config.checkpoint.keep_every])
         stack.callback(checkpoints.close)
-        first, resume_step = 0, None
+        first = 0
         if (restored := checkpoints.restore(learner.shapes.stored, progress.note)) is not None:
-            first = resume_step = restored[0]
+            first = restored[0]
             state = state.restored(restored[1])
             progress.note(f"resumed supervised training at step {first}")
         tracker = trackers.start(directory, config.run, first + 1, config_file.written(config))
-        writer = stack.enter_context(MetricsWriter(directory, tracker, resume_step=resume_step))
+        writer = stack.enter_context(MetricsWriter(directory, tracker, resume_step=first))
         for step in range(first + 1, config.run.steps + 1):
             start = time.perf_counter()
             taken = [pairs[i] for i in range((step - 1) * num_pairs, step * num_pairs)]
