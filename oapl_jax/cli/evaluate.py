@@ -53,7 +53,7 @@ def evaluate(config: EvaluateConfig, *, watch: bool = False) -> str:
         ValueError: what the config got wrong.
         TimeoutError: with ``watch``, no new version came in time.
     """
-    run_dir.check_run(config, EvaluateConfig)
+    run_dir.check_run(config)
     log = storage.shared_path(config.run.dir) / ROLLOUTS
     label = config.run.label or _label(str(config.model.path or config.model.config or config.model.warm_start))
     distribution, sampler = SamplingDistribution.of(config.sampler), None
@@ -71,7 +71,7 @@ def evaluate(config: EvaluateConfig, *, watch: bool = False) -> str:
                 say(_describe(prompts, stops))
                 sampler = make_sampler(config, architecture, sampler_mesh, tokenizer, _longest(prompts))
             params = policy.load_params(config.model, path, architecture, mesh, config.run.seed)
-            run_dir.open_run(config, EvaluateConfig)
+            run_dir.open_run(config)
             sampler.set_weights(WeightSync(params, sampler_mesh, config.sampler.dtype)(params)[0])
             del params
             samples = RolloutLog(log, dataclasses.asdict(distribution))

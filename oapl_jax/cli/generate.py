@@ -77,7 +77,7 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
         ValueError: the config or the data got something wrong; the message says what.
         TimeoutError: see ``generation.generate``.
     """
-    run_dir.check_run(config, GenerateConfig)
+    run_dir.check_run(config)
     directory, deadline = storage.shared_path(config.run.dir), config.generation.deadline
     with contextlib.ExitStack() as stack:
         leases = stack.enter_context(Leases(directory / LEASES_FOLDER, config.generation.lease_seconds))
@@ -106,7 +106,7 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
         work = Generation(log, leases, config.generation.policy_version, prompts, size, deadline)
         with _alone(leases, "work", deadline):
             _check_work(directory / WORK_FILE, work)
-            run_dir.open_run(config, GenerateConfig)
+            run_dir.open_run(config)
         progress = stack.enter_context(ProgressBar(len(prompts), enabled=config.logging.progress, unit="group"))
         for line in lines:
             progress.note(line)

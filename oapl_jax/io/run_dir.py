@@ -86,7 +86,7 @@ def save_config(run: SharedPath, config: Section) -> None:
     storage.replace(run / CONFIG_FILE, config_file.to_yaml(config).encode())
 
 
-def check_run(config: Any, schema: type[Section]) -> bool:
+def check_run(config: Any) -> bool:
     """Whether a directory belongs to a run of this config; writes nothing.
 
     Raises:
@@ -104,7 +104,7 @@ def check_run(config: Any, schema: type[Section]) -> bool:
         check_release(run)
     if not has_config:
         return False
-    changes = _differences(_identity(_read_config(run, schema, is_saved=is_used)), _identity(config))
+    changes = _differences(_identity(_read_config(run, type(config), is_saved=is_used)), _identity(config))
     if changes and not config.run.allow_config_change:
         raise ValueError(
             f"run.dir={config.run.dir!r} belongs to a run of another config; these differ:\n  "
@@ -114,14 +114,14 @@ def check_run(config: Any, schema: type[Section]) -> bool:
     return not changes
 
 
-def open_run(config: Any, schema: type[Section]) -> SharedPath:
+def open_run(config: Any) -> SharedPath:
     """``check_run``, and saves the resolved config: when all is loaded, so that a start that fails claims no directory.
 
     Raises:
         ValueError: the directory belongs to a run of another config or release, or cannot be written, or is in a store
             that does not do what a run relies on.
     """
-    check_run(config, schema)
+    check_run(config)
     run = storage.shared_path(config.run.dir)
     storage.check_creates_once(run)
     try:

@@ -446,7 +446,7 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
         make_warm_start(config)
         lease = None
         if is_leader:
-            run_dir.open_run(config, TrainConfig)
+            run_dir.open_run(config)
             lease = _claim_run(stack, setup)
             storage.remove(directory / run_dir.SUMMARY_FILE)  # of a run that goes on
         setup.trainers.wait()  # until the leader has the run

@@ -53,7 +53,7 @@ def load(config: TrainConfig, known: ConfigError | None = None) -> tuple[Assembl
         return None
 
     everything = TrainConfig.model_fields
-    attempt(everything, lambda: run_dir.check_run(config, TrainConfig))
+    attempt(everything, lambda: run_dir.check_run(config))
     grader = attempt(("data", "reward"), lambda: make_grader(config))  # its processes start beside what follows
     outlined = attempt(("model",), lambda: outline(config.model))
     meshes = attempt(("mesh",), lambda: make_meshes(config.mesh))

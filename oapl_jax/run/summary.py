@@ -13,7 +13,7 @@ def finished(config: TrainConfig) -> dict[str, Any] | None:
     """The summary of a run of this config that is over; None where steps are left, or ``run.dir`` is of another run."""
     path = storage.shared_path(config.run.dir) / run_dir.SUMMARY_FILE
     try:
-        is_this_run = storage.exists(path) and run_dir.check_run(config, TrainConfig)
+        is_this_run = storage.exists(path) and run_dir.check_run(config)
     except ValueError:  # said when the run starts, with what else is wrong
         return None
     if not is_this_run:

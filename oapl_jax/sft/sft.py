@@ -38,7 +38,7 @@ def ensure(config: SftConfig) -> pathlib.Path:
     if not is_finished(config):
         run(config)
     else:
-        run_dir.check_run(config, SftConfig)  # refuses a model that another config made
+        run_dir.check_run(config)  # refuses a model that another config made
     return export_folder(config)
 
 
@@ -47,7 +47,7 @@ def run(config: SftConfig) -> pathlib.Path:
 
     The position in the data is a function of the step, so a resumed run sees the same batches.
     """
-    run_dir.check_run(config, SftConfig)
+    run_dir.check_run(config)
     mesh, _ = make_meshes(config.mesh)
     architecture, tokenizer = policy.outline(config.model, config.model.path)
     pairs = load_pairs(config.data, tokenizer, config.run.seed)
@@ -66,7 +66,7 @@ def run(config: SftConfig) -> pathlib.Path:
         policy.load_params(config.model, config.model.path, architecture, mesh, config.run.seed, config.lora)
     )
     num_pairs = config.learner.batch_rollouts
-    directory = run_dir.open_run(config, SftConfig)
+    directory = run_dir.open_run(config)
 
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(ProgressBar(config.run.steps, enabled=config.logging.progress))
