@@ -178,9 +178,7 @@ def _present(source: SharedPath, store: PolicyStore | None) -> list[int]:
 def report(logs: Sequence[tuple[str, SharedPath]], out: SharedPath) -> str:
     """Reads rollout logs, writes tables and pictures into ``out``, and returns the table.
 
-    Args:
-        logs: labels and logs; a log of several versions gives a policy for each.
-        out: the folder.
+    ``logs`` have labels; a log of several versions gives a policy for each.
 
     Raises:
         ValueError: two logs of one label, no rollouts, or a file that cannot be read.

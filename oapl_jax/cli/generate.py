@@ -71,7 +71,7 @@ def main(argv: list[str]) -> None:
 
 
 def run(config: GenerateConfig) -> dict[str, Any] | None:
-    """Does this process's share, and the last one's summary; None when it was stopped before the end.
+    """Does this process's share of the work; returns the summary, or None where it was stopped before the end.
 
     Raises:
         ValueError: the config or the data got something wrong; the message says what.

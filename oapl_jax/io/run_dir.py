@@ -37,7 +37,7 @@ NOT_IDENTITY = {"reward": ("folder",), "profile": ("steps",)}
 
 
 def check_release(run: SharedPath) -> None:
-    """Refuses what is no run directory, and one of another layout; who reads a run directory calls this first.
+    """Refuses what is no run directory, and one of another layout; whoever reads a run directory calls this first.
 
     Raises:
         ValueError: names both releases and what to do.

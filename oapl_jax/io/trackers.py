@@ -24,7 +24,7 @@ from oapl_jax.io.terminal import visible
 TENSORBOARD_FOLDER = "tensorboard"
 ID_FILE = "tracker_id.txt"
 HISTOGRAM = "_histogram"
-"""Behind the name of a metric: its distribution. A tracker has one kind of value under a name."""
+"""Suffix of a metric's name for its distribution: a tracker has one kind of value under a name."""
 SAMPLES = "rollouts/samples"
 """The name of the samples."""
 RESULTS = ("evaluation/pass@1", "rollouts/reward")
@@ -68,11 +68,8 @@ class Tracker(Protocol):
 def start(run_dir: SharedPath, config: RunConfig, first_step: int, settings: dict[str, Any]) -> Tracker | None:
     """The tracker that ``run.tracker`` names; None: none.
 
-    Args:
-        run_dir: of the run.
-        config: section ``run``.
-        first_step: the step that is written first: a resumed run writes steps again that were after its checkpoint.
-        settings: the config, shown as hyperparameters.
+    ``first_step`` is written first: a resumed run writes steps again that were after its checkpoint. ``settings`` are the
+    config, shown as hyperparameters.
 
     Raises:
         ValueError: its library is not installed.

@@ -21,7 +21,7 @@ from oapl_jax.untrusted.parquet import Limits
 
 MOST_ROLLOUTS = 2000
 _KEPT = 500
-"""Candidates of a stratum."""
+"""Most candidates of a stratum that are kept."""
 _RANGES, _SPANS = 16, 60
 """Parts of the versions, of equal length: as strata, and in the table of counts."""
 LIMITS = Limits(2**20, 2**30)

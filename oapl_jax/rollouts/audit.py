@@ -6,7 +6,7 @@ Reads the rollout log, the record of the batches and the metrics, and checks eve
 log, are those that were trained on, complete, of the policy version of its window or as far before it as
 ``window.max_version_lag`` says, with tokens of the vocabulary up to a stop or the limit, log-probabilities, and the
 advantages that their rewards give (``checks.py``); none was trained on more often than the config says; the lag is below
-``sync_every``. It also says where what was rewarded looks as if the grader was gamed (``surface.py``).
+``sync_every``. It also says where rewarded responses look as if the grader was gamed (``surface.py``).
 Exit code 1 names the first mistake and the file and line that it is in. It needs no devices and changes nothing.
 """
 

@@ -62,7 +62,7 @@ from oapl_jax.weights.policies import PolicyStore
 MakeSource = Callable[[SamplingSetup], GroupSource]
 
 PEER_SECONDS = 1800.0
-"""How long another process of the job may take to say what it has at hand."""
+"""Longest wait for an answer of another process of the job."""
 EPOCHS_FOLDER = "epochs"
 
 
@@ -83,19 +83,19 @@ class Run:
     checkpoints: Checkpoints
     log: StepLog
     record: BatchRecord | None
-    """None, as the lease and the next file, in a process that another one leads."""
+    """None in a process that another one leads, as are ``token_logprobs`` and ``lease``."""
     token_logprobs: LineFile | None
     bar: ProgressBar
     lease: Lease | None
     """On the run directory: one trainer at a time."""
     poll: Callable[[], bool]
-    """Sees to what runs beside the learner; whether a process of the run is to stop."""
+    """Looks after what runs beside the learner; returns whether a process of the run has to stop."""
     stop: StopSignals
     profiler: Profiler
     peak_flops: float | None
     """A second, of the trainer's devices together; None where it is not known."""
     started: float
-    """Time up to which ``progress.seconds`` does not count yet."""
+    """Time up to which ``progress.seconds`` has counted."""
     num_dropped_before: int
     """Groups that were dropped before this process started."""
     plan: WindowPlan | None = None
@@ -103,11 +103,11 @@ class Run:
     has_trained: bool = False
     """Whether this process has compiled the train step."""
     surface: SurfaceWatch = dataclasses.field(default_factory=SurfaceWatch)
-    """Of the responses that were learnt from."""
+    """Watches the responses that were trained on."""
     distributions: Distributions | None = None
     """Of the last batch, where it ended a window: for the tracker."""
     save_seconds: float = 0.0
-    """What saving took since the last report."""
+    """Seconds that saving took since the last report."""
 
     @property
     def config(self) -> TrainConfig:

@@ -111,8 +111,8 @@ class Published:
 class LogFollower(BufferedSource):
     """A ``GroupSource``: puts what appears in the log into the buffer; owns a thread.
 
-    ``check`` reads the files; one that does not pass is moved away. ``note`` prints a sentence for the user. Not
-    ``is_leader``: another process does the same, and moves files away.
+    ``check`` reads the files; one that does not pass is moved away, by the leader where several processes follow the log.
+    ``note`` prints a sentence for the user.
     """
 
     def __init__(

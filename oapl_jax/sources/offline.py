@@ -37,7 +37,7 @@ from oapl_jax.types import FinishReason, Grade, GradedRollout, PreemptedError, P
 
 GROUPS_PER_FILE = 8
 GROUPS_PER_SCORING = 64
-"""Groups of a file of data that are taken in: scored together, those of one length in one batch."""
+"""Groups that are scored together and written as one file; responses of one length share a batch."""
 SECONDS_BETWEEN_NOTES = 10.0
 ROUNDS_FOLDER = "rounds"
 LEASES_FOLDER = "leases"

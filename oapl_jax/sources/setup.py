@@ -1,4 +1,4 @@
-"""What a process needs that samples for a run: prompts, graders, the sampler, and who the other processes are."""
+"""What a process of a run needs to sample: prompts, graders, the sampler, and who the other processes are."""
 
 import contextlib
 import dataclasses
@@ -152,7 +152,7 @@ class SamplingSetup:
 
 
 def make_setup(assembly: Assembly, inputs: Inputs, say: Callable[[str], None] = lambda message: None) -> SamplingSetup:
-    """With the process's sampler, where it samples; ``say`` is told what that compiles."""
+    """With the process's sampler, where it samples; ``say`` gets a line for what that compiles."""
     config, turns, lock = assembly.config, None, contextlib.nullcontext()
     if assembly.engines:
         sampler = JaxSampler(assembly.engines, assembly.sampler_mesh, inputs.tokenizer.decode)
