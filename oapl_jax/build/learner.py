@@ -53,7 +53,7 @@ class Learner:
 
     @property
     def keeps_reference(self) -> bool:
-        """Whether that model is a copy of its own; a policy with adapters has it as its base."""
+        """Whether that model is kept as a copy; a policy with adapters has it as its base."""
         return self.scores_reference and not lora.has_adapters(self.shapes.params)
 
     @functools.cached_property

@@ -65,8 +65,11 @@ def evaluate(config: EvaluateConfig, *, watch: bool = False) -> str:
             if sampler is None:  # with the first policy; the next ones have its shapes
                 prompts, grader = benchmarks.load(config, tokenizer)
                 stops = Stops(tokenizer, distribution)
-                untrained = Advantages(_none, lambda rewards: math.nan, config.sampler.truncated)
-                grading = Grading(stops.text, grader, untrained)
+                # Nothing is trained on these samples, so they have no advantages.
+                none = Advantages(
+                    lambda rewards, _: np.full(len(rewards), math.nan), lambda _: math.nan, config.sampler.truncated
+                )
+                grading = Grading(stops.text, grader, none)
                 stack.callback(grading.close)
                 say(_describe(prompts, stops))
                 sampler = make_sampler(config, architecture, sampler_mesh, tokenizer, _longest(prompts))
@@ -86,11 +89,6 @@ def _label(path: str) -> str:
     """The last part of a path; of an export of a run the run's name."""
     place = pathlib.PurePath(path)
     return place.parent.name if place.name.startswith("export") and place.parent.name else place.name
-
-
-def _none(rewards: np.ndarray, _: np.ndarray) -> np.ndarray:
-    """No advantages: nothing is trained on these samples."""
-    return np.full(len(rewards), math.nan)
 
 
 def _longest(prompts: Sequence[Prompt]) -> int:

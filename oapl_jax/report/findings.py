@@ -91,11 +91,8 @@ def _ungraded(record: RunRecord) -> Iterator[str]:
     _, invalid = _ends(record, "rollouts/invalid")
     if invalid >= MOST_INVALID:
         reason = next((reason for kind, reason, _ in record.log.reasons if kind == Verdict.INVALID), "")
-        yield (
-            f"Failing grader: {invalid:.0%} of the rollouts at the end have no verdict"
-            + (reason and f"; {reason}")
-            + "."
-        )
+        because = f"; {reason}" if reason else ""
+        yield f"Failing grader: {invalid:.0%} of the rollouts at the end have no verdict{because}."
     _, equal = _ends(record, "rollouts/equal_reward_groups")
     if equal >= STALE_SHARE:
         yield f"Stale grader, or prompts that teach nothing: in {equal:.0%} of the groups at the end all rewards are equal."

@@ -33,7 +33,7 @@ class RunRecord:
     metrics: curves.Metrics
     evaluations: list[Evaluation]
     scores: list[Scores]
-    rollouts_dir: storage.SharedPath
+    rollouts_dir: SharedPath
     log: reservoir.LogRecord
     trained_at: dict[str, list[int]]
     """Steps whose batch had a group, by the ids of those that are shown."""

@@ -22,7 +22,7 @@ from oapl_jax.untrusted import reading
 from oapl_jax.untrusted.parquet import Limits
 
 HIGHEST_LOGPROB, LOWEST_LOGPROB = 1e-4, -1e4
-"""Nats: rounding may lift a certain token above 0; what float32 noise draws is never below some hundreds."""
+"""Nats. Rounding may lift a certain token above 0; no sampler draws a token below minus some hundreds."""
 MOST_REWARD = 1e9
 """The square of a larger one leaves float32."""
 ADVANTAGE_TOLERANCE = 1e-5
