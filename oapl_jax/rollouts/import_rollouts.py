@@ -99,7 +99,7 @@ class Expectations:
 
     @classmethod
     def of(cls, config: TrainConfig, tokenizer: Tokenizer) -> "Expectations":
-        """Those of a run of this config; it may score log-probabilities, and shorten what is too long."""
+        """Of data that a run of this config may score, and shorten or drop where they are too long."""
         distribution, offline = SamplingDistribution.of(config.sampler), config.offline
         stops = Stops(tokenizer, distribution)
         return cls(
@@ -179,10 +179,9 @@ def read(path: pathlib.Path, expectations: Expectations, bad: BadRows) -> list[R
 
 
 def graded(found: Sequence[Responses], grading: Grading, bad: BadRows) -> list[Responses]:
-    """The same with grades for what has none. Rollouts whose verdict is invalid are left out and counted.
+    """The same with grades for what has none, without prompts that have no rollout left.
 
-    So are those whose prompt cannot be graded, or these are an error, as ``bad`` has it. A prompt without rollouts is
-    left out too.
+    Rollouts whose verdict is invalid are left out and counted. Those whose prompt cannot be graded are bad rows.
     """
     done = []
     for responses in found:

@@ -330,10 +330,10 @@ class Run:
         self.bar.note(f"round {number}, epoch {epoch}{score}")
         return metrics
 
-    def save_folder(self, folder: pathlib.Path) -> pathlib.Path:
+    def save_folder(self, folder: pathlib.Path) -> None:
         """Writes the learner's model as a Hugging Face folder."""
         params, writers = lora.merged(self.state.params), self.setup.trainers
-        return hf.save_folder(folder, self.assembly.architecture, params, self.setup.tokenizer, writers=writers)
+        hf.save_folder(folder, self.assembly.architecture, params, self.setup.tokenizer, writers=writers)
 
     @traced_as("save")
     def save(self) -> None:

@@ -33,13 +33,12 @@ def is_finished(config: SftConfig) -> bool:
     return export_folder(config).is_dir()
 
 
-def ensure(config: SftConfig) -> pathlib.Path:
-    """The Hugging Face folder of the trained model; trains it first where it does not exist."""
-    if not is_finished(config):
-        run(config)
-    else:
+def ensure(config: SftConfig) -> None:
+    """Trains the model where its folder does not exist yet."""
+    if is_finished(config):
         run_dir.check_run(config)  # refuses a model that another config made
-    return export_folder(config)
+    else:
+        run(config)
 
 
 def run(config: SftConfig) -> pathlib.Path:
