@@ -124,16 +124,11 @@ def make_assembly(
 ) -> Assembly:
     """Makes what the config names.
 
-    Args:
-        config: of the run.
-        architecture: of the model.
-        vocab_size: the tokenizer's length.
-        stop_ids: tokens that end a response.
-        devices: real ones or described ones; None: all of the job.
-        usable: memory of each device in bytes; None: ask the devices.
-        replica_devices: devices to compile the sampler's programs for, by their number, where the first of ``devices``
-            do not serve: libtpu takes a part of a described slice only where its ids are the first ones.
-        may_lack_room: return an assembly without engines where no rollout fits, instead of an error.
+    ``vocab_size`` is the tokenizer's length. ``devices`` are real ones or described ones (None: all of the job), with
+    ``usable`` bytes of memory each (None: ask the devices). ``replica_devices`` gives devices to compile the sampler's
+    programs for, by their number, where the first of ``devices`` do not serve: libtpu takes a part of a described slice
+    only where its ids are the first ones. Where no rollout fits and that is allowed (``may_lack_room``), the assembly has
+    no engines.
 
     Raises:
         NoRoomError: the memory has no room for one rollout.
@@ -144,13 +139,9 @@ def make_assembly(
         check_processes(config.mesh, trainer_mesh, sampler_mesh)
     objective, options = objective_of(config.objective)
     learner = make_learner(
-        config.model,
-        config.lora,
-        config.learner,
+        config,
         architecture,
         trainer_mesh,
-        num_steps=config.run.steps,
-        max_prompt_tokens=config.data.max_prompt_tokens,
         max_response_tokens=config.sampler.max_response_tokens,
         group_size=config.sampler.group_size,
         objective=objective,
@@ -178,10 +169,9 @@ def make_assembly(
         replicas = [Mesh(np.array(described, dtype=object).reshape(first.devices.shape), first.axis_names)]
     try:
         engines = make_engines(
-            config.sampler,
+            config,
             architecture,
             sampler_mesh,
-            compute_dtype=config.model.compute_dtype,
             vocab_size=vocab_size,
             stop_ids=stop_ids,
             max_prompt_tokens=config.data.max_prompt_tokens,

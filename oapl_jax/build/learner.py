@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from oapl_jax.build import policy
+from oapl_jax.config.commands import SftConfig, TrainConfig
 from oapl_jax.config.learner import LearnerConfig
-from oapl_jax.config.model import LoraConfig, ModelConfig
+from oapl_jax.config.model import ModelConfig
 from oapl_jax.distributed.sharding import TRAINER_RULES, placed, shardings
 from oapl_jax.learner import batch as batches
 from oapl_jax.learner.state import TrainState, abstract_state, init_state, make_optimizer, make_schedule
@@ -52,7 +53,7 @@ class Learner:
 
     @property
     def keeps_reference(self) -> bool:
-        """Whether that model is a copy of its own; a policy with adapters has it as its base."""
+        """Whether that model is kept as a copy; a policy with adapters has it as its base."""
         return self.scores_reference and not lora.has_adapters(self.shapes.params)
 
     @functools.cached_property
@@ -125,14 +126,10 @@ class Learner:
 
 
 def make_learner(
-    model: ModelConfig,
-    adapters: LoraConfig,
-    learner: LearnerConfig,
+    config: TrainConfig | SftConfig,
     architecture: qwen.QwenConfig,
     mesh: Mesh,
     *,
-    num_steps: int,
-    max_prompt_tokens: int,
     max_response_tokens: int,
     group_size: int,
     objective: Objective,
@@ -142,17 +139,17 @@ def make_learner(
     updates_per_batch: int = 1,
     kl_weight: float = 0.0,
 ) -> Learner:
-    """The programs that these sections of a config describe.
+    """The programs that a config describes; the further arguments are what ``train`` and ``sft`` configure differently.
 
-    ``num_steps`` are those of the whole run, for the learning rate; ``group_size`` are the rollouts of a prompt;
-    ``vocab_size`` is the tokenizer's length; ``updates_per_batch`` divides ``learner.batch_rollouts``;
-    ``kl_weight`` is ``objective.kl_weight``.
+    ``group_size`` are the rollouts of a prompt; ``vocab_size`` is the tokenizer's length; ``updates_per_batch`` divides
+    ``learner.batch_rollouts``; ``kl_weight`` is ``objective.kl_weight``.
 
     Raises:
         ValueError: the rows do not divide over the mesh, the model has no matrix that an adapter is for, or it has too
             few positions.
     """
-    max_tokens = max_prompt_tokens + max_response_tokens
+    model, learner = config.model, config.learner
+    max_tokens = config.data.max_prompt_tokens + max_response_tokens
     architecture.check_positions(max_tokens)
     rows = batches.RowLayout(
         learner.batch_rollouts // updates_per_batch,
@@ -164,8 +161,8 @@ def make_learner(
         group_size=group_size,
         max_response_tokens=max_response_tokens,
     )
-    graphdef, params = policy.abstract(model, architecture, mesh, adapters)
-    schedule = make_schedule(learner, num_steps, updates_per_batch)
+    graphdef, params = policy.abstract(model, architecture, mesh, config.lora)
+    schedule = make_schedule(learner, config.run.steps, updates_per_batch)
     optimizer = make_optimizer(learner, schedule)
     shapes = abstract_state(params, optimizer)
     state_shardings = shardings(shapes, mesh, TRAINER_RULES)

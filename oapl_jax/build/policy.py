@@ -23,15 +23,9 @@ def load_params(
     seed: int,
     adapters: LoraConfig | None = None,
 ) -> Any:
-    """The weights at ``path`` with the trainer's sharding, or random ones of ``model.config``.
+    """The weights at ``path``, a Hugging Face folder or hub name, with the trainer's sharding; None: random ones.
 
-    Args:
-        model: the config's section.
-        path: Hugging Face folder or hub name; None: random weights.
-        config: the architecture, of ``outline``.
-        mesh: the trainer's.
-        seed: of random weights.
-        adapters: new ones beside the weights; None or rank 0: none.
+    ``config`` is the architecture, of ``outline``. New ``adapters`` are put beside the weights, unless their rank is 0.
 
     Raises:
         ValueError: what cannot be read, and where.

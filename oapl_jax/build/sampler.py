@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.typing import DTypeLike
 
 from oapl_jax.config.commands import EvaluateConfig, GenerateConfig, TrainConfig
 from oapl_jax.config.sampling import EvaluateSamplerConfig, SamplerConfig
@@ -27,11 +26,10 @@ class NoRoomError(ValueError):
 
 
 def make_engines(
-    sampler: SamplerConfig | EvaluateSamplerConfig,
+    config: TrainConfig | GenerateConfig | EvaluateConfig,
     model: qwen.QwenConfig,
     mesh: Mesh,
     *,
-    compute_dtype: DTypeLike,
     vocab_size: int,
     stop_ids: Sequence[int],
     max_prompt_tokens: int,
@@ -43,13 +41,14 @@ def make_engines(
     """An engine for each replica of the sampler's mesh that this process has.
 
     ``mesh`` is the whole sampler's; ``meshes`` are the replicas', where the devices are only described. Weights, at most
-    ``num_copies`` of them, and cache share ``free`` bytes on each device. ``compute_dtype`` is that of products where
-    ``sampler.dtype`` is int8, and ``others`` are sampling distributions that may be asked for besides the sampler's own.
+    ``num_copies`` of them, and cache share ``free`` bytes on each device. ``others`` are sampling distributions that may
+    be asked for besides the sampler's own.
 
     Raises:
         NoRoomError: the memory has no room for one sequence.
         ValueError: the rows do not divide over the replicas, or the model has too few positions.
     """
+    sampler = config.sampler
     model.check_positions(max_prompt_tokens + sampler.max_response_tokens)
     num_replicas = mesh.size // mesh.shape["tensor"]
     key, num_rows = _rows(sampler)
@@ -59,7 +58,7 @@ def make_engines(
         raise ValueError(f"{key}: {num_rows} rows do not divide over the {num_replicas} replicas of the sampler's mesh")
     if not meshes:
         return ()
-    computed = compute_dtype if sampler.dtype == "int8" else sampler.dtype
+    computed = config.model.compute_dtype if sampler.dtype == "int8" else sampler.dtype
     rows, cached = num_rows // num_replicas, jnp.dtype(sampler.kv_dtype or computed)
     max_pages = -(-(max_prompt_tokens + sampler.max_response_tokens) // PAGE_SIZE)
     num_weights = num_copies * model.num_params + num_prepared(model, meshes[0])
@@ -103,10 +102,9 @@ def make_sampler(
 ) -> JaxSampler:
     """The sampler of a process that only samples: weights and cache have all of its memory; errors as above."""
     engines = make_engines(
-        config.sampler,
+        config,
         architecture,
         mesh,
-        compute_dtype=config.model.compute_dtype,
         vocab_size=tokenizer.vocab_size,
         stop_ids=Stops(tokenizer, SamplingDistribution.of(config.sampler)).ids,
         max_prompt_tokens=max_prompt_tokens,

@@ -31,22 +31,19 @@ from oapl_jax.evaluation import benchmarks, plots, sampling, scores, tables, tal
 from oapl_jax.io import run_dir, storage
 from oapl_jax.io.storage import SharedPath
 from oapl_jax.io.terminal import say
-from oapl_jax.rollouts.grading import Grading
+from oapl_jax.rollouts.grading import Advantages, Grading
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.rollouts.stops import Stops
 from oapl_jax.run import export
 from oapl_jax.run.start import is_run, model_path, sampled_outline
+from oapl_jax.sources.follower import POLICY_FOLDER
 from oapl_jax.types import Prompt
 from oapl_jax.weights.policies import PolicyGoneError, PolicyStore
 from oapl_jax.weights.sync import WeightSync
 
 ROLLOUTS = "rollouts"
-POLICY_FOLDER = "policy"
-"""Of a run whose samplers are other processes."""
 POLL_SECONDS = 2.0
-SUMMARY_FILE = "summary.json"
-"""Of a training run: it has ended."""
 
 
 def evaluate(config: EvaluateConfig, *, watch: bool = False) -> str:
@@ -56,7 +53,7 @@ def evaluate(config: EvaluateConfig, *, watch: bool = False) -> str:
         ValueError: what the config got wrong.
         TimeoutError: with ``watch``, no new version came in time.
     """
-    run_dir.check_run(config, EvaluateConfig)
+    run_dir.check_run(config)
     log = storage.shared_path(config.run.dir) / ROLLOUTS
     label = config.run.label or _label(str(config.model.path or config.model.config or config.model.warm_start))
     distribution, sampler = SamplingDistribution.of(config.sampler), None
@@ -68,12 +65,16 @@ def evaluate(config: EvaluateConfig, *, watch: bool = False) -> str:
             if sampler is None:  # with the first policy; the next ones have its shapes
                 prompts, grader = benchmarks.load(config, tokenizer)
                 stops = Stops(tokenizer, distribution)
-                grading = Grading(stops.text, grader, _none, lambda rewards: math.nan, config.sampler.truncated)
+                # Nothing is trained on these samples, so they have no advantages.
+                none = Advantages(
+                    lambda rewards, _: np.full(len(rewards), math.nan), lambda _: math.nan, config.sampler.truncated
+                )
+                grading = Grading(stops.text, grader, none)
                 stack.callback(grading.close)
                 say(_describe(prompts, stops))
                 sampler = make_sampler(config, architecture, sampler_mesh, tokenizer, _longest(prompts))
             params = policy.load_params(config.model, path, architecture, mesh, config.run.seed)
-            run_dir.open_run(config, EvaluateConfig)
+            run_dir.open_run(config)
             sampler.set_weights(WeightSync(params, sampler_mesh, config.sampler.dtype)(params)[0])
             del params
             samples = RolloutLog(log, dataclasses.asdict(distribution))
@@ -88,11 +89,6 @@ def _label(path: str) -> str:
     """The last part of a path; of an export of a run the run's name."""
     place = pathlib.PurePath(path)
     return place.parent.name if place.name.startswith("export") and place.parent.name else place.name
-
-
-def _none(rewards: np.ndarray, _: np.ndarray) -> np.ndarray:
-    """No advantages: nothing is trained on these samples."""
-    return np.full(len(rewards), math.nan)
 
 
 def _longest(prompts: Sequence[Prompt]) -> int:
@@ -137,7 +133,9 @@ def _followed(config: EvaluateConfig, source: SharedPath, scratch: pathlib.Path)
     seen: set[int] = set()
     last = time.monotonic()
     while True:
-        has_ended = storage.exists(source / SUMMARY_FILE)  # before the look at the steps, or the last could be missed
+        has_ended = storage.exists(
+            source / run_dir.SUMMARY_FILE
+        )  # before the look at the steps, or the last could be missed
         new = [version for version in _present(source, store) if version not in seen]
         for version in new:
             seen.add(version)
@@ -158,7 +156,7 @@ def _followed(config: EvaluateConfig, source: SharedPath, scratch: pathlib.Path)
         if has_ended:
             raise ValueError(f"{str(source)!r} has ended and has no checkpoint; there is nothing to evaluate")
         if time.monotonic() > last + config.run.watch_deadline:
-            problem = f"within run.watch_deadline={config.run.watch_deadline:g} s, and no {SUMMARY_FILE}"
+            problem = f"within run.watch_deadline={config.run.watch_deadline:g} s, and no {run_dir.SUMMARY_FILE}"
             raise TimeoutError(f"{source}: no new version {problem}")
         time.sleep(POLL_SECONDS)
 
@@ -178,9 +176,7 @@ def _present(source: SharedPath, store: PolicyStore | None) -> list[int]:
 def report(logs: Sequence[tuple[str, SharedPath]], out: SharedPath) -> str:
     """Reads rollout logs, writes tables and pictures into ``out``, and returns the table.
 
-    Args:
-        logs: labels and logs; a log of several versions gives a policy for each.
-        out: the folder.
+    ``logs`` have labels; a log of several versions gives a policy for each.
 
     Raises:
         ValueError: two logs of one label, no rollouts, or a file that cannot be read.

@@ -36,7 +36,7 @@ from oapl_jax.io.terminal import say
 from oapl_jax.objectives import oapl
 from oapl_jax.rewards.grader import Grader, make_grader
 from oapl_jax.rollouts import filters, published
-from oapl_jax.rollouts.grading import Grading
+from oapl_jax.rollouts.grading import Advantages, Grading
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.rollouts.stops import Stops
@@ -71,13 +71,13 @@ def main(argv: list[str]) -> None:
 
 
 def run(config: GenerateConfig) -> dict[str, Any] | None:
-    """Does this process's share, and the last one's summary; None when it was stopped before the end.
+    """Does this process's share of the work; returns the summary, or None where it was stopped before the end.
 
     Raises:
         ValueError: the config or the data got something wrong; the message says what.
         TimeoutError: see ``generation.generate``.
     """
-    run_dir.check_run(config, GenerateConfig)
+    run_dir.check_run(config)
     directory, deadline = storage.shared_path(config.run.dir), config.generation.deadline
     with contextlib.ExitStack() as stack:
         leases = stack.enter_context(Leases(directory / LEASES_FOLDER, config.generation.lease_seconds))
@@ -90,9 +90,11 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
         grading = Grading(
             stops.text,
             grader,
-            lambda rewards, _: oapl.advantages(rewards, BETA1),
-            functools.partial(oapl.optimal_value, beta1=BETA1),
-            config.sampler.truncated,
+            Advantages(
+                lambda rewards, _: oapl.advantages(rewards, BETA1),
+                functools.partial(oapl.optimal_value, beta1=BETA1),
+                config.sampler.truncated,
+            ),
         )
         stack.callback(grading.close)
         sampler = make_sampler(config, architecture, mesh, tokenizer, config.data.max_prompt_tokens)
@@ -104,7 +106,7 @@ def run(config: GenerateConfig) -> dict[str, Any] | None:
         work = Generation(log, leases, config.generation.policy_version, prompts, size, deadline)
         with _alone(leases, "work", deadline):
             _check_work(directory / WORK_FILE, work)
-            run_dir.open_run(config, GenerateConfig)
+            run_dir.open_run(config)
         progress = stack.enter_context(ProgressBar(len(prompts), enabled=config.logging.progress, unit="group"))
         for line in lines:
             progress.note(line)

@@ -71,7 +71,5 @@ def main(argv: list[str]) -> None:
         f"{summary['groups']:,} groups, {summary['rollouts']:,} rollouts, {summary['correct']:,} correct: {arguments.out}"
     )
     for reason, count in summary["left_out"].items():
-        say(
-            f"left out: {count:,} x {reason}"
-            + (f", such as {example}" if (example := bad.examples.get(reason)) else "")
-        )
+        example = f", such as {bad.examples[reason]}" if reason in bad.examples else ""
+        say(f"left out: {count:,} x {reason}{example}")

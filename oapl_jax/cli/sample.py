@@ -13,7 +13,7 @@ from oapl_jax.io.console import ExitCode
 from oapl_jax.sources.sampling_process import ENGINES, SamplingProcess, say
 
 EXIT_SECONDS = 8.0
-"""After SIGTERM: for how long the work in hand is finished before the process just ends."""
+"""After SIGTERM: how long the process may go on to finish its work before it ends anyway."""
 
 
 def main(argv: list[str]) -> None:

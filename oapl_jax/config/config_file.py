@@ -17,7 +17,7 @@ import itertools
 import operator
 import pathlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
@@ -77,14 +77,10 @@ def load(
     *,
     is_saved: bool = False,
 ) -> AnyConfig:
-    """Reads a YAML file, applies ``section.key=value`` overrides and validates; see ``validate``.
+    """Reads a YAML file, applies ``section.key=value`` overrides and validates; ``checks`` as in ``validate``.
 
-    Args:
-        schema: the command's config.
-        path: a file, or the name of a config that comes with the package.
-        overrides: of the command line.
-        checks: as in ``validate``.
-        is_saved: a run has saved it, so its paths are taken as they stand.
+    ``path`` is a file, or the name of a config that comes with the package. The paths in a config that a run has saved
+    (``is_saved``) are taken as they stand.
 
     Raises:
         ConfigError: with every mistake: its dotted path, the value, what is allowed.
@@ -156,7 +152,7 @@ def _read(
 ) -> tuple[Any, dict[tuple[Any, ...], str]]:
     """The values of a file; where it uses the environment, its texts for values from there or from other keys too.
 
-    ``folder``: where files that it names are looked for first; None: nowhere but where they are said to be.
+    Files that it names are looked for in ``folder`` first; None: their paths are taken as they stand.
     """
     if not path.is_file():
         others = [*(path.parent if path.parent.is_dir() else pathlib.Path("configs")).glob("*.yaml")]
@@ -220,6 +216,12 @@ def written(config: Section) -> dict[str, Any]:
     for place, text in config._texts.items():
         functools.reduce(operator.getitem, place[:-1], values)[place[-1]] = text
     return values
+
+
+def flat(values: Mapping[Any, Any]) -> dict[str, Any]:
+    """The values of a config by ``section.key``."""
+    sections = {name: value if isinstance(value, dict) else {"": value} for name, value in values.items()}
+    return {f"{name}.{key}".rstrip("."): value for name, section in sections.items() for key, value in section.items()}
 
 
 def hide(message: str) -> str:

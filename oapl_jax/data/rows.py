@@ -189,9 +189,9 @@ def _read_datasets(
         if split not in loaded:
             raise ValueError(f"{path!r}: has no split {split!r}; {_known(split, loaded)}")
         loaded = loaded[split]
-    if not isinstance(loaded, datasets.Dataset):
-        raise ValueError(f"{path!r} split {split!r}: is a {type(loaded).__name__}, not a table")
     where = f"{path!r} split {split!r}"
+    if not isinstance(loaded, datasets.Dataset):
+        raise ValueError(f"{where}: is a {type(loaded).__name__}, not a table")
     records = loaded.select_columns(choose(where, loaded.column_names)).to_list()
     return f"{pathlib.PurePath(path).name}/{split}", [(where, records)]
 

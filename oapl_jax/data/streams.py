@@ -8,7 +8,7 @@ from typing import Any, Generic, TypeVar
 
 Item = TypeVar("Item")
 TRIED = 64
-"""Items that are made at once of a stream without an end."""
+"""Items of an endless stream that are made at once, for their errors."""
 
 
 class Shuffled(Generic[Item]):

@@ -53,12 +53,12 @@ class Task(abc.ABC):
     def prompt(self, index: int, split: Split, seed: int, tokenizer: Tokenizer) -> Prompt:
         """Prompt number ``index`` of a split; held-out prompts do not depend on ``seed``."""
         stream_seed = HELD_OUT_SEED if split == "held_out" else seed
-        question = self._draw_at(index, stream_seed, split, is_held_out=split == "held_out").question
+        question = self._draw_at(index, stream_seed, split).question
         return self._make_prompt(f"{self.name}/{split}/{index}", question, tokenizer)
 
     def demonstration(self, index: int, seed: int, tokenizer: Tokenizer) -> tuple[Prompt, str]:
         """Training prompt number ``index`` of a separate stream, with a response that lacks the stop token."""
-        draw = self._draw_at(index, seed, "demonstration", is_held_out=False)
+        draw = self._draw_at(index, seed, "demonstration")
         return self._make_prompt(f"{self.name}/demonstration/{index}", draw.question, tokenizer), draw.response
 
     def _make_prompt(self, prompt_id: str, question: Question, tokenizer: Tokenizer) -> Prompt:
@@ -68,11 +68,11 @@ class Task(abc.ABC):
     def _encode(self, question: Question, tokenizer: Tokenizer) -> list[int]:
         return tokenizer.encode_prompt(question)
 
-    def _draw_at(self, index: int, seed: int, stream: str, is_held_out: bool) -> Draw:
+    def _draw_at(self, index: int, seed: int, stream: str) -> Draw:
         rng = np.random.default_rng((seed, _STREAMS[stream], index))
         while True:
             draw = self.draw(rng)
-            if _is_held_out(draw.split_key) == is_held_out:
+            if _is_held_out(draw.split_key) == (stream == "held_out"):
                 return draw
 
 

@@ -214,7 +214,7 @@ class HuggingFaceTokenizer:
         )
 
     def _set_template_options(self, options: Mapping[str, Any], source: str) -> None:
-        """Makes the options defaults of the chat template itself: a saved tokenizer has them, whoever renders with it."""
+        """Makes the options defaults of the chat template itself, so that a saved tokenizer has them in every program."""
         for name, value in options.items():
             source_text = self._tokenizer.get_chat_template() if self._tokenizer.chat_template else ""
             if name in ("messages", "add_generation_prompt") or not re.search(rf"\b{re.escape(name)}\b", source_text):

@@ -28,6 +28,14 @@ class Counts(NamedTuple):
     """Tokens of all responses to the problem."""
 
 
+def make_request(
+    index: int, prompt: Prompt, num_samples: int, seed: int, distribution: SamplingDistribution
+) -> Request[int]:
+    """The samples of an evaluation's prompt. The same seed draws the same random numbers for every policy."""
+    key = (seed, EVALUATION_STREAM, index)
+    return Request(index, prompt.token_ids, num_samples, key, distribution, needs_logprobs=False)
+
+
 def evaluate(
     sampler: Sampler,
     prompts: Sequence[Prompt],
@@ -41,13 +49,11 @@ def evaluate(
 ) -> Counts:
     """Samples each prompt ``num_samples`` times with the sampler's weights, and grades responses while it samples.
 
-    The same seed draws the same random numbers for every policy, so two evaluations of one run differ by the policy
-    alone. Processes can share the prompts: each takes every ``num_parts``-th from ``part`` on, and counts zeros for the
-    others. The sampler is idle, with the weights of the policy.
+    Two evaluations with one seed differ by the policy alone. Processes can share the prompts: each takes every
+    ``num_parts``-th from ``part`` on, and counts zeros for the others. The sampler is idle, with the weights of the policy.
     """
     requests = [
-        Request(i, prompt.token_ids, num_samples, (seed, EVALUATION_STREAM, i), distribution, needs_logprobs=False)
-        for i, prompt in list(enumerate(prompts))[part::num_parts]
+        make_request(i, prompts[i], num_samples, seed, distribution) for i in range(part, len(prompts), num_parts)
     ]
     counts = Counts(*(np.zeros(len(prompts), int) for _ in Counts._fields))
     waiting: list[tuple[int, Future]] = []

@@ -13,8 +13,7 @@ TAIL = (1 - 0.95) / 2
 def pass_at_k(num_samples: Int[np.ndarray, "N"], num_correct: Int[np.ndarray, "N"], k: int) -> Float[np.ndarray, "N"]:
     """The unbiased estimator of pass@k, one value per problem (Chen et al. 2021, arXiv 2107.03374, Eq. 1).
 
-    For n samples, c of them correct, it is ``1 - C(n-c, k) / C(n, k)``, evaluated as
-    ``1 - prod_{i=n-c+1..n} (1 - k/i)`` so that no binomial coefficient overflows.
+    For n samples, c of them correct, it is ``1 - C(n-c, k) / C(n, k)``.
 
     Raises:
         ValueError: k is below 1, a problem has fewer than k samples, or c is outside 0..n.
@@ -22,11 +21,7 @@ def pass_at_k(num_samples: Int[np.ndarray, "N"], num_correct: Int[np.ndarray, "N
     if k < 1:
         raise ValueError(f"pass@{k}: k must be at least 1")
     _check(num_samples, num_correct, k)
-    factors = np.arange(1, num_samples.max(initial=0) + 1)
-    in_product = (factors > (num_samples - num_correct)[:, None]) & (factors <= num_samples[:, None])
-    # The product has a factor with i <= k only if fewer than k samples are wrong, and then pass@k is exactly 1.
-    terms = np.where(in_product, np.maximum(1.0 - k / factors, 0.0), 1.0)
-    return 1.0 - terms.prod(axis=1)
+    return pass_at_ks(num_samples, num_correct, k)[:, -1]
 
 
 def _check(num_samples: np.ndarray, num_correct: np.ndarray, k: int) -> None:

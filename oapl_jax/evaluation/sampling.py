@@ -4,12 +4,12 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 
 from oapl_jax.config.commands import EvaluateConfig
-from oapl_jax.evaluation.held_out import EVALUATION_STREAM
+from oapl_jax.evaluation.held_out import make_request
 from oapl_jax.io.progress_bar import ProgressBar
 from oapl_jax.rollouts.buffer import Ticket
 from oapl_jax.rollouts.grading import Grading
 from oapl_jax.rollouts.log import RolloutLog
-from oapl_jax.rollouts.sampling import Request, Sampler, SamplingDistribution, run
+from oapl_jax.rollouts.sampling import Sampler, SamplingDistribution, run
 from oapl_jax.types import Prompt, Rollout, Verdict
 
 MAX_UNWRITTEN = 64
@@ -32,14 +32,7 @@ def sample(
     parts = [log.read_columns(version, part, ["prompt_id"]) for part in log.parts(version)]
     done = {name for part in parts for name in part["prompt_id"].to_pylist()}
     requests = [
-        Request(
-            i,
-            prompt.token_ids,
-            num_samples,
-            (config.run.seed, EVALUATION_STREAM, i),
-            distribution,
-            needs_logprobs=False,
-        )
+        make_request(i, prompt, num_samples, config.run.seed, distribution)
         for i, prompt in enumerate(prompts)
         if prompt.id not in done
     ]

@@ -10,7 +10,7 @@ MESSAGE = "interrupted; what was saved is whole, and the same command again goes
 
 
 def leave(number: int, frame: FrameType | None) -> NoReturn:
-    """The handler. Nothing is waited for, such as threads that compile or sample: files are whole always."""
+    """Handles the signal. It waits for no thread that compiles or samples: files are always whole."""
     getattr(sys.modules.get("oapl_jax.io.progress_bar"), "stop_live", lambda: None)()
     os.write(2, f"\n{MESSAGE}\n".encode())
     os._exit(EXIT_CODE)

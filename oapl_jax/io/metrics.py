@@ -20,16 +20,15 @@ class MetricsWriter:
     store is complete after every ``flush``: steps after it are lost at a kill, and written by the resumed run.
     """
 
-    def __init__(self, run_dir: SharedPath, tracker: Tracker | None = None, *, resume_step: int | None = None):
+    def __init__(self, run_dir: SharedPath, tracker: Tracker | None = None, *, resume_step: int = -1):
         """Opens the file of a run, and takes over the tracker.
 
-        Lines of steps after ``resume_step`` are removed, because the resumed run writes them again; None: all lines.
+        Lines of steps after ``resume_step`` are removed, because the run writes them again; -1: all lines.
 
         Raises:
             ValueError: metrics.jsonl is damaged.
         """
-        last_kept = -1 if resume_step is None else resume_step
-        self._lines, _ = json_lines.open_lines(run_dir / METRICS_FILE, lambda step: step <= last_kept)
+        self._lines, _ = json_lines.open_lines(run_dir / METRICS_FILE, lambda step: step <= resume_step)
         self._tracker = tracker
 
     def write(self, step: int, metrics: Metrics, distributions: Distributions | None = None) -> None:

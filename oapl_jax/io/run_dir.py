@@ -17,6 +17,10 @@ CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
 """Layout and release of the program that wrote the directory."""
 
+SUMMARY_FILE = "summary.json"
+"""What a run leaves at its end; it says that the run has ended."""
+BATCHES_FILE = "batches.jsonl"
+"""A line for each learner step: the groups of its batch (``rollouts/log.py``)."""
 EVALUATIONS_FILE = "evaluations.jsonl"
 """A line for each evaluation: its step, the ids of the held-out prompts, and of each the graded and correct samples."""
 STARTS_FILE = "starts.jsonl"
@@ -33,7 +37,7 @@ NOT_IDENTITY = {"reward": ("folder",), "profile": ("steps",)}
 
 
 def check_release(run: SharedPath) -> None:
-    """Refuses what is no run directory, and one of another layout; who reads a run directory calls this first.
+    """Refuses what is no run directory, and one of another layout; whoever reads a run directory calls this first.
 
     Raises:
         ValueError: names both releases and what to do.
@@ -82,7 +86,7 @@ def save_config(run: SharedPath, config: Section) -> None:
     storage.replace(run / CONFIG_FILE, config_file.to_yaml(config).encode())
 
 
-def check_run(config: Any, schema: type[Section]) -> bool:
+def check_run(config: Any) -> bool:
     """Whether a directory belongs to a run of this config; writes nothing.
 
     Raises:
@@ -100,7 +104,7 @@ def check_run(config: Any, schema: type[Section]) -> bool:
         check_release(run)
     if not has_config:
         return False
-    changes = _differences(_identity(_read_config(run, schema, is_saved=is_used)), _identity(config))
+    changes = _differences(_identity(_read_config(run, type(config), is_saved=is_used)), _identity(config))
     if changes and not config.run.allow_config_change:
         raise ValueError(
             f"run.dir={config.run.dir!r} belongs to a run of another config; these differ:\n  "
@@ -110,14 +114,14 @@ def check_run(config: Any, schema: type[Section]) -> bool:
     return not changes
 
 
-def open_run(config: Any, schema: type[Section]) -> SharedPath:
+def open_run(config: Any) -> SharedPath:
     """``check_run``, and saves the resolved config: when all is loaded, so that a start that fails claims no directory.
 
     Raises:
         ValueError: the directory belongs to a run of another config or release, or cannot be written, or is in a store
             that does not do what a run relies on.
     """
-    check_run(config, schema)
+    check_run(config)
     run = storage.shared_path(config.run.dir)
     storage.check_creates_once(run)
     try:
@@ -151,11 +155,5 @@ def _identity(config: Any) -> dict[str, Any]:
 
 def _differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Lines ``section.key: old -> new``."""
-    old, new = _flat(before), _flat(after)
+    old, new = config_file.flat(before), config_file.flat(after)
     return [f"{key}: {old.get(key)!r} -> {new.get(key)!r}" for key in {**new, **old} if old.get(key) != new.get(key)]
-
-
-def _flat(config: dict[str, Any]) -> dict[str, Any]:
-    """Values by ``section.key``."""
-    sections = {section: value if isinstance(value, dict) else {"": value} for section, value in config.items()}
-    return {f"{section}.{key}".rstrip("."): item for section in sections for key, item in sections[section].items()}

@@ -101,7 +101,7 @@ def replace(path: SharedPath, content: bytes, *, is_durable: bool = True) -> Non
     local.parent.mkdir(parents=True, exist_ok=True)
     temporary = _write_beside(local, content, is_durable)
     if local.is_dir() and not local.is_symlink():  # which others have put there
-        move_aside(local, ".damaged")
+        move_aside(local)
     temporary.replace(local)
     if is_durable:
         sync_folder(local.parent)
@@ -187,11 +187,11 @@ def remove(path: SharedPath) -> None:
             local.unlink()
 
 
-def move_aside(path: SharedPath, suffix: str) -> SharedPath:
-    """Gives a file, or a local folder, another name, so that nothing reads it again; returns the new one."""
-    aside, times = path.with_name(path.name + suffix), itertools.count(2)
+def move_aside(path: SharedPath) -> SharedPath:
+    """Renames a file, or a local folder, to ``NAME.damaged``, so that nothing reads it again; returns the new path."""
+    aside, times = path.with_name(f"{path.name}.damaged"), itertools.count(2)
     while exists(aside):
-        aside = path.with_name(f"{path.name}{suffix}-{next(times)}")
+        aside = path.with_name(f"{path.name}.damaged-{next(times)}")
     if (store := _store(path)) is not None:
         with _raising_os_errors(path):
             store.copy(str(path), str(aside))

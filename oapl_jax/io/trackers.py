@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import numpy as np
 from jaxtyping import Shaped
 
+from oapl_jax.config.config_file import flat
 from oapl_jax.config.run import RunConfig
 from oapl_jax.io import storage
 from oapl_jax.io.storage import SharedPath
@@ -23,7 +24,7 @@ from oapl_jax.io.terminal import visible
 TENSORBOARD_FOLDER = "tensorboard"
 ID_FILE = "tracker_id.txt"
 HISTOGRAM = "_histogram"
-"""Behind the name of a metric: its distribution. A tracker has one kind of value under a name."""
+"""Suffix of a metric's name for its distribution: a tracker has one kind of value under a name."""
 SAMPLES = "rollouts/samples"
 """The name of the samples."""
 RESULTS = ("evaluation/pass@1", "rollouts/reward")
@@ -67,11 +68,8 @@ class Tracker(Protocol):
 def start(run_dir: SharedPath, config: RunConfig, first_step: int, settings: dict[str, Any]) -> Tracker | None:
     """The tracker that ``run.tracker`` names; None: none.
 
-    Args:
-        run_dir: of the run.
-        config: section ``run``.
-        first_step: the step that is written first: a resumed run writes steps again that were after its checkpoint.
-        settings: the config, shown as hyperparameters.
+    ``first_step`` is written first: a resumed run writes steps again that were after its checkpoint. ``settings`` are the
+    config, shown as hyperparameters.
 
     Raises:
         ValueError: its library is not installed.
@@ -136,7 +134,11 @@ class TensorBoard:
             str(self._folder), purge_step=first_step, filename_suffix=f".from-{first_step}"
         )
         assert writer.file_writer is not None  # it writes
-        for summary in hparams(_flat(self._settings), dict.fromkeys(RESULTS))[:2]:  # the third is for the end of a run
+        shown = {
+            key: value if isinstance(value, bool | str | float | int) else str(value)
+            for key, value in flat(self._settings).items()
+        }
+        for summary in hparams(shown, dict.fromkeys(RESULTS))[:2]:  # the third is for the end of a run
             writer.file_writer.add_summary(summary)
         return writer
 
@@ -183,13 +185,6 @@ class HostedRun:
     def close(self) -> None:
         """As ``Tracker``; waits until all is written or sent."""
         self._run.finish()
-
-
-def _flat(settings: dict[str, Any]) -> dict[str, bool | str | float | int]:
-    """Values by ``section.key``, as TensorBoard takes them."""
-    sections = {name: value if isinstance(value, dict) else {"": value} for name, value in settings.items()}
-    found = {f"{name}.{key}".rstrip("."): value for name, of in sections.items() for key, value in of.items()}
-    return {key: value if isinstance(value, bool | str | float | int) else str(value) for key, value in found.items()}
 
 
 def _markdown(sample: Sample) -> str:

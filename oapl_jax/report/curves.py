@@ -14,7 +14,7 @@ RULE = (
     " with the lowest and the highest value as a band."
 )
 SYNC = "sync/seconds"
-"""Is in the lines of sync steps only."""
+"""A metric that only the lines of sync steps have."""
 
 
 class Curve:
@@ -23,7 +23,7 @@ class Curve:
     def __init__(self, points: Iterable[tuple[int, float]] = ()):
         self._width = 1
         self._buckets: dict[int, list[float]] = {}
-        """Of each the number of values, the sum of their steps, their sum, the lowest and the highest."""
+        """For each: number of values, sum of their steps, sum of the values, lowest value, highest value."""
         for step, value in points:
             self.add(step, value)
 

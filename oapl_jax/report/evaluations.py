@@ -21,6 +21,11 @@ class Evaluation(NamedTuple):
     graded: np.ndarray
     correct: np.ndarray
 
+    @property
+    def rates(self) -> dict[str, float]:
+        """Share of correct samples, by prompt."""
+        return dict(zip(self.prompts, (self.correct / self.graded).tolist(), strict=True))
+
 
 class Scores(NamedTuple):
     """pass@k over k."""
@@ -87,7 +92,8 @@ def score(evaluations: list[Evaluation], summary: dict[str, Any], curves: dict[s
         ends = {name.partition("/")[2]: curve.points()["y"] for name, curve in curves.items() if "/pass@" in name}
         rows = {"before": {name: values[0] for name, values in ends.items()}}
         rows["newest"] = {name: values[-1] for name, values in ends.items() if len(values) > 1}
-    return [_without_interval(label, values) for label, values in rows.items() if by_k(values)]
+    found = {label: dict(sorted(by_k(values).items())) for label, values in rows.items()}
+    return [Scores(label, list(rates), list(rates.values()), [], []) for label, rates in found.items() if rates]
 
 
 def gain(evaluations: list[Evaluation], scores: list[Scores]) -> Gain | None:
@@ -95,9 +101,9 @@ def gain(evaluations: list[Evaluation], scores: list[Scores]) -> Gain | None:
     if len(evaluations) < 2:
         ends = [item.value[item.k.index(1)] for item in scores if 1 in item.k]
         return Gain(ends[0], ends[-1], None, 0) if len(ends) > 1 else None
-    rates = [dict(zip(item.prompts, item.correct / item.graded, strict=True)) for item in evaluations]
-    shared = [name for name in rates[0] if name in rates[-1]]
-    before, after = (np.array([of[name] for name in shared])[:, None] for of in (rates[0], rates[-1]))
+    first, last = evaluations[0].rates, evaluations[-1].rates
+    shared = [name for name in first if name in last]
+    before, after = (np.array([rates[name] for name in shared])[:, None] for rates in (first, last))
     low, high = passk.interval(passk.resampled_means(after - before, np.random.default_rng(_SEED)))
     return Gain(float(before.mean()), float(after.mean()), (float(low[0]), float(high[0])), len(shared))
 
@@ -105,7 +111,7 @@ def gain(evaluations: list[Evaluation], scores: list[Scores]) -> Gain | None:
 def solved(evaluations: list[Evaluation]) -> Solved:
     """The matrix, with rows and columns left out evenly where there are too many."""
     columns = [evaluations[i] for i in _spread(len(evaluations), MOST_COLUMNS)]
-    shares = [dict(zip(item.prompts, item.correct / item.graded, strict=True)) for item in columns]
+    shares = [item.rates for item in columns]
     rows = {name: [of.get(name) for of in shares] for name in dict.fromkeys(n for of in shares for n in of)}
 
     def solved_at(name: str) -> tuple[int, float]:
@@ -119,15 +125,10 @@ def solved(evaluations: list[Evaluation]) -> Solved:
 
 def _score(item: Evaluation) -> Scores:
     ks = [2**i for i in range(int(item.graded.min()).bit_length())]
-    values = np.stack([passk.pass_at_k(item.graded, item.correct, k) for k in ks], axis=1)
+    values = passk.pass_at_ks(item.graded, item.correct, ks[-1])[:, np.array(ks) - 1]
     low, high = passk.interval(passk.resampled_means(values, np.random.default_rng(_SEED)))
     label = "before" if item.step == 0 else f"step {item.step}"
     return Scores(label, ks, values.mean(axis=0).tolist(), low.tolist(), high.tolist())
-
-
-def _without_interval(label: str, values: dict[str, float]) -> Scores:
-    found = sorted(by_k(values).items())
-    return Scores(label, [k for k, _ in found], [value for _, value in found], [], [])
 
 
 def by_k(values: dict[str, float]) -> dict[int, float]:

@@ -2,7 +2,7 @@
 
 import math
 import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from oapl_jax.report.evaluations import gain
 from oapl_jax.report.record import RunRecord
@@ -19,7 +19,7 @@ LEAST_LOG_RATIO = -10.0
 
 def verdict(record: RunRecord) -> str:
     """One to three sentences."""
-    settings, curves, summary = record.settings, record.metrics.curves, record.summary
+    settings, summary = record.settings, record.summary
     step = record.metrics.last_step
     if step is None:
         return "Nothing recorded yet: metrics.jsonl is missing or empty."
@@ -34,8 +34,7 @@ def verdict(record: RunRecord) -> str:
     text = f"{end}{model} was trained on {data} by {name} for {length}."
     found = gain(record.evaluations, record.scores)
     if found is None:
-        reward = curves.get("rollouts/reward")
-        first, last = reward.ends() if reward else (math.nan, math.nan)
+        first, last = _ends(record, "rollouts/reward")
         if math.isnan(first):
             return text
         return f"{text} No two held-out evaluations; the training reward went from {first:.3f} to {last:.3f}."
@@ -50,61 +49,51 @@ def verdict(record: RunRecord) -> str:
 
 def warnings(record: RunRecord) -> list[str]:
     """What a person should look at, the gravest first."""
-    texts = [text for check in _CHECKS for text in check(_Ends(record))]
+    texts = [text for check in (_gamed, _endless, _collapsed, _ungraded) for text in check(record)]
     if damaged := record.log.damaged:
         texts.append(f"Files of the rollout log or of the batch record that could not be read: {len(damaged)}.")
     return texts
 
 
-class _Ends:
-    """Means of metrics over the first and the last tenth of a run; NaN for what is not recorded."""
-
-    def __init__(self, record: RunRecord):
-        self._curves, self.reasons = record.metrics.curves, record.log.reasons
-
-    def __call__(self, name: str) -> tuple[float, float]:
-        return self._curves[name].ends() if name in self._curves else (math.nan, math.nan)
+def _ends(record: RunRecord, name: str) -> tuple[float, float]:
+    """Means of a metric over the first and the last tenth of a run; NaN where it is not recorded."""
+    curves = record.metrics.curves
+    return curves[name].ends() if name in curves else (math.nan, math.nan)
 
 
-def _gamed(ends: _Ends) -> Iterator[str]:
-    _, copied = ends("rollouts/copied")
-    before, form = ends("rollouts/same_form")
+def _gamed(record: RunRecord) -> Iterator[str]:
+    _, copied = _ends(record, "rollouts/copied")
+    before, form = _ends(record, "rollouts/same_form")
     if copied >= SHARE:
         yield f"Reward hacking? {copied:.0%} of the correct responses at the end consist of passages of their prompt."
     if form >= SHARE and before < MOST_AT_START:
         yield f"Reward hacking? {form:.0%} of the correct responses at the end have one form, {before:.0%} at the start."
 
 
-def _endless(ends: _Ends) -> Iterator[str]:
-    _, truncated = ends("rollouts/truncated")
+def _endless(record: RunRecord) -> Iterator[str]:
+    _, truncated = _ends(record, "rollouts/truncated")
     if truncated >= MOST_TRUNCATED:
         yield f"Non-termination: {truncated:.0%} of the responses at the end are cut at the limit."
-    reward, finished = ends("rollouts/reward")[1], ends("rollouts/finished_reward")[1]
+    reward, finished = _ends(record, "rollouts/reward")[1], _ends(record, "rollouts/finished_reward")[1]
     if finished < reward - 0.02:
         yield f"Responses are rewarded that never end: reward {reward:.3f}, {finished:.3f} of those that end by themselves."
 
 
-def _collapsed(ends: _Ends) -> Iterator[str]:
-    before, after = ends("learner/entropy")
+def _collapsed(record: RunRecord) -> Iterator[str]:
+    before, after = _ends(record, "learner/entropy")
     if after < LEAST_ENTROPY or after < LEAST_ENTROPY_SHARE * before:
         yield f"Collapse of entropy: from {before:.3f} to {after:.3f} nats per token."
-    _, log_ratio = ends("learner/log_ratio")
+    _, log_ratio = _ends(record, "learner/log_ratio")
     if log_ratio < LEAST_LOG_RATIO:
         yield f"The KL term has no hold: the log-ratio at the end is {log_ratio:.1f} nats per response."
 
 
-def _ungraded(ends: _Ends) -> Iterator[str]:
-    _, invalid = ends("rollouts/invalid")
+def _ungraded(record: RunRecord) -> Iterator[str]:
+    _, invalid = _ends(record, "rollouts/invalid")
     if invalid >= MOST_INVALID:
-        reason = next((reason for kind, reason, _ in ends.reasons if kind == Verdict.INVALID), "")
-        yield (
-            f"Failing grader: {invalid:.0%} of the rollouts at the end have no verdict"
-            + (reason and f"; {reason}")
-            + "."
-        )
-    _, equal = ends("rollouts/equal_reward_groups")
+        reason = next((reason for kind, reason, _ in record.log.reasons if kind == Verdict.INVALID), "")
+        because = f"; {reason}" if reason else ""
+        yield f"Failing grader: {invalid:.0%} of the rollouts at the end have no verdict{because}."
+    _, equal = _ends(record, "rollouts/equal_reward_groups")
     if equal >= STALE_SHARE:
         yield f"Stale grader, or prompts that teach nothing: in {equal:.0%} of the groups at the end all rewards are equal."
-
-
-_CHECKS: tuple[Callable[[_Ends], Iterator[str]], ...] = (_gamed, _endless, _collapsed, _ungraded)

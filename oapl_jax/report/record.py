@@ -6,9 +6,10 @@ from typing import Any
 
 import yaml
 
+from oapl_jax.config.config_file import flat
 from oapl_jax.io import json_lines, storage
 from oapl_jax.io.metrics import METRICS_FILE
-from oapl_jax.io.run_dir import CONFIG_FILE, EVALUATIONS_FILE, STARTS_FILE
+from oapl_jax.io.run_dir import BATCHES_FILE, CONFIG_FILE, EVALUATIONS_FILE, STARTS_FILE, SUMMARY_FILE
 from oapl_jax.io.storage import SharedPath
 from oapl_jax.report import curves, reservoir
 from oapl_jax.report.evaluations import Evaluation, Scores, by_k, read_evaluations, score
@@ -32,7 +33,7 @@ class RunRecord:
     metrics: curves.Metrics
     evaluations: list[Evaluation]
     scores: list[Scores]
-    rollouts_dir: storage.SharedPath
+    rollouts_dir: SharedPath
     log: reservoir.LogRecord
     trained_at: dict[str, list[int]]
     """Steps whose batch had a group, by the ids of those that are shown."""
@@ -50,7 +51,7 @@ def read_run(run_dir: SharedPath, most_rollouts: int = reservoir.MOST_ROLLOUTS) 
     Raises:
         ValueError: summary.json, metrics.jsonl, evaluations.jsonl or starts.jsonl is damaged.
     """
-    config_file, summary_file = run_dir / CONFIG_FILE, run_dir / "summary.json"
+    config_file, summary_file = run_dir / CONFIG_FILE, run_dir / SUMMARY_FILE
     config = storage.read(config_file).decode("utf-8-sig") if storage.exists(config_file) else ""
     settings = _settings(config)
     summary = storage.read_object(summary_file) if storage.exists(summary_file) else {}
@@ -62,7 +63,7 @@ def read_run(run_dir: SharedPath, most_rollouts: int = reservoir.MOST_ROLLOUTS) 
     token_logprobs, problem = _read_token_logprobs(run_dir)
     log = reservoir.read_log(rollouts_dir, most_rollouts, token_logprobs)
     log.damaged += problem
-    trained_at, num_trained = _read_batches(run_dir / "batches.jsonl", log)
+    trained_at, num_trained = _read_batches(run_dir / BATCHES_FILE, log)
     return RunRecord(
         directory=run_dir,
         config=config,
@@ -99,11 +100,7 @@ def _settings(config: str) -> dict[str, str]:
         sections = yaml.safe_load(config)
     except (yaml.YAMLError, ValueError, RecursionError):  # it is shown as it is
         return {}
-    found = {}
-    for section, values in sections.items() if isinstance(sections, dict) else ():
-        for key, value in values.items() if isinstance(values, dict) else [("", values)]:
-            found[f"{section}.{key}".rstrip(".")] = str(value)
-    return found
+    return {key: str(value) for key, value in flat(sections).items()} if isinstance(sections, dict) else {}
 
 
 def _read_token_logprobs(run_dir: SharedPath) -> tuple[dict[str, GroupLogprobs], list[str]]:

@@ -21,7 +21,7 @@ from oapl_jax.untrusted.parquet import Limits
 
 MOST_ROLLOUTS = 2000
 _KEPT = 500
-"""Candidates of a stratum."""
+"""Most candidates of a stratum that are kept."""
 _RANGES, _SPANS = 16, 60
 """Parts of the versions, of equal length: as strata, and in the table of counts."""
 LIMITS = Limits(2**20, 2**30)
@@ -117,21 +117,24 @@ class Reservoir:
         """Ids of the chosen groups by file: the strata take turns."""
         chosen: dict[Place, set[str]] = collections.defaultdict(set)
         num_rollouts, is_chosen = 0, set[str]()
+
+        def take(item: Candidate, most: int) -> bool:
+            """Chooses a group that is new and fits."""
+            nonlocal num_rollouts
+            if item.id in is_chosen or num_rollouts + item.size > most:
+                return False
+            chosen[item.place].add(item.id)
+            is_chosen.add(item.id)
+            num_rollouts += item.size
+            return True
+
         for item in sorted(self._found, reverse=True):
-            if num_rollouts + item.size <= most_rollouts // 2:
-                chosen[item.place].add(item.id)
-                is_chosen.add(item.id)
-                num_rollouts += item.size
+            take(item, most_rollouts // 2)
         queues = collections.deque(iter(sorted(self._strata[key], reverse=True)) for key in sorted(self._strata))
         while queues:
             queue = queues.popleft()
-            for item in queue:
-                if item.id not in is_chosen and num_rollouts + item.size <= most_rollouts:
-                    chosen[item.place].add(item.id)
-                    is_chosen.add(item.id)
-                    num_rollouts += item.size
-                    queues.append(queue)
-                    break
+            if any(take(item, most_rollouts) for item in queue):
+                queues.append(queue)
         return chosen
 
 

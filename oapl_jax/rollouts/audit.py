@@ -6,14 +6,13 @@ Reads the rollout log, the record of the batches and the metrics, and checks eve
 log, are those that were trained on, complete, of the policy version of its window or as far before it as
 ``window.max_version_lag`` says, with tokens of the vocabulary up to a stop or the limit, log-probabilities, and the
 advantages that their rewards give (``checks.py``); none was trained on more often than the config says; the lag is below
-``sync_every``. It also says where what was rewarded looks as if the grader was gamed (``surface.py``).
+``sync_every``. It also says where rewarded responses look as if the grader was gamed (``surface.py``).
 Exit code 1 names the first mistake and the file and line that it is in. It needs no devices and changes nothing.
 """
 
 import collections
 import contextlib
 import dataclasses
-import functools
 import itertools
 import math
 import pathlib
@@ -24,18 +23,17 @@ from oapl_jax.config.commands import TrainConfig
 from oapl_jax.data import tokenizer as tokenizers
 from oapl_jax.io import json_lines, run_dir, storage
 from oapl_jax.io.metrics import METRICS_FILE, read_metrics
+from oapl_jax.io.run_dir import BATCHES_FILE
 from oapl_jax.io.storage import SharedPath
 from oapl_jax.rollouts.checks import GroupCheck
-from oapl_jax.rollouts.grading import Advantages
+from oapl_jax.rollouts.filters import FEWEST_ROLLOUTS
+from oapl_jax.rollouts.grading import advantages_of
 from oapl_jax.rollouts.import_rollouts import IMPORTS_FOLDER
 from oapl_jax.rollouts.log import RolloutLog, digest, digests_of
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.rollouts.stops import Stops
 from oapl_jax.rollouts.surface import SurfaceWatch
-from oapl_jax.rollouts.values import read_values
 from oapl_jax.types import RolloutGroup, RunError
-
-BATCHES_FILE = "batches.jsonl"
 
 
 def audit(run: SharedPath) -> str:
@@ -115,31 +113,17 @@ def _check_batch(
             check.check(group)
         except ValueError as error:
             raise RunError(f"{folder}, {error}") from error
-        _require(len(group.usable) > 1, which, "has fewer than two usable rollouts and was trained on")
+        _require(len(group.usable) >= FEWEST_ROLLOUTS, which, "has fewer than two usable rollouts and was trained on")
         _require(digest(group) == names[name], which, "is not the one that was trained on: its digest is another")
 
 
 def _group_check(config: TrainConfig) -> GroupCheck:
-    """The run's check, with the advantages of its objective, and the vocabulary where the tokenizer can be read."""
-    from oapl_jax.objectives import oapl  # brings JAX
-    from oapl_jax.objectives.catalogue import OBJECTIVES
-
-    objective, given = OBJECTIVES[config.objective.name], config.objective.model_extra or {}
-    own = objective.options.model_fields
-    options = objective.options.model_validate({name: value for name, value in given.items() if name in own})
-    beta1 = oapl.options_or_defaults(options).beta1
-    value = functools.partial(oapl.optimal_value, beta1=beta1)
-    advantages = Advantages(
-        lambda rewards, is_correct: objective.advantages(rewards, is_correct, options),
-        value,
-        config.sampler.truncated,
-        read_values(pathlib.Path(given["values"]), value) if objective.needs_values else None,
-    )
+    """The run's check, with the vocabulary where the tokenizer can be read."""
     stops = None
     with contextlib.suppress(OSError, ValueError):  # the tokenizer may be gone, or on another machine
         tokenizer = tokenizers.load(config.model.tokenizer, config.model.path, config.model.chat_template_kwargs)
         stops = Stops(tokenizer, SamplingDistribution.of(config.sampler))
-    return GroupCheck(config, stops, advantages)
+    return GroupCheck(config, stops, advantages_of(config))
 
 
 def _check_order(recorded: list[tuple[str, Any]]) -> None:

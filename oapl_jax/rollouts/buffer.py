@@ -22,7 +22,7 @@ from oapl_jax.types import RolloutGroup, RunError
 
 
 class Ticket(NamedTuple):
-    """Leave to sample one group."""
+    """Permission to sample one group."""
 
     policy_version: int
     index: int
@@ -304,7 +304,7 @@ class GroupBuffer(Changes):
         return bool(ready + np.count_nonzero(self._is_ungraded) >= self._needed)
 
     def _is_far_ahead(self) -> bool:
-        """Groups passed over do not count: a learner that waits for the groups after them would wait for ever."""
+        """Groups passed over do not count: a learner that waits for the groups after them would wait forever."""
         num_ahead = int(np.count_nonzero(self._states[: self._next_index] <= FRESH))
         return self._max_ahead is not None and num_ahead >= self._max_ahead
 

@@ -7,7 +7,7 @@ makes one for the samplers of its run, ``audit`` for the groups that a run has t
 import contextlib
 import enum
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,6 +15,7 @@ from jaxtyping import Float, Int
 
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.rollouts.buffer import Window
+from oapl_jax.rollouts.grading import Advantages
 from oapl_jax.rollouts.log import BatchRecord, RolloutLog, digest
 from oapl_jax.rollouts.stops import Stops
 from oapl_jax.types import FinishReason, GradedRollout, Prompt, Rollout, RolloutGroup, Verdict
@@ -22,7 +23,7 @@ from oapl_jax.untrusted import reading
 from oapl_jax.untrusted.parquet import Limits
 
 HIGHEST_LOGPROB, LOWEST_LOGPROB = 1e-4, -1e4
-"""Nats: rounding may lift a certain token above 0; what float32 noise draws is never below some hundreds."""
+"""Nats. Rounding may lift a certain token above 0; no sampler draws a token below minus some hundreds."""
 MOST_REWARD = 1e9
 """The square of a larger one leaves float32."""
 ADVANTAGE_TOLERANCE = 1e-5
@@ -113,10 +114,6 @@ def one_of(kind: type[enum.StrEnum], name: str, value: Any) -> Any:
         return kind(value)
     except ValueError:
         raise BadRowError("unknown word", f"{name} is {value!r:.80}, not one of {', '.join(list(kind))}") from None
-
-
-Advantages = Callable[[str, Sequence[GradedRollout]], tuple[list[float], float]]
-"""Advantages of the rollouts of a group, by the prompt's id, and its value: what a run's ``Grading`` computes."""
 
 
 class GroupCheck(NamedTuple):

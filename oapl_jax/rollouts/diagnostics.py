@@ -51,7 +51,7 @@ class GroupLogprobs(NamedTuple):
 
 
 def is_recorded(version: int) -> bool:
-    """Whether the window of a policy version is: of 100,000 windows some 400, so that a run of short ones stays small."""
+    """Whether the window of a policy version is recorded: some 400 of 100,000, so that the file stays small."""
     return version % (1 << (version // DENSE_WINDOWS).bit_length()) == 0
 
 

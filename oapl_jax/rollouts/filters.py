@@ -9,7 +9,7 @@ from oapl_jax.config.offline import FilterConfig
 from oapl_jax.types import FinishReason, RolloutGroup, Verdict
 
 FEWEST_ROLLOUTS = 2
-"""The V* of one rollout is its own reward."""
+"""Of a group: the V* of one rollout is its own reward."""
 
 
 @dataclasses.dataclass

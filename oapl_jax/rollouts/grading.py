@@ -2,7 +2,9 @@
 
 import collections
 import dataclasses
+import functools
 import math
+import pathlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -11,8 +13,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float
 
+from oapl_jax.config.commands import TrainConfig
 from oapl_jax.rewards.grader import Grader
 from oapl_jax.rollouts.buffer import Ticket
+from oapl_jax.rollouts.values import read_values
 from oapl_jax.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, RolloutGroup, RunError, Verdict
 
 AdvantageFn = Callable[[Float[np.ndarray, "G"], Bool[np.ndarray, "G"]], Float[np.ndarray, "G"]]
@@ -25,7 +29,8 @@ class Advantages:
 
     of_rewards: AdvantageFn
     value: Callable[[Float[np.ndarray, "G"]], float]
-    truncated: str
+    truncated: str = "wrong"
+    """See ``SamplerConfig``."""
     values: Mapping[str, float] | None = None
     """V* of each prompt by its id, which is then subtracted from the advantages; None: ``value`` of the rewards."""
 
@@ -57,27 +62,36 @@ class Advantages:
         return is_graded and bool(np.isfinite(item.rollout.logprobs).all())
 
 
+def advantages_of(config: TrainConfig) -> Advantages:
+    """Those of the run's objective.
+
+    Raises:
+        ValueError: as ``read_values``, where the objective takes V* from samples of a reference.
+    """
+    from oapl_jax.objectives import oapl  # brings JAX
+    from oapl_jax.objectives.catalogue import OBJECTIVES
+
+    objective, given = OBJECTIVES[config.objective.name], config.objective.model_extra or {}
+    own = given.keys() & objective.options.model_fields.keys()
+    options = objective.options.model_validate({name: given[name] for name in own})
+    value = functools.partial(oapl.optimal_value, beta1=oapl.options_or_defaults(options).beta1)
+    return Advantages(
+        lambda rewards, is_correct: objective.advantages(rewards, is_correct, options),
+        value,
+        config.sampler.truncated,
+        read_values(pathlib.Path(given["values"]), value) if objective.needs_values else None,
+    )
+
+
 INVALID_IN_A_ROW = 64
 """Invalid verdicts without a valid one among them after which grading gives up."""
 
 
 class Grading:
-    """Decodes, grades and gives advantages; owns the grader and a thread.
+    """Decodes, grades and gives advantages; owns the grader and a thread."""
 
-    ``value``: rewards of a group to V*(x); ``truncated``: see ``SamplerConfig``; ``values``: see ``Advantages``.
-    """
-
-    def __init__(
-        self,
-        decode: Callable[[list[int]], str],
-        grader: Grader,
-        advantages: AdvantageFn,
-        value: Callable[[Float[np.ndarray, "G"]], float],
-        truncated: str = "wrong",
-        values: Mapping[str, float] | None = None,
-    ):
-        self.decode, self._grader, self._truncated = decode, grader, truncated
-        self.advantages = Advantages(advantages, value, truncated, values)
+    def __init__(self, decode: Callable[[list[int]], str], grader: Grader, advantages: Advantages):
+        self.decode, self._grader, self.advantages = decode, grader, advantages
         self._is_grading = threading.Lock()
         self._invalid: list[str] = []
         """Reasons of the invalid verdicts since the last valid one."""
@@ -104,7 +118,7 @@ class Grading:
         items = [(dataclasses.replace(prompt), rollouts) for prompt, rollouts in items]
         texts = [[self.decode(rollout.token_ids.tolist()) for rollout in rollouts] for _, rollouts in items]
         flat = [
-            (prompt, text, FinishReason.STOP if self._truncated == "graded" else rollout.finish_reason)
+            (prompt, text, FinishReason.STOP if self.advantages.truncated == "graded" else rollout.finish_reason)
             for (prompt, rollouts), group_texts in zip(items, texts, strict=True)
             for text, rollout in zip(group_texts, rollouts, strict=True)
         ]

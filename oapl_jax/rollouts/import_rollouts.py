@@ -7,6 +7,7 @@ counts as one mistake.
 
 import collections
 import dataclasses
+import functools
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,8 +16,10 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from oapl_jax.config.commands import TrainConfig
 from oapl_jax.data import messages
 from oapl_jax.data.messages import Question
+from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.rollouts import checks, published, records, schema
 from oapl_jax.rollouts.checks import BadRowError
 from oapl_jax.rollouts.grading import Grading
@@ -94,6 +97,24 @@ class Expectations:
     stops: Stops | None = None
     """Where responses must end; None: anywhere."""
 
+    @classmethod
+    def of(cls, config: TrainConfig, tokenizer: Tokenizer) -> "Expectations":
+        """Of data that a run of this config may score, and shorten or drop where they are too long."""
+        distribution, offline = SamplingDistribution.of(config.sampler), config.offline
+        stops = Stops(tokenizer, distribution)
+        return cls(
+            vocab_size=tokenizer.vocab_size,
+            reward_range=None if offline is None else offline.reward_range,
+            encode_prompt=tokenizer.encode_prompt,
+            encode_response=tokenizer.encode,
+            eos_id=tokenizer.eos_id,
+            source_limit=None if offline is None else offline.source_limit,
+            group_size=config.sampler.group_size,
+            distribution=distribution,
+            text=stops.text,
+            stops=stops,
+        )
+
 
 class BadRows:
     """Rows that cannot be used: raised as errors, or counted. ``option``: what has them counted, for people."""
@@ -158,9 +179,9 @@ def read(path: pathlib.Path, expectations: Expectations, bad: BadRows) -> list[R
 
 
 def graded(found: Sequence[Responses], grading: Grading, bad: BadRows) -> list[Responses]:
-    """The same with grades for what has none. Rollouts whose verdict is invalid are left out and counted.
+    """The same with grades for what has none, without prompts that have no rollout left.
 
-    So are those whose prompt cannot be graded, or these are an error, as ``bad`` has it.
+    Rollouts whose verdict is invalid are left out and counted. Those whose prompt cannot be graded are bad rows.
     """
     done = []
     for responses in found:
@@ -177,7 +198,8 @@ def graded(found: Sequence[Responses], grading: Grading, bad: BadRows) -> list[R
                     members[index] = dataclasses.replace(members[index], grade=grade)
         valid = [member for member in members if member.grade.verdict is not Verdict.INVALID]
         bad.counts["no verdict"] += len(members) - len(valid)
-        done.append(dataclasses.replace(responses, members=valid))
+        if valid:
+            done.append(dataclasses.replace(responses, members=valid))
     bad.counts += collections.Counter()  # drops zeros
     return done
 
@@ -208,17 +230,9 @@ def _read_file(file: pathlib.Path, expectations: Expectations, bad: BadRows) -> 
         is_list = schema.is_kind(column.type, KINDS["a list of numbers"])
         columns[name] = schema.list_cells(column) if is_list else column.to_pylist()
     for number in range(table.num_rows):
-        where = f"{file} row {number}"
-        try:
-            cells = to_log({name: cells[number] for name, cells in columns.items()}, expectations)
-            row = _row(where, cells, expectations)
-        except BadRowError as error:
-            bad.found(error.reason, where, str(error))
-        else:
-            if row is None:
-                bad.counts["no verdict"] += 1  # the grader's failure, which a good log has too
-            else:
-                yield row
+        cells = {name: column[number] for name, column in columns.items()}
+        log_cells = functools.partial(to_log, cells, expectations)
+        yield from _usable_row(f"{file} row {number}", log_cells, expectations, bad)
 
 
 def _read_records(
@@ -234,15 +248,23 @@ def _read_records(
             continue
         for number, choice in enumerate(choices):
             here = f"{where}, choice {number}" if "choices" in record else where
-            try:
-                row = _row(here, records.cells(choice, expected.distribution), expected)
-            except BadRowError as error:
-                bad.found(error.reason, here, str(error))
-            else:
-                if row is None:
-                    bad.counts["no verdict"] += 1
-                else:
-                    yield row
+            log_cells = functools.partial(records.cells, choice, expected.distribution)
+            yield from _usable_row(here, log_cells, expected, bad)
+
+
+def _usable_row(
+    where: str, log_cells: Callable[[], dict[str, Any]], expected: Expectations, bad: BadRows
+) -> Iterator[_Row]:
+    """The row of these cells, unless it cannot be used or has no verdict."""
+    try:
+        row = _row(where, log_cells(), expected)
+    except BadRowError as error:
+        bad.found(error.reason, where, str(error))
+        return
+    if row is None:
+        bad.counts["no verdict"] += 1  # the grader's failure, which a good log has too
+    else:
+        yield row
 
 
 def _schema_problem(found: pa.Schema, is_ours: bool) -> BadRowError | None:

@@ -150,9 +150,10 @@ class BatchRecord:
         self._recorded = {row["step"]: digests_of(row, f"{path}: step {row['step']}") for row in kept}
         self._digests = {name: digest for batch in self._recorded.values() for name, digest in batch.items()}
 
-    def groups(self, step: int) -> list[str] | None:
-        """Ids of the groups of a step's batch, as a former process recorded it; None where it did not."""
-        return list(self._recorded[step]) if step in self._recorded else None
+    def indices(self, step: int) -> list[int] | None:
+        """Indices in their window of the groups of a step's batch, where a former process recorded it; else None."""
+        batch = self._recorded.get(step)
+        return None if batch is None else [int(name.rpartition("-")[2]) for name in batch]
 
     def digest(self, group_id: str) -> str | None:
         """Digest of a group that was trained on; None for any other."""

@@ -4,7 +4,7 @@ Their programs read ``prompt`` (chat messages), ``response``, ``precomputed_rewa
 rewards of all responses to the prompt), ``reward_model.ground_truth``, ``extra_info`` and, where it is there,
 ``response_token_ids``. What else a rollout log holds goes to further columns, which their programs pass over,
 so that nothing is lost on the way there and back. Ground truths that are JSON (tests of programs) are packed
-as theirs are (``rewards/layouts.py``).
+as theirs are (``rewards/code/layouts.py``).
 """
 
 import itertools

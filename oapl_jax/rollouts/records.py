@@ -29,7 +29,7 @@ DRAWN_WITH = ("temperature", "top_k", "top_p", "min_p")
 MOST_ID, MOST_NUMBER = 2**31, 2**1000
 """Of a token, and of any number: JSON has larger ones than a float."""
 SURROGATE = re.compile("[\ud800-\udfff]")
-"""Of a pair in JSON; UTF-8, and so the log, has no half of one."""
+"""Half of a surrogate pair: JSON can have it, UTF-8 and so the log cannot."""
 KEYS = {*TEXTS, *LISTS, *DRAWN_WITH, "prompt", "answer", "reward", "extra"}
 
 

@@ -37,7 +37,7 @@ class SamplingDistribution:
     top_p: float = 1.0
     """Keeps the fewest likeliest tokens whose mass reaches it; 1: all."""
     min_p: float = 0.0
-    """Keeps tokens at least so likely as this fraction of the likeliest; 0: all."""
+    """Keeps tokens whose probability is at least this fraction of the likeliest one's; 0: all."""
     stop_strings: tuple[str, ...] = ()
     """A response ends with the token that completes one of them (``rollouts/stops.py``)."""
     stop_token_ids: tuple[int, ...] = ()

@@ -7,7 +7,6 @@ two that think they hold the same lease, cost work and nothing else.
 
 import collections
 import contextlib
-import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -172,10 +171,8 @@ class ShardQueue(Changes):
         """
         version = window.policy_version
         self._read_log(version)
-        expected = 0
-        for shard in itertools.count():
-            if expected >= window.num_groups:
-                return False
+        shard = expected = 0
+        while expected < window.num_groups:
             if shard not in self._num_accepted and shard not in self._held:
                 lease = self._leases.claim(f"{version:06d}-{shard:06d}", self._patience)
                 if lease is not None and not self._is_written(version, shard):
@@ -187,7 +184,8 @@ class ShardQueue(Changes):
                     lease.finish()
                     self._count(version, shard)
             expected += self._num_accepted.get(shard, len(self._groups_of(shard)))
-        raise AssertionError("not reached")
+            shard += 1
+        return False
 
     def _groups_of(self, shard: int) -> range:
         """Indices of a shard's groups; the last one of a fixed number has fewer."""

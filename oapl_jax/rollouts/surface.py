@@ -19,7 +19,7 @@ FEWEST_RESPONSES, FEWEST_PROMPTS = 128, 16
 """Below them nothing is said."""
 
 SHARE = 0.9
-"""Of the rewarded responses that look alike, from which on it is said."""
+"""Share of rewarded responses that look alike from which on there is a warning."""
 
 FIRST_RESPONSES, MOST_AT_START = 128, 0.5
 """Responses of the start, right or wrong. A form that half of them have belongs to the task."""

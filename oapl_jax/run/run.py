@@ -48,7 +48,7 @@ from oapl_jax.run.parity import check_parity
 from oapl_jax.run.profile import Profiler, traced_as
 from oapl_jax.run.progress import RunProgress
 from oapl_jax.run.start import load, make_warm_start, model_path
-from oapl_jax.run.summary import SUMMARY_FILE, pass_at
+from oapl_jax.run.summary import pass_at
 from oapl_jax.sources.cluster import Cluster
 from oapl_jax.sources.follower import POLICY_FOLDER, LogFollower, Published
 from oapl_jax.sources.imported import ImportedWindows
@@ -62,7 +62,7 @@ from oapl_jax.weights.policies import PolicyStore
 MakeSource = Callable[[SamplingSetup], GroupSource]
 
 PEER_SECONDS = 1800.0
-"""How long another process of the job may take to say what it has at hand."""
+"""Longest wait for an answer of another process of the job."""
 EPOCHS_FOLDER = "epochs"
 
 
@@ -83,19 +83,19 @@ class Run:
     checkpoints: Checkpoints
     log: StepLog
     record: BatchRecord | None
-    """None, as the lease and the next file, in a process that another one leads."""
+    """None in a process that another one leads, as are ``token_logprobs`` and ``lease``."""
     token_logprobs: LineFile | None
     bar: ProgressBar
     lease: Lease | None
     """On the run directory: one trainer at a time."""
     poll: Callable[[], bool]
-    """Sees to what runs beside the learner; whether a process of the run is to stop."""
+    """Looks after what runs beside the learner; returns whether a process of the run has to stop."""
     stop: StopSignals
     profiler: Profiler
     peak_flops: float | None
     """A second, of the trainer's devices together; None where it is not known."""
     started: float
-    """Time up to which ``progress.seconds`` does not count yet."""
+    """Time up to which ``progress.seconds`` has counted."""
     num_dropped_before: int
     """Groups that were dropped before this process started."""
     plan: WindowPlan | None = None
@@ -103,11 +103,11 @@ class Run:
     has_trained: bool = False
     """Whether this process has compiled the train step."""
     surface: SurfaceWatch = dataclasses.field(default_factory=SurfaceWatch)
-    """Of the responses that were learnt from."""
+    """Watches the responses that were trained on."""
     distributions: Distributions | None = None
     """Of the last batch, where it ended a window: for the tracker."""
     save_seconds: float = 0.0
-    """What saving took since the last report."""
+    """Seconds that saving took since the last report."""
 
     @property
     def config(self) -> TrainConfig:
@@ -196,7 +196,7 @@ class Run:
 
         def choose() -> dict[str, Any] | None:
             assert self.record is not None
-            recorded = indices(self.record.groups(step))  # by a run that was killed after this step
+            recorded = self.record.indices(step)  # by a run that was killed after this step
             taken = self.source.take(self.setup.groups_per_batch, self.poll, recorded)
             if taken is None or self.poll():
                 return None
@@ -330,10 +330,10 @@ class Run:
         self.bar.note(f"round {number}, epoch {epoch}{score}")
         return metrics
 
-    def save_folder(self, folder: pathlib.Path) -> pathlib.Path:
+    def save_folder(self, folder: pathlib.Path) -> None:
         """Writes the learner's model as a Hugging Face folder."""
         params, writers = lora.merged(self.state.params), self.setup.trainers
-        return hf.save_folder(folder, self.assembly.architecture, params, self.setup.tokenizer, writers=writers)
+        hf.save_folder(folder, self.assembly.architecture, params, self.setup.tokenizer, writers=writers)
 
     @traced_as("save")
     def save(self) -> None:
@@ -394,7 +394,7 @@ class Run:
         def read() -> list[list[int]]:
             assert self.record is not None
             steps = range(self.progress.window_step + 1, self.progress.step + 1)
-            return [indices(self.record.groups(step)) or [] for step in steps]
+            return [self.record.indices(step) or [] for step in steps]
 
         return self.setup.trainers.agree(read, PEER_SECONDS)
 
@@ -446,9 +446,9 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
         make_warm_start(config)
         lease = None
         if is_leader:
-            run_dir.open_run(config, TrainConfig)
+            run_dir.open_run(config)
             lease = _claim_run(stack, setup)
-            storage.remove(directory / SUMMARY_FILE)  # of a run that goes on
+            storage.remove(directory / run_dir.SUMMARY_FILE)  # of a run that goes on
         setup.trainers.wait()  # until the leader has the run
         stack.enter_context(bar)
         stop = stack.enter_context(StopSignals())
@@ -467,13 +467,12 @@ def open_run(config: TrainConfig, make_source: MakeSource | None = None) -> Iter
         is_new = checkpoints.latest_step is None
         record = writer = evaluations = token_logprobs = None
         if is_leader:
-            record = BatchRecord(directory / "batches.jsonl", delete_after=progress.step if is_changed else None)
-            resume_step, written = None if is_new else progress.step, config_file.written(config)
-            tracker = trackers.start(directory, config.run, 0 if is_new else progress.step + 1, written)
-            writer = MetricsWriter(directory, tracker, resume_step=resume_step)
-            stack.enter_context(writer)
+            record = BatchRecord(directory / run_dir.BATCHES_FILE, delete_after=progress.step if is_changed else None)
+            resume_step = -1 if is_new else progress.step
+            tracker = trackers.start(directory, config.run, resume_step + 1, config_file.written(config))
+            writer = stack.enter_context(MetricsWriter(directory, tracker, resume_step=resume_step))
             evaluations, token_logprobs = (
-                open_lines(directory / name, lambda step: not is_new and step <= progress.step)[0]
+                open_lines(directory / name, lambda step: step <= resume_step)[0]
                 for name in (run_dir.EVALUATIONS_FILE, diagnostics.TOKEN_LOGPROBS_FILE)
             )
             starts, _ = open_lines(directory / run_dir.STARTS_FILE, lambda step: True)
@@ -611,8 +610,3 @@ def _claim_run(stack: contextlib.ExitStack, setup: SamplingSetup) -> Lease:
             " Two would overwrite each other: stop it, or choose another run.dir"
         )
     return lease
-
-
-def indices(group_ids: list[str] | None) -> list[int] | None:
-    """Indices in their window of groups by id."""
-    return None if group_ids is None else [int(group_id.rpartition("-")[2]) for group_id in group_ids]

@@ -35,8 +35,7 @@ class _AnyTokenizer(CharacterTokenizer):
 def load(config: TrainConfig, known: ConfigError | None = None) -> tuple[Assembly, Inputs]:
     """The assembly of a run on this machine's devices, and what the run reads; no weights.
 
-    Of a config with ``known`` mistakes it gets the rest: what reads their sections is left out, and they are raised with
-    the others.
+    Where mistakes are ``known`` already, what reads their sections is left out, and they are raised with the others.
 
     Raises:
         ConfigError: every mistake in model, data, graders, devices and run directory.
@@ -53,7 +52,7 @@ def load(config: TrainConfig, known: ConfigError | None = None) -> tuple[Assembl
         return None
 
     everything = TrainConfig.model_fields
-    attempt(everything, lambda: run_dir.check_run(config, TrainConfig))
+    attempt(everything, lambda: run_dir.check_run(config))
     grader = attempt(("data", "reward"), lambda: make_grader(config))  # its processes start beside what follows
     outlined = attempt(("model",), lambda: outline(config.model))
     meshes = attempt(("mesh",), lambda: make_meshes(config.mesh))

@@ -1,4 +1,4 @@
-"""``summary.json``, which a run leaves at its end, and which says that it has ended."""
+"""The summary that a run leaves at its end: whether it has ended, and its table."""
 
 import json
 from typing import Any
@@ -8,14 +8,12 @@ from oapl_jax.io import run_dir, storage
 from oapl_jax.io.storage import SharedPath
 from oapl_jax.types import Metrics
 
-SUMMARY_FILE = "summary.json"
-
 
 def finished(config: TrainConfig) -> dict[str, Any] | None:
     """The summary of a run of this config that is over; None where steps are left, or ``run.dir`` is of another run."""
-    path = storage.shared_path(config.run.dir) / SUMMARY_FILE
+    path = storage.shared_path(config.run.dir) / run_dir.SUMMARY_FILE
     try:
-        is_this_run = storage.exists(path) and run_dir.check_run(config, TrainConfig)
+        is_this_run = storage.exists(path) and run_dir.check_run(config)
     except ValueError:  # said when the run starts, with what else is wrong
         return None
     if not is_this_run:

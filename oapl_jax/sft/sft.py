@@ -33,13 +33,12 @@ def is_finished(config: SftConfig) -> bool:
     return export_folder(config).is_dir()
 
 
-def ensure(config: SftConfig) -> pathlib.Path:
-    """The Hugging Face folder of the trained model; trains it first where it does not exist."""
-    if not is_finished(config):
-        run(config)
+def ensure(config: SftConfig) -> None:
+    """Trains the model where its folder does not exist yet."""
+    if is_finished(config):
+        run_dir.check_run(config)  # refuses a model that another config made
     else:
-        run_dir.check_run(config, SftConfig)  # refuses a model that another config made
-    return export_folder(config)
+        run(config)
 
 
 def run(config: SftConfig) -> pathlib.Path:
@@ -47,18 +46,14 @@ def run(config: SftConfig) -> pathlib.Path:
 
     The position in the data is a function of the step, so a resumed run sees the same batches.
     """
-    run_dir.check_run(config, SftConfig)
+    run_dir.check_run(config)
     mesh, _ = make_meshes(config.mesh)
     architecture, tokenizer = policy.outline(config.model, config.model.path)
     pairs = load_pairs(config.data, tokenizer, config.run.seed)
     learner = make_learner(
-        config.model,
-        config.lora,
-        config.learner,
+        config,
         architecture,
         mesh,
-        num_steps=config.run.steps,
-        max_prompt_tokens=config.data.max_prompt_tokens,
         max_response_tokens=config.data.max_response_tokens,
         group_size=1,
         objective=supervised.OBJECTIVE,
@@ -70,19 +65,19 @@ def run(config: SftConfig) -> pathlib.Path:
         policy.load_params(config.model, config.model.path, architecture, mesh, config.run.seed, config.lora)
     )
     num_pairs = config.learner.batch_rollouts
-    directory = run_dir.open_run(config, SftConfig)
+    directory = run_dir.open_run(config)
 
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(ProgressBar(config.run.steps, enabled=config.logging.progress))
         checkpoints = Checkpoints(directory / "checkpoints", config.checkpoint.keep, [config.checkpoint.keep_every])
         stack.callback(checkpoints.close)
-        first, resume_step = 0, None
+        first = 0
         if (restored := checkpoints.restore(learner.shapes.stored, progress.note)) is not None:
-            first = resume_step = restored[0]
+            first = restored[0]
             state = state.restored(restored[1])
             progress.note(f"resumed supervised training at step {first}")
         tracker = trackers.start(directory, config.run, first + 1, config_file.written(config))
-        writer = stack.enter_context(MetricsWriter(directory, tracker, resume_step=resume_step))
+        writer = stack.enter_context(MetricsWriter(directory, tracker, resume_step=first))
         for step in range(first + 1, config.run.steps + 1):
             start = time.perf_counter()
             taken = [pairs[i] for i in range((step - 1) * num_pairs, step * num_pairs)]

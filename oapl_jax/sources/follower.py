@@ -111,8 +111,8 @@ class Published:
 class LogFollower(BufferedSource):
     """A ``GroupSource``: puts what appears in the log into the buffer; owns a thread.
 
-    ``check`` reads the files; one that does not pass is moved away. ``note`` prints a sentence for the user. Not
-    ``is_leader``: another process does the same, and moves files away.
+    ``check`` reads the files; one that does not pass is moved away, by the leader where several processes follow the log.
+    ``note`` prints a sentence for the user.
     """
 
     def __init__(
@@ -281,7 +281,7 @@ class LogFollower(BufferedSource):
         """Frees the place of what does not pass; a disk that cannot be written is tried again."""
         with contextlib.suppress(OSError):  # or somebody was first
             if self._is_leader:
-                aside = storage.move_aside(path, ".damaged")
+                aside = storage.move_aside(path)
                 self._num_damaged += 1
                 again = ", its groups are sampled again" if path.name.endswith(".parquet") else ""
                 self._note(f"{path}: {problem}; moved to {aside.name}{again}")

@@ -1,7 +1,7 @@
 """A data set of responses: a window whose weights never change, filled by one process or many.
 
-Processes claim shards of the groups and write each as one file, as detached samplers do (``rollouts/shards.py``):
-whatever is killed, and whoever does it twice, a group is in the log once.
+Processes claim shards of the groups and write each as one file, as detached samplers do (``rollouts/shards.py``). So a
+group is in the log once, even if processes are killed or do the same work.
 """
 
 import dataclasses

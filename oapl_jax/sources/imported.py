@@ -5,6 +5,7 @@ checked, graded where they have no grade, and put into the run's rollout log und
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -18,11 +19,9 @@ from oapl_jax.io.storage import SharedPath
 from oapl_jax.rollouts import import_rollouts
 from oapl_jax.rollouts.buffer import GroupBuffer, Ticket, Window
 from oapl_jax.rollouts.grading import Grading
-from oapl_jax.rollouts.import_rollouts import IMPORTS_FOLDER, BadRows, Responses
+from oapl_jax.rollouts.import_rollouts import IMPORTS_FOLDER, BadRows, Expectations, Responses
 from oapl_jax.rollouts.log import RolloutLog, digest
-from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.rollouts.source import GroupSource, Taken, Weights, WindowPlan
-from oapl_jax.rollouts.stops import Stops
 from oapl_jax.sources.follower import POLICY_FOLDER
 from oapl_jax.sources.local import BufferedSource
 from oapl_jax.sources.setup import SamplingSetup, acceptance
@@ -40,23 +39,13 @@ def read(
     Raises:
         ValueError: as ``import_rollouts.read``.
     """
-    distribution = SamplingDistribution.of(config.sampler)
-    expectations = import_rollouts.Expectations(
-        vocab_size=tokenizer.vocab_size,
-        reward_range=None if config.offline is None else config.offline.reward_range,
-        encode_prompt=tokenizer.encode_prompt,
-        encode_response=tokenizer.encode,
-        eos_id=tokenizer.eos_id,
+    expectations = dataclasses.replace(
+        Expectations.of(config, tokenizer),
         source_limit=None,
-        group_size=config.sampler.group_size,
-        distribution=distribution,
-        text=grading.decode,
         needs_logprobs=True,
-        stops=Stops(tokenizer, distribution),
         most_tokens=(config.data.max_prompt_tokens, config.sampler.max_response_tokens),
     )
-    found = import_rollouts.graded(import_rollouts.read(path, expectations, bad), grading, bad)
-    return [responses for responses in found if responses.members]
+    return import_rollouts.graded(import_rollouts.read(path, expectations, bad), grading, bad)
 
 
 def make_groups(version: int, found: Sequence[Responses], grading: Grading) -> list[RolloutGroup]:

@@ -29,15 +29,15 @@ from oapl_jax.rollouts import filters, import_rollouts
 from oapl_jax.rollouts.buffer import Consumption, GroupBuffer, Ticket, Window
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.source import Weights, WindowPlan
-from oapl_jax.rollouts.stops import Stops
 from oapl_jax.sources.generation import Generation, generate
+from oapl_jax.sources.imported import make_groups
 from oapl_jax.sources.local import BufferedSource
 from oapl_jax.sources.setup import SamplingSetup, acceptance
 from oapl_jax.types import FinishReason, Grade, GradedRollout, PreemptedError, Prompt, RolloutGroup, Verdict
 
 GROUPS_PER_FILE = 8
 GROUPS_PER_SCORING = 64
-"""Groups of a file of data that are taken in: scored together, those of one length in one batch."""
+"""Groups that are scored together and written as one file; responses of one length share a batch."""
 SECONDS_BETWEEN_NOTES = 10.0
 ROUNDS_FOLDER = "rounds"
 LEASES_FOLDER = "leases"
@@ -188,31 +188,15 @@ class OfflineRounds(BufferedSource):
 
     def _take_in(self, number: int, data: RoundConfig, source: pathlib.Path, params: Any) -> dict[str, Any]:
         """Reads, checks, truncates, filters and scores finished data, and writes them to the rollout log."""
-        config, tokenizer = self._setup.config, self._setup.tokenizer
-        bad = import_rollouts.BadRows(self._config.bad_rows)
-        expectations = import_rollouts.Expectations(
-            vocab_size=tokenizer.vocab_size,
-            reward_range=self._config.reward_range,
-            encode_prompt=tokenizer.encode_prompt,
-            encode_response=tokenizer.encode,
-            eos_id=tokenizer.eos_id,
-            source_limit=self._config.source_limit,
-            group_size=config.sampler.group_size,
-            distribution=self._setup.distribution,
-            text=self._setup.grading.decode,
-            stops=Stops(tokenizer, self._setup.distribution),
-        )
+        config, bad = self._setup.config, import_rollouts.BadRows(self._config.bad_rows)
+        expectations = import_rollouts.Expectations.of(config, self._setup.tokenizer)
         found = [self._within_limits(responses, bad) for responses in import_rollouts.read(source, expectations, bad)]
         found = import_rollouts.graded(found, self._setup.grading, bad)
-        found = [responses for responses in found if responses.members]
         for reason, example in bad.examples.items():
             self._note(f"round {number}: {bad.counts[reason]:,} x {reason}, such as {example}")
         # In a random order: the file's own may go by difficulty, and the first pass takes groups by index.
         order = np.random.default_rng((config.run.seed, number)).permutation(len(found)).tolist()
-        groups = [
-            self._setup.grading.group(Ticket(number, index, index), found[i].prompt, found[i].members)
-            for index, i in enumerate(order)
-        ]
+        groups = make_groups(number, [found[i] for i in order], self._setup.grading)
         kept, counts = filters.apply(groups, data.filter, config.run.seed)
         kept = [dataclasses.replace(group, index=index) for index, group in enumerate(kept)]
         num_scored = 0

@@ -138,7 +138,7 @@ class SamplingLoop:
         }
 
     def _guard(self, loop: Callable[[], None]) -> None:
-        """A thread that dies says so to the learner, which would wait for ever otherwise."""
+        """A thread that dies says so to the learner, which would otherwise wait forever."""
         try:
             loop()
         except BaseException as error:

@@ -1,9 +1,7 @@
-"""What a process needs that samples for a run: prompts, graders, the sampler, and who the other processes are."""
+"""What a process of a run needs to sample: prompts, graders, the sampler, and who the other processes are."""
 
 import contextlib
 import dataclasses
-import functools
-import pathlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -11,7 +9,6 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from oapl_jax.build.assembly import Assembly
-from oapl_jax.build.checks import objective_of
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.data.prompts import HeldOut, PromptSource, describe, dropped
 from oapl_jax.data.tokenizer import Tokenizer
@@ -20,22 +17,19 @@ from oapl_jax.distributed.transfer import Transfer
 from oapl_jax.evaluation.held_out import Counts, by_set, evaluate
 from oapl_jax.io.storage import SharedPath, shared_path
 from oapl_jax.learner import batch as batches
-from oapl_jax.objectives import oapl
 from oapl_jax.rewards.grader import Grader
 from oapl_jax.rollouts.buffer import GroupBuffer
-from oapl_jax.rollouts.grading import Grading
+from oapl_jax.rollouts.filters import FEWEST_ROLLOUTS
+from oapl_jax.rollouts.grading import Grading, advantages_of
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.sampling import Request, SamplingDistribution, run
 from oapl_jax.rollouts.shards import ShardQueue
 from oapl_jax.rollouts.stops import Stops
-from oapl_jax.rollouts.values import read_values
 from oapl_jax.sampler.sampler import JaxSampler
 from oapl_jax.sources.sampling_loop import SamplingLoop
 from oapl_jax.sources.turns import SamplerTurns
 from oapl_jax.types import RolloutGroup
 
-FEWEST_USABLE = 2
-"""Usable rollouts that a group must have: V* of one rollout is its own reward."""
 PARITY_STREAM = 2**32 - 2
 """Stream of the sampling keys, see ``evaluation.held_out.EVALUATION_STREAM``."""
 
@@ -158,7 +152,7 @@ class SamplingSetup:
 
 
 def make_setup(assembly: Assembly, inputs: Inputs, say: Callable[[str], None] = lambda message: None) -> SamplingSetup:
-    """With the process's sampler, where it samples; ``say`` is told what that compiles."""
+    """With the process's sampler, where it samples; ``say`` gets a line for what that compiles."""
     config, turns, lock = assembly.config, None, contextlib.nullcontext()
     if assembly.engines:
         sampler = JaxSampler(assembly.engines, assembly.sampler_mesh, inputs.tokenizer.decode)
@@ -173,16 +167,8 @@ def make_setup(assembly: Assembly, inputs: Inputs, say: Callable[[str], None] = 
 
 def make_grading(config: TrainConfig, tokenizer: Tokenizer, grader: Grader) -> Grading:
     """Grades rollouts, with the objective's advantages."""
-    objective, options = objective_of(config.objective)
-    value = functools.partial(oapl.optimal_value, beta1=oapl.options_or_defaults(options).beta1)
-    return Grading(
-        Stops(tokenizer, SamplingDistribution.of(config.sampler)).text,
-        grader,
-        lambda rewards, is_correct: objective.advantages(rewards, is_correct, options),
-        value,
-        config.sampler.truncated,
-        read_values(pathlib.Path(options.model_dump()["values"]), value) if objective.needs_values else None,
-    )
+    text = Stops(tokenizer, SamplingDistribution.of(config.sampler)).text
+    return Grading(text, grader, advantages_of(config))
 
 
 def acceptance(config: TrainConfig) -> Callable[[RolloutGroup], bool]:
@@ -190,6 +176,6 @@ def acceptance(config: TrainConfig) -> Callable[[RolloutGroup], bool]:
     drop_equal = config.objective.drop_equal_reward_groups
 
     def is_accepted(group: RolloutGroup) -> bool:
-        return len(group.usable) >= FEWEST_USABLE and not (drop_equal and batches.has_equal_rewards(group))
+        return len(group.usable) >= FEWEST_ROLLOUTS and not (drop_equal and batches.has_equal_rewards(group))
 
     return is_accepted

@@ -62,7 +62,7 @@ class CheckpointStore:
 
     def set_aside(self, step: int) -> str:
         """Makes it no checkpoint by another name of its marker, which it returns; its files stay until the step is saved again."""
-        return str(storage.move_aside(self._marker(step), ".damaged"))
+        return str(storage.move_aside(self._marker(step)))
 
     def _folder(self, step: int) -> SharedPath:
         return self._directory / str(step)

@@ -196,7 +196,7 @@ class Checkpoints:
 
         def rename() -> str:
             if self._store is None:
-                return str(storage.move_aside(self._directory / str(step), ".damaged"))
+                return str(storage.move_aside(self._directory / str(step)))
             shutil.rmtree(self._directory / str(step), ignore_errors=True)
             self._stored.remove(step)
             return self._store.set_aside(step)

@@ -6,10 +6,10 @@ from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.io import storage
 from oapl_jax.io.metrics import METRICS_FILE, read_metrics
+from oapl_jax.io.run_dir import SUMMARY_FILE
 from oapl_jax.io.storage import SharedPath
 
 CARD_FILE = "README.md"
-SUMMARY_FILE = "summary.json"
 PAPER = "https://arxiv.org/abs/2602.19362"
 _TAGS = ("reinforcement-learning", "oapl", "jax")
 

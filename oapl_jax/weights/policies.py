@@ -64,7 +64,7 @@ class PolicyStore:
 
     def __init__(self, directory: SharedPath):
         self.directory = directory
-        self._newest = -1  # that was pointed to
+        self._newest = -1  # version that was pointed to
 
     def publish(
         self,
@@ -107,7 +107,7 @@ class PolicyStore:
         return {"sync/publish_seconds": time.perf_counter() - start, "sync/publish_bytes": num_bytes}
 
     def _is_published(self, manifest: Manifest) -> bool:
-        """The version is whole, from before a restart. What else has its place is removed."""
+        """Whether the version is whole, from before a restart. Anything else in its place is removed."""
         version = manifest.window.policy_version
         with contextlib.suppress(PolicyGoneError):
             if self.manifest(version)._replace(files={}) == manifest:

@@ -63,8 +63,8 @@ def test_a_saved_config_means_what_it_meant_to_its_run(project):
     (run / "rollouts").mkdir(parents=True)
     words = [f"run.dir={run}", "data.path=rollouts"]
     config = config_file.load(TrainConfig, project / "run.yaml", words, CHECKS)
-    run_dir.open_run(config, TrainConfig)
-    assert run_dir.check_run(config, TrainConfig)
+    run_dir.open_run(config)
+    assert run_dir.check_run(config)
     assert run_dir.read_config(run, TrainConfig).data.path == "rollouts"
 
 

@@ -46,13 +46,13 @@ PLACES = {
 def test_a_saved_config_has_the_text_and_a_resumed_run_resolves_it_anew(load, monkeypatch, text, overrides):
     config = load(text, *overrides)
     assert SECRET in str(config)
-    run = run_dir.open_run(config, TrainConfig)
+    run = run_dir.open_run(config)
     saved = (run / "config.yaml").read_text()
     assert SECRET not in saved + run_dir.identity(config) + str(config_file.written(config))
     assert "${oc.env:SECRET" in saved
     assert run_dir.read_config(run, TrainConfig) == config
     monkeypatch.setenv("SECRET", "hf_9876543210")
-    run_dir.open_run(load(text, *overrides), TrainConfig)
+    run_dir.open_run(load(text, *overrides))
     assert "hf_9876543210" in str(run_dir.read_config(run, TrainConfig))
 
 

@@ -32,22 +32,22 @@ def make_config(directory, **sections):
 
 def test_a_new_directory_is_made_and_has_the_resolved_config(tmp_path):
     config = make_config(tmp_path / "a" / "b")
-    directory = open_run(config, TrainConfig)
+    directory = open_run(config)
     assert directory == tmp_path / "a" / "b"
     assert config_file.load(TrainConfig, directory / "config.yaml") == config
 
 
 def test_the_same_config_opens_it_again(tmp_path):
     for _ in range(3):
-        assert open_run(make_config(tmp_path), TrainConfig) == tmp_path
+        assert open_run(make_config(tmp_path)) == tmp_path
 
 
 def test_another_config_is_refused_naming_every_key_that_differs(tmp_path):
-    open_run(make_config(tmp_path), TrainConfig)
+    open_run(make_config(tmp_path))
     before = (tmp_path / "config.yaml").read_text()
     other = make_config(tmp_path, run={"seed": 20}, learner={"batch_rollouts": 32}, objective={"beta2": 0.5})
     with pytest.raises(ValueError, match="belongs to a run of another config") as caught:
-        open_run(other, TrainConfig)
+        open_run(other)
     differing = [line.strip() for line in str(caught.value).splitlines() if "->" in line]
     assert differing == ["run.seed: 0 -> 20", "objective.beta2: 0.001 -> 0.5", "learner.batch_rollouts: 16 -> 32"]
     assert "run.allow_config_change=true" in str(caught.value)
@@ -55,18 +55,18 @@ def test_another_config_is_refused_naming_every_key_that_differs(tmp_path):
 
 
 def test_a_change_that_is_allowed_is_saved(tmp_path):
-    open_run(make_config(tmp_path), TrainConfig)
+    open_run(make_config(tmp_path))
     other = make_config(tmp_path, run={"allow_config_change": True}, learner={"learning_rate": 0.5})
-    assert open_run(other, TrainConfig) == tmp_path
+    assert open_run(other) == tmp_path
     assert config_file.load(TrainConfig, tmp_path / "config.yaml") == other
     with pytest.raises(ValueError, match=r"learner\.learning_rate: 0\.5 -> 1e-06"):
-        open_run(make_config(tmp_path), TrainConfig)
+        open_run(make_config(tmp_path))
 
 
 def test_leave_to_change_is_itself_no_change(tmp_path):
-    open_run(make_config(tmp_path), TrainConfig)
+    open_run(make_config(tmp_path))
     allowing = make_config(tmp_path, run={"allow_config_change": True})
-    assert open_run(allowing, TrainConfig) == tmp_path
+    assert open_run(allowing) == tmp_path
     assert identity(allowing) == identity(make_config(tmp_path))
     assert identity(allowing) == identity(make_config(tmp_path, run={"steps": 20})), "a run may go on with more steps"
     assert identity(allowing) != identity(make_config(tmp_path, run={"seed": 20}))
@@ -75,22 +75,22 @@ def test_leave_to_change_is_itself_no_change(tmp_path):
 def test_a_directory_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"run\.dir='.*/file/run': cannot be written"):
-        open_run(make_config(tmp_path / "file" / "run"), TrainConfig)
+        open_run(make_config(tmp_path / "file" / "run"))
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc").is_dir(), reason="needs a folder where nobody may write, not even root")
 def test_a_directory_that_cannot_be_written_is_named():
     with pytest.raises(ValueError, match=r"run\.dir='/proc': cannot be written"):
-        open_run(make_config("/proc"), TrainConfig)
+        open_run(make_config("/proc"))
 
 
 def test_a_crash_while_the_config_is_saved_leaves_the_one_before(tmp_path):
     config = make_config(tmp_path)
-    open_run(config, TrainConfig)
+    open_run(config)
     descriptor = os.open(tmp_path / "config.yaml", os.O_RDONLY)  # the file of before, whatever its name becomes
     try:
         before = os.read(descriptor, 100_000)
-        open_run(make_config(tmp_path, run={"steps": 20, "allow_config_change": True}), TrainConfig)
+        open_run(make_config(tmp_path, run={"steps": 20, "allow_config_change": True}))
         os.lseek(descriptor, 0, os.SEEK_SET)
         assert os.read(descriptor, 100_000) == before, "it is replaced, not written over"
     finally:
@@ -99,11 +99,11 @@ def test_a_crash_while_the_config_is_saved_leaves_the_one_before(tmp_path):
 
 
 def test_a_saved_config_that_a_crash_tore_is_named(tmp_path):
-    open_run(make_config(tmp_path), TrainConfig)
+    open_run(make_config(tmp_path))
     saved = tmp_path / "config.yaml"
     saved.write_text(saved.read_text()[:50])
     with pytest.raises(ValueError, match=r"config\.yaml"):
-        open_run(make_config(tmp_path), TrainConfig)
+        open_run(make_config(tmp_path))
 
 
 def test_the_config_of_an_existing_run_is_read_from_a_folder_and_from_an_object_store(tmp_path):
@@ -117,8 +117,8 @@ def refusals(directory):
     """What each reader of a run directory says; the first is that of a run that would go on in it."""
     config = make_config(directory)
     readers = (
-        lambda: check_run(config, TrainConfig),
-        lambda: open_run(config, TrainConfig),
+        lambda: check_run(config),
+        lambda: open_run(config),
         lambda: read_config(directory, TrainConfig),
         lambda: check_release(directory),
     )
@@ -129,7 +129,7 @@ def refusals(directory):
 
 
 def test_a_run_directory_of_another_layout_is_refused_in_one_line_that_names_both_releases(tmp_path):
-    open_run(make_config(tmp_path), TrainConfig)
+    open_run(make_config(tmp_path))
     (tmp_path / "run.json").write_text(json.dumps({"layout": LAYOUT + 1, "version": "9.8.7"}))
     (tmp_path / "config.yaml").write_text("unknown: 1\n")  # which is not read
     (message,) = set(refusals(tmp_path))
@@ -152,13 +152,13 @@ def test_a_run_directory_of_before_there_were_layouts_is_refused(tmp_path):
 def test_a_config_that_lies_in_the_folder_of_a_new_run_is_no_run(tmp_path):
     config = make_config(tmp_path)
     (tmp_path / "config.yaml").write_text(config_file.to_yaml(config))
-    assert open_run(config, TrainConfig) == tmp_path
+    assert open_run(config) == tmp_path
     assert read_config(tmp_path, TrainConfig) == config
 
 
 @pytest.mark.parametrize("content", ["", "[1]", '{"layout": 2}', "null"])
 def test_a_damaged_mark_is_named(tmp_path, content):
-    open_run(make_config(tmp_path), TrainConfig)
+    open_run(make_config(tmp_path))
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(ValueError, match=r"run\.json: has no layout and version"):
         read_config(tmp_path, TrainConfig)

@@ -64,9 +64,9 @@ def test_replace_read_names_remove_and_move_aside(place):
     assert not storage.exists(place / "c" / "e")
     with pytest.raises(FileNotFoundError):
         storage.read(place / "e")
-    assert storage.move_aside(place / "b", ".damaged").name == "b.damaged"
+    assert storage.move_aside(place / "b").name == "b.damaged"
     storage.replace(place / "b", b"3")
-    assert storage.move_aside(place / "b", ".damaged").name == "b.damaged-2"
+    assert storage.move_aside(place / "b").name == "b.damaged-2"
     storage.remove(place / "c")
     storage.remove(place / "nothing")
     assert storage.names(place) == ["b.damaged", "b.damaged-2"]

@@ -50,8 +50,8 @@ def track(run_dir, library, **environment):
 @pytest.mark.slow
 def test_tensorboard_reads_what_was_written_and_no_steps_after_the_resume(tmp_path):
     config = RunConfig(dir=str(tmp_path), steps=9)
-    for resume_step, steps, offset in ((None, range(1, 6), 0.0), (3, range(4, 6), 100.0)):
-        tracker = trackers.start(tmp_path, config, 0 if resume_step is None else resume_step + 1, SETTINGS)
+    for resume_step, steps, offset in ((-1, range(1, 6), 0.0), (3, range(4, 6), 100.0)):
+        tracker = trackers.start(tmp_path, config, resume_step + 1, SETTINGS)
         with metrics.MetricsWriter(tmp_path, tracker, resume_step=resume_step) as writer:
             for step in steps:
                 writer.write(step, {"learner/loss": step + offset}, SHOWN if step == 4 else None)

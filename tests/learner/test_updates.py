@@ -8,9 +8,12 @@ from flax import nnx
 
 from model import tiny
 from oapl_jax.build.learner import make_learner
+from oapl_jax.config.commands import SftConfig
+from oapl_jax.config.data import SftDataConfig
 from oapl_jax.config.learner import LearnerConfig
 from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.config.model import LoraConfig, ModelConfig
+from oapl_jax.config.run import RunConfig
 from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.learner.batch import work
 from oapl_jax.learner.state import make_schedule
@@ -28,14 +31,17 @@ NO_ADAPTERS = LoraConfig()
 
 def make(updates_per_batch, objective="grpo", mesh="fsdp=1", lora=NO_ADAPTERS, kl_weight=0.0, **options):
     objective = OBJECTIVES[objective]
+    config = SftConfig(
+        run=RunConfig(dir="unused", steps=3),
+        model=ModelConfig(path="tiny"),
+        data=SftDataConfig(path="unused", max_prompt_tokens=4),
+        learner=LearnerConfig(batch_rollouts=8, micro_batch_rows=2, learning_rate=1e-2, clip_norm=1.0),
+        lora=lora,
+    )
     learner = make_learner(
-        ModelConfig(path="tiny"),
-        lora,
-        LearnerConfig(batch_rollouts=8, micro_batch_rows=2, learning_rate=1e-2, clip_norm=1.0),
+        config,
         CONFIG,
         make_meshes(MeshConfig(trainer=mesh))[0],
-        num_steps=3,
-        max_prompt_tokens=4,
         max_response_tokens=4,
         group_size=2,
         objective=objective,

@@ -8,7 +8,7 @@ import pytest
 
 from oapl_jax.config.reward import RewardConfig
 from oapl_jax.rewards import functions, grader
-from oapl_jax.rollouts.grading import Grading
+from oapl_jax.rollouts.grading import Advantages, Grading
 from oapl_jax.types import FinishReason, Grade, Prompt, Rollout, RunError, Verdict
 
 MODULE = '''
@@ -187,7 +187,8 @@ class Always:
 
 
 def test_when_all_verdicts_are_invalid_the_error_has_the_most_frequent_reason():
-    grading = Grading(str, Always("no key", "no key", "late"), lambda rewards, _: rewards, lambda rewards: 0.0)
+    advantages = Advantages(lambda rewards, _: rewards, lambda rewards: 0.0)
+    grading = Grading(str, Always("no key", "no key", "late"), advantages)
     rollout = Rollout(np.zeros(1, np.int32), np.zeros(1, np.float32), FinishReason.STOP)
     grading.grade([(prompt(), [rollout] * 12)])
     with pytest.raises(RunError, match=r"the last 312 verdicts are all invalid, 208 because: no key"):

@@ -10,14 +10,13 @@ from oapl_jax.data.tokenizer import CharacterTokenizer
 from oapl_jax.objectives import oapl
 from oapl_jax.rewards.grader import ToyGrader
 from oapl_jax.rollouts.buffer import Ticket
-from oapl_jax.rollouts.grading import Grading
+from oapl_jax.rollouts.grading import Advantages, Grading
 from oapl_jax.types import FinishReason, Grade, GradedRollout, Prompt, Rollout, RolloutGroup, Verdict
 
 GRADING = Grading(
     CharacterTokenizer().decode,
     ToyGrader("chain"),
-    lambda rewards, _: oapl.advantages(rewards, 1.0),
-    functools.partial(oapl.optimal_value, beta1=1.0),
+    Advantages(lambda rewards, _: oapl.advantages(rewards, 1.0), functools.partial(oapl.optimal_value, beta1=1.0)),
 )
 
 

@@ -53,7 +53,7 @@ def test_a_shard_that_is_not_listed_yet_is_not_made_again_and_one_that_is_gone_i
     put(log, 1, b"PAR1 torn")
     time.sleep(1.1)
     put(log, 0)  # not listed for a second
-    storage.move_aside(log.path(VERSION, 1), ".damaged")  # listed for a second
+    storage.move_aside(log.path(VERSION, 1))  # listed for a second
     assert log.parts(VERSION) == [1]
     assert log.read(VERSION) == []
     with Leases(root / "leases", 30.0) as leases:

@@ -11,7 +11,7 @@ from oapl_jax.config.evaluation import EvaluationConfig
 from oapl_jax.config.sampling import SamplerConfig
 from oapl_jax.data.tokenizer import CharacterTokenizer
 from oapl_jax.rollouts.buffer import Ticket
-from oapl_jax.rollouts.grading import Grading
+from oapl_jax.rollouts.grading import Advantages, Grading
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.rollouts.stops import MARGIN, Stops, stop_length
 from oapl_jax.types import FinishReason, Grade, Rollout, Verdict
@@ -137,7 +137,8 @@ def test_what_a_truncated_response_counts_is_an_option(truncated, verdicts, usab
         Rollout(np.arange(2, 2 + n, dtype=np.int32), np.full(n, -1, np.float32), reason)
         for n, reason in zip(lengths, reasons, strict=True)
     ]
-    grading = Grading(lambda found: "x" * len(found), LengthGrader(), lambda r, _: r - r.mean(), np.mean, truncated)
+    advantages = Advantages(lambda r, _: r - r.mean(), np.mean, truncated)
+    grading = Grading(lambda found: "x" * len(found), LengthGrader(), advantages)
     (group,) = grading.groups([(Ticket(0, 0, 0), groups.prompt(0), rollouts)])
     assert [item.grade.verdict for item in group.rollouts] == verdicts
     assert [item.is_usable for item in group.rollouts] == usable

@@ -9,7 +9,7 @@ import pytest
 from oapl_jax.data.tokenizer import CharacterTokenizer
 from oapl_jax.objectives import a_star_po, oapl
 from oapl_jax.rewards.grader import ToyGrader
-from oapl_jax.rollouts.grading import Grading
+from oapl_jax.rollouts.grading import Advantages, Grading
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.values import read_values
 from oapl_jax.types import RunError
@@ -42,9 +42,11 @@ def test_a_group_is_graded_with_the_value_of_its_prompt():
     grading = Grading(
         CharacterTokenizer().decode,
         ToyGrader("chain"),
-        lambda rewards, is_correct: a_star_po.OBJECTIVE.advantages(rewards, is_correct, None),
-        VALUE,
-        values={"test/0": 0.25},
+        Advantages(
+            lambda rewards, is_correct: a_star_po.OBJECTIVE.advantages(rewards, is_correct, None),
+            VALUE,
+            values={"test/0": 0.25},
+        ),
     )
     graded = [dataclasses.replace(item, advantage=math.nan) for item in group(0).rollouts]
     assert grading.advantages("test/0", graded) == ([0.75, -0.25], 0.25)

@@ -85,7 +85,7 @@ def test_what_is_wrong_alone_is_one_line(tmp_path):
 )
 def test_a_finished_run_is_recognised_by_its_summary(tmp_path, planned, steps, changes, is_over):
     config = config_file.validate(TrainConfig, raw_config(tmp_path), "test", CHECKS)
-    run_dir.open_run(config, TrainConfig)
+    run_dir.open_run(config)
     found = {"steps": 8, "before": {}, "after": {}} | ({"planned_steps": planned} if planned else {})
     (tmp_path / "run/summary.json").write_text(json.dumps(found))
     changes["run"] = changes.get("run", {}) | {"steps": steps}
@@ -95,7 +95,7 @@ def test_a_finished_run_is_recognised_by_its_summary(tmp_path, planned, steps, c
 
 def test_a_finished_run_says_how_it_goes_on(tmp_path, capsys):
     raw = raw_config(tmp_path)
-    run_dir.open_run(config_file.validate(TrainConfig, raw, "test", CHECKS), TrainConfig)
+    run_dir.open_run(config_file.validate(TrainConfig, raw, "test", CHECKS))
     found = {"steps": 8, "planned_steps": 8, "seconds": 1.0, "rollouts": 64, "before": {}, "after": {}}
     (tmp_path / "run/summary.json").write_text(json.dumps(found))
     (tmp_path / "config.json").write_text(json.dumps(raw))

@@ -16,7 +16,7 @@ from oapl_jax.model import qwen
 from oapl_jax.objectives import oapl
 from oapl_jax.rewards.grader import ToyGrader
 from oapl_jax.rollouts.buffer import GroupBuffer, Window
-from oapl_jax.rollouts.grading import Grading
+from oapl_jax.rollouts.grading import Advantages, Grading
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.sampler.engine import Engine
@@ -75,8 +75,7 @@ def make_grading(grader=None):
     return Grading(
         TOKENIZER.decode,
         grader or ToyGrader("chain"),
-        lambda rewards, _: oapl.advantages(rewards, 1.0),
-        functools.partial(oapl.optimal_value, beta1=1.0),
+        Advantages(lambda rewards, _: oapl.advantages(rewards, 1.0), functools.partial(oapl.optimal_value, beta1=1.0)),
     )
 
 

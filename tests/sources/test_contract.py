@@ -115,13 +115,9 @@ def followed(directory):
 def make_scorer(config):
     """A learner, which generated data do not need: they have log-probabilities."""
     return make_learner(
-        config.model,
-        config.lora,
-        config.learner,
+        config,
         CONFIG,
         make_engine().mesh,
-        num_steps=1,
-        max_prompt_tokens=12,
         max_response_tokens=5,
         group_size=4,
         objective=oapl.OBJECTIVE,
