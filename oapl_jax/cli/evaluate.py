@@ -133,9 +133,8 @@ def _followed(config: EvaluateConfig, source: SharedPath, scratch: pathlib.Path)
     seen: set[int] = set()
     last = time.monotonic()
     while True:
-        has_ended = storage.exists(
-            source / run_dir.SUMMARY_FILE
-        )  # before the look at the steps, or the last could be missed
+        # Before the look at the steps, or the last could be missed.
+        has_ended = storage.exists(source / run_dir.SUMMARY_FILE)
         new = [version for version in _present(source, store) if version not in seen]
         for version in new:
             seen.add(version)
