@@ -92,10 +92,8 @@ def multiply_groups(
 ) -> Float[Array, "N F"]:
     """Each run of rows with the matrix of its group, by a TPU kernel; the first group has the matrix of number ``first``."""
     D, F = matrices.shape[1:]
-    is_turned = (
-        F % LANES > 0 and D % LANES == 0
-    )  # as XLA lays the matrices down, so that no row is padded to whole lanes
-    depth = min(D, WIDEST)
+    # XLA lays such matrices down with D last, so that no row is padded to whole lanes.
+    is_turned, depth = F % LANES > 0 and D % LANES == 0, min(D, WIDEST)
     products = gmm(
         _padded(rows, ROW_TILE),
         matrices.swapaxes(1, 2) if is_turned else matrices,
