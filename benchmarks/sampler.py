@@ -2,8 +2,8 @@
 
     python benchmarks/sampler.py --json [--model smollm2]
 
-Random float32 weights of one small Qwen3, or of one with the sizes of SmolLM2-135M (``MODELS``), tokens from the whole vocabulary at temperature 1 with
-the log-probability of each. Two workloads:
+Random float32 weights of one small Qwen3, or of one with the sizes of SmolLM2-135M (``MODELS``), tokens from the whole
+vocabulary at temperature 1 with the log-probability of each. Two workloads:
 
 * ``uniform``: 32 prompts of 32 tokens, 128 new tokens each.
 * ``grouped``: 8 prompts of 512 tokens, 8 rollouts each, lengths from a lognormal (``make_workload``).

@@ -1,6 +1,8 @@
 """PyTorch's ``generate`` with weights rounded to a few bits, as the engine of a detached sampler.
 
-python -m oapl_jax sample --run RUN --engine experiments.rounded:make bits=4
+    python -m oapl_jax sample --run RUN --engine experiments.rounded:make bits=4
+
+Each row of a matrix has a scale of its own; norms and biases stay as they are.
 """
 
 import pathlib

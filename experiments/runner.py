@@ -69,18 +69,18 @@ class Runner:
         words = [[run.command, "--config", str(path)]]
         words += [["sample", "--run", str(self.out / run.name), *run.sampler]] if run.sampler else []
         start = time.monotonic()
-        with log.open("ab") as output:
-            children = [
-                subprocess.Popen(
-                    [sys.executable, "-m", "oapl_jax", *each],
-                    stdout=output,
-                    stderr=subprocess.STDOUT,
-                    preexec_fn=lambda: os.sched_setaffinity(0, cores),
-                )
-                for each in words
-            ]
-        trainer, *samplers = children
+        children: list[subprocess.Popen[bytes]] = []
         try:
+            with log.open("ab") as output:
+                for each in words:
+                    child = subprocess.Popen(
+                        [sys.executable, "-m", "oapl_jax", *each],
+                        stdout=output,
+                        stderr=subprocess.STDOUT,
+                        preexec_fn=lambda: os.sched_setaffinity(0, cores),
+                    )
+                    children.append(child)
+            trainer, *samplers = children
             # A run whose sampler has failed would wait for another one.
             while trainer.poll() is None and not any(sampler.poll() for sampler in samplers):
                 time.sleep(POLL_SECONDS)

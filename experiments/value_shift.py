@@ -42,15 +42,10 @@ def main(argv: list[str]) -> None:
     for shift in SHIFTS:
         run, values = out / f"run{shift:+g}", out / f"values{shift:+g}"
         if not (run / "summary.json").exists():
-            _shift_rewards(log, values, shift)
+            shift_rewards(log, values, shift)
             _oapl_jax(
                 *("train", "countdown_two_round", model, f"run.dir={run}", f"objective.values={values}"),
-                *(
-                    "objective.name=a_star_po",
-                    "objective.beta1=1.0",
-                    "objective.beta2=0.1",
-                    "learner.learning_rate=1e-4",
-                ),
+                "objective.name=a_star_po",  # with the temperatures and the learning rate of the config
                 f"offline.rounds=[{{log: {log / 'rollouts'}, epochs: 3, filter: {{min_correct: 1}}}}]",
                 *(f"learner.batch_rollouts={BATCH}", f"evaluation.prompts={PROMPTS}", "evaluation.final_samples=64"),
             )
@@ -65,7 +60,7 @@ def _oapl_jax(command: str, config: str, *overrides: str) -> None:
     subprocess.run(words, check=True, stdout=sys.stderr)
 
 
-def _shift_rewards(log: pathlib.Path, target: pathlib.Path, shift: float) -> None:
+def shift_rewards(log: pathlib.Path, target: pathlib.Path, shift: float) -> None:
     """A copy of a log with a constant added to each reward, and so to the V* of each prompt."""
     shutil.copytree(log / "rollouts", target / "rollouts", dirs_exist_ok=True)
     for path in (target / "rollouts").rglob("*.parquet"):

@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from oapl_jax.config.commands import EvaluateConfig, GenerateConfig, TrainConfig
 from oapl_jax.config.sampling import EvaluateSamplerConfig, SamplerConfig
@@ -73,8 +75,7 @@ def make_engines(
         )
     return tuple(
         Engine(
-            # Experts' kernels are called for each device's part; the other products XLA splits.
-            qwen.abstract(model, compute_dtype=computed, mesh=replica if model.num_experts else None)[0],
+            structure(model, replica, computed),
             model,
             vocab_size=vocab_size,
             stop_ids=stop_ids,
@@ -90,6 +91,14 @@ def make_engines(
         )
         for replica in meshes
     )
+
+
+def structure(model: qwen.QwenConfig, replica: Mesh, compute_dtype: DTypeLike) -> nnx.GraphDef:
+    """The structure half of the model that an engine on this replica runs.
+
+    A mixture has the mesh, because its kernels are called for each device's part. XLA splits all other products.
+    """
+    return qwen.abstract(model, compute_dtype=compute_dtype, mesh=replica if model.num_experts else None)[0]
 
 
 def make_sampler(

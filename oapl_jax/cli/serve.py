@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from oapl_jax.build import policy
 from oapl_jax.build.account import size
-from oapl_jax.build.sampler import cache_bytes, num_prepared
+from oapl_jax.build.sampler import cache_bytes, num_prepared, structure
 from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.config.model import ModelConfig
 from oapl_jax.distributed.memory import usable_bytes
@@ -112,7 +112,7 @@ def load(arguments: argparse.Namespace) -> Any:
     mesh = make_meshes(MeshConfig(trainer=f"tensor={_num_devices(config)}"))[0]
     params = policy.load_params(model, arguments.model, config, mesh, arguments.seed)
     engine = Engine(
-        qwen.abstract(config, param_dtype=dtype, compute_dtype=dtype)[0],
+        structure(config, mesh, dtype),
         config,
         vocab_size=tokenizer.vocab_size,
         stop_ids=Stops(tokenizer, sampling).ids,

@@ -404,12 +404,12 @@ class ExpertMlp(nnx.Module):
             )
             return mix(x, router, *matrices)
 
-    def read_in(self, stacked: Any, layer: Array) -> None:
+    def read_in(self, stacked: Any, layer: Array | int) -> None:
         """Lets the products read a layer's matrices in their stack; quantised ones stay those of the scan."""
         for name in ("gate", "up", "down"):
             param = getattr(stacked, name)
             if isinstance(param.get_value(), Array):
-                setattr(self, name, param.replace(InStack(param.get_value(), layer)))
+                setattr(self, name, param.replace(InStack(param.get_value(), jnp.asarray(layer))))
 
     def _mix(self, x: Array, router: Array, gate: Experts, up: Experts, down: Experts) -> Array:
         """Sorts the (token, expert) pairs by expert, multiplies each expert's run of rows, sorts back."""

@@ -11,8 +11,9 @@ import pytest
 from flax import nnx
 
 from model import tiny
+from oapl_jax.build.sampler import structure
 from oapl_jax.config.mesh import MeshConfig
-from oapl_jax.distributed.sharding import SAMPLER_RULES, make_meshes, reshard, shardings
+from oapl_jax.distributed.sharding import SAMPLER_RULES, make_meshes, placed, reshard, shardings
 from oapl_jax.learner.batch import RowLayout, from_pairs
 from oapl_jax.model import qwen
 from oapl_jax.model.logprob import sequence_logprobs
@@ -258,6 +259,20 @@ def test_other_architectures_sample_as_they_score(name, tensor, is_int8):
     )
     for rollout, row, mask in zip(rollouts, np.asarray(logprobs), batch.response_mask, strict=True):
         np.testing.assert_allclose(rollout.logprobs, row[mask], atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_mixture_over_devices_is_lowered_for_a_tpu_with_kernels_for_the_products_of_experts():
+    """Without the mesh in its structure the partitioner would meet the kernels, which it cannot split."""
+    config = tiny.config("moe")
+    mesh = make_meshes(MeshConfig(trainer="tensor=2"))[0]
+    options = {"max_prompt_tokens": 8, "max_response_tokens": 6, "decode_steps": 3, "page_size": 4, "attention": "xla"}
+    graphdef = structure(config, mesh, "float32")
+    engine = Engine(graphdef, config, vocab_size=48, stop_ids=(0,), num_rows=4, mesh=mesh, **options)
+    shapes = qwen.abstract(config)[1]
+    params = placed(shapes, shardings(shapes, mesh, SAMPLER_RULES))
+    prefill = engine._prefill.trace(params, np.zeros((1, 8), np.int32), np.array([8], np.int32))
+    assert prefill.lower(lowering_platforms=("tpu",)).as_text().count("tpu_custom_call") == 2  # gate and up share one
 
 
 @pytest.mark.slow
