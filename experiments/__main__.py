@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--processes", type=int, default=2, help="runs at once; they share the cores (default: 2)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="of the config of each training run")
     parser.add_argument("--report", action="store_true", help="train nothing: tables and figures of what has ended")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)
     grid, out = load(arguments.grid, arguments.overrides), arguments.out.resolve()
     if not arguments.report:
         start = time.monotonic()

@@ -225,17 +225,18 @@ class Run:
         """The updates of one batch of groups (paper Eq. 3); their metrics, and the number of response tokens."""
         start, learner, of_updates = time.perf_counter(), self.assembly.learner, []
         parts = learner.mini_batches(groups)
-        compiling = self.bar.stage("compiling learner program 2 of 2: the train step")
-        with self.trainer_lock, contextlib.nullcontext() if self.has_trained else compiling:
+        with self.trainer_lock:
             placed = [learner.prepare(part, self.state.params, self.reference) for part in parts]
             if not self.has_trained:
-                learner.train_step.lower(self.state, placed[0]).compile()  # the call below finds it
+                with self.bar.stage("compiling learner program 2 of 2: the train step"):
+                    learner.train_step.lower(self.state, placed[0]).compile()  # the call below finds it
                 trim_heap()  # before the temporaries of the step are there too
+            with contextlib.nullcontext() if self.has_trained else self.bar.stage("making the first step"):
+                for part in placed:
+                    self.state, *on_device = learner.train_step(self.state, part)
+                    of_updates.append(jax.device_get(on_device))
+                jax.block_until_ready(self.state)  # on all devices, before the lock is left
             self.has_trained = True
-            for part in placed:
-                self.state, *on_device = learner.train_step(self.state, part)
-                of_updates.append(jax.device_get(on_device))
-            jax.block_until_ready(self.state)  # on all devices, before the lock is left
         speed = self._speed(parts, time.perf_counter() - start)
         self.progress.step += 1
         self.progress.num_rollouts += sum(int(part.segment_mask.sum()) for part in parts)

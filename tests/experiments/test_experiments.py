@@ -70,7 +70,8 @@ def test_a_grid_is_trained_reported_and_not_trained_again(tmp_path):
     assert empty.returncode == 2
     assert "nothing has been trained" in empty.stderr
 
-    first = run(grid, out)
+    words = "--processes", "1", "learner.clip_norm=0.5"  # in the order of the Makefile
+    first = run(grid, out, *words)
     assert first.returncode == 0, first.stderr
     assert "[2/2] arms/" in first.stdout
     text = (out / "results.md").read_text()
@@ -81,10 +82,11 @@ def test_a_grid_is_trained_reported_and_not_trained_again(tmp_path):
     (saved,) = (out / "arms/theirs").glob("*/config.yaml")
     theirs = yaml.safe_load(saved.read_text())
     assert (theirs["objective"]["name"], theirs["mode"]) == ("grpo", "detached")
+    assert theirs["learner"]["clip_norm"] == 0.5
     assert audit(saved.parent).startswith("2 steps, 2 windows")
 
     written = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")}
-    again = run(grid, out)
+    again = run(grid, out, *words)
     assert again.returncode == 0, again.stderr
     assert "[1/" not in again.stdout
     assert {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")} == written
