@@ -1,5 +1,6 @@
 """The sampler's programs: an engine for each replica, with a cache sized by the memory that is left."""
 
+import heapq
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from oapl_jax.model import qwen
 from oapl_jax.rollouts.sampling import SamplingDistribution
 from oapl_jax.rollouts.stops import Stops
 from oapl_jax.sampler import kv_cache
-from oapl_jax.sampler.engine import Engine, is_large_on_cpu, joins_layers
+from oapl_jax.sampler.engine import Engine, is_large_on_cpu, joins_layers, num_slots
 from oapl_jax.sampler.sampler import JaxSampler, replica_meshes
 
 PAGE_SIZE = 16
@@ -37,6 +38,7 @@ def make_engines(
     max_prompt_tokens: int,
     free: float,
     others: Sequence[SamplingDistribution] = (),
+    prompt_lengths: Sequence[int] = (),
     num_copies: int = 1,
     meshes: Sequence[Mesh] | None = None,
 ) -> tuple[Engine, ...]:
@@ -44,7 +46,8 @@ def make_engines(
 
     ``mesh`` is the whole sampler's; ``meshes`` are the replicas', where the devices are only described. Weights, at most
     ``num_copies`` of them, and cache share ``free`` bytes on each device. ``others`` are sampling distributions that may
-    be asked for besides the sampler's own.
+    be asked for besides the sampler's own. ``prompt_lengths`` are those of all prompts, where they are known: the cache
+    then has no more pages than the longest of them can fill.
 
     Raises:
         NoRoomError: the memory has no room for one sequence.
@@ -73,6 +76,11 @@ def make_engines(
             f" of {PAGE_SIZE} tokens, and the memory that is left has {affordable}; shorten the limits, raise"
             " sampler.kv_memory, or split the sampler over more devices"
         )
+    num_pages = min(rows * max_pages, affordable)
+    if prompt_lengths:
+        longest = heapq.nlargest(num_slots(rows), prompt_lengths)  # each once: rollouts share their prompt's pages
+        own = num_slots(rows) * (sampler.max_response_tokens // PAGE_SIZE + 2)
+        num_pages = max(max_pages, min(num_pages, sum(length // PAGE_SIZE for length in longest) + own))
     return tuple(
         Engine(
             structure(model, replica, computed),
@@ -84,7 +92,7 @@ def make_engines(
             max_response_tokens=sampler.max_response_tokens,
             decode_steps=sampler.decode_steps,
             mesh=replica,
-            num_pages=min(rows * max_pages, affordable),
+            num_pages=num_pages,
             page_size=PAGE_SIZE,
             cache_dtype=cached,
             can_truncate=any(asked.truncates for asked in (SamplingDistribution.of(sampler), *others)),
@@ -107,6 +115,7 @@ def make_sampler(
     mesh: Mesh,
     tokenizer: Tokenizer,
     max_prompt_tokens: int,
+    prompt_lengths: Sequence[int] = (),
     num_copies: int = 1,
 ) -> JaxSampler:
     """The sampler of a process that only samples: weights and cache have all of its memory; errors as above."""
@@ -118,6 +127,7 @@ def make_sampler(
         stop_ids=Stops(tokenizer, SamplingDistribution.of(config.sampler)).ids,
         max_prompt_tokens=max_prompt_tokens,
         free=usable_bytes(mesh),
+        prompt_lengths=prompt_lengths,
         num_copies=num_copies,
     )
     return JaxSampler(engines, mesh, tokenizer.decode)

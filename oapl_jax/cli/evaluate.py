@@ -72,7 +72,8 @@ def evaluate(config: EvaluateConfig, *, watch: bool = False) -> str:
                 grading = Grading(stops.text, grader, none)
                 stack.callback(grading.close)
                 say(_describe(prompts, stops))
-                sampler = make_sampler(config, architecture, sampler_mesh, tokenizer, _longest(prompts))
+                lengths = [len(prompt.token_ids) for prompt in prompts]
+                sampler = make_sampler(config, architecture, sampler_mesh, tokenizer, max(lengths), lengths)
             params = policy.load_params(config.model, path, architecture, mesh, config.run.seed)
             run_dir.open_run(config)
             sampler.set_weights(WeightSync(params, sampler_mesh, config.sampler.dtype)(params)[0])

@@ -120,6 +120,11 @@ def is_large_on_cpu(model: QwenConfig, mesh: Mesh) -> bool:
     return is_cpu and model.num_params >= LARGE_PARAMS
 
 
+def num_slots(num_rows: int) -> int:
+    """Slots of an engine: one for each row, and as many for sequences that wait for a row."""
+    return 2 * num_rows
+
+
 def joins_layers(mesh: Mesh) -> bool:
     """Whether decode steps read a copy of the layers for another reason than ``dense``: see ``sampler/cpu/joined_layers.py``.
 
@@ -168,7 +173,7 @@ class Engine:
         self._abstract_params = abstract(model_config)[1]
         self.stop_ids = tuple(stop_ids)
         self.can_truncate = can_truncate
-        self.num_rows, self.num_slots, self.decode_steps = num_rows, 2 * num_rows, decode_steps
+        self.num_rows, self.num_slots, self.decode_steps = num_rows, num_slots(num_rows), decode_steps
         self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
         self.page_size, self.mesh, self._cache_dtype = page_size, mesh, cache_dtype
         self.max_pages = self.pages_of(max_prompt_tokens + max_response_tokens)

@@ -11,10 +11,12 @@ from oapl_jax.build.account import size
 from oapl_jax.build.assembly import evaluates_within_windows, make_assembly
 from oapl_jax.build.checks import CHECKS
 from oapl_jax.build.policy import read_config
-from oapl_jax.build.sampler import NoRoomError
+from oapl_jax.build.sampler import NoRoomError, make_engines
 from oapl_jax.config import config_file
-from oapl_jax.config.commands import TrainConfig
+from oapl_jax.config.commands import EvaluateConfig, TrainConfig
+from oapl_jax.config.mesh import MeshConfig
 from oapl_jax.distributed import memory
+from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.model import lora
 from oapl_jax.preflight import programs
 from oapl_jax.run import start
@@ -134,3 +136,21 @@ def test_no_room_for_one_rollout_is_an_error_that_says_what_to_do():
     architecture = read_config(QWEN_05B)
     with pytest.raises(NoRoomError, match=r"no room for one rollout: 1024 \+ 7168 tokens .*sampler\.kv_memory"):
         make_assembly(load(), architecture, architecture.vocab_size, (0,), devices=jax.devices(), usable=2 * GIB)
+
+
+@pytest.mark.parametrize("longest", [60, 3700])
+def test_one_long_prompt_does_not_make_the_cache_long_for_every_row(longest):
+    architecture, (mesh, _) = read_config(QWEN_05B), make_meshes(MeshConfig(trainer="tensor=1"))
+    sections = {"run": {"dir": "r"}, "model": {"path": "m"}, "benchmarks": {"names": ["mbpp"]}}
+    sections["sampler"] = {"rows": 8, "max_response_tokens": 100, "dtype": "float32"}
+    config = EvaluateConfig.model_validate(sections)
+    common = {"vocab_size": 10, "stop_ids": (0,), "max_prompt_tokens": longest, "free": 64 * GIB}
+    (engine,) = make_engines(config, architecture, mesh, **common, prompt_lengths=[50] * 500 + [longest])
+    (unaware,) = make_engines(config, architecture, mesh, **common)
+    pages_of_response = 100 // 16 + 2
+    assert unaware.num_pages == 8 * unaware.max_pages
+    if longest == 60:
+        assert engine.num_pages == unaware.num_pages
+    else:
+        assert engine.num_pages == 3700 // 16 + 15 * (50 // 16) + 16 * pages_of_response
+        assert engine.num_pages < unaware.num_pages / 4
