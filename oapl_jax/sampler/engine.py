@@ -234,15 +234,16 @@ class Engine:
         return jax.jit(make, out_shardings=self._shardings())()
 
     def padded_length(self, num_tokens: int) -> int:
-        """The length that a prompt is padded to: a power of two of pages, or the limit's pages."""
-        pages = 1 << (self.pages_of(num_tokens) - 1).bit_length()
-        return min(pages, self.max_pages) * self.page_size
+        """The length that a prompt is padded to: 1 or 1.5 times a power of two of pages, or the limit's pages."""
+        return self._padded(self.pages_of(num_tokens)) * self.page_size
 
     def padded_pages(self, num_pages: int) -> int:
-        """Columns of the page table for sequences of ``num_pages`` pages: 1 or 1.5 times a power of two, or the limit."""
+        """Columns of the page table for sequences of ``num_pages`` pages: as many as those of a padded prompt, or the limit."""
         if self.attention != "dense":
             return self.max_pages
-        num_pages = max(num_pages, self.pages_of(SHORTEST_DENSE))
+        return self._padded(max(num_pages, self.pages_of(SHORTEST_DENSE)))
+
+    def _padded(self, num_pages: int) -> int:
         power = 1 << (num_pages - 1).bit_length()
         return min(self.max_pages, 3 * power // 4 if num_pages <= 3 * power // 4 else power)
 
