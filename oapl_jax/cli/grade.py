@@ -106,7 +106,7 @@ def _task(row: Any, reward: RewardConfig) -> dict[str, Any]:
 def main(argv: list[str]) -> int:
     """Grades a file; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m oapl_jax grade", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="oapl-jax grade", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", metavar="IN.jsonl", type=pathlib.Path)
     parser.add_argument("target", metavar="OUT.jsonl", type=pathlib.Path)
