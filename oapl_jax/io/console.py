@@ -45,7 +45,7 @@ def run(command: Callable[[list[str]], int | None], argv: list[str]) -> int:
         return _end(ExitCode.FAILED, str(error))
     except BrokenPipeError:  # `oapl-jax ... | head`
         return ExitCode.DONE
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+    except (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
         return _end(ExitCode.USAGE, f"{error.filename!r}: {error.strerror}" if error.filename else str(error))
     except Exception as error:
         if isinstance(error, OSError) and error.errno in storage.DISK_ERRORS:
