@@ -9,6 +9,6 @@ from oapl_jax.rollouts.audit import audit
 
 def main(argv: list[str]) -> None:
     """Exit codes: 0 the files agree with the record, 1 they do not, 2 there is no such run."""
-    parser = argparse.ArgumentParser(prog="python -m oapl_jax audit", description="Checks what a run was trained on.")
+    parser = argparse.ArgumentParser(prog="oapl-jax audit", description="Checks what a run was trained on.")
     parser.add_argument("run", type=shared_path, metavar="RUN", help="directory of the run, or its address in a store")
     say(audit(parser.parse_args(argv).run))

@@ -22,9 +22,7 @@ WHAT_IT_MEANS = {
 
 def main(argv: list[str]) -> int:
     """Prints a line for each level, strongest first, and returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m oapl_jax check-sandbox", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = argparse.ArgumentParser(prog="oapl-jax check-sandbox", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "--level", choices=isolation.LEVELS, default="namespaces", help="weakest level that is accepted"
     )

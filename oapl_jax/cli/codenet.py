@@ -112,7 +112,7 @@ def _group(index: int, prompt: Prompt, members: Sequence[codenet.Submission], to
 def main(argv: list[str]) -> None:
     """Writes the log and prints its summary."""
     parser = argparse.ArgumentParser(
-        prog="python -m oapl_jax codenet", description="Writes Project CodeNet as a rollout log of graded groups."
+        prog="oapl-jax codenet", description="Writes Project CodeNet as a rollout log of graded groups."
     )
     parser.add_argument("root", type=pathlib.Path, metavar="PROJECT_CODENET", help="the archive's folder")
     parser.add_argument("out", type=pathlib.Path, metavar="OUT", help="folder of the log")

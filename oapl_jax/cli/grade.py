@@ -29,6 +29,7 @@ from oapl_jax.rewards.code import layouts, programs
 from oapl_jax.rewards.grader import compose
 from oapl_jax.rewards.pool import GraderPool
 from oapl_jax.types import Verdict
+from oapl_jax.untrusted import reading
 
 ROWS_AT_ONCE = 256
 """Rows in memory per worker."""
@@ -43,8 +44,10 @@ def grade_file(source: pathlib.Path, target: pathlib.Path, reward: RewardConfig)
     """Grades the rows of a file, writes the grades into another, and returns the number of each verdict.
 
     Raises:
-        ValueError: a line is not a row; the message names it.
+        ValueError: a line is not a row; the message names it. Or both files are one.
     """
+    if source.exists() and target.exists() and target.samefile(source):
+        raise ValueError(f"{str(target)!r} has the rows, and would be overwritten; choose another file for the grades")
     counts = dict.fromkeys(Verdict, 0)
     # All rows are checked before the first is graded.
     kinds = [row["kind"] for row, _ in _rows(source, reward)]
@@ -71,14 +74,13 @@ def grade_file(source: pathlib.Path, target: pathlib.Path, reward: RewardConfig)
 
 def _rows(source: pathlib.Path, reward: RewardConfig) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
     """Yields each row with its task."""
-    with source.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                try:
-                    row = json.loads(line)
-                    yield row, _task(row, reward)
-                except (ValueError, KeyError, TypeError) as error:
-                    raise ValueError(f"{source} line {number}: {error}") from error
+    for number, line in enumerate(reading.read_text(source).split("\n"), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+                yield row, _task(row, reward)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{source} line {number}: {error}") from error
 
 
 def _task(row: Any, reward: RewardConfig) -> dict[str, Any]:
@@ -106,7 +108,7 @@ def _task(row: Any, reward: RewardConfig) -> dict[str, Any]:
 def main(argv: list[str]) -> int:
     """Grades a file; returns the exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m oapl_jax grade", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="oapl-jax grade", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("source", metavar="IN.jsonl", type=pathlib.Path)
     parser.add_argument("target", metavar="OUT.jsonl", type=pathlib.Path)

@@ -20,12 +20,12 @@ from typing import Any
 from oapl_jax.build.checks import CHECKS
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
-from oapl_jax.data import tokenizer as tokenizers
 from oapl_jax.io.terminal import say
 from oapl_jax.rewards.grader import make_grader
 from oapl_jax.rollouts.import_rollouts import BadRows
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.rollouts.sampling import SamplingDistribution
+from oapl_jax.run.start import outline
 from oapl_jax.sources import imported
 from oapl_jax.sources.setup import make_grading
 
@@ -40,8 +40,7 @@ def write(source: pathlib.Path, out: pathlib.Path, config: TrainConfig, bad: Bad
     """
     if out.exists():
         raise ValueError(f"{str(out)!r} exists; choose another folder")
-    model = config.model
-    tokenizer = tokenizers.load(model.tokenizer, model.path, model.chat_template_kwargs)
+    _, tokenizer = outline(config.model)
     with contextlib.closing(make_grading(config, tokenizer, make_grader(config))) as grading:
         groups = imported.make_groups(0, imported.read(source, config, tokenizer, grading, bad), grading)
     summary = imported.counts(groups, bad)
@@ -55,7 +54,7 @@ def write(source: pathlib.Path, out: pathlib.Path, config: TrainConfig, bad: Bad
 def main(argv: list[str]) -> None:
     """Writes the log and prints its summary."""
     parser = argparse.ArgumentParser(
-        prog="python -m oapl_jax import-rollouts",
+        prog="oapl-jax import-rollouts",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

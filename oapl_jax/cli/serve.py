@@ -46,7 +46,7 @@ ASK_DEADLINE = 600.0
 def parse(argv: list[str]) -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m oapl_jax serve",
+        prog="oapl-jax serve",
         description="Serves a policy by JetStream's gRPC server, or sends a prompt to one.",
     )
     what = parser.add_mutually_exclusive_group(required=True)

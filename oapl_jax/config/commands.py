@@ -61,8 +61,10 @@ class TrainConfig(Section):
 
     def find_mistakes(self) -> Iterator[str]:
         """What does not fit together."""
-        if (self.mode == "offline") != (self.offline is not None):
-            yield f"mode={self.mode}: the section offline is there exactly with mode=offline"
+        if self.mode == "offline" and self.offline is None:
+            yield "mode=offline: the section offline is missing; name its rounds (docs/offline.md)"
+        elif self.mode != "offline" and self.offline is not None:
+            yield f"mode={self.mode}: the section offline is for mode=offline alone; remove it"
         elif self.offline is not None and self.data.is_endless:
             whose = "Several data sets have" if self.data.sets else "A built-in task has"
             for i, data in enumerate(self.offline.rounds):

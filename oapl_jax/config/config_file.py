@@ -63,6 +63,12 @@ SHIPPED = next((folder for folder in (_PACKAGE / "configs", _PACKAGE.parent / "c
 """The configs that come with the package: inside an installed wheel, beside the package in a checkout."""
 INPUTS = {"path", "config", "warm_start", "tokenizer", "folder", "log", "scorer", "imports"}
 """Keys, of any section, whose values may name a file or a folder that is read."""
+MEANINGS = {
+    "string_pattern_mismatch": "should be axes such as 'fsdp=4' or 'data=2,tensor=4' (data, fsdp, tensor; -1: all that are left)",
+    "tuple_type": "should be a list such as [a, b]",
+    "model_type": "should be a section with keys of its own",
+}
+"""Messages in place of pydantic's, by its kinds of mistakes."""
 SHORTEST_SECRET = 6
 """Characters from which on a value of the environment is left out of messages; shorter ones are parts of words."""
 _FROM_ENVIRONMENT: dict[str, str] = {}
@@ -363,7 +369,7 @@ def _describe(schema: type[Section], error: ErrorDetails, checks: Checks) -> lis
         return [f"{path}: unknown key (value {error['input']!r}){_nearest_key(schema, location, checks)}"]
     if error["type"] == "missing":
         return [f"{path}: is required and missing"]
-    message = error["msg"].removeprefix("Value error, ")
+    message = MEANINGS.get(error["type"], error["msg"]).removeprefix("Value error, ")
     if error["type"] == "value_error":  # a line of a section may begin with its key
         lines = message.split("\n")
         return (
@@ -371,8 +377,6 @@ def _describe(schema: type[Section], error: ErrorDetails, checks: Checks) -> lis
             if location
             else lines
         )
-    if error["type"] == "string_pattern_mismatch":
-        message = "should be axes such as 'fsdp=4' or 'data=2,tensor=4' (data, fsdp, tensor; -1: all that are left)"
     if error["type"] == "literal_error":
         allowed = error.get("ctx", {}).get("expected", "").split("'")
         message += nearest(str(error["input"]), filter(str.isidentifier, allowed))

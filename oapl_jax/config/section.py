@@ -21,7 +21,9 @@ class Section(BaseModel):
     A section that is parsed with ``Checks`` is also checked by the one of its class.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, use_attribute_docstrings=True, allow_inf_nan=False
+    )
     _texts: dict[tuple[Any, ...], str] = PrivateAttr(default_factory=dict)
     """Of a whole config that was read from a file: by the place of each value from the environment what the file says,
     such as ``${oc.env:NAME}``."""

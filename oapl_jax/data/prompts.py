@@ -236,6 +236,8 @@ def _make_prompt(row_name: str, problem: Problem, data: DataConfig, tokenizer: T
     question = messages.fill(template, problem.question)
     with _errors_of(f"row {row_name}"):
         token_ids = np.asarray(tokenizer.encode_prompt(question, data.system), np.int32)
+    if not token_ids.size:
+        raise ValueError(f"row {row_name}: its prompt has no tokens; remove the row")
     return Prompt(row_name, token_ids, messages.text_of(question), problem.answer, problem.columns or {})
 
 

@@ -45,8 +45,8 @@ def run(command: Callable[[list[str]], int | None], argv: list[str]) -> int:
         return _end(ExitCode.FAILED, str(error))
     except BrokenPipeError:  # `oapl-jax ... | head`
         return ExitCode.DONE
-    except FileNotFoundError as error:
-        return _end(ExitCode.USAGE, f"{error.filename!r} does not exist")
+    except (FileExistsError, FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        return _end(ExitCode.USAGE, f"{error.filename!r}: {error.strerror}" if error.filename else str(error))
     except Exception as error:
         if isinstance(error, OSError) and error.errno in storage.DISK_ERRORS:
             return _end(ExitCode.FAILED, f"the disk: {error}; with room on it, the same command again goes on")

@@ -8,7 +8,7 @@ from typing import Any
 
 from oapl_jax import __version__
 from oapl_jax.config import config_file
-from oapl_jax.config.config_file import AnyConfig
+from oapl_jax.config.config_file import AnyConfig, ConfigError
 from oapl_jax.config.section import Section
 from oapl_jax.io import storage
 from oapl_jax.io.storage import SharedPath
@@ -72,7 +72,14 @@ def read_config(run: SharedPath, schema: type[AnyConfig]) -> AnyConfig:
 def _read_config(run: SharedPath, schema: type[AnyConfig], *, is_saved: bool) -> AnyConfig:
     with tempfile.TemporaryDirectory() as copies:
         copy = storage.get_folder(run, [CONFIG_FILE], pathlib.Path(copies)) / CONFIG_FILE
-        return config_file.load(schema, copy, is_saved=is_saved)
+        try:
+            return config_file.load(schema, copy, is_saved=is_saved)
+        except ConfigError as error:
+            reason = (error.lines or [str(error)])[0].replace(str(copy), CONFIG_FILE)
+            raise ValueError(
+                f"{run / CONFIG_FILE}: oapl_jax {__version__} cannot read this config; it is damaged, or another release"
+                f" wrote it ({reason}): restore the file, use that release, or choose another run directory"
+            ) from error
 
 
 def save_config(run: SharedPath, config: Section) -> None:

@@ -39,7 +39,11 @@ def read_lines(path: pathlib.Path) -> Iterator[tuple[str, dict[str, Any] | BadRo
     Raises:
         ValueError: the file cannot be read.
     """
-    for number, line in enumerate(reading.read_text(path).split("\n"), start=1):  # strings may have U+2028
+    return _objects(path, reading.read_text(path).split("\n"))  # strings may have U+2028
+
+
+def _objects(path: pathlib.Path, lines: list[str]) -> Iterator[tuple[str, dict[str, Any] | BadRowError]]:
+    for number, line in enumerate(lines, start=1):
         if line.strip():
             where = f"{path} line {number}"
             try:

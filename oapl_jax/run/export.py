@@ -61,6 +61,8 @@ def export(
     if out.exists() and not any((out / name).is_file() for name in (hf.CONFIG_FILE, hf.ADAPTER_CONFIG_FILE)):
         raise ValueError(f"{str(out)!r} exists and is no model folder; it would be replaced: choose another")
     start = model_path(train.model)
+    if start is not None and out.exists() and pathlib.Path(start).exists() and out.samefile(start):
+        raise ValueError(f"{str(out)!r} is the model that the run started from; it would be replaced: choose another")
     config, tokenizer = outline(train.model)
     mesh, _ = make_meshes(MeshConfig(trainer="fsdp=1"), jax.devices("cpu"))
     with checkpoint_folder(run_dir / CHECKPOINTS_FOLDER, step) as checkpoint:

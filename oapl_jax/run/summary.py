@@ -32,7 +32,7 @@ def table(summary: dict[str, Any], directory: SharedPath) -> str:
     ks = [k for k in summary["after"] if k in summary["before"] and "/" not in k]
     sets = dict.fromkeys(name.rpartition("pass@")[0] for name in summary["after"])  # '' is all, 'NAME/' a held-out set
     width = 8 if len(sets) == 1 else 24
-    lines = ["", " " * width + "".join(f"{k:>9}" for k in ks)]
+    lines = ["", " " * width + "".join(f"{k:>9}" for k in ks)] if ks else []
     rows = {"before": summary["before"]}
     rows |= {f"{epoch['round']}-{epoch['epoch']}": epoch for epoch in summary.get("epochs", ())}
     rows["after"] = summary["after"]

@@ -41,7 +41,6 @@ def read(
     """
     expectations = dataclasses.replace(
         Expectations.of(config, tokenizer),
-        source_limit=None,
         needs_logprobs=True,
         most_tokens=(config.data.max_prompt_tokens, config.sampler.max_response_tokens),
     )

@@ -227,10 +227,13 @@ class SamplingProcess:
         raise TimeoutError(f"waited {self._wait_seconds:g} s for version {version}: {problem}")
 
     def _wait_for_policy(self) -> Current | None:
-        end = time.monotonic() + self._wait_seconds
+        end, is_waiting = time.monotonic() + self._wait_seconds, False
         while not self._stop.is_set():
             if (found := self._store.current()) is not None:
                 return found
+            if not is_waiting:
+                is_waiting = True
+                say(f"waiting for a published policy in {self._root}, of a trainer with mode=detached")
             if time.monotonic() > end:
                 raise TimeoutError(
                     f"waited {self._wait_seconds:g} s for a published policy in {self._root}; is a trainer running?"

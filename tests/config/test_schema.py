@@ -64,6 +64,18 @@ def test_windows_that_cannot_be_are_refused(load, override, message):
     assert message in only_mistake(load, TOY, override)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("learner.clip_norm=.inf", "learner.clip_norm: Input should be a finite number"),
+        ("sampler.stop_strings=x", "sampler.stop_strings: should be a list such as [a, b] (value 'x')"),
+        ("window=3", "window: should be a section with keys of its own (value 3)"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_refused_in_words_of_yaml(load, override, message):
+    assert message in only_mistake(load, TOY, override)
+
+
 def test_groups_of_the_version_before_are_for_a_process_that_samples(load):
     assert load(TOY, "window.max_version_lag=1").window.max_version_lag == 1
     (line,) = mistakes(load, TOY, "window.max_version_lag=1", "mode=detached")

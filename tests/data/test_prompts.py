@@ -199,6 +199,11 @@ def test_cells_must_be_text(tmp_path):
     assert load(write_jsonl(tmp_path / "cells.jsonl", [{"prompt": "1", "answer": 17}])).items[0].answer == "17"
 
 
+def test_a_prompt_without_tokens_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"row cells/1: its prompt has no tokens"):
+        load(write_jsonl(tmp_path / "cells.jsonl", [ROWS[0], {"prompt": "", "answer": "1"}]))
+
+
 def train_config(data, **evaluation):
     return TrainConfig.model_validate(
         {

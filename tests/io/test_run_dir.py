@@ -106,6 +106,20 @@ def test_a_saved_config_that_a_crash_tore_is_named(tmp_path):
         open_run(make_config(tmp_path))
 
 
+def test_a_saved_config_with_fields_of_another_release_is_refused_in_one_line(tmp_path):
+    config = make_config(tmp_path)
+    open_run(config)
+    saved = tmp_path / "config.yaml"
+    saved.write_text(saved.read_text().replace("beta2:", "beta_two:").replace("seed:", "sead:"))
+    for read in (lambda: open_run(config), lambda: read_config(tmp_path, TrainConfig)):
+        with pytest.raises(ValueError, match=r"run\.sead: unknown key") as caught:
+            read()
+        message = str(caught.value)
+        assert message.startswith(f"{saved}: oapl_jax {__version__} cannot read this config")
+        assert message.endswith("restore the file, use that release, or choose another run directory")
+        assert "\n" not in message
+
+
 def test_the_config_of_an_existing_run_is_read_from_a_folder_and_from_an_object_store(tmp_path):
     for run in (tmp_path, shared_path(make_place())):
         config = make_config(tmp_path)

@@ -64,6 +64,14 @@ def test_records_of_one_prompt_are_a_group(tmp_path):
     assert first.members[0].rollout.logprobs.dtype == np.float32
 
 
+def test_a_bad_record_is_named_once(tmp_path):
+    path = tmp_path / "a.jsonl"
+    with pytest.raises(ValueError, match="1 log-probabilities for 2 tokens") as caught:
+        read(path, [record(logprobs=[-0.5])])
+    message = "1 log-probabilities for 2 tokens; mend it, or set offline.bad_rows=drop"
+    assert str(caught.value) == f"{path} line 1: {message}"
+
+
 def test_group_ids_keep_apart_what_was_asked_twice(tmp_path):
     rows = [record(group_id=name, reward=i % 2) for name in "ab" for i in range(2)]
     found, _ = read(tmp_path / "a.jsonl", rows)

@@ -154,6 +154,7 @@ def test_mistakes_are_named(run_dir, tmp_path, capsys):
         ([str(run_dir), "--step", "4"], "no checkpoint of step 4; it has 9, 10"),
         ([str(tmp_path)], "no run directory"),
         ([str(run_dir), str(run_dir)], "choose another"),
+        ([str(run_dir), make_config(run_dir).model.path], "is the model that the run started from"),
     ):
         assert commands.main(["export", *arguments]) == 2
         assert message in capsys.readouterr().err

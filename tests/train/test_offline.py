@@ -143,7 +143,7 @@ def test_a_response_that_goes_on_after_its_stop_is_a_bad_row(calm, tmp_path):
 def test_what_is_wrong_with_an_offline_config_is_said(tmp_path):
     with pytest.raises(ConfigError, match=r"offline\.rounds\.0\.prompts: how many"):
         offline_config(tmp_path / "run", [{}])
-    with pytest.raises(ConfigError, match="the section offline is there exactly with mode=offline"):
+    with pytest.raises(ConfigError, match="mode=offline: the section offline is missing"):
         make_config(tmp_path / "run", mode="offline")
     with pytest.raises(ConfigError, match=r"window\.max_uses: has no effect with mode=offline"):
         make_config(
