@@ -75,7 +75,7 @@ def _check_storage(job: Job) -> None:
 
 def _parse_arguments(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="launch/gke_tpu.sh", description="Run a config on GKE, on TPUs, GPUs or CPUs."
+        prog="launch/gke_tpu.sh (or gke_gpu.sh)", description="Run a config on GKE, on TPUs, GPUs or CPUs."
     )
     parser.add_argument("--config", required=True, help="YAML file, or a shipped one by name: quickstart")
     parser.add_argument("--topology", required=True, help="v5p-64, v5e-16, v6e-4x4, tpu7x-4x4x4, h100-16, cpu-2, ...")

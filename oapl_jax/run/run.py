@@ -55,7 +55,7 @@ from oapl_jax.sources.imported import ImportedWindows
 from oapl_jax.sources.local import LocalSource
 from oapl_jax.sources.offline import OfflineRounds
 from oapl_jax.sources.setup import Drawn, SamplingSetup, acceptance, make_setup
-from oapl_jax.types import Metrics, PreemptedError, RolloutGroup, TrainBatch
+from oapl_jax.types import Metrics, PreemptedError, RolloutGroup, TrainBatch, Verdict
 from oapl_jax.weights.checkpoints import Checkpoints
 from oapl_jax.weights.policies import PolicyStore
 
@@ -104,6 +104,8 @@ class Run:
     """Whether this process has compiled the train step."""
     surface: SurfaceWatch = dataclasses.field(default_factory=SurfaceWatch)
     """Watches the responses that were trained on."""
+    has_said_invalid: bool = False
+    """Whether it was said that rollouts have no verdict."""
     distributions: Distributions | None = None
     """Of the last batch, where it ended a window: for the tracker."""
     save_seconds: float = 0.0
@@ -240,6 +242,9 @@ class Run:
         speed = self._speed(parts, time.perf_counter() - start)
         self.progress.step += 1
         self.progress.num_rollouts += sum(int(part.segment_mask.sum()) for part in parts)
+        if not self.has_said_invalid and (text := without_verdict(groups)):
+            self.has_said_invalid = True
+            self.bar.note(f"step {self.progress.step}: {text}; the metric rollouts/invalid counts further ones")
         on_surface, signs = self.surface.add(groups)
         for sign in signs:
             self.bar.note(sign)
@@ -420,6 +425,15 @@ class Run:
         name = "Ctrl-C" if self.stop.received is signal.SIGINT else "SIGTERM"
         self.bar.note(f"{name}: saved at step {self.progress.step}; the same command again goes on from here")
         raise PreemptedError(self.stop.received)
+
+
+def without_verdict(groups: Sequence[RolloutGroup]) -> str:
+    """What a batch has lost to invalid verdicts, in words: no reward shows it. Empty where it has lost nothing."""
+    rollouts = [item for group in groups for item in group.rollouts]
+    invalid = [item.grade.detail for item in rollouts if item.grade.verdict is Verdict.INVALID]
+    return (
+        f"{len(invalid)} of {len(rollouts)} rollouts have no verdict and are left out ({invalid[0]})" if invalid else ""
+    )
 
 
 @contextlib.contextmanager
