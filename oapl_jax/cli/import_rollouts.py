@@ -22,6 +22,7 @@ from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
 from oapl_jax.data import tokenizer as tokenizers
 from oapl_jax.io.terminal import say
+from oapl_jax.model import hf
 from oapl_jax.rewards.grader import make_grader
 from oapl_jax.rollouts.import_rollouts import BadRows
 from oapl_jax.rollouts.log import RolloutLog
@@ -41,7 +42,8 @@ def write(source: pathlib.Path, out: pathlib.Path, config: TrainConfig, bad: Bad
     if out.exists():
         raise ValueError(f"{str(out)!r} exists; choose another folder")
     model = config.model
-    tokenizer = tokenizers.load(model.tokenizer, model.path, model.chat_template_kwargs)
+    path = model.path and hf.local_copy(model.path)
+    tokenizer = tokenizers.load(model.tokenizer, path, model.chat_template_kwargs)
     with contextlib.closing(make_grading(config, tokenizer, make_grader(config))) as grading:
         groups = imported.make_groups(0, imported.read(source, config, tokenizer, grading, bad), grading)
     summary = imported.counts(groups, bad)
