@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
 
+from oapl_jax.distributed.messages import PeerError
 from oapl_jax.distributed.team import Team
 from oapl_jax.io import storage
 from oapl_jax.io.storage import SharedPath
@@ -173,6 +174,8 @@ class Checkpoints:
         """Orbax raises whatever its storage does, from this save or from the one before."""
         try:
             yield
+        except PeerError:
+            raise
         except Exception as error:
             raise RunError(f"a checkpoint cannot be written to {self._place}: {_first_line(error)}") from error
 

@@ -25,7 +25,6 @@ from oapl_jax.run.start import make_warm_start, model_path, outline
 from oapl_jax.sft import sft
 from oapl_jax.weights.checkpoint_store import CheckpointStore
 from oapl_jax.weights.checkpoints import fingerprint
-from oapl_jax.weights.policies import PolicyStore
 from runs import (
     BASE,
     assert_same_run,
@@ -224,21 +223,3 @@ def test_a_job_of_two_processes_that_is_killed_goes_on_from_the_store(tmp_path):
             for folder in (directory / "export", export(directory, tmp_path / "exported"))
         ]
         assert fingerprint(jax.tree.leaves(found[0])) == fingerprint(jax.tree.leaves(found[1]))
-
-
-@pytest.mark.long
-def test_a_trainer_of_two_processes_publishes_in_the_store(tmp_path):
-    with stores.s3() as address:
-        directory = storage.shared_path(f"{address}/toy/job")
-        config = make_config(directory, mode="detached", run={"steps": 5}, **JOB)
-        job = start_trainers(config, tmp_path / "config.yaml")
-        sampler = start_sampler(directory)
-        try:
-            codes, outputs = finish_job(job)
-            assert codes == [0, 0], "\n".join(outputs)
-            assert finish(sampler)[0] == 0
-        finally:
-            sampler.kill()
-        assert audit(directory).startswith("5 steps, 2 windows")
-        manifest = PolicyStore(directory / "policy").manifest(1)
-        assert len([name for name in manifest.files if name.endswith(".safetensors")]) >= 2

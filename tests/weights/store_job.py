@@ -1,6 +1,7 @@
-"""One of two processes of ``test_stored_checkpoints.py``: they save in a store, or restore from it."""
+"""One of two processes of ``test_stored_checkpoints.py``: they save in a store, restore from it, publish in it."""
 
 import argparse
+import json
 import os
 import pathlib
 import signal
@@ -12,11 +13,19 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from oapl_jax.config.mesh import MeshConfig
+from oapl_jax.data.tokenizer import CharacterTokenizer
 from oapl_jax.distributed import start
+from oapl_jax.distributed.sharding import TRAINER_RULES, make_meshes, shardings
 from oapl_jax.distributed.team import Team
 from oapl_jax.io.storage import shared_path
+from oapl_jax.model import qwen
+from oapl_jax.rollouts.buffer import Window
 from oapl_jax.weights.checkpoint_store import CheckpointStore
 from oapl_jax.weights.checkpoints import Checkpoints
+from oapl_jax.weights.policies import Manifest, PolicyStore
+
+TOY = pathlib.Path(__file__).parents[2] / "configs/toy_qwen3.json"
 
 
 class Dying(Team):
@@ -41,6 +50,13 @@ def make_tree(seed):
         return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
     return {name: place(name, value) for name, value in values(seed).items()}
+
+
+def make_policy(mesh):
+    """Architecture and weights."""
+    config = qwen.QwenConfig.from_hf(json.loads(TOY.read_text()))
+    placed = shardings(qwen.abstract(config, param_dtype="float32")[1], make_meshes(mesh)[0], TRAINER_RULES)
+    return config, qwen.initialize(config, jax.random.key(7), placed, param_dtype="float32")
 
 
 def save(directory, team):
@@ -71,14 +87,26 @@ def restore(directory, team):
     print(f"restored {step}", flush=True)
 
 
+def publish(directory, team):
+    """Version 0."""
+    manifest = Manifest(Window(0, 0, 8, ()), 2, "digest", {})
+    config, params = make_policy(MeshConfig(trainer="fsdp=2"))
+    PolicyStore(directory.parent / "policy").publish(manifest, config, params, CharacterTokenizer(), team)
+
+
+TASKS = {"save": save, "restore": restore, "publish": publish}
+
+
 def main(argv):
     parser = argparse.ArgumentParser()
-    parser.add_argument("task", type={"save": save, "restore": restore}.get)
     parser.add_argument("directory", type=shared_path)
+    parser.add_argument("tasks", nargs="+", choices=TASKS)
     start.add_options(parser)
     arguments = parser.parse_args(argv)
     start.initialize(arguments)
-    arguments.task(arguments.directory, Team.job())
+    team = Team.job()  # one: two would count their messages under the same keys
+    for task in arguments.tasks:
+        TASKS[task](arguments.directory, team)
 
 
 if __name__ == "__main__":

@@ -1,17 +1,24 @@
-"""Checkpoints of several processes in a store: whole or not there, whoever dies on the way."""
+"""Checkpoints and policies of several processes in a store: whole or not there, whoever dies on the way."""
 
 import signal
 
+import jax
 import pytest
 
 import stores
 from jobs import finish_job, start_job
+from oapl_jax.config.mesh import MeshConfig
+from oapl_jax.distributed.sharding import TRAINER_RULES, make_meshes
 from oapl_jax.io import storage
+from oapl_jax.model import hf
 from oapl_jax.weights.checkpoint_store import CheckpointStore
+from oapl_jax.weights.checkpoints import fingerprint
+from oapl_jax.weights.policies import PolicyStore
+from weights.store_job import make_policy
 
 pytestmark = pytest.mark.slow
 
-JOB = "tests/weights/store_job.py"
+JOB, MESH = "tests/weights/store_job.py", MeshConfig(trainer="fsdp=1")
 
 
 def files_of(folder):
@@ -23,10 +30,10 @@ def files_of(folder):
     return found
 
 
-def test_two_processes_save_in_a_store_and_one_that_dies_leaves_no_checkpoint():
+def test_two_processes_save_and_publish_in_a_store_and_one_that_dies_leaves_no_checkpoint(tmp_path):
     with stores.s3() as address:
         directory = storage.shared_path(f"{address}/run/checkpoints")
-        store, job = CheckpointStore(directory), start_job([JOB, "save", str(directory)], 2, 1)
+        store, job = CheckpointStore(directory), start_job([JOB, str(directory), "save"], 2, 1)
         try:
             assert job[1].wait(300) == -signal.SIGKILL, finish_job(job)[1]
             assert store.steps() == [2, 3], "process 1 has copied its files of step 4 and is dead"
@@ -44,10 +51,15 @@ def test_two_processes_save_in_a_store_and_one_that_dies_leaves_no_checkpoint():
         for part in parts[:1]:  # as long as it was: only the arrays show it
             content = storage.read(directory / "3" / part)
             storage.replace(directory / "3" / part, bytes(len(content)))
-        codes, outputs = finish_job(start_job([JOB, "restore", str(directory)], 2, 1))
+        codes, outputs = finish_job(start_job([JOB, str(directory), "restore", "publish"], 2, 1))
         assert codes == [0, 0], "\n".join(outputs)
         for output in outputs:
             assert "checkpoint 3 cannot be loaded" in output
             assert "restored 2" in output
         assert store.steps() == [2, 5]
         assert storage.exists(directory / "3.json.damaged")
+        policies = PolicyStore(directory.parent / "policy")
+        shards = [name for name in policies.manifest(0).files if name.endswith(".safetensors")]
+        assert len(shards) >= 2, "at least one of each process"
+        _, params = hf.load_params(policies.fetch(0, tmp_path), make_meshes(MESH)[0], TRAINER_RULES, "float32")
+        assert fingerprint(jax.tree.leaves(params)) == fingerprint(jax.tree.leaves(make_policy(MESH)[1]))
