@@ -27,7 +27,7 @@ from oapl_jax.distributed.messages import reporting_failures
 from oapl_jax.distributed.team import Team
 from oapl_jax.io import console
 from oapl_jax.io.non_finite import check_finite
-from oapl_jax.io.storage import is_local, shared_path
+from oapl_jax.io.storage import shared_path
 from oapl_jax.io.terminal import say
 from oapl_jax.rollouts.source import GroupSource
 from oapl_jax.run.summary import finished, table
@@ -182,7 +182,6 @@ def _check_single_process(config: TrainConfig) -> None:
         return
     problems = {
         "mode=offline": config.mode == "offline",
-        f"run.dir={config.run.dir}": not is_local(shared_path(config.run.dir)),
         "window.max_groups_ahead": config.window.max_groups_ahead is not None,
         "window.max_version_lag": config.window.max_version_lag > 0,
         "window.unfinished=finish": config.window.unfinished == "finish",

@@ -58,6 +58,7 @@ def outline(model: ModelConfig, path: str | None) -> tuple[qwen.QwenConfig, Toke
         config = read_config(pathlib.Path(str(model.config)))
     else:
         try:
+            path = hf.local_copy(path)
             config = hf.load_config(hf.resolve(path))
         except (FileNotFoundError, ValueError) as error:
             raise ValueError(f"model.path: {error}") from error

@@ -24,7 +24,7 @@ class ModelConfig(Section):
     """Which policy is trained. Exactly one of ``path``, ``config`` and ``warm_start``."""
 
     path: str | None = None
-    """Hugging Face model folder, or the name of one on the hub."""
+    """Hugging Face model folder, also in an object store, or the name of one on the hub."""
     config: str | None = None
     """Hugging Face ``config.json`` of a model that is built with random weights."""
     warm_start: str | None = None

@@ -12,12 +12,10 @@ class RunDirConfig(Section):
 
     not_identity: ClassVar[tuple[str, ...]] = ("dir", "allow_config_change", "compile_cache")
     """Fields that do not make it another run: it may be moved, and leave to change is no change."""
-    may_be_stored: ClassVar[bool] = True
-    """Whether ``dir`` may be an address of an object store."""
 
     dir: str
-    """Run directory: holds the whole state of the run; the same command again resumes from it. For all commands but
-    ``sft`` also an address, ``gs://`` or ``s3://``."""
+    """Run directory: holds the whole state of the run; the same command again resumes from it. A folder, or an address,
+    ``gs://`` or ``s3://``."""
     seed: CountOrZero = 0
     """Root of every random stream: weights, prompt order, sampling. An evaluation with the same seed draws the same
     random numbers for every policy."""
@@ -32,7 +30,6 @@ class RunConfig(RunDirConfig):
     """The same, how long the run lasts, and what else shows it."""
 
     not_identity: ClassVar[tuple[str, ...]] = (*RunDirConfig.not_identity, "tracker", "project")
-    may_be_stored: ClassVar[bool] = False  # of sft, whose model others load from its directory
 
     steps: Count
     """Learner steps in all."""
@@ -48,7 +45,6 @@ class TrainRunConfig(RunConfig):
 
     not_identity: ClassVar[tuple[str, ...]] = (*RunConfig.not_identity, "shared_dir", "steps")
     """A finished run may go on with more steps."""
-    may_be_stored: ClassVar[bool] = True
 
     shared_dir: Annotated[str | None, AppliesWhen("mode", condition=one_of("detached"))] = None
     """mode detached: where policies, rollouts and leases are, for samplers that must not or cannot write in ``dir``; a

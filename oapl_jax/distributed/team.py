@@ -23,7 +23,7 @@ class Team:
     @classmethod
     def alone(cls) -> "Team":
         """This process by itself."""
-        return cls("alone", [jax.process_index()])
+        return cls(f"process-{jax.process_index()}", [jax.process_index()])
 
     @classmethod
     def job(cls) -> "Team":
@@ -54,24 +54,31 @@ class Team:
         """
         if self.size == 1:
             return make()
-        self._num_agreed += 1
-        key = f"{self.name}/{self._num_agreed}"
+        key = self._next_key()
         if not self.is_leader:
             return wait_for(key, deadline, poll)
         value = make()
         put(key, value)
-        delete(f"{self.name}/{self._num_agreed - KEPT_KEYS}")
         return value
 
-    def first_of(self, value: Any, deadline: float = BARRIER_SECONDS) -> Any:
-        """The value of the first member whose value is not None; None where all are. Every member calls this."""
+    def gather(self, value: Any, deadline: float = BARRIER_SECONDS) -> list[Any]:
+        """The values of all members, in their order, as JSON has them. Every member calls this.
+
+        Raises:
+            PeerError: a process has failed.
+            TimeoutError: a member does not come.
+        """
         if self.size == 1:
-            return value
-        self._num_agreed += 1
-        key = f"{self.name}/{self._num_agreed}"
+            return [value]
+        key = self._next_key()
         put(f"{key}/{jax.process_index()}", value)
-        values = [wait_for(f"{key}/{member}", deadline) for member in self.members]
-        return next((value for value in values if value is not None), None)
+        return [wait_for(f"{key}/{member}", deadline) for member in self.members]
+
+    def _next_key(self) -> str:
+        self._num_agreed += 1
+        if self.is_leader:
+            delete(f"{self.name}/{self._num_agreed - KEPT_KEYS}")
+        return f"{self.name}/{self._num_agreed}"
 
     def wait(self, deadline: float = BARRIER_SECONDS) -> None:
         """Returns when all members are here.

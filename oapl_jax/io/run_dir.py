@@ -100,11 +100,6 @@ def check_run(config: Any) -> bool:
         ValueError: it belongs to a run of another config or release; names the keys that differ, or the releases.
     """
     run = storage.shared_path(config.run.dir)
-    if not storage.is_local(run) and not config.run.may_be_stored:
-        raise ValueError(
-            f"run.dir={config.run.dir!r}: the directory of supervised training cannot be in an object store; mount it"
-            " (Cloud Storage FUSE on GKE) and give the mounted path"
-        )
     has_config = storage.exists(run / CONFIG_FILE)
     is_used = storage.exists(run / RUN_FILE) or (has_config and len(storage.names(run)) > 1)
     if is_used:  # a config.yaml alone is the user's own, of a run that has not begun

@@ -202,12 +202,17 @@ def move_aside(path: SharedPath) -> SharedPath:
 
 
 @contextlib.contextmanager
-def folder_for(target: SharedPath) -> Iterator[pathlib.Path]:
-    """Where the files of a new folder are to be written: in its place, or on this disk and put to the store at the end."""
+def folder_for(target: SharedPath, last: str | None = None) -> Iterator[pathlib.Path]:
+    """Where the files of a new folder are to be written: in its place, or on this disk and put to the store at the end.
+
+    In a store the file ``last`` comes after all others: where it is, the folder is whole.
+    """
     with local_folder(target) as folder:
         yield folder
         if not is_local(target):
-            put_folder(folder, target)
+            put_folder(folder, target, [name for name in files_in(folder) if name != last])
+            if last is not None:
+                put_folder(folder, target, [last])
 
 
 @contextlib.contextmanager
@@ -225,9 +230,9 @@ def files_in(folder: pathlib.Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
-def put_folder(local: pathlib.Path, target: SharedPath) -> None:
-    """Copies the files of a local folder to an object store, several at a time and each in pieces."""
-    found = files_in(local)
+def put_folder(local: pathlib.Path, target: SharedPath, file_names: Iterable[str] | None = None) -> None:
+    """Copies files of a local folder, by default all, to an object store, several at a time and each in pieces."""
+    found = files_in(local) if file_names is None else list(file_names)
     with _raising_os_errors(target):
         _store(target).put([str(local / name) for name in found], [str(target / name) for name in found])
 

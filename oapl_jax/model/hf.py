@@ -9,6 +9,7 @@ and shapes.
 import collections
 import contextlib
 import dataclasses
+import fnmatch
 import functools
 import itertools
 import json
@@ -16,6 +17,7 @@ import logging
 import math
 import pathlib
 import shutil
+import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -34,6 +36,7 @@ from oapl_jax.config.model import LoraConfig
 from oapl_jax.data.tokenizer import Tokenizer
 from oapl_jax.distributed.sharding import Rules, replicated, shardings
 from oapl_jax.distributed.team import Team
+from oapl_jax.io import storage
 from oapl_jax.model import lora, qwen
 from oapl_jax.untrusted import reading
 
@@ -202,20 +205,40 @@ def resolve(source: str | pathlib.Path) -> pathlib.Path:
     Raises:
         FileNotFoundError: neither a folder nor available from the hub.
     """
+    source = local_copy(str(source))
     folder = pathlib.Path(source).expanduser()
     if folder.is_dir():
         return folder
     # A hub name is NAME or OWNER/NAME; all else can only have been meant as a path.
-    if folder.is_absolute() or str(source).startswith(".") or str(source).count("/") > 1:
-        raise FileNotFoundError(f"model folder {str(source)!r} does not exist")
+    if folder.is_absolute() or source.startswith(".") or source.count("/") > 1:
+        raise FileNotFoundError(f"model folder {source!r} does not exist")
     import huggingface_hub  # imports half a second of HTTP stack that local folders need not pay
 
     try:
-        return pathlib.Path(huggingface_hub.snapshot_download(str(source), allow_patterns=HUB_PATTERNS))
+        return pathlib.Path(huggingface_hub.snapshot_download(source, allow_patterns=HUB_PATTERNS))
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{str(source)!r} is no folder here and cannot be had from the Hugging Face hub: {error}"
+            f"{source!r} is no folder here and cannot be had from the Hugging Face hub: {error}"
         ) from error
+
+
+def local_copy(source: str) -> str:
+    """``source`` itself; of a model folder in an object store a copy, which this process makes once and has to its end.
+
+    Raises:
+        FileNotFoundError: the store has no such folder.
+    """
+    return source if storage.is_local(storage.shared_path(source)) else _copy(source).name
+
+
+@functools.cache
+def _copy(address: str) -> tempfile.TemporaryDirectory[str]:
+    folder, copy = storage.shared_path(address), tempfile.TemporaryDirectory(prefix="oapl-model-")
+    names = [name for name in storage.names(folder) if any(fnmatch.fnmatch(name, text) for text in HUB_PATTERNS)]
+    if CONFIG_FILE not in names:
+        raise FileNotFoundError(f"{address!r} is no model folder: it has no {CONFIG_FILE}")
+    storage.get_folder(folder, names, pathlib.Path(copy.name))
+    return copy
 
 
 def _layout(config: qwen.QwenConfig, path: Sequence[Any]) -> TensorLayout:
@@ -341,15 +364,18 @@ def save_folder(
     tokenizer: Tokenizer | None = None,
     dtype: DTypeLike | None = None,
     writers: Team | None = None,
+    *,
+    is_shared: bool = True,
 ) -> pathlib.Path:
     """Writes a model folder that ``transformers``, vLLM and ``load_params`` read, and returns it.
 
     It is written beside its place and renamed, so that a torn folder never looks whole. A folder that is there is
     replaced. Weights have ``dtype``, by default their own. ``writers`` are the processes that have the parameters, all
-    of which call this; each writes files of its own. None: this process alone.
+    of which call this; each writes files of its own. None: this process alone. Where the folder is not shared, each
+    writes them in a folder of its own.
     """
     folder, writers = pathlib.Path(folder), writers or Team.alone()
-    with _written_beside(folder, writers) as partial:
+    with _written_beside(folder, writers if is_shared else Team.alone()) as partial:
         dtype = jnp.dtype(params.embedding.dtype if dtype is None else dtype)
         _write_weights(partial, config, params, dtype, writers)
         if not writers.is_leader:

@@ -35,14 +35,18 @@ def write_results(run: Run, after: Metrics) -> dict[str, Any]:
         "dropped_held_out": sum(run.setup.held_out.dropped.values()),
     }
     ended = summary | {"planned_steps": config.run.steps}
-    run.bar.note(f"writing {directory / EXPORT_FOLDER} and the report")
-    is_leader = run.setup.trainers.is_leader
-    with storage.folder_for(directory / EXPORT_FOLDER) as exported:
+    folder, trainers = directory / EXPORT_FOLDER, run.setup.trainers
+    run.bar.note(f"writing {folder} and the report")
+    if trainers.is_leader and not storage.is_local(folder):
+        storage.remove(folder)  # the model of fewer steps; on a disk the new one takes its place at once
+    trainers.wait()
+    with storage.folder_for(folder) as exported:
         run.save_folder(exported)
-        if is_leader:
+        if trainers.is_leader:
             _write(directory, summary)
             write_card(exported, config, directory, progress.step, config.model.param_dtype)
-    if is_leader:
+    trainers.wait()  # all files are there
+    if trainers.is_leader:
         try:
             report.write_report(directory)
         except RunError as error:  # the run itself has ended well

@@ -337,9 +337,15 @@ class Run:
         return metrics
 
     def save_folder(self, folder: pathlib.Path) -> None:
-        """Writes the learner's model as a Hugging Face folder."""
-        params, writers = lora.merged(self.state.params), self.setup.trainers
-        hf.save_folder(folder, self.assembly.architecture, params, self.setup.tokenizer, writers=writers)
+        """Writes the learner's model as a Hugging Face folder; of a run in a store each trainer its part of it."""
+        hf.save_folder(
+            folder,
+            self.assembly.architecture,
+            lora.merged(self.state.params),
+            self.setup.tokenizer,
+            writers=self.setup.trainers,
+            is_shared=storage.is_local(self.directory),
+        )
 
     @traced_as("save")
     def save(self) -> None:

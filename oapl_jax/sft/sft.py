@@ -1,7 +1,6 @@
 """Supervised fine-tuning: the toy models' warm start, and the SFT baseline on pairs of prompt and response."""
 
 import contextlib
-import pathlib
 import time
 
 from oapl_jax.build import policy
@@ -10,10 +9,11 @@ from oapl_jax.config import config_file
 from oapl_jax.config.commands import SftConfig
 from oapl_jax.data.pairs import load_pairs
 from oapl_jax.distributed.sharding import make_meshes
-from oapl_jax.io import run_dir, trackers
+from oapl_jax.io import run_dir, storage, trackers
 from oapl_jax.io.metrics import MetricsWriter
 from oapl_jax.io.non_finite import check_finite
 from oapl_jax.io.progress_bar import ProgressBar
+from oapl_jax.io.storage import SharedPath
 from oapl_jax.learner.batch import from_pairs
 from oapl_jax.model import hf, lora
 from oapl_jax.objectives import supervised
@@ -23,14 +23,14 @@ EXPORT_FOLDER = "export"
 SHOWN = ("learner/loss", "learner/grad_norm", "learner/entropy", "learner/learning_rate")
 
 
-def export_folder(config: SftConfig) -> pathlib.Path:
+def export_folder(config: SftConfig) -> SharedPath:
     """Where the trained model is written."""
-    return pathlib.Path(config.run.dir) / EXPORT_FOLDER
+    return storage.shared_path(config.run.dir) / EXPORT_FOLDER
 
 
 def is_finished(config: SftConfig) -> bool:
     """Whether the trained model has been written."""
-    return export_folder(config).is_dir()
+    return storage.exists(export_folder(config) / hf.CONFIG_FILE)
 
 
 def ensure(config: SftConfig) -> None:
@@ -41,7 +41,7 @@ def ensure(config: SftConfig) -> None:
         run(config)
 
 
-def run(config: SftConfig) -> pathlib.Path:
+def run(config: SftConfig) -> SharedPath:
     """Trains to the last step, resuming from the newest checkpoint, and returns the model's folder.
 
     The position in the data is a function of the step, so a resumed run sees the same batches.
@@ -86,8 +86,11 @@ def run(config: SftConfig) -> pathlib.Path:
             metrics = {name: float(device_metrics[name]) for name in SHOWN}
             check_finite(step, metrics, SHOWN)
             metrics["learner/seconds"] = time.perf_counter() - start
-            if step % config.checkpoint.every == 0 or step == config.run.steps:
-                checkpoints.save(step, state.stored, {})
             writer.write(step, metrics)
+            if step % config.checkpoint.every == 0 or step == config.run.steps:
+                writer.flush()
+                checkpoints.save(step, state.stored, {})
             progress.update(step, metrics)
-    return hf.save_folder(export_folder(config), architecture, lora.merged(state.params), tokenizer)
+    with storage.folder_for(export_folder(config), last=hf.CONFIG_FILE) as folder:
+        hf.save_folder(folder, architecture, lora.merged(state.params), tokenizer)
+    return export_folder(config)

@@ -1,6 +1,6 @@
 """Checkpoints in an object store: the files of a folder, and a marker that is written last.
 
-    checkpoints/100/...     the files that Orbax wrote on this machine's disk
+    checkpoints/100/...     the files that Orbax wrote on the disks of the processes that train
     checkpoints/100.json    the size of each; without this marker there is no checkpoint of step 100
 
 Orbax does not write them there itself. It takes an ``s3://`` address for a local path; ``gs://`` it writes through two
@@ -14,6 +14,7 @@ import re
 import tempfile
 from collections.abc import Iterator
 
+from oapl_jax.distributed.team import Team
 from oapl_jax.io import storage
 from oapl_jax.io.storage import SharedPath
 
@@ -21,7 +22,7 @@ MARKER = re.compile(r"(0|[1-9][0-9]*)\.json")
 
 
 class CheckpointStore:
-    """The folder ``checkpoints`` of a run; one writer."""
+    """The folder ``checkpoints`` of a run; one team writes it, and its leader alone removes and renames."""
 
     def __init__(self, directory: SharedPath):
         self._directory = directory
@@ -31,16 +32,26 @@ class CheckpointStore:
         matches = map(MARKER.fullmatch, storage.names(self._directory))
         return sorted(int(match[1]) for match in matches if match)
 
-    def put(self, step: int, folder: pathlib.Path) -> None:
-        """Copies a whole checkpoint; what a killed process has left of this step is replaced.
+    def put(self, step: int, folder: pathlib.Path, writers: Team) -> None:
+        """Copies a checkpoint of which each writer has a part in ``folder``; all of them call this, and leave it together.
+
+        A file that several have, such as the description of the arrays, is copied by the first of them. What a killed
+        process has left of this step is replaced.
 
         Raises:
             OSError: it cannot be written.
+            PeerError, TimeoutError: as ``Team.gather``; there is no checkpoint of this step.
         """
-        self.remove(step)
-        storage.put_folder(folder, self._folder(step))
-        sizes = {name: (folder / name).stat().st_size for name in storage.files_in(folder)}
-        storage.replace(self._marker(step), json.dumps({"files": sizes}).encode() + b"\n")
+        if writers.is_leader:
+            self.remove(step)
+        parts = writers.gather({name: (folder / name).stat().st_size for name in storage.files_in(folder)})
+        of_others = {name for part in parts[: writers.rank] for name in part}
+        storage.put_folder(folder, self._folder(step), parts[writers.rank].keys() - of_others)
+        writers.wait()
+        if writers.is_leader:
+            sizes = {name: size for part in reversed(parts) for name, size in part.items()}
+            storage.replace(self._marker(step), json.dumps({"files": sizes}).encode() + b"\n")
+        writers.wait()
 
     def fetch(self, step: int, folder: pathlib.Path) -> None:
         """Copies a checkpoint to this disk.

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
 
+from oapl_jax.distributed.messages import PeerError
 from oapl_jax.distributed.team import Team
 from oapl_jax.io import storage
 from oapl_jax.io.storage import SharedPath
@@ -31,7 +32,7 @@ GOLDEN_RATIO = 0x9E3779B9
 """2^32 divided by it, odd: spreads positions over all bits."""
 
 
-_NO_NEWS = ("Skipping merge of OCDBT", "Waiting for previous save")
+_NO_NEWS = ("Skipping merge of OCDBT", "Waiting for previous save", "Global object size logging disabled")
 """Warnings of Orbax about what is done here on purpose."""
 logging.getLogger("absl").addFilter(lambda record: not any(text in record.getMessage() for text in _NO_NEWS))
 
@@ -48,19 +49,19 @@ class Checkpoints:
     devices, is saved with them and compared when they are loaded. (Orbax's newer interface, ``v1``, cannot save
     where only some processes of a job have the arrays; it reads what is saved here.)
 
-    Where the run directory is in an object store, Orbax saves to a folder of temporary files, and a thread copies each
-    checkpoint to the store (``checkpoint_store.py``). A killed run goes on with the newest one that was copied whole.
+    Where the run directory is in an object store, Orbax saves to a folder of temporary files, in each process what this
+    process has of the arrays, and a thread copies each checkpoint to the store (``checkpoint_store.py``). A killed run
+    goes on with the newest one that was copied whole.
 
     ``team``: the processes that have the arrays, all of which make the same calls; None: this one alone.
-
-    Raises:
-        ValueError: several processes and an object store.
     """
 
     def __init__(self, directory: SharedPath, keep: int, keep_every: Sequence[int] = (), team: Team | None = None):
         self._place = directory
         self._keep, self._keep_every = keep, keep_every
         self._team = team or Team.alone()
+        self._copiers = Team(f"{self._team.name}/copies", self._team.members)
+        """The same processes: the threads that copy exchange messages of their own."""
         self.best_step: float | None = None
         """Of a checkpoint that is kept too."""
         self._store: CheckpointStore | None = None
@@ -71,11 +72,9 @@ class Checkpoints:
         self._copied: Future[None] | None = None
         if storage.is_local(directory):
             self._directory = pathlib.Path(str(directory)).absolute()
-        elif self._team.size > 1:
-            raise ValueError(f"{directory}: several processes write a checkpoint in one folder; mount the bucket")
         else:
             self._store = CheckpointStore(directory)
-            self._stored = self._store.steps()
+            self._stored = self._team.agree(self._store.steps, PEER_SECONDS)  # listings may differ
             self._scratch = tempfile.TemporaryDirectory(prefix="oapl-checkpoints-")
             self._directory = pathlib.Path(self._scratch.name)
         self._manager = self._open()
@@ -119,13 +118,14 @@ class Checkpoints:
     def _copy(self, store: CheckpointStore, step: int, best_step: float | None) -> None:
         """Copies a checkpoint to the store, when Orbax has written it, and removes those that are not kept."""
         self._manager.wait_until_finished()
-        store.put(step, self._directory / str(step))
+        store.put(step, self._directory / str(step), self._copiers)
         self._stored = sorted({*self._stored, step})
         newest = self._stored[-self._keep :]
         for old in list(self._stored):
             if old not in (*newest, best_step) and not any(every and old % every == 0 for every in self._keep_every):
-                store.remove(old)
                 self._stored.remove(old)
+                if self._team.is_leader:
+                    store.remove(old)
 
     def restore(self, abstract_tree: Tree, note: Callable[[str], None]) -> tuple[int, Tree, Meta] | None:
         """Loads the newest checkpoint that can be loaded, as ``abstract_tree`` has it; None where there is none.
@@ -140,14 +140,18 @@ class Checkpoints:
         for step in steps:
             loaded, problem = None, None
             try:
-                loaded = self._load(step, abstract_tree)
+                loaded = self._load(step, flatten(abstract_tree))
             except LayoutError:
                 raise
             except Exception as error:
                 problem = _first_line(error)
-            problem = self._team.first_of(problem)
-            if loaded is not None and problem is None:
-                return step, *loaded
+            problem = next(filter(None, self._team.gather(problem)), None)
+            if loaded is not None and problem is None:  # in all processes, which compute the fingerprint together
+                arrays, meta = loaded
+                found = fingerprint(arrays)
+                if found == meta["fingerprint"]:
+                    return step, jax.tree.unflatten(jax.tree.structure(abstract_tree), arrays), meta
+                problem = f"fingerprint {found:#010x} of the arrays is not the saved {meta['fingerprint']:#010x}"
             damaged = self._set_aside(step)
             note(f"checkpoint {step} cannot be loaded ({problem}); moved to {damaged}, trying the one before")
         if steps:
@@ -170,11 +174,12 @@ class Checkpoints:
         """Orbax raises whatever its storage does, from this save or from the one before."""
         try:
             yield
+        except PeerError:
+            raise
         except Exception as error:
             raise RunError(f"a checkpoint cannot be written to {self._place}: {_first_line(error)}") from error
 
-    def _load(self, step: int, abstract_tree: Tree) -> tuple[Tree, Meta]:
-        abstract = flatten(abstract_tree)
+    def _load(self, step: int, abstract: dict[str, Any]) -> tuple[list[Array], Meta]:
         if self._store is not None:
             self._store.fetch(step, self._directory / str(step))
             self._manager.reload()
@@ -186,22 +191,18 @@ class Checkpoints:
             )
         wanted = ocp.args.Composite(arrays=ocp.args.StandardRestore(abstract))
         arrays = self._manager.restore(step, args=wanted)["arrays"]
-        found = fingerprint([arrays[name] for name in abstract])
-        if found != meta["fingerprint"]:
-            raise ValueError(f"fingerprint {found:#010x} of the arrays is not the saved {meta['fingerprint']:#010x}")
-        return jax.tree.unflatten(jax.tree.structure(abstract_tree), [arrays[name] for name in abstract]), meta
+        return [arrays[name] for name in abstract], meta
 
     def _set_aside(self, step: int) -> str:
         self._manager.close()
-
-        def rename() -> str:
-            if self._store is None:
-                return str(storage.move_aside(self._directory / str(step)))
+        if self._store is None:
+            folder = self._directory / str(step)
+            target = self._team.agree(lambda: str(storage.move_aside(folder)), PEER_SECONDS)
+        else:
+            store = self._store
             shutil.rmtree(self._directory / str(step), ignore_errors=True)
             self._stored.remove(step)
-            return self._store.set_aside(step)
-
-        target = self._team.agree(rename, PEER_SECONDS)
+            target = self._team.agree(lambda: store.set_aside(step), PEER_SECONDS)
         self._manager = self._open()
         return target
 
@@ -211,19 +212,23 @@ class Checkpoints:
         kept = [managers.LatestN(self._keep), _Best(self), *every]
         if self._store is not None:  # this disk has the newest one only
             kept = [managers.LatestN(1)]
-        processes = ocp.options.MultiprocessingOptions()
-        if self._team.size > 1:
-            members, name = self._team.members, self._team.name
-            processes = ocp.options.MultiprocessingOptions(members[0], set(members), barrier_sync_key_prefix=name)
-        if self._team.is_leader:
+        writers, primary = self._team, self._team.members[0]
+        if self._store is not None:  # each process writes whole folders of its own, as far as Orbax knows
+            writers, primary = Team.alone(), None
+        processes = ocp.options.MultiprocessingOptions(
+            primary, set(writers.members), barrier_sync_key_prefix=writers.name
+        )
+        if writers.is_leader:
             self._directory.mkdir(parents=True, exist_ok=True)
-        self._team.wait()
+        writers.wait()
         # The default policies decide by themselves what to save and keep everything.
         options = ocp.CheckpointManagerOptions(
             save_decision_policy=managers.FixedIntervalPolicy(1),
             preservation_policy=managers.AnyPreservationPolicy(kept),
             create=False,
             multiprocessing_options=processes,
+            # Folders that a thread makes are announced under keys that all processes of a job share.
+            async_options=ocp.AsyncOptions(create_directories_asynchronously=False),
         )
         # OCDBT, the default, gathers what it has compressed in memory until it has 2 GB of a file.
         arrays = ocp.StandardCheckpointHandler(use_ocdbt=False, multiprocessing_options=processes)

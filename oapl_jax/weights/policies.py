@@ -79,25 +79,21 @@ class PolicyStore:
 
         ``manifest`` has no files yet; ``params`` are of ``nnx.split(Qwen(...))[1]``; all ``writers`` call this. ``save``
         writes the folder and takes what ``hf.save_folder`` takes.
-
-        Raises:
-            ValueError: several writers and no local folder.
         """
         start, version = time.perf_counter(), manifest.window.policy_version
         folder, local = self.folder(version), storage.is_local(self.directory)
-        if not local and writers.size > 1:
-            hint = "mount the bucket, or train in one process"
-            raise ValueError(f"{self.directory}: several processes write a policy in one folder; {hint}")
         if writers.agree(lambda: self._is_published(manifest), hf.WRITE_DEADLINE):
             if writers.is_leader:
                 self._point_to(Current(version, is_finished=False))
             return {"sync/publish_seconds": time.perf_counter() - start, "sync/publish_bytes": 0}
         with storage.folder_for(folder) as written:
-            save(written, config, params, tokenizer, writers=writers)
-            if not writers.is_leader:
-                return {"sync/publish_seconds": time.perf_counter() - start}
+            save(written, config, params, tokenizer, writers=writers, is_shared=local)
+            written_here = sorted(written.iterdir()) if writers.is_leader or not local else []
             with ThreadPoolExecutor(HASHING_THREADS) as pool:
-                files = dict(pool.map(_describe, sorted(written.iterdir())))
+                described_here = dict(pool.map(_describe, written_here))
+        files = {name: facts for part in writers.gather(described_here) for name, facts in part.items()}
+        if not writers.is_leader:
+            return {"sync/publish_seconds": time.perf_counter() - start}
         if local:
             storage.sync_folder(written.parent)
         described = manifest._replace(files=files)._asdict() | {"window": manifest.window._asdict()}

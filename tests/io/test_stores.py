@@ -10,6 +10,7 @@ import uuid
 import pytest
 
 import stores
+from oapl_jax.distributed.team import Team
 from oapl_jax.io import json_lines, storage
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.weights.checkpoint_store import CheckpointStore
@@ -164,8 +165,8 @@ def test_a_checkpoint_is_there_when_its_marker_is(place, tmp_path):
     (local / "arrays").mkdir(parents=True)
     (local / "arrays" / "x.0").write_bytes(b"x" * 1000)
     (local / "_METADATA").write_bytes(b"{}")
-    store.put(100, local)
-    store.put(200, local)
+    store.put(100, local, Team.alone())
+    store.put(200, local, Team.alone())
     assert store.steps() == [100, 200]
     store.fetch(100, tmp_path / "copy")
     assert (tmp_path / "copy" / "arrays" / "x.0").read_bytes() == b"x" * 1000

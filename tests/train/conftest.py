@@ -8,8 +8,6 @@ import pytest
 
 import runs
 from oapl_jax import train
-from oapl_jax.config import config_file
-from oapl_jax.config.commands import SftConfig
 from oapl_jax.sft import sft
 
 
@@ -33,25 +31,8 @@ def toy_model(request, tmp_path_factory):
     It is trained for slow tests only.
     """
     if any(item.get_closest_marker("slow") for item in request.session.items):
-        _, path = once(tmp_path_factory, "toy_model", train_toy_model)
+        _, path = once(tmp_path_factory, "toy_model", lambda run_dir: str(sft.run(runs.make_sft_config(run_dir))))
         runs.BASE["model"] = {"path": path}
-
-
-def train_toy_model(run_dir):
-    config = config_file.load(
-        SftConfig,
-        runs.ROOT / "configs/chain_sft.yaml",
-        [
-            f"run.dir={run_dir}",
-            "run.steps=60",
-            f"model.config={runs.ROOT / 'configs/toy_qwen3.json'}",
-            "learner.warmup_steps=10",
-            "mesh.trainer=fsdp=1",
-            "run.tracker=null",
-            "logging.progress=false",
-        ],
-    )
-    return str(sft.run(config))
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file
 
 from oapl_jax.build.checks import CHECKS
 from oapl_jax.config import config_file
-from oapl_jax.config.commands import TrainConfig
+from oapl_jax.config.commands import SftConfig, TrainConfig
 from oapl_jax.rollouts.diagnostics import TOKEN_LOGPROBS_FILE
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -39,14 +39,29 @@ def make_config(run_dir, **sections):
     return config_file.validate(TrainConfig, raw, "tests", CHECKS)
 
 
+def make_sft_config(run_dir, *words):
+    """Supervised training of the toy model that the runs of this folder start from, with some keys changed."""
+    words = [
+        f"run.dir={run_dir}",
+        "run.steps=60",
+        f"model.config={ROOT / 'configs/toy_qwen3.json'}",
+        "learner.warmup_steps=10",
+        "mesh.trainer=fsdp=1",
+        "run.tracker=null",
+        "logging.progress=false",
+        *words,
+    ]
+    return config_file.load(SftConfig, ROOT / "configs/chain_sft.yaml", words)
+
+
 def write_config(path, config):
     path.write_text(config_file.to_yaml(config))
     return path
 
 
-def start(config_path, *overrides):
-    """``python -m oapl_jax.train`` as a user would start it."""
-    command = [sys.executable, "-m", "oapl_jax.train", "--config", str(config_path), *overrides]
+def start(config_path, *overrides, command="train"):
+    """``python -m oapl_jax train`` as a user would start it."""
+    command = [sys.executable, "-m", "oapl_jax", command, "--config", str(config_path), *overrides]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True

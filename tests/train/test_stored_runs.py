@@ -4,20 +4,38 @@ import contextlib
 import signal
 import time
 
+import jax
 import pytest
 
 import stores
 import test_evaluate
 import test_generate
+from jobs import finish_job, start_job
 from oapl_jax import train
+from oapl_jax.build import policy
 from oapl_jax.cli import evaluate, generate
+from oapl_jax.config.mesh import MeshConfig
+from oapl_jax.distributed.sharding import make_meshes
 from oapl_jax.io import json_lines, storage
 from oapl_jax.report.report import write_report
 from oapl_jax.rollouts.audit import audit
 from oapl_jax.rollouts.log import RolloutLog
 from oapl_jax.run.export import export
+from oapl_jax.run.start import make_warm_start, model_path, outline
+from oapl_jax.sft import sft
 from oapl_jax.weights.checkpoint_store import CheckpointStore
-from runs import assert_same_run, finish, make_config, start, start_sampler, write_config
+from oapl_jax.weights.checkpoints import fingerprint
+from runs import (
+    BASE,
+    assert_same_run,
+    finish,
+    make_config,
+    make_sft_config,
+    read_lines,
+    start,
+    start_sampler,
+    write_config,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -26,6 +44,7 @@ STORMY = {
     "seconds": 0.0,
     "listing_lag": 1.0,
 }
+MESH = MeshConfig(trainer="fsdp=1")
 DETACHED = {"shard_groups": 2, "lease_seconds": 60.0}  # a request that is tried again takes seconds
 
 
@@ -42,13 +61,19 @@ def place(name):
         assert weather.num_faults > 0
 
 
-def wait_for_step(process, address, step, deadline=300):
-    """Returns when the batch of a step is recorded."""
-    end, path = time.monotonic() + deadline, storage.shared_path(address) / "batches.jsonl"
-    while not any(row["step"] >= step for row in json_lines.read(path)):
+def wait_until(process, is_there, deadline=300):
+    """Returns when something is there that a process does."""
+    end = time.monotonic() + deadline
+    while not is_there():
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < end
-        time.sleep(0.5)
+        time.sleep(0.2)
+
+
+def wait_for_step(process, address, step):
+    """Returns when the batch of a step is recorded."""
+    path = storage.shared_path(address) / "batches.jsonl"
+    wait_until(process, lambda: any(row["step"] >= step for row in json_lines.read(path)))
 
 
 def check(address, online, folder):
@@ -133,3 +158,68 @@ def test_a_detached_run_outlives_a_kill_of_each_role(store, finished, tmp_path):
             code, output = finish(sampler)
             assert code == 0, output
         check(address, finished[0], tmp_path)
+
+
+def test_supervised_training_that_is_killed_goes_on_from_the_store_and_is_a_warm_start(tmp_path):
+    with stores.s3() as address:
+        directory = storage.shared_path(f"{address}/toy/sft")
+        config = make_sft_config(directory, "checkpoint.every=20", "run.tracker=tensorboard")
+        path, checkpoints = write_config(tmp_path / "sft.yaml", config), CheckpointStore(directory / "checkpoints")
+        trainer = start(path, command="sft")
+        try:
+            wait_until(trainer, checkpoints.steps)
+        finally:
+            trainer.kill()
+            trainer.communicate()
+        assert checkpoints.steps()[0] == 20
+        assert not sft.is_finished(config)
+        assert sft.run(config) == directory / "export"
+        assert checkpoints.steps() == [40, 60]
+        assert [row["step"] for row in json_lines.read(directory / "metrics.jsonl")] == list(range(1, 61))
+        assert len(storage.names(directory / "tensorboard")) >= 3, "a file a checkpoint"
+        run = make_config(tmp_path / "run", model={"warm_start": str(path), "path": None})
+        make_warm_start(run)
+        of_store, of_disk = (
+            policy.load_params(run.model, source, outline(run.model)[0], make_meshes(MESH)[0], 0)
+            for source in (model_path(run.model), BASE["model"]["path"])
+        )
+        assert fingerprint(jax.tree.leaves(of_store)) == fingerprint(jax.tree.leaves(of_disk))
+
+
+JOB = {
+    "mesh": {"trainer": "fsdp=2"},
+    "window": {"shard_groups": 2, "lease_seconds": 60.0, "deadline": 240.0},
+    "evaluation": {"every": 0, "prompts": 4, "final_samples": 2},
+}
+
+
+def start_trainers(config, path):
+    return start_job(["-m", "oapl_jax.train", "--config", str(write_config(path, config))], 2, 1)
+
+
+@pytest.mark.long
+def test_a_job_of_two_processes_that_is_killed_goes_on_from_the_store(tmp_path):
+    with stores.s3() as address:
+        directory = storage.shared_path(f"{address}/toy/job")
+        config = make_config(directory, run={"steps": 8}, **JOB)
+        job = start_trainers(config, tmp_path / "config.yaml")
+        try:
+            wait_until(job[0], lambda: 3 in CheckpointStore(directory / "checkpoints").steps())
+        finally:
+            for process in job:
+                process.kill()
+            finish_job(job)
+        codes, outputs = finish_job(start_trainers(config, tmp_path / "config.yaml"))
+        assert codes == [0, 0], "\n".join(outputs)
+        assert "resumed at step" in outputs[0], "3 or 6"
+        assert audit(directory).startswith("8 steps, 2 windows")
+        copy = stores.copied(str(directory), tmp_path / "copy")
+        assert [row["step"] for row in read_lines(copy / "metrics.jsonl")] == list(range(9))
+        assert len(storage.names(directory / "samplers")) == 4, "each process samples"
+        shards = [name for name in storage.names(directory / "export") if name.endswith(".safetensors")]
+        assert len(shards) >= 2, "one of each process"
+        found = [
+            policy.load_params(config.model, str(folder), outline(config.model)[0], make_meshes(MESH)[0], 0)
+            for folder in (directory / "export", export(directory, tmp_path / "exported"))
+        ]
+        assert fingerprint(jax.tree.leaves(found[0])) == fingerprint(jax.tree.leaves(found[1]))
