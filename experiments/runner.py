@@ -5,6 +5,7 @@ import os
 import pathlib
 import queue
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -89,6 +90,8 @@ class Runner:
                 child.terminate()  # does nothing to one that has ended
                 child.wait()
             self._shares.put(cores)
+        if is_over(run, self.out):  # nothing reads its checkpoints, which are most of what it leaves
+            shutil.rmtree(self.out / run.name / "checkpoints", ignore_errors=True)
         return trainer.returncode, time.monotonic() - start
 
 

@@ -85,6 +85,7 @@ def test_a_grid_is_trained_reported_and_not_trained_again(tmp_path):
     assert theirs["learner"]["clip_norm"] == 0.5
     assert audit(saved.parent).startswith("2 steps, 2 windows")
 
+    assert not list(out.rglob("checkpoints"))
     written = {path: path.stat().st_mtime_ns for path in out.rglob("metrics.jsonl")}
     again = run(grid, out, *words)
     assert again.returncode == 0, again.stderr
