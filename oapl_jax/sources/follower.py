@@ -84,8 +84,15 @@ class Published:
         return self._store.publish(manifest, architecture, params, setup.tokenizer, writers=writers, save=save)
 
     def _save_adapters(
-        self, folder: pathlib.Path, config: qwen.QwenConfig, params: Any, tokenizer: Tokenizer, writers: Team
+        self,
+        folder: pathlib.Path,
+        config: qwen.QwenConfig,
+        params: Any,
+        tokenizer: Tokenizer,
+        writers: Team,
+        is_shared: bool,
     ) -> None:
+        """Takes what ``hf.save_folder`` takes; of one writer alone, for which every folder is its own."""
         base = self._setup.config.model.path
         if base is None or writers.size > 1:
             raise ValueError("window.publish=adapters needs a model in model.path and a single training process")
