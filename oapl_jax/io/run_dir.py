@@ -17,6 +17,8 @@ CONFIG_FILE = "config.yaml"
 RUN_FILE = "run.json"
 """Layout and release of the program that wrote the directory."""
 
+EXPORT_FOLDER = "export"
+"""The trained model as a Hugging Face folder."""
 SUMMARY_FILE = "summary.json"
 """What a run leaves at its end; it says that the run has ended."""
 BATCHES_FILE = "batches.jsonl"

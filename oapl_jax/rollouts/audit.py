@@ -23,7 +23,7 @@ from oapl_jax.config.commands import TrainConfig
 from oapl_jax.data import tokenizer as tokenizers
 from oapl_jax.io import json_lines, run_dir, storage
 from oapl_jax.io.metrics import METRICS_FILE, read_metrics
-from oapl_jax.io.run_dir import BATCHES_FILE
+from oapl_jax.io.run_dir import BATCHES_FILE, EXPORT_FOLDER
 from oapl_jax.io.storage import SharedPath
 from oapl_jax.rollouts.checks import GroupCheck
 from oapl_jax.rollouts.filters import FEWEST_ROLLOUTS
@@ -45,7 +45,10 @@ def audit(run: SharedPath) -> str:
     """
     config = run_dir.read_config(run, TrainConfig)
     drawn = dataclasses.asdict(SamplingDistribution.of(config.sampler))
-    log, check = RolloutLog(storage.shared_path(config.run.shared_dir or run) / "rollouts", drawn), _group_check(config)
+    log, check = (
+        RolloutLog(storage.shared_path(config.run.shared_dir or run) / "rollouts", drawn),
+        _group_check(run, config),
+    )
     most_steps = config.window.sync_every if config.offline is None else math.inf
     uses: collections.Counter[str] = collections.Counter()
     surface, signs = SurfaceWatch(), []
@@ -93,6 +96,8 @@ def audit(run: SharedPath) -> str:
     left = f"; damaged files, of which nothing was trained on: {num_damaged}" if num_damaged else ""
     if oldest:
         left += f"; not checked: rollouts of versions before {oldest}, which were removed (checkpoint.keep_rollouts)"
+    if check.stops is None:
+        left += "; not checked: token ids and the ends of responses, whose tokenizer cannot be read"
     proved = f"{step} steps, {num_windows} windows, {len(uses)} groups, {num_rollouts} rollouts: all as recorded{left}"
     return "\n".join([proved, *signs])
 
@@ -117,11 +122,12 @@ def _check_batch(
         _require(digest(group) == names[name], which, "is not the one that was trained on: its digest is another")
 
 
-def _group_check(config: TrainConfig) -> GroupCheck:
-    """The run's check, with the vocabulary where the tokenizer can be read."""
-    stops = None
+def _group_check(run: SharedPath, config: TrainConfig) -> GroupCheck:
+    """The run's check, with the vocabulary where the tokenizer can be read: the model's, or the one that the run wrote."""
+    stops, exported = None, run / EXPORT_FOLDER
+    folder = config.model.path or (str(exported) if storage.is_local(run) and storage.exists(exported) else None)
     with contextlib.suppress(OSError, ValueError):  # the tokenizer may be gone, or on another machine
-        tokenizer = tokenizers.load(config.model.tokenizer, config.model.path, config.model.chat_template_kwargs)
+        tokenizer = tokenizers.load(config.model.tokenizer, folder, config.model.chat_template_kwargs)
         stops = Stops(tokenizer, SamplingDistribution.of(config.sampler))
     return GroupCheck(config, stops, advantages_of(config))
 

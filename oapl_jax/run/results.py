@@ -4,14 +4,12 @@ import json
 from typing import Any
 
 from oapl_jax.io import storage
-from oapl_jax.io.run_dir import SUMMARY_FILE
+from oapl_jax.io.run_dir import EXPORT_FOLDER, SUMMARY_FILE
 from oapl_jax.io.storage import SharedPath
 from oapl_jax.run.run import Run
 from oapl_jax.run.summary import pass_at
 from oapl_jax.types import Metrics, RunError
 from oapl_jax.weights.model_card import write_card
-
-EXPORT_FOLDER = "export"
 
 
 def write_results(run: Run, after: Metrics) -> dict[str, Any]:

@@ -19,13 +19,12 @@ from oapl_jax.model import hf, lora
 from oapl_jax.objectives import supervised
 from oapl_jax.weights.checkpoints import Checkpoints
 
-EXPORT_FOLDER = "export"
 SHOWN = ("learner/loss", "learner/grad_norm", "learner/entropy", "learner/learning_rate")
 
 
 def export_folder(config: SftConfig) -> SharedPath:
     """Where the trained model is written."""
-    return storage.shared_path(config.run.dir) / EXPORT_FOLDER
+    return storage.shared_path(config.run.dir) / run_dir.EXPORT_FOLDER
 
 
 def is_finished(config: SftConfig) -> bool:

@@ -9,6 +9,7 @@ import pytest
 from oapl_jax.cli import audit as command
 from oapl_jax.config import config_file
 from oapl_jax.config.commands import TrainConfig
+from oapl_jax.data.tokenizer import CharacterTokenizer
 from oapl_jax.io import console, run_dir
 from oapl_jax.rollouts.audit import audit
 from oapl_jax.rollouts.log import BatchRecord, RolloutLog, digest
@@ -69,6 +70,16 @@ def with_rollout(item, **values):
 def test_a_sound_run_is_proved(run, capsys):
     assert console.run(command.main, [str(run)]) == console.ExitCode.DONE
     assert capsys.readouterr().out == "4 steps, 2 windows, 8 groups, 16 rollouts: all as recorded\n"
+
+
+def test_the_tokenizer_of_a_warm_start_is_that_of_the_runs_own_export(run):
+    model = {"warm_start": "chain_sft.yaml"}
+    run_dir.save_config(run, config_file.validate(TrainConfig, CONFIG | {"model": model}, "test"))
+    unknown = "; not checked: token ids and the ends of responses, whose tokenizer cannot be read"
+    assert audit(run).endswith(f"all as recorded{unknown}")
+    (run / run_dir.EXPORT_FOLDER).mkdir()
+    CharacterTokenizer().save(run / run_dir.EXPORT_FOLDER)
+    assert audit(run).endswith("all as recorded")
 
 
 def test_a_run_that_was_killed_is_proved_as_far_as_it_came(run):
