@@ -52,7 +52,7 @@ paper: $(RUN_STAMP) ## the paper's claims in miniature: tables and figures in ru
 paper-fast: $(RUN_STAMP) ## a part of it, in runs/paper_fast (15 minutes)
 	$(BIN)/python -m experiments experiments/paper_fast.yaml --out runs/paper_fast
 
-paper-smollm2: $(RUN_STAMP) ## three objectives at three lags on SmolLM2-135M (a day; MODEL=FOLDER, or from the hub)
+paper-smollm2: $(RUN_STAMP) ## three objectives at three lags on SmolLM2-135M (hours; MODEL=FOLDER, or from the hub)
 	$(BIN)/python -m experiments experiments/paper_smollm2.yaml --out runs/paper_smollm2 --processes 1 $(if $(MODEL),model.path=$(MODEL))
 
 tpu: $(RUN_STAMP) $(TPU_STAMP) ## install the compiler for TPUs, which preflight needs
