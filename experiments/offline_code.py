@@ -7,7 +7,7 @@ with an edit of one line, as the bugs of QuixBugs are, and two more: what the mo
 sandbox runs them all. A reference that does not pass, and an edit that does, is not used. Each objective trains from the
 same model, and each model answers MBPP's test problems greedily.
 
-Every step is a command that a user would give, and one that has ended is not run again.
+Every step is a command that a user would give. What has ended is not made again.
 """
 
 import argparse
@@ -19,7 +19,7 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -35,7 +35,7 @@ OBJECTIVES = ("sft", "rloo", "rloo_grpo", "rloo_exp")
 TRAINING_TASKS, TEST_TASKS = range(601, 975), range(11, 511)
 MAX_PROMPT, MAX_RESPONSE = 320, 128
 """Tokens; a problem beyond them is left out."""
-ORIGINS = ("reference", "edit", "answer")
+Origin = Literal["reference", "edit", "answer"]
 REWARDS = {"accepted": 1.0, "wrong_answer": -0.1, "time_limit": -0.5, "runtime_error": -0.6, "compile_error": -1.0}
 GROUP, SAMPLES, EDITS = 4, 2, 6
 """Programs of a group; answers of the model, and edits that are graded, for each problem."""
@@ -98,7 +98,7 @@ class Candidate(NamedTuple):
     """A program for a problem, as the response of a model."""
 
     problem: Problem
-    origin: Literal["reference", "edit", "answer"]
+    origin: Origin
     response: str
 
 
@@ -173,7 +173,9 @@ def make_groups(problems: Sequence[Problem], answers: Iterable[Candidate], out: 
     for member in grade([*candidates, *answers], out):
         found[member.candidate.problem.id].append(member)
     for of_problem in found.values():
-        of_origin = {origin: [item for item in of_problem if item.candidate.origin == origin] for origin in ORIGINS}
+        of_origin = {
+            origin: [item for item in of_problem if item.candidate.origin == origin] for origin in get_args(Origin)
+        }
         reference = of_origin["reference"][0]
         edits = [item for item in of_origin["edit"] if item.verdict == Verdict.WRONG]
         written = [item for item in of_origin["answer"] if item.verdict != Verdict.INVALID]

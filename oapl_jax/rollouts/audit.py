@@ -45,10 +45,8 @@ def audit(run: SharedPath) -> str:
     """
     config = run_dir.read_config(run, TrainConfig)
     drawn = dataclasses.asdict(SamplingDistribution.of(config.sampler))
-    log, check = (
-        RolloutLog(storage.shared_path(config.run.shared_dir or run) / "rollouts", drawn),
-        _group_check(run, config),
-    )
+    log = RolloutLog(storage.shared_path(config.run.shared_dir or run) / "rollouts", drawn)
+    check = _group_check(run, config)
     most_steps = config.window.sync_every if config.offline is None else math.inf
     uses: collections.Counter[str] = collections.Counter()
     surface, signs = SurfaceWatch(), []

@@ -206,13 +206,12 @@ def graded(found: Sequence[Responses], grading: Grading, bad: BadRows) -> list[R
 
 def _read_file(file: pathlib.Path, expectations: Expectations, bad: BadRows) -> Iterator[_Row]:
     try:
-        table = None if file.name.endswith(records.SUFFIXES) else parquet.read(file, file)
-        lines = records.read_lines(file) if table is None else iter(())
+        table = records.read_lines(file) if file.name.endswith(records.SUFFIXES) else parquet.read(file, file)
     except (OSError, ValueError) as error:
         bad.found("unreadable file", str(file), str(error).removeprefix(f"{file}: "))
         return
-    if table is None:
-        yield from _read_records(lines, expectations, bad)
+    if isinstance(table, Iterator):
+        yield from _read_records(table, expectations, bad)
         return
     if "token_ids" in table.schema.names and "rollout_index" not in table.schema.names:
         rows = ((f"{file} row {number}", row) for number, row in enumerate(table.to_pylist()))

@@ -437,9 +437,9 @@ def without_verdict(groups: Sequence[RolloutGroup]) -> str:
     """What a batch has lost to invalid verdicts, in words: no reward shows it. Empty where it has lost nothing."""
     rollouts = [item for group in groups for item in group.rollouts]
     invalid = [item.grade.detail for item in rollouts if item.grade.verdict is Verdict.INVALID]
-    return (
-        f"{len(invalid)} of {len(rollouts)} rollouts have no verdict and are left out ({invalid[0]})" if invalid else ""
-    )
+    if not invalid:
+        return ""
+    return f"{len(invalid)} of {len(rollouts)} rollouts have no verdict and are left out ({invalid[0]})"
 
 
 @contextlib.contextmanager
