@@ -4,7 +4,8 @@
 #   launch/delete.sh NAME [options of kubectl, such as --namespace N]
 set -euo pipefail
 
-name="${1:?usage: launch/delete.sh NAME [options of kubectl]}"
+[[ $# -gt 0 ]] || { echo "usage: launch/delete.sh NAME [options of kubectl]" >&2; exit 2; }
+name="$1"
 shift
 
 exec kubectl delete --ignore-not-found "jobset/${name}" "configmap/${name}" "networkpolicy/${name}" "$@"

@@ -4,7 +4,8 @@
 #   launch/logs.sh NAME [trainer|sampler] [options of kubectl, such as --namespace N]
 set -euo pipefail
 
-name="${1:?usage: launch/logs.sh NAME [trainer|sampler] [options of kubectl]}"
+[[ $# -gt 0 ]] || { echo "usage: launch/logs.sh NAME [trainer|sampler] [options of kubectl]" >&2; exit 2; }
+name="$1"
 shift
 role=trainer
 case "${1:-}" in trainer | sampler) role="$1" && shift ;; esac

@@ -4,7 +4,8 @@
 #   launch/status.sh NAME [options of kubectl, such as --namespace N]
 set -euo pipefail
 
-name="${1:?usage: launch/status.sh NAME [options of kubectl]}"
+[[ $# -gt 0 ]] || { echo "usage: launch/status.sh NAME [options of kubectl]" >&2; exit 2; }
+name="$1"
 shift
 
 columns="POD:.metadata.name,PHASE:.status.phase,NODE:.spec.nodeName"

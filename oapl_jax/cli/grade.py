@@ -6,7 +6,7 @@ A row of IN is ``{"id", "kind": "math", "gold", "response", "prompt"}`` or ``{"i
 "response", "tests": [{"stdin", "stdout"} | {"call", "args", "expected"} | {"assert"}], "limits": {"cpu_s", "wall_s",
 "memory_mb"}}``. ``prompt``, ``limits`` and each of its keys are optional. OUT has a row for each row of IN, in the same
 order: ``{"id", "status", "reward", "detail", "level", "cpu_ms"}``; the ``detail`` of a math row is the rule that decided.
-The options come from the section ``reward`` of C, which can be the config of a run.
+The options come from the section ``reward`` of C, which can be the config of a run; functions of yours are not run.
 
 Exit codes: 0 all rows have a verdict, 1 some verdicts are invalid, 2 the rows or the config are wrong.
 """
@@ -115,6 +115,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--config", help="YAML file with a section 'reward'")
     arguments = parser.parse_args(argv)
     reward = config_file.load_reward(arguments.config) if arguments.config else RewardConfig()
+    if own := [name for name in reward.functions if name not in KEYS]:
+        say(f"not run: {', '.join(own)}; this command grades with math and code only", sys.stderr)
     counts = grade_file(arguments.source, arguments.target, reward)
     say(", ".join(f"{count:,} {verdict}" for verdict, count in counts.items()))
     return 1 if counts["invalid"] else 0

@@ -5,10 +5,12 @@
 rollout log cannot be read.
 """
 
+import sys
 from collections.abc import Sequence
 
 from oapl_jax.io import storage
 from oapl_jax.io.storage import SharedPath
+from oapl_jax.io.terminal import say
 from oapl_jax.report import page, picture, reservoir
 from oapl_jax.report.record import RunRecord, read_run
 from oapl_jax.types import RunError
@@ -20,6 +22,8 @@ CURVES_FILE = "curves.png"
 def write_report(run_dir: SharedPath, *others: SharedPath) -> SharedPath:
     """Writes both files into the run directory and returns the path of the page; other runs are compared with it.
 
+    A line on standard error names each file of a log or of a batch record that cannot be read.
+
     Raises:
         RunError: a file of a run is damaged, or the report cannot be written.
     """
@@ -30,6 +34,9 @@ def write_report(run_dir: SharedPath, *others: SharedPath) -> SharedPath:
     except Exception as error:  # whatever is in the files
         reason = str(error).partition("\n")[0]
         raise RunError(f"{run_dir}: no report was written: {type(error).__name__}: {reason}") from error
+    for record in records:
+        for problem in record.log.damaged:
+            say(f"{record.directory}: not in the report: {problem}", sys.stderr)
     return run_dir / REPORT_FILE
 
 

@@ -499,6 +499,8 @@ def test_scripts_about_a_job_that_runs_call_kubectl(script, words, expected, kub
     subprocess.run(["bash", f"launch/{script}", *words], check=True)
     called = (kubectl / "words").read_text()
     assert all(text in called for text in expected), called
+    wrong = subprocess.run(["bash", f"launch/{script}"], capture_output=True, text=True, check=False)
+    assert (wrong.returncode, wrong.stderr.split(" NAME")[0]) == (2, f"usage: launch/{script}")
 
 
 @pytest.mark.parametrize(

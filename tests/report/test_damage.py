@@ -30,7 +30,7 @@ def link_elsewhere(path):
     path.symlink_to(path.parent / "no" / "such" / "file")
 
 
-def test_a_report_is_written_whatever_lies_there(tmp_path):
+def test_a_report_is_written_whatever_lies_there(tmp_path, capsys):
     run = make_run(tmp_path / "demo", steps=3)
     RolloutLog(run / "rollouts").append([make_group(0, 5, "whole \x1b[2J")])
     cut(run / "rollouts/000000/part-000000.parquet")
@@ -38,7 +38,9 @@ def test_a_report_is_written_whatever_lies_there(tmp_path):
     for name in ("report.html", "curves.png"):
         link_elsewhere(run / name)
     found = shown(report.write_report(run).parent)
-    assert "rollouts/000000/part-000000.parquet: is not a readable Parquet file" in found["damaged"][0]
+    problem = "rollouts/000000/part-000000.parquet: is not a readable Parquet file"
+    assert problem in found["damaged"][0]
+    assert problem in capsys.readouterr().err
     assert [group["rollouts"][0]["text"] for group in found["groups"]] == [r"whole \x1b[2J 0"]
     assert not (run / "report.html").is_symlink()
     assert not (run / "no").exists()

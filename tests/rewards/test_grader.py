@@ -227,6 +227,9 @@ def test_the_command_takes_the_options_of_a_config(tmp_path, capsys):
     target = tmp_path / "out.jsonl"
     assert command.main([str(write(tmp_path / "in.jsonl", rows)), str(target), "--config", str(config)]) == 0
     assert [json.loads(line)["reward"] for line in target.read_text().splitlines()] == [2.0, 0.0]
+    config.write_text("reward: {functions: {math: 2.0, 'mine:judge': 1.0}}\nmodel: {path: unused}\n")
+    command.main([str(tmp_path / "in.jsonl"), str(target), "--config", str(config)])
+    assert "not run: mine:judge; " in capsys.readouterr().err
     config.write_text("model: {path: unused}\n")
     with pytest.raises(ConfigError, match="has no section 'reward'"):
         load_reward(config)
