@@ -44,6 +44,6 @@ def resident_bytes() -> int | None:
 
 
 def trim_heap() -> None:
-    """Gives back to the system what a compilation has freed: the C library of Linux keeps hundreds of MiB of it."""
+    """Gives back to the system what a compilation or a save has freed: the C library of Linux keeps hundreds of MiB of it."""
     with contextlib.suppress(OSError, AttributeError):  # other systems have no such function
         ctypes.CDLL(None).malloc_trim(0)

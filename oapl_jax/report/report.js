@@ -237,7 +237,7 @@ function overview(run) {
     el("p", { class: "verdict" }, run.verdict),
     run.warnings.length ? run.warnings.map((text) => el("p", { class: "warning", role: "note" }, text)) : el("p", { class: "soft" }, "No warning: the checks for reward hacking, non-termination, collapse and failing graders found nothing in what is recorded."),
     el("div", { class: "tiles" }, tiles),
-    charts([panel("Reward"), passChart(run), panel("Entropy")]),
+    charts([panel("Reward"), hasManyK(run) ? passChart(run) : panel("Held-out"), panel("Entropy")]),
   ];
 }
 
@@ -280,6 +280,9 @@ function countCharts(run) {
   ];
 }
 
+// With one sample of a prompt the curve over k is a point.
+const hasManyK = (run) => run.scores.some((score) => score.k.length > 1);
+
 function passChart(run) {
   const rows = page.runs.flatMap((item) => (item === run ? item.scores : item.scores.slice(-1).map((score) => ({ ...score, label: `${score.label}, ${item.name}`, isOther: true }))));
   return chart({ title: "Held-out pass@k over k", unit: "share of prompts; bands: 95 % over prompts", log: true, xLabel: "k =", yRange: [0, 1], missing: "summary.json is missing, or there was no evaluation",
@@ -290,7 +293,7 @@ function heldOut(run) {
   const ks = [...new Set(run.scores.flatMap((score) => score.k))].sort((a, b) => a - b);
   const cell = (score, k) => { const i = score.k.indexOf(k); return i < 0 ? "-" : score.value[i].toFixed(3) + (score.low.length ? ` [${score.low[i].toFixed(3)}, ${score.high[i].toFixed(3)}]` : ""); };
   return [
-    charts([passChart(run), panel("Held-out")]),
+    charts([hasManyK(run) ? passChart(run) : null, panel("Held-out")]),
     ks.length ? el("div", { class: "scroll" }, el("table", {}, el("tr", {}, el("th"), ks.map((k) => el("th", { class: "n" }, `pass@${k}`))),
       run.scores.map((score) => el("tr", {}, el("th", {}, score.label), ks.map((k) => el("td", { class: "n" }, cell(score, k))))))) : null,
     el("h2", {}, "Solved prompts"), matrix(run.solved),

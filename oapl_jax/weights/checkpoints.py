@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxtyping import Array, UInt32
 
+from oapl_jax.distributed.memory import trim_heap
 from oapl_jax.distributed.messages import PeerError
 from oapl_jax.distributed.team import Team
 from oapl_jax.io import storage
@@ -101,6 +102,7 @@ class Checkpoints:
             if jax.default_backend() == "cpu":
                 # Here a host "copy" is a view of the very buffer that the next train step donates.
                 self._manager.wait_until_finished()
+                trim_heap()  # of compressed chunks, before new weights of a sampler are there too
             if self._store is not None:
                 self._copied = self._copying.submit(self._copy, self._store, step, self.best_step)
 

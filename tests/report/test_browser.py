@@ -94,6 +94,20 @@ def test_every_part_is_drawn(page):
     assert "oapl-jax sft --config" in page.find_element("tag name", "main").text
 
 
+def test_one_sample_of_a_prompt_gives_a_curve_over_steps(page, tmp_path):
+    def titles():
+        return [title.text for title in all_of(page, "figure figcaption b")]
+
+    over_k = next(title for title in titles() if "over k" in title)
+    run_dir = make_run(tmp_path / "demo", steps=3)
+    (run_dir / "summary.json").write_text('{"before": {"pass@1": 0.25}, "after": {"pass@1": 0.5}}')
+    page.get(report.write_report(run_dir).as_uri())
+    for tab in ("Overview", "Held-out"):
+        click(page, "nav button", tab)
+        assert over_k not in titles()
+        assert "Held-out pass@k" in titles()
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_nothing_is_wider_than_a_phone(page, theme):
     page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size(400))
