@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import pathlib
 import tempfile
 from typing import Any
@@ -99,9 +100,16 @@ def check_run(config: Any) -> bool:
     """Whether a directory belongs to a run of this config; writes nothing.
 
     Raises:
-        ValueError: it belongs to a run of another config or release; names the keys that differ, or the releases.
+        ValueError: it belongs to a run of another config or release; names the keys that differ, or the releases. Or it
+            cannot be made, or not be written.
     """
     run = storage.shared_path(config.run.dir)
+    if isinstance(run, pathlib.Path):
+        folder = next(path for path in (run, *run.absolute().parents) if path.exists())
+        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+            raise ValueError(
+                f"run.dir={config.run.dir!r}: cannot be written: {folder} is a file, or takes no files of this user"
+            )
     has_config = storage.exists(run / CONFIG_FILE)
     is_used = storage.exists(run / RUN_FILE) or (has_config and len(storage.names(run)) > 1)
     if is_used:  # a config.yaml alone is the user's own, of a run that has not begun

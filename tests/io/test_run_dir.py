@@ -72,10 +72,11 @@ def test_leave_to_change_is_itself_no_change(tmp_path):
     assert identity(allowing) != identity(make_config(tmp_path, run={"seed": 20}))
 
 
-def test_a_directory_that_cannot_be_made_is_named(tmp_path):
+@pytest.mark.parametrize("look", [check_run, open_run])
+def test_a_directory_that_cannot_be_made_is_named(tmp_path, look):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"run\.dir='.*/file/run': cannot be written"):
-        open_run(make_config(tmp_path / "file" / "run"))
+        look(make_config(tmp_path / "file" / "run"))
 
 
 @pytest.mark.skipif(not pathlib.Path("/proc").is_dir(), reason="needs a folder where nobody may write, not even root")
