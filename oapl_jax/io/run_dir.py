@@ -101,20 +101,20 @@ def check_run(config: Any) -> bool:
 
     Raises:
         ValueError: it belongs to a run of another config or release; names the keys that differ, or the releases. Or it
-            cannot be made, or not be written.
+            is new, and cannot be made or written.
     """
     run = storage.shared_path(config.run.dir)
-    if isinstance(run, pathlib.Path):
-        folder = next(path for path in (run, *run.absolute().parents) if path.exists())
-        if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
-            raise ValueError(
-                f"run.dir={config.run.dir!r}: cannot be written: {folder} is a file, or takes no files of this user"
-            )
     has_config = storage.exists(run / CONFIG_FILE)
     is_used = storage.exists(run / RUN_FILE) or (has_config and len(storage.names(run)) > 1)
     if is_used:  # a config.yaml alone is the user's own, of a run that has not begun
         check_release(run)
     if not has_config:
+        if isinstance(run, pathlib.Path):
+            folder = next(path for path in (run, *run.absolute().parents) if path.exists())
+            if not folder.is_dir() or not os.access(folder, os.W_OK | os.X_OK):
+                raise ValueError(
+                    f"run.dir={config.run.dir!r}: cannot be written: {folder} is a file, or takes no files of this user"
+                )
         return False
     changes = _differences(_identity(_read_config(run, type(config), is_saved=is_used)), _identity(config))
     if changes and not config.run.allow_config_change:
