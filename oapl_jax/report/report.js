@@ -285,7 +285,7 @@ const hasManyK = (run) => run.scores.some((score) => score.k.length > 1);
 
 function passChart(run) {
   const rows = page.runs.flatMap((item) => (item === run ? item.scores : item.scores.slice(-1).map((score) => ({ ...score, label: `${score.label}, ${item.name}`, isOther: true }))));
-  return chart({ title: "Held-out pass@k over k", unit: "share of prompts; bands: 95 % over prompts", log: true, xLabel: "k =", yRange: [0, 1], missing: "summary.json is missing, or there was no evaluation",
+  return chart({ title: "Held-out pass@k over k", unit: "share of prompts; bands: 95 % over prompts", log: true, xLabel: "k =", yRange: [0, 1],
     series: rows.map((score, i) => ({ ...score, x: score.k, y: score.value, colour: COLOURS[i % COLOURS.length] })) });
 }
 
